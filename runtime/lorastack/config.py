@@ -1,0 +1,84 @@
+"""Server configuration: frozen, keyword-only, composed. Built by the CLI, never mutated.
+
+A constructor is given its own part, never the whole.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """model: folder or hub id; None for the embedded default. dtype: auto|float32|bfloat16|float16."""
+
+    model: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    threads: int | None = None
+    max_context: int | None = None  # tokens; None: the model's own
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Limits of the step loop."""
+
+    kv_memory: int = 4 * GIB  # bytes
+    page_size: int = 16  # tokens
+    max_rows: int = 32  # running at once
+    max_queue: int = 256  # waiting
+    max_step_tokens: int = 256  # prompt tokens a step, beside the decode rows
+    max_nodes: int = 8  # drafted tokens a row and step when the request does not say
+    max_buffered_events: int = 64  # a slow reader's unread events before its row parks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterConfig:
+    """Where adapters live and what they may take. Sizes in bytes."""
+
+    store: Path
+    device_memory: int = 2 * GIB
+    host_memory: int = 8 * GIB
+    max_upload: int = 4 * GIB
+    max_files: int = 64
+    default_medusa: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServiceConfig:
+    """Where the server listens and how it stops. Port 0: any free port."""
+
+    host: str = "127.0.0.1"
+    port: int = 50051
+    drain_timeout: float = 30.0  # seconds
+    log_format: str = "text"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """The whole, for the CLI."""
+
+    adapters: AdapterConfig
+    model: ModelConfig = field(default_factory=ModelConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    service: ServiceConfig = field(default_factory=ServiceConfig)
+
+
+def cache_dir() -> Path:
+    """The user's cache folder for lorastack: LORASTACK_CACHE, else XDG's, else ~/.cache."""
+    if own := os.environ.get("LORASTACK_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorastack"
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "512MiB", "2GiB", "64KiB" or a plain number. Raises ValueError on anything else."""
+    units = {"KiB": KIB, "MiB": MIB, "GiB": GIB, "B": 1}
+    for unit, factor in units.items():
+        if text.endswith(unit):
+            return int(float(text.removesuffix(unit)) * factor)
+    return int(text)

@@ -1,0 +1,131 @@
+"""Everything that can go wrong for a user, one class a gRPC status.
+
+A message says what is wrong and what to do. `service.status` maps classes to status codes;
+`reason` travels in google.rpc.ErrorInfo and stays stable across releases.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Reason(StrEnum):
+    """Stable machine-readable causes (google.rpc.ErrorInfo.reason)."""
+
+    ADAPTER_NOT_FOUND = "ADAPTER_NOT_FOUND"
+    INVALID_REQUEST = "INVALID_REQUEST"
+    INVALID_ADAPTER = "INVALID_ADAPTER"
+    UNSUPPORTED_ADAPTER = "UNSUPPORTED_ADAPTER"
+    WRONG_ADAPTER_KIND = "WRONG_ADAPTER_KIND"
+    UNSUPPORTED_MODEL = "UNSUPPORTED_MODEL"
+    INVALID_MODEL = "INVALID_MODEL"
+    ADAPTER_EXISTS = "ADAPTER_EXISTS"
+    DIGEST_MISMATCH = "DIGEST_MISMATCH"
+    BASE_MODEL_DIFFERS = "BASE_MODEL_DIFFERS"
+    ADAPTER_TOO_LARGE = "ADAPTER_TOO_LARGE"
+    REQUEST_TOO_LARGE = "REQUEST_TOO_LARGE"
+    QUEUE_FULL = "QUEUE_FULL"
+    DEVICE_MEMORY_PINNED = "DEVICE_MEMORY_PINNED"
+    DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
+    CANCELLED = "CANCELLED"
+    DRAINING = "DRAINING"
+    NOT_IMPLEMENTED = "NOT_IMPLEMENTED"
+    CORRUPT_DATA = "CORRUPT_DATA"
+    STEP_FAILED = "STEP_FAILED"
+    INTERNAL = "INTERNAL"
+
+
+class LorastackError(Exception):
+    """Base of all errors shown to users.
+
+    reason: stable cause; metadata: strings for ErrorInfo (ids, limits).
+    """
+
+    default_reason = Reason.INTERNAL
+
+    def __init__(self, message: str, *, reason: Reason | None = None, **metadata: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.reason = reason or self.default_reason
+        self.metadata = metadata
+
+
+class NotFoundError(LorastackError):
+    """NOT_FOUND: an unknown id."""
+
+    default_reason = Reason.ADAPTER_NOT_FOUND
+
+
+class InvalidArgumentError(LorastackError):
+    """INVALID_ARGUMENT: a bad parameter, or a malformed or incompatible adapter."""
+
+    default_reason = Reason.INVALID_REQUEST
+
+
+class AlreadyExistsError(LorastackError):
+    """ALREADY_EXISTS: an upload that had to be new is not."""
+
+    default_reason = Reason.ADAPTER_EXISTS
+
+
+class AbortedError(LorastackError):
+    """ABORTED: an upload's `if_digest` no longer holds."""
+
+    default_reason = Reason.DIGEST_MISMATCH
+
+
+class FailedPreconditionError(LorastackError):
+    """FAILED_PRECONDITION: the state of the server forbids it."""
+
+    default_reason = Reason.BASE_MODEL_DIFFERS
+
+
+class ResourceExhaustedError(LorastackError):
+    """RESOURCE_EXHAUSTED: try again later, `retry_after` seconds being a good guess."""
+
+    default_reason = Reason.QUEUE_FULL
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        reason: Reason | None = None,
+        retry_after: float | None = None,
+        **metadata: str,
+    ) -> None:
+        super().__init__(message, reason=reason, **metadata)
+        self.retry_after = retry_after
+
+
+class DeadlineExceededError(LorastackError):
+    """DEADLINE_EXCEEDED: the caller's deadline passed."""
+
+    default_reason = Reason.DEADLINE_EXCEEDED
+
+
+class RequestCancelledError(LorastackError):
+    """CANCELLED: the caller gave up."""
+
+    default_reason = Reason.CANCELLED
+
+
+class UnavailableError(LorastackError):
+    """UNAVAILABLE: the server drains or starts."""
+
+    default_reason = Reason.DRAINING
+
+
+class UnimplementedError(LorastackError):
+    """UNIMPLEMENTED: a field or call that this version does not have."""
+
+    default_reason = Reason.NOT_IMPLEMENTED
+
+
+class DataLossError(LorastackError):
+    """DATA_LOSS: stored bytes fail their digest."""
+
+    default_reason = Reason.CORRUPT_DATA
+
+
+class InternalError(LorastackError):
+    """INTERNAL: our bug."""

@@ -1,0 +1,116 @@
+"""Shapes of the base model and the byte layout of an adapter. No torch here.
+
+An adapter on a device is ONE flat buffer; `AdapterLayout` says where each tensor lies in it.
+Tensor names carry shape suffixes from one legend: T step tokens, B rows, N tree nodes, H hidden,
+V vocabulary, K heads, R rank, D head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+LAYOUT_VERSION = 1
+ALIGNMENT = 64  # bytes; every tensor starts on a cache line
+
+# Projections of a decoder layer, in buffer order: members of one group share their input.
+GROUPS: tuple[tuple[str, ...], ...] = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("o_proj",),
+    ("gate_proj", "up_proj"),
+    ("down_proj",),
+)
+LAYER_TARGETS: tuple[str, ...] = tuple(target for group in GROUPS for target in group)
+EMBED = "embed_tokens"
+LM_HEAD = "lm_head"
+HEADS = "heads"
+NO_LAYER = -1  # the `layer` of embed_tokens and lm_head; heads use their 0-based head index
+
+
+class Part(StrEnum):
+    """Which tensor of a target."""
+
+    A = "A"  # LoRA [rank, in]; embeddings [rank, V]
+    B = "B"  # LoRA [out, rank]
+    WEIGHT = "weight"  # Medusa block [H, H]
+    BIAS = "bias"  # Medusa block [H]
+
+
+class AdapterKind(StrEnum):
+    """What a folder holds."""
+
+    LORA = "lora"
+    MEDUSA = "medusa"
+    LORA_WITH_MEDUSA = "lora_with_medusa"
+
+    @property
+    def has_lora(self) -> bool:
+        return self is not AdapterKind.MEDUSA
+
+    @property
+    def has_heads(self) -> bool:
+        return self is not AdapterKind.LORA
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShapes:
+    """Dimensions of a base model of the Llama/Mistral family."""
+
+    architecture: str
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_context: int
+    tie_word_embeddings: bool
+
+    def target_shape(self, target: str) -> tuple[int, int]:
+        """(out, in) of a target's weight; for embed_tokens (H, V), as its LoRA sees it."""
+        query, key = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        return {
+            "q_proj": (query, self.hidden_size),
+            "k_proj": (key, self.hidden_size),
+            "v_proj": (key, self.hidden_size),
+            "o_proj": (self.hidden_size, query),
+            "gate_proj": (self.intermediate_size, self.hidden_size),
+            "up_proj": (self.intermediate_size, self.hidden_size),
+            "down_proj": (self.hidden_size, self.intermediate_size),
+            EMBED: (self.hidden_size, self.vocab_size),
+            LM_HEAD: (self.vocab_size, self.hidden_size),
+        }[target]
+
+
+TensorKey = tuple[int, str, Part]  # (layer, target, part)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSlot:
+    """Where a tensor lies in the flat buffer. offset: elements, not bytes."""
+
+    offset: int
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterLayout:
+    """The table of an adapter's flat buffer, all of one dtype.
+
+    In a group the A parts of its targets are adjacent without gaps, so one matmul shrinks for all of
+    them; so are the weights of all heads, and their biases.
+    """
+
+    slots: Mapping[TensorKey, TensorSlot]
+    scales: Mapping[tuple[int, str], float]  # LoRA scale (alpha/r or alpha/sqrt(r)) of (layer, target)
+    num_elements: int
+    itemsize: int  # bytes an element
+    num_heads: int  # Medusa heads, 0 for a plain LoRA
+    choices: tuple[tuple[int, ...], ...] = ()  # the heads' own tree, in order of worth; () for none
+    version: int = LAYOUT_VERSION
+
+    @property
+    def nbytes(self) -> int:
+        return self.num_elements * self.itemsize

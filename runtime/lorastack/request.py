@@ -1,0 +1,159 @@
+"""What crosses between the service and the engine: requests one way, events the other.
+
+The service fills Request (ids already resolved to digests, text already tokenised); the engine's
+step thread fills every event.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from lorastack.errors import LorastackError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraUse:
+    """One entry of a row's stack. `Request.loras` is sorted by digest."""
+
+    lora_id: str
+    digest: str
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadsUse:
+    """The Medusa heads of a row."""
+
+    medusa_id: str
+    digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How a token is drawn. temperature 0: argmax, ties to the lowest id."""
+
+    temperature: float = 0.0
+    top_k: int = 0  # 0: no limit
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StopParams:
+    """When a row ends. max_new_tokens is resolved by the service, never open."""
+
+    max_new_tokens: int
+    stop_sequences: tuple[str, ...] = ()
+    stop_token_ids: frozenset[int] = frozenset()
+    ignore_eos: bool = False
+    time_limit: float | None = None  # seconds from submission
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpeculationParams:
+    """enabled False: Mode OFF. max_nodes None: the engine chooses."""
+
+    enabled: bool = True
+    max_nodes: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One row to generate."""
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams
+    stop: StopParams
+    speculation: SpeculationParams = SpeculationParams()
+    loras: tuple[LoraUse, ...] = ()  # sorted by digest
+    heads: HeadsUse | None = None
+    num_logprobs: int | None = None  # None: no logprobs; n: the chosen token's and the n best
+    deadline: float | None = None  # time.monotonic() seconds
+
+
+class TokenSource(StrEnum):
+    """Where a token's id came from first."""
+
+    MODEL = "model"
+    HEADS = "heads"
+
+
+class FinishReason(StrEnum):
+    """Why a row ended with tokens."""
+
+    LENGTH = "length"
+    EOS = "eos"
+    STOP_SEQUENCE = "stop_sequence"
+    STOP_TOKEN = "stop_token"
+    CANCELLED = "cancelled"
+    TIME_LIMIT = "time_limit"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprobs:
+    """Natural logarithms of the model's own distribution, before temperature and filters."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), best first
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GeneratedToken:
+    """One token of the output. text: what it decodes to alone, for display."""
+
+    id: int
+    source: TokenSource
+    special: bool = False
+    text: str = ""
+    logprobs: TokenLogprobs | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class SpeculationStats:
+    """Counts over a row's decode steps (the step that finishes the prompt is not one)."""
+
+    steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    accepted_by_head: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timings:
+    """Seconds. time_to_first_token and total count from submission."""
+
+    queue: float
+    adapter_wait: float
+    time_to_first_token: float
+    total: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Final:
+    """How a row ended, its text and tokens excluded."""
+
+    finish_reason: FinishReason
+    stop_match: str
+    prompt_tokens: int
+    cached_prompt_tokens: int
+    generated_tokens: int
+    speculation: SpeculationStats
+    timings: Timings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowEvent:
+    """What one step gave one row. Exactly one event of a row has `final` or `error`: its last."""
+
+    request_id: str
+    text: str = ""  # newly settled text: whole characters, no part of a stop sequence
+    tokens: tuple[GeneratedToken, ...] = ()
+    final: Final | None = None
+    error: LorastackError | None = None
