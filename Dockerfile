@@ -1,0 +1,28 @@
+# lorastack on a CPU.
+#   docker build -t lorastack .
+#   docker run -p 50051:50051 -v lorastack:/data lorastack
+FROM python:3.11-slim-bookworm AS build
+# The default torch wheel on x86-64 brings several GB of CUDA libraries; this index has the CPU one.
+ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
+WORKDIR /src
+COPY constraints.txt pyproject.toml README.md LICENSE ./
+COPY runtime runtime
+RUN python -m venv /opt/lorastack \
+    && /opt/lorastack/bin/pip install --no-cache-dir --extra-index-url "$TORCH_INDEX_URL" \
+        -c constraints.txt .
+
+FROM python:3.11-slim-bookworm
+RUN useradd --system --uid 10001 --create-home lorastack \
+    && mkdir /data \
+    && chown lorastack:lorastack /data
+COPY --from=build /opt/lorastack /opt/lorastack
+ENV PATH=/opt/lorastack/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    LORASTACK_CACHE=/data/cache
+USER lorastack
+VOLUME /data
+EXPOSE 50051
+# The first start downloads and converts the default model.
+HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 \
+    CMD ["python", "-c", "import grpc; from grpc_health.v1 import health_pb2 as h, health_pb2_grpc as g; c = grpc.insecure_channel('127.0.0.1:50051'); s = g.HealthStub(c).Check(h.HealthCheckRequest(), timeout=4).status; raise SystemExit(s != h.HealthCheckResponse.SERVING)"]
+ENTRYPOINT ["lorastack", "serve", "--host", "0.0.0.0", "--store", "/data/store"]

@@ -1,0 +1,54 @@
+# One command a habit; CI calls the same ones.
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+PYTHON ?= python3
+STORE ?= .lorastack
+PROTOS := $(wildcard protos/lorastack/v1/*.proto)
+PROTOC = $(PY) -m grpc_tools.protoc -Iprotos --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) $(PROTOS)
+
+.PHONY: install proto check format test test-quick test-real demo bench serve clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+proto: $(STAMP)
+	$(call PROTOC,runtime)
+
+check: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	@tmp=$$(mktemp -d) && trap 'rm -rf "$$tmp"' EXIT && $(call PROTOC,$$tmp) && \
+	  diff -r -x __init__.py -x __pycache__ "$$tmp/lorastack/v1" runtime/lorastack/v1 || \
+	  { echo 'lorastack/v1 differs from protos/: run "make proto" and commit the result' >&2; exit 1; }
+	$(VENV)/bin/pytest -q tests/test_layering.py
+
+format: $(STAMP)
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+test: $(STAMP)
+	$(VENV)/bin/pytest
+
+test-quick: $(STAMP)
+	$(VENV)/bin/pytest -m 'not real'
+
+test-real: $(STAMP)
+	$(VENV)/bin/pytest -m real
+
+demo: $(STAMP)
+	$(PY) examples/demo.py
+
+bench: $(STAMP)
+	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(PY) "$$script"; done
+
+serve: $(STAMP)
+	$(VENV)/bin/lorastack serve --store $(STORE)
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,182 @@
+"""The import table of docs/architecture.md, held for every import, deferred ones included."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "runtime" / "lorastack"
+MAX_LINES = 400
+
+LEAVES = {"config", "errors", "request", "layout"}
+# Which packages a package may import, beside itself and the leaves.
+ALLOWED: dict[str, set[str]] = {
+    "cli": {"service", "client", "gateway", "engine", "adapters", "train", "text"},
+    "gateway": {"client"},
+    "client": {"v1"},
+    "service": {"engine", "adapters", "text", "v1"},
+    "engine": {"model", "adapters", "lora", "speculation", "sampling", "text"},
+    "model": {"lora", "kernels"},
+    "speculation": {"kernels"},
+    "lora": {"kernels"},
+    "train": {"model", "adapters", "speculation", "engine", "client", "text"},
+    "adapters": set(),
+    "sampling": set(),
+    "text": set(),
+    "kernels": set(),
+    "v1": set(),
+    "__init__": set(),
+    **{leaf: set() for leaf in LEAVES},
+}
+# What a top-level package of ours must not import from outside.
+FORBIDDEN_FOREIGN: dict[str, set[str]] = {
+    "layout": {"torch"},
+    "request": {"torch"},
+    "engine": {"asyncio", "grpc", "google"},
+    "client": {"torch", "transformers"},
+}
+PURE = ("speculation/tree.py", "speculation/accept.py", "engine/pages.py", "engine/scheduler.py")
+
+
+def sources() -> list[Path]:
+    return sorted(path for path in PACKAGE.rglob("*.py") if path.parent.name != "v1")
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def package_of(module: str) -> str:
+    """`lorastack.engine.pages` -> `engine`; the package's own top is `__init__`."""
+    return (module.split(".") + ["__init__"])[1]
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, absolute module) of every import statement anywhere in the file."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            assert node.module is not None
+            yield node.lineno, node.module
+            for alias in node.names:
+                yield node.lineno, f"{node.module}.{alias.name}"
+
+
+def our_modules() -> set[str]:
+    return {module_name(path) for path in PACKAGE.rglob("*.py")}
+
+
+def module_graph() -> dict[str, set[str]]:
+    """Module -> modules of ours that it imports (deferred ones too)."""
+    modules = our_modules()
+    return {
+        module_name(path): {name for _, name in imports(path) if name in modules}
+        - {module_name(path)}
+        for path in sources()
+    }
+
+
+def strongly_connected(graph: dict[str, set[str]]) -> list[set[str]]:
+    """Groups of modules that reach each other (more than one module each)."""
+
+    def reach(start: str) -> set[str]:
+        seen: set[str] = set()
+        todo = [start]
+        while todo:
+            for name in graph.get(todo.pop(), set()):
+                if name not in seen:
+                    seen.add(name)
+                    todo.append(name)
+        return seen
+
+    reached = {name: reach(name) for name in graph}
+    groups = {frozenset(b for b in reached[a] if a in reached.get(b, ())) for a in graph}
+    return [set(group) for group in groups if len(group) > 1]
+
+
+def test_every_package_is_in_the_table() -> None:
+    assert {package_of(module) for module in our_modules()} <= set(ALLOWED)
+
+
+@pytest.mark.parametrize("path", sources(), ids=module_name)
+def test_imports_follow_the_table(path: Path) -> None:
+    package = package_of(module_name(path))
+    may = ALLOWED[package] | LEAVES | {package}
+    for line, name in imports(path):
+        top = name.split(".")[0]
+        if top == "lorastack":
+            imported = package_of(name)
+            # `from lorastack import __version__` reads the top package itself.
+            allowed = imported in may or imported.startswith("__")
+            assert allowed, f"{path}:{line}: {package} may not import {name}"
+        else:
+            forbidden = FORBIDDEN_FOREIGN.get(package, set())
+            assert top not in forbidden, f"{path}:{line}: {package} may not import {name}"
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_pure_modules_know_no_tensors(name: str) -> None:
+    path = PACKAGE / name
+    if not path.exists():
+        pytest.fail(f"{name} is gone: take it out of PURE")
+    assert not {imported.split(".")[0] for _, imported in imports(path)} & {"torch", "numpy"}
+
+
+def test_no_import_cycles() -> None:
+    assert strongly_connected(module_graph()) == []
+
+
+def test_cycles_are_found() -> None:
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}
+    assert strongly_connected(graph) == [{"a", "b", "c"}]
+
+
+@pytest.mark.parametrize("path", sources(), ids=module_name)
+def test_files_stay_small(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_LINES
+
+
+def test_only_convert_knows_protobuf_and_our_types() -> None:
+    """Protobuf messages stop at the service's own files; requests and events start at convert."""
+    both = [
+        module_name(path)
+        for path in sources()
+        if package_of(module_name(path)) == "service"
+        and {name for _, name in imports(path) if name.startswith("lorastack.v1")}
+        and {name for _, name in imports(path) if name.startswith("lorastack.request")}
+    ]
+    assert both in ([], ["lorastack.service.convert"])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["-c", "import lorastack.client"],
+        ["-m", "lorastack.cli.main", "--help"],
+        ["-m", "lorastack.cli.main", "serve", "--help"],
+        ["-m", "lorastack.cli.main", "adapters", "list", "--server", "127.0.0.1:1"],
+        ["-m", "lorastack.cli.main", "generate", "hello", "--server", "127.0.0.1:1"],
+    ],
+    ids=lambda arguments: " ".join(arguments[1:]),
+)
+def test_client_commands_import_no_torch(arguments: list[str]) -> None:
+    result = subprocess.run(
+        [sys.executable, "-X", "importtime", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    loaded = {line.rsplit("|", 1)[-1].strip() for line in result.stderr.splitlines()}
+    assert any(name.startswith("lorastack") for name in loaded), result.stderr[-2000:]
+    assert not {name for name in loaded if name.split(".")[0] in {"torch", "transformers"}}
