@@ -1,0 +1,1 @@
+"""The step loop: schedule, run, update. Knows no asyncio and no protobuf."""

@@ -1,0 +1,74 @@
+"""What schedule, run and update hand to each other: plain values, filled once.
+
+The scheduler fills RowStep and Batch; the runner fills RowResult.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from lorastack.adapters.pool import DeviceAdapter
+from lorastack.errors import LorastackError
+from lorastack.layout import AdapterLayout
+from lorastack.request import Request, TokenLogprobs
+from lorastack.speculation.tree import Tree, default_choices
+
+Draft = tuple[tuple[int, ...], ...]  # [head][rank] -> token id, best first
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowAdapters:
+    """What a row has pinned for a step. loras: in the order of request.loras."""
+
+    loras: tuple[DeviceAdapter, ...]
+    heads: DeviceAdapter | None
+
+    @property
+    def digests(self) -> list[str]:
+        digests = [lora.digest for lora in self.loras]
+        return digests if self.heads is None else [*digests, self.heads.digest]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowStep:
+    """One row's share of a step: a prompt chunk, or its last token and the nodes of its tree."""
+
+    request: Request
+    token_ids: tuple[int, ...]
+    page_table: tuple[int, ...]
+    committed: int  # tokens whose KV is in the pages already
+    num_generated: int  # index of the token that the first draw makes
+    samples: bool  # False: a prompt chunk that is not the last
+    tree: Tree | None  # the shape of token_ids; None: a chain
+    adapters: RowAdapters
+    num_candidates: int  # tokens a head shall propose; 0: make no draft
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """One step. Rows of one stack of LoRAs lie side by side."""
+
+    steps: tuple[RowStep, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowResult:
+    """What a step gave a row. tokens: the accepted nodes' and the last draw; () when not sampled."""
+
+    tokens: tuple[int, ...] = ()
+    num_accepted: int = 0
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    draft: Draft | None = None
+    error: LorastackError | None = None
+
+
+@lru_cache(maxsize=1024)
+def static_tree(choices: tuple[tuple[int, ...], ...], max_nodes: int, max_depth: int) -> Tree:
+    """The first `max_nodes` nodes of `choices`, at most `max_depth` deep."""
+    return Tree.from_choices(choices, max_nodes, max_depth)
+
+
+def heads_choices(layout: AdapterLayout) -> tuple[tuple[int, ...], ...]:
+    """The heads' own tree, else the default one for their number."""
+    return layout.choices or default_choices(layout.num_heads)

@@ -1,0 +1,241 @@
+"""The engine: a thread that schedules, runs and updates until it is told to stop."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+from lorastack.adapters.pool import DevicePool
+from lorastack.config import EngineConfig
+from lorastack.engine.pages import Pages
+from lorastack.engine.row import Row
+from lorastack.engine.runner import Runner
+from lorastack.engine.scheduler import Scheduler
+from lorastack.errors import (
+    InternalError,
+    InvalidArgumentError,
+    LorastackError,
+    Reason,
+    ResourceExhaustedError,
+    UnavailableError,
+)
+from lorastack.request import GeneratedToken, Request, RowEvent, TokenLogprobs, TokenSource
+from lorastack.text.stream import TextStream
+from lorastack.text.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+
+class Engine:
+    """Thread-safe door to the step loop.
+
+    on_events gets each step's events in one call, from the step thread; it must not block.
+    on_failure is called once, from the step thread, when the loop cannot go on: every request has
+    ended by then and the process should exit.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: EngineConfig,
+        runner: Runner,
+        tokenizer: Tokenizer,
+        pages: Pages,
+        pool: DevicePool,
+        max_context: int,
+        on_events: Callable[[list[RowEvent]], None],
+        on_failure: Callable[[BaseException], None],
+    ) -> None:
+        self.max_context = max_context
+        self.num_steps = 0
+        self._config = config
+        self._runner = runner
+        self._tokenizer = tokenizer
+        self._pages = pages
+        self._pool = pool
+        self._on_events = on_events
+        self._on_failure = on_failure
+        self._scheduler = Scheduler(config, pages, pool, tokenizer.eos_ids, self._describe)
+        self._changed = threading.Condition()
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._num_submitted = 0  # in the inbox, not yet with the scheduler
+        self._num_rows = 0  # with the scheduler, as of its last step
+        self._num_waiting = 0
+        self._woken = False
+        self._draining = False
+        self._closed = False
+        self._thread = threading.Thread(target=self._main, name="lorastack-step", daemon=True)
+
+    # -- any thread -------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, request: Request) -> None:
+        """Queue a request. Raises UnavailableError, ResourceExhaustedError, InvalidArgumentError."""
+        wanted = len(request.prompt_ids) + request.stop.max_new_tokens
+        if wanted > self.max_context:
+            raise InvalidArgumentError(
+                f"prompt and max_new_tokens make {wanted} tokens, the context holds "
+                f"{self.max_context}; shorten one of them",
+                reason=Reason.REQUEST_TOO_LARGE,
+            )
+        row = Row(
+            request=request,
+            text=TextStream(self._tokenizer, request.stop.stop_sequences),
+            submitted=time.monotonic(),
+        )
+        with self._changed:
+            if self._draining or self._closed:
+                raise UnavailableError("the server is shutting down; try another one")
+            if self._num_submitted + self._num_waiting >= self._config.max_queue:
+                raise ResourceExhaustedError(
+                    f"{self._config.max_queue} requests are waiting already; try again later",
+                    retry_after=1.0,
+                )
+            self._num_submitted += 1
+            self._inbox.append(lambda: self._scheduler.add(row))
+            self._changed.notify()
+
+    def cancel(self, request_id: str) -> None:
+        """End a request at its next step; unknown ids are ignored (it may just have ended)."""
+        self._set(request_id, cancelled=True)
+
+    def park(self, request_id: str) -> None:
+        """Its reader is slow: the row keeps its pages and takes no step until `resume`."""
+        self._set(request_id, parked=True)
+
+    def resume(self, request_id: str) -> None:
+        self._set(request_id, parked=False)
+
+    def wake(self) -> None:
+        """Something the loop waits for may have happened (an adapter was loaded)."""
+        with self._changed:
+            self._woken = True
+            self._changed.notify()
+
+    @property
+    def num_rows(self) -> int:
+        """Requests in the engine: waiting and running."""
+        with self._changed:
+            return self._num_submitted + self._num_rows
+
+    @property
+    def num_pages_held(self) -> int:
+        return self._pages.num_held
+
+    @property
+    def failed(self) -> bool:
+        return self._closed and not self._draining
+
+    def drain(self, timeout: float) -> bool:
+        """Refuse new requests and wait up to `timeout` seconds for the others; True: all ended."""
+        with self._changed:
+            self._draining = True
+            return self._changed.wait_for(
+                lambda: self._closed or self._num_submitted + self._num_rows == 0, timeout
+            )
+
+    def close(self) -> None:
+        """End what is left with UNAVAILABLE and stop the thread."""
+        with self._changed:
+            self._draining = self._closed = True
+            self._changed.notify_all()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    # -- step thread ------------------------------------------------------------------------------
+
+    def _main(self) -> None:
+        try:
+            while not self._closed:
+                self._step()
+            self._end_all(UnavailableError("the server shut down; send the request again"))
+        except BaseException as error:
+            log.critical("the step loop cannot go on", exc_info=error)
+            with self._changed:
+                self._closed = True
+            self._end_all(InternalError("the server failed; its log says why"))
+            self._on_failure(error)
+
+    def _step(self) -> None:
+        self._take_inbox()
+        self._pool.poll()
+        batch = self._scheduler.schedule()
+        if batch is not None:
+            self.num_steps += 1
+            try:
+                results = self._runner.run(batch)
+            except Exception as error:
+                self._fail_step(error, [step.request.request_id for step in batch.steps])
+            else:
+                self._scheduler.update(results)
+        self._publish()
+        if batch is None:
+            self._rest()
+
+    def _fail_step(self, error: Exception, request_ids: list[str]) -> None:
+        log.error("a step failed; its rows end: %s", ", ".join(request_ids), exc_info=error)
+        self._scheduler.fail(
+            InternalError(
+                "the step that ran this request failed; the server's log says why",
+                reason=Reason.STEP_FAILED,
+            )
+        )
+
+    def _take_inbox(self) -> None:
+        with self._changed:
+            commands, self._inbox = self._inbox, deque()
+            for command in commands:
+                command()
+            self._num_submitted = 0
+            self._count()
+
+    def _publish(self) -> None:
+        if events := self._scheduler.take_events():
+            self._on_events(events)
+        with self._changed:
+            self._count()
+            self._changed.notify_all()
+
+    def _count(self) -> None:
+        self._num_rows, self._num_waiting = self._scheduler.num_rows, self._scheduler.num_waiting
+
+    def _rest(self) -> None:
+        """Sleep until a command, a loaded adapter or the next deadline."""
+        wake_time = self._scheduler.wake_time()
+        timeout = None if wake_time is None else max(wake_time - time.monotonic(), 0.0)
+        with self._changed:
+            if not (self._woken or self._inbox or self._closed):
+                self._changed.wait(timeout)
+            self._woken = False
+
+    def _end_all(self, error: LorastackError) -> None:
+        self._take_inbox()
+        self._scheduler.end_all(error)
+        self._publish()
+
+    def _set(self, request_id: str, **flags: bool) -> None:
+        def apply() -> None:
+            row = self._scheduler.find(request_id)
+            if row is not None:
+                for name, value in flags.items():
+                    setattr(row, name, value)
+
+        with self._changed:
+            self._inbox.append(apply)
+            self._changed.notify()
+
+    def _describe(
+        self, token_id: int, source: TokenSource, logprobs: TokenLogprobs | None
+    ) -> GeneratedToken:
+        return GeneratedToken(
+            id=token_id,
+            source=source,
+            special=self._tokenizer.is_special(token_id),
+            text=self._tokenizer.token_text(token_id),
+            logprobs=logprobs,
+        )

@@ -1,0 +1,137 @@
+"""From configuration to a loaded model and a ready engine."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from lorastack.adapters.pool import DevicePool
+from lorastack.config import EngineConfig, ModelConfig
+from lorastack.engine.engine import Engine
+from lorastack.engine.pages import Pages
+from lorastack.engine.runner import Runner
+from lorastack.errors import FailedPreconditionError, InvalidArgumentError, Reason
+from lorastack.model.decoder import Decoder
+from lorastack.model.default import DEFAULT_MODEL_ID, default_model
+from lorastack.model.kv import KVCache, page_nbytes
+from lorastack.model.weights import fingerprint, load_decoder
+from lorastack.request import RowEvent
+from lorastack.text.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    """A base model in memory with its tokenizer. name: hub id, or the folder's name."""
+
+    decoder: Decoder
+    tokenizer: Tokenizer
+    name: str
+    path: Path
+    fingerprint: str
+
+
+def load_model(
+    config: ModelConfig, progress: Callable[[int, int], None] | None = None
+) -> LoadedModel:
+    """Weights and tokenizer from a folder, a hub id, or the embedded default.
+
+    progress: (done, total) bytes while the default model is fetched. Raises InvalidArgumentError for
+    an unknown or unsupported model or device.
+    """
+    device = _device(config.device)
+    dtype = _dtype(config.dtype, device)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    path, name = model_folder(config.model, progress)
+    decoder = load_decoder(path, device=device, dtype=dtype, max_context=config.max_context)
+    return LoadedModel(
+        decoder=decoder,
+        tokenizer=Tokenizer.load(path),
+        name=name,
+        path=path,
+        fingerprint=fingerprint(path),
+    )
+
+
+def model_folder(
+    model: str | None, progress: Callable[[int, int], None] | None = None
+) -> tuple[Path, str]:
+    """The folder of a model's files and the name that adapters know it by."""
+    if model is None:
+        return default_model(progress), DEFAULT_MODEL_ID
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder, folder.resolve().name
+    try:
+        return Path(snapshot_download(model, allow_patterns=HUB_FILES)), model
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise InvalidArgumentError(
+            f"--model {model} is neither a folder nor a model the hub gives us: {error}",
+            reason=Reason.INVALID_MODEL,
+        ) from error
+
+
+def build_engine(
+    model: LoadedModel,
+    config: EngineConfig,
+    pool: DevicePool,
+    on_events: Callable[[list[RowEvent]], None],
+    on_failure: Callable[[BaseException], None],
+) -> Engine:
+    """The engine on a loaded model. Any request within `Engine.max_context` fits in its KV memory."""
+    decoder = model.decoder
+    shapes = decoder.shapes
+    nbytes = page_nbytes(shapes, config.page_size, decoder.dtype)
+    num_pages = config.kv_memory // nbytes
+    max_context = min(shapes.max_context, num_pages * config.page_size)
+    if num_pages < 2:
+        raise FailedPreconditionError(
+            f"--kv-memory holds {num_pages} pages of {nbytes} bytes; give it at least "
+            f"{page_nbytes(shapes, shapes.max_context, decoder.dtype)} bytes for one full context",
+            reason=Reason.INVALID_MODEL,
+        )
+    if max_context < shapes.max_context:
+        log.warning(
+            "--kv-memory holds %d tokens: the context is limited to that, the model allows %d",
+            max_context,
+            shapes.max_context,
+        )
+    return Engine(
+        config=config,
+        runner=Runner(
+            decoder, KVCache(shapes, num_pages, config.page_size, decoder.dtype, decoder.device)
+        ),
+        tokenizer=model.tokenizer,
+        pages=Pages(num_pages, config.page_size),
+        pool=pool,
+        max_context=max_context,
+        on_events=on_events,
+        on_failure=on_failure,
+    )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InvalidArgumentError("--device cuda: torch finds no CUDA device; use cpu or auto")
+    return torch.device(name)
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    """auto is float32 on a CPU: bfloat16 matmuls there change bits with the number of rows."""
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype

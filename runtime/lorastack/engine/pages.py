@@ -1,0 +1,106 @@
+"""KV page ids and the prefix cache. Plain ints and hashes; the tensor is the runner's.
+
+A page is free, held (count > 0), or cached: full of accepted KV, held by nobody, kept under its
+hash until room is needed (least recently used first). The hash chains over the row's adapters and
+all tokens up to the page's end, so that equal hashes mean equal KV.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+
+from lorastack.request import LoraUse
+
+ROOT_SALT = b"lorastack-kv-1"
+
+
+def root_hash(loras: Iterable[LoraUse]) -> bytes:
+    """The chain's start: what beside the tokens shapes KV. Heads do not."""
+    key = ";".join(f"{use.digest}*{use.scale!r}" for use in loras)
+    return hashlib.blake2b(ROOT_SALT + key.encode(), digest_size=16).digest()
+
+
+def chain_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
+    """Hash of a full page of tokens behind `parent`."""
+    return hashlib.blake2b(parent + array("I", token_ids).tobytes(), digest_size=16).digest()
+
+
+class Pages:
+    """Who holds which page."""
+
+    def __init__(self, num_pages: int, page_size: int) -> None:
+        self.num_pages = num_pages
+        self.page_size = page_size
+        self._free = list(range(num_pages - 1, -1, -1))
+        self._holders = [0] * num_pages
+        self._hash_of: dict[int, bytes] = {}
+        self._page_of: dict[bytes, int] = {}
+        self._cached: OrderedDict[int, None] = OrderedDict()
+
+    @property
+    def num_available(self) -> int:
+        """Pages that `allocate` could hand out now, cached ones included."""
+        return len(self._free) + len(self._cached)
+
+    @property
+    def num_held(self) -> int:
+        return self.num_pages - self.num_available
+
+    def pages_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.page_size)
+
+    def allocate(self, count: int) -> list[int] | None:
+        """`count` pages held once, or None and nothing changed when there are too few."""
+        if count > self.num_available:
+            return None
+        return [self._take() for _ in range(count)]
+
+    def free(self, pages: Sequence[int]) -> None:
+        """Give up one hold on each page. A row's last pages are forgotten before its first."""
+        for page in reversed(pages):
+            assert self._holders[page] > 0, f"page {page} freed twice"
+            self._holders[page] -= 1
+            if self._holders[page]:
+                continue
+            if page in self._hash_of:
+                self._cached[page] = None
+            else:
+                self._free.append(page)
+
+    def match(self, root: bytes, token_ids: Sequence[int]) -> tuple[list[int], list[bytes]]:
+        """Pages (now held) and hashes of the longest cached prefix, the last token left out.
+
+        The last token is always computed again: the heads need its hidden state.
+        """
+        pages: list[int] = []
+        hashes: list[bytes] = []
+        parent = root
+        for start in range(0, len(token_ids) - self.page_size, self.page_size):
+            parent = chain_hash(parent, token_ids[start : start + self.page_size])
+            page = self._page_of.get(parent)
+            if page is None:
+                break
+            self._holders[page] += 1
+            self._cached.pop(page, None)
+            pages.append(page)
+            hashes.append(parent)
+        return pages, hashes
+
+    def publish(self, page: int, page_hash: bytes) -> None:
+        """Offer a held page, full of accepted KV, to later rows. The first of equal pages stays."""
+        assert self._holders[page] > 0, f"page {page} published by nobody"
+        if page_hash not in self._page_of and page not in self._hash_of:
+            self._page_of[page_hash] = page
+            self._hash_of[page] = page_hash
+
+    def _take(self) -> int:
+        if self._free:
+            page = self._free.pop()
+        else:
+            page, _ = self._cached.popitem(last=False)
+            del self._page_of[self._hash_of.pop(page)]
+        self._holders[page] = 1
+        return page

@@ -1,0 +1,188 @@
+"""The state of one request while it waits and runs. Only the step thread touches it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from lorastack.engine.batch import Draft, RowResult
+from lorastack.engine.pages import root_hash
+from lorastack.request import (
+    Final,
+    FinishReason,
+    GeneratedToken,
+    Request,
+    RowEvent,
+    SpeculationStats,
+    Timings,
+    TokenLogprobs,
+    TokenSource,
+)
+from lorastack.text.stream import TextStream
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Row:
+    """tokens: prompt and output. num_computed: how many of them have KV in `pages`.
+
+    A row with one token left to compute decodes; with more it still takes in its prompt or, after a
+    preemption, prompt and output again.
+    """
+
+    request: Request
+    text: TextStream
+    submitted: float  # time.monotonic() seconds, as all times here
+    tokens: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    pages: list[int] = field(default_factory=list)
+    page_hashes: list[bytes] = field(default_factory=list)  # of the published pages, in order
+    draft: Draft | None = None
+    choices: tuple[tuple[int, ...], ...] = ()  # of the heads that made the draft
+    parked: bool = False  # its reader is slow: keeps its pages, takes no step
+    cancelled: bool = False
+    num_cached: int = 0  # prompt tokens found in the prefix cache at first admission
+    stats: SpeculationStats = field(default_factory=SpeculationStats)
+    adapter_wait_start: float | None = None
+    adapter_wait: float = 0.0
+    admitted: float | None = None
+    first_token: float | None = None
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.request.prompt_ids)
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.request.prompt_ids)
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def num_left(self) -> int:
+        """Tokens it may still generate."""
+        return self.request.stop.max_new_tokens - self.num_generated
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens without KV; 1: its next step decodes."""
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def kv_root(self) -> bytes:
+        return root_hash(self.request.loras)
+
+    @property
+    def wake_time(self) -> float | None:
+        """The earliest moment at which its deadline or time limit ends it."""
+        limits = []
+        if self.request.deadline is not None:
+            limits.append(self.request.deadline)
+        if self.request.stop.time_limit is not None:
+            limits.append(self.submitted + self.request.stop.time_limit)
+        return min(limits, default=None)
+
+    def admit(self, pages: list[int], hashes: list[bytes], num_cached: int, now: float) -> None:
+        """Start, or start again, on `pages`, whose first `num_cached` tokens have KV already."""
+        self.pages, self.page_hashes, self.num_computed = pages, hashes, num_cached
+        if self.admitted is None:
+            self.admitted, self.num_cached = now, num_cached
+
+    def preempt(self) -> None:
+        """Give everything up but the tokens."""
+        self.pages, self.page_hashes, self.num_computed = [], [], 0
+        self.draft = None
+
+    def wait_for_adapters(self, now: float) -> None:
+        if self.adapter_wait_start is None:
+            self.adapter_wait_start = now
+
+    def got_adapters(self, now: float) -> None:
+        if self.adapter_wait_start is not None:
+            self.adapter_wait += now - self.adapter_wait_start
+            self.adapter_wait_start = None
+
+    def append(
+        self,
+        result: RowResult,
+        eos_ids: frozenset[int],
+        describe: Callable[[int, TokenSource, TokenLogprobs | None], GeneratedToken],
+        now: float,
+    ) -> RowEvent:
+        """Take a step's tokens up to the first that ends the row. The event says what is new."""
+        if self.first_token is None:
+            self.first_token = now
+        stop = self.request.stop
+        emitted: list[GeneratedToken] = []
+        text: list[str] = []
+        finish: FinishReason | None = None
+        for index, token in enumerate(result.tokens):
+            source = TokenSource.HEADS if index < result.num_accepted else TokenSource.MODEL
+            logprobs = result.logprobs[index] if result.logprobs else None
+            self.tokens.append(token)
+            emitted.append(describe(token, source, logprobs))
+            if token in stop.stop_token_ids:
+                finish = FinishReason.STOP_TOKEN
+            elif token in eos_ids and not stop.ignore_eos:
+                finish = FinishReason.EOS
+            else:
+                text.append(self.text.push(token))
+                if self.text.match is not None:
+                    finish = FinishReason.STOP_SEQUENCE
+                elif self.num_left == 0:
+                    finish = FinishReason.LENGTH
+            if finish is not None:
+                break
+        self._count_accepted(min(len(emitted), result.num_accepted))
+        if finish is None:
+            return RowEvent(
+                request_id=self.request.request_id, text="".join(text), tokens=tuple(emitted)
+            )
+        return self.finish(finish, now, "".join(text), tuple(emitted))
+
+    def finish(
+        self,
+        reason: FinishReason,
+        now: float,
+        text: str = "",
+        tokens: tuple[GeneratedToken, ...] = (),
+    ) -> RowEvent:
+        """The row's last event. Text held back for a stop sequence that did not come is let go."""
+        if self.text.match is None:
+            text += self.text.flush()
+            if self.text.match is not None:
+                reason = FinishReason.STOP_SEQUENCE
+        self.got_adapters(now)
+        admitted = now if self.admitted is None else self.admitted
+        first_token = now if self.first_token is None else self.first_token
+        return RowEvent(
+            request_id=self.request.request_id,
+            text=text,
+            tokens=tokens,
+            final=Final(
+                finish_reason=reason,
+                stop_match=self.text.match or "",
+                prompt_tokens=self.num_prompt,
+                cached_prompt_tokens=self.num_cached,
+                generated_tokens=self.num_generated,
+                speculation=self.stats,
+                timings=Timings(
+                    queue=admitted - self.submitted,
+                    adapter_wait=self.adapter_wait,
+                    time_to_first_token=first_token - self.submitted,
+                    total=now - self.submitted,
+                ),
+            ),
+        )
+
+    def count_step(self, num_drafted: int) -> None:
+        """A decode step that verified `num_drafted` nodes."""
+        self.stats.steps += 1
+        self.stats.drafted += num_drafted
+
+    def _count_accepted(self, count: int) -> None:
+        by_head = self.stats.accepted_by_head
+        self.stats.accepted += count
+        by_head.extend([0] * (count - len(by_head)))
+        for head in range(count):
+            by_head[head] += 1

@@ -1,0 +1,247 @@
+"""A batch into tensors, through the model, and back into tokens. Never touches a queue."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from lorastack.adapters.pool import DeviceAdapter
+from lorastack.engine.batch import Batch, Draft, RowResult, RowStep
+from lorastack.errors import InternalError, Reason
+from lorastack.lora.segments import LoraBatch, Segment
+from lorastack.lora.weights import LoraWeights
+from lorastack.model.context import ForwardBatch, RowSpan
+from lorastack.model.decoder import Decoder
+from lorastack.model.kv import KVCache
+from lorastack.request import TokenLogprobs
+from lorastack.sampling.sampler import draw, token_logprobs
+from lorastack.speculation.accept import Accepted, DraftedTree, accept
+from lorastack.speculation.heads import HeadsWeights, apply_heads, top_candidates
+from lorastack.speculation.tree import CHAIN
+
+Weights = TypeVar("Weights", LoraWeights, HeadsWeights)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampled:
+    """A row that draws tokens. first_logit: its root's row in the step's logits."""
+
+    index: int  # of its step in the batch
+    step: RowStep
+    first_logit: int
+
+
+class Runner:
+    """Owns the KV tensor and borrows weights and adapters."""
+
+    def __init__(self, decoder: Decoder, kv: KVCache) -> None:
+        self._decoder = decoder
+        self._kv = kv
+        self._loras: WeakKeyDictionary[DeviceAdapter, LoraWeights] = WeakKeyDictionary()
+        self._heads: WeakKeyDictionary[DeviceAdapter, HeadsWeights] = WeakKeyDictionary()
+
+    @torch.inference_mode()
+    def run(self, batch: Batch) -> list[RowResult]:
+        """One forward pass; results in the order of the batch's steps."""
+        hidden_TH, starts = self._forward(batch)
+        results = [RowResult() for _ in batch.steps]
+        sampled, rows = self._logit_rows(batch, starts)
+        if not sampled:
+            return results
+        hidden_XH = hidden_TH[torch.tensor(rows, device=hidden_TH.device)]
+        counts = [len(s.step.token_ids) if s.step.tree else 1 for s in sampled]
+        logits_XV = self._decoder.logits(hidden_XH, self._segments([s.step for s in sampled], counts))
+        peaks_X, best_X = (part.tolist() for part in logits_XV.max(dim=-1))
+        accepted = self._accept(sampled, logits_XV, best_X)
+        self._move_kv(sampled, accepted)
+        drafts = self._draft(sampled, accepted, hidden_XH)
+        for row, path, draft in zip(sampled, accepted, drafts, strict=True):
+            results[row.index] = self._result(row, path, draft, logits_XV, peaks_X)
+        return results
+
+    # -- forward ----------------------------------------------------------------------------------
+
+    def _forward(self, batch: Batch) -> tuple[Tensor, list[int]]:
+        """Hidden states of all the step's tokens, and where each row's begin."""
+        token_ids: list[int] = []
+        spans: list[RowSpan] = []
+        for step in batch.steps:
+            start = len(token_ids)
+            token_ids.extend(step.token_ids)
+            spans.append(
+                RowSpan(
+                    start=start,
+                    end=len(token_ids),
+                    page_table=step.page_table,
+                    committed=step.committed,
+                    parents=step.tree.parents if step.tree else None,
+                )
+            )
+        forward = ForwardBatch(
+            token_ids_T=torch.tensor(token_ids, device=self._decoder.device),
+            rows=tuple(spans),
+            lora=self._segments(batch.steps, [len(step.token_ids) for step in batch.steps]),
+        )
+        return self._decoder.forward(forward, self._kv), [span.start for span in spans]
+
+    def _segments(self, steps: Sequence[RowStep], counts: Sequence[int]) -> LoraBatch:
+        """Segments over rows of `counts` tokens; neighbours with one stack share theirs."""
+        segments: list[Segment] = []
+        start = 0
+
+        def stack(pair: tuple[RowStep, int]) -> list[tuple[str, float]]:
+            return [(use.digest, use.scale) for use in pair[0].request.loras]
+
+        for _, group in groupby(zip(steps, counts, strict=True), key=stack):
+            pairs = list(group)
+            end = start + sum(count for _, count in pairs)
+            first = pairs[0][0]
+            for use, adapter in zip(first.request.loras, first.adapters.loras, strict=True):
+                weights = self._views(self._loras, adapter, LoraWeights.from_buffer)
+                segments.append(Segment(start=start, end=end, weights=weights, scale=use.scale))
+            start = end
+        return LoraBatch(tuple(segments))
+
+    @staticmethod
+    def _views(
+        known: WeakKeyDictionary[DeviceAdapter, Weights],
+        adapter: DeviceAdapter,
+        build: Callable[..., Weights],
+    ) -> Weights:
+        """Views into the adapter's buffer, made once while it is on the device."""
+        if adapter not in known:
+            known[adapter] = build(adapter.buffer, adapter.layout)
+        return known[adapter]
+
+    # -- tokens -----------------------------------------------------------------------------------
+
+    @staticmethod
+    def _logit_rows(batch: Batch, starts: list[int]) -> tuple[list[Sampled], list[int]]:
+        """Which hidden states need logits: all nodes of a tree, the last token of a chain."""
+        sampled: list[Sampled] = []
+        rows: list[int] = []
+        for index, (step, start) in enumerate(zip(batch.steps, starts, strict=True)):
+            if not step.samples:
+                continue
+            end = start + len(step.token_ids)
+            first = start if step.tree else end - 1
+            sampled.append(Sampled(index=index, step=step, first_logit=len(rows)))
+            rows.extend(range(first, end))
+        return sampled, rows
+
+    @staticmethod
+    def _accept(sampled: list[Sampled], logits_XV: Tensor, best_X: list[int]) -> list[Accepted]:
+        """Draw at each root and descend while the draw is a drafted token."""
+
+        def draw_nodes(nodes: Sequence[tuple[int, int, int]]) -> list[int]:
+            tokens = [best_X[sampled[row].first_logit + node] for row, node, _ in nodes]
+            drawn = [i for i, n in enumerate(nodes) if not sampled[n[0]].step.request.sampling.greedy]
+            if drawn:
+                picks = [(sampled[nodes[i][0]], nodes[i][1], nodes[i][2]) for i in drawn]
+                draws = draw(
+                    logits_XV[[row.first_logit + node for row, node, _ in picks]],
+                    [row.step.request.sampling for row, _, _ in picks],
+                    [row.step.num_generated + depth for row, _, depth in picks],
+                )
+                for i, token in zip(drawn, draws, strict=True):
+                    tokens[i] = token
+            return tokens
+
+        trees = [
+            DraftedTree(tree=s.step.tree or CHAIN, tokens=s.step.token_ids if s.step.tree else (-1,))
+            for s in sampled
+        ]
+        return accept(trees, draw_nodes)
+
+    def _move_kv(self, sampled: list[Sampled], accepted: list[Accepted]) -> None:
+        """The accepted path's KV behind its root's, in order."""
+        for row, path in zip(sampled, accepted, strict=True):
+            places = tuple(range(1, len(path.path) + 1))
+            if path.path != places:
+                step = row.step
+                self._kv.move(
+                    step.page_table,
+                    [step.committed + node for node in path.path],
+                    [step.committed + place for place in places],
+                )
+
+    @staticmethod
+    def _result(
+        row: Sampled,
+        accepted: Accepted,
+        draft: Draft | None,
+        logits_XV: Tensor,
+        peaks_X: list[float],
+    ) -> RowResult:
+        nodes = [row.first_logit, *(row.first_logit + node for node in accepted.path)]
+        request = row.step.request
+        if not all(math.isfinite(peaks_X[node]) for node in nodes):
+            names = ", ".join(use.lora_id for use in request.loras) or "the base model"
+            return RowResult(
+                error=InternalError(
+                    f"the model gave non-finite logits with {names}; check the adapter's values "
+                    "and the scale, or use a wider --dtype",
+                    reason=Reason.NON_FINITE_LOGITS,
+                )
+            )
+        logprobs: tuple[TokenLogprobs, ...] = ()
+        if request.num_logprobs is not None:
+            logprobs = tuple(
+                token_logprobs(logits_XV[node], token, request.num_logprobs)
+                for node, token in zip(nodes, accepted.tokens, strict=True)
+            )
+        return RowResult(
+            tokens=accepted.tokens,
+            num_accepted=len(accepted.path),
+            logprobs=logprobs,
+            draft=draft,
+        )
+
+    # -- draft ------------------------------------------------------------------------------------
+
+    def _draft(
+        self, sampled: list[Sampled], accepted: list[Accepted], hidden_XH: Tensor
+    ) -> list[Draft | None]:
+        """Every row's heads at its last accepted token, as one operation over the batch.
+
+        It costs a second lm_head pass over (rows x heads), through the row's LoRA if that adapts
+        lm_head.
+        """
+        drafts: list[Draft | None] = [None] * len(sampled)
+        drafting = sorted(
+            (i for i, row in enumerate(sampled) if row.step.num_candidates),
+            key=lambda i: _heads_of(sampled[i].step).digest,
+        )
+        if not drafting:
+            return drafts
+        last = [sampled[i].first_logit + (accepted[i].path or (0,))[-1] for i in drafting]
+        groups: list[tuple[slice, HeadsWeights]] = []
+        for _, group in groupby(
+            range(len(drafting)), key=lambda n: _heads_of(sampled[drafting[n]].step).digest
+        ):
+            places = list(group)
+            heads = _heads_of(sampled[drafting[places[0]]].step)
+            weights = self._views(self._heads, heads, HeadsWeights.from_buffer)
+            groups.append((slice(places[0], places[-1] + 1), weights))
+        residual_YH = apply_heads(hidden_XH[last], groups)
+        steps = [sampled[i].step for i in drafting]
+        counts = [_heads_of(step).layout.num_heads for step in steps]
+        logits_YV = self._decoder.logits(residual_YH, self._segments(steps, counts))
+        candidates = top_candidates(logits_YV, max(step.num_candidates for step in steps)).tolist()
+        start = 0
+        for i, count in zip(drafting, counts, strict=True):
+            drafts[i] = tuple(tuple(ranks) for ranks in candidates[start : start + count])
+            start += count
+        return drafts
+
+
+def _heads_of(step: RowStep) -> DeviceAdapter:
+    assert step.adapters.heads is not None
+    return step.adapters.heads

@@ -1,0 +1,347 @@
+"""Who runs: queues, deadlines, page and adapter holds. Never touches a tensor."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+
+from lorastack.adapters.pool import DeviceAdapter, DevicePool
+from lorastack.config import EngineConfig
+from lorastack.engine.batch import (
+    Batch,
+    RowAdapters,
+    RowResult,
+    RowStep,
+    heads_choices,
+    static_tree,
+)
+from lorastack.engine.pages import Pages, chain_hash
+from lorastack.engine.row import Row
+from lorastack.errors import DeadlineExceededError, LorastackError
+from lorastack.request import (
+    FinishReason,
+    GeneratedToken,
+    RowEvent,
+    TokenLogprobs,
+    TokenSource,
+)
+from lorastack.speculation.tree import Tree
+
+Describe = Callable[[int, TokenSource, TokenLogprobs | None], GeneratedToken]
+
+
+class Scheduler:
+    """Waiting and running rows.
+
+    A step is schedule() -> Batch, the runner's work, then update() or fail(). Adapters are pinned
+    from schedule to update: a pin's quantum is one step, so a row that does not run holds none.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        pages: Pages,
+        pool: DevicePool,
+        eos_ids: frozenset[int],
+        describe: Describe,
+    ) -> None:
+        self._config = config
+        self._pages = pages
+        self._pool = pool
+        self._eos_ids = eos_ids
+        self._describe = describe
+        self._waiting: deque[Row] = deque()
+        self._running: list[Row] = []  # in order of admission
+        self._scheduled: list[tuple[Row, RowStep]] = []
+        self._events: list[RowEvent] = []
+
+    # -- requests in, events out ------------------------------------------------------------------
+
+    def add(self, row: Row) -> None:
+        self._waiting.append(row)
+
+    def find(self, request_id: str) -> Row | None:
+        return next((row for row in self._rows() if row.request.request_id == request_id), None)
+
+    def take_events(self) -> list[RowEvent]:
+        """What happened since the last call."""
+        events, self._events = self._events, []
+        return events
+
+    @property
+    def num_rows(self) -> int:
+        return len(self._waiting) + len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    def wake_time(self) -> float | None:
+        """When the next deadline or time limit falls due."""
+        times = [row.wake_time for row in self._rows()]
+        return min((at for at in times if at is not None), default=None)
+
+    # -- one step ---------------------------------------------------------------------------------
+
+    def schedule(self) -> Batch | None:
+        """Pages, adapters and tokens for as many rows as fit; None when no row can run."""
+        now = time.monotonic()
+        self._end_overdue(now)
+        budget = self._config.max_step_tokens
+        for row in list(self._running):
+            if row.parked or row not in self._running:  # preempted by a row before it
+                continue
+            budget -= self._schedule_row(row, budget, now)
+        self._admit(budget, now)
+        if not self._scheduled:
+            return None
+        # Rows of one stack side by side make one segment of each of its LoRAs.
+        self._scheduled.sort(key=lambda pair: [(use.digest, use.scale) for use in pair[0].request.loras])
+        return Batch(steps=tuple(step for _, step in self._scheduled))
+
+    def update(self, results: list[RowResult]) -> None:
+        """Take in a step's results, in the order of its batch."""
+        now = time.monotonic()
+        scheduled, self._scheduled = self._scheduled, []
+        for (row, step), result in zip(scheduled, results, strict=True):
+            self._release(step.adapters)
+            if result.error is not None:
+                self._end(row, error=result.error)
+                continue
+            self._commit(row, step, result)
+            if not step.samples:
+                continue
+            event = row.append(result, self._eos_ids, self._describe, now)
+            self._events.append(event)
+            if event.final is not None:
+                self._remove(row)
+
+    def fail(self, error: LorastackError) -> None:
+        """The step raised: its rows end, everything they held is free."""
+        scheduled, self._scheduled = self._scheduled, []
+        for row, step in scheduled:
+            self._release(step.adapters)
+            self._end(row, error=error)
+
+    def end_all(self, error: LorastackError) -> None:
+        """Every row ends with `error`."""
+        self.fail(error)
+        for row in list(self._rows()):
+            self._end(row, error=error)
+
+    # -- inside -----------------------------------------------------------------------------------
+
+    def _rows(self) -> Iterator[Row]:
+        yield from self._running
+        yield from self._waiting
+
+    def _end_overdue(self, now: float) -> None:
+        for row in list(self._rows()):
+            limit, deadline = row.request.stop.time_limit, row.request.deadline
+            if row.cancelled:
+                self._finish(row, FinishReason.CANCELLED, now)
+            elif deadline is not None and now >= deadline:
+                self._end(row, error=DeadlineExceededError("the deadline passed; allow more time"))
+            elif limit is not None and now >= row.submitted + limit:
+                self._finish(row, FinishReason.TIME_LIMIT, now)
+
+    def _schedule_row(self, row: Row, budget: int, now: float) -> int:
+        """Plan one running row; returns how much of the prompt budget it took."""
+        decoding = row.num_pending == 1
+        num_tokens = 1 if decoding else min(row.num_pending, budget)
+        if num_tokens <= 0:
+            return 0
+        adapters = self._acquire(row, now)
+        if adapters is None:
+            return 0
+        tree = self._tree(row) if decoding else None
+        if tree is not None and not self._grow(row, row.num_computed + tree.num_nodes):
+            tree = None
+        if tree is None and not self._make_room(row, row.num_computed + num_tokens):
+            self._release(adapters)
+            return 0
+        self._plan(row, num_tokens, tree, adapters)
+        return 0 if decoding else num_tokens
+
+    def _admit(self, budget: int, now: float) -> None:
+        """Start waiting rows in order; one whose LoRA is still loading waits aside."""
+        for row in list(self._waiting):
+            if budget <= 0 or not self._free_slot():
+                return
+            adapters = None if row.parked else self._acquire(row, now)
+            if adapters is None:
+                continue
+            cached, hashes = self._pages.match(row.kv_root, row.tokens)
+            missing = self._pages.pages_for(len(row.tokens)) - len(cached)
+            while (fresh := self._pages.allocate(missing)) is None and self._preempt_parked():
+                pass
+            if fresh is None:
+                self._pages.free(cached)
+                self._release(adapters)
+                return
+            self._waiting.remove(row)
+            self._running.append(row)
+            row.admit(cached + fresh, hashes, len(cached) * self._pages.page_size, now)
+            num_tokens = min(row.num_pending, budget)
+            self._plan(row, num_tokens, None, adapters)
+            budget -= num_tokens
+
+    def _plan(self, row: Row, num_tokens: int, tree: Tree | None, adapters: RowAdapters) -> None:
+        start = row.num_computed
+        token_ids = tuple(row.tokens[start : start + num_tokens])
+        if tree is not None:
+            assert row.draft is not None
+            token_ids += tuple(
+                row.draft[head - 1][rank]
+                for head, rank in zip(tree.heads[1:], tree.ranks[1:], strict=True)
+            )
+        samples = num_tokens == row.num_pending
+        step = RowStep(
+            request=row.request,
+            token_ids=token_ids,
+            page_table=tuple(row.pages),
+            committed=start,
+            num_generated=row.num_generated,
+            samples=samples,
+            tree=tree,
+            adapters=adapters,
+            num_candidates=self._num_candidates(row, adapters) if samples else 0,
+        )
+        self._scheduled.append((row, step))
+
+    def _commit(self, row: Row, step: RowStep, result: RowResult) -> None:
+        """KV of the step's own tokens and of the accepted nodes now counts as the row's."""
+        num_drafted = step.tree.num_nodes - 1 if step.tree else 0
+        if row.num_pending == 1 and row.num_generated:
+            row.count_step(num_drafted)
+        row.num_computed += len(step.token_ids) - num_drafted + result.num_accepted
+        row.draft = result.draft
+        if step.adapters.heads is not None:
+            row.choices = heads_choices(step.adapters.heads.layout)
+        size = self._pages.page_size
+        tokens = row.tokens + list(result.tokens)
+        for index in range(len(row.page_hashes), row.num_computed // size):
+            parent = row.page_hashes[-1] if row.page_hashes else row.kv_root
+            page_hash = chain_hash(parent, tokens[index * size : (index + 1) * size])
+            row.page_hashes.append(page_hash)
+            self._pages.publish(row.pages[index], page_hash)
+
+    # -- drafts -----------------------------------------------------------------------------------
+
+    def _max_nodes(self, row: Row) -> int:
+        speculation = row.request.speculation
+        if not speculation.enabled or row.request.heads is None:
+            return 0
+        wanted = speculation.max_nodes
+        return self._config.max_nodes if wanted is None else wanted
+
+    def _tree(self, row: Row) -> Tree | None:
+        """The tree of the row's draft, cut so that no step makes more tokens than are left."""
+        max_depth = row.num_left - 1
+        if row.draft is None or max_depth < 1:
+            return None
+        tree = static_tree(row.choices, self._max_nodes(row), min(max_depth, len(row.draft)))
+        return tree if tree.num_nodes > 1 else None
+
+    def _num_candidates(self, row: Row, adapters: RowAdapters) -> int:
+        """How many tokens a head must propose for the next step's tree; 0: no draft is wanted."""
+        if adapters.heads is None:
+            return 0
+        layout = adapters.heads.layout
+        tree = static_tree(heads_choices(layout), self._max_nodes(row), layout.num_heads)
+        return 1 + max(tree.ranks)
+
+    # -- adapters ---------------------------------------------------------------------------------
+
+    def _acquire(self, row: Row, now: float) -> RowAdapters | None:
+        """The row's LoRAs, all of them, and its heads if they are on the device; None: not now.
+
+        A row never waits for heads: it goes on undrafted while they load.
+        """
+        try:
+            loras = self._pool.acquire([use.digest for use in row.request.loras])
+            if loras is None:
+                row.wait_for_adapters(now)
+                return None
+            row.got_adapters(now)
+            heads = None
+            # Of three tokens left this step makes one, the next could make two: the least worth a draft.
+            if row.request.heads is not None and self._max_nodes(row) and row.num_left > 2:
+                heads = self._acquire_heads(row.request.heads.digest, loras)
+        except LorastackError as error:
+            self._end(row, error=error)
+            return None
+        return RowAdapters(loras=loras, heads=heads)
+
+    def _acquire_heads(self, digest: str, loras: tuple[DeviceAdapter, ...]) -> DeviceAdapter | None:
+        try:
+            acquired = self._pool.acquire([digest])
+        except LorastackError:
+            self._pool.release([lora.digest for lora in loras])
+            raise
+        return acquired[0] if acquired else None
+
+    def _release(self, adapters: RowAdapters) -> None:
+        self._pool.release(adapters.digests)
+
+    # -- pages ------------------------------------------------------------------------------------
+
+    def _grow(self, row: Row, num_slots: int) -> bool:
+        """Pages for `num_slots` tokens, if that many are available."""
+        missing = self._pages.pages_for(num_slots) - len(row.pages)
+        fresh = self._pages.allocate(max(missing, 0))
+        if fresh is None:
+            return False
+        row.pages.extend(fresh)
+        return True
+
+    def _make_room(self, row: Row, num_slots: int) -> bool:
+        """Pages for `num_slots` tokens, taken from later rows if need be; False: it had to yield.
+
+        Rows are planned from the oldest, so that a victim, parked or younger, has no step planned.
+        """
+        while not self._grow(row, num_slots):
+            if self._preempt_parked():
+                continue
+            victim = self._running[-1]
+            self._preempt(victim)
+            if victim is row:
+                return False
+        return True
+
+    def _free_slot(self) -> bool:
+        """Whether one more row may run, parked ones giving way."""
+        return len(self._running) < self._config.max_rows or self._preempt_parked()
+
+    def _preempt_parked(self) -> bool:
+        """Take back the pages of the latest parked row; False: there is none."""
+        parked = next((row for row in reversed(self._running) if row.parked), None)
+        if parked is not None:
+            self._preempt(parked)
+        return parked is not None
+
+    def _preempt(self, row: Row) -> None:
+        """Back to the head of the queue, pages given up; its tokens stay and are computed again."""
+        self._running.remove(row)
+        self._pages.free(row.pages)
+        row.preempt()
+        self._waiting.appendleft(row)
+
+    # -- ends -------------------------------------------------------------------------------------
+
+    def _finish(self, row: Row, reason: FinishReason, now: float) -> None:
+        self._events.append(row.finish(reason, now))
+        self._remove(row)
+
+    def _end(self, row: Row, error: LorastackError) -> None:
+        self._events.append(RowEvent(request_id=row.request.request_id, error=error))
+        self._remove(row)
+
+    def _remove(self, row: Row) -> None:
+        if row in self._running:
+            self._running.remove(row)
+        else:
+            self._waiting.remove(row)
+        self._pages.free(row.pages)
+        row.pages = []
