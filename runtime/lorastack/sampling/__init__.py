@@ -1,0 +1,1 @@
+"""From logits and parameters to tokens."""

@@ -1,0 +1,1 @@
+"""Drafting tokens with Medusa heads and accepting those that the model draws itself."""
