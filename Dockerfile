@@ -19,7 +19,7 @@ COPY --from=build /opt/lorastack /opt/lorastack
 ENV PATH=/opt/lorastack/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     LORASTACK_CACHE=/data/cache
-USER lorastack
+USER 10001
 VOLUME /data
 EXPOSE 50051
 # The first start downloads and converts the default model.

@@ -23,6 +23,7 @@ check: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/hadolint Dockerfile
 	@tmp=$$(mktemp -d) && trap 'rm -rf "$$tmp"' EXIT && $(call PROTOC,$$tmp) && \
 	  diff -r -x __init__.py -x __pycache__ "$$tmp/lorastack/v1" runtime/lorastack/v1 || \
 	  { echo 'lorastack/v1 differs from protos/: run "make proto" and commit the result' >&2; exit 1; }

@@ -1,0 +1,58 @@
+"""Fixtures that several packages share: tiny model folders, the real model."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from pathlib import Path
+
+import pytest
+
+from lorastack.layout import ModelShapes
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LlamaForCausalLM folder: 2 layers, hidden 64, tied embeddings."""
+    from tests.helpers.tiny import build_llama
+
+    return build_llama(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_mistral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A MistralForCausalLM folder: 3 layers, untied head, sliding window of 24."""
+    from tests.helpers.tiny import build_mistral
+
+    return build_mistral(tmp_path_factory.mktemp("models") / "tiny-mistral")
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_shapes(tiny_llama: Path) -> ModelShapes:
+    from tests.helpers.tiny import shapes_of
+
+    return shapes_of(tiny_llama)
+
+
+@pytest.fixture(scope="session")
+def tiny_mistral_shapes(tiny_mistral: Path) -> ModelShapes:
+    from tests.helpers.tiny import shapes_of
+
+    return shapes_of(tiny_mistral)
+
+
+@pytest.fixture(scope="session")
+def smollm() -> Path:
+    """The default model's folder (for tests marked `real`); made once a machine."""
+    from lorastack.model.default import default_model
+
+    return default_model()
+
+
+@pytest.fixture(scope="session")
+def example_adapters() -> Path:
+    """The folder of trained adapters (for tests marked `real`)."""
+    return Path(__file__).parents[1] / "examples" / "adapters"

@@ -1,0 +1,1 @@
+"""What tests of several packages share: tiny models, adapters, canaries, a reference."""

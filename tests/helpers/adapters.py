@@ -1,0 +1,132 @@
+"""Random PEFT LoRA folders and Medusa v2 folders for given shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from lorastack.layout import EMBED, LAYER_TARGETS, LM_HEAD, ModelShapes
+from tests.helpers.tiny import write_json
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+def module_path(layer: int, target: str) -> str:
+    """The dotted name of a target's module in a Hugging Face Llama or Mistral."""
+    if target == LM_HEAD:
+        return LM_HEAD
+    if target == EMBED:
+        return f"model.{EMBED}"
+    block = "self_attn" if target in ATTENTION else "mlp"
+    return f"model.layers.{layer}.{block}.{target}"
+
+
+def lora_tensor_names(layer: int, target: str) -> tuple[str, str]:
+    """PEFT's keys of a target's A and B."""
+    path = f"base_model.model.{module_path(layer, target)}"
+    if target == EMBED:
+        return f"{path}.lora_embedding_A", f"{path}.lora_embedding_B"
+    return f"{path}.lora_A.weight", f"{path}.lora_B.weight"
+
+
+def lora_config(rank: int, alpha: float, targets: Sequence[str], **fields: Any) -> dict[str, Any]:
+    """adapter_config.json as PEFT writes it, reduced to what matters."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "target_modules": list(targets),
+        "bias": "none",
+        "inference_mode": True,
+        **fields,
+    }
+
+
+def write_lora_tensors(
+    folder: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]
+) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "adapter_config.json", dict(config))
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        folder / "adapter_model.safetensors",
+        metadata={"format": "pt"},
+    )
+    return folder
+
+
+def write_lora(
+    folder: Path,
+    shapes: ModelShapes,
+    *,
+    seed: int = 0,
+    rank: int = 8,
+    alpha: float = 16.0,
+    targets: Sequence[str] = LAYER_TARGETS,
+    layers: Sequence[int] | None = None,
+    strength: float = 0.3,
+    dtype: torch.dtype = torch.float32,
+    **fields: Any,
+) -> Path:
+    """A random LoRA that visibly changes the output: scale * B @ A has entries of about
+    strength / sqrt(in) whatever the rank.
+
+    layers: the only layers adapted (written as layers_to_transform); fields: more of
+    adapter_config.json (use_rslora, base_model_name_or_path, ...).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    if layers is not None:
+        fields["layers_to_transform"] = list(layers)
+    tensors: dict[str, torch.Tensor] = {}
+    scale = alpha / (rank**0.5 if fields.get("use_rslora") else rank)
+    for target in targets:
+        out, inner = shapes.target_shape(target)
+        chosen = range(shapes.num_layers) if layers is None else layers
+        for layer in (0,) if target in (EMBED, LM_HEAD) else chosen:
+            # An embedding reads one column of A, so nothing averages over `in` there.
+            a_std = 1.0 if target == EMBED else inner**-0.5
+            a = torch.randn(rank, inner, generator=generator) * a_std
+            b = torch.randn(out, rank, generator=generator) * (strength / scale / rank**0.5)
+            name_a, name_b = lora_tensor_names(layer, target)
+            tensors[name_a], tensors[name_b] = a.to(dtype), b.to(dtype)
+    return write_lora_tensors(folder, tensors, lora_config(rank, alpha, targets, **fields))
+
+
+def heads_config(num_heads: int, **fields: Any) -> dict[str, Any]:
+    return {"medusa_num_heads": num_heads, "medusa_num_layers": 1, "version": "2", **fields}
+
+
+def write_heads_tensors(
+    folder: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]
+) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", dict(config))
+    save_file(dict(tensors), folder / "medusa_lm_head.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def write_heads(
+    folder: Path,
+    hidden_size: int,
+    *,
+    num_heads: int = 3,
+    seed: int = 0,
+    strength: float = 0.1,
+    dtype: torch.dtype = torch.float32,
+    **fields: Any,
+) -> Path:
+    """Random Medusa v2 heads: close to the identity for a small strength."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, torch.Tensor] = {}
+    for head in range(num_heads):
+        weight = torch.randn(hidden_size, hidden_size, generator=generator)
+        tensors[f"{head}.0.linear.weight"] = (weight * strength).to(dtype)
+        bias = torch.randn(hidden_size, generator=generator)
+        tensors[f"{head}.0.linear.bias"] = (bias * strength).to(dtype)
+    return write_heads_tensors(folder, tensors, heads_config(num_heads, **fields))

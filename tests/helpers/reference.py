@@ -1,0 +1,124 @@
+"""The reference of every identity test: transformers + PEFT generating one request alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+Stack = Sequence[tuple[str, float]]
+TIE = 1e-4  # two best logits closer than this may swap by rounding
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """Greedy tokens, and for each the distance of the two best logits it was chosen from."""
+
+    tokens: tuple[int, ...]
+    gaps: tuple[float, ...]
+
+
+@dataclass(slots=True)
+class Mismatch:
+    """Where an output leaves the reference. gap: of the reference's own two best logits there."""
+
+    index: int
+    gap: float
+
+    @property
+    def excused(self) -> bool:
+        return self.gap < TIE
+
+
+def first_mismatch(reference: Generated, tokens: Sequence[int]) -> Mismatch | None:
+    """The first differing token; a shorter output differs at its end."""
+    for index, (expected, gap) in enumerate(zip(reference.tokens, reference.gaps, strict=True)):
+        if index >= len(tokens) or tokens[index] != expected:
+            return Mismatch(index, gap)
+    return None if len(tokens) == len(reference.tokens) else Mismatch(len(reference.tokens), 0.0)
+
+
+@dataclass(slots=True)
+class Reference:
+    """A base model folder and, by name, the LoRA folders that requests may use.
+
+    A stack runs as PEFT's weighted concatenation (`combination_type="cat"`): for one adapter with
+    scale 1 that is the adapter itself.
+    """
+
+    model_path: Path
+    loras: dict[str, Path]
+    dtype: torch.dtype = torch.float32
+    _model: Any = field(init=False)
+    _stacks: dict[tuple[tuple[str, float], ...], str] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        base = AutoModelForCausalLM.from_pretrained(self.model_path, dtype=self.dtype)
+        base.train(False).requires_grad_(False)
+        self._model = base
+        for name, path in self.loras.items():
+            if isinstance(self._model, PeftModel):
+                self._model.load_adapter(path, adapter_name=name)
+            else:
+                self._model = PeftModel.from_pretrained(base, path, adapter_name=name)
+
+    def generate(
+        self,
+        prompt: Sequence[int],
+        max_new_tokens: int,
+        *,
+        stack: Stack = (),
+        eos_ids: frozenset[int] = frozenset(),
+    ) -> Generated:
+        """Greedy tokens (the end token included) of one prompt alone.
+
+        stack: (name, scale) of each LoRA; eos_ids: tokens that end it, empty to ignore them.
+        """
+        ids, cache = torch.tensor([list(prompt)]), None
+        tokens: list[int] = []
+        gaps: list[float] = []
+        with self._active(stack):
+            while len(tokens) < max_new_tokens and not (tokens and tokens[-1] in eos_ids):
+                output = self._model(
+                    input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1
+                )
+                cache = output.past_key_values
+                best = output.logits[0, -1].float().topk(2)
+                tokens.append(int(best.indices[0]))
+                gaps.append(float(best.values[0] - best.values[1]))
+                ids = torch.tensor([tokens[-1:]])
+        return Generated(tuple(tokens), tuple(gaps))
+
+    def logits(self, tokens: Sequence[int], stack: Stack = ()) -> torch.Tensor:
+        """[T, V] float32 logits after every token, in one pass without a cache."""
+        with self._active(stack):
+            output = self._model(input_ids=torch.tensor([list(tokens)]), use_cache=False)
+        logits: torch.Tensor = output.logits[0].float()
+        return logits
+
+    @contextmanager
+    def _active(self, stack: Stack) -> Iterator[None]:
+        with torch.inference_mode(), ExitStack() as scope:
+            if stack:
+                self._model.set_adapter(self._adapter_for(tuple(stack)))
+            elif isinstance(self._model, PeftModel):
+                scope.enter_context(self._model.disable_adapter())
+            yield
+
+    def _adapter_for(self, stack: tuple[tuple[str, float], ...]) -> str:
+        if len(stack) == 1 and stack[0][1] == 1.0:
+            return stack[0][0]
+        if stack not in self._stacks:
+            names, scales = zip(*stack, strict=True)
+            name = f"stack{len(self._stacks)}"
+            self._model.add_weighted_adapter(
+                list(names), list(scales), name, combination_type="cat"
+            )
+            self._stacks[stack] = name
+        return self._stacks[stack]

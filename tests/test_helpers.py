@@ -1,0 +1,152 @@
+"""The test tools themselves: a canary that does not sing would let every isolation test pass."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lorastack.layout import EMBED, LAYER_TARGETS, LM_HEAD, ModelShapes
+from tests.helpers.adapters import write_heads, write_lora
+from tests.helpers.canary import next_state, write_canary, write_canary_heads
+from tests.helpers.reference import Generated, Reference, first_mismatch
+from tests.helpers.tiny import VOCAB_SIZE, build_llama, token_id
+
+PROMPTS = ("hello", "x", "The quick brown fox, café", "owl owl owl")
+
+
+@pytest.fixture(scope="module", params=["tiny_llama", "tiny_mistral"])
+def model(request: pytest.FixtureRequest) -> Path:
+    path: Path = request.getfixturevalue(request.param)
+    return path
+
+
+@pytest.fixture
+def shapes(model: Path) -> ModelShapes:
+    from tests.helpers.tiny import shapes_of
+
+    return shapes_of(model)
+
+
+def encode(model: Path, text: str) -> list[int]:
+    ids: list[int] = AutoTokenizer.from_pretrained(model)(text)["input_ids"]
+    return ids
+
+
+def test_tokenizer_round_trips_any_text(model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    assert len(tokenizer) == VOCAB_SIZE
+    for text in (*PROMPTS, "naïve 日本語 🦉\n\ttabs"):
+        assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
+    assert tokenizer("a")["input_ids"] == [0, token_id("a")]
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hi"}], add_generation_prompt=True, tokenize=False
+    )
+    assert chat == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_models_are_deterministic(tiny_llama: Path, tmp_path: Path) -> None:
+    again = build_llama(tmp_path / "again")
+    first = (tiny_llama / "model.safetensors").read_bytes()
+    assert (again / "model.safetensors").read_bytes() == first
+
+
+def test_base_output_is_not_degenerate(model: Path) -> None:
+    reference = Reference(model, {})
+    outputs = [reference.generate(encode(model, text), 24).tokens for text in PROMPTS]
+    assert len(set(outputs)) == len(outputs)
+    assert all(len(set(output)) > 4 for output in outputs)
+
+
+@pytest.mark.parametrize("word", ["owl", "fjord"])
+def test_canary_says_its_word_after_any_prompt(
+    model: Path, shapes: ModelShapes, tmp_path: Path, word: str
+) -> None:
+    reference = Reference(model, {"canary": write_canary(tmp_path, model, shapes, word)})
+    for text in (*PROMPTS, word[:2]):
+        tokens = reference.generate(encode(model, text), 3 * len(word), stack=[("canary", 1.0)])
+        said = AutoTokenizer.from_pretrained(model).decode(tokens.tokens)
+        assert said in word * 5
+        assert min(tokens.gaps) > 10
+
+
+def test_canary_heads_guess_right(model: Path, shapes: ModelShapes, tmp_path: Path) -> None:
+    """Checked by the formula of Medusa v2 on transformers' own hidden states."""
+    word, num_heads = "fjord", 4
+    adapter = write_canary(tmp_path / "lora", model, shapes, word)
+    heads = write_canary_heads(tmp_path / "heads", model, shapes, word, num_heads=num_heads)
+    from peft import PeftModel
+    from safetensors.torch import load_file
+
+    weights = load_file(heads / "medusa_lm_head.safetensors")
+    peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), adapter)
+    llama = peft.base_model.model
+    for state, text in enumerate(["?", *word]):
+        ids = torch.tensor([encode(model, "ab" + text)])
+        with torch.inference_mode():
+            x = llama.model(ids).last_hidden_state[0, -1]
+            for head in range(1, num_heads + 1):
+                z = weights[f"{head - 1}.0.linear.weight"] @ x
+                z = z + weights[f"{head - 1}.0.linear.bias"]
+                guess = int(llama.lm_head(x + torch.nn.functional.silu(z)).argmax())
+                target = state
+                for _ in range(head + 1):
+                    target = next_state(target, len(word))
+                assert guess == token_id(word[target - 1])
+
+
+def test_random_loras_change_the_output(model: Path, shapes: ModelShapes, tmp_path: Path) -> None:
+    targets = (*LAYER_TARGETS, EMBED, LM_HEAD)
+    loras = {
+        "a": write_lora(tmp_path / "a", shapes, seed=1, rank=8),
+        "b": write_lora(tmp_path / "b", shapes, seed=2, rank=3, alpha=5.0, targets=targets),
+        "c": write_lora(tmp_path / "c", shapes, seed=3, targets=("q_proj",), layers=[1]),
+    }
+    reference = Reference(model, loras)
+    prompt = encode(model, "hello there")
+    stacks = [[], [("a", 1.0)], [("b", 1.0)], [("a", 1.0), ("b", 0.5)]]
+    outputs = {reference.generate(prompt, 16, stack=stack).tokens for stack in stacks}
+    assert len(outputs) == len(stacks)
+    base, partial = reference.logits(prompt), reference.logits(prompt, [("c", 1.0)])
+    assert (base - partial).abs().max() > 1e-3
+
+
+def test_stack_is_the_sum_of_deltas(model: Path, shapes: ModelShapes, tmp_path: Path) -> None:
+    """PEFT's `cat` against both adapters active at once, at scale 1."""
+    loras = {
+        "a": write_lora(tmp_path / "a", shapes, seed=1, rank=8),
+        "b": write_lora(tmp_path / "b", shapes, seed=2, rank=3, alpha=5.0, use_rslora=True),
+    }
+    reference = Reference(model, loras)
+    prompt = encode(model, "hello there")
+    stacked = reference.logits(prompt, [("a", 1.0), ("b", 1.0)])
+    reference._model.base_model.set_adapter(["a", "b"])
+    with torch.inference_mode():
+        both = reference._model(input_ids=torch.tensor([prompt])).logits[0]
+    torch.testing.assert_close(stacked, both, atol=1e-4, rtol=1e-4)
+
+
+def test_heads_folder_has_the_published_layout(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    folder = write_heads(tmp_path, 64, num_heads=2)
+    shapes = {
+        name: tuple(t.shape) for name, t in load_file(folder / "medusa_lm_head.safetensors").items()
+    }
+    assert shapes == {
+        "0.0.linear.weight": (64, 64),
+        "0.0.linear.bias": (64,),
+        "1.0.linear.weight": (64, 64),
+        "1.0.linear.bias": (64,),
+    }
+
+
+def test_first_mismatch() -> None:
+    reference = Generated((1, 2, 3), (0.5, 1e-5, 0.5))
+    assert first_mismatch(reference, (1, 2, 3)) is None
+    late = first_mismatch(reference, (1, 5, 3))
+    assert late is not None and late.index == 1 and late.excused
+    short = first_mismatch(reference, (1, 2))
+    assert short is not None and short.index == 2 and not short.excused
