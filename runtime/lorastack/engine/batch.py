@@ -6,13 +6,12 @@ The scheduler fills RowStep and Batch; the runner fills RowResult.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 from lorastack.adapters.pool import DeviceAdapter
 from lorastack.errors import LorastackError
 from lorastack.layout import AdapterLayout
 from lorastack.request import Request, TokenLogprobs
-from lorastack.speculation.tree import Tree, default_choices
+from lorastack.speculation.tree import Choices, Tree, default_choices
 
 Draft = tuple[tuple[int, ...], ...]  # [head][rank] -> token id, best first
 
@@ -54,7 +53,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowResult:
-    """What a step gave a row. tokens: the accepted nodes' and the last draw; () when not sampled."""
+    """What a step gave a row. tokens: the accepted nodes' and the last draw, or ()."""
 
     tokens: tuple[int, ...] = ()
     num_accepted: int = 0
@@ -63,12 +62,6 @@ class RowResult:
     error: LorastackError | None = None
 
 
-@lru_cache(maxsize=1024)
-def static_tree(choices: tuple[tuple[int, ...], ...], max_nodes: int, max_depth: int) -> Tree:
-    """The first `max_nodes` nodes of `choices`, at most `max_depth` deep."""
-    return Tree.from_choices(choices, max_nodes, max_depth)
-
-
-def heads_choices(layout: AdapterLayout) -> tuple[tuple[int, ...], ...]:
+def heads_choices(layout: AdapterLayout) -> Choices:
     """The heads' own tree, else the default one for their number."""
     return layout.choices or default_choices(layout.num_heads)

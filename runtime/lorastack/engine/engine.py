@@ -75,7 +75,10 @@ class Engine:
         self._thread.start()
 
     def submit(self, request: Request) -> None:
-        """Queue a request. Raises UnavailableError, ResourceExhaustedError, InvalidArgumentError."""
+        """Queue a request.
+
+        Raises UnavailableError, ResourceExhaustedError or InvalidArgumentError.
+        """
         wanted = len(request.prompt_ids) + request.stop.max_new_tokens
         if wanted > self.max_context:
             raise InvalidArgumentError(

@@ -45,8 +45,8 @@ def load_model(
 ) -> LoadedModel:
     """Weights and tokenizer from a folder, a hub id, or the embedded default.
 
-    progress: (done, total) bytes while the default model is fetched. Raises InvalidArgumentError for
-    an unknown or unsupported model or device.
+    progress: (done, total) bytes while the default model is fetched. Raises InvalidArgumentError
+    for an unknown or unsupported model or device.
     """
     device = _device(config.device)
     dtype = _dtype(config.dtype, device)
@@ -88,7 +88,10 @@ def build_engine(
     on_events: Callable[[list[RowEvent]], None],
     on_failure: Callable[[BaseException], None],
 ) -> Engine:
-    """The engine on a loaded model. Any request within `Engine.max_context` fits in its KV memory."""
+    """The engine on a loaded model.
+
+    Any request within `Engine.max_context` fits in its KV memory.
+    """
     decoder = model.decoder
     shapes = decoder.shapes
     nbytes = page_nbytes(shapes, config.page_size, decoder.dtype)

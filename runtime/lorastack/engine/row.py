@@ -18,6 +18,7 @@ from lorastack.request import (
     TokenLogprobs,
     TokenSource,
 )
+from lorastack.speculation.tree import Choices
 from lorastack.text.stream import TextStream
 
 
@@ -37,7 +38,7 @@ class Row:
     pages: list[int] = field(default_factory=list)
     page_hashes: list[bytes] = field(default_factory=list)  # of the published pages, in order
     draft: Draft | None = None
-    choices: tuple[tuple[int, ...], ...] = ()  # of the heads that made the draft
+    choices: Choices = ()  # of the heads that made the draft
     parked: bool = False  # its reader is slow: keeps its pages, takes no step
     cancelled: bool = False
     num_cached: int = 0  # prompt tokens found in the prefix cache at first admission

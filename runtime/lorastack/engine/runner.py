@@ -24,9 +24,11 @@ from lorastack.request import TokenLogprobs
 from lorastack.sampling.sampler import draw, token_logprobs
 from lorastack.speculation.accept import Accepted, DraftedTree, accept
 from lorastack.speculation.heads import HeadsWeights, apply_heads, top_candidates
-from lorastack.speculation.tree import CHAIN
+from lorastack.speculation.tree import Tree
 
 Weights = TypeVar("Weights", LoraWeights, HeadsWeights)
+
+ROOT = Tree.from_choices((), 0, 0)  # of a row that drafted nothing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +59,9 @@ class Runner:
             return results
         hidden_XH = hidden_TH[torch.tensor(rows, device=hidden_TH.device)]
         counts = [len(s.step.token_ids) if s.step.tree else 1 for s in sampled]
-        logits_XV = self._decoder.logits(hidden_XH, self._segments([s.step for s in sampled], counts))
+        logits_XV = self._decoder.logits(
+            hidden_XH, self._segments([s.step for s in sampled], counts)
+        )
         peaks_X, best_X = (part.tolist() for part in logits_XV.max(dim=-1))
         accepted = self._accept(sampled, logits_XV, best_X)
         self._move_kv(sampled, accepted)
@@ -142,7 +146,9 @@ class Runner:
 
         def draw_nodes(nodes: Sequence[tuple[int, int, int]]) -> list[int]:
             tokens = [best_X[sampled[row].first_logit + node] for row, node, _ in nodes]
-            drawn = [i for i, n in enumerate(nodes) if not sampled[n[0]].step.request.sampling.greedy]
+            drawn = [
+                i for i, n in enumerate(nodes) if not sampled[n[0]].step.request.sampling.greedy
+            ]
             if drawn:
                 picks = [(sampled[nodes[i][0]], nodes[i][1], nodes[i][2]) for i in drawn]
                 draws = draw(
@@ -155,7 +161,7 @@ class Runner:
             return tokens
 
         trees = [
-            DraftedTree(tree=s.step.tree or CHAIN, tokens=s.step.token_ids if s.step.tree else (-1,))
+            DraftedTree(s.step.tree, s.step.token_ids) if s.step.tree else DraftedTree(ROOT, (0,))
             for s in sampled
         ]
         return accept(trees, draw_nodes)

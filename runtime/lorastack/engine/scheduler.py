@@ -14,7 +14,6 @@ from lorastack.engine.batch import (
     RowResult,
     RowStep,
     heads_choices,
-    static_tree,
 )
 from lorastack.engine.pages import Pages, chain_hash
 from lorastack.engine.row import Row
@@ -97,7 +96,9 @@ class Scheduler:
         if not self._scheduled:
             return None
         # Rows of one stack side by side make one segment of each of its LoRAs.
-        self._scheduled.sort(key=lambda pair: [(use.digest, use.scale) for use in pair[0].request.loras])
+        self._scheduled.sort(
+            key=lambda pair: [(use.digest, use.scale) for use in pair[0].request.loras]
+        )
         return Batch(steps=tuple(step for _, step in self._scheduled))
 
     def update(self, results: list[RowResult]) -> None:
@@ -192,10 +193,7 @@ class Scheduler:
         token_ids = tuple(row.tokens[start : start + num_tokens])
         if tree is not None:
             assert row.draft is not None
-            token_ids += tuple(
-                row.draft[head - 1][rank]
-                for head, rank in zip(tree.heads[1:], tree.ranks[1:], strict=True)
-            )
+            token_ids = tree.fill(token_ids[0], row.draft)
         samples = num_tokens == row.num_pending
         step = RowStep(
             request=row.request,
@@ -241,7 +239,7 @@ class Scheduler:
         max_depth = row.num_left - 1
         if row.draft is None or max_depth < 1:
             return None
-        tree = static_tree(row.choices, self._max_nodes(row), min(max_depth, len(row.draft)))
+        tree = Tree.from_choices(row.choices, self._max_nodes(row), min(max_depth, len(row.draft)))
         return tree if tree.num_nodes > 1 else None
 
     def _num_candidates(self, row: Row, adapters: RowAdapters) -> int:
@@ -249,8 +247,8 @@ class Scheduler:
         if adapters.heads is None:
             return 0
         layout = adapters.heads.layout
-        tree = static_tree(heads_choices(layout), self._max_nodes(row), layout.num_heads)
-        return 1 + max(tree.ranks)
+        choices = heads_choices(layout)
+        return Tree.from_choices(choices, self._max_nodes(row), layout.num_heads).num_candidates
 
     # -- adapters ---------------------------------------------------------------------------------
 
