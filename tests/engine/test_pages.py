@@ -20,9 +20,7 @@ class PagesMachine(RuleBasedStateMachine):
     def setup(self, num_pages: int) -> None:
         self.pages = Pages(num_pages, PAGE_SIZE)
         self.rows: list[tuple[list[int], set[int]]] = []  # pages, those published or matched
-        self.text: dict[
-            int, tuple[bytes, tuple[int, ...]]
-        ] = {}  # page -> root, tokens up to its end
+        self.text: dict[int, tuple[bytes, tuple[int, ...]]] = {}  # page -> root, prefix
 
     @rule(root=st.sampled_from(ROOTS), tokens=st.lists(st.integers(0, 1), min_size=1, max_size=30))
     def admit(self, root: bytes, tokens: list[int]) -> None:

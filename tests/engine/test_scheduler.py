@@ -121,7 +121,7 @@ class Model:
         )[0]
         for place, node in enumerate(accepted.path, start=1):
             self.slots[self._slot(step, step.committed + place)] = step.token_ids[node]
-        now = past + [step.token_ids[0], *accepted.tokens[:-1]]
+        now = [*past, step.token_ids[0], *accepted.tokens[:-1]]
         return RowResult(
             tokens=accepted.tokens,
             num_accepted=len(accepted.path),

@@ -43,6 +43,11 @@ class RowStep:
     adapters: RowAdapters
     num_candidates: int  # tokens a head shall propose; 0: make no draft
 
+    @property
+    def stack(self) -> list[tuple[str, float]]:
+        """What its segments depend on: neighbours with an equal stack share them."""
+        return [(use.digest, use.scale) for use in self.request.loras]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:

@@ -39,6 +39,14 @@ class Sampled:
     step: RowStep
     first_logit: int
 
+    @property
+    def num_logits(self) -> int:
+        return self.step.tree.num_nodes if self.step.tree else 1
+
+    @property
+    def greedy(self) -> bool:
+        return self.step.request.sampling.greedy
+
 
 class Runner:
     """Owns the KV tensor and borrows weights and adapters."""
@@ -58,10 +66,9 @@ class Runner:
         if not sampled:
             return results
         hidden_XH = hidden_TH[torch.tensor(rows, device=hidden_TH.device)]
-        counts = [len(s.step.token_ids) if s.step.tree else 1 for s in sampled]
-        logits_XV = self._decoder.logits(
-            hidden_XH, self._segments([s.step for s in sampled], counts)
-        )
+        counts = [row.num_logits for row in sampled]
+        segments = self._segments([row.step for row in sampled], counts)
+        logits_XV = self._decoder.logits(hidden_XH, segments)
         peaks_X, best_X = (part.tolist() for part in logits_XV.max(dim=-1))
         accepted = self._accept(sampled, logits_XV, best_X)
         self._move_kv(sampled, accepted)
@@ -99,11 +106,8 @@ class Runner:
         """Segments over rows of `counts` tokens; neighbours with one stack share theirs."""
         segments: list[Segment] = []
         start = 0
-
-        def stack(pair: tuple[RowStep, int]) -> list[tuple[str, float]]:
-            return [(use.digest, use.scale) for use in pair[0].request.loras]
-
-        for _, group in groupby(zip(steps, counts, strict=True), key=stack):
+        pairs_by_stack = groupby(zip(steps, counts, strict=True), key=lambda pair: pair[0].stack)
+        for _, group in pairs_by_stack:
             pairs = list(group)
             end = start + sum(count for _, count in pairs)
             first = pairs[0][0]
@@ -134,10 +138,10 @@ class Runner:
         for index, (step, start) in enumerate(zip(batch.steps, starts, strict=True)):
             if not step.samples:
                 continue
+            row = Sampled(index=index, step=step, first_logit=len(rows))
             end = start + len(step.token_ids)
-            first = start if step.tree else end - 1
-            sampled.append(Sampled(index=index, step=step, first_logit=len(rows)))
-            rows.extend(range(first, end))
+            sampled.append(row)
+            rows.extend(range(end - row.num_logits, end))
         return sampled, rows
 
     @staticmethod
@@ -146,9 +150,7 @@ class Runner:
 
         def draw_nodes(nodes: Sequence[tuple[int, int, int]]) -> list[int]:
             tokens = [best_X[sampled[row].first_logit + node] for row, node, _ in nodes]
-            drawn = [
-                i for i, n in enumerate(nodes) if not sampled[n[0]].step.request.sampling.greedy
-            ]
+            drawn = [i for i, (row, _, _) in enumerate(nodes) if not sampled[row].greedy]
             if drawn:
                 picks = [(sampled[nodes[i][0]], nodes[i][1], nodes[i][2]) for i in drawn]
                 draws = draw(

@@ -96,9 +96,7 @@ class Scheduler:
         if not self._scheduled:
             return None
         # Rows of one stack side by side make one segment of each of its LoRAs.
-        self._scheduled.sort(
-            key=lambda pair: [(use.digest, use.scale) for use in pair[0].request.loras]
-        )
+        self._scheduled.sort(key=lambda pair: pair[1].stack)
         return Batch(steps=tuple(step for _, step in self._scheduled))
 
     def update(self, results: list[RowResult]) -> None:
@@ -264,7 +262,7 @@ class Scheduler:
                 return None
             row.got_adapters(now)
             heads = None
-            # Of three tokens left this step makes one, the next could make two: the least worth a draft.
+            # Of three tokens left this step makes one and the next, with a draft, two.
             if row.request.heads is not None and self._max_nodes(row) and row.num_left > 2:
                 heads = self._acquire_heads(row.request.heads.digest, loras)
         except LorastackError as error:
