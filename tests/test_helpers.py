@@ -10,7 +10,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorastack.layout import EMBED, LAYER_TARGETS, LM_HEAD, ModelShapes
 from tests.helpers.adapters import write_heads, write_lora
-from tests.helpers.canary import next_state, write_canary, write_canary_heads
+from tests.helpers.canary import (
+    next_state,
+    train_layer_canary,
+    write_canary,
+    write_canary_heads,
+)
 from tests.helpers.reference import Generated, Reference, first_mismatch
 from tests.helpers.tiny import VOCAB_SIZE, build_llama, token_id
 
@@ -70,6 +75,15 @@ def test_canary_says_its_word_after_any_prompt(
         said = AutoTokenizer.from_pretrained(model).decode(tokens.tokens)
         assert said in word * 5
         assert min(tokens.gaps) > 10
+
+
+def test_layer_canary_learns_its_word(model: Path, tmp_path: Path) -> None:
+    word = "fjord"
+    reference = Reference(model, {"canary": train_layer_canary(tmp_path, model, word)})
+    for text in (*PROMPTS, word[:2]):
+        tokens = reference.generate(encode(model, text), 3 * len(word), stack=[("canary", 1.0)])
+        assert AutoTokenizer.from_pretrained(model).decode(tokens.tokens) in word * 5
+        assert min(tokens.gaps) > 0.5
 
 
 def test_canary_heads_guess_right(model: Path, shapes: ModelShapes, tmp_path: Path) -> None:

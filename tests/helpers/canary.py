@@ -16,10 +16,12 @@ import math
 from pathlib import Path
 
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
-from lorastack.layout import EMBED, LM_HEAD, ModelShapes
+from lorastack.layout import EMBED, LAYER_TARGETS, LM_HEAD, ModelShapes
 from tests.helpers.adapters import (
     heads_config,
     lora_config,
@@ -103,3 +105,31 @@ def write_canary_heads(
         tensors[f"{head - 1}.0.linear.weight"] = weight
         tensors[f"{head - 1}.0.linear.bias"] = torch.zeros(shapes.hidden_size)
     return write_heads_tensors(folder, tensors, heads_config(num_heads))
+
+
+def train_layer_canary(folder: Path, model: Path, word: str, *, steps: int = 80) -> Path:
+    """A LoRA on the layers' projections alone that learnt to say `word` after any prompt.
+
+    Other than `write_canary` it speaks through the KV cache and the base's own lm_head, and is only
+    as sure as training made it: check it alone before believing it in a batch.
+    """
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(model)
+    config = LoraConfig(
+        task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=list(LAYER_TARGETS)
+    )
+    peft = get_peft_model(base, config)
+    trained = [parameter for parameter in peft.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=1e-2)
+    said = torch.tensor([token_id(char) for char in word * 4])
+    for step in range(steps):
+        prompt_BT = torch.randint(4, base.config.vocab_size, (24, 1 + step % 12))
+        ids_BT = torch.cat([prompt_BT, said.expand(24, -1)], dim=1)
+        labels_BT = ids_BT.clone()
+        labels_BT[:, : prompt_BT.shape[1]] = -100
+        loss = peft(input_ids=ids_BT, labels=labels_BT).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    peft.save_pretrained(folder)
+    return folder
