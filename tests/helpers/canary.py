@@ -131,5 +131,5 @@ def train_layer_canary(folder: Path, model: Path, word: str, *, steps: int = 80)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    peft.save_pretrained(folder)
+    peft.save_pretrained(str(folder))
     return folder
