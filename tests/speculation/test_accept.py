@@ -4,10 +4,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorastack.speculation.accept import Accepted, DraftedTree, accept
-from lorastack.speculation.tree import Tree
+from lorastack.speculation.tree import CHAIN, Tree
 
 TREE = Tree.from_choices(((0,), (1,), (0, 0), (0, 1), (1, 0)), max_nodes=8, max_depth=2)
-ROOT = Tree.from_choices((), max_nodes=0, max_depth=0)
 
 
 def next_token(context: tuple[int, ...]) -> int:
@@ -31,7 +30,7 @@ def context_at(row: DraftedTree, node: int) -> tuple[int, ...]:
 drafted_rows = st.lists(
     st.one_of(
         st.builds(DraftedTree, st.just(TREE), st.tuples(*[st.integers(0, 2)] * TREE.num_nodes)),
-        st.builds(DraftedTree, st.just(ROOT), st.tuples(st.integers(0, 2))),
+        st.builds(DraftedTree, st.just(CHAIN), st.tuples(st.integers(0, 2))),
     ),
     max_size=5,
 )
@@ -67,7 +66,7 @@ def test_twin_siblings_go_to_the_lowest_node() -> None:
 
 
 def test_rows_leave_one_by_one() -> None:
-    rows = [DraftedTree(TREE, (0, 1, 2, 3, 4, 5)), DraftedTree(ROOT, (0,))]
+    rows = [DraftedTree(TREE, (0, 1, 2, 3, 4, 5)), DraftedTree(CHAIN, (0,))]
     calls: list[list[tuple[int, int, int]]] = []
 
     def draw(level: Sequence[tuple[int, int, int]]) -> list[int]:

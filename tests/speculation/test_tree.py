@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorastack.errors import InvalidArgumentError
-from lorastack.speculation.tree import MAX_RANK, Tree, default_choices
+from lorastack.speculation.tree import CHAIN, MAX_RANK, Tree, default_choices
 
 WORKED = ((0,), (0, 0), (0, 1), (1,), (1, 0))
 
@@ -80,9 +80,8 @@ def test_invalid_choices_are_refused(choices: tuple[tuple[int, ...], ...]) -> No
 def test_fill_takes_each_heads_candidate_of_the_nodes_rank() -> None:
     tree = Tree.from_choices(WORKED, max_nodes=24, max_depth=4)
     assert tree.fill(7, [[10, 11], [20, 21]]) == (7, 10, 11, 20, 21, 20)
-    root = Tree.from_choices((), max_nodes=24, max_depth=4)
-    assert root.fill(7, []) == (7,)
-    assert (root.depth, root.num_candidates) == (0, 0)
+    assert CHAIN.fill(7, []) == (7,)
+    assert (CHAIN.num_nodes, CHAIN.depth, CHAIN.num_candidates) == (1, 0, 0)
 
 
 @pytest.mark.parametrize("num_heads", [0, 1, 3, 4, 7])

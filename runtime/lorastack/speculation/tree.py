@@ -112,6 +112,9 @@ def _check(choices: Choices) -> None:
         )
 
 
+CHAIN = _build((), 0, 0)  # the root alone: nothing drafted
+
+
 def _accuracy(head: int, rank: int) -> float:
     """Chance that a head's (0-based) candidate of this rank is drawn, its path being accepted."""
     top1 = _TOP1[min(head, len(_TOP1) - 1)]
