@@ -18,6 +18,8 @@ RUN useradd --system --uid 10001 --create-home lorastack \
 COPY --from=build /opt/lorastack /opt/lorastack
 ENV PATH=/opt/lorastack/bin:$PATH \
     PYTHONUNBUFFERED=1 \
+    LORASTACK_HOST=0.0.0.0 \
+    LORASTACK_STORE=/data/store \
     LORASTACK_CACHE=/data/cache
 USER 10001
 VOLUME /data
@@ -25,4 +27,4 @@ EXPOSE 50051
 # The first start downloads and converts the default model.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 \
     CMD ["python", "-c", "import grpc; from grpc_health.v1 import health_pb2 as h, health_pb2_grpc as g; c = grpc.insecure_channel('127.0.0.1:50051'); s = g.HealthStub(c).Check(h.HealthCheckRequest(), timeout=4).status; raise SystemExit(s != h.HealthCheckResponse.SERVING)"]
-ENTRYPOINT ["lorastack", "serve", "--host", "0.0.0.0", "--store", "/data/store"]
+ENTRYPOINT ["lorastack", "serve"]

@@ -3,7 +3,6 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 PYTHON ?= python3
-STORE ?= .lorastack
 PROTOS := $(wildcard protos/lorastack/v1/*.proto)
 PROTOC = $(PY) -m grpc_tools.protoc -Iprotos --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) $(PROTOS)
 
@@ -49,7 +48,7 @@ bench: $(STAMP)
 	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(PY) "$$script"; done
 
 serve: $(STAMP)
-	$(VENV)/bin/lorastack serve --store $(STORE)
+	$(VENV)/bin/lorastack serve
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
