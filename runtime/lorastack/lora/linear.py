@@ -1,0 +1,49 @@
+"""The adapted layers: what the decoder calls after each projection of the base model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+
+from lorastack.kernels.segmented_lora import KernelSegment, SegmentTarget, segmented_lora
+from lorastack.lora.segments import LoraBatch
+from lorastack.lora.weights import LM_HEAD_GROUP
+
+
+def add_group(
+    x_TI: Tensor, outs: Sequence[Tensor], lora: LoraBatch, layer: int, group: int
+) -> None:
+    """Add the LoRA updates of GROUPS[group] of a layer to its outputs, in place.
+
+    x_TI: the group's input; outs: one [T, out] tensor a target, in the group's order.
+    """
+    if lora:
+        segmented_lora(x_TI, outs, _kernel_segments(lora, (layer, group)))
+
+
+def add_lm_head(hidden_XH: Tensor, logits_XV: Tensor, lora: LoraBatch) -> None:
+    """Add lm_head's LoRA updates in place. Segments index the X rows."""
+    if lora:
+        segmented_lora(hidden_XH, (logits_XV,), _kernel_segments(lora, LM_HEAD_GROUP))
+
+
+def add_embedding(token_ids_T: Tensor, hidden_TH: Tensor, lora: LoraBatch) -> None:
+    """Add embed_tokens' LoRA updates to the embedded tokens in place."""
+    for segment in lora.segments:
+        weights = segment.weights.embedding
+        if weights is None or segment.start == segment.end:
+            continue
+        tokens = slice(segment.start, segment.end)
+        a_RT = weights.a_RV.index_select(1, token_ids_T[tokens])
+        hidden_TH[tokens].addmm_(a_RT.t(), weights.b_HR.t(), alpha=weights.scale * segment.scale)
+
+
+def _kernel_segments(lora: LoraBatch, key: tuple[int, int]) -> Iterator[KernelSegment]:
+    for segment in lora.segments:
+        if weights := segment.weights.groups.get(key):
+            targets = tuple(
+                SegmentTarget(target.index, target.rank, target.b_OR, target.scale * segment.scale)
+                for target in weights.targets
+            )
+            yield KernelSegment(segment.start, segment.end, weights.a_RI, targets)

@@ -1,0 +1,31 @@
+"""Which tokens of a step use which LoRA."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lorastack.lora.weights import LoraWeights
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Tokens start..end of the step use `weights`, times `scale` (1 for a plain request)."""
+
+    start: int
+    end: int
+    weights: LoraWeights
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class LoraBatch:
+    """The segments of a step, filled by the runner. False when no token has a LoRA.
+
+    Several segments may cover one slice (a stack, added in this order), and one adapter may own
+    several segments.
+    """
+
+    segments: tuple[Segment, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.segments)

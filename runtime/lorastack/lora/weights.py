@@ -1,0 +1,94 @@
+"""An adapter's LoRA part as views of its flat buffer. Nothing is copied."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lorastack.kernels.packing import view, view_run
+from lorastack.layout import (
+    EMBED,
+    GROUPS,
+    HEADS,
+    LM_HEAD,
+    NO_LAYER,
+    AdapterLayout,
+    Part,
+)
+
+# lm_head is applied like a group of one; embed_tokens is a lookup and stands alone.
+LM_HEAD_GROUP = (NO_LAYER, len(GROUPS))
+
+
+@dataclass(frozen=True, slots=True)
+class TargetLora:
+    """One target of a group. index: its place in the group; rank: its rows of the group's A."""
+
+    index: int
+    rank: slice
+    b_OR: Tensor
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class GroupLora:
+    """The targets of one (layer, group) and their joined A, [sum of ranks, in]."""
+
+    a_RI: Tensor
+    targets: tuple[TargetLora, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingLora:
+    """embed_tokens: a token's update is scale * B @ A[:, token]. a_RV: [r, V]; b_HR: [H, r]."""
+
+    a_RV: Tensor
+    b_HR: Tensor
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class LoraWeights:
+    """groups: by (layer, index into GROUPS), and LM_HEAD_GROUP; absent where nothing is adapted."""
+
+    groups: Mapping[tuple[int, int], GroupLora]
+    embedding: EmbeddingLora | None
+
+    @classmethod
+    def from_buffer(cls, buffer: Tensor, layout: AdapterLayout) -> LoraWeights:
+        """Views of `buffer`; they live as long as it does. Empty for an adapter of heads only."""
+        groups: dict[tuple[int, int], GroupLora] = {}
+        for layer in sorted({layer for layer, target, _ in layout.slots if target != HEADS}):
+            for index, group in enumerate((*GROUPS, (LM_HEAD,))):
+                if weights := _group(buffer, layout, layer, group):
+                    groups[layer, index] = weights
+        return cls(groups, _embedding(buffer, layout))
+
+
+def _group(
+    buffer: Tensor, layout: AdapterLayout, layer: int, group: tuple[str, ...]
+) -> GroupLora | None:
+    present = [target for target in group if (layer, target, Part.A) in layout.slots]
+    if not present:
+        return None
+    targets: list[TargetLora] = []
+    start = 0
+    for target in present:
+        b_OR = view(buffer, layout, (layer, target, Part.B))
+        rank = slice(start, start + b_OR.shape[1])
+        start = rank.stop
+        targets.append(TargetLora(group.index(target), rank, b_OR, layout.scales[layer, target]))
+    a_RI = view_run(buffer, layout, tuple((layer, target, Part.A) for target in present))
+    return GroupLora(a_RI, tuple(targets))
+
+
+def _embedding(buffer: Tensor, layout: AdapterLayout) -> EmbeddingLora | None:
+    if (NO_LAYER, EMBED, Part.A) not in layout.slots:
+        return None
+    return EmbeddingLora(
+        view(buffer, layout, (NO_LAYER, EMBED, Part.A)),
+        view(buffer, layout, (NO_LAYER, EMBED, Part.B)),
+        layout.scales[NO_LAYER, EMBED],
+    )

@@ -1,0 +1,102 @@
+"""How a layer is computed. The decoder calls `prepare` once a step and `layer` once a layer, so
+that a native backend can replace both without the decoder's knowing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import rms_norm, silu
+
+from lorastack.kernels.attention import AttentionPlan, attend, plan_attention
+from lorastack.kernels.linear import linear
+from lorastack.lora.linear import add_group
+from lorastack.lora.segments import LoraBatch
+from lorastack.model.config import DecoderConfig
+from lorastack.model.context import ForwardBatch
+from lorastack.model.kv import KVCache
+from lorastack.model.weights import LayerWeights
+
+QKV, O, GATE_UP, DOWN = range(4)  # noqa: E741  indices into layout.GROUPS
+
+
+@dataclass(frozen=True, slots=True)
+class StepMeta:
+    """What all layers of a step share. cos_T1D; sin_T1D: its first half negated, see `_rotate`."""
+
+    plan: AttentionPlan
+    cos_T1D: Tensor
+    sin_T1D: Tensor
+
+
+class TorchBackend:
+    """Plain torch on any device."""
+
+    def __init__(self, config: DecoderConfig, device: torch.device, dtype: torch.dtype) -> None:
+        shapes = config.shapes
+        self._eps = config.rms_eps
+        self._window = config.window
+        self._rope_scale = config.rope_scale
+        self._inv_freq = config.inv_freq.to(device)
+        self._dtype = dtype
+        self._num_heads = shapes.num_heads
+        self._head_dim = shapes.head_dim
+        self._query_size = shapes.num_heads * shapes.head_dim
+        self._key_size = shapes.num_kv_heads * shapes.head_dim
+
+    def prepare(self, batch: ForwardBatch, kv: KVCache) -> StepMeta:
+        """Index tensors, masks and RoPE factors of a step; pages that begin now are cleared."""
+        plan = plan_attention(
+            batch.rows,
+            page_size=kv.page_size,
+            window=self._window,
+            dtype=self._dtype,
+            device=self._inv_freq.device,
+        )
+        kv.clear(plan.fresh_pages)
+        angle_TF = plan.positions_T[:, None].float() * self._inv_freq
+        cos_TF, sin_TF = angle_TF.cos(), angle_TF.sin()
+        cos_T1D = torch.cat((cos_TF, cos_TF), dim=-1).mul_(self._rope_scale)[:, None]
+        sin_T1D = torch.cat((-sin_TF, sin_TF), dim=-1).mul_(self._rope_scale)[:, None]
+        return StepMeta(plan, cos_T1D.to(self._dtype), sin_T1D.to(self._dtype))
+
+    def layer(
+        self,
+        hidden_TH: Tensor,
+        weights: LayerWeights,
+        lora: LoraBatch,
+        kv: KVCache,
+        meta: StepMeta,
+    ) -> Tensor:
+        """One decoder layer; adds to hidden_TH in place and returns it."""
+        index, size = weights.index, (hidden_TH.shape[-1],)
+        x_TH = rms_norm(hidden_TH, size, weights.attention_norm, self._eps)
+        qkv = linear(x_TH, weights.qkv)
+        sizes = [self._query_size, self._key_size, self._key_size]
+        add_group(x_TH, qkv.split_with_sizes(sizes, 1), lora, index, QKV)
+        self._rotate(qkv, meta)
+        kv.write(index, meta.plan.slots_T, qkv[:, self._query_size :])
+        q_THD = qkv[:, : self._query_size].view(-1, self._num_heads, self._head_dim)
+        context_TI = attend(q_THD, kv.data[index], meta.plan)
+        hidden_TH += linear(context_TI, weights.o)
+        add_group(context_TI, (hidden_TH,), lora, index, O)
+
+        x_TH = rms_norm(hidden_TH, size, weights.mlp_norm, self._eps)
+        gate_up = linear(x_TH, weights.gate_up)
+        gate_TI, up_TI = gate_up.chunk(2, dim=1)
+        add_group(x_TH, (gate_TI, up_TI), lora, index, GATE_UP)
+        inner_TI = silu(gate_TI).mul_(up_TI)
+        hidden_TH += linear(inner_TI, weights.down)
+        add_group(inner_TI, (hidden_TH,), lora, index, DOWN)
+        return hidden_TH
+
+    def _rotate(self, qkv: Tensor, meta: StepMeta) -> None:
+        """RoPE on queries and keys, in place: x * cos + (second half negated, first half) * sin.
+
+        Rolling by half a head swaps the halves; the sign is already in sin.
+        """
+        qk_TND = qkv[:, : self._query_size + self._key_size].view(len(qkv), -1, self._head_dim)
+        swapped_TND = qk_TND.roll(self._head_dim // 2, -1)
+        qk_TND.mul_(meta.cos_T1D).addcmul_(swapped_TND, meta.sin_T1D)

@@ -1,0 +1,158 @@
+"""The safetensors of a model folder, single or sharded: what is stored, and reading it in place.
+
+Format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}},
+then the tensors' bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from lorastack.errors import InvalidArgumentError, Reason
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+MAX_HEADER = 100 << 20  # bytes, the limit of the safetensors library
+FINGERPRINT_BYTES = 4096  # of a tensor's head and tail
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """Bytes start..end of `file`. dtype: the name safetensors gives it."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+class Checkpoint:
+    """tensors: by name. InvalidArgumentError when files are missing or lie about themselves."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.tensors: dict[str, StoredTensor] = {}
+        for file in _files(folder):
+            for name, tensor in _read_header(file).items():
+                if name in self.tensors:
+                    raise _invalid(f"{name} is stored in {self.tensors[name].file} and in {file}")
+                self.tensors[name] = tensor
+
+    def read_into(self, name: str, out: Tensor) -> None:
+        """Fill `out` (its rows contiguous, any device and float dtype) with the tensor `name`.
+
+        A CPU tensor of the stored dtype is read straight into place.
+        """
+        stored = self._find(name)
+        if stored.shape != tuple(out.shape):
+            raise _invalid(f"{name} has shape {stored.shape}, config.json wants {tuple(out.shape)}")
+        if stored.dtype not in DTYPES:
+            raise _invalid(
+                f"{name} is {stored.dtype}: only {', '.join(DTYPES)} weights are supported"
+            )
+        dtype = DTYPES[stored.dtype]
+        direct = out.device.type == "cpu" and out.dtype == dtype
+        target = out if direct else torch.empty(stored.shape, dtype=dtype)
+        with stored.file.open("rb", buffering=0) as stream:
+            stream.seek(stored.start)
+            buffer = memoryview(target.view(torch.uint8).numpy().data).cast("B")
+            while buffer:
+                count = stream.readinto(buffer)
+                if not count:
+                    raise _invalid(f"{stored.file} ends inside {name}")
+                buffer = buffer[count:]
+        if not direct:
+            out.copy_(target)
+
+    def digest(self) -> bytes:
+        """sha256 over every tensor's name, shape, dtype and the first and last bytes it has."""
+        sha = hashlib.sha256()
+        for name, stored in sorted(self.tensors.items()):
+            sha.update(json.dumps([name, stored.dtype, stored.shape]).encode())
+            with stored.file.open("rb") as stream:
+                stream.seek(stored.start)
+                sha.update(stream.read(min(FINGERPRINT_BYTES, stored.end - stored.start)))
+                stream.seek(max(stored.start, stored.end - FINGERPRINT_BYTES))
+                sha.update(stream.read(min(FINGERPRINT_BYTES, stored.end - stored.start)))
+        return sha.digest()
+
+    def _find(self, name: str) -> StoredTensor:
+        if name not in self.tensors:
+            raise _invalid(f"{self.folder} has no tensor {name}: the checkpoint is incomplete")
+        return self.tensors[name]
+
+
+def _files(folder: Path) -> list[Path]:
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if (folder / INDEX).is_file():
+        index = _json((folder / INDEX).read_bytes(), folder / INDEX)
+        names = sorted(
+            {str(name) for name in _mapping(index.get("weight_map"), folder / INDEX).values()}
+        )
+        for name in names:
+            if Path(name).name != name or not (folder / name).is_file():
+                raise _invalid(f"{folder / INDEX} names {name}, which is not a file of {folder}")
+        return [folder / name for name in names]
+    others = [path.name for suffix in ("bin", "pt", "pth") for path in folder.glob(f"*.{suffix}")]
+    hint = f"; {others[0]} is a pickle: convert it to safetensors" if others else ""
+    raise _invalid(f"{folder} has neither {SINGLE} nor {INDEX}{hint}")
+
+
+def _read_header(file: Path) -> dict[str, StoredTensor]:
+    with file.open("rb") as stream:
+        base, header = _header(stream, file)
+        size = stream.seek(0, 2)
+    tensors: dict[str, StoredTensor] = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        try:
+            dtype, shape = str(entry["dtype"]), tuple(int(n) for n in entry["shape"])
+            start, end = (base + int(offset) for offset in entry["data_offsets"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise _invalid(f"{file}: the header entry of {name} is malformed") from error
+        known = DTYPES.get(dtype)
+        if not base <= start <= end <= size or (
+            known is not None and prod(shape) * known.itemsize != end - start
+        ):
+            raise _invalid(
+                f"{file}: {name} {shape} {dtype} does not fit its place; is it truncated?"
+            )
+        tensors[name] = StoredTensor(file, dtype, shape, start, end)
+    return tensors
+
+
+def _header(stream: BinaryIO, file: Path) -> tuple[int, Mapping[str, Any]]:
+    length = int.from_bytes(stream.read(8), "little")
+    if length > MAX_HEADER:
+        raise _invalid(f"{file} is not a safetensors file: its header would be {length} bytes")
+    return 8 + length, _json(stream.read(length), file)
+
+
+def _json(data: bytes, file: Path) -> Mapping[str, Any]:
+    try:
+        return _mapping(json.loads(data), file)
+    except ValueError as error:
+        raise _invalid(f"{file} has no valid JSON: {error}") from error
+
+
+def _mapping(value: object, file: Path) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise _invalid(f"{file} does not hold the JSON object it should")
+    return value
+
+
+def _invalid(message: str) -> InvalidArgumentError:
+    return InvalidArgumentError(message, reason=Reason.INVALID_MODEL)

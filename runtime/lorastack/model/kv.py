@@ -1,0 +1,69 @@
+"""The KV tensor: pages of all layers. Who owns which page is the engine's business."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lorastack.layout import ModelShapes
+
+
+def page_nbytes(shapes: ModelShapes, page_size: int, dtype: torch.dtype) -> int:
+    """Bytes of one page over all layers."""
+    per_slot = 2 * shapes.num_kv_heads * shapes.head_dim * dtype.itemsize
+    return shapes.num_layers * page_size * per_slot
+
+
+class KVCache:
+    """data: [num_layers, num_pages, page_size, 2, num_kv_heads, D], keys first.
+
+    Memory is reserved, not touched: the system backs a page once something is written to it.
+    """
+
+    def __init__(
+        self,
+        shapes: ModelShapes,
+        num_pages: int,
+        page_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.page_size = page_size
+        self.num_pages = num_pages
+        self.data = torch.empty(
+            (shapes.num_layers, num_pages, page_size, 2, shapes.num_kv_heads, shapes.head_dim),
+            dtype=dtype,
+            device=device,
+        )
+        self._slots = self.data.view(shapes.num_layers, num_pages * page_size, -1)
+
+    def write(self, layer: int, slots_T: Tensor, kv_TX: Tensor) -> None:
+        """Store keys and values [T, 2 * num_kv_heads * D] at physical slots."""
+        self._slots[layer].index_copy_(0, slots_T, kv_TX)
+
+    def clear(self, pages: Tensor) -> None:
+        """Zero pages (int64 ids) that begin a new life.
+
+        A masked score removes a finite value only; NaN that an earlier owner left would pass.
+        """
+        if pages.numel():
+            self.data.index_fill_(1, pages, 0)
+
+    def move(self, page_table: Sequence[int], src: Sequence[int], dst: Sequence[int]) -> None:
+        """Copy a row's logical slots src to dst, keys and values of all layers.
+
+        All of src is read before dst is written, so they may overlap.
+        """
+        assert len(src) == len(dst), "as many sources as destinations"
+        if not src:
+            return
+        self._slots[:, self._physical(page_table, dst)] = self._slots[
+            :, self._physical(page_table, src)
+        ]
+
+    def _physical(self, page_table: Sequence[int], slots: Sequence[int]) -> Tensor:
+        size = self.page_size
+        physical = [page_table[slot // size] * size + slot % size for slot in slots]
+        return torch.tensor(physical, device=self.data.device)
