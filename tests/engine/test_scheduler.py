@@ -70,7 +70,9 @@ class Pool:
         layout = AdapterLayout(
             slots={}, scales={}, num_elements=0, itemsize=4, num_heads=heads, choices=CHOICES
         )
-        return tuple(DeviceAdapter(digest, torch.empty(0), layout) for digest in digests)
+        return tuple(
+            DeviceAdapter(digest=digest, buffer=torch.empty(0), layout=layout) for digest in digests
+        )
 
     def release(self, digests: Sequence[str]) -> None:
         self.pins.subtract(digests)

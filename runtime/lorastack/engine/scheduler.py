@@ -241,12 +241,18 @@ class Scheduler:
         return tree if tree.num_nodes > 1 else None
 
     def _num_candidates(self, row: Row, adapters: RowAdapters) -> int:
-        """How many tokens a head must propose for the next step's tree; 0: no draft is wanted."""
+        """How many tokens a head must propose for the next step's tree; 0: no draft is wanted.
+
+        A tree that the end of the output cuts short may reach for more siblings instead.
+        """
         if adapters.heads is None:
             return 0
-        layout = adapters.heads.layout
+        layout, max_nodes = adapters.heads.layout, self._max_nodes(row)
         choices = heads_choices(layout)
-        return Tree.from_choices(choices, self._max_nodes(row), layout.num_heads).num_candidates
+        return max(
+            Tree.from_choices(choices, max_nodes, depth).num_candidates
+            for depth in range(1, layout.num_heads + 1)
+        )
 
     # -- adapters ---------------------------------------------------------------------------------
 
