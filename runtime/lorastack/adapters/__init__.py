@@ -1,0 +1,1 @@
+"""Adapters: folders into tensors, ids into digests on disk, host copies, device copies."""

@@ -1,0 +1,203 @@
+"""Adapter folders: which files they hold, what they are, whether they fit the base model.
+
+`parse` reads configs and safetensors headers only and needs no torch; `check_values` scans every
+value. Nothing is skipped silently: a tensor without a place, a field without a meaning is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorastack.adapters import medusa, peft
+from lorastack.adapters.jsonfile import read_object, read_text
+from lorastack.adapters.refusal import invalid
+from lorastack.adapters.tensorfile import TensorEntry, check_finite, read_header
+from lorastack.errors import FailedPreconditionError, Reason
+from lorastack.layout import AdapterKind, ModelShapes, TensorKey
+
+MAX_CONFIG = 4 << 20  # bytes of one JSON file
+MAX_TEMPLATE = 1 << 20  # bytes
+TEMPLATE_NAME = "chat_template.jinja"
+TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
+_CODE = (".py", ".pyc", ".so")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParsedAdapter:
+    """A folder that fits the base model, its values still on disk."""
+
+    kind: AdapterKind
+    base_models: tuple[str, ...]  # names found in the configs: none, one, or two that differ
+    rank: int  # the largest of any module; 0 without a LoRA
+    alpha: float
+    target_modules: tuple[str, ...]
+    num_heads: int
+    num_layers: int  # blocks a head; 0 without heads
+    medusa_version: int  # 0 without heads
+    choices: medusa.Choices
+    scales: Mapping[tuple[int, str], float]
+    chat_template: str | None
+    tensors: Mapping[TensorKey, TensorEntry]
+    base_copies: Mapping[str, TensorEntry]  # base tensor name -> the folder's copy of it
+
+    @property
+    def base_model(self) -> str:
+        """The base model's name; "" if the folder names none."""
+        return self.base_models[0] if self.base_models else ""
+
+
+def parse(files: Mapping[str, Path], shapes: ModelShapes) -> ParsedAdapter:
+    """A folder, given as file name -> where its bytes are.
+
+    Raises InvalidArgumentError naming the file, field, or tensor with both shapes;
+    UnimplementedError for Medusa version 1.
+    """
+    _check_names(files)
+    lora_config = _config(files, peft.CONFIG_NAME)
+    heads_config = _config(files, medusa.CONFIG_NAME)
+    if heads_config is not None and medusa.HEADS_FIELD not in heads_config:
+        heads_config = None  # the base model's config, which some tools save beside a LoRA
+    if lora_config is None and heads_config is None:
+        raise invalid(
+            f"the folder is no adapter: it has neither {peft.CONFIG_NAME} (LoRA) nor a "
+            f"{medusa.CONFIG_NAME} with {medusa.HEADS_FIELD} (Medusa heads)"
+        )
+    entries = _tensors(files)
+    lora_entries = {name: entries[name] for name in entries if peft.is_peft_tensor(name)}
+    heads_entries = {name: entries[name] for name in entries if medusa.is_heads_tensor(name)}
+    _check_unmatched(
+        set(entries)
+        - (set() if lora_config is None else set(lora_entries))
+        - (set() if heads_config is None else set(heads_entries)),
+        heads_config is None,
+    )
+    lora = peft.parse_peft(lora_config, lora_entries, shapes) if lora_config is not None else None
+    heads = (
+        medusa.parse_medusa(heads_config, heads_entries, shapes)
+        if heads_config is not None
+        else None
+    )
+    return _combine(lora, heads, chat_template(files))
+
+
+def _combine(
+    lora: peft.LoraPart | None, heads: medusa.HeadsPart | None, template: str | None
+) -> ParsedAdapter:
+    kind = AdapterKind.LORA_WITH_MEDUSA
+    if lora is None or heads is None:
+        kind = AdapterKind.LORA if heads is None else AdapterKind.MEDUSA
+    names = [part.base_model for part in (lora, heads) if part is not None and part.base_model]
+    return ParsedAdapter(
+        kind=kind,
+        base_models=tuple(dict.fromkeys(names)),
+        rank=lora.rank if lora else 0,
+        alpha=lora.alpha if lora else 0.0,
+        target_modules=lora.target_modules if lora else (),
+        num_heads=heads.num_heads if heads else 0,
+        num_layers=heads.num_layers if heads else 0,
+        medusa_version=heads.version if heads else 0,
+        choices=heads.choices if heads else (),
+        scales=lora.scales if lora else {},
+        chat_template=template,
+        tensors={**(lora.tensors if lora else {}), **(heads.tensors if heads else {})},
+        base_copies=lora.base_copies if lora else {},
+    )
+
+
+def check_base(parsed: ParsedAdapter, base_names: Collection[str]) -> None:
+    """Raises FailedPreconditionError when the folder names another base model than the server's.
+
+    base_names: what the server's model is called (hub id, folder). Names are equal when their last
+    path component is, in any case: trainers write local folders and mirrors there. A folder that
+    names no base passes; its shapes were checked anyway.
+    """
+    served = {_last(name) for name in base_names}
+    for name in parsed.base_models:
+        if _last(name) not in served:
+            raise FailedPreconditionError(
+                f"the adapter was made for {name}, but this server runs "
+                f"{' or '.join(base_names)}: upload it to a server of its own base model",
+                reason=Reason.BASE_MODEL_DIFFERS,
+                base_model=name,
+            )
+
+
+def _last(name: str) -> str:
+    return name.rstrip("/").rpartition("/")[2].casefold()
+
+
+def check_values(parsed: ParsedAdapter) -> None:
+    """Raises InvalidArgumentError naming the first tensor that holds NaN or an infinity."""
+    for entry in parsed.tensors.values():
+        check_finite(entry)
+
+
+def _check_names(files: Mapping[str, Path]) -> None:
+    for name in files:
+        lower = name.lower()
+        if lower.endswith(_PICKLES):
+            raise invalid(
+                f"{name} is a pickle, which can run code when it is opened: convert its tensors "
+                "to safetensors, or leave the file out if it is not needed for inference"
+            )
+        if lower.endswith(_CODE):
+            raise invalid(f"{name} is code, which an adapter must not bring: leave it out")
+
+
+def _config(files: Mapping[str, Path], name: str) -> dict[str, object] | None:
+    return read_object(files[name], name, MAX_CONFIG) if name in files else None
+
+
+def _tensors(files: Mapping[str, Path]) -> dict[str, TensorEntry]:
+    """All tensors of all safetensors files."""
+    names = sorted(name for name in files if name.endswith(".safetensors"))
+    if not names:
+        raise invalid("the folder has no .safetensors file")
+    entries: dict[str, TensorEntry] = {}
+    for name in names:
+        found = read_header(files[name], name)
+        if twice := sorted(found.keys() & entries.keys()):
+            raise invalid(f"tensor {twice[0]} is in {name} and in another file of the folder")
+        entries |= found
+    return entries
+
+
+def _check_unmatched(names: set[str], no_heads_config: bool) -> None:
+    if not names:
+        return
+    name = min(names)
+    if medusa.is_heads_tensor(name) and no_heads_config:
+        raise invalid(
+            f"tensor {name} belongs to Medusa heads, but there is no {medusa.CONFIG_NAME} with "
+            f"{medusa.HEADS_FIELD}"
+        )
+    if peft.is_peft_tensor(name):
+        raise invalid(f"tensor {name} belongs to a LoRA, but there is no {peft.CONFIG_NAME}")
+    raise invalid(
+        f"tensor {name} is neither part of a PEFT LoRA nor of Medusa heads; whole models "
+        "(full Medusa-2 checkpoints too) cannot be uploaded as adapters"
+    )
+
+
+def chat_template(files: Mapping[str, Path]) -> str | None:
+    """The folder's own chat template: the jinja file, else the tokenizer config's default one.
+
+    files: file name -> path. Raises InvalidArgumentError for a malformed file.
+    """
+    if TEMPLATE_NAME in files:
+        return read_text(files[TEMPLATE_NAME], TEMPLATE_NAME, MAX_TEMPLATE)
+    config = _config(files, TOKENIZER_CONFIG_NAME) or {}
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several named ones
+        named = {item.get("name"): item.get("template") for item in template if _is_table(item)}
+        template = named.get("default")
+    if template is not None and not isinstance(template, str):
+        raise invalid(f"chat_template of {TOKENIZER_CONFIG_NAME} must be a string")
+    return template
+
+
+def _is_table(item: object) -> bool:
+    return isinstance(item, dict)

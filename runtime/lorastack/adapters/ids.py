@@ -1,0 +1,38 @@
+"""Adapter ids: `[namespace/]name`, and `id@sha256:...` for one revision."""
+
+from __future__ import annotations
+
+import re
+
+from lorastack.errors import InvalidArgumentError
+
+_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
+_ID = re.compile(rf"({_NAME}/)?{_NAME}")
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+RESERVED = frozenset({"none", "base", "default"})
+
+
+def check_id(adapter_id: str) -> None:
+    """Raises InvalidArgumentError unless an adapter may be stored under this id."""
+    if adapter_id in RESERVED:
+        raise InvalidArgumentError(f"the id {adapter_id!r} is reserved: choose another one")
+    if not _ID.fullmatch(adapter_id):
+        raise InvalidArgumentError(
+            f"{adapter_id[:200]!r} is not an adapter id: use letters, digits, '.', '_' and '-', "
+            "starting with a letter or digit, at most 96 characters, with an optional 'namespace/'"
+        )
+
+
+def is_digest(text: str) -> bool:
+    return _DIGEST.fullmatch(text) is not None
+
+
+def split_reference(reference: str) -> tuple[str, str | None]:
+    """(id, digest) of `id@sha256:...`; (id, None) of a plain id."""
+    adapter_id, separator, digest = reference.partition("@")
+    return adapter_id, digest if separator else None
+
+
+def file_name(adapter_id: str) -> str:
+    """The id as one flat file name; '%' is in no id, so no two ids collide."""
+    return adapter_id.replace("/", "%2F") + ".json"

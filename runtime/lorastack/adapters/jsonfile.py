@@ -1,0 +1,50 @@
+"""Strict reading of the small JSON and text files of an adapter folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from lorastack.adapters.refusal import invalid
+
+
+def read_text(path: Path, name: str, max_bytes: int) -> str:
+    """The file as UTF-8. Raises InvalidArgumentError when it is larger or not UTF-8."""
+    with path.open("rb") as file:
+        data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise invalid(f"{name} is larger than {max_bytes} bytes")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise invalid(f"{name} is not UTF-8: {error}") from error
+
+
+def read_object(path: Path, name: str, max_bytes: int) -> dict[str, object]:
+    """The file's JSON object. Raises InvalidArgumentError on anything else (see `parse_object`)."""
+    return parse_object(read_text(path, name, max_bytes), name)
+
+
+def parse_object(text: str, name: str) -> dict[str, object]:
+    """A JSON object. Refuses what parsers disagree on: duplicate keys, NaN, Infinity."""
+
+    def unique(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
+        table: dict[str, object] = {}
+        for key, value in pairs:
+            if key in table:
+                raise invalid(f"{name} has the key {key[:64]!r} twice")
+            table[key] = value
+        return table
+
+    def no_constant(constant: str) -> NoReturn:
+        raise invalid(f"{name} contains {constant}, which is not JSON")
+
+    try:
+        value = json.loads(text, object_pairs_hook=unique, parse_constant=no_constant)
+    except (ValueError, RecursionError) as error:
+        raise invalid(f"{name} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise invalid(f"{name} must hold a JSON object")
+    return value

@@ -1,0 +1,72 @@
+"""A thread at the lowest priority that runs loads for a thread that must never wait."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from typing import Generic, TypeVar
+
+from lorastack.errors import InternalError, LorastackError
+
+ResultT = TypeVar("ResultT")
+_NICE = 19
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """A job for this digest raised."""
+
+    digest: str
+    error: LorastackError
+
+
+class LoaderThread(Generic[ResultT]):
+    """Runs jobs one after the other; their results wait in a queue."""
+
+    def __init__(self, on_finished: Callable[[], None]) -> None:
+        """on_finished: called from the loader thread after each job."""
+        self._on_finished = on_finished
+        self._jobs: SimpleQueue[tuple[str, Callable[[], ResultT]] | None] = SimpleQueue()
+        self._results: SimpleQueue[ResultT | Failure] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="adapter-loader", daemon=True)
+        self._thread.start()
+
+    def submit(self, digest: str, job: Callable[[], ResultT]) -> None:
+        """Queues a job; its result, or a Failure for the digest, comes out of `finished`."""
+        self._jobs.put((digest, job))
+
+    def finished(self) -> Iterator[ResultT | Failure]:
+        """Results that are there now. Never waits."""
+        with contextlib.suppress(Empty):
+            while True:
+                yield self._results.get_nowait()
+
+    def close(self) -> None:
+        """Ends the thread after the jobs that are queued."""
+        self._jobs.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        # On Linux a priority belongs to a thread; OpenMP threads started from here inherit it.
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+        while (item := self._jobs.get()) is not None:
+            digest, job = item
+            self._results.put(self._outcome(digest, job))
+            self._on_finished()
+
+    def _outcome(self, digest: str, job: Callable[[], ResultT]) -> ResultT | Failure:
+        try:
+            return job()
+        except LorastackError as error:
+            return Failure(digest=digest, error=error)
+        except Exception as error:
+            _log.exception("loading adapter %s failed", digest)
+            return Failure(
+                digest=digest, error=InternalError(f"loading adapter {digest} failed: {error}")
+            )

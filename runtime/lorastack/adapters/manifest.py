@@ -1,0 +1,169 @@
+"""What the store knows about adapters, and how it is written down.
+
+    FORMAT                      "lorastack-store 1"
+    LOCK                        held by the one process that writes
+    blobs/sha256/<hex>          a file's bytes, named by their sha256; equal content is stored once
+    manifests/<hex>.json        one per digest: its files, and what validation found out
+    ids/<id>.json               the pointer: an id's revisions, newest last ('/' as '%2F')
+    staging/<upload>/<hex>      bytes of uploads that are not finished
+
+Replacing the pointer is the only commit point: blobs and the manifest are durable before it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+
+from lorastack.errors import InvalidArgumentError
+from lorastack.layout import AdapterKind
+
+FORMAT = "lorastack-store 1\n"
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_CONFIG_SUFFIXES = (".json", ".jinja")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileSpec:
+    """One file of an adapter. sha256: lower-case hex."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+def adapter_digest(files: Iterable[FileSpec]) -> str:
+    """The identity of an adapter: "sha256:" + hex over its config files and safetensors.
+
+    Hashed are lines of name, size and sha256, each ended by a NUL, sorted by name. Configs are all
+    .json and .jinja files (a chat template changes answers); a README changes nothing.
+    """
+    digest = hashlib.sha256()
+    for spec in sorted(files, key=lambda spec: spec.name):
+        if spec.name.endswith((*_CONFIG_SUFFIXES, ".safetensors")):
+            digest.update(f"{spec.name}\0{spec.size}\0{spec.sha256}\0".encode())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def check_files(files: Sequence[FileSpec], *, max_files: int, max_bytes: int) -> None:
+    """Raises InvalidArgumentError unless these can be the files of one adapter."""
+    if not 0 < len(files) <= max_files:
+        raise InvalidArgumentError(f"an adapter has 1 to {max_files} files, not {len(files)}")
+    for spec in files:
+        if not _is_plain(spec.name):
+            raise InvalidArgumentError(f"{spec.name[:80]!r} is not a plain file name")
+        if spec.size < 0 or not _SHA256.fullmatch(spec.sha256):
+            raise InvalidArgumentError(f"{spec.name} lacks a size or a lower-case hex sha256")
+    if len({spec.name for spec in files}) != len(files):
+        raise InvalidArgumentError("two files have the same name")
+    if len({spec.sha256 for spec in files}) != len({(spec.sha256, spec.size) for spec in files}):
+        raise InvalidArgumentError("two files have the same sha256, but different sizes")
+    if (total := sum(spec.size for spec in files)) > max_bytes:
+        raise InvalidArgumentError(
+            f"the adapter has {total} bytes; at most {max_bytes} are accepted"
+        )
+
+
+def _is_plain(name: str) -> bool:
+    """A short printable name without folders."""
+    return (
+        0 < len(name.encode("utf-8", "replace")) <= 200
+        and name.isprintable()
+        and not {"/", "\\"} & set(name)
+        and name not in (".", "..")
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """An immutable adapter: its files, and what validation found out about it."""
+
+    digest: str
+    files: tuple[FileSpec, ...]
+    kind: AdapterKind
+    base_model: str  # the name in its config; "" if none
+    base_fingerprint: str  # of the base model it was validated against
+    rank: int
+    alpha: float
+    target_modules: tuple[str, ...]
+    num_heads: int
+    num_layers: int
+    medusa_version: int
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(spec.size for spec in self.files)
+
+    def to_bytes(self) -> bytes:
+        return _dump(asdict(self))
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Manifest:
+        """Raises ValueError, KeyError or TypeError for a damaged file."""
+        fields = json.loads(data)
+        fields["files"] = tuple(FileSpec(**spec) for spec in fields["files"])
+        fields["kind"] = AdapterKind(fields["kind"])
+        fields["target_modules"] = tuple(fields["target_modules"])
+        manifest = cls(**fields)
+        if adapter_digest(manifest.files) != manifest.digest:
+            raise ValueError("the manifest's files do not give its digest")
+        return manifest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Revision:
+    """One state of an id. created_at: seconds since the epoch."""
+
+    revision: int  # 1-based
+    digest: str
+    created_at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pointer:
+    """An id and its revisions, newest last. Never empty."""
+
+    id: str
+    revisions: tuple[Revision, ...]
+
+    @property
+    def newest(self) -> Revision:
+        return self.revisions[-1]
+
+    def with_revision(self, digest: str, created_at: float) -> Pointer:
+        """A new newest revision."""
+        revision = Revision(revision=self.newest.revision + 1, digest=digest, created_at=created_at)
+        return replace(self, revisions=(*self.revisions, revision))
+
+    def to_bytes(self) -> bytes:
+        return _dump(asdict(self))
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Pointer:
+        """Raises ValueError, KeyError or TypeError for a damaged file."""
+        fields = json.loads(data)
+        revisions = tuple(Revision(**revision) for revision in fields["revisions"])
+        if not revisions:
+            raise ValueError("the pointer has no revisions")
+        return cls(id=fields["id"], revisions=revisions)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """An id's revision together with its manifest: what callers of the registry see."""
+
+    id: str
+    revision: int
+    created_at: float  # seconds since the epoch
+    manifest: Manifest
+
+    @property
+    def digest(self) -> str:
+        return self.manifest.digest
+
+
+def _dump(fields: dict[str, object]) -> bytes:
+    return json.dumps(fields, indent=1, sort_keys=True).encode() + b"\n"

@@ -1,0 +1,261 @@
+"""PEFT LoRA folders: adapter_config.json and its tensors, honoured whole or refused by name.
+
+Layout and traps: PEFT's save format, `base_model.model.{module}.lora_A.weight [r, in]`,
+`.lora_B.weight [out, r]`; embeddings `.lora_embedding_A [r, V]`, `.lora_embedding_B [H, r]`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lorastack.adapters.refusal import invalid, unsupported
+from lorastack.adapters.targets import TargetRules, module_names
+from lorastack.adapters.tensorfile import TensorEntry
+from lorastack.layout import EMBED, LM_HEAD, ModelShapes, Part, TensorKey
+
+CONFIG_NAME = "adapter_config.json"
+# PEFT's choice for Llama and Mistral when a config names no targets.
+_DEFAULT_TARGETS = frozenset({"q_proj", "v_proj"})
+# Initialisations that leave the base weights as they are.
+_HARMLESS_INITS = ("gaussian", "orthogonal", "eva", "mica")
+# Read below, or without effect on a saved adapter's output.
+_HONOURED = frozenset(
+    {
+        "r",
+        "lora_alpha",
+        "use_rslora",
+        "rank_pattern",
+        "alpha_pattern",
+        "target_modules",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "init_lora_weights",
+        "peft_type",
+        "task_type",
+        "base_model_name_or_path",
+    }
+)
+_WITHOUT_EFFECT = frozenset(
+    {
+        "auto_mapping",
+        "inference_mode",
+        "lora_dropout",
+        "peft_version",
+        "revision",
+        "eva_config",
+        "megatron_core",
+        "qalora_group_size",
+    }
+)
+# Fields of LoraConfig whose default is not null, false or empty.
+_DEFAULTS: dict[str, object] = {"bias": "none"}
+
+_TENSOR = re.compile(
+    r"base_model\.model\.(?P<module>.+?)\."
+    r"(?P<part>lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B"
+    r"|base_layer\.weight|weight)"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraPart:
+    """The LoRA of a folder."""
+
+    base_model: str  # "" if the config names none
+    rank: int  # the largest of any module
+    alpha: float
+    target_modules: tuple[str, ...]
+    scales: Mapping[tuple[int, str], float]
+    tensors: Mapping[TensorKey, TensorEntry]
+    base_copies: Mapping[str, TensorEntry]  # base tensor name -> the folder's copy of it
+
+
+def is_peft_tensor(name: str) -> bool:
+    return name.startswith("base_model.")
+
+
+def parse_peft(
+    config: Mapping[str, object], entries: Mapping[str, TensorEntry], shapes: ModelShapes
+) -> LoraPart:
+    """The LoRA of a PEFT folder. `entries`: its PEFT tensors by name.
+
+    Raises InvalidArgumentError naming the field, or the tensor and both shapes.
+    """
+    rules = _rules(config)
+    modules = module_names(shapes)
+    found, base_copies = _sort_tensors(entries, modules, shapes)
+    expected = {module for module in modules if rules.matches(module)}
+    if not expected:
+        raise invalid(f"target_modules of {CONFIG_NAME} match no module of the base model")
+    if strangers := sorted(found.keys() - expected):
+        raise invalid(f"{CONFIG_NAME} does not target {strangers[0]}, but tensors adapt it")
+    tensors: dict[TensorKey, TensorEntry] = {}
+    scales: dict[tuple[int, str], float] = {}
+    for module in sorted(expected):
+        layer, target = modules[module]
+        out_size, in_size = shapes.target_shape(target)
+        rank = rules.rank_of(module)
+        for part, shape in ((Part.A, (rank, in_size)), (Part.B, (out_size, rank))):
+            entry = found.get(module, {}).get(part)
+            if entry is None:
+                raise invalid(f"{CONFIG_NAME} targets {module}, but its lora_{part} is missing")
+            _check_shape(entry, shape)
+            tensors[layer, target, part] = entry
+        scales[layer, target] = rules.scale_of(module)
+    return LoraPart(
+        base_model=text_field(config, "base_model_name_or_path"),
+        rank=max(rules.rank_of(module) for module in expected),
+        alpha=rules.alpha,
+        target_modules=tuple(sorted({target for _, target in scales})),
+        scales=scales,
+        tensors=tensors,
+        base_copies=base_copies,
+    )
+
+
+def _sort_tensors(
+    entries: Mapping[str, TensorEntry], modules: Mapping[str, tuple[int, str]], shapes: ModelShapes
+) -> tuple[dict[str, dict[Part, TensorEntry]], dict[str, TensorEntry]]:
+    """(module -> part -> entry, base tensor name -> entry). Every tensor must find its place."""
+    found: dict[str, dict[Part, TensorEntry]] = {}
+    copies: dict[str, TensorEntry] = {}
+    for name, entry in entries.items():
+        match = _TENSOR.fullmatch(name)
+        if match is None:
+            raise unsupported(
+                f"tensor {name} is not part of a plain LoRA (lora_A, lora_B, lora_embedding_A, "
+                "lora_embedding_B)"
+            )
+        module, part = match["module"], match["part"]
+        place = modules.get(module)
+        if place is None:
+            raise invalid(
+                f"tensor {name} adapts {module}, which the base model ({shapes.architecture}, "
+                f"{shapes.num_layers} layers) does not have or cannot adapt"
+            )
+        target = place[1]
+        if part in ("weight", "base_layer.weight"):
+            if target not in (EMBED, LM_HEAD):
+                raise unsupported(f"tensor {name} is a whole weight, not a LoRA")
+            if f"{module}.weight" in copies:
+                raise invalid(f"tensor {name} is a second copy of the base model's {module}")
+            _check_shape(entry, (shapes.vocab_size, shapes.hidden_size))
+            copies[f"{module}.weight"] = entry
+        elif part.startswith("lora_embedding") != (target == EMBED):
+            raise invalid(f"tensor {name} has the wrong kind of LoRA for {module}")
+        else:
+            kind = Part.A if part in ("lora_A.weight", "lora_embedding_A") else Part.B
+            found.setdefault(module, {})[kind] = entry
+    return found, copies
+
+
+def _check_shape(entry: TensorEntry, shape: tuple[int, ...]) -> None:
+    if entry.shape != shape:
+        raise invalid(
+            f"tensor {entry.name} has shape {list(entry.shape)}, "
+            f"but the base model and {CONFIG_NAME} need {list(shape)}"
+        )
+
+
+def _rules(config: Mapping[str, object]) -> TargetRules:
+    """The config as rules. Any field that we cannot honour is refused by name."""
+    if config.get("peft_type") != "LORA":
+        raise unsupported(f"peft_type is {config.get('peft_type')!r}; only LORA is supported")
+    if config.get("task_type") not in (None, "CAUSAL_LM"):
+        raise unsupported(f"task_type is {config['task_type']!r}; only CAUSAL_LM is supported")
+    init = config.get("init_lora_weights", True)
+    if not isinstance(init, bool) and init is not None and init not in _HARMLESS_INITS:
+        raise unsupported(
+            f"init_lora_weights is {str(init)[:64]!r}, which changes the base model's weights: "
+            "convert the adapter with PEFT's path_initial_model_for_weight_conversion"
+        )
+    for name, value in config.items():
+        if name in _HONOURED or name in _WITHOUT_EFFECT or _is_default(name, value):
+            continue
+        raise unsupported(f"{name[:64]} = {str(value)[:64]!r} in {CONFIG_NAME} is not supported")
+    targets = _names(config, "target_modules")
+    layers = _layers(config)
+    if isinstance(targets, str) and layers is not None:
+        raise invalid("layers_to_transform cannot be used when target_modules is a pattern")
+    return TargetRules(
+        target_modules=_DEFAULT_TARGETS if targets is None else targets,
+        exclude_modules=_names(config, "exclude_modules") or frozenset(),
+        layers_to_transform=layers,
+        layers_pattern=_layers_pattern(config),
+        rank=_rank(config.get("r", 8), "r"),
+        alpha=_alpha(config.get("lora_alpha", 8), "lora_alpha"),
+        rank_pattern={key: _rank(value, key) for key, value in _table(config, "rank_pattern")},
+        alpha_pattern={key: _alpha(value, key) for key, value in _table(config, "alpha_pattern")},
+        use_rslora=_flag(config, "use_rslora"),
+    )
+
+
+def _is_default(name: str, value: object) -> bool:
+    return value == _DEFAULTS.get(name) or value is False or value in ([], {}, "")
+
+
+def _rank(value: object, field: str) -> int:
+    if type(value) is not int or not 0 < value < 1 << 20:
+        raise invalid(f"{field[:64]} = {str(value)[:64]} is not a rank: it must be at least 1")
+    return value
+
+
+def _alpha(value: object, field: str) -> float:
+    if type(value) not in (int, float) or not math.isfinite(alpha := float(str(value))):
+        raise invalid(f"{field[:64]} = {str(value)[:64]} is not a finite number")
+    return alpha
+
+
+def _flag(config: Mapping[str, object], field: str) -> bool:
+    value = config.get(field)
+    if value not in (None, True, False):
+        raise invalid(f"{field} must be true or false")
+    return value is True
+
+
+def _table(config: Mapping[str, object], field: str) -> list[tuple[str, object]]:
+    value = config.get(field) or {}
+    if not isinstance(value, dict):
+        raise invalid(f"{field} must map names to numbers")
+    return list(value.items())
+
+
+def _names(config: Mapping[str, object], field: str) -> frozenset[str] | str | None:
+    """A list of names, or one pattern; None when unset."""
+    value = config.get(field)
+    if value is None or isinstance(value, str):
+        return value
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise invalid(f"{field} must be a list of names or one pattern")
+    return frozenset(value)
+
+
+def _layers(config: Mapping[str, object]) -> frozenset[int] | None:
+    value = config.get("layers_to_transform")
+    items = [value] if type(value) is int else value
+    if items is None or items == []:
+        return None
+    if not isinstance(items, list) or not all(type(item) is int for item in items):
+        raise invalid("layers_to_transform must be a layer index or a list of them")
+    return frozenset(items)
+
+
+def _layers_pattern(config: Mapping[str, object]) -> tuple[str, ...]:
+    """In the config's order: the first pattern that matches decides."""
+    value = config.get("layers_pattern") or []
+    items = [value] if isinstance(value, str) else value
+    if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
+        raise invalid("layers_pattern must be a pattern or a list of them")
+    return tuple(items)
+
+
+def text_field(config: Mapping[str, object], field: str) -> str:
+    """A string that may be missing or null ("")."""
+    value = config.get(field)
+    if value is not None and not isinstance(value, str):
+        raise invalid(f"{field} must be a string")
+    return value or ""

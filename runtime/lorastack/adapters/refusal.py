@@ -1,0 +1,15 @@
+"""How an adapter folder is refused: one line each for malformed and for unsupported."""
+
+from __future__ import annotations
+
+from lorastack.errors import InvalidArgumentError, Reason
+
+
+def invalid(message: str) -> InvalidArgumentError:
+    """The folder is malformed or does not fit the base model."""
+    return InvalidArgumentError(message, reason=Reason.INVALID_ADAPTER)
+
+
+def unsupported(message: str) -> InvalidArgumentError:
+    """The folder is well-formed, but asks for maths that is not implemented here."""
+    return InvalidArgumentError(message, reason=Reason.UNSUPPORTED_ADAPTER)

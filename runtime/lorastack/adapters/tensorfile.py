@@ -1,0 +1,144 @@
+"""Safetensors files, read by our own code so that a lying header is refused by name.
+
+Format: 8 bytes little-endian header length, the header (JSON: tensor name -> dtype, shape,
+data_offsets relative to the header's end), then the data, without gaps or overlaps. No torch here:
+`lorastack adapters verify` reads folders with this module alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from lorastack.adapters.jsonfile import parse_object
+from lorastack.adapters.refusal import invalid, unsupported
+
+MAX_HEADER = 4 << 20  # bytes; about 25,000 tensors
+MAX_NAME = 256  # characters of a tensor's name
+SCAN_BYTES = 1 << 20  # values are scanned in pieces of this size
+
+# Bits of a value that are all set exactly in NaN and infinities (the exponent), by dtype.
+_EXPONENTS: dict[str, tuple[type[np.unsignedinteger], int]] = {
+    "F16": (np.uint16, 0x7C00),
+    "BF16": (np.uint16, 0x7F80),
+    "F32": (np.uint32, 0x7F80_0000),
+    "F64": (np.uint64, 0x7FF0_0000_0000_0000),
+}
+_ITEMSIZES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorEntry:
+    """One tensor of a file. offset: bytes from the file's start."""
+
+    name: str
+    path: Path
+    dtype: str  # F16, BF16, F32 or F64
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+def read_header(path: Path, name: str) -> dict[str, TensorEntry]:
+    """Tensors of a safetensors file by name; `name` is what errors call the file.
+
+    Raises InvalidArgumentError for a truncated file, a header that is too large or malformed,
+    offsets that overlap, leave gaps or disagree with the shapes, and dtypes that are not floats.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or length > size - 8:
+            raise invalid(f"{name} is truncated: its header does not fit its {size} bytes")
+        if length > MAX_HEADER:
+            raise invalid(f"{name} has a header of {length} bytes; at most {MAX_HEADER} are read")
+        raw = file.read(length)
+    try:
+        table = parse_object(raw.decode("utf-8"), f"the header of {name}")
+    except UnicodeDecodeError as error:
+        raise invalid(f"the header of {name} is not UTF-8") from error
+    table.pop("__metadata__", None)
+    entries = [_entry(path, name, tensor, fields, 8 + length) for tensor, fields in table.items()]
+    position = 8 + length
+    for entry in sorted(entries, key=lambda entry: (entry.offset, entry.nbytes)):
+        if entry.offset != position:
+            raise invalid(f"{name}: tensor {entry.name} overlaps another one or follows a gap")
+        position += entry.nbytes
+    if position != size:
+        raise invalid(f"{name} has {size} bytes, but its header describes {position}")
+    return {entry.name: entry for entry in entries}
+
+
+def _entry(path: Path, file: str, name: str, fields: object, start: int) -> TensorEntry:
+    """One header entry, checked in itself. start: where the file's data begins."""
+    if len(name) > MAX_NAME:
+        raise invalid(f"{file}: tensor name {name[:64]}... is longer than {MAX_NAME} characters")
+    if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
+        raise invalid(f"{file}: tensor {name} must have exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _ITEMSIZES:
+        known = ", ".join(_ITEMSIZES)
+        raise unsupported(f"{file}: tensor {name} has dtype {str(dtype)[:16]}, not {known}")
+    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
+        raise invalid(f"{file}: tensor {name} has a malformed shape or data_offsets")
+    nbytes = math.prod(shape) * _ITEMSIZES[dtype]
+    if offsets[1] - offsets[0] != nbytes:
+        raise invalid(
+            f"{file}: tensor {name} of shape {list(shape)} and dtype {dtype} needs {nbytes} bytes, "
+            f"but its data_offsets are {offsets}"
+        )
+    return TensorEntry(
+        name=name,
+        path=path,
+        dtype=dtype,
+        shape=tuple(shape),
+        offset=start + offsets[0],
+        nbytes=nbytes,
+    )
+
+
+def _naturals(value: object) -> bool:
+    """A short list of plain non-negative integers below 2**48."""
+    return (
+        isinstance(value, list)
+        and len(value) <= 8
+        and all(type(item) is int and 0 <= item < 1 << 48 for item in value)
+    )
+
+
+def read_bytes(entry: TensorEntry) -> npt.NDArray[np.uint8]:
+    """The tensor's bytes in a new, writable array."""
+    data = np.empty(entry.nbytes, dtype=np.uint8)
+    with entry.path.open("rb") as file:
+        file.seek(entry.offset)
+        done = file.readinto(data.data)
+    if done != entry.nbytes:
+        raise invalid(f"tensor {entry.name} is cut short: {done} of {entry.nbytes} bytes")
+    return data
+
+
+def check_finite(entry: TensorEntry) -> None:
+    """Raises InvalidArgumentError naming the tensor if it holds NaN or an infinity."""
+    unsigned, exponent = _EXPONENTS[entry.dtype]
+    for piece in _pieces(entry):
+        bits = np.frombuffer(piece, dtype=unsigned)
+        if bool(np.any((bits & unsigned(exponent)) == exponent)):
+            raise invalid(f"tensor {entry.name} contains NaN or an infinity")
+
+
+def _pieces(entry: TensorEntry) -> Iterator[bytes]:
+    with entry.path.open("rb") as file:
+        file.seek(entry.offset)
+        left = entry.nbytes
+        while left:
+            piece = file.read(min(left, SCAN_BYTES))
+            if not piece:
+                raise invalid(f"tensor {entry.name} is cut short")
+            yield piece
+            left -= len(piece)
