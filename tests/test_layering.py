@@ -21,7 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "gateway": {"client"},
     "client": {"v1"},
     "service": {"engine", "adapters", "text", "v1"},
-    "engine": {"model", "adapters", "lora", "speculation", "sampling", "text"},
+    "engine": {"model", "adapters", "lora", "kernels", "speculation", "sampling", "text"},
     "model": {"lora", "kernels"},
     "speculation": {"kernels"},
     "lora": {"kernels"},

@@ -5,22 +5,24 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from lorastack.adapters.load import Pack
 from lorastack.adapters.pool import DevicePool
 from lorastack.config import EngineConfig, ModelConfig
 from lorastack.engine.engine import Engine
 from lorastack.engine.pages import Pages
 from lorastack.engine.runner import Runner
 from lorastack.errors import FailedPreconditionError, InvalidArgumentError, Reason
-from lorastack.model.decoder import Decoder
+from lorastack.kernels.packing import pack
+from lorastack.model.decoder import Decoder, fingerprint, load_decoder
 from lorastack.model.default import DEFAULT_MODEL_ID, default_model
 from lorastack.model.kv import KVCache, page_nbytes
-from lorastack.model.weights import fingerprint, load_decoder
 from lorastack.request import RowEvent
 from lorastack.text.tokenizer import Tokenizer
 
@@ -79,6 +81,11 @@ def model_folder(
             f"--model {model} is neither a folder nor a model the hub gives us: {error}",
             reason=Reason.INVALID_MODEL,
         ) from error
+
+
+def adapter_packer(model: LoadedModel) -> Pack:
+    """What turns an adapter's tensors into the buffer that this model's backend reads."""
+    return partial(pack, dtype=model.decoder.dtype)
 
 
 def build_engine(

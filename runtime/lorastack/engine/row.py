@@ -149,7 +149,7 @@ class Row:
         tokens: tuple[GeneratedToken, ...] = (),
     ) -> RowEvent:
         """The row's last event. Text held back for a stop sequence that did not come is let go."""
-        if self.text.match is None:
+        if reason is not FinishReason.STOP_SEQUENCE:
             text += self.text.flush()
             if self.text.match is not None:
                 reason = FinishReason.STOP_SEQUENCE
