@@ -1,0 +1,181 @@
+"""How tokens join into text, one at a time.
+
+A tokenizer.json says it as a chain of decoders over the whole list of tokens. Two families are
+known here, those of Llama and Mistral models; each has a joiner whose pieces, put together, are
+what the chain gives for the whole list.
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from lorastack.errors import InvalidArgumentError, Reason
+
+UNKNOWN_CHARACTER = "\ufffd"
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+class Joiner(Protocol):
+    """The text of one growing list of tokens. Work a token does not grow with the list."""
+
+    def push(self, token: str) -> str:
+        """What has become certain with this token: whole characters only."""
+        ...
+
+    def flush(self) -> str:
+        """What was held back, unfinished characters as U+FFFD. Nothing follows."""
+        ...
+
+    def alone(self, token: str) -> str:
+        """A token inside a text, by itself, for display."""
+        ...
+
+
+def joiner_factory(decoder: Mapping[str, Any] | None) -> Callable[[], Joiner]:
+    """A maker of joiners for the `decoder` of a tokenizer.json.
+
+    Raises InvalidArgumentError naming a decoder that is not known.
+    """
+    if decoder is None:
+        raise _unsupported("none")
+    chain = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
+    kinds = [link["type"] for link in chain]
+    if kinds == ["ByteLevel"]:
+        return ByteLevelJoiner
+    if kinds == ["Metaspace"]:
+        replacements = ((str(chain[0]["replacement"]), " "),)
+        drops_first = chain[0].get("prepend_scheme", "always") != "never"
+        return lambda: SpacesJoiner(replacements, drops_first=drops_first)
+    return _spaces_factory(chain, kinds)
+
+
+def _spaces_factory(
+    chain: Sequence[Mapping[str, Any]], kinds: Sequence[str]
+) -> Callable[[], Joiner]:
+    """Replace..., ByteFallback, Fuse, Strip; all but Fuse before a Strip may be missing."""
+    if not re.fullmatch(r"(Replace )*(ByteFallback )?(Fuse (Strip )?)?", " ".join((*kinds, ""))):
+        raise _unsupported(" ".join(kinds))
+    replacements = []
+    strip = 0
+    for link in chain:
+        if link["type"] == "Replace":
+            if "String" not in link["pattern"]:
+                raise _unsupported("Replace with a regular expression")
+            replacements.append((str(link["pattern"]["String"]), str(link["content"])))
+        elif link["type"] == "Strip":
+            if link["content"] != " " or link["stop"]:
+                raise _unsupported("Strip of anything but leading spaces")
+            strip = int(link["start"])
+    settled, has_bytes = tuple(replacements), "ByteFallback" in kinds
+    return lambda: SpacesJoiner(settled, strip=strip, has_bytes=has_bytes)
+
+
+def _unsupported(name: str) -> InvalidArgumentError:
+    return InvalidArgumentError(
+        f"The tokenizer's decoder ({name}) is not supported: use a model whose tokenizer.json "
+        "decodes with ByteLevel, Metaspace or Replace, ByteFallback, Fuse, Strip.",
+        reason=Reason.UNSUPPORTED_MODEL,
+    )
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-ins: character -> byte."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {
+        chr(256 + place): byte for place, byte in enumerate(others)
+    }
+
+
+_BYTE_OF = _byte_alphabet()
+
+
+class ByteLevelJoiner:
+    """GPT-2, Llama 3, SmolLM2, Tekken: every character of a token stands for a byte."""
+
+    def __init__(self) -> None:
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token: str) -> str:
+        return self._utf8.decode(_token_bytes(token))
+
+    def flush(self) -> str:
+        return self._utf8.decode(b"", final=True)
+
+    def alone(self, token: str) -> str:
+        return _token_bytes(token).decode("utf-8", "replace")
+
+
+def _token_bytes(token: str) -> bytes:
+    try:
+        return bytes([_BYTE_OF[char] for char in token])
+    except KeyError:  # an added token, written as it is
+        return token.encode()
+
+
+class SpacesJoiner:
+    """SentencePiece (Llama 2, Mistral): "▁" stands for a space, rare characters for their bytes.
+
+    A run of byte tokens is held until it ends: it is text if all of it is UTF-8, else each byte
+    shows as U+FFFD. The first token loses its space, by `strip` (that many leading spaces of the
+    text) or by `drops_first` (every replaced mark of the first token).
+    """
+
+    def __init__(
+        self,
+        replacements: Sequence[tuple[str, str]],
+        *,
+        strip: int = 0,
+        drops_first: bool = False,
+        has_bytes: bool = False,
+    ) -> None:
+        self._replacements = replacements
+        self._strip = strip
+        self._drops = drops_first
+        self._has_bytes = has_bytes
+        self._run = bytearray()
+
+    def push(self, token: str) -> str:
+        byte = self._byte(token)
+        if byte is not None:
+            self._run.append(byte)
+            return ""
+        text = self._end_run() + self._replaced(token, drop=self._drops)
+        self._drops = False
+        return self._stripped(text)
+
+    def flush(self) -> str:
+        return self._stripped(self._end_run())
+
+    def alone(self, token: str) -> str:
+        byte = self._byte(token)
+        if byte is None:
+            return self._replaced(token, drop=False)
+        return chr(byte) if byte < 0x80 else UNKNOWN_CHARACTER
+
+    def _byte(self, token: str) -> int | None:
+        found = _BYTE_TOKEN.fullmatch(token) if self._has_bytes else None
+        return int(found[1], 16) if found else None
+
+    def _end_run(self) -> str:
+        run, self._run = self._run, bytearray()
+        try:
+            return run.decode()
+        except UnicodeDecodeError:
+            return UNKNOWN_CHARACTER * len(run)
+
+    def _replaced(self, token: str, *, drop: bool) -> str:
+        for mark, content in self._replacements:
+            token = token.replace(mark, "" if drop else content)
+        return token
+
+    def _stripped(self, text: str) -> str:
+        if not self._strip or not text:
+            return text
+        spaces = len(text) - len(text.lstrip(" "))
+        cut = min(self._strip, spaces)
+        self._strip = self._strip - cut if spaces == len(text) else 0
+        return text[cut:]
