@@ -1,0 +1,125 @@
+"""`lorastack adapters`: what a server stores, and a check of a folder without one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from lorastack.cli.options import DEFAULT_SERVER, Json, Model, Server
+from lorastack.cli.output import human_size, print_json, progress_bar, short_digest, to_dict
+from lorastack.client import Client
+from lorastack.v1 import adapters_pb2
+
+adapters = typer.Typer(help="Upload, list, show, delete and verify adapters.", no_args_is_help=True)
+
+Folder = Annotated[
+    Path, typer.Argument(metavar="DIR", help="The adapter's folder.", show_default=False)
+]
+Id = Annotated[str, typer.Argument(metavar="ID", help="The adapter's id.", show_default=False)]
+
+
+@adapters.command()
+def upload(
+    folder: Folder,
+    adapter_id: Annotated[
+        str, typer.Option("--id", metavar="ID", help="[namespace/]name.", show_default=False)
+    ],
+    if_digest: Annotated[
+        str | None,
+        typer.Option(
+            "--if-digest",
+            metavar="DIGEST",
+            help="Only if the id points there; empty: only if the id is new.",
+        ),
+    ] = None,
+    server: Server = DEFAULT_SERVER,
+    as_json: Json = False,
+) -> None:
+    """Store a PEFT LoRA, Medusa heads, or a bundle of both under an id."""
+    with Client(server) as client, progress_bar(f"uploading {adapter_id}") as progress:
+        adapter = client.upload(folder, adapter_id, if_digest=if_digest, progress=progress)
+    _show(adapter, as_json)
+
+
+@adapters.command("list")
+def list_adapters(
+    prefix: Annotated[str, typer.Option("--prefix", help="Only ids that start so.")] = "",
+    server: Server = DEFAULT_SERVER,
+    as_json: Json = False,
+) -> None:
+    """List all stored adapters."""
+    with Client(server) as client:
+        found = client.list_adapters(prefix)
+    if as_json:
+        print_json({"adapters": [to_dict(adapter) for adapter in found]})
+        return
+    table = Table("id", "kind", "rank", "heads", "size", "where", "digest", box=None)
+    for adapter in found:
+        table.add_row(
+            adapter.id,
+            _kind(adapter),
+            str(adapter.rank or ""),
+            str(adapter.num_heads or ""),
+            human_size(adapter.size_bytes),
+            adapters_pb2.Adapter.Residency.Name(adapter.residency).lower(),
+            short_digest(adapter.digest),
+        )
+    Console().print(table)
+
+
+@adapters.command()
+def show(adapter_id: Id, server: Server = DEFAULT_SERVER, as_json: Json = False) -> None:
+    """Show one adapter; ID@sha256:... names a revision."""
+    with Client(server) as client:
+        _show(client.get_adapter(adapter_id), as_json)
+
+
+@adapters.command()
+def delete(adapter_id: Id, server: Server = DEFAULT_SERVER, as_json: Json = False) -> None:
+    """Delete an id with all its revisions. Running requests finish."""
+    with Client(server) as client:
+        client.delete_adapter(adapter_id)
+    if as_json:
+        print_json({"deleted": adapter_id})
+    else:
+        typer.echo(f"deleted {adapter_id}")
+
+
+@adapters.command()
+def verify(folder: Folder, model: Model = None, as_json: Json = False) -> None:
+    """Check a folder as an upload would, without a server, and say what it holds."""
+    # Deferred: the other commands must not wait for torch.
+    from lorastack.cli.verify import verify_folder
+
+    with progress_bar("fetching the default model") as progress:
+        found = verify_folder(folder, model, progress)
+    if as_json:
+        print_json(found)
+    else:
+        _print_fields({"folder": str(folder), **found})
+
+
+def _show(adapter: adapters_pb2.Adapter, as_json: bool) -> None:
+    fields = to_dict(adapter)
+    if as_json:
+        print_json(fields)
+    else:
+        size = human_size(adapter.size_bytes)
+        _print_fields({**fields, "kind": _kind(adapter), "size_bytes": size})
+
+
+def _kind(adapter: adapters_pb2.Adapter) -> str:
+    return adapters_pb2.Adapter.Kind.Name(adapter.kind).lower()
+
+
+def _print_fields(fields: dict[str, object]) -> None:
+    """Aligned names and values; those without a meaning for this adapter are left out."""
+    shown = {name: value for name, value in fields.items() if value not in ("", 0, [], None)}
+    width = max(map(len, shown))
+    for name, value in shown.items():
+        text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        typer.echo(f"{name:<{width}}  {text}")

@@ -1,0 +1,37 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from lorastack.client import DEFAULT_SERVER
+from lorastack.config import parse_size
+
+Server = Annotated[
+    str,
+    typer.Option("--server", metavar="HOST:PORT", envvar="LORASTACK_SERVER", help="Which server."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="PATH|HUB_ID",
+        envvar="LORASTACK_MODEL",
+        help="Base model; without it the embedded SmolLM2-135M-Instruct.",
+    ),
+]
+
+__all__ = ["DEFAULT_SERVER", "Json", "Model", "Server", "size"]
+
+
+def size(text: str) -> str:
+    """Option callback: a positive number of bytes, kept as the user wrote it."""
+    try:
+        if parse_size(text) > 0:
+            return text
+    except (ValueError, OverflowError):
+        pass
+    raise typer.BadParameter(f"{text!r} is not a size; write 512MiB, 2GiB or a number of bytes")

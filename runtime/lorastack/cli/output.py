@@ -1,0 +1,78 @@
+"""What commands print: text for people, JSON for machines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.json_format import MessageToDict
+from google.protobuf.message import Message
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+from lorastack.config import GIB, KIB, MIB
+
+_WIDE = (FieldDescriptor.CPPTYPE_INT64, FieldDescriptor.CPPTYPE_UINT64)
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """One JSON document on stdout."""
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def to_dict(message: Message) -> dict[str, Any]:
+    """A message as JSON values: snake_case, zero values present, 64-bit integers as numbers."""
+    fields: dict[str, Any] = MessageToDict(
+        message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )
+    _widen(fields, message.DESCRIPTOR)
+    return fields
+
+
+def _widen(fields: dict[str, Any], descriptor: Any) -> None:
+    """protobuf's JSON writes 64-bit integers as strings; turns them back, in place.
+
+    descriptor: the message's, of whichever protobuf implementation is in use.
+    """
+    for field in descriptor.fields:
+        value = fields.get(field.name)
+        values = value if isinstance(value, list) else [value]
+        if field.cpp_type in _WIDE and value is not None:
+            fields[field.name] = [int(v) for v in values] if value is values else int(value)
+        elif field.message_type is not None:
+            for inner in values:
+                if isinstance(inner, dict):  # a Timestamp is a string
+                    _widen(inner, field.message_type)
+
+
+def human_size(num_bytes: int) -> str:
+    """1.5 MiB and the like."""
+    for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
+        if num_bytes >= unit:
+            return f"{num_bytes / unit:.1f} {name}"
+    return f"{num_bytes} B"
+
+
+def short_digest(digest: str) -> str:
+    """sha256: and twelve digits: enough to tell revisions apart by eye."""
+    return digest[: len("sha256:") + 12]
+
+
+@contextmanager
+def progress_bar(label: str) -> Iterator[Any]:
+    """Yields progress(done, total) in bytes, drawn on stderr when that is a terminal."""
+    label_column = TextColumn("{task.description}")
+    columns = (label_column, BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task(label, total=None, start=False)
+
+        def update(done: int, total: int) -> None:
+            progress.start_task(task)
+            progress.update(task, completed=done, total=total)
+
+        yield update

@@ -1,0 +1,175 @@
+"""`lorastack serve`: flags to ServerConfig, then the server until a signal ends it."""
+
+from __future__ import annotations
+
+import os
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lorastack.cli.options import Model, size
+from lorastack.cli.output import progress_bar
+from lorastack.config import (
+    AdapterConfig,
+    EngineConfig,
+    ModelConfig,
+    ServerConfig,
+    ServiceConfig,
+    parse_size,
+)
+
+_ENGINE, _SERVICE = EngineConfig(), ServiceConfig()
+
+
+class Device(StrEnum):
+    """Where the model runs."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class DType(StrEnum):
+    """Of weights, activations and KV; auto is float32 on a CPU."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+class LogFormat(StrEnum):
+    """On stderr."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
+def default_store() -> Path:
+    """The user's data folder for adapters: XDG's, else ~/.local/share."""
+    data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    return Path(data) / "lorastack" / "store"
+
+
+def serve(
+    model: Model = None,
+    store: Annotated[
+        Path | None,
+        typer.Option(
+            "--store",
+            metavar="DIR",
+            envvar="LORASTACK_STORE",
+            help="Where adapters are kept.",
+            show_default="~/.local/share/lorastack/store",
+        ),
+    ] = None,
+    medusa: Annotated[
+        str,
+        typer.Option(
+            "--medusa", metavar="ID", envvar="LORASTACK_MEDUSA", help="Default Medusa heads."
+        ),
+    ] = "",
+    host: Annotated[str, typer.Option("--host", envvar="LORASTACK_HOST")] = _SERVICE.host,
+    port: Annotated[
+        int,
+        typer.Option("--port", min=0, max=65535, envvar="LORASTACK_PORT", help="0: any free one."),
+    ] = _SERVICE.port,
+    device: Annotated[Device, typer.Option("--device", envvar="LORASTACK_DEVICE")] = Device.AUTO,
+    dtype: Annotated[DType, typer.Option("--dtype", envvar="LORASTACK_DTYPE")] = DType.AUTO,
+    threads: Annotated[
+        int | None,
+        typer.Option("--threads", min=1, envvar="LORASTACK_THREADS", help="CPU threads of a step."),
+    ] = None,
+    device_adapter_memory: Annotated[
+        str,
+        typer.Option(
+            "--device-adapter-memory",
+            metavar="SIZE",
+            callback=size,
+            envvar="LORASTACK_DEVICE_ADAPTER_MEMORY",
+            help="For adapters beside the model.",
+        ),
+    ] = "2GiB",
+    host_adapter_memory: Annotated[
+        str,
+        typer.Option(
+            "--host-adapter-memory",
+            metavar="SIZE",
+            callback=size,
+            envvar="LORASTACK_HOST_ADAPTER_MEMORY",
+            help="For adapters kept ready in host memory.",
+        ),
+    ] = "8GiB",
+    kv_memory: Annotated[
+        str,
+        typer.Option(
+            "--kv-memory",
+            metavar="SIZE",
+            callback=size,
+            envvar="LORASTACK_KV_MEMORY",
+            help="For keys and values of all rows.",
+        ),
+    ] = "4GiB",
+    max_rows: Annotated[
+        int,
+        typer.Option("--max-rows", min=1, envvar="LORASTACK_MAX_ROWS", help="Rows in a batch."),
+    ] = _ENGINE.max_rows,
+    max_queue: Annotated[
+        int,
+        typer.Option("--max-queue", min=1, envvar="LORASTACK_MAX_QUEUE", help="Waiting requests."),
+    ] = _ENGINE.max_queue,
+    max_context: Annotated[
+        int | None,
+        typer.Option(
+            "--max-context",
+            min=2,
+            envvar="LORASTACK_MAX_CONTEXT",
+            help="Tokens of a prompt and its output together.",
+            show_default="the model's",
+        ),
+    ] = None,
+    drain_timeout: Annotated[
+        float,
+        typer.Option(
+            "--drain-timeout",
+            min=0,
+            envvar="LORASTACK_DRAIN_TIMEOUT",
+            help="Seconds that running requests get on SIGTERM.",
+        ),
+    ] = _SERVICE.drain_timeout,
+    log_format: Annotated[
+        LogFormat, typer.Option("--log-format", envvar="LORASTACK_LOG_FORMAT")
+    ] = LogFormat.TEXT,
+) -> None:
+    """Serve a base model with its adapters over gRPC."""
+    config = ServerConfig(
+        model=ModelConfig(
+            model=model,
+            device=device.value,
+            dtype=dtype.value,
+            threads=threads,
+            max_context=max_context,
+        ),
+        engine=EngineConfig(
+            kv_memory=parse_size(kv_memory), max_rows=max_rows, max_queue=max_queue
+        ),
+        adapters=AdapterConfig(
+            store=default_store() if store is None else store,
+            device_memory=parse_size(device_adapter_memory),
+            host_memory=parse_size(host_adapter_memory),
+            default_medusa=medusa,
+        ),
+        service=ServiceConfig(
+            host=host, port=port, drain_timeout=drain_timeout, log_format=log_format.value
+        ),
+    )
+    # Deferred: `--help` and the client commands must not wait for torch.
+    from lorastack.service.logs import configure_logging
+    from lorastack.service.server import Server
+
+    configure_logging(config.service.log_format)
+    with progress_bar("fetching the default model") as progress:
+        server = Server.build(config, progress)
+    raise typer.Exit(server.run(typer.echo))

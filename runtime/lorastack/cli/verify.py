@@ -1,0 +1,53 @@
+"""What `lorastack adapters verify` does; imports torch, so it is imported when it runs."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from lorastack.adapters.load import Validator
+from lorastack.adapters.manifest import FileSpec, adapter_digest
+from lorastack.client import folder_files
+from lorastack.engine.base import base_weight, model_shapes
+from lorastack.engine.loading import model_folder
+
+
+def verify_folder(
+    folder: Path, model: str | None, progress: Callable[[int, int], None]
+) -> dict[str, object]:
+    """The checks of an upload, against the base model's folder. What the adapter is, by field.
+
+    Raises InvalidArgumentError, FailedPreconditionError or UnimplementedError as an upload would.
+    """
+    paths = folder_files(folder)
+    base, name = model_folder(model, progress)
+    validate = Validator(
+        shapes=model_shapes(base),
+        base_names=(name, base.name),
+        base_weight=partial(base_weight, base),
+    )
+    parsed = validate({path.name: path for path in paths})
+    specs = [_file_spec(path) for path in paths]
+    return {
+        "digest": adapter_digest(specs),
+        "kind": parsed.kind.value,
+        "base_model": parsed.base_model,
+        "checked_against": name,
+        "rank": parsed.rank,
+        "alpha": parsed.alpha,
+        "target_modules": list(parsed.target_modules),
+        "num_heads": parsed.num_heads,
+        "num_layers": parsed.num_layers,
+        "medusa_version": parsed.medusa_version,
+        "num_choices": len(parsed.choices),
+        "own_chat_template": parsed.chat_template is not None,
+        "size_bytes": sum(spec.size for spec in specs),
+    }
+
+
+def _file_spec(path: Path) -> FileSpec:
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return FileSpec(name=path.name, size=path.stat().st_size, sha256=sha256)

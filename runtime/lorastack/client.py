@@ -1,0 +1,255 @@
+"""A typed, synchronous client: generate, stream, upload. Needs neither torch nor transformers.
+
+    with Client() as client:
+        print(client.generate(GenerateRequest(prompt="Hello", lora_id="lora-gsm8k")).text)
+
+Requests and replies are the messages of lorastack.v1. A failed call raises the class of
+lorastack.errors that belongs to its status, with the server's reason and metadata.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, cast
+
+import grpc
+from google.rpc import error_details_pb2  # type: ignore[import-untyped]
+from grpc_status import rpc_status
+
+from lorastack.config import KIB, MIB
+from lorastack.errors import (
+    AbortedError,
+    AlreadyExistsError,
+    DataLossError,
+    DeadlineExceededError,
+    FailedPreconditionError,
+    InternalError,
+    InvalidArgumentError,
+    LorastackError,
+    NotFoundError,
+    Reason,
+    RequestCancelledError,
+    ResourceExhaustedError,
+    UnavailableError,
+    UnimplementedError,
+)
+from lorastack.v1 import adapters_pb2, adapters_pb2_grpc, generation_pb2, generation_pb2_grpc
+
+DEFAULT_SERVER = "127.0.0.1:50051"
+CHUNK_BYTES = 512 * KIB
+PAGE_SIZE = 200
+# A vanished server is noticed within 40 s; long outputs with logprobs are large messages.
+CHANNEL_OPTIONS = [
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.max_receive_message_length", 256 * MIB),
+]
+
+ERRORS: dict[grpc.StatusCode, type[LorastackError]] = {
+    grpc.StatusCode.NOT_FOUND: NotFoundError,
+    grpc.StatusCode.INVALID_ARGUMENT: InvalidArgumentError,
+    grpc.StatusCode.ALREADY_EXISTS: AlreadyExistsError,
+    grpc.StatusCode.ABORTED: AbortedError,
+    grpc.StatusCode.FAILED_PRECONDITION: FailedPreconditionError,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: ResourceExhaustedError,
+    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceededError,
+    grpc.StatusCode.CANCELLED: RequestCancelledError,
+    grpc.StatusCode.UNAVAILABLE: UnavailableError,
+    grpc.StatusCode.UNIMPLEMENTED: UnimplementedError,
+    grpc.StatusCode.DATA_LOSS: DataLossError,
+    grpc.StatusCode.INTERNAL: InternalError,
+}
+
+Progress = Callable[[int, int], None]
+
+
+class Client:
+    """One channel to a server. Thread-safe; close it or use it as a context manager.
+
+    timeout: seconds, the gRPC deadline of a call; None waits as long as it takes.
+    """
+
+    def __init__(self, server: str = DEFAULT_SERVER) -> None:
+        self._server = server
+        self._channel = grpc.insecure_channel(server, options=CHANNEL_OPTIONS)
+        # Generated stubs are untyped; every method below names the type of its reply.
+        self._generation: Any = generation_pb2_grpc.GenerationServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._adapters: Any = adapters_pb2_grpc.AdapterServiceStub(self._channel)  # type: ignore[no-untyped-call]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends running calls too."""
+        self._channel.close()
+
+    def generate(
+        self, request: generation_pb2.GenerateRequest, *, timeout: float | None = None
+    ) -> generation_pb2.GenerateResponse:
+        """The whole reply at once."""
+        with self._errors():
+            reply: generation_pb2.GenerateResponse = self._generation.Generate(
+                request, timeout=timeout
+            )
+        return reply
+
+    def stream(
+        self, request: generation_pb2.GenerateRequest, *, timeout: float | None = None
+    ) -> Iterator[generation_pb2.GenerateStreamResponse]:
+        """The reply as it is made, its last message with `final`. Closing the iterator cancels."""
+        call = self._generation.GenerateStream(request, timeout=timeout)
+        try:
+            with self._errors():
+                yield from call
+        finally:
+            call.cancel()
+
+    def tokenize(
+        self, request: generation_pb2.TokenizeRequest, *, timeout: float | None = None
+    ) -> list[int]:
+        """The token ids that Generate would run."""
+        with self._errors():
+            return list(self._generation.Tokenize(request, timeout=timeout).token_ids)
+
+    def model_info(self, *, timeout: float | None = None) -> generation_pb2.GetModelInfoResponse:
+        """What the server serves, and its limits."""
+        with self._errors():
+            reply: generation_pb2.GetModelInfoResponse = self._generation.GetModelInfo(
+                generation_pb2.GetModelInfoRequest(), timeout=timeout
+            )
+        return reply
+
+    def get_adapter(self, adapter_id: str, *, timeout: float | None = None) -> adapters_pb2.Adapter:
+        """One adapter; `id@sha256:...` names a revision. Raises NotFoundError."""
+        with self._errors():
+            reply: adapters_pb2.Adapter = self._adapters.GetAdapter(
+                adapters_pb2.GetAdapterRequest(id=adapter_id), timeout=timeout
+            )
+        return reply
+
+    def list_adapters(
+        self, prefix: str = "", *, timeout: float | None = None
+    ) -> list[adapters_pb2.Adapter]:
+        """All adapters whose id starts with prefix, by id; timeout counts per page."""
+        adapters: list[adapters_pb2.Adapter] = []
+        request = adapters_pb2.ListAdaptersRequest(page_size=PAGE_SIZE, id_prefix=prefix)
+        with self._errors():
+            while True:
+                page = self._adapters.ListAdapters(request, timeout=timeout)
+                adapters.extend(page.adapters)
+                if not page.next_page_token:
+                    return adapters
+                request.page_token = page.next_page_token
+
+    def delete_adapter(self, adapter_id: str, *, timeout: float | None = None) -> None:
+        """Raises NotFoundError."""
+        with self._errors():
+            self._adapters.DeleteAdapter(
+                adapters_pb2.DeleteAdapterRequest(id=adapter_id), timeout=timeout
+            )
+
+    def upload(
+        self,
+        folder: Path,
+        adapter_id: str,
+        *,
+        if_digest: str | None = None,
+        progress: Progress | None = None,
+    ) -> adapters_pb2.Adapter:
+        """Stores a folder's files under an id; files that the server has are not sent again.
+
+        if_digest: "" wants the id to be new, a digest wants it to point there, None replaces.
+        progress: called with (sent bytes, bytes to send). Hidden files and sub-folders stay out.
+        Raises InvalidArgumentError for a folder without files, and what the server raises.
+        """
+        paths = folder_files(folder)
+        specs = [_file_spec(path) for path in paths]
+        header = adapters_pb2.UploadHeader(id=adapter_id, files=specs, if_digest=if_digest)
+        with self._errors():
+            plan = self._adapters.PlanUpload(
+                adapters_pb2.PlanUploadRequest(id=adapter_id, files=specs)
+            )
+            by_sha256 = {spec.sha256: path for spec, path in zip(specs, paths, strict=True)}
+            needed = [(by_sha256[blob.sha256], blob) for blob in plan.needed]
+            reply: adapters_pb2.Adapter = self._adapters.UploadAdapter(
+                _upload(header, needed, progress)
+            )
+        return reply
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except grpc.RpcError as error:
+            raise to_error(error, self._server) from None
+
+
+def folder_files(folder: Path) -> list[Path]:
+    """The files of an adapter's folder, sorted by name. Raises InvalidArgumentError."""
+    if not folder.is_dir():
+        raise InvalidArgumentError(f"{folder} is not a folder; name the one that holds the adapter")
+    paths = [p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")]
+    if not paths:
+        raise InvalidArgumentError(f"{folder} holds no files; name the folder of an adapter")
+    return sorted(paths)
+
+
+def to_error(error: grpc.RpcError, server: str) -> LorastackError:
+    """Our class for a failed call; reason and metadata are the server's where it sent them."""
+    call = cast(grpc.Call, error)
+    code, details = call.code(), call.details() or ""
+    info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
+    status = rpc_status.from_call(call)
+    for detail in status.details if status is not None else ():
+        _ = detail.Unpack(info) or detail.Unpack(retry)
+    if code is grpc.StatusCode.UNAVAILABLE and not info.reason:
+        details = (
+            f"no answer from {server} ({details}); start one with `lorastack serve` or name "
+            "another with --server"
+        )
+    ours = ERRORS.get(code, InternalError)(details or code.name)
+    ours.metadata.update(info.metadata)
+    if info.reason in Reason.__members__:
+        ours.reason = Reason[info.reason]
+    if isinstance(ours, ResourceExhaustedError) and retry.HasField("retry_delay"):
+        ours.retry_after = retry.retry_delay.seconds + retry.retry_delay.nanos / 1e9
+    return ours
+
+
+def _file_spec(path: Path) -> adapters_pb2.FileSpec:
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return adapters_pb2.FileSpec(name=path.name, size=path.stat().st_size, sha256=sha256)
+
+
+def _upload(
+    header: adapters_pb2.UploadHeader,
+    needed: Sequence[tuple[Path, adapters_pb2.NeededBlob]],
+    progress: Progress | None,
+) -> Iterator[adapters_pb2.UploadAdapterRequest]:
+    yield adapters_pb2.UploadAdapterRequest(header=header)
+    total = sum(path.stat().st_size - blob.offset for path, blob in needed)
+    sent = 0
+    for path, blob in needed:
+        offset = blob.offset
+        with path.open("rb") as file:
+            file.seek(offset)
+            while data := file.read(CHUNK_BYTES):
+                chunk = adapters_pb2.UploadChunk(sha256=blob.sha256, offset=offset, data=data)
+                yield adapters_pb2.UploadAdapterRequest(chunk=chunk)
+                offset += len(data)
+                sent += len(data)
+                if progress is not None:
+                    progress(sent, total)

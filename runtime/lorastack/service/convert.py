@@ -1,0 +1,301 @@
+"""Protobuf on one side, our own types on the other; no other file knows both.
+
+Requests are checked here field by field: a bad value is InvalidArgumentError, a field that this
+version does not have is UnimplementedError, both naming the field.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from google.protobuf import timestamp_pb2
+
+from lorastack.adapters.manifest import FileSpec, Record
+from lorastack.errors import InvalidArgumentError, UnimplementedError
+from lorastack.layout import AdapterKind
+from lorastack.request import (
+    Final,
+    FinishReason,
+    GeneratedToken,
+    Request,
+    RowEvent,
+    SamplingParams,
+    SpeculationParams,
+    StopParams,
+    TokenSource,
+)
+from lorastack.service import limits
+from lorastack.service.prepare import Chat, GenerateCall, Ids, Prepared, ServedModel, Text
+from lorastack.text.tokenizer import Tokenizer
+from lorastack.v1 import adapters_pb2, generation_pb2
+
+_SOURCES = {
+    TokenSource.MODEL: generation_pb2.Token.MODEL,
+    TokenSource.HEADS: generation_pb2.Token.HEADS,
+}
+_FINISH_REASONS = {
+    FinishReason.LENGTH: generation_pb2.GenerateResponse.LENGTH,
+    FinishReason.EOS: generation_pb2.GenerateResponse.EOS,
+    FinishReason.STOP_SEQUENCE: generation_pb2.GenerateResponse.STOP_SEQUENCE,
+    FinishReason.STOP_TOKEN: generation_pb2.GenerateResponse.STOP_TOKEN,
+    FinishReason.CANCELLED: generation_pb2.GenerateResponse.CANCELLED,
+    FinishReason.TIME_LIMIT: generation_pb2.GenerateResponse.TIME_LIMIT,
+}
+_KINDS = {
+    AdapterKind.LORA: adapters_pb2.Adapter.LORA,
+    AdapterKind.MEDUSA: adapters_pb2.Adapter.MEDUSA,
+    AdapterKind.LORA_WITH_MEDUSA: adapters_pb2.Adapter.LORA_WITH_MEDUSA,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterUsage:
+    """Where adapters are and who uses them, at one moment. Keys: digests."""
+
+    device_bytes: Mapping[str, int]
+    on_host: Collection[str]
+    in_flight: Counter[str]  # requests that have not ended
+
+
+def generate_call(
+    message: generation_pb2.GenerateRequest, request_id: str, model: ServedModel
+) -> GenerateCall:
+    """Checks every field and converts. request_id: the caller's or ours."""
+    limits.check_request_id(message.request_id)
+    _refuse_unimplemented(message)
+    sampling, stop = message.sampling, message.stop
+    max_new_tokens = stop.max_new_tokens if stop.HasField("max_new_tokens") else None
+    if max_new_tokens is not None:
+        limits.check_max_new_tokens(max_new_tokens, model.max_context)
+    return GenerateCall(
+        request_id=request_id,
+        input=prompt_input(message, model),
+        loras=_loras(message),
+        medusa_id=message.medusa_id,
+        sampling=_sampling(sampling, model.vocab_size),
+        seeded=sampling.HasField("seed"),
+        max_new_tokens=max_new_tokens,
+        stop=_stop(stop, model.vocab_size),
+        speculation=_speculation(message.speculation),
+        num_logprobs=_num_logprobs(message.output),
+        return_prompt=message.output.return_prompt,
+    )
+
+
+def prompt_input(
+    message: generation_pb2.GenerateRequest | generation_pb2.TokenizeRequest, model: ServedModel
+) -> Text | Ids | Chat:
+    """The `oneof input`."""
+    match message.WhichOneof("input"):
+        case "prompt":
+            limits.check(message.prompt != "", "prompt", "a text of at least one character")
+            return Text(message.prompt)
+        case "token_ids":
+            ids = message.token_ids.ids
+            limits.check_prompt_ids(ids, model.vocab_size, model.max_context)
+            return Ids(tuple(ids))
+        case "chat":
+            messages = tuple((entry.role, entry.content) for entry in message.chat.messages)
+            limits.check_messages(messages)
+            return Chat(messages)
+        case _:
+            raise InvalidArgumentError(
+                "the request has no input; set prompt, token_ids or chat", field="input"
+            )
+
+
+def _refuse_unimplemented(message: generation_pb2.GenerateRequest) -> None:
+    """Neutral values of what is not implemented pass: they ask for nothing."""
+    sampling, speculation = message.sampling, message.speculation
+    used = {
+        "sampling.typical_p": sampling.HasField("typical_p") and sampling.typical_p != 1,
+        "sampling.repetition_penalty": sampling.HasField("repetition_penalty")
+        and sampling.repetition_penalty != 1,
+        "sampling.frequency_penalty": sampling.frequency_penalty != 0,
+        "sampling.presence_penalty": sampling.presence_penalty != 0,
+        "sampling.logit_bias": len(sampling.logit_bias) > 0,
+        "speculation.acceptance TYPICAL": speculation.acceptance == generation_pb2.TYPICAL,
+        "speculation.typical_epsilon": speculation.HasField("typical_epsilon"),
+        "speculation.typical_delta": speculation.HasField("typical_delta"),
+        "output.prompt_logprobs": message.output.prompt_logprobs,
+        "response_format": message.response_format.WhichOneof("format") is not None,
+    }
+    for field, is_used in used.items():
+        if is_used:
+            raise UnimplementedError(
+                f"{field} is not implemented in this version; leave it unset", field=field
+            )
+
+
+def _loras(message: generation_pb2.GenerateRequest) -> tuple[tuple[str, float], ...]:
+    if message.lora_id:
+        rule = "empty when lora_id is set; put all LoRAs into loras"
+        limits.check(not message.loras, "loras", rule)
+        return ((message.lora_id, 1.0),)
+    loras = tuple(
+        (ref.lora_id, ref.scale if ref.HasField("scale") else 1.0) for ref in message.loras
+    )
+    limits.check_loras(loras)
+    return loras
+
+
+def _sampling(message: generation_pb2.SamplingParams, vocab_size: int) -> SamplingParams:
+    params = SamplingParams(
+        temperature=message.temperature,
+        top_k=message.top_k if message.top_k < vocab_size else 0,
+        top_p=message.top_p if message.HasField("top_p") else 1.0,
+        min_p=message.min_p,
+        seed=message.seed,
+    )
+    limits.check_sampling(params)
+    return params
+
+
+def _stop(message: generation_pb2.StopParams, vocab_size: int) -> StopParams:
+    """max_new_tokens is left to `prepare`, which knows the prompt's length."""
+    limited = message.HasField("time_limit_ms")
+    params = StopParams(
+        max_new_tokens=0,
+        stop_sequences=tuple(message.stop_sequences),
+        stop_token_ids=frozenset(message.stop_token_ids),
+        ignore_eos=message.ignore_eos,
+        time_limit=message.time_limit_ms / 1000 if limited else None,
+    )
+    limits.check_stop(params, vocab_size)
+    return params
+
+
+def _speculation(message: generation_pb2.Speculation) -> SpeculationParams:
+    known = message.mode in generation_pb2.Mode.values()
+    limits.check(known, "speculation.mode", "AUTO or OFF", message.mode)
+    known = message.acceptance in generation_pb2.Acceptance.values()
+    limits.check(known, "speculation.acceptance", "EXACT", message.acceptance)
+    num_nodes = message.max_nodes if message.HasField("max_nodes") else None
+    limits.check_max_nodes(num_nodes)
+    off = message.mode == generation_pb2.OFF or num_nodes == 0
+    return SpeculationParams(enabled=not off, max_nodes=num_nodes or None)
+
+
+def _num_logprobs(message: generation_pb2.OutputParams) -> int | None:
+    limits.check_logprobs(message.logprobs, message.top_logprobs)
+    return message.top_logprobs if message.logprobs else None
+
+
+def stream_part(
+    events: Sequence[RowEvent], tokenizer: Tokenizer
+) -> generation_pb2.GenerateStreamResponse:
+    """The text and tokens of some events of one row."""
+    tokens = [token for event in events for token in event.tokens]
+    return generation_pb2.GenerateStreamResponse(
+        text="".join(event.text for event in events),
+        token_ids=[token.id for token in tokens],
+        tokens=[_token(token, tokenizer) for token in tokens],
+    )
+
+
+def joined(
+    parts: Sequence[generation_pb2.GenerateStreamResponse], final: generation_pb2.GenerateResponse
+) -> generation_pb2.GenerateResponse:
+    """The unary reply: a stream's parts put into its closing message."""
+    final.text = "".join(part.text for part in parts)
+    for part in parts:
+        final.token_ids.extend(part.token_ids)
+        final.tokens.extend(part.tokens)
+    return final
+
+
+def final_response(final: Final, prepared: Prepared) -> generation_pb2.GenerateResponse:
+    """The closing message of a row, without text and tokens."""
+    request, stats, timings = prepared.request, final.speculation, final.timings
+    return generation_pb2.GenerateResponse(
+        finish_reason=_FINISH_REASONS[final.finish_reason],
+        stop_match=final.stop_match,
+        seed=request.sampling.seed,
+        request_id=request.request_id,
+        usage=generation_pb2.Usage(
+            prompt_tokens=final.prompt_tokens,
+            cached_prompt_tokens=final.cached_prompt_tokens,
+            generated_tokens=final.generated_tokens,
+        ),
+        speculation=generation_pb2.SpeculationStats(
+            steps=stats.steps,
+            drafted_tokens=stats.drafted,
+            accepted_tokens=stats.accepted,
+            accepted_by_head=stats.accepted_by_head,
+        ),
+        adapters=_adapters_used(request),
+        timings=generation_pb2.Timings(
+            queue_ms=timings.queue * 1000,
+            adapter_wait_ms=timings.adapter_wait * 1000,
+            time_to_first_token_ms=timings.time_to_first_token * 1000,
+            total_ms=timings.total * 1000,
+        ),
+        prompt=prepared.prompt,
+    )
+
+
+def _adapters_used(request: Request) -> generation_pb2.AdaptersUsed:
+    heads = request.heads
+    return generation_pb2.AdaptersUsed(
+        loras=[
+            generation_pb2.LoraUsed(lora_id=use.lora_id, digest=use.digest, scale=use.scale)
+            for use in request.loras
+        ],
+        medusa_id=heads.medusa_id if heads else "",
+        medusa_digest=heads.digest if heads else "",
+    )
+
+
+def _token(token: GeneratedToken, tokenizer: Tokenizer) -> generation_pb2.Token:
+    message = generation_pb2.Token(
+        id=token.id, text=token.text, special=token.special, source=_SOURCES[token.source]
+    )
+    if token.logprobs is not None:
+        message.logprob = token.logprobs.logprob
+        for token_id, logprob in token.logprobs.top:
+            message.top.add(id=token_id, text=tokenizer.token_text(token_id), logprob=logprob)
+    return message
+
+
+def file_specs(messages: Iterable[adapters_pb2.FileSpec]) -> list[FileSpec]:
+    """The files of an upload, as announced; the registry checks them."""
+    return [FileSpec(name=m.name, size=m.size, sha256=m.sha256) for m in messages]
+
+
+def needed_blobs(missing: Iterable[FileSpec]) -> adapters_pb2.PlanUploadResponse:
+    """Uploads start over: every missing blob is needed from its first byte."""
+    blobs = [adapters_pb2.NeededBlob(sha256=spec.sha256, offset=0) for spec in missing]
+    return adapters_pb2.PlanUploadResponse(needed=blobs)
+
+
+def adapter(record: Record, *, compatible: bool, usage: AdapterUsage) -> adapters_pb2.Adapter:
+    """An adapter as the API shows it."""
+    manifest, digest = record.manifest, record.digest
+    created_at = timestamp_pb2.Timestamp()
+    created_at.FromNanoseconds(int(record.created_at * 1e9))
+    residency = adapters_pb2.Adapter.DISK
+    if digest in usage.device_bytes:
+        residency = adapters_pb2.Adapter.DEVICE
+    elif digest in usage.on_host:
+        residency = adapters_pb2.Adapter.HOST
+    return adapters_pb2.Adapter(
+        id=record.id,
+        digest=digest,
+        revision=record.revision,
+        kind=_KINDS[manifest.kind],
+        base_model=manifest.base_model,
+        compatible=compatible,
+        rank=manifest.rank,
+        alpha=manifest.alpha,
+        target_modules=manifest.target_modules,
+        num_heads=manifest.num_heads,
+        num_layers=manifest.num_layers,
+        medusa_version=manifest.medusa_version,
+        size_bytes=manifest.size_bytes,
+        created_at=created_at,
+        residency=residency,
+        device_bytes=usage.device_bytes.get(digest, 0),
+        in_flight=usage.in_flight[digest],
+    )

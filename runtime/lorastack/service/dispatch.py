@@ -1,0 +1,146 @@
+"""From the engine's step thread to asyncio: one wake-up a step, one bounded buffer a row.
+
+`Dispatcher.deliver` runs in the step thread and does nothing but one call_soon_threadsafe; all
+other state belongs to the event loop. A reader that falls behind parks its own row only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from typing import Protocol
+
+from lorastack.errors import InvalidArgumentError
+from lorastack.request import Request, RowEvent
+
+
+class Rows(Protocol):
+    """What the edge asks of the engine. All four return at once, from any thread."""
+
+    def submit(self, request: Request) -> None: ...
+    def cancel(self, request_id: str) -> None: ...
+    def park(self, request_id: str) -> None: ...
+    def resume(self, request_id: str) -> None: ...
+
+
+class RowStream:
+    """One request's events, in order. Made by Dispatcher.open; event loop only."""
+
+    def __init__(self, request_id: str, engine: Rows, max_buffered: int) -> None:
+        self._id = request_id
+        self._engine = engine
+        self._max_buffered = max_buffered
+        self._buffer: list[RowEvent] = []
+        self._filled = asyncio.Event()
+        self._parked = False
+        self.request: Request | None = None  # once submitted
+        self.abandoned = False  # the reader left before the row's last event
+        self.ended = asyncio.Event()  # the row's last event arrived, or it never ran
+
+    def submit(self, request: Request) -> None:
+        """Hands the row to the engine, whose refusal is raised here."""
+        self._engine.submit(request)
+        self.request = request
+
+    async def take(self) -> list[RowEvent]:
+        """All events that wait, at least one: a slow reader gets fewer, larger parts."""
+        await self._filled.wait()
+        events, self._buffer = self._buffer, []
+        self._filled.clear()
+        if self._parked:
+            self._parked = False
+            self._engine.resume(self._id)
+        return events
+
+    def push(self, event: RowEvent) -> None:
+        """Adds an event; parks the row when its reader has left too many unread."""
+        if self.ended.is_set():
+            return
+        last = event.final is not None or event.error is not None
+        if last:
+            self.ended.set()
+        if self.abandoned:
+            return
+        self._buffer.append(event)
+        self._filled.set()
+        if not last and not self._parked and len(self._buffer) >= self._max_buffered:
+            self._parked = True
+            self._engine.park(self._id)
+
+    def close(self) -> None:
+        """The reader leaves: a row that still runs is cancelled and its events dropped."""
+        if self.request is None:
+            self.ended.set()
+        elif not self.ended.is_set():
+            self.abandoned = True
+            self._buffer.clear()
+            self._engine.cancel(self._id)
+
+
+class Dispatcher:
+    """Routes events to their streams. Give `deliver` and `fail` to the engine, then attach it."""
+
+    def __init__(self, max_buffered: int) -> None:
+        self._max_buffered = max_buffered
+        self._streams: dict[str, RowStream] = {}
+        self._engine: Rows | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self.failed = asyncio.Event()  # the engine has ended every row and will take no more
+
+    def attach(self, engine: Rows, loop: asyncio.AbstractEventLoop) -> None:
+        """Before the first request, from the loop that serves."""
+        self._engine, self._loop = engine, loop
+
+    def deliver(self, events: Sequence[RowEvent]) -> None:
+        """Step thread: one call a step wakes the loop once, however many rows it served."""
+        assert self._loop is not None, "attach() comes before the first request"
+        with suppress(RuntimeError):  # the loop is closed: nobody is left to read
+            self._loop.call_soon_threadsafe(self._route, events)
+
+    def digests_in_use(self) -> Counter[str]:
+        """LoRA and heads digest -> requests that have not ended."""
+        requests = [stream.request for stream in self._streams.values() if stream.request]
+        return Counter(
+            use.digest for request in requests for use in (*request.loras, request.heads) if use
+        )
+
+    def fail(self, error: BaseException) -> None:
+        """Step thread: the loop cannot go on. The engine has logged the error."""
+        assert self._loop is not None, "attach() comes before the first request"
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self.failed.set)
+
+    @asynccontextmanager
+    async def open(self, request_id: str) -> AsyncIterator[RowStream]:
+        """A stream for one request; leaving the block early cancels its row.
+
+        Raises InvalidArgumentError when a request with this id is alive. One whose caller has gone
+        is waited for instead (it ends within a step), so that a retry may use the same id.
+        """
+        while (old := self._streams.get(request_id)) is not None:
+            if not old.abandoned:
+                raise InvalidArgumentError(
+                    f"request_id {request_id!r} is in use by a running request; choose another or "
+                    "leave it empty."
+                )
+            await old.ended.wait()
+        assert self._engine is not None, "attach() comes before the first request"
+        stream = RowStream(request_id, self._engine, self._max_buffered)
+        self._streams[request_id] = stream
+        try:
+            yield stream
+        finally:
+            stream.close()
+            if stream.ended.is_set():
+                self._streams.pop(request_id, None)
+
+    def _route(self, events: Sequence[RowEvent]) -> None:
+        for event in events:
+            stream = self._streams.get(event.request_id)
+            if stream is None:
+                continue
+            stream.push(event)
+            if stream.abandoned and stream.ended.is_set():
+                del self._streams[event.request_id]

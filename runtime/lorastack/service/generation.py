@@ -1,0 +1,125 @@
+"""GenerationService: a request in, its tokens out, and nothing slow on the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Executor
+
+from lorastack.service import convert, limits
+from lorastack.service.dispatch import Dispatcher
+from lorastack.service.prepare import Preparer, ServedModel
+from lorastack.service.status import CallGuard, Context, new_request_id
+from lorastack.v1 import generation_pb2, generation_pb2_grpc
+
+logger = logging.getLogger(__name__)
+
+Write = Callable[[generation_pb2.GenerateStreamResponse], Awaitable[None]]
+
+
+class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
+    """info: GetModelInfo's reply, its default heads left open. workers: run whatever blocks."""
+
+    def __init__(
+        self,
+        *,
+        model: ServedModel,
+        info: generation_pb2.GetModelInfoResponse,
+        preparer: Preparer,
+        dispatcher: Dispatcher,
+        guard: CallGuard,
+        workers: Executor,
+    ) -> None:
+        self._model = model
+        self._info = info
+        self._preparer = preparer
+        self._dispatcher = dispatcher
+        self._guard = guard
+        self._workers = workers
+
+    async def Generate(
+        self, request: generation_pb2.GenerateRequest, context: Context
+    ) -> generation_pb2.GenerateResponse:
+        parts: list[generation_pb2.GenerateStreamResponse] = []
+
+        async def keep(part: generation_pb2.GenerateStreamResponse) -> None:
+            parts.append(part)
+
+        request_id = _request_id(request)
+        async with self._guard(context, request_id):
+            final = await self._run(request, request_id, context, keep)
+        return convert.joined(parts, final)
+
+    async def GenerateStream(
+        self, request: generation_pb2.GenerateRequest, context: Context
+    ) -> None:
+        request_id = _request_id(request)
+        async with self._guard(context, request_id):
+            final = await self._run(request, request_id, context, context.write)
+            await context.write(generation_pb2.GenerateStreamResponse(final=final))
+
+    async def Tokenize(
+        self, request: generation_pb2.TokenizeRequest, context: Context
+    ) -> generation_pb2.TokenizeResponse:
+        def encode() -> tuple[int, ...]:
+            given = convert.prompt_input(request, self._model)
+            records = [self._preparer.lora(request.lora_id)] if request.lora_id else []
+            return self._preparer.encode(given, records)
+
+        async with self._guard(context, new_request_id()):
+            ids = await asyncio.get_running_loop().run_in_executor(self._workers, encode)
+        return generation_pb2.TokenizeResponse(token_ids=ids)
+
+    async def GetModelInfo(
+        self, request: generation_pb2.GetModelInfoRequest, context: Context
+    ) -> generation_pb2.GetModelInfoResponse:
+        info = generation_pb2.GetModelInfoResponse()
+        info.CopyFrom(self._info)
+        async with self._guard(context, new_request_id()):
+            loop = asyncio.get_running_loop()
+            heads = await loop.run_in_executor(self._workers, self._preparer.default_heads)
+            if heads is not None:
+                info.default_medusa_id, info.default_medusa_digest = heads.medusa_id, heads.digest
+        return info
+
+    async def _run(
+        self,
+        message: generation_pb2.GenerateRequest,
+        request_id: str,
+        context: Context,
+        write: Write,
+    ) -> generation_pb2.GenerateResponse:
+        """Runs one request to its end. Leaving early, by any exception, cancels its row."""
+        remaining = context.time_remaining()
+        deadline = None if remaining is None else time.monotonic() + remaining
+        call = convert.generate_call(message, request_id, self._model)
+        async with self._dispatcher.open(request_id) as stream:
+            prepared = await asyncio.get_running_loop().run_in_executor(
+                self._workers, self._preparer.prepare, call, deadline
+            )
+            stream.submit(prepared.request)
+            while True:
+                events = await stream.take()
+                part = convert.stream_part(events, self._model.tokenizer)
+                if part.token_ids or part.text:
+                    await write(part)
+                if (error := events[-1].error) is not None:
+                    raise error
+                if (final := events[-1].final) is not None:
+                    break
+        logger.info(
+            "%s after %d + %d tokens",
+            final.finish_reason,
+            final.prompt_tokens,
+            final.generated_tokens,
+            extra={"request_id": request_id, "total_ms": round(final.timings.total * 1000, 1)},
+        )
+        return convert.final_response(final, prepared)
+
+
+def _request_id(message: generation_pb2.GenerateRequest) -> str:
+    """The caller's id if it may be logged as it is, else ours."""
+    given = message.request_id
+    return given if limits.REQUEST_ID.fullmatch(given) else new_request_id()

@@ -1,0 +1,124 @@
+"""The rules that the values of a request must follow; each refusal names its field.
+
+Documented caps: 63 drafted tokens a step, 20 top logprobs, 16 LoRAs, 16 stop sequences of 256
+characters, 1,024 stop token ids.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Sequence
+
+from lorastack.errors import InvalidArgumentError, Reason
+from lorastack.request import SamplingParams, StopParams
+
+MAX_NODES = 63  # drafted tokens a step
+MAX_TOP_LOGPROBS = 20
+MAX_LORAS = 16
+MAX_STOP_SEQUENCES = 16
+MAX_STOP_SEQUENCE_CHARS = 256
+MAX_STOP_TOKEN_IDS = 1024
+REQUEST_ID = re.compile(r"[!-~]{1,128}")  # printable ASCII: it goes into logs and trailers
+
+
+def check(ok: bool, field: str, rule: str, value: object = None) -> None:
+    """Raises InvalidArgumentError: `field` must be `rule`, got `value`."""
+    if not ok:
+        got = "" if value is None else f", got {value}"
+        raise InvalidArgumentError(f"{field} must be {rule}{got}", field=field)
+
+
+def check_request_id(request_id: str) -> None:
+    """Empty means that we choose one."""
+    check(
+        not request_id or REQUEST_ID.fullmatch(request_id) is not None,
+        "request_id",
+        "1 to 128 printable ASCII characters without spaces",
+    )
+
+
+def check_prompt_ids(ids: Sequence[int], vocab_size: int, max_context: int) -> None:
+    """The length first: a list of millions is refused before it is read."""
+    check(len(ids) > 0, "token_ids", "at least one id")
+    if len(ids) > max_context:
+        raise InvalidArgumentError(
+            f"token_ids holds {len(ids)} ids, the context {max_context}; shorten it",
+            reason=Reason.REQUEST_TOO_LARGE,
+            field="token_ids",
+        )
+    _check_ids(ids, "token_ids", vocab_size)
+
+
+def check_messages(messages: Sequence[tuple[str, str]]) -> None:
+    """(role, content) pairs; which roles may follow each other is the template's business."""
+    check(len(messages) > 0, "chat.messages", "at least one message")
+    check(all(role for role, _ in messages), "chat.messages.role", "set on every message")
+
+
+def check_loras(loras: Sequence[tuple[str, float]]) -> None:
+    """(id, scale) pairs. Two names of one adapter are found later, by digest."""
+    check(len(loras) <= MAX_LORAS, "loras", f"at most {MAX_LORAS} long", len(loras))
+    for lora_id, scale in loras:
+        check(lora_id != "", "loras.lora_id", "set in every entry")
+        check(math.isfinite(scale), "loras.scale", "a finite number", scale)
+    names = [lora_id for lora_id, _ in loras]
+    check(len(set(names)) == len(names), "loras", "without duplicates", ", ".join(names))
+
+
+def check_sampling(params: SamplingParams) -> None:
+    """Ranges; NaN fails every comparison."""
+    temperature, top_p, min_p = params.temperature, params.top_p, params.min_p
+    check(
+        math.isfinite(temperature) and temperature >= 0,
+        "sampling.temperature",
+        "a finite number of at least 0 (0: greedy)",
+        temperature,
+    )
+    check(0 < top_p <= 1, "sampling.top_p", "above 0 and at most 1 (unset: no limit)", top_p)
+    check(0 <= min_p <= 1, "sampling.min_p", "between 0 and 1", min_p)
+
+
+def check_max_new_tokens(num_new: int, max_context: int) -> None:
+    """Alone; together with the prompt it is checked when that is tokenised."""
+    check(
+        1 <= num_new <= max_context,
+        "stop.max_new_tokens",
+        f"between 1 and the context of {max_context} tokens (unset: up to the context)",
+        num_new,
+    )
+
+
+def check_stop(params: StopParams, vocab_size: int) -> None:
+    """max_new_tokens aside."""
+    field, sequences = "stop.stop_sequences", params.stop_sequences
+    check(
+        len(sequences) <= MAX_STOP_SEQUENCES, field, f"at most {MAX_STOP_SEQUENCES}", len(sequences)
+    )
+    for sequence in sequences:
+        rule = f"of 1 to {MAX_STOP_SEQUENCE_CHARS} characters each"
+        check(1 <= len(sequence) <= MAX_STOP_SEQUENCE_CHARS, field, rule, len(sequence))
+    field, ids = "stop.stop_token_ids", params.stop_token_ids
+    check(len(ids) <= MAX_STOP_TOKEN_IDS, field, f"at most {MAX_STOP_TOKEN_IDS}", len(ids))
+    _check_ids(ids, field, vocab_size)
+    limited = params.time_limit is not None
+    check(not limited or params.time_limit != 0, "stop.time_limit_ms", "above 0 (unset: none)", 0)
+
+
+def check_max_nodes(num_nodes: int | None) -> None:
+    """0 drafts nothing."""
+    field = "speculation.max_nodes"
+    check(num_nodes is None or num_nodes <= MAX_NODES, field, f"at most {MAX_NODES}", num_nodes)
+
+
+def check_logprobs(wanted: bool, num_top: int) -> None:
+    """wanted: output.logprobs."""
+    field = "output.top_logprobs"
+    check(num_top <= MAX_TOP_LOGPROBS, field, f"at most {MAX_TOP_LOGPROBS}", num_top)
+    check(wanted or num_top == 0, field, "0 unless logprobs is set", num_top)
+
+
+def _check_ids(ids: Collection[int], field: str, vocab_size: int) -> None:
+    largest = max(ids, default=0)
+    rule = f"known token ids, below the vocabulary size {vocab_size}"
+    check(largest < vocab_size, field, rule, largest)

@@ -1,0 +1,220 @@
+"""From a validated call to the engine's Request: ids to digests, text to tokens.
+
+Everything here blocks (tokeniser, registry files) and runs in a worker thread, once a request.
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass, replace
+
+from lorastack.adapters.formats import chat_template
+from lorastack.adapters.manifest import Record
+from lorastack.adapters.registry import Registry
+from lorastack.errors import FailedPreconditionError, InvalidArgumentError, Reason
+from lorastack.request import (
+    HeadsUse,
+    LoraUse,
+    Request,
+    SamplingParams,
+    SpeculationParams,
+    StopParams,
+)
+from lorastack.text.tokenizer import Tokenizer
+
+NO_HEADS = "none"
+RESERVED_IDS = frozenset({NO_HEADS, "base", "default"})
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A prompt as plain text."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ids:
+    """A prompt as token ids, run as they are."""
+
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A conversation: (role, content) pairs for a chat template."""
+
+    messages: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateCall:
+    """A GenerateRequest whose fields are each valid; filled by service.convert."""
+
+    request_id: str
+    input: Text | Ids | Chat
+    loras: tuple[tuple[str, float], ...]  # (id, scale)
+    medusa_id: str
+    sampling: SamplingParams
+    seeded: bool  # False: the server draws the seed
+    max_new_tokens: int | None  # None: up to the context limit
+    stop: StopParams  # its max_new_tokens still open
+    speculation: SpeculationParams
+    num_logprobs: int | None
+    return_prompt: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedModel:
+    """What the edge knows of the base model."""
+
+    name: str
+    fingerprint: str
+    tokenizer: Tokenizer
+    vocab_size: int
+    max_context: int
+    device: str
+    dtype: str
+    backend: str
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A request for the engine and, when asked for, its prompt's text."""
+
+    request: Request
+    prompt: str
+
+
+class Preparer:
+    """Turns calls into requests. Thread-safe: it holds no state of its own."""
+
+    def __init__(self, model: ServedModel, registry: Registry, default_medusa: str) -> None:
+        self._model = model
+        self._registry = registry
+        self._default_medusa = default_medusa
+
+    def prepare(self, call: GenerateCall, deadline: float | None) -> Prepared:
+        """deadline: time.monotonic() seconds. Raises the user's errors."""
+        records = [self.lora(lora_id) for lora_id, _ in call.loras]
+        heads = self._heads(call.medusa_id, records)
+        prompt_ids = self.encode(call.input, records)
+        sampling = call.sampling
+        if not call.seeded and not sampling.greedy:
+            sampling = replace(sampling, seed=secrets.randbits(64))
+        request = Request(
+            request_id=call.request_id,
+            prompt_ids=prompt_ids,
+            sampling=sampling,
+            stop=self._stop(call, len(prompt_ids)),
+            speculation=call.speculation,
+            loras=_stack(call.loras, records),
+            # Heads that may not draft are checked like all others, but neither loaded nor reported.
+            heads=heads if call.speculation.enabled else None,
+            num_logprobs=call.num_logprobs,
+            deadline=deadline,
+        )
+        return Prepared(request, self._prompt_text(call, prompt_ids) if call.return_prompt else "")
+
+    def lora(self, lora_id: str) -> Record:
+        """The record of a LoRA or bundle. Raises NotFoundError; InvalidArgumentError for heads."""
+        record = self._record(lora_id, "lora_id")
+        if not record.manifest.kind.has_lora:
+            raise InvalidArgumentError(
+                f"{lora_id!r} holds Medusa heads, not a LoRA; name it as medusa_id",
+                reason=Reason.WRONG_ADAPTER_KIND,
+                adapter_id=lora_id,
+            )
+        return record
+
+    def heads(self, medusa_id: str) -> HeadsUse:
+        """The heads of an id. Raises NotFoundError; InvalidArgumentError for a plain LoRA."""
+        record = self._record(medusa_id, "medusa_id")
+        if not record.manifest.kind.has_heads:
+            raise InvalidArgumentError(
+                f"{medusa_id!r} holds a LoRA without Medusa heads; name it as lora_id",
+                reason=Reason.WRONG_ADAPTER_KIND,
+                adapter_id=medusa_id,
+            )
+        return HeadsUse(medusa_id=medusa_id, digest=record.digest)
+
+    def default_heads(self) -> HeadsUse | None:
+        """The server's default heads as of now: an upload under their id changes them."""
+        return self.heads(self._default_medusa) if self._default_medusa else None
+
+    def encode(self, given: Text | Ids | Chat, records: list[Record]) -> tuple[int, ...]:
+        """The ids that the model runs; a single LoRA's own chat template wins over the model's."""
+        tokenizer = self._model.tokenizer
+        match given:
+            case Ids(ids):
+                prompt_ids = ids
+            case Text(text):
+                prompt_ids = tuple(tokenizer.encode(text))
+            case Chat(messages):
+                template = None
+                if len(records) == 1:
+                    template = chat_template(self._registry.files(records[0].digest))
+                prompt_ids = tuple(tokenizer.chat(messages, template))
+        if not prompt_ids:
+            raise InvalidArgumentError("the prompt holds no tokens; send at least one")
+        return prompt_ids
+
+    def _record(self, adapter_id: str, field: str) -> Record:
+        if adapter_id in RESERVED_IDS:
+            raise InvalidArgumentError(
+                f"{adapter_id!r} is a reserved word, not an adapter; leave {field} empty for the "
+                "default" + (f", or say {NO_HEADS!r} for no heads" if field == "medusa_id" else ""),
+                field=field,
+            )
+        record = self._registry.resolve(adapter_id)
+        if record.manifest.base_fingerprint != self._model.fingerprint:
+            raise FailedPreconditionError(
+                f"{adapter_id!r} was stored for another base model than {self._model.name}, which "
+                "this server runs; upload it again",
+                reason=Reason.BASE_MODEL_DIFFERS,
+                adapter_id=adapter_id,
+            )
+        return record
+
+    def _heads(self, medusa_id: str, records: list[Record]) -> HeadsUse | None:
+        if medusa_id == NO_HEADS:
+            return None
+        if medusa_id:
+            return self.heads(medusa_id)
+        if len(records) == 1 and records[0].manifest.kind.has_heads:
+            return HeadsUse(medusa_id=records[0].id, digest=records[0].digest)
+        return self.default_heads()
+
+    def _stop(self, call: GenerateCall, num_prompt: int) -> StopParams:
+        limit, asked = self._model.max_context, call.max_new_tokens
+        if num_prompt + (asked or 1) > limit:
+            output = "" if asked is None else f" and max_new_tokens {asked}"
+            raise InvalidArgumentError(
+                f"a prompt of {num_prompt} tokens{output} does not fit the context of {limit} "
+                "tokens; shorten one of them",
+                reason=Reason.REQUEST_TOO_LARGE,
+                prompt_tokens=str(num_prompt),
+                max_context=str(limit),
+            )
+        return replace(call.stop, max_new_tokens=asked or limit - num_prompt)
+
+    def _prompt_text(self, call: GenerateCall, prompt_ids: tuple[int, ...]) -> str:
+        if isinstance(call.input, Text):
+            return call.input.text
+        return self._model.tokenizer.decode(prompt_ids)
+
+
+def _stack(loras: tuple[tuple[str, float], ...], records: list[Record]) -> tuple[LoraUse, ...]:
+    uses = [
+        LoraUse(lora_id=lora_id, digest=record.digest, scale=scale)
+        for (lora_id, scale), record in zip(loras, records, strict=True)
+    ]
+    by_digest: dict[str, LoraUse] = {}
+    for use in uses:
+        if (other := by_digest.setdefault(use.digest, use)) is not use:
+            raise InvalidArgumentError(
+                f"loras names the same adapter twice: {other.lora_id!r} and {use.lora_id!r}; "
+                "name it once and add the scales",
+                field="loras",
+            )
+    return tuple(by_digest[digest] for digest in sorted(by_digest))

@@ -1,0 +1,281 @@
+"""The composition root: configuration to a running gRPC server, and its orderly end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Self
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from lorastack import __version__
+from lorastack.adapters.host import HostCache
+from lorastack.adapters.load import Loader, Validator
+from lorastack.adapters.pool import DevicePool
+from lorastack.adapters.registry import Registry
+from lorastack.adapters.upload import Validate
+from lorastack.config import MIB, ServerConfig, ServiceConfig
+from lorastack.engine.base import base_weight
+from lorastack.engine.engine import Engine
+from lorastack.engine.loading import LoadedModel, adapter_packer, build_engine, load_model
+from lorastack.errors import InvalidArgumentError
+from lorastack.service.adapters import AdapterService
+from lorastack.service.dispatch import Dispatcher
+from lorastack.service.generation import GenerationService
+from lorastack.service.prepare import Preparer, ServedModel
+from lorastack.service.probe import probe
+from lorastack.service.status import CallGuard
+from lorastack.v1 import adapters_pb2, generation_pb2
+from lorastack.v1.adapters_pb2_grpc import add_AdapterServiceServicer_to_server as add_adapters
+from lorastack.v1.generation_pb2_grpc import (
+    add_GenerationServiceServicer_to_server as add_generation,
+)
+
+BACKEND = "torch"
+FEATURES = (
+    *("chat", "lora", "lora_stack", "logprobs", "medusa", "medusa_tree"),
+    *("return_prompt", "sampling", "seed", "stop_sequences", "time_limit"),
+)
+NUM_WORKERS = 4  # tokenising and registry look-ups
+UPLOAD_NICENESS = 19
+STOP_GRACE = 2.0  # seconds for handlers to send what the engine has ended
+SERVICES = tuple(
+    descriptor.services_by_name[name].full_name
+    for descriptor, name in (
+        (generation_pb2.DESCRIPTOR, "GenerationService"),
+        (adapters_pb2.DESCRIPTOR, "AdapterService"),
+    )
+)
+OPTIONS = [
+    ("grpc.so_reuseport", 0),  # a second server on the port is an error, not a coin toss
+    ("grpc.max_receive_message_length", 16 * MIB),
+    # A client that vanished without a word is noticed within 40 s, and its rows end.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+]
+
+logger = logging.getLogger(__name__)
+
+
+class Server:
+    """Owns everything that runs: build, start, stop; or run, which does all three.
+
+    dispatcher's deliver and fail are the engine's callbacks already.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: ServerConfig,
+        model: ServedModel,
+        engine: Engine,
+        pool: DevicePool,
+        host: HostCache,
+        registry: Registry,
+        validate: Validate,
+        dispatcher: Dispatcher,
+    ) -> None:
+        self.address = ""  # host:port, once started
+        self._config = config.service
+        self._model = model
+        self._engine = engine
+        self._pool = pool
+        self._dispatcher = dispatcher
+        self._guard = CallGuard()
+        self._workers = ThreadPoolExecutor(NUM_WORKERS, "lorastack-edge")
+        self._uploader = ThreadPoolExecutor(1, "lorastack-upload", initializer=_be_nice)
+        self._preparer = Preparer(model, registry, config.adapters.default_medusa)
+        self._generation = GenerationService(
+            model=model,
+            info=_model_info(model, config),
+            preparer=self._preparer,
+            dispatcher=dispatcher,
+            guard=self._guard,
+            workers=self._workers,
+        )
+        self._adapters = AdapterService(
+            registry=registry,
+            pool=pool,
+            host=host,
+            dispatcher=dispatcher,
+            validate=validate,
+            fingerprint=model.fingerprint,
+            default_medusa=config.adapters.default_medusa,
+            guard=self._guard,
+            readers=self._workers,
+            uploader=self._uploader,
+        )
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
+        self._server: grpc.aio.Server | None = None
+
+    @classmethod
+    def build(
+        cls, config: ServerConfig, progress: Callable[[int, int], None] | None = None
+    ) -> Self:
+        """Loads the model and opens the store. progress: bytes of the default model's download."""
+        loaded = load_model(config.model, progress)
+        shapes = loaded.decoder.shapes
+        limits = config.adapters
+        registry = Registry(limits.store, max_upload=limits.max_upload, max_files=limits.max_files)
+        pack = adapter_packer(loaded)
+        host = HostCache(limits.host_memory, Loader(registry=registry, shapes=shapes, pack=pack))
+        pool = DevicePool(
+            limits.device_memory, loaded.decoder.device, host, on_loaded=lambda: engine.wake()
+        )
+        dispatcher = Dispatcher(config.engine.max_buffered_events)
+        engine = build_engine(loaded, config.engine, pool, dispatcher.deliver, dispatcher.fail)
+        return cls(
+            config=config,
+            model=_served(loaded, engine.max_context),
+            engine=engine,
+            pool=pool,
+            host=host,
+            registry=registry,
+            validate=Validator(
+                shapes=shapes,
+                base_names=(loaded.name, loaded.path.name),
+                base_weight=partial(base_weight, loaded.path),
+            ),
+            dispatcher=dispatcher,
+        )
+
+    def run(self, on_ready: Callable[[str], None]) -> int:
+        """Serves until SIGTERM or SIGINT, then drains. The exit code: 1 if the engine died.
+
+        on_ready: gets one line for people when Generate works.
+        """
+        return asyncio.run(self._run(on_ready))
+
+    async def start(self) -> None:
+        """Listens, proves that a token comes out, then reports SERVING.
+
+        Raises InvalidArgumentError when the address cannot be had, NotFoundError for unknown
+        default heads, and what the first generation raises.
+        """
+        loop = asyncio.get_running_loop()
+        server = grpc.aio.server(options=OPTIONS)
+        add_generation(self._generation, server)  # type: ignore[no-untyped-call]
+        add_adapters(self._adapters, server)  # type: ignore[no-untyped-call]
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, server)
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        self.address = _listen(server, self._config)
+        self._dispatcher.attach(self._engine, loop)
+        self._engine.start()
+        await probe(self._preparer, self._dispatcher, self._workers)
+        await server.start()
+        self._server = server
+        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+
+    async def stop(self, timeout: float) -> None:
+        """NOT_SERVING, new calls UNAVAILABLE; running ones get `timeout` seconds, then the same."""
+        began = time.monotonic()
+        self._guard.draining = True
+        await self._health.enter_graceful_shutdown()
+        await asyncio.to_thread(self._engine.drain, timeout)
+        await asyncio.to_thread(self._engine.close)
+        left = timeout - (time.monotonic() - began)
+        await self._guard.idle(max(left, STOP_GRACE))
+        if self._server is not None:
+            await self._server.stop(STOP_GRACE)
+        self._pool.close()
+        self._workers.shutdown(cancel_futures=True)
+        self._uploader.shutdown(cancel_futures=True)
+
+    async def _run(self, on_ready: Callable[[str], None]) -> int:
+        loop = asyncio.get_running_loop()
+        asked = asyncio.Event()
+
+        def ask(number: signal.Signals) -> None:
+            logger.info("%s: draining; a second one ends at once", number.name)
+            asked.set()
+            loop.remove_signal_handler(number)
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, ask, number)
+        await self.start()
+        on_ready(self._ready_line())
+        events = (asked.wait(), self._dispatcher.failed.wait())
+        waiting = [asyncio.ensure_future(event) for event in events]
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        for waiter in waiting:
+            waiter.cancel()
+        failed = self._dispatcher.failed.is_set()
+        await self.stop(0.0 if failed else self._config.drain_timeout)
+        return 1 if failed or self._dispatcher.failed.is_set() else 0
+
+    async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+        for name in (health.OVERALL_HEALTH, *SERVICES):
+            await self._health.set(name, status)
+
+    def _ready_line(self) -> str:
+        model = self._model
+        return (
+            f"lorastack {__version__} serves {model.name} on {self.address} "
+            f"(backend {model.backend}, device {model.device}, dtype {model.dtype})"
+        )
+
+
+def _listen(server: grpc.aio.Server, config: ServiceConfig) -> str:
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    try:
+        port = server.add_insecure_port(f"{host}:{config.port}")
+    except RuntimeError:
+        port = 0
+    if port == 0:
+        raise InvalidArgumentError(
+            f"cannot listen on {host}:{config.port}: taken, or not an address of this machine; "
+            "choose another --host or --port"
+        )
+    return f"{host}:{port}"
+
+
+def _served(loaded: LoadedModel, max_context: int) -> ServedModel:
+    decoder = loaded.decoder
+    return ServedModel(
+        name=loaded.name,
+        fingerprint=loaded.fingerprint,
+        tokenizer=loaded.tokenizer,
+        vocab_size=decoder.shapes.vocab_size,
+        max_context=max_context,
+        device=str(decoder.device),
+        dtype=str(decoder.dtype).removeprefix("torch."),
+        backend=BACKEND,
+    )
+
+
+def _model_info(model: ServedModel, config: ServerConfig) -> generation_pb2.GetModelInfoResponse:
+    return generation_pb2.GetModelInfoResponse(
+        base_model=model.name,
+        fingerprint=model.fingerprint,
+        tokenizer_digest=model.tokenizer.digest,
+        limits=generation_pb2.Limits(
+            max_context=model.max_context,
+            max_rows=config.engine.max_rows,
+            max_queue=config.engine.max_queue,
+            kv_bytes=config.engine.kv_memory,
+            device_adapter_bytes=config.adapters.device_memory,
+            host_adapter_bytes=config.adapters.host_memory,
+        ),
+        backend=model.backend,
+        features=FEATURES,
+        version=__version__,
+        device=model.device,
+        dtype=model.dtype,
+    )
+
+
+def _be_nice() -> None:
+    """The calling thread yields to the step thread (Linux counts niceness per thread)."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), UPLOAD_NICENESS)
