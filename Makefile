@@ -42,10 +42,11 @@ test-real: $(STAMP)
 	$(VENV)/bin/pytest -m real
 
 demo: $(STAMP)
-	$(PY) examples/demo.py
+	$(PY) -m examples.demo
 
 bench: $(STAMP)
-	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(PY) "$$script"; done
+	$(PY) -m benchmarks.heads
+	$(PY) -m benchmarks.memory
 
 serve: $(STAMP)
 	$(VENV)/bin/lorastack serve

