@@ -21,7 +21,7 @@ from lorastack.engine.runner import Runner
 from lorastack.errors import FailedPreconditionError, InvalidArgumentError, Reason
 from lorastack.kernels.packing import pack
 from lorastack.model.decoder import Decoder, fingerprint, load_decoder
-from lorastack.model.default import DEFAULT_MODEL_ID, default_model
+from lorastack.model.default import DEFAULT_MODEL_NAME, default_model
 from lorastack.model.kv import KVCache, page_nbytes
 from lorastack.request import RowEvent
 from lorastack.text.tokenizer import Tokenizer
@@ -70,7 +70,7 @@ def model_folder(
 ) -> tuple[Path, str]:
     """The folder of a model's files and the name that adapters know it by."""
     if model is None:
-        return default_model(progress), DEFAULT_MODEL_ID
+        return default_model(progress), DEFAULT_MODEL_NAME
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder, folder.resolve().name
