@@ -74,6 +74,24 @@ def test_forbidden_tokens_are_never_drawn() -> None:
         assert drawn == {3, 9}
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_broken_row_leaves_the_others_alone(value: float) -> None:
+    logits_BV = make_logits(1, 3, 20, None)
+    params = [SamplingParams(temperature=1.0, top_p=0.9, top_k=k, seed=k) for k in (5, 3, 0)]
+    whole = draw(logits_BV, params, [0, 0, 0])
+    logits_BV[1] = value
+    first, broken, last = draw(logits_BV, params, [0, 0, 0])
+    assert [first, last] == [whole[0], whole[2]]
+    assert 0 <= broken < 20
+
+
+def test_temperatures_next_to_zero_are_greedy() -> None:
+    logits_BV = make_logits(2, 4, 20, None)
+    params = [SamplingParams(temperature=t) for t in (0.0, 1e-6, 1e-300, 5e-324)]
+    best = logits_BV.argmax(-1).tolist()
+    assert draw(logits_BV, params, range(4)) == best
+
+
 def test_float32_rounding_of_the_logits_does_not_change_draws() -> None:
     logits_BV = make_logits(3, 300, 1000, None)
     noisy_BV = logits_BV * (1 + 1e-7 * make_logits(4, 300, 1000, None))

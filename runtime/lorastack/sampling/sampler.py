@@ -28,7 +28,7 @@ def draw(logits_BV: Tensor, params: Sequence[SamplingParams], indices: Sequence[
     """One token a row. indices: of the generated token that each row draws, from 0.
 
     A row's token depends on its own logits (float32), params and index alone. Temperature 0 takes
-    the best logit, ties to the lowest id.
+    the best logit, ties to the lowest id. Non-finite logits give some id, never an error.
     """
     greedy = [row for row, wanted in enumerate(params) if wanted.greedy]
     if len(greedy) == len(params):
@@ -58,12 +58,17 @@ def _best_ids(logits_BV: Tensor) -> list[int]:
 
 
 def _draw_row(logits_V: Tensor, params: SamplingParams, index: int) -> int:
+    peak = float(logits_V.max()) / params.temperature
+    if not math.isfinite(peak):
+        # NaN or infinite: nothing to draw from, and the caller's other rows must go on. Or the
+        # temperature is next to 0.
+        return int(logits_V.argmax())
     if 0 < params.top_k < len(logits_V):
         ids = _top(logits_V, params.top_k)
     else:
         ids = torch.arange(len(logits_V), device=logits_V.device)
     scaled = logits_V[ids].double() / params.temperature
-    weights = (scaled - scaled.max()).exp()
+    weights = (scaled - peak).exp()
     # A token inside top_p's run has more than 1 - top_p at and behind it, shared among at most all
     # tokens, none above its own. Lighter ones need no noise.
     total = float(weights.sum())
