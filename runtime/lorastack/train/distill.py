@@ -47,7 +47,7 @@ def read_samples(path: Path) -> list[Sample]:
         return [Sample(**json.loads(line)) for line in file]
 
 
-class _SlabLayer(DynamicLayer):
+class _SlabLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """Keys and values in a preallocated slab.
 
     The stock layer concatenates, which copies the whole cache for every token: 70% of the time of
@@ -55,7 +55,7 @@ class _SlabLayer(DynamicLayer):
     """
 
     def __init__(self, capacity: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.capacity = capacity
         self.length = 0
 
@@ -99,13 +99,13 @@ def generate_batch(
     """Answers for one left-padded batch; rows that ended leave the batch when a quarter has."""
     width = max(len(prompt) for prompt in prompts)
     generator = torch.Generator().manual_seed(seed)
-    ids_BT = torch.tensor([[eos_id] * (width - len(p)) + list(p) for p in prompts])
+    ids_BT = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts])
     mask_BT = torch.ones(len(prompts), width + max_new_tokens, dtype=torch.long)
     for row, prompt in enumerate(prompts):
         mask_BT[row, : width - len(prompt)] = 0
     position_BT = (mask_BT[:, :width].cumsum(-1) - 1).clamp(min=0)
     layers = [_SlabLayer(width + max_new_tokens) for _ in range(model.config.num_hidden_layers)]
-    cache = Cache(layers=layers)
+    cache = Cache(layers=list(layers))
     answers: list[list[int]] = [[] for _ in prompts]
     alive = list(range(len(prompts)))
     for step in range(max_new_tokens):

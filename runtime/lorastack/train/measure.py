@@ -1,0 +1,94 @@
+"""How good heads are: accuracies by head and rank, the best tree, tokens a step.
+
+Greedy verification accepts the tree path whose tokens are the base's own next tokens, so the ranks
+of those tokens among each head's guesses say everything: no tree has to be decoded.
+
+Shape suffixes: T positions, K heads, P positions of a chunk, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from lorastack.train.heads import MedusaHeads, Path_
+from lorastack.train.hidden import NO_TARGET, HiddenCorpus
+
+NO_RANK = -1
+
+
+@torch.inference_mode()
+def target_ranks(
+    heads: MedusaHeads, corpus: HiddenCorpus, lm_head_VH: Tensor, chunk: int = 512
+) -> Tensor:
+    """[T, K]: 0 where the target is the head's first guess; ties go to the lowest id."""
+    ranks_TK = torch.full_like(corpus.targets_TK, NO_RANK)
+    ids_V = torch.arange(lm_head_VH.shape[0])
+    for begin in range(0, len(ranks_TK), chunk):
+        x_PH = corpus.hidden_TH[begin : begin + chunk].to(lm_head_VH.dtype)
+        for head in range(heads.num_heads):
+            target_P1 = corpus.targets_TK[begin : begin + chunk, head, None]
+            logits_PV = (heads(x_PH, head) @ lm_head_VH.T).float()
+            score_P1 = logits_PV.gather(1, target_P1.clamp(min=0))
+            ahead_PV = logits_PV > score_P1
+            ahead_PV |= (logits_PV == score_P1) & (ids_V < target_P1)
+            rank_P = ahead_PV.sum(-1).masked_fill(target_P1[:, 0] == NO_TARGET, NO_RANK)
+            ranks_TK[begin : begin + chunk, head] = rank_P
+    return ranks_TK
+
+
+def rank_accuracies(ranks_TK: Tensor, num_ranks: int = 10) -> list[list[float]]:
+    """[K][num_ranks]: how often the head's guess number r is right, of the positions that count."""
+    table = []
+    for rank_T in ranks_TK.T:
+        counted_T = rank_T[rank_T != NO_RANK]
+        hits = torch.bincount(counted_T[counted_T < num_ranks], minlength=num_ranks)
+        table.append((hits / max(1, len(counted_T))).tolist())
+    return table
+
+
+def search_choices(accuracies: Sequence[Sequence[float]], num_nodes: int = 63) -> list[Path_]:
+    """Paths in priority order: every prefix of the list is a tree, and the best of its size.
+
+    From the root, keep adding the neighbour (next sibling, first child) with the largest product
+    of accuracies. A node is never added before its parent or its elder sibling.
+    """
+    chosen: list[Path_] = []
+    neighbours: dict[Path_, float] = {(0,): accuracies[0][0]}
+    while neighbours and len(chosen) < num_nodes:
+        path = max(neighbours, key=lambda found: (neighbours[found], [-rank for rank in found]))
+        score = neighbours.pop(path)
+        chosen.append(path)
+        depth, rank = len(path), path[-1]
+        row = accuracies[depth - 1]
+        if rank + 1 < len(row) and row[rank] > 0:
+            neighbours[(*path[:-1], rank + 1)] = score / row[rank] * row[rank + 1]
+        if depth < len(accuracies):
+            neighbours[(*path, 0)] = score * accuracies[depth][0]
+    return chosen
+
+
+def tokens_per_step(
+    ranks_TK: Tensor, starts: Sequence[int], choices: Sequence[Path_]
+) -> tuple[int, int]:
+    """(tokens, steps) of greedy decoding with this tree, over all samples.
+
+    The first token of an answer comes from the prefill and counts as neither. A step at position t
+    verifies the tree that the heads built there: it emits the accepted path and one token more.
+    """
+    tree = set(choices)
+    tokens = steps = 0
+    for begin, end in pairwise(starts):
+        rows = ranks_TK[begin:end].tolist()
+        at, last = 0, len(rows) - 1  # position i emits answer token i
+        while at < last:
+            row = rows[at]
+            accepted = 0
+            while accepted < len(row) and tuple(row[: accepted + 1]) in tree:
+                accepted += 1
+            advance = min(accepted + 1, last - at)  # nothing follows the last token
+            at += advance
+            tokens += advance
+            steps += 1
+    return tokens, steps
