@@ -1,0 +1,111 @@
+"""The flat buffer: nothing lost, everything where the layout says, runs aligned and gapless."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lorastack.kernels.packing import pack, view, view_run
+from lorastack.layout import (
+    ALIGNMENT,
+    EMBED,
+    GROUPS,
+    HEADS,
+    LAYER_TARGETS,
+    LM_HEAD,
+    NO_LAYER,
+    Part,
+    TensorKey,
+)
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def adapter(
+    targets: list[tuple[int, str]], ranks: list[int], num_heads: int
+) -> dict[TensorKey, Tensor]:
+    """Random tensors with inputs of 5, outputs of 7, heads of 6."""
+    tensors: dict[TensorKey, Tensor] = {}
+    for (layer, target), rank in zip(targets, ranks, strict=True):
+        tensors[layer, target, Part.A] = torch.randn(rank, 5)
+        tensors[layer, target, Part.B] = torch.randn(7, rank)
+    for head in range(num_heads):
+        tensors[head, HEADS, Part.WEIGHT] = torch.randn(6, 6)
+        tensors[head, HEADS, Part.BIAS] = torch.randn(6)
+    return tensors
+
+
+PLACES = [(layer, target) for layer in (0, 3) for target in LAYER_TARGETS]
+PLACES += [(NO_LAYER, EMBED), (NO_LAYER, LM_HEAD)]
+
+
+@st.composite
+def adapters(draw: st.DrawFn) -> tuple[dict[TensorKey, Tensor], int]:
+    targets = draw(st.lists(st.sampled_from(PLACES), unique=True, max_size=8))
+    ranks = draw(st.lists(st.integers(1, 9), min_size=len(targets), max_size=len(targets)))
+    num_heads = draw(st.integers(0, 3))
+    return adapter(targets, ranks, num_heads), num_heads
+
+
+@settings(deadline=None)
+@given(adapters(), st.sampled_from(DTYPES))
+def test_every_tensor_comes_back(drawn: tuple[dict[TensorKey, Tensor], int], dtype: torch.dtype):
+    tensors, num_heads = drawn
+    layout, buffer = pack(tensors, {}, num_heads, (), dtype)
+    assert buffer.dtype == dtype and buffer.dim() == 1
+    assert buffer.numel() == layout.num_elements
+    assert buffer.nbytes == layout.nbytes
+    assert layout.slots.keys() == tensors.keys()
+    for key, tensor in tensors.items():
+        assert torch.equal(view(buffer, layout, key), tensor.to(dtype))
+
+
+@settings(deadline=None)
+@given(adapters(), st.sampled_from(DTYPES))
+def test_runs_are_aligned_and_slots_do_not_overlap(
+    drawn: tuple[dict[TensorKey, Tensor], int], dtype: torch.dtype
+):
+    tensors, num_heads = drawn
+    layout, _ = pack(tensors, {}, num_heads, (), dtype)
+    end = 0
+    for (layer, target, part), slot in sorted(
+        layout.slots.items(), key=lambda item: item[1].offset
+    ):
+        assert slot.offset >= end
+        end = slot.offset + tensors[layer, target, part].numel()
+        follows_in_run = (part is Part.A or target == HEADS) and slot.offset != 0
+        if part is Part.B or not follows_in_run:
+            assert slot.offset * dtype.itemsize % ALIGNMENT == 0
+    assert end == layout.num_elements
+
+
+def test_the_a_parts_of_a_group_are_one_matrix():
+    targets = [(0, target) for target in reversed(LAYER_TARGETS)]
+    tensors = adapter(targets, [3, 1, 4, 1, 5, 9, 2], 0)
+    layout, buffer = pack(tensors, {}, 0, (), torch.float32)
+    for group in GROUPS:
+        keys = tuple((0, target, Part.A) for target in group)
+        joined = torch.cat([tensors[key] for key in keys])
+        assert torch.equal(view_run(buffer, layout, keys), joined)
+        assert layout.slots[keys[0]].offset * 4 % ALIGNMENT == 0
+
+
+def test_heads_are_one_stack():
+    tensors = adapter([(0, "q_proj")], [2], 3)
+    layout, buffer = pack(tensors, {(0, "q_proj"): 2.0}, 3, ((0,), (0, 0)), torch.float32)
+    weights = view_run(buffer, layout, tuple((head, HEADS, Part.WEIGHT) for head in range(3)))
+    assert torch.equal(
+        weights.view(3, 6, 6), torch.stack([tensors[k, HEADS, Part.WEIGHT] for k in range(3)])
+    )
+    assert (layout.num_heads, layout.choices) == (3, ((0,), (0, 0)))
+    assert layout.scales == {(0, "q_proj"): 2.0}
+
+
+def test_equal_adapters_give_equal_bytes():
+    tensors = adapter(PLACES, [3] * len(PLACES), 2)
+    backwards = dict(reversed(tensors.items()))
+    assert torch.equal(
+        pack(tensors, {}, 2, (), torch.bfloat16)[1], pack(backwards, {}, 2, (), torch.bfloat16)[1]
+    )

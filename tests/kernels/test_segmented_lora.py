@@ -1,0 +1,86 @@
+"""The segmented op against its token-by-token reference, on every shape a batch can have."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lorastack.kernels.segmented_lora import (
+    KernelSegment,
+    SegmentTarget,
+    segmented_lora,
+    segmented_lora_reference,
+)
+
+TOKENS, INNER = 9, 12
+OUTS = (10, 6, 6)
+
+
+def segment(
+    start: int, end: int, ranks: dict[int, int], scale: float, seed: int, dtype: torch.dtype
+) -> KernelSegment:
+    """ranks: rank of each adapted target (index into OUTS)."""
+    generator = torch.Generator().manual_seed(seed)
+    targets: list[SegmentTarget] = []
+    offset = 0
+    for index, rank in ranks.items():
+        b_OR = torch.randn(OUTS[index], rank, generator=generator).to(dtype)
+        targets.append(SegmentTarget(index, slice(offset, offset + rank), b_OR, scale))
+        offset += rank
+    a_RI = torch.randn(offset, INNER, generator=generator).to(dtype)
+    return KernelSegment(start, end, a_RI, tuple(targets))
+
+
+@st.composite
+def segments(draw: st.DrawFn) -> list[KernelSegment]:
+    """Empty, single-token, unsorted, overlapping (stacked) and mixed-rank segments."""
+    result: list[KernelSegment] = []
+    for _ in range(draw(st.integers(0, 5))):
+        start = draw(st.integers(0, TOKENS))
+        end = draw(st.integers(start, TOKENS))
+        ranks = draw(st.dictionaries(st.sampled_from((0, 1, 2)), st.integers(1, 17), min_size=1))
+        scale = draw(st.sampled_from((0.25, 1.0, -2.0)))
+        ordered = dict(sorted(ranks.items()))
+        result.append(segment(start, end, ordered, scale, draw(st.integers(0, 99)), torch.float32))
+    return result
+
+
+def fused_outputs() -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """Outputs as the decoder has them: columns of one matrix."""
+    fused = torch.randn(TOKENS, sum(OUTS), generator=torch.Generator().manual_seed(0))
+    return fused, fused.split(OUTS, dim=1)
+
+
+@settings(deadline=None)
+@given(segments())
+def test_equals_the_reference(drawn: list[KernelSegment]):
+    x_TI = torch.randn(TOKENS, INNER, generator=torch.Generator().manual_seed(1))
+    fused, outs = fused_outputs()
+    expected, expected_outs = fused_outputs()
+    segmented_lora(x_TI, outs, drawn)
+    segmented_lora_reference(x_TI, expected_outs, drawn)
+    torch.testing.assert_close(fused, expected, atol=1e-3, rtol=1e-4)
+
+
+def test_tokens_outside_keep_their_bits():
+    x_TI = torch.randn(TOKENS, INNER)
+    fused, outs = fused_outputs()
+    before = fused.clone()
+    segmented_lora(x_TI, outs, [segment(3, 5, {1: 4}, 1.0, 0, torch.float32)])
+    changed = (fused != before).nonzero()
+    assert set(changed[:, 0].tolist()) == {3, 4}
+    assert set(changed[:, 1].tolist()) <= set(range(OUTS[0], OUTS[0] + OUTS[1]))
+
+
+def test_a_float32_output_of_bfloat16_tokens():
+    """lm_head: the update is added to float32 logits without rounding them."""
+    x_TI = torch.randn(TOKENS, INNER).bfloat16()
+    out_TO = torch.randn(TOKENS, OUTS[0])
+    expected = out_TO.clone()
+    one = [segment(0, TOKENS, {0: 4}, 0.5, 0, torch.bfloat16)]
+    segmented_lora(x_TI, (out_TO,), one)
+    segmented_lora_reference(x_TI, (expected,), one)
+    torch.testing.assert_close(out_TO, expected, atol=0.3, rtol=0.02)
+    assert out_TO.dtype == torch.float32
+    assert not torch.equal(out_TO, out_TO.bfloat16().float())
