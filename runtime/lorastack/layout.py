@@ -25,6 +25,7 @@ LAYER_TARGETS: tuple[str, ...] = tuple(target for group in GROUPS for target in 
 EMBED = "embed_tokens"
 LM_HEAD = "lm_head"
 HEADS = "heads"
+MAX_RANK = 64  # candidates that a tree may ask of one head
 NO_LAYER = -1  # the `layer` of embed_tokens and lm_head; heads use their 0-based head index
 
 

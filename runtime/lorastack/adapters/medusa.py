@@ -15,7 +15,7 @@ from lorastack.adapters.peft import text_field
 from lorastack.adapters.refusal import invalid, unsupported
 from lorastack.adapters.tensorfile import TensorEntry
 from lorastack.errors import Reason, UnimplementedError
-from lorastack.layout import HEADS, ModelShapes, Part, TensorKey
+from lorastack.layout import HEADS, MAX_RANK, ModelShapes, Part, TensorKey
 
 CONFIG_NAME = "config.json"
 HEADS_FIELD = "medusa_num_heads"
@@ -85,7 +85,7 @@ def parse_medusa(
         num_heads=num_heads,
         num_layers=num_layers,
         version=2,
-        choices=_choices(config.get("medusa_choices"), num_heads),
+        choices=_choices(config.get("medusa_choices"), num_heads, shapes.vocab_size),
         tensors=tensors,
     )
 
@@ -120,16 +120,19 @@ def _count(config: Mapping[str, object], field: str, limit: int, default: int | 
     return value
 
 
-def _choices(value: object, num_heads: int) -> Choices:
+def _choices(value: object, num_heads: int, vocab_size: int) -> Choices:
     """The optional medusa_choices: distinct paths no deeper than the heads, with every prefix."""
     if value is None:
         return ()
     if not isinstance(value, list) or len(value) > MAX_CHOICES:
         raise invalid(f"medusa_choices must be a list of at most {MAX_CHOICES} paths")
+    max_rank = min(MAX_RANK, vocab_size)
     for path in value:
         ranks = path if isinstance(path, list) and path else [-1]
-        if not all(type(rank) is int and 0 <= rank < MAX_CHOICES for rank in ranks):
-            raise invalid(f"medusa_choices: {str(path)[:64]} is not a path of candidate ranks")
+        if not all(type(rank) is int and 0 <= rank < max_rank for rank in ranks):
+            raise invalid(
+                f"medusa_choices: {str(path)[:64]} is not a path of ranks below {max_rank}"
+            )
         if len(path) > num_heads:
             raise invalid(f"medusa_choices: {path} is deeper than the {num_heads} heads")
     paths = tuple(tuple(path) for path in value)

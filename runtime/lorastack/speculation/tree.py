@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from lorastack.errors import InvalidArgumentError, Reason
+from lorastack.layout import MAX_RANK
 
 Choices = tuple[tuple[int, ...], ...]
 
-MAX_RANK = 64  # candidates a head is asked for at most
 _MAX_DEFAULT_CHOICES = 64
 
 # Chance that heads 1 to 5 are right, those before them being right: ratios of the published top-1
