@@ -3,7 +3,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorastack.errors import InvalidArgumentError
-from lorastack.speculation.tree import CHAIN, MAX_RANK, Tree, default_choices
+from lorastack.layout import MAX_RANK
+from lorastack.speculation.tree import CHAIN, Tree, default_choices
 
 WORKED = ((0,), (0, 0), (0, 1), (1,), (1, 0))
 

@@ -24,11 +24,9 @@ from lorastack.request import TokenLogprobs
 from lorastack.sampling.sampler import draw, token_logprobs
 from lorastack.speculation.accept import Accepted, DraftedTree, accept
 from lorastack.speculation.heads import HeadsWeights, apply_heads, top_candidates
-from lorastack.speculation.tree import Tree
+from lorastack.speculation.tree import CHAIN
 
 Weights = TypeVar("Weights", LoraWeights, HeadsWeights)
-
-ROOT = Tree.from_choices((), 0, 0)  # of a row that drafted nothing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,7 +161,7 @@ class Runner:
             return tokens
 
         trees = [
-            DraftedTree(s.step.tree, s.step.token_ids) if s.step.tree else DraftedTree(ROOT, (0,))
+            DraftedTree(s.step.tree, s.step.token_ids) if s.step.tree else DraftedTree(CHAIN, (0,))
             for s in sampled
         ]
         return accept(trees, draw_nodes)
