@@ -89,8 +89,11 @@ class Loader:
     def __call__(self, digest: str) -> PackedAdapter:
         """Raises NotFoundError, DataLossError, or what `parse` raises (another base model)."""
         self.registry.verify(digest)
-        parsed = parse(self.registry.files(digest), self.shapes)
-        layout, buffer = self.pack(
-            read_tensors(parsed), parsed.scales, parsed.num_heads, parsed.choices
-        )
+        try:
+            parsed = parse(self.registry.files(digest), self.shapes)
+            tensors = read_tensors(parsed)
+        except FileNotFoundError:
+            self.registry.verify(digest)  # says whether it was deleted or lost
+            raise
+        layout, buffer = self.pack(tensors, parsed.scales, parsed.num_heads, parsed.choices)
         return PackedAdapter(digest=digest, buffer=buffer, layout=layout)

@@ -133,9 +133,17 @@ class Registry:
         return {spec.name: self._blobs.path(spec.sha256) for spec in self.manifest(digest).files}
 
     def verify(self, digest: str) -> None:
-        """Reads every byte of an adapter. Raises DataLossError naming what is damaged."""
+        """Reads every byte of an adapter.
+
+        Raises DataLossError naming what is damaged; NotFoundError if it is deleted meanwhile.
+        """
         for spec in self.manifest(digest).files:
-            self._blobs.check(spec, digest)
+            try:
+                self._blobs.check(spec, digest)
+            except DataLossError:
+                with self._writing:  # no deletion or upload runs: now it is damage, or it is gone
+                    self.manifest(digest)
+                    self._blobs.check(spec, digest)
 
     def missing(self, files: Sequence[FileSpec]) -> tuple[FileSpec, ...]:
         """Those of the files whose bytes the store needs. Raises InvalidArgumentError."""

@@ -1,0 +1,404 @@
+"""Folders that are accepted, and every way to be refused by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lorastack.adapters import targets
+from lorastack.adapters.formats import chat_template, check_base, check_values
+from lorastack.errors import (
+    FailedPreconditionError,
+    InvalidArgumentError,
+    Reason,
+    UnimplementedError,
+)
+from lorastack.layout import HEADS, AdapterKind, Part
+from tests.adapters.folders import SHAPES, edit_json, files_of, parse_folder
+from tests.helpers.adapters import write_heads, write_lora
+
+H = SHAPES.hidden_size
+LORA_FILE, HEADS_FILE = "adapter_model.safetensors", "medusa_lm_head.safetensors"
+LORA_CONFIG, HEADS_CONFIG = "adapter_config.json", "config.json"
+Q_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+Q_B = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
+Edit = Callable[[dict[str, torch.Tensor]], None]
+
+
+@pytest.fixture
+def lora(tmp_path: Path) -> Path:
+    return write_lora(tmp_path / "lora", SHAPES, rank=4, targets=["q_proj", "up_proj"])
+
+
+@pytest.fixture
+def heads(tmp_path: Path) -> Path:
+    return write_heads(tmp_path / "heads", H, num_heads=3)
+
+
+def edit_tensors(path: Path, edit: Edit) -> None:
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path)
+
+
+def refused(folder: Path, named: str) -> InvalidArgumentError:
+    with pytest.raises(InvalidArgumentError, match=named) as refusal:
+        parse_folder(folder)
+    assert refusal.value.reason in (Reason.INVALID_ADAPTER, Reason.UNSUPPORTED_ADAPTER)
+    return refusal.value
+
+
+# -- what is accepted -----------------------------------------------------------------------------
+
+
+def test_a_lora(lora: Path) -> None:
+    parsed = parse_folder(lora)
+    assert parsed.kind is AdapterKind.LORA
+    assert (parsed.rank, parsed.alpha, parsed.num_heads) == (4, 16.0, 0)
+    assert parsed.target_modules == ("q_proj", "up_proj")
+    assert parsed.scales == dict.fromkeys(
+        [(i, t) for i in (0, 1) for t in ("q_proj", "up_proj")], 4.0
+    )
+
+
+def test_heads(heads: Path) -> None:
+    parsed = parse_folder(heads)
+    assert parsed.kind is AdapterKind.MEDUSA
+    assert (parsed.num_heads, parsed.num_layers, parsed.medusa_version) == (3, 1, 2)
+    assert parsed.tensors.keys() == {
+        (head, HEADS, part) for head in range(3) for part in (Part.WEIGHT, Part.BIAS)
+    }
+    assert parsed.tensors[2, HEADS, Part.WEIGHT].name == "2.0.linear.weight"
+
+
+@pytest.mark.parametrize("one_file", [True, False])
+def test_a_bundle_in_one_or_several_files(lora: Path, heads: Path, one_file: bool) -> None:
+    shutil.copy(heads / HEADS_CONFIG, lora)
+    if one_file:
+        edit_tensors(
+            lora / LORA_FILE, lambda tensors: tensors.update(load_file(heads / HEADS_FILE))
+        )
+    else:
+        shutil.copy(heads / HEADS_FILE, lora)
+    parsed = parse_folder(lora)
+    assert parsed.kind is AdapterKind.LORA_WITH_MEDUSA
+    assert (parsed.rank, parsed.num_heads, len(parsed.tensors)) == (4, 3, 4 * 2 + 6)
+
+
+@pytest.mark.parametrize("version", ["2", 2, 2.0, "2.0"])
+def test_versions_that_mean_two(heads: Path, version: object) -> None:
+    edit_json(heads / HEADS_CONFIG, version=version)
+    assert parse_folder(heads).medusa_version == 2
+
+
+def test_choices(heads: Path) -> None:
+    paths = [[0], [0, 0], [1], [0, 0, 5]]
+    edit_json(heads / HEADS_CONFIG, medusa_choices=paths)
+    assert parse_folder(heads).choices == ((0,), (0, 0), (1,), (0, 0, 5))
+
+
+def test_harmless_files_are_kept(lora: Path) -> None:
+    for name in ("README.md", "tokenizer.json", "special_tokens_map.json", "merges.txt"):
+        (lora / name).write_text("{}")
+    (lora / "config.json").write_text(json.dumps({"model_type": "llama"}))  # the base model's
+    assert parse_folder(lora).kind is AdapterKind.LORA
+
+
+def test_unknown_fields_without_a_value_pass(lora: Path) -> None:
+    edit_json(lora / LORA_CONFIG, from_the_future=None, and_more=False, and_again={}, last=[])
+    parse_folder(lora)
+
+
+def test_chat_templates(lora: Path) -> None:
+    files = files_of(lora)
+    assert chat_template(files) is None
+    config = lora / "tokenizer_config.json"
+    config.write_text(json.dumps({"chat_template": "plain"}))
+    assert parse_folder(lora).chat_template == "plain"
+    named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
+    config.write_text(json.dumps({"chat_template": named}))
+    assert parse_folder(lora).chat_template == "d"
+    (lora / "chat_template.jinja").write_text("a file of its own")
+    assert parse_folder(lora).chat_template == "a file of its own"
+    (lora / "chat_template.jinja").write_bytes(b"\xff")
+    refused(lora, r"chat_template\.jinja is not UTF-8")
+
+
+# -- refused: files -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["adapter_model.bin", "heads.pt", "A.PT", "x.pkl", "training.ckpt"]
+)
+def test_pickles_are_refused_with_a_remedy(lora: Path, name: str) -> None:
+    (lora / name).write_bytes(b"")
+    assert "convert" in str(refused(lora, f"{name} is a pickle"))
+
+
+def test_code_is_refused(lora: Path) -> None:
+    (lora / "modeling.py").write_text("")
+    refused(lora, r"modeling\.py is code")
+
+
+def test_folders_that_are_no_adapters(tmp_path: Path, lora: Path, heads: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", "no adapter")
+    (lora / LORA_FILE).unlink()
+    refused(lora, r"no \.safetensors")
+    (heads / HEADS_CONFIG).write_text(json.dumps({"model_type": "llama"}))
+    refused(heads, "medusa_num_heads")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"r": 1, "r": 2}', '{"r": Infinity}'])
+def test_configs_that_are_not_json_objects(lora: Path, text: str) -> None:
+    (lora / LORA_CONFIG).write_text(text)
+    refused(lora, LORA_CONFIG)
+
+
+def test_a_tensor_in_two_files(lora: Path) -> None:
+    save_file({Q_A: torch.zeros(4, H)}, lora / "more.safetensors")
+    refused(lora, "q_proj.lora_A.weight is in more.safetensors and in another")
+
+
+# -- refused: LoRA --------------------------------------------------------------------------------
+
+LORA_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
+    "loftq": ({"init_lora_weights": "loftq"}, "init_lora_weights"),
+    "corda": ({"init_lora_weights": "corda"}, "init_lora_weights"),
+    "lora_ga": ({"init_lora_weights": "lora_ga"}, "init_lora_weights"),
+    "lora_bias": ({"lora_bias": True}, "lora_bias"),
+    "fan_in_fan_out": ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+    "qalora": ({"use_qalora": True}, "use_qalora"),
+    "bdlora": ({"use_bdlora": {"nblocks": 2}}, "use_bdlora"),
+    "arrow": ({"arrow_config": {"top_k": 1}}, "arrow_config"),
+    "megatron": ({"megatron_config": {"a": 1}}, "megatron_config"),
+    "unknown": ({"brand_new_maths": 3}, "brand_new_maths = '3'"),
+    "other method": ({"peft_type": "IA3"}, "peft_type"),
+    "no method": ({"peft_type": None}, "peft_type"),
+    "classifier": ({"task_type": "SEQ_CLS"}, "task_type"),
+    "rank 0": ({"r": 0}, "r = 0"),
+    "rank true": ({"r": True}, "r = True"),
+    "rank text": ({"r": "8"}, "r = 8"),
+    "alpha": ({"lora_alpha": None}, "lora_alpha"),
+    "alpha huge": ({"lora_alpha": 10**400}, "lora_alpha"),
+    "rank pattern": ({"rank_pattern": {"q_proj": 0}}, "q_proj = 0"),
+    "patterns": ({"alpha_pattern": [1]}, "alpha_pattern"),
+    "bad regex": ({"target_modules": "(q_proj"}, "target_modules has the bad pattern"),
+    "bad pattern": ({"alpha_pattern": {"*": 1}}, "alpha_pattern has the bad pattern"),
+    "targets": ({"target_modules": [3]}, "target_modules must be"),
+    "no match": ({"target_modules": ["c_attn"]}, "match no module"),
+    "partial name": ({"target_modules": ["proj"]}, "match no module"),
+    "empty": ({"target_modules": []}, "match no module"),
+    "layers of a regex": (
+        {"target_modules": ".*q_proj", "layers_to_transform": [0]},
+        "layers_to_transform",
+    ),
+    "layers text": ({"layers_to_transform": "0"}, "layers_to_transform"),
+    "rslora text": ({"use_rslora": "yes"}, "use_rslora"),
+    "base name": ({"base_model_name_or_path": 3}, "base_model_name_or_path"),
+    "too few targets": ({"target_modules": ["q_proj"]}, "does not target .*up_proj"),
+    "too many targets": (
+        {"target_modules": ["q_proj", "up_proj", "k_proj"]},
+        "k_proj, but its lora_A is missing",
+    ),
+    "too few layers": ({"layers_to_transform": [1]}, r"does not target .*layers\.0"),
+    "another rank": ({"r": 8}, r"shape \[4, 16\].* need \[8, 16\]"),
+}
+
+
+@pytest.mark.parametrize(("fields", "named"), LORA_FIELDS.values(), ids=LORA_FIELDS.keys())
+def test_lora_configs_are_refused_by_name(lora: Path, fields: dict[str, Any], named: str) -> None:
+    edit_json(lora / LORA_CONFIG, **fields)
+    refused(lora, named)
+
+
+def _rename(old: str, new: str) -> Edit:
+    def edit(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[new] = tensors.pop(old)
+
+    return edit
+
+
+LORA_TENSORS: dict[str, tuple[Edit, str]] = {
+    "missing A": (lambda t: t.__delitem__(Q_A), "q_proj, but its lora_A is missing"),
+    "missing B": (lambda t: t.__delitem__(Q_B), "q_proj, but its lora_B is missing"),
+    "wrong in": (
+        lambda t: t.update({Q_A: torch.zeros(4, H + 1)}),
+        rf"q_proj.lora_A.weight has shape \[4, {H + 1}\].* need \[4, {H}\]",
+    ),
+    "wrong out": (
+        lambda t: t.update({Q_B: torch.zeros(H + 2, 4)}),
+        rf"q_proj.lora_B.weight has shape \[{H + 2}, 4\].* need \[{H}, 4\]",
+    ),
+    "flat": (lambda t: t.update({Q_A: torch.zeros(4 * H)}), r"has shape \[64\]"),
+    "layer beyond": (_rename(Q_A, Q_A.replace("layers.0", "layers.2")), r"layers\.2.*2 layers"),
+    "norm": (
+        lambda t: t.update({"base_model.model.model.norm.lora_A.weight": torch.zeros(1, H)}),
+        "model.norm",
+    ),
+    "no prefix": (_rename(Q_A, Q_A.removeprefix("base_model.model.")), "whole models"),
+    "adapter name": (_rename(Q_A, Q_A.replace("weight", "default.weight")), "default.weight"),
+    "dora": (
+        lambda t: t.update({Q_A.replace("lora_A.weight", "lora_magnitude_vector"): torch.zeros(H)}),
+        "lora_magnitude_vector",
+    ),
+    "bias": (
+        lambda t: t.update({Q_A.replace("lora_A.weight", "lora_B.bias"): torch.zeros(H)}),
+        "lora_B.bias",
+    ),
+    "whole weight": (
+        lambda t: t.update({Q_A.replace("lora_A", "base_layer"): torch.zeros(H, H)}),
+        "base_layer.weight is a whole weight",
+    ),
+    "resized": (
+        lambda t: t.update({"base_model.model.lm_head.weight": torch.zeros(33, H)}),
+        rf"lm_head.weight has shape \[33, {H}\].* need \[32, {H}\]",
+    ),
+    "embedding": (
+        lambda t: t.update(
+            {"base_model.model.model.embed_tokens.lora_A.weight": torch.zeros(4, 32)}
+        ),
+        "wrong kind",
+    ),
+    "heads": (lambda t: t.update({"0.0.linear.bias": torch.zeros(H)}), "Medusa heads.*config.json"),
+}
+
+
+@pytest.mark.parametrize(("edit", "named"), LORA_TENSORS.values(), ids=LORA_TENSORS.keys())
+def test_lora_tensors_are_refused_by_name(lora: Path, edit: Edit, named: str) -> None:
+    edit_tensors(lora / LORA_FILE, edit)
+    refused(lora, named)
+
+
+def test_endless_patterns_end(lora: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(targets, "MATCH_SECONDS", 0.05)
+    edit_json(lora / LORA_CONFIG, target_modules=r"(?:(?:.*)*)*(?:(?:.*)*)*(?=x)x(\w|\w\w|\w+)*Z\1")
+    began = time.monotonic()
+    refused(lora, "takes too long|match no module")
+    assert time.monotonic() - began < 2
+    edit_json(lora / LORA_CONFIG, target_modules="q" * 5000)
+    refused(lora, "longer than")
+
+
+# -- refused: heads -------------------------------------------------------------------------------
+
+HEADS_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
+    "too few": ({"medusa_num_heads": 2}, "tensor 2.0.linear.* beyond medusa_num_heads = 2"),
+    "too many": ({"medusa_num_heads": 4}, "3.0.linear.weight is missing"),
+    "none": ({"medusa_num_heads": 0}, "medusa_num_heads = 0"),
+    "true": ({"medusa_num_heads": True}, "medusa_num_heads = True"),
+    "text": ({"medusa_num_heads": "3"}, "medusa_num_heads = 3"),
+    "layers": ({"medusa_num_layers": 2}, "medusa_num_layers is 2"),
+    "no layers": ({"medusa_num_layers": None}, "medusa_num_layers"),
+    "version 1": ({"version": "1"}, "says version 1.* as version 2 does"),
+    "no version": ({"version": None}, "no version, which means 1.* as version 2 does"),
+    "version 3": ({"version": "3"}, "version = '3'"),
+    "version true": ({"version": True}, "version = 'True'"),
+    "choices": ({"medusa_choices": "many"}, "medusa_choices must be a list"),
+    "choice": ({"medusa_choices": [[0], 1]}, "1 is not a path"),
+    "empty choice": ({"medusa_choices": [[]]}, "not a path"),
+    "negative choice": ({"medusa_choices": [[-1]]}, "not a path"),
+    "deep choice": ({"medusa_choices": [[0], [0, 0], [0] * 3, [0] * 4]}, "deeper than the 3 heads"),
+    "orphan choice": ({"medusa_choices": [[0], [1, 0]]}, r"\[1, 0\] lacks its prefix \[1\]"),
+    "same choice": ({"medusa_choices": [[0], [0]]}, "twice"),
+}
+
+
+@pytest.mark.parametrize(("fields", "named"), HEADS_FIELDS.values(), ids=HEADS_FIELDS.keys())
+def test_heads_configs_are_refused_by_name(heads: Path, fields: dict[str, Any], named: str) -> None:
+    edit_json(heads / HEADS_CONFIG, **fields)
+    refused(heads, named)
+
+
+def test_heads_of_another_hidden_size(tmp_path: Path) -> None:
+    folder = write_heads(tmp_path / "x", 20, num_heads=1)
+    refused(folder, rf"0.0.linear.* has shape \[20(, 20)?\].* needs \[{H}(, {H})?\]")
+
+
+@pytest.mark.parametrize("version", ["1", None])
+def test_version_one_is_not_implemented_yet(heads: Path, version: str | None) -> None:
+    output = {f"{head}.1.weight": torch.zeros(SHAPES.vocab_size, H) for head in range(3)}
+    edit_tensors(heads / HEADS_FILE, lambda tensors: tensors.update(output))
+    edit_json(heads / HEADS_CONFIG, version=version)
+    with pytest.raises(UnimplementedError, match=r"version 1.*0\.1\.weight"):
+        parse_folder(heads)
+    edit_json(heads / HEADS_CONFIG, version="2")
+    refused(heads, r"says version 2, but the folder holds 0\.1\.weight")
+
+
+def test_a_block_too_many(heads: Path) -> None:
+    more = {"0.1.linear.weight": torch.zeros(H, H), "0.1.linear.bias": torch.zeros(H)}
+    edit_tensors(heads / HEADS_FILE, lambda tensors: tensors.update(more))
+    refused(heads, r"0\.1\.linear.* more than one block")
+
+
+def test_a_whole_model_is_no_adapter(heads: Path) -> None:
+    rename = {f"medusa_head.{name}": t for name, t in load_file(heads / HEADS_FILE).items()}
+    save_file(rename | {"model.norm.weight": torch.zeros(H)}, heads / HEADS_FILE)
+    refused(heads, "full Medusa-2 checkpoints")
+
+
+def test_a_bundle_without_its_lora_config(lora: Path, heads: Path) -> None:
+    shutil.copy(lora / LORA_FILE, heads)
+    refused(heads, f"belongs to a LoRA, but there is no {LORA_CONFIG}")
+
+
+# -- base model and values ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("named", "served", "same"),
+    [
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", "HuggingFaceTB/SmolLM2-135M-Instruct", True),
+        ("/data/models/smollm2-135m-instruct/", "HuggingFaceTB/SmolLM2-135M-Instruct", True),
+        ("mirror/SmolLM2-135M-Instruct", "SmolLM2-135M-Instruct", True),
+        ("HuggingFaceTB/SmolLM2-135M", "HuggingFaceTB/SmolLM2-135M-Instruct", False),
+        (None, "anything", True),
+        ("", "anything", True),
+    ],
+)
+def test_base_names(lora: Path, heads: Path, named: str | None, served: str, same: bool) -> None:
+    edit_json(heads / HEADS_CONFIG, base_model_name_or_path=named)
+    edit_json(lora / LORA_CONFIG, base_model_name_or_path=named)
+    for folder in (heads, lora):
+        parsed = parse_folder(folder)
+        assert parsed.base_model == (named or "")
+        if same:
+            check_base(parsed, ["other", served])
+            continue
+        with pytest.raises(FailedPreconditionError, match=str(named)) as refusal:
+            check_base(parsed, ["other", served])
+        assert refusal.value.reason is Reason.BASE_MODEL_DIFFERS
+
+
+def test_both_parts_of_a_bundle_name_the_base(lora: Path, heads: Path) -> None:
+    edit_json(lora / LORA_CONFIG, base_model_name_or_path="org/base")
+    edit_json(heads / HEADS_CONFIG, base_model_name_or_path="org/another")
+    for path in files_of(heads).values():
+        shutil.copy(path, lora)
+    with pytest.raises(FailedPreconditionError, match="org/another"):
+        check_base(parse_folder(lora), ["org/base"])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_are_scanned(lora: Path, heads: Path, value: float) -> None:
+    check_values(parse_folder(lora))
+    check_values(parse_folder(heads))
+
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[max(tensors)].view(-1)[-1] = value
+
+    edit_tensors(lora / LORA_FILE, spoil)
+    edit_tensors(heads / HEADS_FILE, spoil)
+    with pytest.raises(InvalidArgumentError, match=r"q_proj\.lora_B\.weight contains NaN"):
+        check_values(parse_folder(lora))
+    with pytest.raises(InvalidArgumentError, match=r"2\.0\.linear\.weight contains NaN"):
+        check_values(parse_folder(heads))

@@ -1,0 +1,160 @@
+"""From an upload to a packed adapter, and what can happen to the bytes in between."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lorastack.adapters.formats import parse
+from lorastack.adapters.load import Loader, Validator, read_tensors
+from lorastack.adapters.medusa import Choices
+from lorastack.adapters.registry import Registry
+from lorastack.errors import (
+    DataLossError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    LorastackError,
+    NotFoundError,
+)
+from lorastack.layout import AdapterKind, AdapterLayout, TensorKey, TensorSlot
+from tests.adapters.folders import SHAPES, files_of, read_folder, send, specs_of
+from tests.helpers.adapters import write_heads, write_lora
+
+
+def no_copies(name: str) -> Tensor:
+    raise AssertionError(f"asked for {name}")
+
+
+VALIDATE = Validator(shapes=SHAPES, base_names=("tiny",), base_weight=no_copies)
+
+
+def pack(
+    tensors: Mapping[TensorKey, Tensor],
+    scales: Mapping[tuple[int, str], float],
+    num_heads: int,
+    choices: Choices,
+) -> tuple[AdapterLayout, Tensor]:
+    """One tensor after the other, in float32."""
+    slots: dict[TensorKey, TensorSlot] = {}
+    end = 0
+    for key, tensor in tensors.items():
+        slots[key] = TensorSlot(end, tuple(tensor.shape))
+        end += tensor.numel()
+    flat = torch.cat([tensor.float().reshape(-1) for tensor in tensors.values()])
+    layout = AdapterLayout(
+        slots=slots,
+        scales=scales,
+        num_elements=end,
+        itemsize=4,
+        num_heads=num_heads,
+        choices=choices,
+    )
+    return layout, flat
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Iterator[Registry]:
+    registry = Registry(tmp_path / "store")
+    yield registry
+    registry.close()
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    folder = write_lora(tmp_path / "bundle", SHAPES, rank=3, dtype=torch.bfloat16)
+    return write_heads(folder, SHAPES.hidden_size, num_heads=2, medusa_choices=[[0], [0, 0]])
+
+
+def upload(registry: Registry, adapter_id: str, contents: Mapping[str, bytes]) -> str:
+    upload = registry.begin_upload(adapter_id, specs_of(contents))
+    send(upload, list(contents.values()))
+    return upload.commit(VALIDATE, base_fingerprint="base").digest
+
+
+def test_from_folder_to_buffer(registry: Registry, bundle: Path) -> None:
+    digest = upload(registry, "a", read_folder(bundle))
+    manifest = registry.manifest(digest)
+    assert manifest.kind is AdapterKind.LORA_WITH_MEDUSA
+    assert (manifest.rank, manifest.num_heads, manifest.medusa_version) == (3, 2, 2)
+    packed = Loader(registry=registry, shapes=SHAPES, pack=pack)(digest)
+    assert packed.digest == digest
+    assert packed.nbytes == packed.buffer.numel() * 4
+    assert packed.layout.choices == ((0,), (0, 0))
+    stored = load_file(bundle / "adapter_model.safetensors")
+    stored |= load_file(bundle / "medusa_lm_head.safetensors")
+    entries = parse(files_of(bundle), SHAPES).tensors
+    assert len(entries) == len(stored) == len(packed.layout.slots)
+    for key, slot in packed.layout.slots.items():
+        expected = stored[entries[key].name].float()
+        found = packed.buffer[slot.offset : slot.offset + expected.numel()]
+        assert torch.equal(found.reshape(slot.shape), expected)
+
+
+def test_a_load_of_damaged_bytes_says_so(registry: Registry, bundle: Path) -> None:
+    digest = upload(registry, "a", read_folder(bundle))
+    load = Loader(registry=registry, shapes=SHAPES, pack=pack)
+    path = registry.files(digest)["medusa_lm_head.safetensors"]
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(DataLossError, match=path.name):
+        load(digest)
+    path.write_bytes(whole)
+    load(digest)
+    registry.delete("a")
+    with pytest.raises(NotFoundError):
+        load(digest)
+
+
+def test_another_base_model_stores_nothing(registry: Registry, tmp_path: Path) -> None:
+    folder = write_lora(tmp_path / "x", SHAPES, base_model_name_or_path="org/other")
+    with pytest.raises(FailedPreconditionError, match="org/other"):
+        upload(registry, "a", read_folder(folder))
+    assert registry.list() == []
+
+
+def test_values_are_checked_before_an_upload_is_accepted(
+    registry: Registry, tmp_path: Path
+) -> None:
+    folder = write_lora(tmp_path / "x", SHAPES, strength=float("inf"))
+    with pytest.raises(InvalidArgumentError, match=r"lora_B\.weight contains NaN"):
+        upload(registry, "a", read_folder(folder))
+    assert registry.list() == []
+
+
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_mutated_folders_are_refused_or_read_whole(bundle: Path, data: st.DataObject) -> None:
+    """Any change to any file: a LorastackError, or an adapter that reads to the end."""
+    contents = read_folder(bundle)
+    name = data.draw(st.sampled_from(sorted(contents)))
+    whole = bytearray(contents[name])
+    # Headers and configs are where it hurts.
+    place = data.draw(st.integers(0, min(len(whole), 4000) - 1))
+    kind = data.draw(st.sampled_from(["flip", "splice", "cut"]))
+    if kind == "flip":
+        whole[place] ^= 1 << data.draw(st.integers(0, 7))
+    elif kind == "splice":
+        whole[place : place + data.draw(st.integers(0, 6))] = data.draw(
+            st.sampled_from([b"null", b"[]", b"{}", b"-1", b"1e9", b'"', b"9999999999999999999"])
+        )
+    else:
+        del whole[place:]
+    path = bundle / name
+    path.write_bytes(whole)
+    try:
+        parsed = VALIDATE(files_of(bundle))
+        tensors = read_tensors(parsed)
+        assert all(tensor.isfinite().all() for tensor in tensors.values())
+    except LorastackError:
+        pass
+    finally:
+        path.write_bytes(contents[name])

@@ -1,0 +1,337 @@
+"""The device pool: budgets, pins, order of use, failures, and that somebody always gets on."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lorastack.adapters.host import HostCache, PackedAdapter
+from lorastack.adapters.pool import DeviceAdapter, DevicePool
+from lorastack.errors import DataLossError, FailedPreconditionError, InternalError, Reason
+from tests.adapters.test_host import packed
+
+CPU = torch.device("cpu")
+SIZES = {"a": 1, "b": 2, "c": 3, "d": 4, "e": 5, "too-large": 11}
+WAIT = 10.0  # seconds until a test gives up
+
+
+class Bench:
+    """A pool whose loads can be waited for."""
+
+    def __init__(
+        self,
+        budget: int = 10,
+        load: Callable[[str], PackedAdapter] | None = None,
+        device: torch.device = CPU,
+    ) -> None:
+        self.loads: list[str] = []
+        self._done = threading.Semaphore(0)
+        self._load = load or (lambda digest: packed(digest, SIZES[digest]))
+        self.pool = DevicePool(budget, device, HostCache(100, self._counted), self._done.release)
+
+    def _counted(self, digest: str) -> PackedAdapter:
+        self.loads.append(digest)
+        return self._load(digest)
+
+    def settle(self) -> bool:
+        """Waits until the loader has done all it was asked for, then polls."""
+        for _ in (*self.pool._loading, *self.pool._copying):
+            assert self._done.acquire(timeout=WAIT)
+        return self.pool.poll()
+
+    def hold(self, *digests: str) -> tuple[DeviceAdapter, ...]:
+        """Acquires, waiting for the load."""
+        found = self.pool.acquire(digests)
+        if found is None:
+            self.settle()
+            found = self.pool.acquire(digests)
+        assert found is not None, digests
+        return found
+
+    def use(self, *digests: str) -> None:
+        self.hold(*digests)
+        self.pool.release(digests)
+
+    @property
+    def resident(self) -> dict[str, int]:
+        """Digest -> pins, least recently used first."""
+        return {digest: pins for digest, _, pins in self.pool.resident()}
+
+
+@contextmanager
+def bench(budget: int = 10, load: Callable[[str], PackedAdapter] | None = None) -> Iterator[Bench]:
+    made = Bench(budget, load)
+    try:
+        yield made
+    finally:
+        made.pool.close()
+
+
+@pytest.fixture
+def ten() -> Iterator[Bench]:
+    with bench() as made:
+        yield made
+
+
+def test_a_miss_then_a_hit(ten: Bench) -> None:
+    assert ten.pool.acquire(["a"]) is None
+    ten.settle()
+    (found,) = ten.pool.acquire(["a"]) or ()
+    assert (found.digest, found.nbytes) == ("a", 1)
+    assert ten.pool.resident() == [("a", 1, 1)]
+    ten.pool.release(["a"])
+    assert ten.pool.resident() == [("a", 1, 0)]
+
+
+def test_nothing_is_copied_on_a_cpu() -> None:
+    source = packed("a", 1)
+    with bench(load=lambda digest: source) as made:
+        (found,) = made.hold("a")
+        assert found.buffer is source.buffer
+        assert found.layout is source.layout
+
+
+def test_all_or_none(ten: Bench) -> None:
+    ten.use("a")
+    assert ten.pool.acquire(["a", "b"]) is None
+    assert ten.resident == {"a": 0}
+    ten.settle()
+    found = ten.pool.acquire(["b", "a"])
+    assert found is not None
+    assert [adapter.digest for adapter in found] == ["b", "a"]
+    assert ten.resident == {"b": 1, "a": 1}
+
+
+def test_no_digests_need_nothing(ten: Bench) -> None:
+    assert ten.pool.acquire([]) == ()
+    ten.pool.release([])
+
+
+def test_a_bundle_is_pinned_twice(ten: Bench) -> None:
+    assert len(ten.hold("a", "a")) == 2
+    assert ten.resident == {"a": 2}
+    ten.pool.release(["a"])
+    assert ten.resident == {"a": 1}
+
+
+def test_waiting_rows_load_once(ten: Bench) -> None:
+    for _ in range(3):
+        assert ten.pool.acquire(["a"]) is None
+    ten.settle()
+    assert ten.loads == ["a"]
+
+
+def test_the_least_recently_used_goes(ten: Bench) -> None:
+    ten.use("a")
+    ten.use("b")
+    ten.use("d")
+    ten.use("a")  # now b is the oldest
+    ten.use("e")  # 1 + 2 + 4 + 5 > 10
+    assert ten.resident == {"d": 0, "a": 0, "e": 0}
+    ten.use("b")
+    assert ten.resident == {"a": 0, "e": 0, "b": 0}
+    assert ten.loads == ["a", "b", "d", "e"]  # the second time from the host
+
+
+def test_pinned_ones_stay_and_others_wait(ten: Bench) -> None:
+    ten.hold("d")
+    ten.hold("e")
+    assert ten.pool.acquire(["c"]) is None
+    ten.settle()
+    assert ten.pool.acquire(["c"]) is None
+    assert ten.resident == {"d": 1, "e": 1}
+    assert not ten.pool.poll()
+    assert ten.pool.acquire(["c"]) is None
+    ten.pool.release(["d"])
+    assert ten.pool.poll()
+    assert ten.pool.acquire(["c"]) is not None
+    assert ten.resident == {"e": 1, "c": 1}
+    assert ten.loads == ["d", "e", "c"]
+
+
+def test_nothing_is_evicted_in_vain(ten: Bench) -> None:
+    ten.use("a")
+    ten.hold("d")
+    ten.hold("c")
+    assert ten.pool.acquire(["e"]) is None  # even without a there is no room
+    ten.settle()
+    assert set(ten.resident) == {"a", "d", "c"}
+
+
+def test_what_nobody_waits_for_is_forgotten(ten: Bench) -> None:
+    ten.hold("d")
+    ten.hold("e")
+    assert ten.pool.acquire(["c"]) is None
+    ten.settle()
+    ten.pool.poll()  # c's row is gone: nobody asked since
+    ten.pool.release(["d", "e"])
+    assert not ten.pool.poll()
+    assert set(ten.resident) == {"d", "e"}
+
+
+def test_too_large_for_the_device(ten: Bench) -> None:
+    assert ten.pool.acquire(["too-large"]) is None
+    ten.settle()
+    with pytest.raises(FailedPreconditionError, match="11 bytes") as refusal:
+        ten.pool.acquire(["too-large"])
+    assert refusal.value.reason is Reason.ADAPTER_TOO_LARGE
+    ten.use("a")
+
+
+def test_a_stack_too_large_for_the_device(ten: Bench) -> None:
+    stack = ["c", "d", "e"]
+    with pytest.raises(FailedPreconditionError, match="12 bytes") as refusal:
+        for _ in range(3):
+            assert ten.pool.acquire(stack) is None
+            ten.settle()
+    assert refusal.value.reason is Reason.ADAPTER_TOO_LARGE
+    ten.pool.poll()
+    ten.use("c", "d")
+
+
+def test_a_failed_load_is_raised_once_then_tried_again() -> None:
+    answers: list[PackedAdapter | Exception] = [
+        DataLossError("gone"),
+        ValueError("our bug"),
+        packed("a", 1),
+    ]
+
+    def load(digest: str) -> PackedAdapter:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    with bench(load=load) as made:
+        assert made.pool.acquire(["a"]) is None
+        made.settle()
+        with pytest.raises(DataLossError, match="gone"):
+            made.pool.acquire(["a"])
+        assert made.pool.acquire(["a"]) is None
+        made.settle()
+        with pytest.raises(InternalError, match="our bug"):
+            made.pool.acquire(["a"])
+        made.use("a")
+
+
+def test_loads_run_at_the_lowest_priority_elsewhere() -> None:
+    seen: list[tuple[int, bool]] = []
+    main = threading.get_native_id()
+
+    def load(digest: str) -> PackedAdapter:
+        nice = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+        seen.append((nice, threading.get_native_id() == main))
+        return packed(digest, 1)
+
+    before = os.getpriority(os.PRIO_PROCESS, main)
+    with bench(load=load) as made:
+        made.use("a")
+    assert seen == [(19, False)]
+    assert os.getpriority(os.PRIO_PROCESS, main) == before
+
+
+def test_the_step_thread_never_waits_for_a_load() -> None:
+    gate = threading.Event()
+
+    def load(digest: str) -> PackedAdapter:
+        assert gate.wait(WAIT)
+        return packed(digest, 1)
+
+    with bench(load=load) as made:
+        for _ in range(3):
+            assert made.pool.acquire(["a"]) is None
+            assert not made.pool.poll()
+        gate.set()
+        made.use("a")
+
+
+def test_a_device_of_its_own_gets_a_copy() -> None:
+    made = Bench(device=torch.device("meta"))
+    (found,) = copied(made, "a")
+    assert found.buffer.device.type == "meta"
+    assert made.pool.resident() == [("a", 1, 1)]
+    made.pool.close()
+
+
+def copied(made: Bench, digest: str) -> tuple[DeviceAdapter, ...]:
+    """Acquires on a device that needs a second job, the copy."""
+    made.pool.acquire([digest])
+    made.settle()
+    return made.hold(digest)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_copies_to_a_gpu_are_exact() -> None:
+    def load(digest: str) -> PackedAdapter:
+        source = packed(digest, 1 << 20)
+        source.buffer.copy_(torch.arange(1 << 20).to(torch.uint8))
+        return source
+
+    made = Bench(1 << 21, load, torch.device("cuda"))
+    for digest in ("a", "b", "c", "a"):
+        (found,) = copied(made, digest)
+        assert torch.equal(found.buffer.cpu(), torch.arange(1 << 20).to(torch.uint8))
+        made.pool.release([digest])
+    assert sum(nbytes for _, nbytes, _ in made.pool.resident()) <= 1 << 21
+    made.pool.close()
+
+
+Rows = list[tuple[tuple[str, ...], int]]
+STACKS = st.lists(st.sampled_from(["a", "b", "c", "d", "e"]), min_size=1, max_size=3)
+
+
+def run_rows(made: Bench, rows: Rows, arrivals: Sequence[int], budget: int) -> None:
+    """A step loop: every waiting row asks every step; it runs for its steps, then ends."""
+    waiting = list(zip(rows, arrivals, strict=True))
+    running: list[tuple[tuple[str, ...], int]] = []
+    for step in range(400):
+        made.settle()
+        for digests, _ in running:
+            assert set(digests) <= set(made.resident)  # pinned ones are never evicted
+        still: list[tuple[tuple[tuple[str, ...], int], int]] = []
+        for (digests, steps), arrival in waiting:
+            if arrival > step or made.pool.acquire(digests) is None:
+                still.append(((digests, steps), arrival))
+            else:
+                running.append((digests, steps))
+        waiting = still
+        assert sum(nbytes for _, nbytes, _ in made.pool.resident()) <= budget
+        pins = dict.fromkeys(made.resident, 0)
+        for digests, _ in running:
+            for digest in digests:
+                pins[digest] += 1
+        assert made.resident == pins
+        for digests, steps in running:
+            if steps == 0:
+                made.pool.release(digests)
+        running = [(digests, steps - 1) for digests, steps in running if steps]
+        if not waiting and not running:
+            return
+    raise AssertionError(f"rows starve: {waiting}")
+
+
+@given(
+    rows=st.lists(st.tuples(STACKS.map(tuple), st.integers(0, 3)), max_size=8),
+    data=st.data(),
+    budget=st.integers(12, 14),
+)
+@settings(max_examples=100, deadline=None)
+def test_every_row_runs_within_the_budget(rows: Rows, data: st.DataObject, budget: int) -> None:
+    arrivals = [data.draw(st.integers(0, 6)) for _ in rows]
+    with bench(budget) as made:
+        run_rows(made, rows, arrivals, budget)
+        assert not any(made.resident.values())
+
+
+def test_stacks_that_fit_one_at_a_time_take_turns() -> None:
+    with bench(5, lambda digest: packed(digest, 2)) as made:
+        rows: Rows = [(("a", "b"), 1), (("c", "d"), 1), (("b", "c"), 0), (("a", "d"), 2)]
+        run_rows(made, rows * 3, [0] * 12, 5)
