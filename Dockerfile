@@ -2,14 +2,14 @@
 #   docker build -t lorastack .
 #   docker run -p 50051:50051 -v lorastack:/data lorastack
 FROM python:3.11-slim-bookworm AS build
-# The default torch wheel on x86-64 brings several GB of CUDA libraries; this index has the CPU one.
-ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
+# On x86-64 the default torch wheel brings several GB of CUDA libraries: name PyTorch's CPU index with
+# --build-arg PIP_EXTRA_INDEX_URL=... to leave them out.
+ARG PIP_EXTRA_INDEX_URL=""
 WORKDIR /src
 COPY constraints.txt pyproject.toml README.md LICENSE ./
 COPY runtime runtime
 RUN python -m venv /opt/lorastack \
-    && /opt/lorastack/bin/pip install --no-cache-dir --extra-index-url "$TORCH_INDEX_URL" \
-        -c constraints.txt .
+    && /opt/lorastack/bin/pip install --no-cache-dir -c constraints.txt .
 
 FROM python:3.11-slim-bookworm
 RUN useradd --system --uid 10001 --create-home lorastack \
