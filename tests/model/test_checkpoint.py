@@ -1,0 +1,130 @@
+"""Reading safetensors in place; files that are missing, truncated or lie."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lorastack.errors import InvalidArgumentError
+from lorastack.model.checkpoint import Checkpoint
+from lorastack.model.decoder import fingerprint, load_decoder
+from tests.helpers.tiny import build_llama
+
+SINGLE = "model.safetensors"
+
+
+@pytest.fixture
+def folder(tiny_llama: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    tensors = load_file(folder / SINGLE)
+    change(tensors)
+    save_file(tensors, folder / SINGLE)
+
+
+def refused(folder: Path, words: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=words):
+        load_decoder(folder, device=torch.device("cpu"), dtype=torch.float32, max_context=None)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16])
+def test_reads_into_rows_of_a_larger_tensor(
+    tmp_path: Path, stored: torch.dtype, wanted: torch.dtype
+):
+    weight = torch.randn(3, 5).to(stored)
+    save_file({"other": torch.zeros(7), "weight": weight}, tmp_path / SINGLE)
+    joined = torch.zeros(8, 5, dtype=wanted)
+    Checkpoint(tmp_path).read_into("weight", joined[2:5])
+    assert torch.equal(joined[2:5], weight.to(wanted))
+    assert not joined[:2].any() and not joined[5:].any()
+
+
+def test_unknown_missing_and_misshapen_tensors_are_named(folder: Path):
+    norm = "model.layers.1.input_layernorm.weight"
+    rewrite(folder, lambda tensors: tensors.update({norm: torch.ones(63)}))
+    refused(folder, rf"{re.escape(norm)} has shape \(63,\), config.json wants \(64,\)")
+    rewrite(folder, lambda tensors: tensors.pop(norm))
+    refused(folder, f"no tensor {re.escape(norm)}")
+    rewrite(folder, lambda tensors: tensors.update({norm: torch.ones(64)}))
+    rewrite(folder, lambda tensors: tensors.update({"medusa_head.0.weight": torch.ones(2)}))
+    refused(folder, "medusa_head.0.weight is not known")
+
+
+def test_old_rotary_buffers_and_a_tied_copy_are_ignored(folder: Path):
+    rewrite(
+        folder,
+        lambda tensors: tensors.update(
+            {
+                "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
+                "lm_head.weight": tensors["model.embed_tokens.weight"].clone(),
+            }
+        ),
+    )
+    load_decoder(folder, device=torch.device("cpu"), dtype=torch.float32, max_context=None)
+
+
+def test_other_weight_types_are_refused(folder: Path):
+    name = "model.norm.weight"
+    rewrite(folder, lambda tensors: tensors.update({name: tensors[name].to(torch.int8)}))
+    refused(folder, f"{name} is I8")
+
+
+def test_a_truncated_file_is_refused(folder: Path):
+    data = (folder / SINGLE).read_bytes()
+    for length in (len(data) - 1, len(data) // 2, 100, 4, 0):
+        (folder / SINGLE).write_bytes(data[:length])
+        refused(folder, SINGLE)
+
+
+def test_a_header_that_lies_is_refused(folder: Path):
+    data = (folder / SINGLE).read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    header["model.norm.weight"]["shape"] = [65]
+    lie = json.dumps(header).encode()
+    (folder / SINGLE).write_bytes(len(lie).to_bytes(8, "little") + lie + data[8 + size :])
+    refused(folder, "model.norm.weight")
+    (folder / SINGLE).write_bytes((1 << 60).to_bytes(8, "little") + data[8:])
+    refused(folder, "not a safetensors file")
+
+
+def test_pickles_and_missing_files_are_refused(folder: Path):
+    (folder / SINGLE).rename(folder / "pytorch_model.bin")
+    refused(folder, "pytorch_model.bin is a pickle: convert it to safetensors")
+    (folder / "pytorch_model.bin").unlink()
+    refused(folder, "neither model.safetensors nor")
+
+
+def test_a_shard_that_is_missing_or_outside_is_refused(tmp_path: Path):
+    folder = build_llama(tmp_path / "sharded", max_shard_size="100KB")
+    index = folder / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())
+    shard = next(iter(weight_map["weight_map"].values()))
+    for name in ("../model.safetensors", "gone.safetensors"):
+        changed = {k: name if v == shard else v for k, v in weight_map["weight_map"].items()}
+        index.write_text(json.dumps({"weight_map": changed}))
+        refused(folder, re.escape(name))
+    index.write_text("{}")
+    refused(folder, "index.json")
+
+
+def test_fingerprint_knows_weights_and_shapes(folder: Path, tiny_llama: Path):
+    assert fingerprint(folder) == fingerprint(tiny_llama)
+    assert re.fullmatch("sha256:[0-9a-f]{64}", fingerprint(folder))
+    rewrite(folder, lambda tensors: tensors["model.norm.weight"].add_(1e-3))
+    changed = fingerprint(folder)
+    assert changed != fingerprint(tiny_llama)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    assert fingerprint(folder) not in (changed, fingerprint(tiny_llama))
