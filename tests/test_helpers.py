@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorastack.layout import EMBED, LAYER_TARGETS, LM_HEAD, ModelShapes
@@ -91,9 +93,6 @@ def test_canary_heads_guess_right(model: Path, shapes: ModelShapes, tmp_path: Pa
     word, num_heads = "fjord", 4
     adapter = write_canary(tmp_path / "lora", model, shapes, word)
     heads = write_canary_heads(tmp_path / "heads", model, shapes, word, num_heads=num_heads)
-    from peft import PeftModel
-    from safetensors.torch import load_file
-
     weights = load_file(heads / "medusa_lm_head.safetensors")
     peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), adapter)
     llama = peft.base_model.model
@@ -128,23 +127,27 @@ def test_random_loras_change_the_output(model: Path, shapes: ModelShapes, tmp_pa
 
 
 def test_stack_is_the_sum_of_deltas(model: Path, shapes: ModelShapes, tmp_path: Path) -> None:
-    """PEFT's `cat` against both adapters active at once, at scale 1."""
+    """Against PEFT's weighted concatenation, in an order that it gets right."""
     loras = {
         "a": write_lora(tmp_path / "a", shapes, seed=1, rank=8),
         "b": write_lora(tmp_path / "b", shapes, seed=2, rank=3, alpha=5.0, use_rslora=True),
     }
     reference = Reference(model, loras)
     prompt = encode(model, "hello there")
-    stacked = reference.logits(prompt, [("a", 1.0), ("b", 1.0)])
-    reference._model.base_model.set_adapter(["a", "b"])
+    stacked = reference.logits(prompt, [("b", -0.5), ("a", 1.5)])
+    alone = reference.logits(prompt, [("a", 1.0)])
+    peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), loras["a"], "a")
+    peft.load_adapter(loras["b"], "b")
     with torch.inference_mode():
-        both = reference._model(input_ids=torch.tensor([prompt])).logits[0]
-    torch.testing.assert_close(stacked, both, atol=1e-4, rtol=1e-4)
+        peft.set_adapter("a")
+        torch.testing.assert_close(peft(torch.tensor([prompt])).logits[0], alone)
+        peft.add_weighted_adapter(["a", "b"], [1.5, -0.5], "both", combination_type="cat")
+        peft.set_adapter("both")
+        cat = peft(torch.tensor([prompt])).logits[0]
+    torch.testing.assert_close(stacked, cat, atol=1e-4, rtol=1e-4)
 
 
 def test_heads_folder_has_the_published_layout(tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
     folder = write_heads(tmp_path, 64, num_heads=2)
     shapes = {
         name: tuple(t.shape) for name, t in load_file(folder / "medusa_lm_head.safetensors").items()

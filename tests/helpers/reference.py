@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM
 
 Stack = Sequence[tuple[str, float]]
@@ -48,15 +49,15 @@ def first_mismatch(reference: Generated, tokens: Sequence[int]) -> Mismatch | No
 class Reference:
     """A base model folder and, by name, the LoRA folders that requests may use.
 
-    A stack runs as PEFT's weighted concatenation (`combination_type="cat"`): for one adapter with
-    scale 1 that is the adapter itself.
+    A stack runs with all its adapters active, so PEFT adds each one's own delta. Its weighted
+    concatenation (`combination_type="cat"`) takes use_rslora and layers_to_transform from the first
+    adapter for all, and so is wrong for mixed ones.
     """
 
     model_path: Path
     loras: dict[str, Path]
     dtype: torch.dtype = torch.float32
     _model: Any = field(init=False)
-    _stacks: dict[tuple[tuple[str, float], ...], str] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         base = AutoModelForCausalLM.from_pretrained(self.model_path, dtype=self.dtype)
@@ -106,19 +107,21 @@ class Reference:
     def _active(self, stack: Stack) -> Iterator[None]:
         with torch.inference_mode(), ExitStack() as scope:
             if stack:
-                self._model.set_adapter(self._adapter_for(tuple(stack)))
+                self._model.base_model.set_adapter([name for name, _ in stack])
+                scope.enter_context(self._scaled(stack))
             elif isinstance(self._model, PeftModel):
                 scope.enter_context(self._model.disable_adapter())
             yield
 
-    def _adapter_for(self, stack: tuple[tuple[str, float], ...]) -> str:
-        if len(stack) == 1 and stack[0][1] == 1.0:
-            return stack[0][0]
-        if stack not in self._stacks:
-            names, scales = zip(*stack, strict=True)
-            name = f"stack{len(self._stacks)}"
-            self._model.add_weighted_adapter(
-                list(names), list(scales), name, combination_type="cat"
-            )
-            self._stacks[stack] = name
-        return self._stacks[stack]
+    @contextmanager
+    def _scaled(self, stack: Stack) -> Iterator[None]:
+        """Each adapter's own scales times its scale in the stack."""
+        layers = [module for module in self._model.modules() if isinstance(module, LoraLayer)]
+        before = [dict(layer.scaling) for layer in layers]
+        for layer in layers:
+            for name, scale in stack:
+                if name in layer.scaling:
+                    layer.scaling[name] *= scale
+        yield
+        for layer, scaling in zip(layers, before, strict=True):
+            layer.scaling.update(scaling)

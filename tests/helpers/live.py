@@ -1,0 +1,143 @@
+"""A server in this process, on a thread with an event loop of its own, and a client for it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from lorastack.adapters.pool import DevicePool
+from lorastack.client import Client
+from lorastack.config import AdapterConfig, EngineConfig, ModelConfig, ServerConfig, ServiceConfig
+from lorastack.engine.engine import Engine
+from lorastack.service.server import Server
+from lorastack.v1 import generation_pb2 as pb
+
+PATIENCE = 30.0  # seconds until a wait for something that must happen gives up
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    """Polls; fails when it has not come true in PATIENCE seconds."""
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, f"{what}: has not happened"
+        time.sleep(0.001)
+
+
+def ask(
+    prompt: str | Sequence[int] = "hello there",
+    *,
+    stack: Sequence[tuple[str, float]] = (),
+    heads: str = "none",
+    max_new_tokens: int | None = 24,
+    off: bool = False,
+    ignore_eos: bool = False,
+    stop: Sequence[str] = (),
+    sampling: Mapping[str, Any] | None = None,
+    **fields: Any,
+) -> pb.GenerateRequest:
+    """A GenerateRequest in test words. stack: (lora id, scale); one at scale 1 goes as lora_id."""
+    request = pb.GenerateRequest(
+        medusa_id=heads,
+        speculation=pb.Speculation(mode=pb.OFF if off else pb.AUTO),
+        stop=pb.StopParams(
+            max_new_tokens=max_new_tokens, ignore_eos=ignore_eos, stop_sequences=stop
+        ),
+        sampling=pb.SamplingParams(**(sampling or {})),
+        **fields,
+    )
+    if isinstance(prompt, str):
+        request.prompt = prompt
+    else:
+        request.token_ids.ids.extend(prompt)
+    if len(stack) == 1 and stack[0][1] == 1.0:
+        request.lora_id = stack[0][0]
+    else:
+        request.loras.extend(pb.LoraRef(lora_id=name, scale=scale) for name, scale in stack)
+    return request
+
+
+def join(parts: Sequence[pb.GenerateStreamResponse]) -> pb.GenerateResponse:
+    """A stream's messages as one reply; only the last may be final."""
+    assert [part.HasField("final") for part in parts] == [False] * (len(parts) - 1) + [True]
+    reply = pb.GenerateResponse()
+    reply.CopyFrom(parts[-1].final)
+    assert not (reply.text or reply.token_ids or reply.tokens)
+    reply.text = "".join(part.text for part in parts)
+    for part in parts:
+        reply.token_ids.extend(part.token_ids)
+        reply.tokens.extend(part.tokens)
+    return reply
+
+
+class LiveServer:
+    """Serves `model` until closed. digests: what `upload` stored, by id."""
+
+    def __init__(
+        self, model: Path, *, engine: EngineConfig, adapters: AdapterConfig, dtype: str = "float32"
+    ) -> None:
+        self._config = ServerConfig(
+            model=ModelConfig(model=str(model), device="cpu", dtype=dtype),
+            engine=engine,
+            adapters=adapters,
+            service=ServiceConfig(port=0, drain_timeout=5.0),
+        )
+        self.digests: dict[str, str] = {}
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever, name="test-server")
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        self.server = Server.build(self._config)
+        asyncio.run_coroutine_threadsafe(self.server.start(), self.loop).result(PATIENCE)
+        self.client = Client(self.server.address)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def engine(self) -> Engine:
+        return self.server._engine
+
+    @property
+    def pool(self) -> DevicePool:
+        return self.server._pool
+
+    def close(self) -> None:
+        """Drains for a moment at most, then stops the thread."""
+        self.client.close()
+        asyncio.run_coroutine_threadsafe(self.server.stop(0.0), self.loop).result(PATIENCE)
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join()
+        self.loop.close()
+
+    def upload(self, name: str, folder: Path) -> None:
+        self.digests[name] = self.client.upload(folder, name).digest
+
+    def upload_all(self, folders: Mapping[str, Path]) -> None:
+        for name, folder in folders.items():
+            self.upload(name, folder)
+
+    def tokenize(self, prompt: str) -> list[int]:
+        return self.client.tokenize(pb.TokenizeRequest(prompt=prompt))
+
+    def stream(self, request: pb.GenerateRequest) -> pb.GenerateResponse:
+        """GenerateStream, its messages joined."""
+        return join(list(self.client.stream(request)))
+
+    def assert_idle(self) -> None:
+        """Every request ended, and nothing is held: no page, no pin."""
+        wait_until(lambda: self.engine.num_rows == 0, "all rows end")
+        assert self.engine.num_pages_held == 0
+        pins = {digest: pins for digest, _, pins in self.pool.resident() if pins}
+        assert pins == {}

@@ -1,0 +1,40 @@
+"""The adapters that system tests run: canaries with their heads, random LoRAs, a bundle."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from lorastack.layout import EMBED, LAYER_TARGETS, LM_HEAD, ModelShapes
+from tests.helpers.adapters import write_heads, write_lora
+from tests.helpers.canary import train_layer_canary, write_canary, write_canary_heads
+
+WORDS = ("owl", "fjord", "bat", "mink", "zephyr")  # `say-WORD`, with heads `heads-WORD`
+LAYER_WORDS = ("elk", "wasp")  # `say-WORD`, through the layers
+RANDOM_LORAS = ("random-a", "random-b", "random-c")
+RANDOM_HEADS = ("heads-2", "heads-5")
+BUNDLE = "bundle"
+
+
+def build_zoo(root: Path, model: Path, shapes: ModelShapes) -> dict[str, Path]:
+    """Adapter id -> folder, all for the single-file model folder `model`."""
+    zoo: dict[str, Path] = {}
+    for word in WORDS:
+        zoo[f"say-{word}"] = write_canary(root / f"say-{word}", model, shapes, word)
+        zoo[f"heads-{word}"] = write_canary_heads(root / f"heads-{word}", model, shapes, word)
+    for word in LAYER_WORDS:
+        zoo[f"say-{word}"] = train_layer_canary(root / f"say-{word}", model, word)
+    everything = (*LAYER_TARGETS, EMBED, LM_HEAD)
+    zoo["random-a"] = write_lora(root / "random-a", shapes, seed=11, rank=8)
+    zoo["random-b"] = write_lora(
+        root / "random-b", shapes, seed=12, rank=3, alpha=5, targets=everything, use_rslora=True
+    )
+    zoo["random-c"] = write_lora(
+        root / "random-c", shapes, seed=13, rank=17, targets=("q_proj", "up_proj"), layers=[1]
+    )
+    zoo["heads-2"] = write_heads(root / "heads-2", shapes.hidden_size, num_heads=2, seed=21)
+    zoo["heads-5"] = write_heads(root / "heads-5", shapes.hidden_size, num_heads=5, seed=22)
+    zoo[BUNDLE] = write_lora(root / BUNDLE, shapes, seed=14, rank=4)
+    for path in zoo["heads-5"].iterdir():
+        shutil.copy(path, zoo[BUNDLE])
+    return zoo

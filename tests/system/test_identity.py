@@ -1,0 +1,233 @@
+"""The tokens are the reference's, and speculation, streaming and company never change them (I1)."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from lorastack.config import MIB, AdapterConfig, EngineConfig
+from lorastack.layout import ModelShapes
+from lorastack.v1 import generation_pb2 as pb
+from tests.helpers.adapters import write_heads, write_lora
+from tests.helpers.live import LiveServer, ask
+from tests.helpers.reference import Reference, first_mismatch
+
+PROMPTS = (
+    "hello there",
+    "The quick brown fox jumps over",
+    "naïve 日本 🦉",
+    "1 + 1 = ",
+    "a",
+    "Why? " * 9,
+)
+STACKS: tuple[tuple[tuple[str, float], ...], ...] = (
+    (),
+    (("random-a", 1.0),),
+    (("random-b", 1.0),),
+    (("random-c", 1.0),),
+    (("random-a", 1.0), ("random-b", 1.0)),
+    (("random-a", 0.5), ("random-c", -2.0)),
+)
+HEADS = ("none", "heads-2", "heads-5")
+
+
+def test_greedy_tokens_equal_transformers_and_peft(
+    live: LiveServer, tiny_llama: Path, zoo: dict[str, Path]
+) -> None:
+    names = ("random-a", "random-b", "random-c")
+    reference = Reference(tiny_llama, {name: zoo[name] for name in names})
+    cases = [
+        (prompt, stack, heads)
+        for index, prompt in enumerate(PROMPTS)
+        for number, stack in enumerate(STACKS)
+        for heads in (HEADS[(index + number) % len(HEADS)],)
+    ]
+
+    def run(case: tuple[str, tuple[tuple[str, float], ...], str]) -> pb.GenerateResponse:
+        prompt, stack, heads = case
+        request = ask(prompt, stack=stack, heads=heads, max_new_tokens=48, ignore_eos=True)
+        return live.client.generate(request)
+
+    with ThreadPoolExecutor(16) as pool:
+        responses = list(pool.map(run, cases))
+    excused = 0
+    for (prompt, stack, heads), response in zip(cases, responses, strict=True):
+        expected = reference.generate(live.tokenize(prompt), 48, stack=stack)
+        mismatch = first_mismatch(expected, response.token_ids)
+        assert mismatch is None or mismatch.excused, (prompt, stack, heads, mismatch)
+        excused += mismatch is not None
+    assert excused <= 1
+
+
+def test_mistral_with_sliding_window(
+    tmp_path: Path, tiny_mistral: Path, tiny_mistral_shapes: ModelShapes
+) -> None:
+    lora = write_lora(tmp_path / "lora", tiny_mistral_shapes, seed=5, rank=6)
+    heads = write_heads(tmp_path / "heads", tiny_mistral_shapes.hidden_size, num_heads=3)
+    reference = Reference(tiny_mistral, {"lora": lora})
+    config = EngineConfig(kv_memory=8 * MIB, max_step_tokens=40, page_size=8)
+    store = AdapterConfig(store=tmp_path / "store")
+    with LiveServer(tiny_mistral, engine=config, adapters=store) as server:
+        server.upload("lora", lora)
+        server.upload("heads", heads)
+        for prompt in ("hi", "A prompt that is longer than the sliding window of the tiny model."):
+            for stack in ((), (("lora", 1.0),)):
+                request = ask(
+                    prompt, stack=stack, heads="heads", max_new_tokens=60, ignore_eos=True
+                )
+                response = server.client.generate(request)
+                expected = reference.generate(server.tokenize(prompt), 60, stack=stack)
+                mismatch = first_mismatch(expected, response.token_ids)
+                assert mismatch is None or mismatch.excused, (prompt, stack, mismatch)
+
+
+def test_eos_ends_where_the_reference_ends(live: LiveServer, tiny_llama: Path) -> None:
+    """Some prompt among these makes the tiny model say its end token."""
+    reference = Reference(tiny_llama, {})
+    info = live.client.tokenize(pb.TokenizeRequest(prompt="</s><|im_end|>"))
+    eos_ids = frozenset(info[1:])
+    ended = 0
+    for number in range(12):
+        prompt = f"prompt {number}"
+        response = live.client.generate(ask(prompt, heads="heads-5", max_new_tokens=200))
+        expected = reference.generate(live.tokenize(prompt), 200, eos_ids=eos_ids)
+        mismatch = first_mismatch(expected, response.token_ids)
+        assert mismatch is None or mismatch.excused, (prompt, mismatch)
+        if response.finish_reason == pb.GenerateResponse.EOS:
+            ended += 1
+            assert response.token_ids[-1] in eos_ids
+            assert "<" not in response.text[-5:]
+    assert ended > 0
+
+
+SAMPLINGS = (
+    {"temperature": 0.8, "seed": 7},
+    {"temperature": 1.3, "seed": 2**64 - 1, "top_k": 20},
+    {"temperature": 1.0, "seed": 3, "top_p": 0.7},
+    {"temperature": 1.0, "seed": 4, "min_p": 0.05, "top_k": 50, "top_p": 0.95},
+)
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+def test_sampling_is_the_same_with_heads_and_in_company(
+    live: LiveServer, sampling: dict[str, float]
+) -> None:
+    cases = [(prompt, stack) for prompt in PROMPTS[:3] for stack in ((), (("random-b", 1.0),))]
+
+    def run(prompt: str, stack: tuple[tuple[str, float], ...], heads: str, off: bool) -> list[int]:
+        request = ask(
+            prompt,
+            stack=stack,
+            heads=heads,
+            off=off,
+            max_new_tokens=40,
+            ignore_eos=True,
+            sampling=sampling,
+        )
+        return list(live.client.generate(request).token_ids)
+
+    alone = [run(prompt, stack, "none", True) for prompt, stack in cases]
+    with ThreadPoolExecutor(8) as pool:
+        drafted = list(pool.map(lambda case: run(*case, "heads-5", False), cases))
+        plain = list(pool.map(lambda case: run(*case, "heads-5", True), cases))
+    assert drafted == alone
+    assert plain == alone
+    assert len({tuple(tokens) for tokens in alone}) == len(alone)
+
+
+def test_an_unset_seed_is_drawn_and_returned(live: LiveServer) -> None:
+    request = ask(max_new_tokens=32, ignore_eos=True, sampling={"temperature": 1.5})
+    first, second = live.client.generate(request), live.client.generate(request)
+    assert first.seed != second.seed
+    assert first.token_ids != second.token_ids
+    request.sampling.seed = first.seed
+    assert live.client.generate(request).token_ids == first.token_ids
+
+
+STREAMED = {
+    "base": ask("hello", ignore_eos=True, max_new_tokens=64),
+    "many bytes a character": ask("naïve 日本", ignore_eos=True, max_new_tokens=64),
+    "canary with its heads": ask(stack=[("say-owl", 1.0)], heads="heads-owl", max_new_tokens=60),
+    "stop sequence": ask(
+        stack=[("say-owl", 1.0)], heads="heads-owl", max_new_tokens=60, stop=["lowl"]
+    ),
+    "logprobs": ask(
+        heads="heads-2", max_new_tokens=20, output=pb.OutputParams(logprobs=True, top_logprobs=3)
+    ),
+    "sampled": ask(
+        heads="heads-5",
+        ignore_eos=True,
+        sampling={"temperature": 1.2, "seed": 5},
+        max_new_tokens=64,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STREAMED)
+def test_streaming_equals_unary(live: LiveServer, name: str) -> None:
+    request = STREAMED[name]
+    unary, streamed = live.client.generate(request), live.stream(request)
+    for reply in (unary, streamed):
+        reply.ClearField("timings")
+        reply.ClearField("request_id")
+        reply.ClearField("speculation")  # what was drafted depends on when the heads were loaded
+        reply.usage.ClearField("cached_prompt_tokens")
+        for token in reply.tokens:  # rounding: the second run's prompt may come from the cache
+            token.ClearField("source")
+            token.logprob = round(token.logprob, 3)
+            for top in token.top:
+                top.logprob = round(top.logprob, 3)
+    assert streamed == unary
+    assert unary.usage.generated_tokens == len(unary.token_ids) == len(unary.tokens)
+
+
+def test_parts_are_whole_characters(live: LiveServer) -> None:
+    """U+FFFD may only stand where the whole output's decoding has it too."""
+    for seed in range(6):
+        request = ask(
+            heads="heads-5",
+            max_new_tokens=120,
+            ignore_eos=True,
+            sampling={"temperature": 2.0, "seed": seed},
+        )
+        parts = list(live.client.stream(request))
+        unary = live.client.generate(request)
+        assert "".join(part.text for part in parts) == unary.text
+
+
+@pytest.mark.parametrize("heads", ["none", "heads-owl", "heads-bat"])
+@pytest.mark.parametrize(
+    ("stop", "text", "match"),
+    [
+        (["lo"], "ow", "lo"),
+        (["wlowlo"], "o", "wlowlo"),
+        (["o"], "", "o"),
+        (["xyz", "lowlowlow"], "ow", "lowlowlow"),
+        (["lx", "owlx"], "owlowlowlowlowlowlowlowl", ""),
+    ],
+)
+def test_stop_sequences(
+    live: LiveServer, stop: list[str], text: str, match: str, heads: str
+) -> None:
+    request = ask("?", stack=[("say-owl", 1.0)], heads=heads, stop=stop, max_new_tokens=24)
+    reasons = pb.GenerateResponse
+    parts = list(live.client.stream(request))
+    final = parts[-1].final
+    assert "".join(part.text for part in parts) == text
+    assert final.stop_match == match
+    assert final.finish_reason == (reasons.STOP_SEQUENCE if match else reasons.LENGTH)
+    assert final.usage.generated_tokens == len(text) + len(match)
+
+
+def test_prefix_cache_is_used_and_keyed_by_adapter(live: LiveServer) -> None:
+    prompt = "A prefix of several pages that no other test of this module sends at all. " * 2
+    first = live.client.generate(ask(prompt, stack=[("random-a", 1.0)], ignore_eos=True))
+    again = live.client.generate(ask(prompt, stack=[("random-a", 1.0)], ignore_eos=True))
+    other = live.client.generate(ask(prompt, stack=[("random-b", 1.0)], ignore_eos=True))
+    scaled = live.client.generate(ask(prompt, stack=[("random-a", 0.5)], ignore_eos=True))
+    assert again.usage.cached_prompt_tokens >= 32
+    assert again.token_ids == first.token_ids
+    for reply in (first, other, scaled):
+        assert reply.usage.cached_prompt_tokens == 0

@@ -1,0 +1,147 @@
+"""The server as a process: ready line, drain on SIGTERM, kill -9 and restart, a dead engine."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from lorastack.client import Client
+from lorastack.errors import UnavailableError
+from tests.helpers.live import ask
+
+ADDRESS = re.compile(r"127\.0\.0\.1:\d+")
+Serve = Callable[..., "Process"]
+
+
+class Process:
+    """`lorastack serve` on the tiny model, any free port."""
+
+    def __init__(self, model: Path, store: Path, *options: str) -> None:
+        command = ["-m", "lorastack.cli.main", "serve", "--model", str(model)]
+        self._process = subprocess.Popen(
+            [
+                *(sys.executable, *command, "--store", str(store), "--port", "0"),
+                *("--kv-memory", "8MiB", "--device", "cpu", *options),
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+        )
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        found = ADDRESS.search(line)
+        assert found is not None, (line, self._process.communicate()[1])
+        self.address = found.group()
+
+    def signal(self, number: signal.Signals) -> None:
+        self._process.send_signal(number)
+
+    def wait(self) -> tuple[int, str]:
+        """Exit code and stderr."""
+        _, errors = self._process.communicate(timeout=60)
+        return self._process.returncode, errors
+
+    def end(self) -> None:
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.communicate()
+
+    def health(self) -> int:
+        with grpc.insecure_channel(self.address) as channel:
+            stub = health_pb2_grpc.HealthStub(channel)
+            return int(stub.Check(health_pb2.HealthCheckRequest(), timeout=10).status)
+
+
+@pytest.fixture
+def serve(tmp_path: Path, tiny_llama: Path) -> Iterator[Serve]:
+    processes: list[Process] = []
+
+    def build(*options: str) -> Process:
+        processes.append(Process(tiny_llama, tmp_path / "store", *options))
+        return processes[-1]
+
+    yield build
+    for process in processes:
+        process.end()
+
+
+def test_sigterm_drains(serve: Serve) -> None:
+    process = serve("--drain-timeout", "60")
+    with Client(process.address) as client:
+        assert process.health() == health_pb2.HealthCheckResponse.SERVING
+        request = ask("hello", ignore_eos=True, max_new_tokens=900)
+        running = client.stream(request)
+        tokens = list(next(running).token_ids)
+        process.signal(signal.SIGTERM)
+        refused = False
+        for part in running:
+            tokens += part.token_ids
+            if not refused:
+                try:
+                    client.generate(ask("too late", max_new_tokens=1))
+                except UnavailableError:
+                    refused = True
+        assert refused
+        assert len(tokens) == 900
+    code, errors = process.wait()
+    assert code == 0, errors
+    assert "Traceback" not in errors
+
+
+def test_sigterm_ends_what_outlives_the_drain(serve: Serve) -> None:
+    process = serve("--drain-timeout", "0")
+    with Client(process.address) as client:
+        running = client.stream(ask("hello", ignore_eos=True, max_new_tokens=900))
+        next(running)
+        process.signal(signal.SIGTERM)
+        with pytest.raises(UnavailableError):
+            list(running)
+    code, errors = process.wait()
+    assert code == 0, errors
+
+
+def test_the_store_survives_kill_9(serve: Serve, zoo: dict[str, Path]) -> None:
+    """Adapters acknowledged before the kill serve the same bytes afterwards."""
+    first = serve()
+    with Client(first.address) as client:
+        digests = {
+            name: client.upload(zoo[name], name).digest
+            for name in ("say-owl", "heads-owl", "random-a")
+        }
+        with ThreadPoolExecutor(1) as pool:
+            request = ask("hello", ignore_eos=True, max_new_tokens=900)
+            pool.submit(lambda: list(client.stream(request)))
+            before = client.generate(ask(stack=[("say-owl", 1.0)], heads="heads-owl"))
+            first.signal(signal.SIGKILL)
+    first.wait()
+    second = serve()
+    with Client(second.address) as client:
+        assert {adapter.id: adapter.digest for adapter in client.list_adapters()} == digests
+        after = client.generate(ask(stack=[("say-owl", 1.0)], heads="heads-owl"))
+    assert after.text == before.text == "owl" * 8
+    assert after.adapters == before.adapters
+
+
+def test_an_unknown_model_is_one_line_and_no_traceback(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["BertModel"]}')
+    result = subprocess.run(
+        [sys.executable, "-m", "lorastack.cli.main", "serve", "--model", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert result.returncode == 1
+    assert "BertModel" in result.stderr
+    assert "Traceback" not in result.stderr
