@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from lorastack.kernels.attention import (
     SHORT_ROW,
+    AttentionPlan,
     RowSpan,
     attend,
     attend_reference,
@@ -46,11 +47,22 @@ def batches(draw: st.DrawFn) -> list[RowSpan]:
     return rows
 
 
+def plan(rows: list[RowSpan], window: int | None = None) -> AttentionPlan:
+    return plan_attention(
+        rows,
+        page_size=PAGE,
+        share=HEADS // KV_HEADS,
+        window=window,
+        dtype=torch.float32,
+        device=CPU,
+    )
+
+
 def run(rows: list[RowSpan], window: int | None, kv: torch.Tensor) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(3)
     q_THD = torch.randn(rows[-1].end, HEADS, DIM, generator=generator)
-    plan = plan_attention(rows, page_size=PAGE, window=window, dtype=torch.float32, device=CPU)
-    return attend(q_THD, kv, plan), attend_reference(q_THD, kv, rows, window).float()
+    planned = plan(rows, window)
+    return attend(q_THD, kv, planned), attend_reference(q_THD, kv, rows, window).float()
 
 
 def random_kv(num_pages: int = NUM_PAGES) -> torch.Tensor:
@@ -87,8 +99,8 @@ def test_rows_of_very_different_lengths_are_split(tree: tuple[int, ...] | None):
     for index, length in enumerate(lengths):
         table = [pages.pop() for _ in range(-(-(length + count) // PAGE))]
         rows.append(RowSpan(index * count, (index + 1) * count, table, length, tree))
-    plan = plan_attention(rows, page_size=PAGE, window=None, dtype=torch.float32, device=CPU)
-    assert [group.num_rows for group in plan.groups] == [2, 3]
+    planned = plan(rows)
+    assert [group.num_rows for group in planned.groups] == [2, 3]
     result, expected = run(rows, None, random_kv(1000))
     torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-4)
 
@@ -99,14 +111,14 @@ def test_positions_slots_and_fresh_pages():
         RowSpan(4, 7, [3, 8], 3, None),
         RowSpan(7, 8, [1], 1, None),
     ]
-    plan = plan_attention(rows, page_size=PAGE, window=None, dtype=torch.float32, device=CPU)
-    assert plan.positions_T.tolist() == [6, 7, 7, 8, 3, 4, 5, 1]
-    assert plan.slots_T.tolist() == [5 * 4 + 2, 5 * 4 + 3, 7 * 4, 7 * 4 + 1, 15, 32, 33, 5]
-    assert plan.fresh_pages.tolist() == [7, 8]
+    planned = plan(rows)
+    assert planned.positions_T.tolist() == [6, 7, 7, 8, 3, 4, 5, 1]
+    assert planned.slots_T.tolist() == [5 * 4 + 2, 5 * 4 + 3, 7 * 4, 7 * 4 + 1, 15, 32, 33, 5]
+    assert planned.fresh_pages.tolist() == [7, 8]
 
 
 def test_single_rows_of_one_length_need_no_mask():
     rows = [RowSpan(i, i + 1, [2 * i, 2 * i + 1], 6) for i in range(3)]
-    plan = plan_attention(rows, page_size=PAGE, window=None, dtype=torch.float32, device=CPU)
-    (group,) = plan.groups
+    planned = plan(rows)
+    (group,) = planned.groups
     assert group.mask is None and group.valid is None and isinstance(group.tokens, slice)

@@ -63,8 +63,10 @@ class _Group:
     tokens: where their tokens lie in the step: a slice when they are neighbours and nothing is
     padded, else indices [B * N]; valid: which of the B * N are real, None: all; outputs: where the
     real ones lie in the step;
-    pages: physical page ids [B * pages a row]; mask: added to the scores, [B, 1, N or 1, L], None
-    when all see everything; causal: the one row starts at slot 0 and sees itself only.
+    pages: physical page ids [B * pages a row]; mask: added to the scores, [B, 1, queries or 1, L],
+    None when all see everything; causal: the one row starts at slot 0 and sees itself only;
+    folded: query heads that share keys are further queries of one head, token by token, so that few
+    tokens read K and V once.
     """
 
     num_rows: int
@@ -76,6 +78,7 @@ class _Group:
     pages: Tensor
     mask: Tensor | None
     causal: bool
+    folded: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,11 +106,15 @@ def plan_attention(
     rows: Sequence[RowSpan],
     *,
     page_size: int,
+    share: int,
     window: int | None,
     dtype: torch.dtype,
     device: torch.device,
 ) -> AttentionPlan:
-    """Index tensors and masks of a step. Rows cover its tokens in order, without gaps."""
+    """Index tensors and masks of a step. Rows cover its tokens in order, without gaps.
+
+    share: query heads a key-value head; window: positions, None for all; dtype: of the queries.
+    """
     positions: list[int] = []
     slots: list[int] = []
     fresh: list[int] = []
@@ -125,7 +132,7 @@ def plan_attention(
     single = [row for row in rows if row.num_tokens == 1]
     trees = [row for row in rows if row.num_tokens > 1 and row.parents is not None]
     chunks = [row for row in rows if row.num_tokens > 1 and row.parents is None]
-    make = _GroupMaker(page_size, window, dtype, device)
+    make = _GroupMaker(page_size, share, window, dtype, device)
     groups = [make.padded(group) for kind in (single, trees) for group in _by_length(kind)]
     groups += [make.chunk(row) for row in chunks]
     return AttentionPlan(
@@ -147,16 +154,17 @@ def attend(q_THD: Tensor, kv: Tensor, plan: AttentionPlan) -> Tensor:
         rows, tokens = group.num_rows, group.num_tokens
         row_kv = pages.index_select(0, group.pages).view(rows, -1, 2, num_kv_heads, head_dim)
         k_BHLD, v_BHLD = row_kv[:, : group.num_slots].permute(2, 0, 3, 1, 4).unbind(0)
-        q = q_THD[group.tokens].view(rows, tokens, num_heads, head_dim)
-        if tokens == 1:  # heads that share keys become queries of one head: K and V are read once
-            q_BHSD = q.view(rows, num_kv_heads, share, head_dim)
-            result = sdpa(q_BHSD, k_BHLD, v_BHLD, group.mask)
+        q = q_THD[group.tokens].view(rows, tokens, num_kv_heads, share, head_dim)
+        if group.folded:
+            by_key = q.transpose(1, 2)  # [B, kv heads, N, share, D]
+            queries = by_key.reshape(rows, num_kv_heads, tokens * share, head_dim)
+            result = sdpa(queries, k_BHLD, v_BHLD, group.mask).reshape(by_key.shape)
         else:
-            q_BHND = q.transpose(1, 2)
+            queries = q.flatten(2, 3).transpose(1, 2)  # [B, heads, N, D]
             result = sdpa(
-                q_BHND, k_BHLD, v_BHLD, group.mask, is_causal=group.causal, enable_gqa=True
-            ).transpose(1, 2)
-        result = result.reshape(-1, num_heads, head_dim)
+                queries, k_BHLD, v_BHLD, group.mask, is_causal=group.causal, enable_gqa=True
+            )
+        result = result.transpose(1, 2).reshape(-1, num_heads, head_dim)
         out_THD[group.outputs] = result if group.valid is None else result[group.valid]
     return out_THD.view(num_tokens, -1)
 
@@ -180,6 +188,7 @@ class _GroupMaker:
     """Builds the groups of a step."""
 
     page_size: int
+    share: int
     window: int | None
     dtype: torch.dtype
     device: torch.device
@@ -206,6 +215,7 @@ class _GroupMaker:
             pages=self._pages([row], num_slots),
             mask=mask,
             causal=causal,
+            folded=False,
         )
 
     def padded(self, rows: Sequence[RowSpan]) -> _Group:
@@ -235,12 +245,13 @@ class _GroupMaker:
             pages=self._pages(rows, num_slots),
             mask=self._padded_mask(rows, num_tokens, num_slots),
             causal=False,
+            folded=True,
         )
 
     def _padded_mask(
         self, rows: Sequence[RowSpan], num_tokens: int, num_slots: int
     ) -> Tensor | None:
-        """[B, 1, N, L]; None when no row is padded and each sees all its slots."""
+        """[B, 1, N * share, L], for single tokens [B, 1, 1, L]; None when nothing is masked."""
         if (
             num_tokens == 1
             and all(row.num_slots == num_slots for row in rows)
@@ -262,6 +273,8 @@ class _GroupMaker:
         ]
         row_index, token_index, slot_index = torch.tensor(seen).unbind(1)
         allowed_BNL[row_index, token_index, slot_index] = True
+        if num_tokens > 1:
+            allowed_BNL = allowed_BNL.repeat_interleave(self.share, dim=1)
         return self._additive(allowed_BNL[:, None])
 
     def _additive(self, allowed: Tensor) -> Tensor:

@@ -51,6 +51,7 @@ class TorchBackend:
         plan = plan_attention(
             batch.rows,
             page_size=kv.page_size,
+            share=self._query_size // self._key_size,
             window=self._window,
             dtype=self._dtype,
             device=self._inv_freq.device,
