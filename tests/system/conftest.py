@@ -9,12 +9,11 @@ import pytest
 
 from lorastack.config import KIB, MIB, AdapterConfig, EngineConfig
 from lorastack.layout import ModelShapes
-from tests.helpers.live import LiveServer
+from tests.helpers.live import ROOMY, LiveServer
 from tests.helpers.zoo import build_zoo
 
-ROOMY = EngineConfig(kv_memory=32 * MIB, max_rows=8, max_step_tokens=64, max_nodes=6)
-# 26 pages for 8 rows and room for a few adapters only: rows preempt, adapters come and go.
-TIGHT = EngineConfig(kv_memory=26 * 8 * KIB, max_rows=8, max_step_tokens=24, max_nodes=6)
+# 22 pages for 8 rows and room for a few adapters only: rows preempt, adapters come and go.
+TIGHT = EngineConfig(kv_memory=22 * 8 * KIB, max_rows=8, max_step_tokens=24, max_nodes=6)
 TIGHT_ADAPTERS = 160 * KIB
 
 StartServer = Callable[..., LiveServer]

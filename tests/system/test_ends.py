@@ -123,6 +123,17 @@ def test_queue_full(start: StartServer) -> None:
     server.assert_idle()
 
 
+def test_a_deadline_ends_a_waiting_request(start: StartServer) -> None:
+    server = start(max_rows=1)
+    running = server.client.stream(ask("steady", ignore_eos=True, max_new_tokens=8000))
+    next(running)
+    with pytest.raises(DeadlineExceededError):
+        server.client.generate(ask("never starts"), timeout=0.2)
+    wait_until(lambda: server.engine.num_rows == 1, "the waiting row ends")
+    running.close()
+    server.assert_idle()
+
+
 def test_a_request_id_is_used_once_at_a_time(live: LiveServer) -> None:
     request = pb.GenerateRequest()
     request.CopyFrom(ENDLESS)

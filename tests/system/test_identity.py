@@ -13,6 +13,7 @@ from lorastack.v1 import generation_pb2 as pb
 from tests.helpers.adapters import write_heads, write_lora
 from tests.helpers.live import LiveServer, ask
 from tests.helpers.reference import Reference, first_mismatch
+from tests.helpers.zoo import FAMILIAR, TRAINED_HEADS
 
 PROMPTS = (
     "hello there",
@@ -30,7 +31,7 @@ STACKS: tuple[tuple[tuple[str, float], ...], ...] = (
     (("random-a", 1.0), ("random-b", 1.0)),
     (("random-a", 0.5), ("random-c", -2.0)),
 )
-HEADS = ("none", "heads-2", "heads-5")
+HEADS = ("none", "heads-2", TRAINED_HEADS)
 
 
 def test_greedy_tokens_equal_transformers_and_peft(
@@ -40,7 +41,7 @@ def test_greedy_tokens_equal_transformers_and_peft(
     reference = Reference(tiny_llama, {name: zoo[name] for name in names})
     cases = [
         (prompt, stack, heads)
-        for index, prompt in enumerate(PROMPTS)
+        for index, prompt in enumerate(FAMILIAR)
         for number, stack in enumerate(STACKS)
         for heads in (HEADS[(index + number) % len(HEADS)],)
     ]
@@ -58,7 +59,33 @@ def test_greedy_tokens_equal_transformers_and_peft(
         mismatch = first_mismatch(expected, response.token_ids)
         assert mismatch is None or mismatch.excused, (prompt, stack, heads, mismatch)
         excused += mismatch is not None
+        if heads == TRAINED_HEADS and not stack:
+            stats = response.speculation
+            assert 0 < stats.accepted_tokens < stats.drafted_tokens
+            assert len(response.token_ids) == 1 + stats.steps + stats.accepted_tokens
     assert excused <= 1
+
+
+def test_logprobs_are_the_references(live: LiveServer, tiny_llama: Path) -> None:
+    """Of every token, drafted ones included, before temperature and filters."""
+    request = ask(
+        "hello there",
+        heads=TRAINED_HEADS,
+        ignore_eos=True,
+        max_new_tokens=32,
+        sampling={"temperature": 0.5, "top_k": 12, "seed": 1},
+        output=pb.OutputParams(logprobs=True, top_logprobs=4),
+    )
+    reply = live.client.generate(request)
+    prompt = live.tokenize("hello there")
+    logits_TV = Reference(tiny_llama, {}).logits([*prompt, *reply.token_ids])
+    logprobs_TV = logits_TV.log_softmax(-1)[len(prompt) - 1 :]
+    for row_V, token in zip(logprobs_TV, reply.tokens, strict=False):
+        assert token.logprob == pytest.approx(float(row_V[token.id]), abs=1e-3)
+        assert [top.logprob for top in token.top] == pytest.approx(
+            row_V.topk(4).values.tolist(), abs=1e-3
+        )
+    assert any(token.source == pb.Token.HEADS for token in reply.tokens)
 
 
 def test_mistral_with_sliding_window(
@@ -91,7 +118,7 @@ def test_eos_ends_where_the_reference_ends(live: LiveServer, tiny_llama: Path) -
     ended = 0
     for number in range(12):
         prompt = f"prompt {number}"
-        response = live.client.generate(ask(prompt, heads="heads-5", max_new_tokens=200))
+        response = live.client.generate(ask(prompt, heads=TRAINED_HEADS, max_new_tokens=200))
         expected = reference.generate(live.tokenize(prompt), 200, eos_ids=eos_ids)
         mismatch = first_mismatch(expected, response.token_ids)
         assert mismatch is None or mismatch.excused, (prompt, mismatch)
@@ -114,7 +141,9 @@ SAMPLINGS = (
 def test_sampling_is_the_same_with_heads_and_in_company(
     live: LiveServer, sampling: dict[str, float]
 ) -> None:
-    cases = [(prompt, stack) for prompt in PROMPTS[:3] for stack in ((), (("random-b", 1.0),))]
+    cases = [(prompt, stack) for prompt in FAMILIAR[:3] for stack in ((), (("random-b", 1.0),))]
+
+    accepted: list[int] = []
 
     def run(prompt: str, stack: tuple[tuple[str, float], ...], heads: str, off: bool) -> list[int]:
         request = ask(
@@ -126,13 +155,16 @@ def test_sampling_is_the_same_with_heads_and_in_company(
             ignore_eos=True,
             sampling=sampling,
         )
-        return list(live.client.generate(request).token_ids)
+        reply = live.client.generate(request)
+        accepted.append(reply.speculation.accepted_tokens)
+        return list(reply.token_ids)
 
     alone = [run(prompt, stack, "none", True) for prompt, stack in cases]
     with ThreadPoolExecutor(8) as pool:
-        drafted = list(pool.map(lambda case: run(*case, "heads-5", False), cases))
-        plain = list(pool.map(lambda case: run(*case, "heads-5", True), cases))
+        drafted = list(pool.map(lambda case: run(*case, TRAINED_HEADS, False), cases))
+        plain = list(pool.map(lambda case: run(*case, TRAINED_HEADS, True), cases))
     assert drafted == alone
+    assert sum(accepted) > 0
     assert plain == alone
     assert len({tuple(tokens) for tokens in alone}) == len(alone)
 
@@ -157,7 +189,7 @@ STREAMED = {
         heads="heads-2", max_new_tokens=20, output=pb.OutputParams(logprobs=True, top_logprobs=3)
     ),
     "sampled": ask(
-        heads="heads-5",
+        heads=TRAINED_HEADS,
         ignore_eos=True,
         sampling={"temperature": 1.2, "seed": 5},
         max_new_tokens=64,
@@ -187,7 +219,7 @@ def test_parts_are_whole_characters(live: LiveServer) -> None:
     """U+FFFD may only stand where the whole output's decoding has it too."""
     for seed in range(6):
         request = ask(
-            heads="heads-5",
+            heads=TRAINED_HEADS,
             max_new_tokens=120,
             ignore_eos=True,
             sampling={"temperature": 2.0, "seed": seed},

@@ -11,10 +11,11 @@ from pathlib import Path
 import grpc
 import pytest
 
+from lorastack.engine.batch import Batch, RowResult
 from lorastack.request import RowEvent
 from lorastack.v1 import generation_pb2 as pb
 from lorastack.v1 import generation_pb2_grpc
-from tests.helpers.live import LiveServer, ask, wait_until
+from tests.helpers.live import ROOMY, LiveServer, ask, wait_until
 
 StartServer = Callable[..., LiveServer]
 MAX_DELAY = 2  # steps
@@ -41,7 +42,16 @@ class StepLog:
 
 
 def test_a_long_prompt_delays_nobody(live: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others get a token every step, and no step is longer than the configured chunk."""
     log = StepLog(live, monkeypatch)
+    step_tokens: list[int] = []
+    run = live.engine._runner.run
+
+    def record(batch: Batch) -> list[RowResult]:
+        step_tokens.append(sum(len(step.token_ids) for step in batch.steps))
+        return run(batch)
+
+    monkeypatch.setattr(live.engine._runner, "run", record)
     long_prompt = "".join(chr(97 + n * n % 26) for n in range(9000))
     assert len(live.tokenize(long_prompt)) >= 8000
     with ThreadPoolExecutor(2) as pool:
@@ -60,6 +70,7 @@ def test_a_long_prompt_delays_nobody(live: LiveServer, monkeypatch: pytest.Monke
     for name in ("steady-0", "steady-1"):
         assert log.steps[name][0] < first < log.steps[name][-1], "the rows did not overlap"
         assert log.longest_wait(name) <= MAX_DELAY
+    assert max(step_tokens) <= ROOMY.max_step_tokens + 2
 
 
 def test_tokenising_happens_off_the_event_loop(
