@@ -9,9 +9,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from lorastack.layout import ModelShapes
+
+# How long an example takes says more about the machine's load than about the code.
+hypothesis.settings.register_profile("lorastack", deadline=None)
+hypothesis.settings.load_profile("lorastack")
 
 
 @pytest.fixture(scope="session")

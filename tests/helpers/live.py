@@ -136,6 +136,15 @@ class LiveServer:
         for name, folder in folders.items():
             self.upload(name, folder)
 
+    def load_heads(self, name: str) -> None:
+        """Heads onto the device. Rows do not wait for theirs: tests that count drafts call this."""
+
+        def loaded() -> bool:
+            self.client.generate(ask("x", heads=name, max_new_tokens=4, ignore_eos=True))
+            return self.digests[name] in {digest for digest, _, _ in self.pool.resident()}
+
+        wait_until(loaded, f"{name} is on the device")
+
     def tokenize(self, prompt: str) -> list[int]:
         return self.client.tokenize(pb.TokenizeRequest(prompt=prompt))
 

@@ -51,6 +51,7 @@ def test_greedy_tokens_equal_transformers_and_peft(
         request = ask(prompt, stack=stack, heads=heads, max_new_tokens=48, ignore_eos=True)
         return live.client.generate(request)
 
+    live.load_heads(TRAINED_HEADS)
     with ThreadPoolExecutor(16) as pool:
         responses = list(pool.map(run, cases))
     excused = 0
@@ -76,6 +77,7 @@ def test_logprobs_are_the_references(live: LiveServer, tiny_llama: Path) -> None
         sampling={"temperature": 0.5, "top_k": 12, "seed": 1},
         output=pb.OutputParams(logprobs=True, top_logprobs=4),
     )
+    live.load_heads(TRAINED_HEADS)
     reply = live.client.generate(request)
     prompt = live.tokenize("hello there")
     logits_TV = Reference(tiny_llama, {}).logits([*prompt, *reply.token_ids])
@@ -143,6 +145,7 @@ def test_sampling_is_the_same_with_heads_and_in_company(
 ) -> None:
     cases = [(prompt, stack) for prompt in FAMILIAR[:3] for stack in ((), (("random-b", 1.0),))]
 
+    live.load_heads(TRAINED_HEADS)
     accepted: list[int] = []
 
     def run(prompt: str, stack: tuple[tuple[str, float], ...], heads: str, off: bool) -> list[int]:

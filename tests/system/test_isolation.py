@@ -151,6 +151,7 @@ def test_mixed_rows_never_cross(
 
 def test_right_heads_are_always_accepted(live: LiveServer) -> None:
     """The other canaries' steps are shorter only if drafts are verified with the row's own LoRA."""
+    live.load_heads("heads-fjord")
     response = live.client.generate(
         ask(stack=[("say-fjord", 1.0)], heads="heads-fjord", max_new_tokens=40)
     )
@@ -161,6 +162,7 @@ def test_right_heads_are_always_accepted(live: LiveServer) -> None:
 
 
 def test_wrong_heads_change_nothing(live: LiveServer) -> None:
+    live.load_heads("heads-owl")
     response = live.client.generate(
         ask(stack=[("say-fjord", 1.0)], heads="heads-owl", max_new_tokens=40)
     )
@@ -180,6 +182,7 @@ def test_order_of_a_stack_does_not_matter(live: LiveServer) -> None:
 
 
 def test_a_bundle_brings_its_heads(live: LiveServer) -> None:
+    live.load_heads(BUNDLE)
     request = ask(stack=[(BUNDLE, 1.0)], heads="", ignore_eos=True)
     response = live.client.generate(request)
     assert response.adapters.medusa_id == BUNDLE

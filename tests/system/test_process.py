@@ -16,7 +16,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from lorastack.client import Client
-from lorastack.errors import UnavailableError
+from lorastack.errors import InternalError, UnavailableError
 from tests.helpers.live import ask
 
 ADDRESS = re.compile(r"127\.0\.0\.1:\d+")
@@ -26,8 +26,9 @@ Serve = Callable[..., "Process"]
 class Process:
     """`lorastack serve` on the tiny model, any free port."""
 
-    def __init__(self, model: Path, store: Path, *options: str) -> None:
-        command = ["-m", "lorastack.cli.main", "serve", "--model", str(model)]
+    def __init__(self, model: Path, store: Path, *options: str, code: str = "") -> None:
+        run = ["-c", code] if code else ["-m", "lorastack.cli.main"]
+        command = [*run, "serve", "--model", str(model)]
         self._process = subprocess.Popen(
             [
                 *(sys.executable, *command, "--store", str(store), "--port", "0"),
@@ -67,8 +68,8 @@ class Process:
 def serve(tmp_path: Path, tiny_llama: Path) -> Iterator[Serve]:
     processes: list[Process] = []
 
-    def build(*options: str) -> Process:
-        processes.append(Process(tiny_llama, tmp_path / "store", *options))
+    def build(*options: str, code: str = "") -> Process:
+        processes.append(Process(tiny_llama, tmp_path / "store", *options, code=code))
         return processes[-1]
 
     yield build
@@ -131,6 +132,37 @@ def test_the_store_survives_kill_9(serve: Serve, zoo: dict[str, Path]) -> None:
         after = client.generate(ask(stack=[("say-owl", 1.0)], heads="heads-owl"))
     assert after.text == before.text == "owl" * 8
     assert after.adapters == before.adapters
+
+
+BROKEN_LOOP = """
+from lorastack.cli.main import main
+from lorastack.engine.scheduler import Scheduler
+
+update = Scheduler.update
+
+def fail(self, results):
+    if self.find("crash") is not None:
+        raise RuntimeError("boom")
+    update(self, results)
+
+Scheduler.update = fail
+main()
+"""
+
+
+def test_a_dead_engine_ends_every_request_and_the_process(serve: Serve) -> None:
+    process = serve(code=BROKEN_LOOP)
+    with Client(process.address) as client:
+        running = client.stream(ask("hello", ignore_eos=True, max_new_tokens=900))
+        next(running)
+        with pytest.raises(InternalError):
+            client.generate(ask(request_id="crash"))
+        with pytest.raises(InternalError) as failure:
+            list(running)
+    assert "boom" not in failure.value.message
+    code, errors = process.wait()
+    assert code == 1
+    assert "RuntimeError: boom" in errors
 
 
 def test_an_unknown_model_is_one_line_and_no_traceback(tmp_path: Path) -> None:

@@ -157,6 +157,7 @@ def test_the_event_loop_wakes_once_a_step(
     live: LiveServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many rows a step served, and however many tokens each of them got."""
+    live.load_heads("heads-owl")
     wakes = []
     call = live.loop.call_soon_threadsafe
 
