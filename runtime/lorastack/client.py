@@ -110,11 +110,7 @@ class Client:
     ) -> Iterator[generation_pb2.GenerateStreamResponse]:
         """The reply as it is made, its last message with `final`. Closing the iterator cancels."""
         call = self._generation.GenerateStream(request, timeout=timeout)
-        try:
-            with self._errors():
-                yield from call
-        finally:
-            call.cancel()
+        return self._parts(call)
 
     def tokenize(
         self, request: generation_pb2.TokenizeRequest, *, timeout: float | None = None
@@ -187,6 +183,13 @@ class Client:
                 _upload(header, needed, progress)
             )
         return reply
+
+    def _parts(self, call: Any) -> Iterator[generation_pb2.GenerateStreamResponse]:
+        try:
+            with self._errors():
+                yield from call
+        finally:
+            call.cancel()
 
     @contextmanager
     def _errors(self) -> Iterator[None]:

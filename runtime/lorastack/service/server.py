@@ -162,21 +162,11 @@ class Server:
         Raises InvalidArgumentError when the address cannot be had, NotFoundError for unknown
         default heads, and what the first generation raises.
         """
-        loop = asyncio.get_running_loop()
-        server = grpc.aio.server(options=OPTIONS)
-        add_generation(self._generation, server)  # type: ignore[no-untyped-call]
-        add_adapters(self._adapters, server)  # type: ignore[no-untyped-call]
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, server)
-        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-        self.address = _listen(server, self._config)
-        self._dispatcher.attach(self._engine, loop)
-        self._engine.start()
-        await probe(self._preparer, self._dispatcher, self._workers)
-        await server.start()
-        self._server = server
-        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        try:
+            await self._start()
+        except BaseException:
+            await self.stop(0.0)
+            raise
 
     async def stop(self, timeout: float) -> None:
         """NOT_SERVING, new calls UNAVAILABLE; running ones get `timeout` seconds, then the same."""
@@ -192,6 +182,23 @@ class Server:
         self._pool.close()
         self._workers.shutdown(cancel_futures=True)
         self._uploader.shutdown(cancel_futures=True)
+
+    async def _start(self) -> None:
+        loop = asyncio.get_running_loop()
+        server = grpc.aio.server(options=OPTIONS)
+        add_generation(self._generation, server)  # type: ignore[no-untyped-call]
+        add_adapters(self._adapters, server)  # type: ignore[no-untyped-call]
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, server)
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        self.address = _listen(server, self._config)
+        self._dispatcher.attach(self._engine, loop)
+        self._engine.start()
+        await probe(self._preparer, self._dispatcher, self._workers)
+        await server.start()
+        self._server = server
+        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
 
     async def _run(self, on_ready: Callable[[str], None]) -> int:
         loop = asyncio.get_running_loop()

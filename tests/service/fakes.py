@@ -1,0 +1,314 @@
+"""A step loop without a model, and servers around it: every row echoes its prompt."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from lorastack.adapters.load import Validator
+from lorastack.adapters.registry import Registry
+from lorastack.config import AdapterConfig, EngineConfig, ServerConfig, ServiceConfig
+from lorastack.errors import LorastackError, UnavailableError
+from lorastack.layout import ModelShapes
+from lorastack.request import (
+    Final,
+    FinishReason,
+    GeneratedToken,
+    Request,
+    RowEvent,
+    SpeculationStats,
+    Timings,
+    TokenLogprobs,
+    TokenSource,
+)
+from lorastack.service.dispatch import Dispatcher
+from lorastack.service.prepare import ServedModel
+from lorastack.service.server import Server
+from lorastack.text.tokenizer import Tokenizer
+
+PATIENCE = 20.0
+FINGERPRINT = "sha256:" + "ab" * 32
+MAX_CONTEXT = 2048
+
+
+@dataclass
+class FakeRow:
+    request: Request
+    num_done: int = 0
+    parked: bool = False
+    cancelled: bool = False
+
+
+@dataclass
+class FakeEngine:
+    """Each step gives every row that is not parked one token of its own prompt, again and again.
+
+    hold(n) stops every row after n tokens until go_on(). refusal: raised by the next submit.
+    """
+
+    tokenizer: Tokenizer
+    on_events: Callable[[list[RowEvent]], None]
+    on_failure: Callable[[BaseException], None]
+    submitted: list[Request] = field(default_factory=list)
+    calls: list[tuple[str, str]] = field(default_factory=list)  # (park|resume|cancel, request id)
+    num_deliveries: int = 0
+    refusal: LorastackError | None = None
+    failure: LorastackError | None = None  # ends the next row
+
+    def __post_init__(self) -> None:
+        self.rows: dict[str, FakeRow] = {}
+        self.changed = threading.Condition()
+        self.limit: int | None = None
+        self.stopping = False
+        self.draining = False
+        self.dying = False
+        self.thread = threading.Thread(target=self._main, name="fake-step", daemon=True)
+
+    def start(self) -> None:
+        self.thread.start()
+
+    def submit(self, request: Request) -> None:
+        with self.changed:
+            if self.draining:
+                raise UnavailableError("draining")
+            if self.refusal is not None:
+                refusal, self.refusal = self.refusal, None
+                raise refusal
+            assert request.request_id not in self.rows
+            self.submitted.append(request)
+            self.rows[request.request_id] = FakeRow(request)
+            self.changed.notify_all()
+
+    def cancel(self, request_id: str) -> None:
+        self._set("cancel", request_id, "cancelled", True)
+
+    def park(self, request_id: str) -> None:
+        self._set("park", request_id, "parked", True)
+
+    def resume(self, request_id: str) -> None:
+        self._set("resume", request_id, "parked", False)
+
+    def hold(self, num_tokens: int = 0) -> None:
+        with self.changed:
+            self.limit = num_tokens
+
+    def go_on(self) -> None:
+        with self.changed:
+            self.limit = None
+            self.changed.notify_all()
+
+    def die(self) -> None:
+        """The loop cannot go on."""
+        with self.changed:
+            self.dying = True
+            self.changed.notify_all()
+
+    def drain(self, timeout: float) -> bool:
+        with self.changed:
+            self.draining = True
+            return self.changed.wait_for(lambda: self.stopping or not self.rows, timeout)
+
+    def close(self) -> None:
+        with self.changed:
+            self.draining = self.stopping = True
+            self.changed.notify_all()
+        if self.thread.is_alive():
+            self.thread.join()
+
+    def wait(self, condition: Callable[[], bool]) -> None:
+        """Until a condition over the engine's state holds; fails after PATIENCE seconds."""
+        with self.changed:
+            assert self.changed.wait_for(condition, PATIENCE)
+
+    def _set(self, call: str, request_id: str, name: str, value: bool) -> None:
+        with self.changed:
+            self.calls.append((call, request_id))
+            if request_id in self.rows:
+                setattr(self.rows[request_id], name, value)
+            self.changed.notify_all()
+
+    def _runs(self, row: FakeRow) -> bool:
+        held = self.limit is not None and row.num_done >= self.limit
+        return row.cancelled or not (row.parked or held)
+
+    def _ready(self) -> bool:
+        return self.stopping or self.dying or any(map(self._runs, self.rows.values()))
+
+    def _main(self) -> None:
+        while True:
+            with self.changed:
+                self.changed.wait_for(self._ready)
+                if self.dying or self.stopping:
+                    break
+                running = [row for row in self.rows.values() if self._runs(row)]
+                events = [self._step(row) for row in running]
+                self.changed.notify_all()
+            self._deliver(events)
+        with self.changed:
+            left, self.rows = list(self.rows), {}
+            self.stopping = True
+            self.changed.notify_all()
+        if left:
+            error = UnavailableError("the server shut down")
+            self._deliver([RowEvent(request_id=name, error=error) for name in left])
+        if self.dying:
+            self.on_failure(RuntimeError("died"))
+
+    def _deliver(self, events: list[RowEvent]) -> None:
+        self.num_deliveries += 1
+        self.on_events(events)
+
+    def _step(self, row: FakeRow) -> RowEvent:
+        request = row.request
+        if row.cancelled:
+            return self._end(row, FinishReason.CANCELLED)
+        if self.failure is not None:
+            error, self.failure = self.failure, None
+            del self.rows[request.request_id]
+            return RowEvent(request_id=request.request_id, error=error)
+        token_id = request.prompt_ids[row.num_done % len(request.prompt_ids)]
+        row.num_done += 1
+        event = RowEvent(
+            request_id=request.request_id,
+            text=self.tokenizer.token_text(token_id),
+            tokens=(self._token(token_id, request.num_logprobs),),
+        )
+        if row.num_done < request.stop.max_new_tokens:
+            return event
+        return replace(event, final=self._end(row, FinishReason.LENGTH).final)
+
+    def _token(self, token_id: int, num_logprobs: int | None) -> GeneratedToken:
+        logprobs = None
+        if num_logprobs is not None:
+            top = tuple((index, -float(index + 1)) for index in range(num_logprobs))
+            logprobs = TokenLogprobs(logprob=-0.5, top=top)
+        text = self.tokenizer.token_text(token_id)
+        return GeneratedToken(id=token_id, source=TokenSource.MODEL, text=text, logprobs=logprobs)
+
+    def _end(self, row: FakeRow, reason: FinishReason) -> RowEvent:
+        request = row.request
+        del self.rows[request.request_id]
+        final = Final(
+            finish_reason=reason,
+            stop_match="",
+            prompt_tokens=len(request.prompt_ids),
+            cached_prompt_tokens=0,
+            generated_tokens=row.num_done,
+            speculation=SpeculationStats(steps=row.num_done, accepted_by_head=[2, 1]),
+            timings=Timings(queue=0.001, adapter_wait=0.0, time_to_first_token=0.002, total=0.003),
+        )
+        return RowEvent(request_id=request.request_id, final=final)
+
+
+class FakePool:
+    """What the adapters service reads of the pool."""
+
+    def __init__(self) -> None:
+        self.residents: list[tuple[str, int, int]] = []
+
+    def resident(self) -> list[tuple[str, int, int]]:
+        return self.residents
+
+    def close(self) -> None:
+        pass
+
+
+class FakeHost:
+    """What the adapters service reads of the host cache."""
+
+    def __init__(self) -> None:
+        self.copies: dict[str, int] = {}
+
+    def snapshot(self) -> dict[str, int]:
+        return self.copies
+
+
+def served_model(tokenizer: Tokenizer, shapes: ModelShapes) -> ServedModel:
+    return ServedModel(
+        name="tests/tiny",
+        fingerprint=FINGERPRINT,
+        tokenizer=tokenizer,
+        vocab_size=shapes.vocab_size,
+        max_context=MAX_CONTEXT,
+        device="cpu",
+        dtype="float32",
+        backend="fake",
+    )
+
+
+class FakeServer:
+    """The real edge around a fake engine."""
+
+    def __init__(
+        self,
+        store: Path,
+        tokenizer: Tokenizer,
+        shapes: ModelShapes,
+        *,
+        max_buffered: int = 64,
+        default_medusa: str = "",
+    ) -> None:
+        self.dispatcher = Dispatcher(max_buffered)
+        self.engine = FakeEngine(tokenizer, self.dispatcher.deliver, self.dispatcher.fail)
+        self.pool, self.host = FakePool(), FakeHost()
+        self.registry = Registry(store)
+        parts: dict[str, Any] = {"engine": self.engine, "pool": self.pool, "host": self.host}
+        self.server = Server(
+            config=ServerConfig(
+                adapters=AdapterConfig(store=store, default_medusa=default_medusa),
+                engine=EngineConfig(max_buffered_events=max_buffered),
+                service=ServiceConfig(port=0, drain_timeout=PATIENCE),
+            ),
+            model=served_model(tokenizer, shapes),
+            registry=self.registry,
+            validate=Validator(shapes=shapes, base_names=("tiny",), base_weight=_no_weight),
+            dispatcher=self.dispatcher,
+            **parts,
+        )
+
+
+class RunningServer(FakeServer):
+    """A FakeServer on a thread with an event loop, started and stopped by `with`."""
+
+    def __enter__(self) -> Self:
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever, name="fake-server")
+        self._thread.start()
+        try:
+            self.run(self.server.start())
+        except BaseException:
+            self._end()
+            raise
+        self.address = self.server.address
+        self.engine.submitted.clear()  # the probe
+        self.engine.calls.clear()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.engine.go_on()
+        self.run(self.server.stop(0.0))
+        self._end()
+
+    def _end(self) -> None:
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join()
+        self.loop.close()
+        self.registry.close()
+
+    def run(self, coroutine: Any) -> Any:
+        """Runs a coroutine on the server's loop."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(PATIENCE)
+
+
+def _no_weight(name: str) -> Any:
+    raise AssertionError(name)

@@ -1,0 +1,203 @@
+"""GenerateRequest field by field: what is refused, what is neutral, what arrives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lorastack.errors import InvalidArgumentError, LorastackError, Reason, UnimplementedError
+from lorastack.layout import ModelShapes
+from lorastack.request import SamplingParams, SpeculationParams
+from lorastack.service import convert, limits
+from lorastack.service.prepare import Chat, GenerateCall, Ids, ServedModel, Text
+from lorastack.text.tokenizer import Tokenizer
+from lorastack.v1 import generation_pb2 as pb
+from tests.service.fakes import MAX_CONTEXT, served_model
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer: Tokenizer, shapes: ModelShapes) -> ServedModel:
+    return served_model(tokenizer, shapes)
+
+
+def call(model: ServedModel, **fields: Any) -> GenerateCall:
+    if not fields.keys() & {"prompt", "token_ids", "chat", "no_input"}:
+        fields["prompt"] = "hello"
+    fields.pop("no_input", None)
+    return convert.generate_call(pb.GenerateRequest(**fields), "id", model)
+
+
+def sampling(**fields: Any) -> dict[str, Any]:
+    return {"sampling": pb.SamplingParams(**fields)}
+
+
+def stop(**fields: Any) -> dict[str, Any]:
+    return {"stop": pb.StopParams(**fields)}
+
+
+def loras(*entries: dict[str, Any]) -> dict[str, Any]:
+    return {"loras": [pb.LoraRef(**entry) for entry in entries]}
+
+
+INVALID: list[tuple[str, dict[str, Any]]] = [
+    ("input", {"no_input": True}),
+    ("prompt", {"prompt": ""}),
+    ("token_ids", {"token_ids": pb.TokenIds()}),
+    ("token_ids", {"token_ids": pb.TokenIds(ids=[1, 1 << 20])}),
+    ("chat.messages", {"chat": pb.ChatMessages()}),
+    ("chat.messages.role", {"chat": pb.ChatMessages(messages=[pb.ChatMessage(content="x")])}),
+    ("loras", {"lora_id": "a", **loras({"lora_id": "b"})}),
+    ("loras.lora_id", loras({})),
+    ("loras.scale", loras({"lora_id": "a", "scale": NAN})),
+    ("loras.scale", loras({"lora_id": "a", "scale": -INF})),
+    ("loras", loras({"lora_id": "a"}, {"lora_id": "a", "scale": 2})),
+    ("loras", loras(*({"lora_id": f"a{n}"} for n in range(limits.MAX_LORAS + 1)))),
+    ("sampling.temperature", sampling(temperature=-0.5)),
+    ("sampling.temperature", sampling(temperature=NAN)),
+    ("sampling.temperature", sampling(temperature=INF)),
+    ("sampling.top_p", sampling(top_p=0)),
+    ("sampling.top_p", sampling(top_p=1.01)),
+    ("sampling.top_p", sampling(top_p=NAN)),
+    ("sampling.min_p", sampling(min_p=-0.1)),
+    ("sampling.min_p", sampling(min_p=1.1)),
+    ("sampling.min_p", sampling(min_p=NAN)),
+    ("stop.max_new_tokens", stop(max_new_tokens=0)),
+    ("stop.max_new_tokens", stop(max_new_tokens=MAX_CONTEXT + 1)),
+    ("stop.stop_sequences", stop(stop_sequences=["ok", ""])),
+    ("stop.stop_sequences", stop(stop_sequences=["x"] * (limits.MAX_STOP_SEQUENCES + 1))),
+    ("stop.stop_sequences", stop(stop_sequences=["x" * (limits.MAX_STOP_SEQUENCE_CHARS + 1)])),
+    ("stop.stop_token_ids", stop(stop_token_ids=[1 << 31])),
+    ("stop.stop_token_ids", stop(stop_token_ids=range(limits.MAX_STOP_TOKEN_IDS + 1))),
+    ("stop.time_limit_ms", stop(time_limit_ms=0)),
+    ("speculation.max_nodes", {"speculation": pb.Speculation(max_nodes=limits.MAX_NODES + 1)}),
+    ("speculation.max_nodes", {"speculation": pb.Speculation(max_nodes=(1 << 32) - 1)}),
+    ("speculation.mode", {"speculation": pb.Speculation(mode=7)}),
+    ("speculation.acceptance", {"speculation": pb.Speculation(acceptance=7)}),
+    ("output.top_logprobs", {"output": pb.OutputParams(logprobs=True, top_logprobs=21)}),
+    ("output.top_logprobs", {"output": pb.OutputParams(top_logprobs=1)}),
+    ("request_id", {"request_id": "two words"}),
+    ("request_id", {"request_id": "line\nbreak"}),
+    ("request_id", {"request_id": "x" * 129}),
+]
+
+UNIMPLEMENTED: list[tuple[str, dict[str, Any]]] = [
+    ("sampling.typical_p", sampling(typical_p=0.9)),
+    ("sampling.typical_p", sampling(typical_p=0)),
+    ("sampling.repetition_penalty", sampling(repetition_penalty=1.1)),
+    ("sampling.repetition_penalty", sampling(repetition_penalty=0)),
+    ("sampling.frequency_penalty", sampling(frequency_penalty=-1)),
+    ("sampling.presence_penalty", sampling(presence_penalty=NAN)),
+    ("sampling.logit_bias", sampling(logit_bias={1: 0.0})),
+    ("speculation.acceptance TYPICAL", {"speculation": pb.Speculation(acceptance=pb.TYPICAL)}),
+    ("speculation.typical_epsilon", {"speculation": pb.Speculation(typical_epsilon=0.1)}),
+    ("speculation.typical_delta", {"speculation": pb.Speculation(typical_delta=0.1)}),
+    ("output.prompt_logprobs", {"output": pb.OutputParams(prompt_logprobs=True)}),
+    ("response_format", {"response_format": pb.ResponseFormat(regex="")}),
+    ("response_format", {"response_format": pb.ResponseFormat(json_schema="{}")}),
+]
+
+
+def refusal(model: ServedModel, fields: dict[str, Any]) -> LorastackError:
+    with pytest.raises(LorastackError) as caught:
+        call(model, **fields)
+    return caught.value
+
+
+@pytest.mark.parametrize(("field", "fields"), INVALID)
+def test_bad_values_are_refused_by_name(
+    model: ServedModel, field: str, fields: dict[str, Any]
+) -> None:
+    error = refusal(model, fields)
+    assert type(error) is InvalidArgumentError
+    assert error.reason is Reason.INVALID_REQUEST
+    assert error.metadata == {"field": field}
+    assert field in error.message
+
+
+@pytest.mark.parametrize(("field", "fields"), UNIMPLEMENTED)
+def test_what_this_version_lacks_is_refused_by_name(
+    model: ServedModel, field: str, fields: dict[str, Any]
+) -> None:
+    error = refusal(model, fields)
+    assert type(error) is UnimplementedError
+    assert error.metadata == {"field": field}
+    assert field in error.message
+
+
+def test_an_endless_id_list_is_refused_by_its_length(model: ServedModel) -> None:
+    error = refusal(model, {"token_ids": pb.TokenIds(ids=[1 << 30] * (MAX_CONTEXT + 1))})
+    assert error.reason is Reason.REQUEST_TOO_LARGE
+
+
+def test_neutral_values_ask_for_nothing(model: ServedModel) -> None:
+    neutral = call(
+        model,
+        **sampling(
+            typical_p=1, repetition_penalty=1, frequency_penalty=0, presence_penalty=0, top_p=1
+        ),
+        response_format=pb.ResponseFormat(),
+        output=pb.OutputParams(),
+        stop=pb.StopParams(),
+        speculation=pb.Speculation(),
+    )
+    assert neutral == call(model)
+    assert neutral.sampling == SamplingParams()
+    assert neutral.speculation == SpeculationParams()
+    assert (neutral.max_new_tokens, neutral.num_logprobs, neutral.seeded) == (None, None, False)
+
+
+def test_all_values_arrive(model: ServedModel) -> None:
+    full = call(
+        model,
+        **loras({"lora_id": "a", "scale": 0.5}, {"lora_id": "b"}),
+        medusa_id="m",
+        **sampling(temperature=0.5, top_k=7, top_p=0.25, min_p=0.125, seed=(1 << 64) - 1),
+        **stop(
+            max_new_tokens=9,
+            stop_sequences=["x", "y"],
+            stop_token_ids=[3, 4],
+            ignore_eos=True,
+            time_limit_ms=1500,
+        ),
+        speculation=pb.Speculation(max_nodes=limits.MAX_NODES),
+        output=pb.OutputParams(logprobs=True, top_logprobs=20, return_prompt=True),
+    )
+    assert full.input == Text("hello")
+    assert full.loras == (("a", 0.5), ("b", 1.0))
+    assert full.medusa_id == "m"
+    assert full.sampling == SamplingParams(
+        temperature=0.5, top_k=7, top_p=0.25, min_p=0.125, seed=(1 << 64) - 1
+    )
+    assert full.seeded
+    assert full.max_new_tokens == 9
+    assert full.stop.stop_sequences == ("x", "y")
+    assert full.stop.stop_token_ids == {3, 4}
+    assert full.stop.ignore_eos
+    assert full.stop.time_limit == 1.5
+    assert full.speculation == SpeculationParams(enabled=True, max_nodes=63)
+    assert (full.num_logprobs, full.return_prompt) == (20, True)
+
+
+def test_the_other_inputs(model: ServedModel) -> None:
+    assert call(model, token_ids=pb.TokenIds(ids=[3, 1])).input == Ids((3, 1))
+    messages = [pb.ChatMessage(role="system", content=""), pb.ChatMessage(role="user", content="x")]
+    chat = call(model, chat=pb.ChatMessages(messages=messages)).input
+    assert chat == Chat((("system", ""), ("user", "x")))
+
+
+def test_no_nodes_is_no_speculation(model: ServedModel) -> None:
+    off = call(model, speculation=pb.Speculation(mode=pb.OFF)).speculation
+    assert not off.enabled
+    assert call(model, speculation=pb.Speculation(max_nodes=0)).speculation == off
+
+
+def test_a_top_k_of_the_whole_vocabulary_is_no_limit(model: ServedModel) -> None:
+    assert call(model, **sampling(top_k=model.vocab_size)).sampling.top_k == 0
+    assert call(model, **sampling(top_k=model.vocab_size - 1)).sampling.top_k != 0
+
+
+def test_scale_zero_is_a_scale(model: ServedModel) -> None:
+    assert call(model, **loras({"lora_id": "a", "scale": 0})).loras == (("a", 0.0),)

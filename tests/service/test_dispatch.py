@@ -1,0 +1,233 @@
+"""One wake-up a step, bounded buffers, and rows that end when their readers leave."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+
+from lorastack.errors import InvalidArgumentError, ResourceExhaustedError
+from lorastack.request import (
+    Final,
+    FinishReason,
+    HeadsUse,
+    LoraUse,
+    Request,
+    RowEvent,
+    SamplingParams,
+    SpeculationStats,
+    StopParams,
+    Timings,
+)
+from lorastack.service.dispatch import Dispatcher
+
+FINAL = Final(
+    finish_reason=FinishReason.LENGTH,
+    stop_match="",
+    prompt_tokens=1,
+    cached_prompt_tokens=0,
+    generated_tokens=1,
+    speculation=SpeculationStats(),
+    timings=Timings(queue=0, adapter_wait=0, time_to_first_token=0, total=0),
+)
+
+
+class Recorder:
+    """An engine that only writes down what it is asked."""
+
+    def __init__(self, refusal: Exception | None = None) -> None:
+        self.calls: list[tuple[str, str]] = []
+        self.refusal = refusal
+
+    def submit(self, request: Request) -> None:
+        if self.refusal is not None:
+            raise self.refusal
+        self.calls.append(("submit", request.request_id))
+
+    def cancel(self, request_id: str) -> None:
+        self.calls.append(("cancel", request_id))
+
+    def park(self, request_id: str) -> None:
+        self.calls.append(("park", request_id))
+
+    def resume(self, request_id: str) -> None:
+        self.calls.append(("resume", request_id))
+
+
+def request(request_id: str, **fields: Any) -> Request:
+    stop = StopParams(max_new_tokens=4)
+    return Request(
+        request_id=request_id, prompt_ids=(1,), sampling=SamplingParams(), stop=stop, **fields
+    )
+
+
+def event(request_id: str, text: str = "a", *, last: bool = False) -> RowEvent:
+    return RowEvent(request_id=request_id, text=text, final=FINAL if last else None)
+
+
+async def settle() -> None:
+    """Lets everything that is ready run."""
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+def run(
+    test: Callable[[Dispatcher, Recorder], Coroutine[Any, Any, None]],
+    engine: Recorder | None = None,
+) -> None:
+    async def main() -> None:
+        recorder = engine or Recorder()
+        dispatcher = Dispatcher(max_buffered=3)
+        dispatcher.attach(recorder, asyncio.get_running_loop())
+        await test(dispatcher, recorder)
+        assert dispatcher._streams == {}
+
+    asyncio.run(main())
+
+
+def test_a_step_wakes_the_loop_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(dispatcher: Dispatcher, engine: Recorder) -> None:
+        wakes: list[object] = []
+        loop = asyncio.get_running_loop()
+        real = loop.call_soon_threadsafe
+
+        def counted(*args: Any) -> Any:
+            wakes.append(args)
+            return real(*args)
+
+        monkeypatch.setattr(loop, "call_soon_threadsafe", counted)
+        async with dispatcher.open("a") as a, dispatcher.open("b") as b:
+            a.submit(request("a"))
+            b.submit(request("b"))
+            step = [event("a", "1"), event("b", "2"), event("a", "3", last=True)]
+            await asyncio.to_thread(dispatcher.deliver, [*step, event("b", last=True)])
+            seen = [c for c in wakes if getattr(c[0], "__name__", "") == "_route"]
+            assert len(seen) == 1
+            assert [e.text for e in await a.take()] == ["1", "3"]
+            assert [e.text for e in await b.take()] == ["2", "a"]
+
+    run(test)
+
+
+def test_a_slow_reader_parks_its_own_row_and_resumes_when_it_reads() -> None:
+    async def test(dispatcher: Dispatcher, engine: Recorder) -> None:
+        async with dispatcher.open("slow") as slow, dispatcher.open("fast") as fast:
+            slow.submit(request("slow"))
+            fast.submit(request("fast"))
+            engine.calls.clear()
+            for _ in range(2):
+                dispatcher.deliver([event("slow"), event("fast")])
+                assert len(await fast.take()) == 1
+            assert engine.calls == []
+            dispatcher.deliver([event("slow")])
+            await settle()
+            assert engine.calls == [("park", "slow")]
+            dispatcher.deliver([event("slow")])  # the step that was under way
+            await settle()
+            assert engine.calls == [("park", "slow")]
+            assert len(await slow.take()) == 4
+            assert engine.calls == [("park", "slow"), ("resume", "slow")]
+            dispatcher.deliver([event("slow", last=True), event("fast", last=True)])
+            await slow.take()
+
+    run(test)
+
+
+def test_leaving_early_cancels_and_later_events_are_dropped() -> None:
+    async def test(dispatcher: Dispatcher, engine: Recorder) -> None:
+        async with dispatcher.open("a") as stream:
+            stream.submit(request("a"))
+            dispatcher.deliver([event("a")])
+            await stream.take()
+        assert engine.calls == [("submit", "a"), ("cancel", "a")]
+        dispatcher.deliver([event("a")])
+        dispatcher.deliver([event("a", last=True)])
+        dispatcher.deliver([event("a")])
+        await settle()
+
+    run(test)
+
+
+def test_a_finished_row_is_not_cancelled() -> None:
+    async def test(dispatcher: Dispatcher, engine: Recorder) -> None:
+        async with dispatcher.open("a") as stream:
+            stream.submit(request("a"))
+            dispatcher.deliver([event("a", last=True)])
+            await settle()
+        assert engine.calls == [("submit", "a")]
+
+    run(test)
+
+
+def test_a_refused_row_leaves_nothing_behind() -> None:
+    async def test(dispatcher: Dispatcher, engine: Recorder) -> None:
+        with pytest.raises(ResourceExhaustedError):
+            async with dispatcher.open("a") as stream:
+                stream.submit(request("a"))
+        assert engine.calls == []
+
+    run(test, Recorder(ResourceExhaustedError("full")))
+
+
+def test_an_id_in_use_is_refused_from_the_moment_of_the_call() -> None:
+    async def test(dispatcher: Dispatcher, engine: Recorder) -> None:
+        async with dispatcher.open("a"):
+            with pytest.raises(InvalidArgumentError, match="request_id 'a'"):
+                async with dispatcher.open("a"):
+                    pytest.fail("opened twice")
+        async with dispatcher.open("a"):
+            pass
+
+    run(test)
+
+
+def test_a_retry_waits_for_the_row_whose_caller_has_gone() -> None:
+    async def test(dispatcher: Dispatcher, engine: Recorder) -> None:
+        async with dispatcher.open("a") as first:
+            first.submit(request("a"))
+        texts: list[str] = []
+
+        async def retry() -> None:
+            async with dispatcher.open("a") as second:
+                second.submit(request("a"))
+                texts.extend(e.text for e in await second.take())
+
+        task = asyncio.create_task(retry())
+        await settle()
+        assert engine.calls == [("submit", "a"), ("cancel", "a")]
+        dispatcher.deliver([event("a", "old", last=True)])
+        await settle()
+        assert engine.calls[-1] == ("submit", "a")
+        dispatcher.deliver([event("a", "new", last=True)])
+        await task
+        assert texts == ["new"]
+
+    run(test)
+
+
+def test_digests_in_use_are_counted_until_the_row_ends() -> None:
+    async def test(dispatcher: Dispatcher, engine: Recorder) -> None:
+        lora, heads = LoraUse(lora_id="l", digest="L"), HeadsUse(medusa_id="h", digest="H")
+        async with dispatcher.open("a") as a, dispatcher.open("b") as b:
+            a.submit(request("a", loras=(lora,), heads=heads))
+            b.submit(request("b", loras=(lora,)))
+            assert dispatcher.digests_in_use() == {"L": 2, "H": 1}
+            dispatcher.deliver([event("a", last=True)])
+            await settle()
+        assert dispatcher.digests_in_use() == {"L": 1}  # b is cancelled, but has not ended
+        dispatcher.deliver([event("b", last=True)])
+        await settle()
+        assert dispatcher.digests_in_use() == {}
+
+    run(test)
+
+
+def test_events_after_the_loop_is_gone_are_dropped() -> None:
+    loop = asyncio.new_event_loop()
+    dispatcher = Dispatcher(3)
+    dispatcher.attach(Recorder(), loop)
+    loop.close()
+    dispatcher.deliver([event("a")])
+    dispatcher.fail(RuntimeError("x"))

@@ -1,0 +1,216 @@
+"""Ids to digests, heads by rule, templates, and the room in the context."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorastack.adapters.load import Validator
+from lorastack.adapters.manifest import FileSpec, Record
+from lorastack.adapters.registry import Registry
+from lorastack.errors import (
+    FailedPreconditionError,
+    InvalidArgumentError,
+    NotFoundError,
+    Reason,
+)
+from lorastack.layout import ModelShapes
+from lorastack.request import HeadsUse, SamplingParams, SpeculationParams, StopParams
+from lorastack.service.prepare import Chat, GenerateCall, Ids, Preparer, Text
+from lorastack.text.tokenizer import Tokenizer
+from tests.service.fakes import FINGERPRINT, MAX_CONTEXT, served_model
+
+CALL = GenerateCall(
+    request_id="id",
+    input=Text("hello"),
+    loras=(),
+    medusa_id="",
+    sampling=SamplingParams(),
+    seeded=False,
+    max_new_tokens=None,
+    stop=StopParams(max_new_tokens=0),
+    speculation=SpeculationParams(),
+    num_logprobs=None,
+    return_prompt=False,
+)
+
+
+def store(
+    registry: Registry,
+    adapter_id: str,
+    folder: Path,
+    shapes: ModelShapes,
+    fingerprint: str = FINGERPRINT,
+) -> Record:
+    """What an upload does."""
+    data = {path.name: path.read_bytes() for path in folder.iterdir()}
+    specs = [
+        FileSpec(name=name, size=len(content), sha256=sha256(content).hexdigest())
+        for name, content in data.items()
+    ]
+    upload = registry.begin_upload(adapter_id, specs)
+    for spec in specs:
+        if spec.sha256 in upload.needed:
+            upload.write(spec.sha256, 0, data[spec.name])
+
+    def no_weight(name: str) -> Any:
+        raise AssertionError(name)
+
+    validate = Validator(shapes=shapes, base_names=("tiny",), base_weight=no_weight)
+    return upload.commit(validate, base_fingerprint=fingerprint)
+
+
+@pytest.fixture(scope="module")
+def registry(
+    tmp_path_factory: pytest.TempPathFactory, shapes: ModelShapes, folders: Mapping[str, Path]
+) -> Registry:
+    registry = Registry(tmp_path_factory.mktemp("prepare") / "store")
+    for name, folder in folders.items():
+        store(registry, name, folder, shapes)
+    store(registry, "copy-of-lora", folders["lora"], shapes)
+    return registry
+
+
+@pytest.fixture(scope="module")
+def preparer(registry: Registry, tokenizer: Tokenizer, shapes: ModelShapes) -> Preparer:
+    return Preparer(served_model(tokenizer, shapes), registry, "")
+
+
+def prepare(preparer: Preparer, **fields: Any) -> Any:
+    return preparer.prepare(replace(CALL, **fields), None).request
+
+
+def heads_of(preparer: Preparer, **fields: Any) -> str | None:
+    heads: HeadsUse | None = prepare(preparer, **fields).heads
+    return None if heads is None else heads.medusa_id
+
+
+def test_which_heads_a_request_gets(
+    preparer: Preparer, registry: Registry, tokenizer: Tokenizer, shapes: ModelShapes
+) -> None:
+    with_default = Preparer(served_model(tokenizer, shapes), registry, "heads")
+    lora, bundle, both = (("lora", 1.0),), (("bundle", 1.0),), (("bundle", 1.0), ("lora", 1.0))
+    assert heads_of(preparer) is None
+    assert heads_of(with_default) == "heads"
+    assert heads_of(preparer, loras=lora) is None
+    assert heads_of(with_default, loras=lora) == "heads"
+    assert heads_of(preparer, loras=bundle) == "bundle"
+    assert heads_of(with_default, loras=bundle) == "bundle"
+    assert heads_of(preparer, loras=both) is None  # only the request's only LoRA brings its heads
+    assert heads_of(with_default, loras=both) == "heads"
+    assert heads_of(with_default, loras=bundle, medusa_id="none") is None
+    assert heads_of(with_default, loras=bundle, medusa_id="heads") == "heads"
+    assert heads_of(preparer, medusa_id="bundle") == "bundle"
+
+
+def test_heads_that_may_not_draft_are_checked_and_not_used(preparer: Preparer) -> None:
+    off = SpeculationParams(enabled=False)
+    assert heads_of(preparer, medusa_id="heads", speculation=off) is None
+    with pytest.raises(NotFoundError):
+        prepare(preparer, medusa_id="nobody", speculation=off)
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind", "reason"),
+    [
+        ({"loras": (("no", 1.0),)}, NotFoundError, Reason.ADAPTER_NOT_FOUND),
+        ({"medusa_id": "no"}, NotFoundError, Reason.ADAPTER_NOT_FOUND),
+        ({"loras": (("heads", 1.0),)}, InvalidArgumentError, Reason.WRONG_ADAPTER_KIND),
+        ({"medusa_id": "lora"}, InvalidArgumentError, Reason.WRONG_ADAPTER_KIND),
+        ({"loras": (("none", 1.0),)}, InvalidArgumentError, Reason.INVALID_REQUEST),
+        ({"loras": (("base", 1.0),)}, InvalidArgumentError, Reason.INVALID_REQUEST),
+        ({"medusa_id": "default"}, InvalidArgumentError, Reason.INVALID_REQUEST),
+        (
+            {"loras": (("lora", 1.0), ("copy-of-lora", 1.0))},
+            InvalidArgumentError,
+            Reason.INVALID_REQUEST,
+        ),
+    ],
+)
+def test_wrong_adapters_are_refused_by_name(
+    preparer: Preparer, fields: dict[str, Any], kind: type[Exception], reason: Reason
+) -> None:
+    with pytest.raises(kind) as caught:
+        prepare(preparer, **fields)
+    assert caught.value.reason is reason  # type: ignore[attr-defined]
+    names = [name for name, _ in fields.get("loras", ())] or [fields["medusa_id"]]
+    assert names[-1] in str(caught.value)
+
+
+def test_an_adapter_of_another_base_model_is_refused(
+    tmp_path: Path, tokenizer: Tokenizer, shapes: ModelShapes, folders: Mapping[str, Path]
+) -> None:
+    registry = Registry(tmp_path / "store")
+    store(registry, "old", folders["lora"], shapes, fingerprint="sha256:" + "00" * 32)
+    preparer = Preparer(served_model(tokenizer, shapes), registry, "")
+    with pytest.raises(FailedPreconditionError, match="old") as caught:
+        prepare(preparer, loras=(("old", 1.0),))
+    assert caught.value.reason is Reason.BASE_MODEL_DIFFERS
+
+
+def test_a_stack_is_sorted_by_digest_whatever_its_order(
+    preparer: Preparer, registry: Registry
+) -> None:
+    one = prepare(preparer, loras=(("lora", 0.5), ("other", 2.0)))
+    two = prepare(preparer, loras=(("other", 2.0), ("lora", 0.5)))
+    assert one.loras == two.loras
+    assert [use.digest for use in one.loras] == sorted(use.digest for use in one.loras)
+    assert {(use.lora_id, use.scale) for use in one.loras} == {("lora", 0.5), ("other", 2.0)}
+    assert {use.digest for use in one.loras} == {
+        registry.resolve("lora").digest,
+        registry.resolve("other").digest,
+    }
+
+
+def test_a_revision_can_be_named(preparer: Preparer, registry: Registry) -> None:
+    name = f"lora@{registry.resolve('lora').digest}"
+    (use,) = prepare(preparer, loras=((name, 1.0),)).loras
+    assert (use.lora_id, use.digest) == (name, registry.resolve("lora").digest)
+
+
+def test_chat_uses_the_only_loras_template(preparer: Preparer, tokenizer: Tokenizer) -> None:
+    chat = Chat((("user", "hello"),))
+    own = prepare(preparer, input=chat, loras=(("chatty", 1.0),)).prompt_ids
+    models = prepare(preparer, input=chat, loras=(("lora", 1.0),)).prompt_ids
+    stack = prepare(preparer, input=chat, loras=(("chatty", 1.0), ("lora", 1.0))).prompt_ids
+    assert tokenizer.decode(own) == "HELLO"
+    assert models == stack == tuple(tokenizer.chat(chat.messages))
+    assert models != own
+
+
+def test_the_output_must_fit_the_context(preparer: Preparer) -> None:
+    room = MAX_CONTEXT - 10
+    prompt = Ids((5,) * 10)
+    assert prepare(preparer, input=prompt).stop.max_new_tokens == room
+    assert prepare(preparer, input=prompt, max_new_tokens=room).stop.max_new_tokens == room
+    for fields in (
+        {"input": prompt, "max_new_tokens": room + 1},
+        {"input": Ids((5,) * MAX_CONTEXT)},
+        {"input": Text("a " * 2 * MAX_CONTEXT)},
+    ):
+        with pytest.raises(InvalidArgumentError, match=str(MAX_CONTEXT)) as caught:
+            prepare(preparer, **fields)
+        assert caught.value.reason is Reason.REQUEST_TOO_LARGE
+    assert prepare(preparer, input=Ids((5,) * (MAX_CONTEXT - 1))).stop.max_new_tokens == 1
+
+
+def test_seeds(preparer: Preparer) -> None:
+    hot = SamplingParams(temperature=1.0)
+    drawn = {prepare(preparer, sampling=hot).sampling.seed for _ in range(8)}
+    assert len(drawn) == 8
+    assert max(drawn) >= 1 << 32  # 64 bits of it
+    assert prepare(preparer, sampling=hot, seeded=True).sampling.seed == 0
+    assert prepare(preparer).sampling.seed == 0  # greedy needs none
+
+
+def test_the_prompts_text(preparer: Preparer, tokenizer: Tokenizer) -> None:
+    ids = tuple(tokenizer.encode("some text"))
+    for given, text in ((Text("a b"), "a b"), (Ids(ids), "some text")):
+        call = replace(CALL, input=given, return_prompt=True)
+        assert preparer.prepare(call, None).prompt == text
+    assert preparer.prepare(CALL, None).prompt == ""
