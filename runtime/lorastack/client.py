@@ -3,7 +3,8 @@
     with Client() as client:
         print(client.generate(GenerateRequest(prompt="Hello", lora_id="lora-gsm8k")).text)
 
-Requests and replies are the messages of lorastack.v1. A failed call raises the class of
+Requests and replies are the messages of lorastack.v1; those that callers build or read most are
+names of this module too. A failed call raises the class of
 lorastack.errors that belongs to its status, with the server's reason and metadata.
 """
 
@@ -38,6 +39,36 @@ from lorastack.errors import (
     UnimplementedError,
 )
 from lorastack.v1 import adapters_pb2, adapters_pb2_grpc, generation_pb2, generation_pb2_grpc
+from lorastack.v1.adapters_pb2 import Adapter
+from lorastack.v1.generation_pb2 import (
+    OFF,
+    ChatMessage,
+    ChatMessages,
+    GenerateRequest,
+    GenerateResponse,
+    LoraRef,
+    SamplingParams,
+    Speculation,
+    StopParams,
+)
+
+__all__ = [
+    "DEFAULT_SERVER",
+    "ERRORS",
+    "OFF",
+    "Adapter",
+    "ChatMessage",
+    "ChatMessages",
+    "Client",
+    "GenerateRequest",
+    "GenerateResponse",
+    "LoraRef",
+    "SamplingParams",
+    "Speculation",
+    "StopParams",
+    "folder_files",
+    "to_error",
+]
 
 DEFAULT_SERVER = "127.0.0.1:50051"
 CHUNK_BYTES = 512 * KIB
@@ -96,17 +127,15 @@ class Client:
         self._channel.close()
 
     def generate(
-        self, request: generation_pb2.GenerateRequest, *, timeout: float | None = None
-    ) -> generation_pb2.GenerateResponse:
+        self, request: GenerateRequest, *, timeout: float | None = None
+    ) -> GenerateResponse:
         """The whole reply at once."""
         with self._errors():
-            reply: generation_pb2.GenerateResponse = self._generation.Generate(
-                request, timeout=timeout
-            )
+            reply: GenerateResponse = self._generation.Generate(request, timeout=timeout)
         return reply
 
     def stream(
-        self, request: generation_pb2.GenerateRequest, *, timeout: float | None = None
+        self, request: GenerateRequest, *, timeout: float | None = None
     ) -> Iterator[generation_pb2.GenerateStreamResponse]:
         """The reply as it is made, its last message with `final`. Closing the iterator cancels."""
         call = self._generation.GenerateStream(request, timeout=timeout)
@@ -127,19 +156,17 @@ class Client:
             )
         return reply
 
-    def get_adapter(self, adapter_id: str, *, timeout: float | None = None) -> adapters_pb2.Adapter:
+    def get_adapter(self, adapter_id: str, *, timeout: float | None = None) -> Adapter:
         """One adapter; `id@sha256:...` names a revision. Raises NotFoundError."""
         with self._errors():
-            reply: adapters_pb2.Adapter = self._adapters.GetAdapter(
+            reply: Adapter = self._adapters.GetAdapter(
                 adapters_pb2.GetAdapterRequest(id=adapter_id), timeout=timeout
             )
         return reply
 
-    def list_adapters(
-        self, prefix: str = "", *, timeout: float | None = None
-    ) -> list[adapters_pb2.Adapter]:
+    def list_adapters(self, prefix: str = "", *, timeout: float | None = None) -> list[Adapter]:
         """All adapters whose id starts with prefix, by id; timeout counts per page."""
-        adapters: list[adapters_pb2.Adapter] = []
+        adapters: list[Adapter] = []
         request = adapters_pb2.ListAdaptersRequest(page_size=PAGE_SIZE, id_prefix=prefix)
         with self._errors():
             while True:
@@ -163,7 +190,7 @@ class Client:
         *,
         if_digest: str | None = None,
         progress: Progress | None = None,
-    ) -> adapters_pb2.Adapter:
+    ) -> Adapter:
         """Stores a folder's files under an id; files that the server has are not sent again.
 
         if_digest: "" wants the id to be new, a digest wants it to point there, None replaces.
@@ -179,9 +206,7 @@ class Client:
             )
             by_sha256 = {spec.sha256: path for spec, path in zip(specs, paths, strict=True)}
             needed = [(by_sha256[blob.sha256], blob) for blob in plan.needed]
-            reply: adapters_pb2.Adapter = self._adapters.UploadAdapter(
-                _upload(header, needed, progress)
-            )
+            reply: Adapter = self._adapters.UploadAdapter(_upload(header, needed, progress))
         return reply
 
     def _parts(self, call: Any) -> Iterator[generation_pb2.GenerateStreamResponse]:

@@ -11,8 +11,7 @@ from rich.table import Table
 
 from lorastack.cli.options import DEFAULT_SERVER, Json, Model, Server
 from lorastack.cli.output import human_size, print_json, progress_bar, short_digest, to_dict
-from lorastack.client import Client
-from lorastack.v1 import adapters_pb2
+from lorastack.client import Adapter, Client
 
 adapters = typer.Typer(help="Upload, list, show, delete and verify adapters.", no_args_is_help=True)
 
@@ -65,7 +64,7 @@ def list_adapters(
             str(adapter.rank or ""),
             str(adapter.num_heads or ""),
             human_size(adapter.size_bytes),
-            adapters_pb2.Adapter.Residency.Name(adapter.residency).lower(),
+            Adapter.Residency.Name(adapter.residency).lower(),
             short_digest(adapter.digest),
         )
     Console().print(table)
@@ -103,7 +102,7 @@ def verify(folder: Folder, model: Model = None, as_json: Json = False) -> None:
         _print_fields({"folder": str(folder), **found})
 
 
-def _show(adapter: adapters_pb2.Adapter, as_json: bool) -> None:
+def _show(adapter: Adapter, as_json: bool) -> None:
     fields = to_dict(adapter)
     if as_json:
         print_json(fields)
@@ -112,8 +111,8 @@ def _show(adapter: adapters_pb2.Adapter, as_json: bool) -> None:
         _print_fields({**fields, "kind": _kind(adapter), "size_bytes": size})
 
 
-def _kind(adapter: adapters_pb2.Adapter) -> str:
-    return adapters_pb2.Adapter.Kind.Name(adapter.kind).lower()
+def _kind(adapter: Adapter) -> str:
+    return Adapter.Kind.Name(adapter.kind).lower()
 
 
 def _print_fields(fields: dict[str, object]) -> None:

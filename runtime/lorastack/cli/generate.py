@@ -10,8 +10,16 @@ import typer
 
 from lorastack.cli.options import DEFAULT_SERVER, Json, Server
 from lorastack.cli.output import print_json, short_digest, to_dict
-from lorastack.client import Client
-from lorastack.v1 import generation_pb2
+from lorastack.client import (
+    OFF,
+    Client,
+    GenerateRequest,
+    GenerateResponse,
+    LoraRef,
+    SamplingParams,
+    Speculation,
+    StopParams,
+)
 
 # ID[:SCALE]; a revision (ID@sha256:...) has a colon of its own.
 _LORA = re.compile(r"(?P<id>[^:@]+(?:@sha256:[^:]+)?)(?::(?P<scale>[^:]+))?")
@@ -60,16 +68,12 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Generate text, streamed to stdout; a summary goes to stderr."""
-    request = generation_pb2.GenerateRequest(
+    request = GenerateRequest(
         loras=[_lora_ref(text) for text in lora or ()],
         medusa_id=medusa,
-        speculation=generation_pb2.Speculation(
-            mode=generation_pb2.OFF if no_speculation else generation_pb2.AUTO, max_nodes=max_nodes
-        ),
-        sampling=generation_pb2.SamplingParams(
-            temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
-        ),
-        stop=generation_pb2.StopParams(max_new_tokens=max_new_tokens, stop_sequences=stop or ()),
+        speculation=Speculation(mode=OFF if no_speculation else None, max_nodes=max_nodes),
+        sampling=SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed),
+        stop=StopParams(max_new_tokens=max_new_tokens, stop_sequences=stop or ()),
     )
     if prompt == "-":
         prompt = sys.stdin.read()
@@ -86,8 +90,8 @@ def generate(
             _stream(client, request)
 
 
-def _stream(client: Client, request: generation_pb2.GenerateRequest) -> None:
-    final = generation_pb2.GenerateResponse()
+def _stream(client: Client, request: GenerateRequest) -> None:
+    final = GenerateResponse()
     for part in client.stream(request):
         typer.echo(part.text, nl=False)
         sys.stdout.flush()
@@ -97,12 +101,12 @@ def _stream(client: Client, request: generation_pb2.GenerateRequest) -> None:
     typer.echo(_summary(final), err=True)
 
 
-def _summary(final: generation_pb2.GenerateResponse) -> str:
+def _summary(final: GenerateResponse) -> str:
     """One line: how it ended, how fast, and which adapters ran."""
     num_tokens, steps = final.usage.generated_tokens, final.speculation.steps
     parts = [
         f"{num_tokens} tokens",
-        generation_pb2.GenerateResponse.FinishReason.Name(final.finish_reason),
+        GenerateResponse.FinishReason.Name(final.finish_reason),
         f"{final.timings.total_ms / 1000:.2f} s",
     ]
     if steps:
@@ -116,15 +120,13 @@ def _summary(final: generation_pb2.GenerateResponse) -> str:
     return f"[{', '.join(parts)}]"
 
 
-def _lora_ref(text: str) -> generation_pb2.LoraRef:
+def _lora_ref(text: str) -> LoraRef:
     match = _LORA.fullmatch(text)
     try:
         if match is None:
             raise ValueError(text)
         scale = match["scale"]
-        return generation_pb2.LoraRef(
-            lora_id=match["id"], scale=None if scale is None else float(scale)
-        )
+        return LoraRef(lora_id=match["id"], scale=None if scale is None else float(scale))
     except ValueError:
         raise typer.BadParameter(
             f"{text!r} is not ID or ID:SCALE, such as lora-gsm8k:0.5", param_hint="--lora"
