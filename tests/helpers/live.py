@@ -96,7 +96,9 @@ class LiveServer:
         )
         self.digests: dict[str, str] = {}
         self.loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self.loop.run_forever, name="test-server")
+        self._thread = threading.Thread(
+            target=self.loop.run_forever, name="test-server", daemon=True
+        )
 
     def __enter__(self) -> Self:
         self._thread.start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -199,10 +200,13 @@ def test_a_broken_off_upload_leaves_nothing(
     def messages() -> Iterator[ab.UploadAdapterRequest]:
         yield header
         yield first
+        called.wait(10)  # this runs on a thread that may be ahead of the line that makes `call`
         sent.append(call)
         call.cancel()
 
+    called = threading.Event()
     call = stub.UploadAdapter.future(messages())
+    called.set()
     with pytest.raises(grpc.FutureCancelledError):
         call.result()
     for _ in range(50):  # every answer comes after the server has seen what came before it
