@@ -14,7 +14,7 @@ KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """model: folder or hub id; None for the embedded default. dtype: auto|float32|bfloat16|float16."""
+    """model: folder or hub id; None: the embedded default. dtype: auto or torch's name of one."""
 
     model: str | None = None
     device: str = "auto"

@@ -100,12 +100,13 @@ class TensorSlot:
 class AdapterLayout:
     """The table of an adapter's flat buffer, all of one dtype.
 
-    In a group the A parts of its targets are adjacent without gaps, so one matmul shrinks for all of
-    them; so are the weights of all heads, and their biases.
+    In a group the A parts of its targets are adjacent without gaps, so one matmul shrinks for all
+    of them; so are the weights of all heads, and their biases.
     """
 
     slots: Mapping[TensorKey, TensorSlot]
-    scales: Mapping[tuple[int, str], float]  # LoRA scale (alpha/r or alpha/sqrt(r)) of (layer, target)
+    # LoRA scale of a (layer, target): alpha/r or alpha/sqrt(r)
+    scales: Mapping[tuple[int, str], float]
     num_elements: int
     itemsize: int  # bytes an element
     num_heads: int  # Medusa heads, 0 for a plain LoRA

@@ -1,4 +1,4 @@
-"""The default model with its trained adapters: all requests equal transformers + PEFT alone (I1)."""
+"""The default model with its trained adapters: every request equals transformers + PEFT (I1)."""
 
 from __future__ import annotations
 
