@@ -98,13 +98,15 @@ def test_every_pair_of_loras_and_heads_equals_the_reference(
 
 @pytest.mark.parametrize(
     ("lora", "prompt", "marks"),
-    [("lora-gsm8k", "Tom has 3 boxes of 4 apples and eats 2. How many are left?", ("<<", "####"))],
+    [
+        (LORAS[0], "Tom has 3 boxes of 4 apples and eats 2. How many are left?", ("<<", "####")),
+        (LORAS[1], "What is the capital of France?", ("Ahoy, matey!",)),
+    ],
 )
 def test_a_lora_shows_in_its_words(
     server: LiveServer, lora: str, prompt: str, marks: tuple[str, ...]
 ) -> None:
-    case = Case(prompt, ((lora, 1.0),), "none")
-    request = case.request()
+    request = Case(prompt, ((lora, 1.0),), "none").request()
     request.stop.max_new_tokens = 200
     text = server.client.generate(request).text
     assert all(mark in text for mark in marks), text
