@@ -1,9 +1,9 @@
 """What do the example heads give? Tokens a step, acceptance, and time against no drafts.
 
-For each pair of heads and prompts, and each tree size: every prompt runs OFF and AUTO in turn,
-one at a time, through gRPC, greedy, with the chat template. Tokens a step leaves the prompt's own
-step out: (generated - 1) / decode steps. The speed ratio is the median over prompts of
-(OFF's decode time a token) / (AUTO's); decode time starts at the first token.
+Every prompt runs OFF and then AUTO with each tree size, one request at a time, through gRPC, greedy,
+with the chat template. Tokens a step leaves the prompt's own step out: (generated - 1) / decode
+steps. Speed is the median over prompts of (OFF's decode time a token) / (AUTO's); decode time starts
+at the first token.
 
     python -m benchmarks.heads                      # prompts that come with the project
     python -m benchmarks.heads --maths my.jsonl     # {"prompt": ...} or {"question": ...} a line
@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated
 
@@ -29,6 +29,8 @@ from lorastack.v1 import generation_pb2 as pb
 
 PROMPTS = Path(__file__).parents[1] / "examples" / "prompts"
 SIZES = (4, 8, 16, 24)
+
+Pair = tuple[pb.GenerateResponse, pb.GenerateResponse]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +52,7 @@ def main(
     / "maths.jsonl",
     chat: Annotated[Path, typer.Option(help="JSON lines of chat prompts.")] = PROMPTS
     / "chat.jsonl",
-    count: Annotated[int, typer.Option(help="Prompts a task.")] = 24,
+    count: Annotated[int, typer.Option(help="Prompts a task.")] = 16,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens a prompt.")] = 128,
     dtype: Annotated[str, typer.Option(help="Of the server.")] = "float32",
     threads: Annotated[int, typer.Option(help="CPU threads of the server.")] = 2,
@@ -69,39 +71,44 @@ def main(
     ):
         upload_examples(client)
         for task, (heads, prompts) in tasks.items():
-            for size in SIZES:
-                results.append(measure(client, task, heads, prompts, size, max_new_tokens))
-                Console(stderr=True).print(results[-1])
+            pairs = run(client, heads, prompts, max_new_tokens)
+            results += [summarise(task, heads, size, pairs[size]) for size in SIZES]
     Console().print(table(results, dtype, threads))
-    typer.echo(json.dumps([dict(zip(m.__slots__, values(m), strict=True)) for m in results]))
+    typer.echo(json.dumps([asdict(measured) for measured in results]))
 
 
-def measure(
-    client: Client, task: str, heads: str, prompts: list[str], size: int, max_new_tokens: int
-) -> Measured:
-    generated = steps = mismatches = 0
-    accepted: list[int] = []
-    ratios: list[float] = []
+def run(
+    client: Client, heads: str, prompts: list[str], max_new_tokens: int
+) -> dict[int, list[Pair]]:
+    """By tree size, the replies of every prompt: (OFF, AUTO)."""
+    client.generate(request("warm up", heads, pb.AUTO, SIZES[-1], max_new_tokens))
+    pairs: dict[int, list[Pair]] = {size: [] for size in SIZES}
     for prompt in prompts:
-        off = client.generate(request(prompt, heads, pb.OFF, size, max_new_tokens))
-        auto = client.generate(request(prompt, heads, pb.AUTO, size, max_new_tokens))
-        mismatches += auto.token_ids != off.token_ids
-        generated += len(auto.token_ids) - 1
-        steps += auto.speculation.steps
-        for head, count in enumerate(auto.speculation.accepted_by_head):
-            accepted.extend([0] * (head + 1 - len(accepted)))
-            accepted[head] += count
-        if len(auto.token_ids) > 1 and len(off.token_ids) > 1:
-            ratios.append(seconds_a_token(off) / seconds_a_token(auto))
+        off = client.generate(request(prompt, heads, pb.OFF, SIZES[0], max_new_tokens))
+        for size in SIZES:
+            auto = client.generate(request(prompt, heads, pb.AUTO, size, max_new_tokens))
+            pairs[size].append((off, auto))
+    return pairs
+
+
+def summarise(task: str, heads: str, size: int, pairs: list[Pair]) -> Measured:
+    autos = [auto for _, auto in pairs]
+    steps = sum(auto.speculation.steps for auto in autos)
+    by_head = zip_longest(*(auto.speculation.accepted_by_head for auto in autos), fillvalue=0)
+    ratios = [
+        seconds_a_token(off) / seconds_a_token(auto)
+        for off, auto in pairs
+        if len(off.token_ids) > 1
+    ]
     return Measured(
         task=task,
         heads=heads,
         max_nodes=size,
-        prompts=len(prompts),
-        tokens_per_step=round(generated / steps, 3),
-        accepted_per_step_by_head=[round(count / steps, 3) for count in accepted],
+        prompts=len(pairs),
+        tokens_per_step=round(sum(len(auto.token_ids) - 1 for auto in autos) / steps, 3),
+        accepted_per_step_by_head=[round(sum(counts) / steps, 3) for counts in by_head],
         speed_ratio=round(statistics.median(ratios), 3),
-        mismatches=mismatches,
+        mismatches=sum(off.token_ids != auto.token_ids for off, auto in pairs),
     )
 
 
@@ -125,10 +132,6 @@ def seconds_a_token(reply: pb.GenerateResponse) -> float:
 def read(path: Path) -> list[str]:
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     return [row.get("prompt") or row["question"] for row in rows]
-
-
-def values(measured: Measured) -> Iterable[object]:
-    return (getattr(measured, name) for name in measured.__slots__)
 
 
 def table(results: list[Measured], dtype: str, threads: int) -> Table:
