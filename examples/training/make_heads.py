@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lorastack.train.distill import chat_ids, distill, read_samples, write_samples
 from lorastack.train.heads import MedusaHeads, TrainOptions, load_heads, save_heads, train_heads
 from lorastack.train.hidden import HiddenCorpus, hidden_corpus
-from lorastack.train.measure import rank_accuracies, search_choices, target_ranks
+from lorastack.train.measure import rank_accuracies, search_choices, target_ranks, tokens_per_step
 
 BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 NUM_HEADS = 4
@@ -115,9 +115,13 @@ def run_train(args: argparse.Namespace) -> None:
     save_heads(args.adapter, heads, BASE_MODEL)
     heads, _ = load_heads(args.adapter)
     tuning = parts_of(found[next(iter(mix))], 1.0, tuning=True)
-    table = rank_accuracies(target_ranks(heads, tuning, lm_head_VH.float()))
-    save_heads(args.adapter, heads, BASE_MODEL, search_choices(table))
+    ranks_TK = target_ranks(heads, tuning, lm_head_VH.float())
+    table = rank_accuracies(ranks_TK)
+    choices = search_choices(table)
+    save_heads(args.adapter, heads, BASE_MODEL, choices)
     log.info("top-1 on tuning samples: %s", " ".join(f"{row[0]:.3f}" for row in table))
+    tokens, steps = tokens_per_step(ranks_TK, tuning.starts, choices[:24])
+    log.info("tokens a step on tuning samples, 24 nodes: %.3f", tokens / steps)
 
 
 def main() -> None:

@@ -62,6 +62,21 @@ def test_heads_learn_a_counting_text() -> None:
     assert min(row[0] for row in after) > 0.99
 
 
+def test_rare_tokens_are_not_taught() -> None:
+    """Three of seven tokens are taught: guesses of those get right, no guess of another does."""
+    corpus, lm_head_VH = counting_corpus(1)
+    heads = MedusaHeads(1, HIDDEN)
+    options = TrainOptions(
+        epochs=40, batch_size=64, learning_rate=1e-2, max_targets=3, num_negatives=4
+    )
+    train_heads(heads, corpus, lm_head_VH, options)
+    right_T = target_ranks(heads, corpus, lm_head_VH)[:, 0] == 0
+    counts = corpus.targets_TK[corpus.targets_TK != NO_TARGET].bincount(minlength=VOCAB)
+    taught_T = torch.isin(corpus.targets_TK[:, 0], counts.argsort(descending=True)[:3])
+    assert right_T[taught_T].all()
+    assert right_T[~taught_T].float().mean() < 0.5
+
+
 def test_only_the_heads_learn() -> None:
     corpus, lm_head_VH = counting_corpus(2)
     frozen, states = lm_head_VH.clone(), corpus.hidden_TH.clone()

@@ -46,30 +46,37 @@ class TrainOptions:
     batch_size: int = 2048
     learning_rate: float = 1e-3
     warmup: float = 0.1  # share of the steps
-    num_negatives: int = 1024  # tokens outside the corpus that join the softmax of a step
+    max_targets: int = 6144  # most frequent tokens that are taught; rarer ones are hardly guessed
+    num_negatives: int = 1024  # other tokens that join the softmax of a step
     seed: int = 0
 
 
 class _SampledVocabulary:
-    """The corpus' own tokens, always, and a few others, drawn anew each step.
+    """The corpus' most frequent tokens, always, and a few others, drawn anew each step.
 
-    The others stand for all that were not drawn, so log(not in corpus / drawn) is added to their
-    logits: the partition function stays right in expectation and the softmax costs S, not V.
+    The others stand for all that were not drawn, so log(others / drawn) is added to their logits:
+    the partition function stays right in expectation and the softmax costs S, not V.
     """
 
-    def __init__(self, targets_TK: Tensor, lm_head_VH: Tensor, num_negatives: int) -> None:
+    def __init__(self, targets_TK: Tensor, lm_head_VH: Tensor, options: TrainOptions) -> None:
         size = lm_head_VH.shape[0]
+        count_V = torch.bincount(targets_TK[targets_TK != NO_TARGET], minlength=size)
+        frequent_V = count_V.argsort(descending=True)[: options.max_targets]
         inside_V = torch.zeros(size, dtype=torch.bool)
-        inside_V[targets_TK[targets_TK != NO_TARGET]] = True
+        inside_V[frequent_V] = count_V[frequent_V] > 0
         self._own_S = inside_V.nonzero()[:, 0]
         self._others_S = (~inside_V).nonzero()[:, 0]
-        self._drawn = min(num_negatives, len(self._others_S))
+        self._drawn = min(options.num_negatives, len(self._others_S))
         self._lm_head_VH = lm_head_VH
-        self.column_V = torch.full((size,), NO_TARGET)
-        self.column_V[self._own_S] = torch.arange(len(self._own_S))
+        self._column_V = torch.full((size,), NO_TARGET)
+        self._column_V[self._own_S] = torch.arange(len(self._own_S))
         self._correction_S = torch.zeros(len(self._own_S) + self._drawn)
         if self._drawn:
             self._correction_S[len(self._own_S) :] = math.log(len(self._others_S) / self._drawn)
+
+    def columns(self, targets_P: Tensor) -> Tensor:
+        """Column of each target among the rows that `draw` gives, or NO_TARGET, [P]."""
+        return self._column_V[targets_P.clamp(min=0)].masked_fill(targets_P == NO_TARGET, NO_TARGET)
 
     def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """(lm_head rows [S, H], corrections [S]) of one step."""
@@ -109,7 +116,7 @@ def train_heads(
     """Train in place. Matrix products run in the dtype of the states, the loss in float32."""
     generator = torch.Generator().manual_seed(options.seed)
     vocabulary = _SampledVocabulary(
-        corpus.targets_TK, lm_head_VH.to(corpus.hidden_TH.dtype), options.num_negatives
+        corpus.targets_TK, lm_head_VH.to(corpus.hidden_TH.dtype), options
     )
     optimizer = torch.optim.AdamW(
         heads.parameters(), lr=options.learning_rate, betas=(0.9, 0.98), weight_decay=0.0
@@ -128,13 +135,13 @@ def train_heads(
             rows_SH, correction_S = vocabulary.draw(generator)
             x_PH, targets_PK = corpus.hidden_TH[picked], corpus.targets_TK[picked]
             for head in range(heads.num_heads):
-                valid_P = targets_PK[:, head] != NO_TARGET
+                columns_P = vocabulary.columns(targets_PK[:, head])
+                valid_P = columns_P != NO_TARGET
                 if not valid_P.any():
                     continue
-                columns_P = vocabulary.column_V[targets_PK[valid_P, head]]
                 r_PH = heads(x_PH[valid_P], head)
                 loss, gradient_PH = loss_and_gradient(
-                    r_PH.detach(), rows_SH, correction_S, columns_P
+                    r_PH.detach(), rows_SH, correction_S, columns_P[valid_P]
                 )
                 r_PH.backward(gradient_PH)
                 total_K[head] += loss
