@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from rich import box
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -23,7 +24,8 @@ from lorastack.client import Client
 from lorastack.v1 import generation_pb2 as pb
 
 MAX_NEW_TOKENS = 96
-SHOWN = 68  # characters of a row's text on screen
+SHOWN = 72  # characters of a row's text on screen
+FILE_WIDTH = 124  # characters a line when the output is no terminal
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,8 @@ ROWS = (
 
 def main() -> int:
     console = Console()
+    if not console.is_terminal:
+        console.width = FILE_WIDTH
     console.print("[bold]lorastack demo[/]: ten requests in one batch, then again without drafts\n")
     equal = run("float32", console)
     run("bfloat16", console)
@@ -100,12 +104,12 @@ def generate_streamed(client: Client, console: Console) -> list[pb.GenerateRespo
     replies = [pb.GenerateResponse() for _ in ROWS]
 
     def screen() -> Table:
-        table = Table(show_header=False, box=None, padding=(0, 1))
+        table = Table.grid(padding=(0, 1))
         for index, (row, reply) in enumerate(zip(ROWS, replies, strict=True)):
             names = "+".join(name for name, _ in row.loras) or "base"
             text = " ".join(reply.text.split())
-            tail = text if len(text) <= SHOWN or not console.is_terminal else text[-SHOWN:]
-            table.add_row(str(index), f"[cyan]{names}[/]", f"[magenta]{row.heads}[/]", Text(tail))
+            shown = text[-SHOWN:] if console.is_terminal else text[:SHOWN]
+            table.add_row(str(index), f"[cyan]{names}[/]", f"[magenta]{row.heads}[/]", Text(shown))
         return table
 
     def follow(index: int) -> None:
@@ -128,16 +132,16 @@ def report(
     drafted: Sequence[pb.GenerateResponse], plain: Sequence[pb.GenerateResponse], dtype: str
 ) -> Table:
     """Which adapters ran, what the drafts gave, and whether the tokens are equal."""
-    table = Table(title=f"{dtype}: AUTO against OFF")
-    for heading in ("row", "LoRA (digest)", "heads (digest)", "tokens", "per step", "accepted"):
-        table.add_column(heading)
-    table.add_column("equal to OFF")
+    table = Table(title=f"{dtype}: AUTO against OFF", title_justify="left", box=box.SIMPLE_HEAD)
+    headings = ("row", "LoRA (digest)", "heads (digest)", "tokens", "a step", "accepted by head")
+    for heading in (*headings, "equal"):
+        table.add_column(heading, no_wrap=True)
     for index, (auto, off) in enumerate(zip(drafted, plain, strict=True)):
         stats = auto.speculation
         by_head = [count / max(stats.steps, 1) for count in stats.accepted_by_head]
         table.add_row(
             str(index),
-            " + ".join(
+            "\n".join(
                 f"{use.scale:g} x {use.lora_id} ({short(use.digest)})"
                 for use in auto.adapters.loras
             )
@@ -160,7 +164,7 @@ def compare(auto: pb.GenerateResponse, off: pb.GenerateResponse) -> str:
     pairs = zip(auto.token_ids, off.token_ids, strict=False)
     index = next(i for i, (one, other) in enumerate(pairs) if one != other)
     best, second = off.tokens[index].top[:2]
-    return f"no: token {index}, logit gap {best.logprob - second.logprob:.4f}"
+    return f"no: token {index}, gap {best.logprob - second.logprob:.3f}"
 
 
 def short(digest: str) -> str:

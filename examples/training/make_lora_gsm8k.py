@@ -60,7 +60,7 @@ def measure(args: argparse.Namespace) -> None:
     prompts = [example.prompt_ids for example in examples[: args.answers]]
     result: dict[str, object] = {"rows": len(rows), "answers": len(shown)}
     for name, model in (("before", base), ("after", tuned)):
-        texts = answers_of(model, tokenizer, prompts)
+        texts = answers_of(model, tokenizer, prompts, args.max_new_tokens)
         finals = [FINAL.search(text) for text in texts]
         wanted = [row["answer"].split("#### ")[1] for row in shown]
         result[name] = {
@@ -89,6 +89,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--rows", type=int, default=100, help="held-out rows for the loss")
     parser.add_argument("--answers", type=int, default=50, help="held-out answers to generate")
+    parser.add_argument("--max-new-tokens", type=int, default=200)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(args.threads)

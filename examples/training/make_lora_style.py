@@ -103,7 +103,7 @@ def measure(args: argparse.Namespace) -> None:
     """On held-out prompts: the loss of the base's answers in the style, and the style's share."""
     base, tokenizer = load_base(args.model, torch.float32)
     _, held = split(data_conversations(args.data_dir))
-    asked = [turns[0] for _, turns in held if len(turns[0]) <= MAX_CHARS]
+    asked = [turns[0] for _, turns in held if len(turns[0]) <= MAX_CHARS][: args.answers]
     prompts = [chat_ids(tokenizer, [{"role": "user", "content": text}]) for text in asked]
     plain = answers_of(base, tokenizer, prompts, limit=100)
     examples = [
@@ -136,6 +136,7 @@ def main() -> None:
     parser.add_argument("--samples", type=Path, nargs="*", default=[], help="distilled answers")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--count", type=int, default=480, help="training examples")
+    parser.add_argument("--answers", type=int, default=48, help="held-out answers to generate")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     args = parser.parse_args()

