@@ -83,13 +83,20 @@ def join(parts: Sequence[pb.GenerateStreamResponse]) -> pb.GenerateResponse:
 
 
 class LiveServer:
-    """Serves `model` until closed. digests: what `upload` stored, by id."""
+    """Serves `model` (None: the default one) until closed. digests: what `upload` stored, by id."""
 
     def __init__(
-        self, model: Path, *, engine: EngineConfig, adapters: AdapterConfig, dtype: str = "float32"
+        self,
+        model: Path | None,
+        *,
+        engine: EngineConfig,
+        adapters: AdapterConfig,
+        dtype: str = "float32",
     ) -> None:
         self._config = ServerConfig(
-            model=ModelConfig(model=str(model), device="cpu", dtype=dtype),
+            model=ModelConfig(
+                model=None if model is None else str(model), device="cpu", dtype=dtype
+            ),
             engine=engine,
             adapters=adapters,
             service=ServiceConfig(port=0, drain_timeout=5.0),

@@ -58,10 +58,10 @@ def prompts() -> list[str]:
 
 @pytest.fixture(scope="module")
 def server(
-    tmp_path_factory: pytest.TempPathFactory, smollm: Path, example_adapters: Path
+    tmp_path_factory: pytest.TempPathFactory, example_adapters: Path
 ) -> Iterator[LiveServer]:
     store = AdapterConfig(store=tmp_path_factory.mktemp("real") / "store")
-    with LiveServer(smollm, engine=EngineConfig(kv_memory=GIB), adapters=store) as live:
+    with LiveServer(None, engine=EngineConfig(kv_memory=GIB), adapters=store) as live:
         live.upload_all({name: example_adapters / name for name in (*LORAS, *HEADS[1:])})
         yield live
 
