@@ -18,7 +18,8 @@ from lorastack.v1 import generation_pb2 as pb
 from tests.helpers.live import LiveServer
 from tests.helpers.reference import Reference, first_mismatch
 
-pytestmark = pytest.mark.real
+# The reference generates every request alone, on as little as one busy core.
+pytestmark = [pytest.mark.real, pytest.mark.timeout(1800)]
 
 PROMPTS = Path(__file__).parents[2] / "examples" / "prompts"
 LORAS = ("lora-gsm8k", "lora-style")
