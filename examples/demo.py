@@ -25,7 +25,7 @@ from lorastack.v1 import generation_pb2 as pb
 
 MAX_NEW_TOKENS = 96
 SHOWN = 72  # characters of a row's text on screen
-FILE_WIDTH = 124  # characters a line when the output is no terminal
+FILE_WIDTH = 140  # characters a line when the output is no terminal
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ def run(dtype: str, console: Console) -> bool:
             f"backend {info.backend}; uploaded {', '.join(adapters)}"
         )
         drafted = generate_streamed(client, console)
-        console.print("the same requests with speculation OFF ...")
+        console.print("\nthe same requests with speculation OFF ...")
         plain = generate(client, pb.OFF)
     console.print(report(drafted, plain, dtype))
     return all(a.token_ids == b.token_ids for a, b in zip(drafted, plain, strict=True))
