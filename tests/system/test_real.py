@@ -56,7 +56,7 @@ class Case:
 def prompts() -> list[str]:
     """24 chat prompts, 24 word problems, 16 functions."""
     files = [PROMPTS / "chat.jsonl", PROMPTS / "maths.jsonl"]
-    texts = [json.loads(line)["prompt"] for file in files for line in file.open()]
+    texts = [json.loads(line)["prompt"] for file in files for line in file.read_text().splitlines()]
     return texts + [problem["prompt"] for problem in read_problems().values()][:16]
 
 
