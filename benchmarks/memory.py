@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import typer
 
-from examples.local_server import ADAPTERS, local_server
+from examples.local_server import ADAPTERS, local_server, upload_examples
 from lorastack.client import Client
 from lorastack.v1 import generation_pb2 as pb
 from lorastack.v1.adapters_pb2 import Adapter
@@ -50,16 +50,16 @@ def main() -> None:
 
 def upload(client: Client) -> list[Adapter]:
     """The examples, and copies whose config names no base, which makes other digests of them."""
-    folders = sorted(path for path in ADAPTERS.iterdir() if path.is_dir())
-    adapters = [client.upload(folder, folder.name) for folder in folders]
+    examples = upload_examples(client)
+    adapters = list(examples.values())
     with tempfile.TemporaryDirectory() as scratch:
-        for folder in folders[: NUM_ADAPTERS - len(adapters)]:
-            copy = Path(shutil.copytree(folder, Path(scratch, folder.name)))
+        for name in list(examples)[: NUM_ADAPTERS - len(adapters)]:
+            copy = Path(shutil.copytree(ADAPTERS / name, Path(scratch, name)))
             for config in copy.glob("*config.json"):
                 fields = json.loads(config.read_text())
                 fields.pop("base_model_name_or_path", None)
                 config.write_text(json.dumps(fields))
-            adapters.append(client.upload(copy, f"{folder.name}-copy"))
+            adapters.append(client.upload(copy, f"{name}-copy"))
     return adapters
 
 

@@ -130,10 +130,6 @@ class Engine:
     def num_pages_held(self) -> int:
         return self._pages.num_held
 
-    @property
-    def failed(self) -> bool:
-        return self._closed and not self._draining
-
     def drain(self, timeout: float) -> bool:
         """Refuse new requests and wait up to `timeout` seconds for the others; True: all ended."""
         with self._changed:
