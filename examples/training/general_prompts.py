@@ -24,6 +24,12 @@ encryption; blockchain; Python; JavaScript; open source; video games; chess; foo
 the Olympic Games; jazz; classical music; the piano; painting; photography; poetry; Shakespeare;
 science fiction; fairy tales; dinosaurs; whales; volcanoes; earthquakes; the Moon; Mars; the solar
 system; atoms; electricity; magnets; DNA; evolution; the heart; the brain; memory; stress;
+tigers; the Amazon rainforest; the Great Wall of China; New York; London; Australia; the Eiffel
+Tower; the United Nations; taxes; insurance; law school; nursing; engineering; astronauts; trains;
+airplanes; bicycles; clocks; mirrors; salt; sugar; rice; cheese; bananas; honey; tea; soap; glass;
+paper; plastic; gold; diamonds; oil; wind turbines; batteries; smartphones; cameras; robots; maps;
+calendars; weddings; birthdays; Halloween; dreams; laughter; music festivals; film making; dance;
+theatre; comic books; languages; handwriting; mathematics; statistics; geometry; probability;
 friendship; honesty; courage; a rainy day; the sea; autumn; winter; a lost key; an old lighthouse;
 a talking dog; a robot that wants to paint; a journey by train
 """
@@ -48,6 +54,18 @@ _FORMS = (
     "Summarize what is known about {}.",
     "Who is a famous person connected with {}?",
     "Compare {} with something similar.",
+    "Who discovered or invented {}?",
+    "When did {} begin?",
+    "Where does the word for {} come from?",
+    "What is the most famous example of {}?",
+    "How much does {} cost?",
+    "What are common mistakes with {}?",
+    "Give me a quote about {}.",
+    "You are an expert on {}. Answer a child's first question about it.",
+    "Write a product description for something to do with {}.",
+    "Rewrite this sentence more formally: I think {} is really great.",
+    "What will change about {} in the future?",
+    "Write a short speech about {}.",
 )
 _GERMAN = (
     ("Die Regierung", "Der Verein", "Das Unternehmen", "Die Stadt", "Der Trainer", "Eine Studie",

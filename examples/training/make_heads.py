@@ -117,7 +117,7 @@ def run_train(args: argparse.Namespace) -> None:
     tuning = parts_of(found[next(iter(mix))], 1.0, tuning=True)
     ranks_TK = target_ranks(heads, tuning, lm_head_VH.float())
     table = rank_accuracies(ranks_TK)
-    choices = search_choices(table)
+    choices = search_choices(ranks_TK)
     save_heads(args.adapter, heads, BASE_MODEL, choices)
     log.info("top-1 on tuning samples: %s", " ".join(f"{row[0]:.3f}" for row in table))
     tokens, steps = tokens_per_step(ranks_TK, tuning.starts, choices[:24])

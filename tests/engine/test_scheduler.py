@@ -59,11 +59,12 @@ class Pool:
     def __init__(self, chance: random.Random) -> None:
         self.chance = chance
         self.pins: Counter[str] = Counter()
+        self.missing: set[str] = set()
 
     def acquire(self, digests: Sequence[str]) -> tuple[DeviceAdapter, ...] | None:
         if "broken" in digests:
             raise DataLossError("broken")
-        if digests and self.chance.random() < 0.2:
+        if self.missing & set(digests) or (digests and self.chance.random() < 0.2):
             return None
         self.pins.update(digests)
         heads = NUM_HEADS if any(digest.startswith("heads") for digest in digests) else 0
@@ -357,3 +358,22 @@ def test_parked_rows_give_way_to_running_ones() -> None:
     world.run()
     assert world.tokens["slow"] == plain(row.request, eos=-1)
     world.assert_idle()
+
+
+def test_a_parked_row_keeps_its_slot_for_one_that_cannot_start() -> None:
+    world = World(16, max_rows=1)
+    world.scheduler.add(make_row(make_request("slow", [1] * 12, 8, ignore_eos=True)))
+    while world.pages.num_held == 0:
+        world.step()
+    row = world.scheduler.find("slow")
+    assert row is not None
+    row.parked = True
+    world.pool.missing.add("late")
+    lora = LoraUse(lora_id="late", digest="late", scale=1.0)
+    world.scheduler.add(make_row(make_request("next", [2] * 4, 2, loras=(lora,))))
+    world.step()
+    assert row.pages
+    world.pool.missing.clear()
+    while "next" not in world.last:
+        world.step()
+    assert not row.pages

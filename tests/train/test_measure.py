@@ -1,6 +1,8 @@
 """Ranks, the tree search and the count of steps, against slow and plain versions."""
 
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lorastack.train.heads import MedusaHeads
 from lorastack.train.hidden import NO_TARGET, HiddenCorpus
@@ -11,16 +13,6 @@ from lorastack.train.measure import (
     target_ranks,
     tokens_per_step,
 )
-
-ACCURACIES = [[0.5, 0.2, 0.1, 0.0], [0.4, 0.1, 0.05, 0.02], [0.3, 0.1, 0.02, 0.01]]
-
-
-def worth(path: tuple[int, ...]) -> float:
-    product = 1.0
-    for head, rank in enumerate(path):
-        product *= ACCURACIES[head][rank]
-    return product
-
 
 def test_ranks_count_better_tokens_and_ties_go_to_the_lowest_id() -> None:
     lm_head_VH = torch.tensor([[3.0], [1.0], [2.0], [2.0], [0.0]])
@@ -35,27 +27,18 @@ def test_accuracies_leave_out_positions_without_a_target() -> None:
     assert rank_accuracies(ranks_TK, 3) == [[0.5, 0.25, 0.0], [0.5, 0.5, 0.0]]
 
 
-def test_every_prefix_of_the_choices_is_a_tree() -> None:
-    choices = search_choices(ACCURACIES, 20)
-    assert len(choices) == len(set(choices)) == 20
-    for size in range(len(choices)):
-        tree = set(choices[:size])
-        path = choices[size]
-        assert len(path) == 1 or path[:-1] in tree
-        assert path[-1] == 0 or (*path[:-1], path[-1] - 1) in tree
-
-
-def test_choices_come_in_order_of_worth() -> None:
-    choices = search_choices(ACCURACIES, 20)
-    worths = [worth(path) for path in choices]
+@given(st.lists(st.tuples(*[st.integers(-1, 3)] * 3), max_size=40), st.integers(0, 12))
+def test_chosen_trees_catch_the_most_guesses(
+    rows: list[tuple[int, int, int]], num_nodes: int
+) -> None:
+    choices = search_choices(torch.tensor(rows).reshape(-1, 3), num_nodes, num_ranks=3)
+    worths = [sum(row[: len(path)] == path for row in rows) for path in choices]
     assert worths == sorted(worths, reverse=True)
-    assert choices[:4] == [(0,), (0, 0), (1,), (2,)]
-
-
-def test_choices_end_where_the_table_does() -> None:
-    assert sorted(search_choices([[0.5, 0.1], [0.4, 0.2]], 63)) == [
-        (0,), (0, 0), (0, 1), (1,), (1, 0), (1, 1),
-    ]  # fmt: skip
+    assert all(len(path) == 1 or path[:-1] in choices[:i] for i, path in enumerate(choices))
+    right = {row[:k] for row in rows for k in (1, 2, 3) if all(0 <= r < 3 for r in row[:k])}
+    left_out = [sum(row[: len(path)] == path for row in rows) for path in right - set(choices)]
+    assert len(choices) == min(num_nodes, len(right))
+    assert not worths or max(left_out, default=0) <= worths[-1]
 
 
 def test_steps_are_counted_as_decoding_would() -> None:

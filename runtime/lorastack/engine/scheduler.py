@@ -166,11 +166,13 @@ class Scheduler:
     def _admit(self, budget: int, now: float) -> None:
         """Start waiting rows in order; one whose LoRA is still loading waits aside."""
         for row in list(self._waiting):
-            if budget <= 0 or not self._free_slot():
+            if budget <= 0 or not (self._has_slot() or any(row.parked for row in self._running)):
                 return
             adapters = None if row.parked else self._acquire(row, now)
             if adapters is None:
                 continue
+            if not self._has_slot():
+                self._preempt_parked()
             cached, hashes = self._pages.match(row.kv_root, row.tokens)
             missing = self._pages.pages_for(len(row.tokens)) - len(cached)
             while (fresh := self._pages.allocate(missing)) is None and self._preempt_parked():
@@ -312,9 +314,8 @@ class Scheduler:
                 return False
         return True
 
-    def _free_slot(self) -> bool:
-        """Whether one more row may run, parked ones giving way."""
-        return len(self._running) < self._config.max_rows or self._preempt_parked()
+    def _has_slot(self) -> bool:
+        return len(self._running) < self._config.max_rows
 
     def _preempt_parked(self) -> bool:
         """Take back the pages of the latest parked row; False: there is none."""

@@ -6,6 +6,7 @@ of those tokens among each head's guesses say everything: no tree has to be deco
 Shape suffixes: T positions, K heads, P positions of a chunk, V vocabulary.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -48,25 +49,21 @@ def rank_accuracies(ranks_TK: Tensor, num_ranks: int = 10) -> list[list[float]]:
     return table
 
 
-def search_choices(accuracies: Sequence[Sequence[float]], num_nodes: int = 63) -> list[Path_]:
-    """Paths in priority order: every prefix of the list is a tree, and the best of its size.
+def search_choices(ranks_TK: Tensor, num_nodes: int = 63, num_ranks: int = 10) -> list[Path_]:
+    """Paths in order of worth: every prefix of the list is a tree, and the best of its size.
 
-    From the root, keep adding the neighbour (next sibling, first child) with the largest product
-    of accuracies. A node is never added before its parent or its elder sibling.
+    A path is worth the positions where it is right, as a whole. Its prefix is right wherever it is,
+    so counting is all the search there is; a product of the heads' accuracies would miss that a
+    head is mostly right where those before it are.
     """
-    chosen: list[Path_] = []
-    neighbours: dict[Path_, float] = {(0,): accuracies[0][0]}
-    while neighbours and len(chosen) < num_nodes:
-        path = max(neighbours, key=lambda found: (neighbours[found], [-rank for rank in found]))
-        score = neighbours.pop(path)
-        chosen.append(path)
-        depth, rank = len(path), path[-1]
-        row = accuracies[depth - 1]
-        if rank + 1 < len(row) and row[rank] > 0:
-            neighbours[(*path[:-1], rank + 1)] = score / row[rank] * row[rank + 1]
-        if depth < len(accuracies):
-            neighbours[(*path, 0)] = score * accuracies[depth][0]
-    return chosen
+    counts: Counter[Path_] = Counter()
+    for row in ranks_TK.tolist():
+        for depth, rank in enumerate(row, start=1):
+            if not 0 <= rank < num_ranks:
+                break
+            counts[tuple(row[:depth])] += 1
+    ordered = sorted(counts, key=lambda path: (-counts[path], len(path), path))
+    return ordered[:num_nodes]
 
 
 def tokens_per_step(
