@@ -1,11 +1,12 @@
 """The part that the two example LoRAs share: chat examples, a loss on the answer only, PEFT."""
 
+import argparse
 import json
 import logging
 import math
 import random
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from lorastack.train.distill import chat_ids, generate_batch
 
 BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 IGNORED = -100
+Step = Callable[[argparse.Namespace], None]
 log = logging.getLogger("lora")
 
 
@@ -159,3 +161,83 @@ def answers_of(
         for ids in generate_batch(model, batch, eos_id=eos_id, max_new_tokens=limit):
             found.append(str(tokenizer.decode(ids, skip_special_tokens=True)))
     return found
+
+
+def train_and_save(
+    args: argparse.Namespace,
+    examples_of: Callable[[Tokenizer], list[Example]],
+    rank: int,
+    target_modules: list[str],
+) -> None:
+    """On a bfloat16 base; alpha is 16, no dropout."""
+    model, tokenizer = load_base(args.model, torch.bfloat16)
+    examples = examples_of(tokenizer)
+    log.info("%d examples, longest %d", len(examples), max(map(length_of, examples)))
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=16,
+        lora_dropout=0.0,
+        task_type="CAUSAL_LM",
+        target_modules=target_modules,
+    )
+    tuned = train_lora(
+        model,
+        examples,
+        config,
+        pad_id=int(tokenizer.pad_token_id),
+        epochs=args.epochs,
+        learning_rate=args.learning_rate,
+    )
+    save_lora(tuned, args.adapter)
+
+
+def compare(
+    args: argparse.Namespace,
+    prompts: list[str],
+    examples_of: Callable[[Tokenizer, list[str]], list[Example]],
+    shares_of: Callable[[list[str]], dict[str, float]],
+) -> None:
+    """Log the base without and with the adapter, in float32: loss, shares, the first answers.
+
+    examples_of: the held-out examples for the loss, given the base's own answers.
+    """
+    base, tokenizer = load_base(args.model, torch.float32)
+    tuned = with_adapter(args.model, args.adapter)
+    ids = [chat_ids(tokenizer, [{"role": "user", "content": text}]) for text in prompts]
+    before, after = (
+        answers_of(model, tokenizer, ids, args.max_new_tokens) for model in (base, tuned)
+    )
+    examples = examples_of(tokenizer, before)
+    result: dict[str, object] = {"answers": len(prompts), "loss_rows": len(examples)}
+    for name, model, texts in (("before", base, before), ("after", tuned, after)):
+        loss = mean_loss(model, examples, int(tokenizer.pad_token_id))
+        result[name] = {"loss": round(loss, 4), **shares_of(texts), "first": texts[:2]}
+    log.info("%s", json.dumps(result, indent=1, ensure_ascii=False))
+
+
+def share(flags: Sequence[bool]) -> float:
+    return round(sum(flags) / len(flags), 3)
+
+
+def parser_of(doc: str | None, **defaults: float) -> argparse.ArgumentParser:
+    """The options of both scripts; defaults by option name."""
+    parser = argparse.ArgumentParser(description=doc)
+    parser.add_argument("step", choices=("train", "measure"))
+    parser.add_argument("--model", required=True, help="folder or hub id of the base model")
+    parser.add_argument("--data-dir", type=Path, required=True)
+    parser.add_argument("--adapter", type=Path, required=True, help="folder to write or measure")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--count", type=int, help="training examples")
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--learning-rate", type=float)
+    parser.add_argument("--answers", type=int, default=48, help="held-out answers to generate")
+    parser.add_argument("--max-new-tokens", type=int, help="of a held-out answer")
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def run(parser: argparse.ArgumentParser, train: Step, measure: Step) -> None:
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    torch.set_num_threads(args.threads)
+    (train if args.step == "train" else measure)(args)

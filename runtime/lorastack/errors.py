@@ -36,6 +36,9 @@ class Reason(StrEnum):
     STORE_FULL = "STORE_FULL"
     STORE_IN_USE = "STORE_IN_USE"
     STORE_FORMAT = "STORE_FORMAT"
+    STORE_READ_ONLY = "STORE_READ_ONLY"
+    PULL_NOT_ALLOWED = "PULL_NOT_ALLOWED"
+    HUB_FAILED = "HUB_FAILED"
     STEP_FAILED = "STEP_FAILED"
     INTERNAL = "INTERNAL"
 
@@ -112,6 +115,12 @@ class RequestCancelledError(LorastackError):
     """CANCELLED: the caller gave up."""
 
     default_reason = Reason.CANCELLED
+
+
+class PermissionDeniedError(LorastackError):
+    """PERMISSION_DENIED: the server's configuration does not allow it."""
+
+    default_reason = Reason.PULL_NOT_ALLOWED
 
 
 class UnavailableError(LorastackError):

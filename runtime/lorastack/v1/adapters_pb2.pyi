@@ -105,14 +105,16 @@ class PlanUploadResponse(_message.Message):
     def __init__(self, needed: _Optional[_Iterable[_Union[NeededBlob, _Mapping]]] = ...) -> None: ...
 
 class UploadHeader(_message.Message):
-    __slots__ = ("id", "files", "if_digest")
+    __slots__ = ("id", "files", "if_digest", "accept_base")
     ID_FIELD_NUMBER: _ClassVar[int]
     FILES_FIELD_NUMBER: _ClassVar[int]
     IF_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    ACCEPT_BASE_FIELD_NUMBER: _ClassVar[int]
     id: str
     files: _containers.RepeatedCompositeFieldContainer[FileSpec]
     if_digest: str
-    def __init__(self, id: _Optional[str] = ..., files: _Optional[_Iterable[_Union[FileSpec, _Mapping]]] = ..., if_digest: _Optional[str] = ...) -> None: ...
+    accept_base: bool
+    def __init__(self, id: _Optional[str] = ..., files: _Optional[_Iterable[_Union[FileSpec, _Mapping]]] = ..., if_digest: _Optional[str] = ..., accept_base: _Optional[bool] = ...) -> None: ...
 
 class UploadChunk(_message.Message):
     __slots__ = ("sha256", "offset", "data")
@@ -133,18 +135,22 @@ class UploadAdapterRequest(_message.Message):
     def __init__(self, header: _Optional[_Union[UploadHeader, _Mapping]] = ..., chunk: _Optional[_Union[UploadChunk, _Mapping]] = ...) -> None: ...
 
 class PullAdapterRequest(_message.Message):
-    __slots__ = ("id", "hub_id", "folder", "revision", "token")
+    __slots__ = ("id", "hub_id", "folder", "revision", "token", "if_digest", "accept_base")
     ID_FIELD_NUMBER: _ClassVar[int]
     HUB_ID_FIELD_NUMBER: _ClassVar[int]
     FOLDER_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
+    IF_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    ACCEPT_BASE_FIELD_NUMBER: _ClassVar[int]
     id: str
     hub_id: str
     folder: str
     revision: str
     token: str
-    def __init__(self, id: _Optional[str] = ..., hub_id: _Optional[str] = ..., folder: _Optional[str] = ..., revision: _Optional[str] = ..., token: _Optional[str] = ...) -> None: ...
+    if_digest: str
+    accept_base: bool
+    def __init__(self, id: _Optional[str] = ..., hub_id: _Optional[str] = ..., folder: _Optional[str] = ..., revision: _Optional[str] = ..., token: _Optional[str] = ..., if_digest: _Optional[str] = ..., accept_base: _Optional[bool] = ...) -> None: ...
 
 class PullAdapterResponse(_message.Message):
     __slots__ = ("done_bytes", "total_bytes", "adapter")
