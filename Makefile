@@ -6,7 +6,7 @@ PYTHON ?= python3
 PROTOS := $(wildcard protos/lorastack/v1/*.proto)
 PROTOC = $(PY) -m grpc_tools.protoc -Iprotos --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) $(PROTOS)
 
-.PHONY: install proto check format test test-quick test-real demo bench serve clean
+.PHONY: install proto check format test test-quick test-real demo bench bench-paging serve clean
 
 install: $(STAMP)
 
@@ -47,6 +47,12 @@ demo: $(STAMP)
 bench: $(STAMP)
 	$(PY) -m benchmarks.heads
 	$(PY) -m benchmarks.memory
+
+bench-paging: $(STAMP)
+	$(PY) -m benchmarks.paging.listing
+	$(PY) -m benchmarks.paging.stalls
+	$(PY) -m benchmarks.paging.pressure
+	$(PY) -m benchmarks.paging.zipf
 
 serve: $(STAMP)
 	$(VENV)/bin/lorastack serve

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from lorastack.v1.adapters_pb2 import Adapter
 ADAPTERS = Path(__file__).parent / "adapters"
 ADDRESS = re.compile(r" on (\S+:\d+) ")
 STOP_SECONDS = 60
+SERVE = ("-m", "lorastack.cli.main", "serve", "--port", "0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,18 +31,23 @@ class LocalServer:
 
 
 @contextmanager
-def local_server(*options: str) -> Iterator[LocalServer]:
+def local_server(*options: str, command: Sequence[str] = SERVE) -> Iterator[LocalServer]:
     """Serve with `options` of `lorastack serve` and an empty store until the block ends.
+
+    command: another module of the project that serves, and takes its options.
 
     Leaves nothing behind. Raises RuntimeError with the server's last words if it does not start.
     """
     with tempfile.TemporaryDirectory(prefix="lorastack-") as folder:
         log = Path(folder, "server.log")
-        command = [sys.executable, "-m", "lorastack.cli.main", "serve"]
-        places = ["--store", str(Path(folder, "store")), "--port", "0"]
+        environment = {**os.environ, "LORASTACK_STORE": str(Path(folder, "store"))}
         with log.open("w") as stderr:
             process = subprocess.Popen(
-                [*command, *places, *options], stdout=subprocess.PIPE, stderr=stderr, text=True
+                [sys.executable, *command, *options],
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                env=environment,
             )
         try:
             assert process.stdout is not None

@@ -1,0 +1,1 @@
+"""Paging benchmarks: thousands of adapters behind a device that holds a few dozen."""

@@ -1,0 +1,98 @@
+"""How long do 10,000 adapters take to list, and a server to open?
+
+The store is filled in process, as uploads would (equal tensors are stored once). A server then
+opens it; its adapters are listed through gRPC, page after page.
+
+    python -m benchmarks.paging.listing
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from benchmarks.paging.report import report
+from benchmarks.paging.synthetic import adapter_id, write_adapter
+from benchmarks.paging.zipf import SERVING
+from examples.local_server import local_server
+from lorastack.adapters.durable import hash_file
+from lorastack.adapters.load import Validator
+from lorastack.adapters.manifest import FileSpec
+from lorastack.adapters.registry import Registry
+from lorastack.client import Client
+from lorastack.config import GIB
+from lorastack.engine.base import base_weight, model_shapes
+from lorastack.engine.loading import model_folder
+from lorastack.model.decoder import fingerprint
+
+
+def main(
+    adapters: Annotated[int, typer.Option(help="In the store.")] = 10_000,
+    repeats: Annotated[int, typer.Option(help="Of every timing.")] = 5,
+) -> None:
+    """Measure and print a table and a JSON line."""
+    with tempfile.TemporaryDirectory(prefix="lorastack-") as folder:
+        store = Path(folder, "store")
+        fill(store, Path(folder, "source"), adapters)
+        opening = [seconds(lambda: Registry(store, read_only=True)) for _ in range(repeats)]
+        options = (str(store), "--device-memory", str(GIB), "--read-only-store")
+        with local_server(*options, command=SERVING) as server, Client(server.address) as client:
+            assert len(client.list_adapters()) == adapters
+            listing = [seconds(client.list_adapters) for _ in range(repeats)]
+            page = [seconds(partial(client.list_adapters, "synthetic/00")) for _ in range(repeats)]
+    report(
+        f"A store of {adapters} adapters",
+        [
+            {"what": what, "median ms": round(1000 * statistics.median(found), 1)}
+            for what, found in (
+                ("open the store", opening),
+                ("list all", listing),
+                ("list the first 1,000", page),
+            )
+        ],
+    )
+
+
+def fill(store: Path, source: Path, adapters: int) -> None:
+    """Adapters of one set of tensors and a config each."""
+    base, name = model_folder(None)
+    validate = Validator(
+        shapes=model_shapes(base),
+        base_names=(name,),
+        base_weight=partial(base_weight, base),
+    )
+    write_adapter(source, 1, 0)
+    config = source / "adapter_config.json"
+    fields = json.loads(config.read_text())
+    registry = Registry(store)
+    for index in range(adapters):
+        config.write_text(json.dumps({**fields, "revision": str(index)}))
+        paths = {path.name: path for path in source.iterdir()}
+        specs = [
+            FileSpec(name=name, size=path.stat().st_size, sha256=hash_file(path))
+            for name, path in paths.items()
+        ]
+        upload = registry.begin_upload(adapter_id(index), specs)
+        for spec in specs:
+            if spec.sha256 in upload.needed:
+                upload.write(spec.sha256, 0, paths[spec.name].read_bytes())
+        upload.commit(validate, base_fingerprint=fingerprint(base))
+    registry.close()
+
+
+def seconds(call: object) -> float:
+    assert callable(call)
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    typer.run(main)

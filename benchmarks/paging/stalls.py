@@ -1,0 +1,118 @@
+"""Do running rows feel loads, uploads and pulls? Gaps between their tokens with and without.
+
+Four rows decode (two of the base, two with a LoRA) while a process of low priority has 200 cold
+adapters loaded, uploads adapters, or has them pulled from a folder. Quiet and busy phases take
+turns.
+
+    python -m benchmarks.paging.stalls
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from itertools import count, takewhile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from benchmarks.paging.report import report
+from benchmarks.paging.synthetic import adapter_id, ranks, scratch_folder, upload, write_adapter
+from benchmarks.paging.traffic import Call, background, percentile, send
+from benchmarks.paging.zipf import SERVING
+from examples.local_server import local_server
+from lorastack.client import Client
+from lorastack.config import GIB
+
+COLD = 200
+RUNNING = ("", "", adapter_id(0), adapter_id(1))
+
+
+def main(
+    max_new_tokens: Annotated[int, typer.Option(help="A running row and phase.")] = 256,
+    rounds: Annotated[int, typer.Option(help="Quiet and busy phases.")] = 3,
+) -> None:
+    """Measure and print a table and a JSON line."""
+    calls = [Call(lora_id=lora_id, max_new_tokens=max_new_tokens) for lora_id in RUNNING]
+    gaps: dict[str, list[float]] = {phase: [] for phase in _PHASES}
+    with (
+        background() as reader,
+        background() as other,
+        tempfile.TemporaryDirectory(prefix="lorastack-") as folder,
+        local_server(
+            str(Path(folder, "store")), "--device-memory", str(GIB), "--host-memory", str(GIB),
+            "--pull-root", folder, command=SERVING,
+        ) as server,
+    ):  # fmt: skip
+        with Client(server.address) as client:
+            upload(client, 0, ranks(len(RUNNING) + COLD))
+        reader.run(send, server.address, calls, len(calls))
+        stop = Path(folder, "stop")
+        for _ in range(rounds):
+            for phase in gaps:
+                stop.unlink(missing_ok=True)
+                ended = other.start(_PHASES[phase], server.address, folder)
+                found = reader.run(send, server.address, calls, len(calls))
+                stop.touch()
+                ended()
+                gaps[phase] += [gap for outcome in found for gap in outcome.gaps]
+    quiet = percentile(gaps["quiet"], 0.99)
+    report(
+        "Gaps between the tokens of four running rows",
+        [
+            {
+                "meanwhile": phase,
+                "median ms": round(1000 * percentile(found, 0.5), 1),
+                "p99 ms": round(1000 * percentile(found, 0.99), 1),
+                "longest ms": round(1000 * max(found), 1),
+                "p99 ratio": round(percentile(found, 0.99) / quiet, 2),
+            }
+            for phase, found in gaps.items()
+        ],
+    )
+
+
+def load_cold(address: str, folder: str) -> None:
+    """Loads cold adapters, and drops each from memory again."""
+    with Client(address) as client:
+        for index in _until_stopped(folder):
+            adapter = adapter_id(len(RUNNING) + index % COLD)
+            client.load_adapter(adapter)
+            client.unload_adapter(adapter)
+
+
+def upload_more(address: str, folder: str) -> None:
+    """Uploads adapters that the store does not have."""
+    with Client(address) as client:
+        for index in _until_stopped(folder):
+            with scratch_folder(16, 1_000_000 + index) as source:
+                client.upload(source, "synthetic/uploaded")
+
+
+def pull_more(address: str, folder: str) -> None:
+    """Has a folder pulled whose content changes."""
+    with Client(address) as client:
+        for index in _until_stopped(folder):
+            write_adapter(Path(folder, "source"), 16, 2_000_000 + index)
+            client.pull_adapter("synthetic/pulled", folder=str(Path(folder, "source")))
+
+
+def nothing(address: str, folder: str) -> None:
+    """The quiet phase."""
+
+
+def _until_stopped(folder: str) -> Iterator[int]:
+    return takewhile(lambda _: not Path(folder, "stop").exists(), count())
+
+
+_PHASES: dict[str, Callable[[str, str], None]] = {
+    "quiet": nothing,
+    "loads": load_cold,
+    "uploads": upload_more,
+    "pulls": pull_more,
+}
+
+
+if __name__ == "__main__":
+    typer.run(main)

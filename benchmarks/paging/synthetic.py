@@ -1,0 +1,77 @@
+"""LoRAs of the default model with random weights: q and v projections, mixed ranks."""
+
+from __future__ import annotations
+
+import json
+import random
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from lorastack.client import Client
+
+BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+NUM_LAYERS, HIDDEN, KEY = 30, 576, 192
+# Mean rank 15: 1.7 MB a LoRA in bfloat16.
+RANKS = (4, 8, 16, 32, 64)
+SHARES = (0.30, 0.30, 0.20, 0.15, 0.05)
+# Elements a rank: A and B of q_proj and v_proj of every layer.
+ELEMENTS_A_RANK = NUM_LAYERS * (2 * HIDDEN + HIDDEN + KEY)
+
+
+def ranks(count: int, seed: int = 0) -> list[int]:
+    """The ranks of `count` adapters."""
+    return random.Random(seed).choices(RANKS, SHARES, k=count)
+
+
+def adapter_id(index: int) -> str:
+    return f"synthetic/{index:05d}"
+
+
+def device_bytes(rank: int, itemsize: int) -> int:
+    """Of one adapter in a server whose dtype has `itemsize` bytes."""
+    return rank * ELEMENTS_A_RANK * itemsize
+
+
+def write_adapter(folder: Path, rank: int, seed: int) -> None:
+    """A PEFT folder. Weights are small enough that texts stay finite."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for layer in range(NUM_LAYERS):
+        for target, out in (("q_proj", HIDDEN), ("v_proj", KEY)):
+            path = f"base_model.model.model.layers.{layer}.self_attn.{target}"
+            for part, shape in (("A", (rank, HIDDEN)), ("B", (out, rank))):
+                values = torch.randn(shape, generator=generator) * 0.01
+                tensors[f"{path}.lora_{part}.weight"] = values.bfloat16()
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": BASE_MODEL,
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": ["q_proj", "v_proj"],
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+@contextmanager
+def scratch_folder(rank: int, seed: int) -> Iterator[Path]:
+    """A written adapter that is gone after the block."""
+    with tempfile.TemporaryDirectory(prefix="lorastack-") as name:
+        write_adapter(Path(name), rank, seed)
+        yield Path(name)
+
+
+def upload(client: Client, first: int, all_ranks: list[int]) -> list[str]:
+    """Stores adapters number first, first + 1, ...; their ids."""
+    found = []
+    for index, rank in enumerate(all_ranks, start=first):
+        with scratch_folder(rank, index) as folder:
+            client.upload(folder, adapter_id(index))
+        found.append(adapter_id(index))
+    return found
