@@ -36,7 +36,7 @@ test: $(STAMP)
 	$(VENV)/bin/pytest
 
 test-quick: $(STAMP)
-	$(VENV)/bin/pytest -m 'not real'
+	$(VENV)/bin/pytest -m 'not real and not slow'
 
 test-real: $(STAMP)
 	$(VENV)/bin/pytest -m real
