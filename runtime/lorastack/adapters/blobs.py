@@ -76,9 +76,7 @@ class Staging:
         """Appends to a blob. Raises InvalidArgumentError for a wrong place or too many bytes."""
         spec = self._needed.get(sha256)
         if spec is None:
-            raise InvalidArgumentError(
-                f"blob {sha256[:80]} was not announced, or is stored already"
-            )
+            raise InvalidArgumentError(f"blob {sha256[:80]} was not announced")
         if offset != self._sizes[sha256]:
             raise InvalidArgumentError(
                 f"{spec.name}: chunk at offset {offset}, but {self._sizes[sha256]} bytes are here"

@@ -41,8 +41,13 @@ class Upload:
         return self.staging.needed
 
     def write(self, sha256: str, offset: int, data: bytes) -> None:
-        """Appends to a blob. Raises InvalidArgumentError or ResourceExhaustedError."""
-        self.staging.write(sha256, offset, data)
+        """Appends to a blob. Raises InvalidArgumentError or ResourceExhaustedError.
+
+        A blob of this adapter that another upload has stored since the caller asked is not needed
+        any more: its bytes are dropped.
+        """
+        if sha256 not in {spec.sha256 for spec in self.files} - self.needed:
+            self.staging.write(sha256, offset, data)
 
     def commit(self, validate: Validate, *, base_fingerprint: str) -> Record:
         """Checks everything and makes it visible and durable; nothing is stored otherwise.
