@@ -46,6 +46,8 @@ class AdapterConfig:
     max_upload: int = 4 * GIB
     max_files: int = 64
     default_medusa: str = ""
+    pull_orgs: tuple[str, ...] = ()  # organisations of the hub that may be pulled from
+    pull_roots: tuple[Path, ...] = ()  # folders that may be pulled from
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

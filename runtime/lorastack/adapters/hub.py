@@ -197,7 +197,7 @@ def _hub_errors(hub_id: str) -> Iterator[None]:
         yield
     except HfHubHTTPError as error:
         raise _refused(hub_id, error) from error
-    except (HTTPError, OSError, KeyError, ValueError) as error:
+    except (HTTPError, OSError, KeyError, TypeError, ValueError) as error:
         # No connection, one cut short, or an answer that is not the hub's.
         raise _failed(hub_id, type(error).__name__) from error
 

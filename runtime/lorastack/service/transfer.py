@@ -1,0 +1,228 @@
+"""PullAdapter and DownloadAdapter: adapters from a hub or a folder into the store, and out again."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack
+from typing import BinaryIO
+
+from lorastack.adapters.hub import HubAddress, open_hub
+from lorastack.adapters.ids import check_id
+from lorastack.adapters.manifest import FileSpec, Record
+from lorastack.adapters.registry import Registry
+from lorastack.adapters.rooted import open_folder
+from lorastack.adapters.source import PIECE, Limits, SourceFile
+from lorastack.adapters.upload import Upload
+from lorastack.config import AdapterConfig
+from lorastack.errors import (
+    DataLossError,
+    InvalidArgumentError,
+    NotFoundError,
+    PermissionDeniedError,
+    RequestCancelledError,
+)
+from lorastack.service.store import StoreWriter
+from lorastack.service.threads import be_nice, run_in
+from lorastack.v1 import adapters_pb2
+
+NUM_PULLERS = 2  # pulls at a time; others wait for their turn
+NEWS_INTERVAL = 0.1  # seconds between two messages of progress
+
+Describe = Callable[[Record], adapters_pb2.Adapter]
+
+
+class Transfers:
+    """Pulls run in threads of low priority of their own, so a slow hub holds up no upload.
+
+    uploader is the one thread that changes the store; it also reads what is downloaded.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: AdapterConfig,
+        registry: Registry,
+        writer: StoreWriter,
+        uploader: Executor,
+    ) -> None:
+        self._orgs = config.pull_orgs
+        self._roots = config.pull_roots
+        self._limits = Limits(max_files=config.max_files, max_bytes=config.max_upload)
+        self._registry = registry
+        self._writer = writer
+        self._uploader = uploader
+        self._pullers = ThreadPoolExecutor(NUM_PULLERS, "lorastack-pull", initializer=be_nice)
+
+    def close(self) -> None:
+        """Waits for pulls that run; their callers have gone, so they end at their next piece."""
+        self._pullers.shutdown(cancel_futures=True)
+
+    async def pull(
+        self, request: adapters_pb2.PullAdapterRequest, describe: Describe
+    ) -> AsyncIterator[adapters_pb2.PullAdapterResponse]:
+        """Progress as it changes, then one message with the adapter. Closing it ends the pull.
+
+        Raises what the source refuses and what an upload of the same files raises.
+        """
+        progress = _Progress(asyncio.get_running_loop())
+        pulling = self._pullers.submit(self._pull, request, progress)
+        pulling.add_done_callback(progress.wake)
+        try:
+            while not pulling.done():
+                if (latest := await progress.next()) is not None:
+                    done, total = latest
+                    yield adapters_pb2.PullAdapterResponse(done_bytes=done, total_bytes=total)
+            record = await asyncio.wrap_future(pulling)
+        finally:
+            progress.cancelled = True
+            pulling.cancel()
+        size = record.manifest.size_bytes
+        yield adapters_pb2.PullAdapterResponse(
+            done_bytes=size, total_bytes=size, adapter=describe(record)
+        )
+
+    async def download(
+        self, request: adapters_pb2.DownloadAdapterRequest
+    ) -> AsyncIterator[adapters_pb2.DownloadAdapterResponse]:
+        """Every file's spec and then its bytes, hashed once more on the way.
+
+        Raises NotFoundError, and DataLossError if the stored bytes are not what they were.
+        """
+        record = await run_in(self._uploader, self._registry.resolve, request.id)
+        with ExitStack() as open_files:
+            # All at once: a deletion from now on changes nothing.
+            files = await run_in(self._uploader, self._open_stored, record, open_files)
+            for spec, file in zip(record.manifest.files, files, strict=True):
+                yield adapters_pb2.DownloadAdapterResponse(
+                    file=adapters_pb2.FileSpec(name=spec.name, size=spec.size, sha256=spec.sha256)
+                )
+                digest = hashlib.sha256()
+                while data := await run_in(self._uploader, _read, file, digest):
+                    yield adapters_pb2.DownloadAdapterResponse(data=data)
+                if digest.hexdigest() != spec.sha256:
+                    raise _damaged(record, spec)
+
+    def _pull(self, request: adapters_pb2.PullAdapterRequest, progress: _Progress) -> Record:
+        check_id(request.id)
+        if_digest = request.if_digest if request.HasField("if_digest") else None
+        with self._source(request, progress.check) as files:
+            specs = [file.spec for file in files]
+            offsets = {
+                spec.sha256: offset
+                for spec, offset in self._registry.plan_upload(request.id, specs)
+            }
+            opening = self._uploader.submit(
+                self._registry.begin_upload, request.id, specs, if_digest
+            )
+            upload = opening.result()
+            try:
+                _copy(files, offsets, upload, progress)
+            except BaseException:
+                upload.suspend()  # a later pull of the same files goes on from here
+                raise
+            commit = self._writer.commit
+            return self._uploader.submit(commit, upload, accept_base=request.accept_base).result()
+
+    def _source(
+        self, request: adapters_pb2.PullAdapterRequest, alive: Callable[[], None]
+    ) -> AbstractContextManager[list[SourceFile]]:
+        source = request.WhichOneof("source")
+        if source == "hub_id":
+            _check_enabled(self._orgs, "a hub", "--pull-org ORG")
+            address = HubAddress(
+                hub_id=request.hub_id, revision=request.revision or "main", token=request.token
+            )
+            return open_hub(address, self._orgs, self._limits, alive)
+        if source == "folder":
+            if request.revision or request.token:
+                raise InvalidArgumentError("revision and token belong to a hub_id, not to a folder")
+            _check_enabled(self._roots, "folders of its machine", "--pull-root DIR")
+            return open_folder(request.folder, self._roots, self._limits, alive)
+        raise InvalidArgumentError("a pull names a hub_id or a folder", field="source")
+
+    def _open_stored(self, record: Record, open_files: ExitStack) -> list[BinaryIO]:
+        paths = self._registry.files(record.digest)
+        try:
+            return [
+                open_files.enter_context(paths[s.name].open("rb")) for s in record.manifest.files
+            ]
+        except FileNotFoundError:
+            self._registry.verify(record.digest)  # says whether it was deleted or lost
+            raise NotFoundError(f"adapter {record.id!r} was replaced; ask again") from None
+
+
+class _Progress:
+    """What a pull's thread tells its caller; only the latest news counts."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.cancelled = False
+        self._loop = loop
+        self._changed = asyncio.Event()
+        self._latest: tuple[int, int] | None = None
+        self._next_news = 0.0  # time.monotonic()
+
+    def check(self) -> None:
+        """For the pull's thread. Raises RequestCancelledError once nobody listens."""
+        if self.cancelled:
+            raise RequestCancelledError("the caller of the pull has gone")
+
+    def report(self, done: int, total: int) -> None:
+        """For the pull's thread: bytes. Raises as `check` does."""
+        self.check()
+        if time.monotonic() >= self._next_news:
+            self._next_news = time.monotonic() + NEWS_INTERVAL
+            self._latest = (done, total)
+            self.wake()
+
+    def wake(self, _: object = None) -> None:
+        """Any thread: `next` has something to return."""
+        self._loop.call_soon_threadsafe(self._changed.set)
+
+    async def next(self) -> tuple[int, int] | None:
+        """News since the last call, or None if the pull has ended without."""
+        await self._changed.wait()
+        self._changed.clear()
+        latest, self._latest = self._latest, None
+        return latest
+
+
+def _copy(
+    files: Sequence[SourceFile], offsets: dict[str, int], upload: Upload, progress: _Progress
+) -> None:
+    """Writes what the store lacks. offsets: sha256 -> bytes of it that an earlier try left."""
+    by_sha256 = {file.spec.sha256: file for file in files}
+    total = sum(file.spec.size for file in by_sha256.values())
+    done = total - sum(by_sha256[sha256].spec.size - at for sha256, at in offsets.items())
+    progress.report(done, total)
+    for sha256, start in offsets.items():
+        at = start
+        for piece in by_sha256[sha256].read(start):
+            upload.write(sha256, at, piece)
+            at += len(piece)
+            progress.report(done := done + len(piece), total)
+
+
+def _read(file: BinaryIO, digest: hashlib._Hash) -> bytes:
+    data = file.read(PIECE)
+    digest.update(data)
+    return data
+
+
+def _check_enabled(allowed: Sequence[object], what: str, flag: str) -> None:
+    if not allowed:
+        raise PermissionDeniedError(
+            f"this server does not pull from {what}: start it with {flag}, or upload the adapter"
+        )
+
+
+def _damaged(record: Record, spec: FileSpec) -> DataLossError:
+    return DataLossError(
+        f"stored bytes of {spec.name} of adapter {record.id!r} are damaged (blob {spec.sha256}): "
+        "upload it again",
+        adapter_id=record.id,
+        digest=record.digest,
+    )
