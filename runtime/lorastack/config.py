@@ -46,6 +46,7 @@ class AdapterConfig:
     max_upload: int = 4 * GIB
     max_files: int = 64
     default_medusa: str = ""
+    base_names: tuple[str, ...] = ()  # what else adapters may call the base model
     pull_orgs: tuple[str, ...] = ()  # organisations of the hub that may be pulled from
     pull_roots: tuple[Path, ...] = ()  # folders that may be pulled from
 

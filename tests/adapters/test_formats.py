@@ -377,6 +377,10 @@ def test_base_names(lora: Path, heads: Path, named: str | None, served: str, sam
         with pytest.raises(FailedPreconditionError, match=str(named)) as refusal:
             check_base(parsed, ["other", served])
         assert refusal.value.reason is Reason.BASE_MODEL_DIFFERS
+        for remedy in ("--accept-base", f"--base-name {named}"):
+            assert remedy in refusal.value.message
+        check_base(parsed, ["other", served, str(named)])
+        check_base(parsed, ["other", served], accept=True)
 
 
 def test_both_parts_of_a_bundle_name_the_base(lora: Path, heads: Path) -> None:

@@ -107,19 +107,20 @@ def _combine(
     )
 
 
-def check_base(parsed: ParsedAdapter, base_names: Collection[str]) -> None:
+def check_base(parsed: ParsedAdapter, base_names: Collection[str], *, accept: bool = False) -> None:
     """Raises FailedPreconditionError when the folder names another base model than the server's.
 
-    base_names: what the server's model is called (hub id, folder). Names are equal when their last
-    path component is, in any case: trainers write local folders and mirrors there. A folder that
-    names no base passes; its shapes were checked anyway.
+    base_names: what the server's model is called (hub id, folder, aliases). Names are equal when
+    their last path component is, in any case: trainers write local folders and mirrors there. A
+    folder that names no base passes; its shapes were checked anyway. accept: any name passes.
     """
     served = {_last(name) for name in base_names}
     for name in parsed.base_models:
-        if _last(name) not in served:
+        if not accept and _last(name) not in served:
             raise FailedPreconditionError(
                 f"the adapter was made for {name}, but this server runs "
-                f"{' or '.join(base_names)}: upload it to a server of its own base model",
+                f"{' or '.join(base_names)}: if that is the same model, upload with --accept-base, "
+                f"or start the server with --base-name {name}",
                 reason=Reason.BASE_MODEL_DIFFERS,
                 base_model=name,
             )

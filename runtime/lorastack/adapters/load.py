@@ -43,7 +43,7 @@ def _read(entry: TensorEntry) -> Tensor:
 class Validator:
     """Everything an upload must pass; given to `Upload.commit`.
 
-    base_names: what the server's model is called. base_weight: base tensor name
+    base_names: what the server's model is called, aliases too. base_weight: base tensor name
     (model.embed_tokens.weight, lm_head.weight) -> that tensor, to compare copies that PEFT saved.
     """
 
@@ -51,10 +51,13 @@ class Validator:
     base_names: tuple[str, ...]
     base_weight: Callable[[str], Tensor]
 
-    def __call__(self, files: Mapping[str, Path]) -> ParsedAdapter:
-        """Raises InvalidArgumentError, FailedPreconditionError or UnimplementedError."""
+    def __call__(self, files: Mapping[str, Path], *, accept_base: bool = False) -> ParsedAdapter:
+        """accept_base: another base model's name is no objection.
+
+        Raises InvalidArgumentError or FailedPreconditionError.
+        """
         parsed = parse(files, self.shapes)
-        check_base(parsed, self.base_names)
+        check_base(parsed, self.base_names, accept=accept_base)
         check_values(parsed)
         for name, entry in parsed.base_copies.items():
             _check_copy(name, entry, self.base_weight(name))

@@ -71,6 +71,15 @@ def serve(
             "--medusa", metavar="ID", envvar="LORASTACK_MEDUSA", help="Default Medusa heads."
         ),
     ] = "",
+    base_name: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--base-name",
+            metavar="NAME",
+            envvar="LORASTACK_BASE_NAME",
+            help="Another name of the model, for adapters made under it. May be repeated.",
+        ),
+    ] = None,
     host: Annotated[str, typer.Option("--host", envvar="LORASTACK_HOST")] = _SERVICE.host,
     port: Annotated[
         int,
@@ -160,6 +169,7 @@ def serve(
             device_memory=parse_size(device_adapter_memory),
             host_memory=parse_size(host_adapter_memory),
             default_medusa=medusa,
+            base_names=tuple(base_name or ()),
         ),
         service=ServiceConfig(
             host=host, port=port, drain_timeout=drain_timeout, log_format=log_format.value

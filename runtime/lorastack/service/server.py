@@ -143,7 +143,7 @@ class Server:
             registry=registry,
             validate=Validator(
                 shapes=shapes,
-                base_names=(loaded.name, loaded.path.name),
+                base_names=(loaded.name, loaded.path.name, *limits.base_names),
                 base_weight=partial(base_weight, loaded.path),
             ),
             dispatcher=dispatcher,
