@@ -21,6 +21,7 @@ class Reason(StrEnum):
     INVALID_MODEL = "INVALID_MODEL"
     ADAPTER_EXISTS = "ADAPTER_EXISTS"
     DIGEST_MISMATCH = "DIGEST_MISMATCH"
+    UPLOAD_TAKEN_OVER = "UPLOAD_TAKEN_OVER"
     BASE_MODEL_DIFFERS = "BASE_MODEL_DIFFERS"
     ADAPTER_TOO_LARGE = "ADAPTER_TOO_LARGE"
     REQUEST_TOO_LARGE = "REQUEST_TOO_LARGE"
@@ -78,7 +79,7 @@ class AlreadyExistsError(LorastackError):
 
 
 class AbortedError(LorastackError):
-    """ABORTED: an upload's `if_digest` no longer holds."""
+    """ABORTED: an upload's `if_digest` no longer holds, or another upload took over its bytes."""
 
     default_reason = Reason.DIGEST_MISMATCH
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from lorastack.errors import Reason, ResourceExhaustedError
 
 TEMPORARY = ".tmp"  # suffix of files that were never finished
-_CHUNK = 1 << 20
 
 
 def sync_folder(path: Path) -> None:
@@ -40,11 +39,8 @@ def replace_file(path: Path, data: bytes) -> None:
 
 def hash_file(path: Path) -> str:
     """sha256 of a file's bytes, lower-case hex."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

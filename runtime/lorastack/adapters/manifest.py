@@ -1,11 +1,12 @@
 """What the store knows about adapters, and how it is written down.
 
     FORMAT                      "lorastack-store 1"
-    LOCK                        held by the one process that writes
+    LOCK                        held by the one process that writes; many may read
     blobs/sha256/<hex>          a file's bytes, named by their sha256; equal content is stored once
     manifests/<hex>.json        one per digest: its files, and what validation found out
     ids/<id>.json               the pointer: an id's revisions, newest last ('/' as '%2F')
-    staging/<upload>/<hex>      bytes of uploads that are not finished
+    default_medusa.json         the id of the default heads
+    staging/<key>/<hex>         bytes of uploads that are not finished; key: hash of id and files
 
 Replacing the pointer is the only commit point: blobs and the manifest are durable before it.
 """

@@ -1,132 +1,112 @@
 """The adapter store on disk: ids, their revisions, and the files behind them.
 
-`manifest` describes the layout. One process owns a store. All calls block on the disk, so an event
-loop runs them in threads; any thread may call anything.
+`manifest` describes the layout. One process writes a store; others may read it meanwhile. All calls
+but look-ups block on the disk, so an event loop runs them in threads; any thread may call anything.
 """
 
 from __future__ import annotations
 
 import os
 import time
-import uuid
 import weakref
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Lock
 
-from lorastack.adapters.blobs import BlobStore, Staging
+from lorastack.adapters.blobs import BlobStore
 from lorastack.adapters.durable import disk_full_is_exhaustion, replace_file, sync_folder
-from lorastack.adapters.ids import check_id, file_name, is_digest, split_reference
+from lorastack.adapters.ids import check_id, file_name, is_digest
 from lorastack.adapters.manifest import FileSpec, Manifest, Pointer, Record, Revision, check_files
 from lorastack.adapters.opening import (
-    clear_staging,
+    Recovery,
+    TableFiles,
+    check_format,
     lock_store,
-    manifest_name,
     prepare_store,
-    read_tables,
+    write_default,
 )
+from lorastack.adapters.staging import Staging, expire_staging, staged_sizes, staging_key
+from lorastack.adapters.tables import manifest_name
 from lorastack.adapters.upload import Upload, Validate
 from lorastack.config import GIB
 from lorastack.errors import (
-    AbortedError,
-    AlreadyExistsError,
     DataLossError,
+    FailedPreconditionError,
     InvalidArgumentError,
     NotFoundError,
+    Reason,
 )
 
 __all__ = ["Record", "Recovery", "Registry", "Upload", "Validate"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Recovery:
-    """What opening a store did and found."""
-
-    removed_uploads: int  # unfinished ones
-    removed_manifests: int
-    removed_blobs: int
-    damaged: tuple[str, ...]  # pointer and manifest files that cannot be read
-
-
 class Registry:
     """Adapter ids, their immutable digests, and the bytes behind them."""
 
-    def __init__(self, root: Path, *, max_upload: int = 4 * GIB, max_files: int = 64) -> None:
+    def __init__(
+        self,
+        root: Path,
+        *,
+        max_upload: int = 4 * GIB,
+        max_files: int = 64,
+        read_only: bool = False,
+    ) -> None:
         """Opens or creates the store. max_upload: bytes of all files of one adapter.
 
-        Raises FailedPreconditionError if another process has it or another version wrote it.
+        read_only: writes nothing and takes no lock, so another process may write; `refresh` takes
+        in its changes. Raises FailedPreconditionError if another process writes the store, another
+        version wrote it, or it cannot be written.
         """
         self._root = root
         self._max_upload = max_upload
         self._max_files = max_files
-        root.mkdir(parents=True, exist_ok=True)
-        self.close = weakref.finalize(self, os.close, lock_store(root))
-        prepare_store(root)
+        self._read_only = read_only
         self._blobs = BlobStore(root / "blobs" / "sha256")
-        # Mutators hold _writing for their disk work; _lock guards the tables for moments only, so
-        # that resolving an id never waits for a disk.
+        # Mutators hold _writing for their disk work, and then replace _tables, which are never
+        # changed in place: looking an id up waits for nobody.
         self._writing = Lock()
-        self._lock = Lock()
-        self._uploads: set[Upload] = set()
-        removed_uploads = clear_staging(root)
-        self._tables = read_tables(root)
-        damaged = self._tables.damaged_pointers | self._tables.damaged_manifests
-        removed_manifests, removed_blobs = self._collect(())
-        self.recovery = Recovery(
-            removed_uploads=removed_uploads,
-            removed_manifests=removed_manifests,
-            removed_blobs=removed_blobs,
-            damaged=tuple(sorted(damaged)),
-        )
+        self._uploads: dict[str, Upload] = {}  # by staging key
+        locks = () if read_only else (lock_store(root),)
+        self.close = weakref.finalize(self, _close_all, locks)
+        if read_only:
+            check_format(root)
+        else:
+            prepare_store(root)
+        self._table_files = TableFiles(root)
+        self._tables = self._table_files.read()
+        self.recovery = self._recover()
+
+    # -- look-ups ---------------------------------------------------------------------------------
 
     def resolve(self, reference: str) -> Record:
         """The newest revision of an id, or the one that `id@sha256:...` names.
 
         Raises NotFoundError naming it; DataLossError if its pointer or manifest is damaged.
         """
-        adapter_id, digest = split_reference(reference)
-        with self._lock:
-            pointer = self._tables.pointers.get(adapter_id)
-            damaged = pointer is None and file_name(adapter_id) in self._tables.damaged_pointers
-        if damaged:
-            raise DataLossError(
-                f"the store's record of adapter {adapter_id!r} is damaged: upload it again",
-                adapter_id=adapter_id,
-            )
-        for revision in reversed(pointer.revisions) if pointer else ():
-            if digest is None or revision.digest == digest:
-                return self._record(adapter_id, revision)
-        raise NotFoundError(
-            f"no adapter {reference[:300]!r}: `lorastack adapters list` shows the stored ones",
-            adapter_id=reference[:300],
-        )
+        return self._tables.resolve(reference)
+
+    def revisions(self, adapter_id: str) -> list[Record]:
+        """All revisions of an id, newest first; without those whose manifest is damaged.
+
+        Raises NotFoundError, or DataLossError if its pointer is damaged.
+        """
+        return self._tables.revisions(adapter_id)
 
     def manifest(self, digest: str) -> Manifest:
         """What is known about a digest. Raises NotFoundError."""
-        with self._lock:
-            manifest = self._tables.manifests.get(digest)
-        if manifest is None:
-            raise NotFoundError(f"no adapter with digest {digest}: it was deleted", digest=digest)
-        return manifest
+        return self._tables.manifest(digest)
 
     def list(self, prefix: str = "") -> list[Record]:
         """The newest revision of every id that starts with the prefix, sorted by id.
 
         Ids whose newest manifest is damaged are left out: they cannot be served.
         """
-        with self._lock:
-            found = [
-                Record(
-                    id=pointer.id,
-                    revision=pointer.newest.revision,
-                    created_at=pointer.newest.created_at,
-                    manifest=self._tables.manifests[pointer.newest.digest],
-                )
-                for pointer in self._tables.pointers.values()
-                if pointer.id.startswith(prefix) and pointer.newest.digest in self._tables.manifests
-            ]
-        return sorted(found, key=lambda record: record.id)
+        return self._tables.starting_with(prefix)
+
+    def default_medusa(self) -> str:
+        """The reference that `set_default_medusa` stored; "" if none."""
+        return self._tables.default_medusa
 
     def files(self, digest: str) -> dict[str, Path]:
         """File name -> path of its bytes. Raises NotFoundError."""
@@ -141,154 +121,216 @@ class Registry:
             try:
                 self._blobs.check(spec, digest)
             except DataLossError:
+                self.refresh()
                 with self._writing:  # no deletion or upload runs: now it is damage, or it is gone
                     self.manifest(digest)
                     self._blobs.check(spec, digest)
 
-    def missing(self, files: Sequence[FileSpec]) -> tuple[FileSpec, ...]:
-        """Those of the files whose bytes the store needs. Raises InvalidArgumentError."""
-        check_files(files, max_files=self._max_files, max_bytes=self._max_upload)
-        unique = {spec.sha256: spec for spec in files}
-        return tuple(spec for spec in unique.values() if not self._blobs.has(spec.sha256))
+    def refresh(self) -> bool:
+        """Takes in what another process changed; whether anything did. Only if opened read-only.
+
+        Cheap while nothing changes. What cannot be read for the moment stays as it was.
+        """
+        if not self._read_only:
+            return False
+        with self._writing, suppress(OSError):
+            before, self._tables = self._tables, self._table_files.read()
+            return self._tables is not before
+        return False
+
+    # -- uploads ----------------------------------------------------------------------------------
+
+    def plan_upload(
+        self, adapter_id: str, files: Sequence[FileSpec]
+    ) -> tuple[tuple[FileSpec, int], ...]:
+        """The blobs an upload has to bring, each with the number of its bytes that are here.
+
+        Raises InvalidArgumentError or FailedPreconditionError.
+        """
+        self._check_writable()
+        check_id(adapter_id)
+        needed = self._missing(files)
+        sizes = staged_sizes(self._staging_folder(staging_key(adapter_id, files)), needed)
+        return tuple((spec, sizes[spec.sha256]) for spec in needed)
 
     def begin_upload(
         self, adapter_id: str, files: Sequence[FileSpec], if_digest: str | None = None
     ) -> Upload:
-        """Starts an upload. if_digest: see `_check_condition`.
+        """Starts an upload, or goes on with a suspended one; the caller ends it.
 
-        Raises InvalidArgumentError, AlreadyExistsError or AbortedError. The caller ends it with
-        `commit` or `abort`.
+        if_digest: see `Tables.check_condition`. An upload of the same files under the same id that
+        has not ended is suspended. Raises InvalidArgumentError, AlreadyExistsError, AbortedError
+        or FailedPreconditionError.
         """
+        self._check_writable()
         check_id(adapter_id)
         if if_digest and not is_digest(if_digest):
             raise InvalidArgumentError(
                 f"if_digest {if_digest[:80]!r} is not sha256:<64 hex digits>"
             )
-        with self._lock:
-            self._check_condition(adapter_id, if_digest)
-        with self._writing, disk_full_is_exhaustion():
-            needed = self.missing(files)
-            staging = Staging(self._root / "staging" / uuid.uuid4().hex, needed)
-            upload = Upload(
-                adapter_id=adapter_id,
-                files=tuple(files),
-                if_digest=if_digest,
-                staging=staging,
-                blobs=self._blobs,
-                publish=self._publish,
-                forget=self._forget,
+        self._tables.check_condition(adapter_id, if_digest)
+        key = staging_key(adapter_id, files)
+        while True:
+            with self._changing():
+                older = self._uploads.get(key)
+                if older is None:
+                    expire_staging(self._root / "staging", self._uploads.keys() | {key})
+                    upload = Upload(
+                        adapter_id=adapter_id,
+                        files=tuple(files),
+                        if_digest=if_digest,
+                        staging=Staging(self._staging_folder(key), self._missing(files)),
+                        blobs=self._blobs,
+                        publish=self._publish,
+                        forget=self._forget,
+                    )
+                    self._uploads[key] = upload
+                    return upload
+            older.suspend()  # outside, as it may have to wait for its commit
+
+    def _missing(self, files: Sequence[FileSpec]) -> tuple[FileSpec, ...]:
+        """Those of the files whose bytes must travel. Raises InvalidArgumentError.
+
+        Bytes count as present only if an id has them in one of its revisions, not because a file
+        happens to lie there.
+        """
+        check_files(files, max_files=self._max_files, max_bytes=self._max_upload)
+        listed = self._tables.blobs
+        unique = {spec.sha256: spec for spec in files}
+        return tuple(
+            spec
+            for spec in unique.values()
+            if listed.get(spec.sha256) != spec.size or not self._blobs.has(spec)
+        )
+
+    def _staging_folder(self, key: str) -> Path:
+        return self._root / "staging" / key
+
+    def _publish(self, upload: Upload, manifest: Manifest) -> Record:
+        """Makes a checked upload visible. Replacing the pointer file is the commit point."""
+        with self._changing():
+            self._tables.check_condition(upload.id, upload.if_digest)
+            self._blobs.adopt(upload.staging.paths())
+            replace_file(
+                self._root / "manifests" / manifest_name(manifest.digest), manifest.to_bytes()
             )
-            self._uploads.add(upload)
-        return upload
+            self._tables = self._tables.with_manifest(manifest)
+            return self._point(upload.id, manifest.digest)
+
+    def _forget(self, upload: Upload) -> None:
+        with self._writing:
+            del self._uploads[staging_key(upload.id, upload.files)]
+
+    # -- changes ----------------------------------------------------------------------------------
+
+    def rollback(self, adapter_id: str, digest: str) -> Record:
+        """Makes an earlier revision's content the newest one.
+
+        Raises NotFoundError if the id never had it; DataLossError; FailedPreconditionError.
+        """
+        self._check_writable()
+        with self._changing():
+            self._tables.resolve(f"{adapter_id}@{digest}")
+            return self._point(adapter_id, digest)
+
+    def set_default_medusa(self, reference: str) -> None:
+        """Stores which heads requests get that name none; "": no heads.
+
+        Raises NotFoundError, DataLossError or FailedPreconditionError.
+        """
+        self._check_writable()
+        with self._changing():
+            if reference:
+                self._tables.resolve(reference)
+            write_default(self._root, reference)
+            self._tables = self._tables.with_default_medusa(reference)
 
     def delete(self, adapter_id: str, *, in_use: Collection[str] = ()) -> None:
         """Removes an id with all its revisions, and the bytes that nothing else needs.
 
         in_use: digests that running rows may load once more; they go at a later call or start.
-        Raises NotFoundError.
+        Raises NotFoundError or FailedPreconditionError.
         """
-        with self._writing:
-            with self._lock:
-                name = file_name(adapter_id)
-                known = adapter_id in self._tables.pointers
-                if not known and name not in self._tables.damaged_pointers:
-                    raise NotFoundError(f"no adapter {adapter_id[:300]!r}", adapter_id=adapter_id)
+        self._check_writable()
+        with self._changing():
+            name = file_name(adapter_id)
+            known = adapter_id in self._tables.pointers
+            if not known and name not in self._tables.damaged_pointers:
+                raise NotFoundError(f"no adapter {adapter_id[:300]!r}", adapter_id=adapter_id)
             (self._root / "ids" / name).unlink()
             sync_folder(self._root / "ids")
-            with self._lock:
-                self._tables.pointers.pop(adapter_id, None)
-                self._tables.damaged_pointers.discard(name)
+            self._tables = self._tables.without_pointer(adapter_id)
             self._collect(in_use)
 
-    def _record(self, adapter_id: str, revision: Revision) -> Record:
-        with self._lock:
-            manifest = self._tables.manifests.get(revision.digest)
-        if manifest is None:
-            raise DataLossError(
-                f"the store's manifest of adapter {adapter_id!r} is damaged: upload it again",
-                adapter_id=adapter_id,
-                digest=revision.digest,
+    def _point(self, adapter_id: str, digest: str) -> Record:
+        """Makes a stored digest the newest revision of an id.
+
+        The same content again is the same revision: a client that lost the answer may ask twice.
+        """
+        old = self._tables.pointers.get(adapter_id)
+        revision = Revision(revision=1, digest=digest, created_at=time.time())
+        pointer = Pointer(id=adapter_id, revisions=(revision,))
+        if old is not None:
+            same = old.newest.digest == digest
+            pointer = old if same else old.with_revision(digest, revision.created_at)
+        replace_file(self._root / "ids" / file_name(adapter_id), pointer.to_bytes())
+        self._tables = self._tables.with_pointer(pointer)
+        return self._tables.record(adapter_id, pointer.newest)
+
+    def _check_writable(self) -> None:
+        if self._read_only:
+            raise FailedPreconditionError(
+                "this server only reads its store: ask the one that writes it",
+                reason=Reason.STORE_READ_ONLY,
             )
-        return Record(
-            id=adapter_id,
-            revision=revision.revision,
-            created_at=revision.created_at,
-            manifest=manifest,
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """One mutator at a time; after a failure the tables say what the disk says."""
+        with self._writing, disk_full_is_exhaustion():
+            try:
+                yield
+            except OSError:
+                with suppress(OSError):
+                    self._tables = self._table_files.read()
+                    self._drop_blobs()
+                raise
+
+    def _recover(self) -> Recovery:
+        tables = self._tables
+        damaged = tuple(sorted(tables.damaged_pointers | tables.damaged_manifests))
+        if self._read_only:
+            return Recovery(damaged=damaged)
+        expired, kept = expire_staging(self._root / "staging", ())
+        manifests, blobs = self._collect(())
+        return Recovery(
+            expired_uploads=expired,
+            kept_uploads=kept,
+            removed_manifests=manifests,
+            removed_blobs=blobs,
+            damaged=damaged,
         )
 
-    def _check_condition(self, adapter_id: str, if_digest: str | None) -> None:
-        """None: anything goes; "": the id must be new; else it must point to that digest."""
-        pointer = self._tables.pointers.get(adapter_id)
-        if if_digest is None:
-            return
-        if if_digest == "":
-            if pointer is not None:
-                raise AlreadyExistsError(
-                    f"adapter {adapter_id!r} exists already: choose another id, or upload a new "
-                    "revision of it",
-                    adapter_id=adapter_id,
-                )
-        elif pointer is None or pointer.newest.digest != if_digest:
-            raise AbortedError(
-                f"adapter {adapter_id!r} no longer points to {if_digest}: look at it again",
-                adapter_id=adapter_id,
-                digest=pointer.newest.digest if pointer else "",
-            )
-
-    def _publish(self, upload: Upload, manifest: Manifest) -> Record:
-        """Makes a checked upload visible. Replacing the pointer file is the commit point."""
-        with self._writing, disk_full_is_exhaustion():
-            with self._lock:
-                self._check_condition(upload.id, upload.if_digest)
-                old = self._tables.pointers.get(upload.id)
-            revision = Revision(revision=1, digest=manifest.digest, created_at=time.time())
-            pointer = Pointer(id=upload.id, revisions=(revision,))
-            if old is not None:
-                # The same content again is the same revision: a client that lost the answer may
-                # ask twice.
-                same = old.newest.digest == manifest.digest
-                pointer = old if same else old.with_revision(manifest.digest, revision.created_at)
-            self._blobs.adopt(upload.staging.paths())
-            replace_file(
-                self._root / "manifests" / manifest_name(manifest.digest), manifest.to_bytes()
-            )
-            replace_file(self._root / "ids" / file_name(upload.id), pointer.to_bytes())
-            with self._lock:
-                self._tables.manifests[manifest.digest] = manifest
-                self._tables.pointers[upload.id] = pointer
-                self._tables.damaged_pointers.discard(file_name(upload.id))
-                self._tables.damaged_manifests.discard(manifest_name(manifest.digest))
-        return self._record(upload.id, pointer.newest)
-
-    def _forget(self, upload: Upload) -> None:
-        with self._writing:
-            self._uploads.discard(upload)
-
     def _collect(self, in_use: Collection[str]) -> tuple[int, int]:
-        """Removes manifests and blobs without a pointer; (manifests, blobs).
-
-        A damaged pointer may have pointed to anything, so nothing goes while there is one.
-        """
-        tables = self._tables
-        if tables.damaged_pointers:
+        """Removes manifests and blobs without a pointer; (manifests, blobs)."""
+        before = self._tables
+        if before.damaged_pointers:  # they may have pointed to anything
             return 0, 0
-        with self._lock:
-            wanted = {
-                revision.digest
-                for pointer in tables.pointers.values()
-                for revision in pointer.revisions
-            } | set(in_use)
-            names = {manifest_name(digest) for digest in wanted}
-            orphans = {manifest_name(digest) for digest in tables.manifests} - names
-            orphans |= tables.damaged_manifests - names
-            tables.damaged_manifests &= names
-            tables.manifests = {
-                digest: found for digest, found in tables.manifests.items() if digest in wanted
-            }
+        self._tables = before.with_manifests_of(before.digests.union(in_use))
+        orphans = before.manifest_names() - self._tables.manifest_names()
         for name in orphans:
             (self._root / "manifests" / name).unlink(missing_ok=True)
-        if tables.damaged_manifests:
-            return len(orphans), 0
-        files = [manifest.files for manifest in tables.manifests.values()]
-        files += [upload.files for upload in self._uploads]
-        return len(orphans), self._blobs.keep_only({f.sha256 for specs in files for f in specs})
+        return len(orphans), self._drop_blobs()
+
+    def _drop_blobs(self) -> int:
+        """Removes blobs that neither a manifest nor a running upload names; their number."""
+        if self._tables.damaged_pointers or self._tables.damaged_manifests:
+            return 0
+        files = [manifest.files for manifest in self._tables.manifests.values()]
+        files += [upload.files for upload in self._uploads.values()]
+        return self._blobs.keep_only({spec.sha256 for specs in files for spec in specs})
+
+
+def _close_all(handles: Sequence[int]) -> None:
+    for handle in handles:
+        os.close(handle)

@@ -83,8 +83,8 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         async with self._guard(context, new_request_id()):
             check_id(request.id)
             files = convert.file_specs(request.files)
-            missing = await _run(self._readers, self._registry.missing, files)
-        return convert.needed_blobs(missing)
+            needed = await _run(self._readers, self._registry.plan_upload, request.id, files)
+        return convert.needed_blobs(needed)
 
     async def UploadAdapter(
         self, request_iterator: AsyncIterator[adapters_pb2.UploadAdapterRequest], context: Context

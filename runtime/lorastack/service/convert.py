@@ -264,9 +264,9 @@ def file_specs(messages: Iterable[adapters_pb2.FileSpec]) -> list[FileSpec]:
     return [FileSpec(name=m.name, size=m.size, sha256=m.sha256) for m in messages]
 
 
-def needed_blobs(missing: Iterable[FileSpec]) -> adapters_pb2.PlanUploadResponse:
-    """Uploads start over: every missing blob is needed from its first byte."""
-    blobs = [adapters_pb2.NeededBlob(sha256=spec.sha256, offset=0) for spec in missing]
+def needed_blobs(needed: Iterable[tuple[FileSpec, int]]) -> adapters_pb2.PlanUploadResponse:
+    """What an upload has to bring: blobs, each from the first byte that is not staged."""
+    blobs = [adapters_pb2.NeededBlob(sha256=spec.sha256, offset=offset) for spec, offset in needed]
     return adapters_pb2.PlanUploadResponse(needed=blobs)
 
 

@@ -1,0 +1,189 @@
+"""What a store's small files say, in memory."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from lorastack.adapters.ids import file_name, split_reference
+from lorastack.adapters.manifest import Manifest, Pointer, Record, Revision
+from lorastack.errors import AbortedError, AlreadyExistsError, DataLossError, NotFoundError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tables:
+    """The store at one moment. Never changed: after a change another one takes its place.
+
+    So look-ups need no lock, and what is derived from the tables is derived once.
+    """
+
+    pointers: Mapping[str, Pointer]  # by id
+    manifests: Mapping[str, Manifest]  # by digest
+    damaged_pointers: frozenset[str]  # names of files that cannot be read
+    damaged_manifests: frozenset[str]
+    default_medusa: str  # "" if none
+
+    @cached_property
+    def newest(self) -> tuple[Record, ...]:
+        """The newest revision of every id, sorted by id.
+
+        Ids whose newest manifest is damaged are left out: they cannot be served.
+        """
+        return tuple(
+            _record(pointer.id, pointer.newest, manifest)
+            for _, pointer in sorted(self.pointers.items())
+            if (manifest := self.manifests.get(pointer.newest.digest)) is not None
+        )
+
+    @cached_property
+    def digests(self) -> frozenset[str]:
+        """Those of all revisions of all ids."""
+        revisions = (pointer.revisions for pointer in self.pointers.values())
+        return frozenset(revision.digest for known in revisions for revision in known)
+
+    @cached_property
+    def blobs(self) -> Mapping[str, int]:
+        """sha256 -> size of every file of `digests`."""
+        manifests = (self.manifests[digest] for digest in self.digests & self.manifests.keys())
+        return {spec.sha256: spec.size for manifest in manifests for spec in manifest.files}
+
+    def starting_with(self, prefix: str) -> list[Record]:
+        """Those of `newest` whose id starts with the prefix."""
+        first = bisect_left(self.newest, prefix, key=lambda record: record.id)
+        # No id is longer, and none has a character beyond ASCII.
+        last = bisect_left(self.newest, prefix + "\x7f", key=lambda record: record.id)
+        return list(self.newest[first:last])
+
+    def resolve(self, reference: str) -> Record:
+        """The newest revision of an id, or the one that `id@sha256:...` names.
+
+        Raises NotFoundError naming it; DataLossError if its pointer or manifest is damaged.
+        """
+        adapter_id, digest = split_reference(reference)
+        pointer = self._pointer(adapter_id)
+        for revision in reversed(pointer.revisions) if pointer else ():
+            if digest is None or revision.digest == digest:
+                return self.record(adapter_id, revision)
+        raise NotFoundError(
+            f"no adapter {reference[:300]!r}: `lorastack adapters list` shows the stored ones",
+            adapter_id=reference[:300],
+        )
+
+    def revisions(self, adapter_id: str) -> list[Record]:
+        """All revisions of an id, newest first; without those whose manifest is damaged.
+
+        Raises NotFoundError, or DataLossError if the pointer is damaged.
+        """
+        pointer = self._pointer(adapter_id)
+        if pointer is None:
+            raise NotFoundError(
+                f"no adapter {adapter_id[:300]!r}: `lorastack adapters list` shows the stored ones",
+                adapter_id=adapter_id[:300],
+            )
+        return [
+            self.record(adapter_id, revision)
+            for revision in reversed(pointer.revisions)
+            if revision.digest in self.manifests
+        ]
+
+    def record(self, adapter_id: str, revision: Revision) -> Record:
+        """A revision with its manifest. Raises DataLossError if that is damaged."""
+        manifest = self.manifests.get(revision.digest)
+        if manifest is None:
+            raise DataLossError(
+                f"the store's manifest of adapter {adapter_id!r} is damaged: upload it again",
+                adapter_id=adapter_id,
+                digest=revision.digest,
+            )
+        return _record(adapter_id, revision, manifest)
+
+    def manifest(self, digest: str) -> Manifest:
+        """What is known about a digest. Raises NotFoundError."""
+        manifest = self.manifests.get(digest)
+        if manifest is None:
+            raise NotFoundError(f"no adapter with digest {digest}: it was deleted", digest=digest)
+        return manifest
+
+    def check_condition(self, adapter_id: str, if_digest: str | None) -> None:
+        """An upload's. None: anything goes; "": the id must be new; else it must point there.
+
+        Raises AlreadyExistsError or AbortedError.
+        """
+        pointer = self.pointers.get(adapter_id)
+        if if_digest is None:
+            return
+        if if_digest == "":
+            if pointer is not None:
+                raise AlreadyExistsError(
+                    f"adapter {adapter_id!r} exists already: choose another id, or upload a new "
+                    "revision of it",
+                    adapter_id=adapter_id,
+                )
+        elif pointer is None or pointer.newest.digest != if_digest:
+            raise AbortedError(
+                f"adapter {adapter_id!r} no longer points to {if_digest}: look at it again",
+                adapter_id=adapter_id,
+                digest=pointer.newest.digest if pointer else "",
+            )
+
+    def with_manifest(self, manifest: Manifest) -> Tables:
+        return replace(
+            self,
+            manifests={**self.manifests, manifest.digest: manifest},
+            damaged_manifests=self.damaged_manifests - {manifest_name(manifest.digest)},
+        )
+
+    def with_pointer(self, pointer: Pointer) -> Tables:
+        return replace(
+            self,
+            pointers={**self.pointers, pointer.id: pointer},
+            damaged_pointers=self.damaged_pointers - {file_name(pointer.id)},
+        )
+
+    def without_pointer(self, adapter_id: str) -> Tables:
+        return replace(
+            self,
+            pointers={known: p for known, p in self.pointers.items() if known != adapter_id},
+            damaged_pointers=self.damaged_pointers - {file_name(adapter_id)},
+        )
+
+    def with_manifests_of(self, digests: Collection[str]) -> Tables:
+        """Without all other manifests."""
+        names = {manifest_name(digest) for digest in digests}
+        return replace(
+            self,
+            manifests={digest: m for digest, m in self.manifests.items() if digest in digests},
+            damaged_manifests=self.damaged_manifests & names,
+        )
+
+    def with_default_medusa(self, reference: str) -> Tables:
+        return replace(self, default_medusa=reference)
+
+    def manifest_names(self) -> set[str]:
+        """Names of the manifests' files, damaged ones too."""
+        return {manifest_name(digest) for digest in self.manifests} | self.damaged_manifests
+
+    def _pointer(self, adapter_id: str) -> Pointer | None:
+        pointer = self.pointers.get(adapter_id)
+        if pointer is None and file_name(adapter_id) in self.damaged_pointers:
+            raise DataLossError(
+                f"the store's record of adapter {adapter_id!r} is damaged: upload it again",
+                adapter_id=adapter_id,
+            )
+        return pointer
+
+
+def manifest_name(digest: str) -> str:
+    """The file that a digest's manifest is stored in."""
+    return digest.removeprefix("sha256:") + ".json"
+
+
+def _record(adapter_id: str, revision: Revision, manifest: Manifest) -> Record:
+    return Record(
+        id=adapter_id,
+        revision=revision.revision,
+        created_at=revision.created_at,
+        manifest=manifest,
+    )
