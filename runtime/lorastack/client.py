@@ -39,6 +39,7 @@ from lorastack.errors import (
     UnavailableError,
     UnimplementedError,
 )
+from lorastack.folders import NewFolder, folder_files
 from lorastack.v1 import adapters_pb2, adapters_pb2_grpc, generation_pb2, generation_pb2_grpc
 from lorastack.v1.adapters_pb2 import Adapter
 from lorastack.v1.generation_pb2 import (
@@ -211,7 +212,69 @@ class Client:
             reply: Adapter = self._adapters.UploadAdapter(_upload(header, needed, progress))
         return reply
 
-    def _parts(self, call: Any) -> Iterator[generation_pb2.GenerateStreamResponse]:
+    def pull(
+        self,
+        adapter_id: str,
+        *,
+        hub_id: str = "",
+        folder: str = "",
+        revision: str = "",
+        token: str = "",
+        if_digest: str | None = None,
+        accept_base: bool = False,
+        progress: Progress | None = None,
+    ) -> Adapter:
+        """Lets the server fetch an adapter: from a hub, or from a folder of its own machine.
+
+        One of hub_id (organisation/name, at a revision, with a token if it is private) and folder.
+        if_digest and accept_base as in `upload`; progress: called with (bytes there, bytes in all).
+        Raises PermissionDeniedError if the server does not pull from there, UnavailableError if the
+        hub fails, and what an upload raises.
+        """
+        request = adapters_pb2.PullAdapterRequest(
+            id=adapter_id,
+            revision=revision,
+            token=token,
+            if_digest=if_digest,
+            accept_base=accept_base,
+        )
+        if hub_id:
+            request.hub_id = hub_id
+        if folder:
+            request.folder = folder
+        reply = adapters_pb2.PullAdapterResponse()
+        for reply in self._parts(self._adapters.PullAdapter(request)):
+            if progress is not None:
+                progress(reply.done_bytes, reply.total_bytes)
+        return reply.adapter
+
+    def download(
+        self, adapter_id: str, folder: Path, *, progress: Progress | None = None
+    ) -> Adapter:
+        """Writes an adapter's files into a new folder, which appears whole or not at all.
+
+        `id@sha256:...` names a revision; progress: called with (received bytes, bytes in all).
+        Raises FailedPreconditionError for a folder that is not empty, NotFoundError, and
+        DataLossError when a file does not have its sha256.
+        """
+        with NewFolder(folder) as new:
+            adapter = self.get_adapter(adapter_id)
+            # By its digest: a new revision meanwhile is not mixed in.
+            request = adapters_pb2.DownloadAdapterRequest(id=f"{adapter.id}@{adapter.digest}")
+            received = 0
+            for reply in self._parts(self._adapters.DownloadAdapter(request)):
+                if reply.WhichOneof("part") == "file":
+                    new.begin(reply.file.name, reply.file.size, reply.file.sha256)
+                else:
+                    new.write(reply.data)
+                    received += len(reply.data)
+                if progress is not None:
+                    progress(received, adapter.size_bytes)
+            new.finish()
+        return adapter
+
+    def _parts(self, call: Any) -> Iterator[Any]:
+        """A server stream's messages; the call ends with the iterator."""
         try:
             with self._errors():
                 yield from call
@@ -224,16 +287,6 @@ class Client:
             yield
         except grpc.RpcError as error:
             raise to_error(error, self._server) from None
-
-
-def folder_files(folder: Path) -> list[Path]:
-    """The files of an adapter's folder, sorted by name. Raises InvalidArgumentError."""
-    if not folder.is_dir():
-        raise InvalidArgumentError(f"{folder} is not a folder; name the one that holds the adapter")
-    paths = [p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")]
-    if not paths:
-        raise InvalidArgumentError(f"{folder} holds no files; name the folder of an adapter")
-    return sorted(paths)
 
 
 def to_error(error: grpc.RpcError, server: str) -> LorastackError:

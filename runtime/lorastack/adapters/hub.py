@@ -118,7 +118,8 @@ def push_folder(
     check_hub_id(hub_id)
     api = HfApi(endpoint=_endpoint(), token=token)
     with _hub_errors(hub_id):
-        api.create_repo(hub_id, private=private, exist_ok=True)
+        # Else what the organisation's settings say.
+        api.create_repo(hub_id, private=private or None, exist_ok=True)
         commit = api.upload_folder(
             repo_id=hub_id, folder_path=folder, commit_message="Upload adapter with lorastack"
         )

@@ -1,4 +1,4 @@
-"""PullAdapter and DownloadAdapter: adapters from a hub or a folder into the store, and out again."""
+"""PullAdapter and DownloadAdapter: from a hub or a folder into the store, and out of it again."""
 
 from __future__ import annotations
 
@@ -145,11 +145,9 @@ class Transfers:
         raise InvalidArgumentError("a pull names a hub_id or a folder", field="source")
 
     def _open_stored(self, record: Record, open_files: ExitStack) -> list[BinaryIO]:
-        paths = self._registry.files(record.digest)
+        paths = self._registry.files(record.digest).values()  # in the manifest's order
         try:
-            return [
-                open_files.enter_context(paths[s.name].open("rb")) for s in record.manifest.files
-            ]
+            return [open_files.enter_context(path.open("rb")) for path in paths]
         except FileNotFoundError:
             self._registry.verify(record.digest)  # says whether it was deleted or lost
             raise NotFoundError(f"adapter {record.id!r} was replaced; ask again") from None
