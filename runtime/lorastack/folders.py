@@ -1,4 +1,4 @@
-"""Adapter folders on a client's machine: which files are sent, and how received ones are written."""
+"""Adapter folders on a client's machine: which files are sent, how received ones are written."""
 
 from __future__ import annotations
 

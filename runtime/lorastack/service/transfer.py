@@ -111,16 +111,9 @@ class Transfers:
         if_digest = request.if_digest if request.HasField("if_digest") else None
         with self._source(request, progress.check) as files:
             specs = [file.spec for file in files]
-            offsets = {
-                spec.sha256: offset
-                for spec, offset in self._registry.plan_upload(request.id, specs)
-            }
-            opening = self._uploader.submit(
-                self._registry.begin_upload, request.id, specs, if_digest
-            )
-            upload = opening.result()
+            upload = self._registry.begin_upload(request.id, specs, if_digest)
             try:
-                _copy(files, offsets, upload, progress)
+                _copy(files, upload, progress)
             except BaseException:
                 upload.suspend()  # a later pull of the same files goes on from here
                 raise
@@ -188,20 +181,19 @@ class _Progress:
         return latest
 
 
-def _copy(
-    files: Sequence[SourceFile], offsets: dict[str, int], upload: Upload, progress: _Progress
-) -> None:
-    """Writes what the store lacks. offsets: sha256 -> bytes of it that an earlier try left."""
+def _copy(files: Sequence[SourceFile], upload: Upload, progress: _Progress) -> None:
+    """Writes what the store lacks, going on behind what an earlier try left."""
     by_sha256 = {file.spec.sha256: file for file in files}
-    total = sum(file.spec.size for file in by_sha256.values())
-    done = total - sum(by_sha256[sha256].spec.size - at for sha256, at in offsets.items())
+    done = total = sum(file.spec.size for file in by_sha256.values())
+    done -= upload.num_missing
     progress.report(done, total)
-    for sha256, start in offsets.items():
-        at = start
-        for piece in by_sha256[sha256].read(start):
-            upload.write(sha256, at, piece)
-            at += len(piece)
-            progress.report(done := done + len(piece), total)
+    for sha256, staged in list(upload.staged.items()):
+        offset = staged
+        for piece in by_sha256[sha256].read(staged):
+            upload.write(sha256, offset, piece)
+            offset += len(piece)
+            done += len(piece)
+            progress.report(done, total)
 
 
 def _read(file: BinaryIO, digest: hashlib._Hash) -> bytes:
