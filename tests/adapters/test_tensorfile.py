@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
@@ -141,7 +141,8 @@ def test_any_damage_is_refused_or_harmless(
 def test_values_that_are_no_numbers(
     tmp_path: Path, dtype: torch.dtype, value: float, place: int
 ) -> None:
-    tensor = torch.full((SCAN_BYTES + 5,), torch.finfo(dtype).max, dtype=dtype)
+    largest = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
+    tensor = torch.full((SCAN_BYTES + 5,), largest, dtype=dtype)
     path = tmp_path / "x"
     path.write_bytes(save({"good": tensor}))
     check_finite(read_header(path, "x")["good"])
@@ -149,6 +150,20 @@ def test_values_that_are_no_numbers(
     path.write_bytes(save({"bad": tensor}))
     with pytest.raises(InvalidArgumentError, match="bad contains NaN"):
         check_finite(read_header(path, "x")["bad"])
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(value=st.floats(min_value=3.40282e38, max_value=3.40283e38) | st.floats())
+def test_float64_must_fit_in_float32(tmp_path: Path, value: float) -> None:
+    tensor = torch.tensor([value], dtype=torch.float64)
+    path = tmp_path / "x"
+    path.write_bytes(save({"a": tensor}))
+    entry = read_header(path, "x")["a"]
+    if tensor.float().isfinite():
+        check_finite(entry)
+    else:
+        with pytest.raises(InvalidArgumentError, match="more than float32 holds"):
+            check_finite(entry)
 
 
 def test_read_bytes_is_writable(tmp_path: Path) -> None:

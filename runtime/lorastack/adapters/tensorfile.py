@@ -22,12 +22,13 @@ MAX_HEADER = 4 << 20  # bytes; about 25,000 tensors
 MAX_NAME = 256  # characters of a tensor's name
 SCAN_BYTES = 1 << 20  # values are scanned in pieces of this size
 
-# Bits of a value that are all set exactly in NaN and infinities (the exponent), by dtype.
-_EXPONENTS: dict[str, tuple[type[np.unsignedinteger], int]] = {
-    "F16": (np.uint16, 0x7C00),
-    "BF16": (np.uint16, 0x7F80),
-    "F32": (np.uint32, 0x7F80_0000),
-    "F64": (np.uint64, 0x7FF0_0000_0000_0000),
+# How to look for bad values by dtype: all bits but the sign's, and the first of the patterns that
+# are no number or an infinity; of F64, those that become one in float32, the widest we compute in.
+_NOT_FINITE: dict[str, tuple[type[np.unsignedinteger], int, int]] = {
+    "F16": (np.uint16, 0x7FFF, 0x7C00),
+    "BF16": (np.uint16, 0x7FFF, 0x7F80),
+    "F32": (np.uint32, 0x7FFF_FFFF, 0x7F80_0000),
+    "F64": (np.uint64, 0x7FFF_FFFF_FFFF_FFFF, 0x47EF_FFFF_F000_0000),
 }
 _ITEMSIZES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
 
@@ -124,12 +125,12 @@ def read_bytes(entry: TensorEntry) -> npt.NDArray[np.uint8]:
 
 
 def check_finite(entry: TensorEntry) -> None:
-    """Raises InvalidArgumentError naming the tensor if it holds NaN or an infinity."""
-    unsigned, exponent = _EXPONENTS[entry.dtype]
+    """Raises InvalidArgumentError naming the tensor if it holds NaN or what float32 cannot hold."""
+    unsigned, magnitude, first = _NOT_FINITE[entry.dtype]
     for piece in _pieces(entry):
         bits = np.frombuffer(piece, dtype=unsigned)
-        if bool(np.any((bits & unsigned(exponent)) == exponent)):
-            raise invalid(f"tensor {entry.name} contains NaN or an infinity")
+        if bool(np.any((bits & unsigned(magnitude)) >= first)):
+            raise invalid(f"tensor {entry.name} contains NaN, infinity or more than float32 holds")
 
 
 def _pieces(entry: TensorEntry) -> Iterator[bytes]:
