@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from lorastack.adapters.host import PackedAdapter
-from lorastack.adapters.pool import DeviceAdapter
+from lorastack.adapters.device import DeviceAdapter
 from lorastack.config import (
     GIB,
     AdapterConfig,

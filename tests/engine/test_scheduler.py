@@ -9,14 +9,14 @@ from __future__ import annotations
 import random
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorastack.adapters.pool import DeviceAdapter
+from lorastack.adapters.device import DeviceAdapter
 from lorastack.config import EngineConfig
 from lorastack.engine.batch import Batch, RowResult, RowStep
 from lorastack.engine.pages import Pages
@@ -60,6 +60,7 @@ class Pool:
         self.chance = chance
         self.pins: Counter[str] = Counter()
         self.missing: set[str] = set()
+        self.prefetched: set[str] = set()
 
     def acquire(self, digests: Sequence[str]) -> tuple[DeviceAdapter, ...] | None:
         if "broken" in digests:
@@ -74,6 +75,16 @@ class Pool:
         return tuple(
             DeviceAdapter(digest=digest, buffer=torch.empty(0), layout=layout) for digest in digests
         )
+
+    def try_acquire(self, digest: str) -> DeviceAdapter | None:
+        acquired = self.acquire([digest])
+        return acquired[0] if acquired else None
+
+    def prefetch(self, digests: Collection[str]) -> None:
+        self.prefetched.update(digests)
+
+    def holds(self, digests: Collection[str]) -> bool:
+        return not self.missing & set(digests)
 
     def release(self, digests: Sequence[str]) -> None:
         self.pins.subtract(digests)

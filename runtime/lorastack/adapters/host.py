@@ -39,6 +39,8 @@ class HostCache:
         self._lock = Lock()
         self._entries: OrderedDict[str, PackedAdapter] = OrderedDict()  # oldest use first
         self._nbytes = 0
+        self.num_hits = 0  # calls of `get` that found a copy
+        self.num_misses = 0
 
     def get(self, digest: str) -> PackedAdapter:
         """The host copy, loaded if need be. Raises what `load` raises.
@@ -49,11 +51,19 @@ class HostCache:
             entry = self._entries.get(digest)
             if entry is not None:
                 self._entries.move_to_end(digest)
+                self.num_hits += 1
                 return entry
+            self.num_misses += 1
         loaded = self._load(digest)
         with self._lock:
             self._keep(loaded)
         return loaded
+
+    def drop(self, digest: str) -> None:
+        """Lets go of a copy, if there is one."""
+        with self._lock:
+            if entry := self._entries.pop(digest, None):
+                self._nbytes -= entry.nbytes
 
     def _keep(self, loaded: PackedAdapter) -> None:
         if loaded.digest in self._entries or loaded.nbytes > self._budget:

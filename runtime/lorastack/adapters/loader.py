@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
@@ -29,12 +30,13 @@ class Failure:
 class LoaderThread(Generic[ResultT]):
     """Runs jobs one after the other; their results wait in a queue."""
 
-    def __init__(self, on_finished: Callable[[], None]) -> None:
-        """on_finished: called from the loader thread after each job."""
+    def __init__(self, name: str, on_finished: Callable[[], None]) -> None:
+        """on_finished: called from the thread after each job."""
+        self.seconds = 0.0  # that jobs took
         self._on_finished = on_finished
         self._jobs: SimpleQueue[tuple[str, Callable[[], ResultT]] | None] = SimpleQueue()
         self._results: SimpleQueue[ResultT | Failure] = SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="adapter-loader", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
     def submit(self, digest: str, job: Callable[[], ResultT]) -> None:
@@ -56,8 +58,10 @@ class LoaderThread(Generic[ResultT]):
         # On Linux a priority belongs to a thread; OpenMP threads started from here inherit it.
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
         while (item := self._jobs.get()) is not None:
-            digest, job = item
-            self._results.put(self._outcome(digest, job))
+            began = time.monotonic()
+            result = self._outcome(*item)
+            self.seconds += time.monotonic() - began
+            self._results.put(result)
             self._on_finished()
 
     def _outcome(self, digest: str, job: Callable[[], ResultT]) -> ResultT | Failure:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lorastack.adapters.pool import DeviceAdapter
+from lorastack.adapters.device import DeviceAdapter
 from lorastack.errors import LorastackError
 from lorastack.layout import AdapterLayout
 from lorastack.request import Request, TokenLogprobs

@@ -7,10 +7,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 
 from lorastack.adapters.pool import DevicePool
 from lorastack.config import EngineConfig
 from lorastack.engine.pages import Pages
+from lorastack.engine.residency import Residency
 from lorastack.engine.row import Row
 from lorastack.engine.runner import Runner
 from lorastack.engine.scheduler import Scheduler
@@ -59,6 +61,7 @@ class Engine:
         self._on_events = on_events
         self._on_failure = on_failure
         self._scheduler = Scheduler(config, pages, pool, tokenizer.eos_ids, self._describe)
+        self._residency = Residency(pool, pages, self._scheduler.uses)
         self._changed = threading.Condition()
         self._inbox: deque[Callable[[], None]] = deque()
         self._num_submitted = 0  # in the inbox, not yet with the scheduler
@@ -114,6 +117,29 @@ class Engine:
     def resume(self, request_id: str) -> None:
         self._set(request_id, parked=False)
 
+    def load(self, digest: str, pin: bool) -> Future[None]:
+        """Brings an adapter to the device, and keeps it there if `pin`; done when it is there.
+
+        The future ends with what its load ended with, FailedPreconditionError ADAPTER_TOO_LARGE,
+        or ResourceExhaustedError DEVICE_MEMORY_PINNED (metadata digests: those that hold the room).
+        """
+        future: Future[None] = Future()
+        self._command(lambda: self._residency.load(digest, pin, future), future)
+        return future
+
+    def unload(self, digest: str) -> Future[None]:
+        """Unpins an adapter; done when no row uses it and its copies in memory are gone."""
+        future: Future[None] = Future()
+        self._command(lambda: self._residency.unload(digest, future), future)
+        return future
+
+    def forget(self, digest: str) -> None:
+        """The store has no id for this digest any more.
+
+        Rows that use it finish on the old bytes; then its copies and prefix-cache pages go.
+        """
+        self._command(lambda: self._residency.forget(digest))
+
     def wake(self) -> None:
         """Something the loop waits for may have happened (an adapter was loaded)."""
         with self._changed:
@@ -125,6 +151,12 @@ class Engine:
         """Requests in the engine: waiting and running."""
         with self._changed:
             return self._num_submitted + self._num_rows
+
+    @property
+    def num_waiting(self) -> int:
+        """Of these, the ones that have not started."""
+        with self._changed:
+            return self._num_submitted + self._num_waiting
 
     @property
     def num_pages_held(self) -> int:
@@ -172,8 +204,9 @@ class Engine:
                 self._fail_step(error, [step.request.request_id for step in batch.steps])
             else:
                 self._scheduler.update(results)
+        self._residency.step()
         self._publish()
-        if batch is None:
+        if batch is None and not self._pool.blocked:
             self._rest()
 
     def _fail_step(self, error: Exception, request_ids: list[str]) -> None:
@@ -215,6 +248,7 @@ class Engine:
     def _end_all(self, error: LorastackError) -> None:
         self._take_inbox()
         self._scheduler.end_all(error)
+        self._residency.end(error)
         self._publish()
 
     def _set(self, request_id: str, **flags: bool) -> None:
@@ -224,9 +258,16 @@ class Engine:
                 for name, value in flags.items():
                     setattr(row, name, value)
 
+        self._command(apply)
+
+    def _command(self, command: Callable[[], None], future: Future[None] | None = None) -> None:
+        """Has the step thread run it. Too late for that, `future` says so."""
         with self._changed:
-            self._inbox.append(apply)
-            self._changed.notify()
+            if not self._closed:
+                self._inbox.append(command)
+                self._changed.notify()
+            elif future is not None:
+                future.set_exception(UnavailableError("the server is shutting down"))
 
     def _describe(
         self, token_id: int, source: TokenSource, logprobs: TokenLogprobs | None

@@ -38,6 +38,7 @@ class Pages:
         self._holders = [0] * num_pages
         self._hash_of: dict[int, bytes] = {}
         self._page_of: dict[bytes, int] = {}
+        self._loras_of: dict[int, tuple[str, ...]] = {}  # digests that shaped a published page
         self._cached: OrderedDict[int, None] = OrderedDict()
 
     @property
@@ -89,18 +90,33 @@ class Pages:
             hashes.append(parent)
         return pages, hashes
 
-    def publish(self, page: int, page_hash: bytes) -> None:
-        """Offer a held page, full of accepted KV, to later rows. The first of equal pages stays."""
+    def publish(self, page: int, page_hash: bytes, loras: tuple[str, ...] = ()) -> None:
+        """Offer a held page, full of accepted KV, to later rows. The first of equal pages stays.
+
+        loras: digests of the row's, under which `forget` finds the page.
+        """
         assert self._holders[page] > 0, f"page {page} published by nobody"
         if page_hash not in self._page_of and page not in self._hash_of:
             self._page_of[page_hash] = page
             self._hash_of[page] = page_hash
+            self._loras_of[page] = loras
+
+    def forget(self, digest: str) -> None:
+        """No later row will ask for pages of this LoRA: those nobody holds are free at once."""
+        for page in [page for page, loras in self._loras_of.items() if digest in loras]:
+            self._withdraw(page)
+            if page in self._cached:
+                del self._cached[page]
+                self._free.append(page)
 
     def _take(self) -> int:
         if self._free:
             page = self._free.pop()
         else:
             page, _ = self._cached.popitem(last=False)
-            del self._page_of[self._hash_of.pop(page)]
+            self._withdraw(page)
         self._holders[page] = 1
         return page
+
+    def _withdraw(self, page: int) -> None:
+        del self._page_of[self._hash_of.pop(page)], self._loras_of[page]

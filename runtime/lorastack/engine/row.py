@@ -48,8 +48,11 @@ class Row:
     admitted: float | None = None
     first_token: float | None = None
 
+    lora_digests: tuple[str, ...] = ()
+
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt_ids)
+        self.lora_digests = tuple(use.digest for use in self.request.loras)
 
     @property
     def num_prompt(self) -> int:
@@ -72,6 +75,11 @@ class Row:
     @property
     def kv_root(self) -> bytes:
         return root_hash(self.request.loras)
+
+    def uses(self, digest: str) -> bool:
+        """Whether it is one of the row's LoRAs or its heads."""
+        heads = self.request.heads
+        return digest in self.lora_digests or (heads is not None and heads.digest == digest)
 
     @property
     def wake_time(self) -> float | None:

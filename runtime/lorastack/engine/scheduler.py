@@ -6,7 +6,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 
-from lorastack.adapters.pool import DeviceAdapter, DevicePool
+from lorastack.adapters.device import DeviceAdapter
+from lorastack.adapters.pool import DevicePool
 from lorastack.config import EngineConfig
 from lorastack.engine.batch import (
     Batch,
@@ -62,6 +63,10 @@ class Scheduler:
 
     def find(self, request_id: str) -> Row | None:
         return next((row for row in self._rows() if row.request.request_id == request_id), None)
+
+    def uses(self, digest: str) -> bool:
+        """Whether any row, waiting or running, is to run with this adapter."""
+        return any(row.uses(digest) for row in self._rows())
 
     def take_events(self) -> list[RowEvent]:
         """What happened since the last call."""
@@ -223,7 +228,7 @@ class Scheduler:
             parent = row.page_hashes[-1] if row.page_hashes else row.kv_root
             page_hash = chain_hash(parent, tokens[index * size : (index + 1) * size])
             row.page_hashes.append(page_hash)
-            self._pages.publish(row.pages[index], page_hash)
+            self._pages.publish(row.pages[index], page_hash, row.lora_digests)
 
     # -- drafts -----------------------------------------------------------------------------------
 
@@ -264,7 +269,7 @@ class Scheduler:
         A row never waits for heads: it goes on undrafted while they load.
         """
         try:
-            loras = self._pool.acquire([use.digest for use in row.request.loras])
+            loras = self._pool.acquire(row.lora_digests)
             if loras is None:
                 row.wait_for_adapters(now)
                 return None
@@ -280,11 +285,10 @@ class Scheduler:
 
     def _acquire_heads(self, digest: str, loras: tuple[DeviceAdapter, ...]) -> DeviceAdapter | None:
         try:
-            acquired = self._pool.acquire([digest])
+            return self._pool.try_acquire(digest)
         except LorastackError:
             self._pool.release([lora.digest for lora in loras])
             raise
-        return acquired[0] if acquired else None
 
     def _release(self, adapters: RowAdapters) -> None:
         self._pool.release(adapters.digests)

@@ -18,6 +18,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from lorastack import __version__
+from lorastack.adapters.device import Copy
 from lorastack.adapters.host import HostCache
 from lorastack.adapters.load import Loader, Validator
 from lorastack.adapters.pool import DevicePool
@@ -120,9 +121,15 @@ class Server:
 
     @classmethod
     def build(
-        cls, config: ServerConfig, progress: Callable[[int, int], None] | None = None
+        cls,
+        config: ServerConfig,
+        progress: Callable[[int, int], None] | None = None,
+        copy: Copy | None = None,
     ) -> Self:
-        """Loads the model and opens the store. progress: bytes of the default model's download."""
+        """Loads the model and opens the store. progress: bytes of the default model's download.
+
+        copy: of adapters to the device, unless its own way is meant.
+        """
         loaded = load_model(config.model, progress)
         shapes = loaded.decoder.shapes
         limits = config.adapters
@@ -130,7 +137,7 @@ class Server:
         pack = adapter_packer(loaded)
         host = HostCache(limits.host_memory, Loader(registry=registry, shapes=shapes, pack=pack))
         pool = DevicePool(
-            limits.device_memory, loaded.decoder.device, host, on_loaded=lambda: engine.wake()
+            limits.device_memory, loaded.decoder.device, host, lambda: engine.wake(), copy=copy
         )
         dispatcher = Dispatcher(config.engine.max_buffered_events)
         engine = build_engine(loaded, config.engine, pool, dispatcher.deliver, dispatcher.fail)

@@ -1,0 +1,92 @@
+"""What operators ask of the device: load, unload, forget. Step thread only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from lorastack.adapters.pool import DevicePool
+from lorastack.engine.pages import Pages
+from lorastack.errors import LorastackError
+
+
+@dataclass(slots=True, kw_only=True)
+class _Leaving:
+    """An adapter that goes when no row uses it. forgotten: its prefix pages go too."""
+
+    forgotten: bool = False
+    futures: list[Future[None]] = field(default_factory=list)
+
+
+class Residency:
+    """Orders that wait: a load asks the pool once a step, as a row would, until it is there."""
+
+    def __init__(self, pool: DevicePool, pages: Pages, in_use: Callable[[str], bool]) -> None:
+        """in_use: whether a row, running or not, uses this digest."""
+        self._pool = pool
+        self._pages = pages
+        self._in_use = in_use
+        self._loads: list[tuple[str, bool, Future[None]]] = []
+        self._leaving: dict[str, _Leaving] = {}
+
+    def load(self, digest: str, pin: bool, future: Future[None]) -> None:
+        """future: done when the adapter is on the device, or has the error. Undoes `unload`."""
+        self._loads.append((digest, pin, future))
+        if leaving := self._leaving.pop(digest, None):
+            _finish(leaving)
+
+    def unload(self, digest: str, future: Future[None]) -> None:
+        """Unpins at once; future: done when no row uses it any more and all copies are gone."""
+        self._pool.unpin(digest)
+        self._leaving.setdefault(digest, _Leaving()).futures.append(future)
+
+    def forget(self, digest: str) -> None:
+        """As `unload`, and its prefix-cache pages go too: no request will name it again."""
+        self._pool.unpin(digest)
+        self._leaving.setdefault(digest, _Leaving()).forgotten = True
+
+    def step(self) -> None:
+        """Between the pool's `poll` and the next one."""
+        self._loads = [load for load in self._loads if not self._try_load(*load)]
+        wanted = {digest for digest, _, _ in self._loads}
+        for digest, leaving in list(self._leaving.items()):
+            if digest in wanted or self._in_use(digest) or not self._pool.drop(digest):
+                continue
+            if leaving.forgotten:
+                self._pages.forget(digest)
+            del self._leaving[digest]
+            _finish(leaving)
+
+    def end(self, error: LorastackError) -> None:
+        """Whoever still waits gets `error`."""
+        futures = [future for _, _, future in self._loads]
+        futures += [future for leaving in self._leaving.values() for future in leaving.futures]
+        self._loads, self._leaving = [], {}
+        for future in futures:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(error)
+
+    def _try_load(self, digest: str, pin: bool, future: Future[None]) -> bool:
+        """Whether that is settled."""
+        if future.cancelled():
+            return True
+        try:
+            if self._pool.acquire([digest]) is None:
+                return False
+        except LorastackError as error:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(error)
+            return True
+        self._pool.release([digest])
+        if future.set_running_or_notify_cancel():
+            if pin:
+                self._pool.pin(digest)
+            future.set_result(None)
+        return True
+
+
+def _finish(leaving: _Leaving) -> None:
+    for future in leaving.futures:
+        if future.set_running_or_notify_cancel():
+            future.set_result(None)
