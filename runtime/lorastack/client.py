@@ -39,7 +39,7 @@ from lorastack.errors import (
     UnavailableError,
     UnimplementedError,
 )
-from lorastack.folders import NewFolder, folder_files
+from lorastack.folders import Receiver, folder_files, new_folder
 from lorastack.v1 import adapters_pb2, adapters_pb2_grpc, generation_pb2, generation_pb2_grpc
 from lorastack.v1.adapters_pb2 import Adapter
 from lorastack.v1.generation_pb2 import (
@@ -257,20 +257,20 @@ class Client:
         Raises FailedPreconditionError for a folder that is not empty, NotFoundError, and
         DataLossError when a file does not have its sha256.
         """
-        with NewFolder(folder) as new:
+        with new_folder(folder) as staged:
             adapter = self.get_adapter(adapter_id)
             # By its digest: a new revision meanwhile is not mixed in.
             request = adapters_pb2.DownloadAdapterRequest(id=f"{adapter.id}@{adapter.digest}")
-            received = 0
+            receiver, received = Receiver(staged), 0
             for reply in self._parts(self._adapters.DownloadAdapter(request)):
                 if reply.WhichOneof("part") == "file":
-                    new.begin(reply.file.name, reply.file.size, reply.file.sha256)
+                    receiver.begin(reply.file.name, reply.file.size, reply.file.sha256)
                 else:
-                    new.write(reply.data)
+                    receiver.write(reply.data)
                     received += len(reply.data)
                 if progress is not None:
                     progress(received, adapter.size_bytes)
-            new.finish()
+            receiver.end()
         return adapter
 
     def _parts(self, call: Any) -> Iterator[Any]:

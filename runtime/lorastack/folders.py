@@ -6,9 +6,9 @@ import errno
 import hashlib
 import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import BinaryIO, Self
 
 from lorastack.errors import DataLossError, FailedPreconditionError, InvalidArgumentError, Reason
 
@@ -23,80 +23,70 @@ def folder_files(folder: Path) -> list[Path]:
     return sorted(paths)
 
 
-class NewFolder:
-    """A folder that appears whole or not at all, its files checked against their sha256.
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Yields an empty folder that becomes `target` when the block ends; nothing stays if it raises.
 
-    As a context manager; `finish` puts it in its place, without it nothing stays. File by file:
-    `begin`, then its bytes by `write`.
+    Raises FailedPreconditionError if the target is there already, unless it is an empty folder.
+    """
+    target = target.resolve()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise _taken(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the target, so that the last step is a rename.
+    staged = target.parent / f".{target.name}.{uuid.uuid4().hex}"
+    staged.mkdir()
+    try:
+        yield staged
+        staged.rename(target)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):  # taken meanwhile
+            raise _taken(target) from error
+        raise
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+class Receiver:
+    """Writes files that arrive one after the other: `begin`, the bytes by `write`; `end` at last.
+
+    Nothing the other side says is trusted: names must be plain and new, bytes have their sha256.
     """
 
-    def __init__(self, target: Path) -> None:
-        """target: not there yet, or an empty folder. Raises FailedPreconditionError otherwise."""
-        self._target = target.resolve()
-        if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-            raise _taken(target)
-
-    def __enter__(self) -> Self:
-        parent = self._target.parent
-        parent.mkdir(parents=True, exist_ok=True)
-        # Beside the target, so that the last step is a rename.
-        self._staged = parent / f".{self._target.name}.{uuid.uuid4().hex}"
-        self._staged.mkdir()
-        self._file: BinaryIO | None = None
-        self._name = ""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._file is not None:
-            self._file.close()
-        shutil.rmtree(self._staged, ignore_errors=True)
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._path: Path | None = None
 
     def begin(self, name: str, size: int, sha256: str) -> None:
-        """The next file. Raises DataLossError if the one before is not what was announced.
-
-        Names come from the other side, so only plain, new ones are taken (InvalidArgumentError).
-        """
-        self._end_file()
+        """The next file. Raises InvalidArgumentError for its name, else what `end` raises."""
+        self.end()
+        path = self._folder / name
         plain = name not in ("", ".", "..") and not {"/", "\\", "\0"} & set(name)
-        if not plain or (self._staged / name).exists():
+        if not plain or path.exists():
             raise InvalidArgumentError(f"the server sent a file named {name[:80]!r}: refused")
-        self._name, self._size, self._sha256 = name, size, sha256
+        path.touch()
+        self._path, self._size, self._sha256 = path, size, sha256
         self._digest = hashlib.sha256()
-        self._file = (self._staged / name).open("xb")
 
     def write(self, data: bytes) -> None:
         """More bytes of the file. Raises InvalidArgumentError before the first `begin`."""
-        if self._file is None:
+        if self._path is None:
             raise InvalidArgumentError("the server sent bytes of no file: refused")
-        self._file.write(data)
+        with self._path.open("ab") as file:
+            file.write(data)
         self._digest.update(data)
 
-    def finish(self) -> None:
-        """Puts the folder in its place. Raises as `begin` does, and when the place was taken."""
-        self._end_file()
-        try:
-            self._staged.rename(self._target)
-        except OSError as error:
-            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                raise _taken(self._target) from error
-            raise
-
-    def _end_file(self) -> None:
-        if self._file is None:
+    def end(self) -> None:
+        """Checks the last file. Raises DataLossError if it is not what was announced."""
+        if self._path is None:
             return
-        size = self._file.tell()
-        self._file.close()
-        self._file = None
+        size = self._path.stat().st_size
         if size != self._size or self._digest.hexdigest() != self._sha256:
             raise DataLossError(
-                f"{self._name} arrived damaged ({size} of {self._size} bytes, or other ones): "
-                "try again"
+                f"{self._path.name} arrived damaged ({size} of {self._size} bytes, or other "
+                "ones): try again"
             )
+        self._path = None
 
 
 def _taken(target: Path) -> FailedPreconditionError:
