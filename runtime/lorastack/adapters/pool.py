@@ -22,6 +22,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from threading import Lock
 
 import torch
@@ -29,7 +30,7 @@ import torch
 from lorastack.adapters.device import Copy, DeviceAdapter, device_copy
 from lorastack.adapters.host import HostCache
 from lorastack.adapters.pipeline import Pipeline
-from lorastack.adapters.turns import Resident, Use, choose_victims
+from lorastack.adapters.turns import QUANTUM, Resident, Use, choose_victims
 from lorastack.errors import (
     FailedPreconditionError,
     LorastackError,
@@ -297,7 +298,9 @@ class DevicePool:
             loaded = all(self._size(digest) for digest in wanted)
             if ask.placed or not loaded or self._misfit(wanted):
                 continue
-            if not self._place(wanted, Use.HARD, now):
+            # Room that waits for a copy serves nobody: one at a time is taken from running rows.
+            began_before = -inf if self._pipeline.copying else now - QUANTUM
+            if not self._place(wanted, Use.HARD, now, began_before):
                 self.blocked = any(each.use is Use.HARD for each in self._residents.values())
                 return changed
             ask.placed = changed = True
@@ -318,15 +321,22 @@ class DevicePool:
                 changed, spare = True, spare - size
         return changed
 
-    def _place(self, wanted: Collection[str], use: Use, now: float) -> bool:
+    def _place(
+        self, wanted: Collection[str], use: Use, now: float, began_before: float = -inf
+    ) -> bool:
         """Brings what is missing of a set onto the device if room can be made for all of it."""
         missing = [digest for digest in wanted if digest in self._pipeline.packed]
         used = sum(resident.adapter.nbytes for resident in self._residents.values())
         needed = used + sum(self._pipeline.copying.values()) + sum(map(self._size, missing))
         placed = (members for members, ask in self._queue.items() if ask.placed)
         keep = self._pinned.union(wanted, *placed)
-        residents = self._residents.values()
-        victims = choose_victims(residents, needed - self._budget, keep=keep, use=use, now=now)
+        victims = choose_victims(
+            self._residents.values(),
+            needed - self._budget,
+            use=use,
+            keep=keep,
+            began_before=began_before,
+        )
         if victims is None:
             return False
         with self._lock:

@@ -1,9 +1,9 @@
 """Who has to make room on the device for whom, and when. Pure: no clock, no tensor, no thread.
 
-An adapter that running rows need leaves for another one only after its turn of QUANTUM seconds. A
-turn begins when the adapter arrives, and again when a set that had to wait for its members gets
-them. Nobody loses anything for heads or for what is loaded ahead: these only take room that is
-free or that nobody uses.
+An adapter that running rows need leaves for others only after its turn of QUANTUM seconds. A turn
+begins when the adapter arrives, and again when a set that had to wait for its members gets them.
+Nobody loses anything for heads or for what is loaded ahead: these only take room that is free or
+that nobody uses.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from enum import IntEnum
+from math import inf
 
 from lorastack.adapters.device import DeviceAdapter
 
@@ -34,27 +35,33 @@ class Resident:
     use: Use = Use.SOFT
     pins: int = 0
 
-    def yields_to(self, use: Use, now: float) -> bool:
-        """Whether it may be evicted at `now` for an adapter of this use."""
-        turn_over = now - self.since >= QUANTUM
-        return not self.pins and (self.use < use or (self.use is use is Use.HARD and turn_over))
-
 
 def choose_victims(
-    residents: Iterable[Resident], excess: int, *, keep: Container[str], use: Use, now: float
+    residents: Iterable[Resident],
+    excess: int,
+    *,
+    use: Use,
+    keep: Container[str],
+    began_before: float = -inf,
 ) -> list[str] | None:
     """Digests that make room for `excess` bytes; None, and nobody need go, when that is too much.
 
-    residents: least recently used first. keep: digests that stay. use: what the room is for. The
-    idle go first, then the soft, both in their order; then those in use, the oldest turn first.
+    residents: least recently used first. use: what the room is for; only adapters of a lower use go
+    for it, and those whose turn began before `began_before`. keep: digests that stay. The idle go
+    first, then the soft, both in their order; then those in use, the oldest turn first.
     """
-    able = [each for each in residents if each.yields_to(use, now)]
+    able = [
+        each
+        for each in residents
+        if (each.use < use or each.since <= began_before)
+        and not each.pins
+        and each.adapter.digest not in keep
+    ]
     able.sort(key=lambda each: (each.use, each.since if each.use is Use.HARD else 0.0))
     victims: list[str] = []
     for each in able:
         if excess <= 0:
             break
-        if each.adapter.digest not in keep:
-            victims.append(each.adapter.digest)
-            excess -= each.adapter.nbytes
+        victims.append(each.adapter.digest)
+        excess -= each.adapter.nbytes
     return victims if excess <= 0 else None

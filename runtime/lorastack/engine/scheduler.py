@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from lorastack.adapters.device import DeviceAdapter
 from lorastack.adapters.pool import DevicePool
 from lorastack.config import EngineConfig
+from lorastack.engine.admission import LOOK_AHEAD, admission_order, is_overdue
 from lorastack.engine.batch import (
     Batch,
     RowAdapters,
@@ -154,10 +155,11 @@ class Scheduler:
         """Plan one running row; returns how much of the prompt budget it took."""
         decoding = row.num_pending == 1
         num_tokens = 1 if decoding else min(row.num_pending, budget)
-        if num_tokens <= 0:
-            return 0
         adapters = self._acquire(row, now)
         if adapters is None:
+            return 0
+        if num_tokens <= 0:
+            self._release(adapters)  # asked for none the less: a row that does not ask loses them
             return 0
         tree = self._tree(row) if decoding else None
         if tree is not None and not self._grow(row, row.num_computed + tree.num_nodes):
@@ -169,29 +171,57 @@ class Scheduler:
         return 0 if decoding else num_tokens
 
     def _admit(self, budget: int, now: float) -> None:
-        """Start waiting rows in order; one whose LoRA is still loading waits aside."""
-        for row in list(self._waiting):
-            if budget <= 0 or not (self._has_slot() or any(row.parked for row in self._running)):
-                return
-            adapters = None if row.parked else self._acquire(row, now)
-            if adapters is None:
+        """Start waiting rows; one whose LoRAs are missing waits aside, and others go before it.
+
+        That is, until it is overdue: then a slot is kept for it. No more rows ask for LoRAs than
+        could start, as that may take them from running rows.
+        """
+        num_slots = self._config.max_rows - sum(not row.parked for row in self._running)
+        num_asking = 0
+        for place, row in enumerate(admission_order(self._waiting, self._running, now)):
+            if row.parked:
                 continue
-            if not self._has_slot():
-                self._preempt_parked()
-            cached, hashes = self._pages.match(row.kv_root, row.tokens)
-            missing = self._pages.pages_for(len(row.tokens)) - len(cached)
-            while (fresh := self._pages.allocate(missing)) is None and self._preempt_parked():
-                pass
-            if fresh is None:
-                self._pages.free(cached)
-                self._release(adapters)
+            may_ask = num_asking < num_slots or self._pool.holds(row.lora_digests)
+            if num_slots <= 0 or not may_ask:
+                if place < LOOK_AHEAD:
+                    self._prefetch(row)
+                continue
+            adapters = self._acquire(row, now)
+            if adapters is None and is_overdue(row, now):
+                num_slots -= 1
+            elif adapters is None:
+                num_asking += 1
+            elif budget <= 0:
+                self._release(adapters)  # it had to ask, or it would lose its place in the queue
+            elif self._start(row, adapters, budget, now):
+                budget -= len(self._scheduled[-1][1].token_ids)
+                num_slots -= 1
+            else:
                 return
-            self._waiting.remove(row)
-            self._running.append(row)
-            row.admit(cached + fresh, hashes, len(cached) * self._pages.page_size, now)
-            num_tokens = min(row.num_pending, budget)
-            self._plan(row, num_tokens, None, adapters)
-            budget -= num_tokens
+
+    def _prefetch(self, row: Row) -> None:
+        """The adapters of a row that cannot start yet are brought as near as there is room."""
+        self._pool.prefetch(row.lora_digests)
+        if row.request.heads is not None and self._max_nodes(row):
+            self._pool.prefetch([row.request.heads.digest])
+
+    def _start(self, row: Row, adapters: RowAdapters, budget: int, now: float) -> bool:
+        """Plan a waiting row's first chunk; False: not enough pages."""
+        if not self._has_slot():
+            self._preempt_parked()
+        cached, hashes = self._pages.match(row.kv_root, row.tokens)
+        missing = self._pages.pages_for(len(row.tokens)) - len(cached)
+        while (fresh := self._pages.allocate(missing)) is None and self._preempt_parked():
+            pass
+        if fresh is None:
+            self._pages.free(cached)
+            self._release(adapters)
+            return False
+        self._waiting.remove(row)
+        self._running.append(row)
+        row.admit(cached + fresh, hashes, len(cached) * self._pages.page_size, now)
+        self._plan(row, min(row.num_pending, budget), None, adapters)
+        return True
 
     def _plan(self, row: Row, num_tokens: int, tree: Tree | None, adapters: RowAdapters) -> None:
         start = row.num_computed
