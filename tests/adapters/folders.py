@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,10 @@ ANYTHING = ParsedAdapter(
     tensors={},
     base_copies={},
 )
+# Adapters to the store: it looks at no byte of them.
+ONE = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"one" * 100}
+TWO = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"two" * 200}
+BLOB = ONE["adapter_model.safetensors"]
 
 
 def files_of(folder: Path) -> dict[str, Path]:
@@ -73,7 +78,7 @@ def send(upload: Upload, blobs: Sequence[bytes], chunk: int = 1 << 20) -> None:
     """Writes whatever the store still needs of these."""
     for data in blobs:
         if sha256(data) in upload.needed:
-            for offset in range(0, len(data), chunk):
+            for offset in range(upload.staged[sha256(data)], len(data), chunk):
                 upload.write(sha256(data), offset, data[offset : offset + chunk])
 
 
@@ -88,3 +93,21 @@ def store(
 
 def read_folder(folder: Path) -> dict[str, bytes]:
     return {name: path.read_bytes() for name, path in files_of(folder).items()}
+
+
+def reopen(registry: Registry, root: Path) -> Registry:
+    registry.close()
+    return Registry(root)
+
+
+def contents(registry: Registry, reference: str) -> dict[str, bytes]:
+    files = registry.files(registry.resolve(reference).digest)
+    return {name: path.read_bytes() for name, path in files.items()}
+
+
+def blob_names(root: Path) -> set[str]:
+    return set(os.listdir(root / "blobs" / "sha256"))
+
+
+def staged(root: Path) -> list[str]:
+    return os.listdir(root / "staging")

@@ -1,4 +1,4 @@
-"""The store against a dictionary: any sequence of uploads, deletions and restarts."""
+"""The store against a dictionary: any sequence of uploads, rollbacks, deletions and restarts."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from lorastack.adapters.fsck import check_store
 from lorastack.adapters.manifest import adapter_digest
 from lorastack.adapters.registry import Registry, Upload
-from lorastack.errors import NotFoundError
-from tests.adapters.folders import accept, send, sha256, specs_of, store
+from lorastack.errors import AbortedError, NotFoundError
+from tests.adapters.folders import accept, contents, send, sha256, specs_of, staged, store
 
+Contents = dict[str, bytes]
 IDS = st.sampled_from(["a", "b", "ns/a"])
 CONTENTS = st.sampled_from(
     [
@@ -31,40 +33,75 @@ class Store(RuleBasedStateMachine):
     def open(self) -> None:
         self.root = Path(tempfile.mkdtemp())
         self.registry = Registry(self.root)
-        self.model: dict[str, list[dict[str, bytes]]] = {}  # id -> revisions
-        self.open_uploads: list[tuple[str, dict[str, bytes], Upload]] = []
+        self.reader = Registry(self.root, read_only=True)
+        self.model: dict[str, list[Contents]] = {}  # id -> revisions
+        self.open_uploads: list[tuple[str, Contents, Upload]] = []
+        self.suspended: list[tuple[str, Contents, dict[str, int]]] = []  # bytes by sha256
 
     def teardown(self) -> None:
         if hasattr(self, "registry"):
             self.registry.close()
             shutil.rmtree(self.root)
 
-    def _stored(self, adapter_id: str, contents: dict[str, bytes]) -> None:
+    def _stored(self, adapter_id: str, data: Contents) -> None:
         revisions = self.model.setdefault(adapter_id, [])
-        if not revisions or revisions[-1] != contents:
-            revisions.append(contents)
+        if not revisions or revisions[-1] != data:
+            revisions.append(data)
 
-    @rule(adapter_id=IDS, contents=CONTENTS)
-    def upload(self, adapter_id: str, contents: dict[str, bytes]) -> None:
-        store(self.registry, adapter_id, contents)
-        self._stored(adapter_id, contents)
+    def _take_over(self, adapter_id: str, data: Contents) -> None:
+        """What a new upload does to unfinished ones of the same files under the same id."""
+        for name, files, older in self.open_uploads:
+            if (name, files) == (adapter_id, data):
+                with pytest.raises(AbortedError):
+                    older.write(sha256(data["x.json"]), 0, b"")
+                older.abort()
+        self.open_uploads = [u for u in self.open_uploads if u[:2] != (adapter_id, data)]
+        self.suspended = [s for s in self.suspended if s[:2] != (adapter_id, data)]
 
-    @rule(adapter_id=IDS, contents=CONTENTS)
-    def begin(self, adapter_id: str, contents: dict[str, bytes]) -> None:
-        upload = self.registry.begin_upload(adapter_id, specs_of(contents))
-        self.open_uploads.append((adapter_id, contents, upload))
+    @rule(adapter_id=IDS, data=CONTENTS)
+    def upload(self, adapter_id: str, data: Contents) -> None:
+        store(self.registry, adapter_id, data)
+        self._take_over(adapter_id, data)
+        self._stored(adapter_id, data)
 
-    @rule(commit=st.booleans())
-    def end(self, commit: bool) -> None:
+    @rule(adapter_id=IDS, data=CONTENTS, size=st.integers(0, 9))
+    def begin(self, adapter_id: str, data: Contents, size: int) -> None:
+        planned = dict(self.registry.plan_upload(adapter_id, specs_of(data)))
+        upload = self.registry.begin_upload(adapter_id, specs_of(data))
+        assert {spec.sha256 for spec in planned} == upload.needed
+        for name, files, sizes in self.suspended:
+            if (name, files) == (adapter_id, data):
+                assert all(upload.staged[s] == sizes[s] for s in upload.needed & sizes.keys())
+        self._take_over(adapter_id, data)
+        weights = data["w.safetensors"]
+        start = upload.staged.get(sha256(weights), 0)
+        upload.write(sha256(weights), start, weights[start:size])
+        self.open_uploads.append((adapter_id, data, upload))
+
+    @rule(how=st.sampled_from([Upload.suspend, Upload.abort, Upload.commit]))
+    def end(self, how: object) -> None:
         if not self.open_uploads:
             return
-        adapter_id, contents, upload = self.open_uploads.pop(0)
-        send(upload, list(contents.values()), chunk=4)
-        if commit:
+        adapter_id, data, upload = self.open_uploads.pop(0)
+        if how is Upload.commit:
+            send(upload, list(data.values()), chunk=4)
             upload.commit(accept, base_fingerprint="base")
-            self._stored(adapter_id, contents)
+            self._stored(adapter_id, data)
+        elif how is Upload.suspend:
+            upload.suspend()
+            self.suspended.append((adapter_id, data, dict(upload.staged)))
         else:
             upload.abort()
+
+    @rule(adapter_id=IDS, data=CONTENTS)
+    def rollback(self, adapter_id: str, data: Contents) -> None:
+        digest = adapter_digest(specs_of(data))
+        if data in self.model.get(adapter_id, []):
+            self.registry.rollback(adapter_id, digest)
+            self._stored(adapter_id, data)
+        else:
+            with pytest.raises(NotFoundError):
+                self.registry.rollback(adapter_id, digest)
 
     @rule(adapter_id=IDS)
     def delete(self, adapter_id: str) -> None:
@@ -78,33 +115,32 @@ class Store(RuleBasedStateMachine):
     @rule()
     def restart(self) -> None:
         self.registry.close()
+        self.suspended += [(name, data, dict(u.staged)) for name, data, u in self.open_uploads]
         self.open_uploads.clear()
         self.registry = Registry(self.root)
         assert self.registry.recovery.damaged == ()
+        assert self.registry.recovery.kept_uploads == len(self.suspended)
 
     @invariant()
     def agrees(self) -> None:
         if not hasattr(self, "registry"):
             return
+        self.reader.refresh()
+        assert self.reader.list() == self.registry.list()
         found = {record.id: record for record in self.registry.list()}
         assert found.keys() == self.model.keys()
         for adapter_id, revisions in self.model.items():
             assert found[adapter_id].revision == len(revisions)
-            for contents in revisions:
-                digest = adapter_digest(specs_of(contents))
-                record = self.registry.resolve(f"{adapter_id}@{digest}")
-                self.registry.verify(record.digest)
-                files = self.registry.files(record.digest)
-                assert {name: path.read_bytes() for name, path in files.items()} == contents
-        # At least what is needed is there; nothing else once no upload is open.
-        blobs = {path.name for path in (self.root / "blobs" / "sha256").iterdir()}
-        needed = {
-            sha256(data)
-            for revisions in self.model.values()
-            for contents in revisions
-            for data in contents.values()
-        }
-        assert needed <= blobs
+            digests = [adapter_digest(specs_of(data)) for data in revisions]
+            known = self.registry.revisions(adapter_id)
+            assert [record.digest for record in reversed(known)] == digests
+            for data, digest in zip(revisions, digests, strict=True):
+                assert contents(self.registry, f"{adapter_id}@{digest}") == data
+        report = check_store(self.root, lambda done, total: None)
+        assert report.damaged == ()
+        assert len(staged(self.root)) == len(self.open_uploads) + len(self.suspended)
+        if not self.open_uploads:
+            assert all(path.startswith("blobs") for path in report.orphans)
 
 
 TestStore = Store.TestCase

@@ -149,6 +149,7 @@ class Registry:
         """
         self._check_writable()
         check_id(adapter_id)
+        check_files(files, max_files=self._max_files, max_bytes=self._max_upload)
         needed = self._missing(files)
         sizes = staged_sizes(self._staging_folder(staging_key(adapter_id, files)), needed)
         return tuple((spec, sizes[spec.sha256]) for spec in needed)
@@ -164,6 +165,7 @@ class Registry:
         """
         self._check_writable()
         check_id(adapter_id)
+        check_files(files, max_files=self._max_files, max_bytes=self._max_upload)
         if if_digest and not is_digest(if_digest):
             raise InvalidArgumentError(
                 f"if_digest {if_digest[:80]!r} is not sha256:<64 hex digits>"
@@ -189,12 +191,11 @@ class Registry:
             older.suspend()  # outside, as it may have to wait for its commit
 
     def _missing(self, files: Sequence[FileSpec]) -> tuple[FileSpec, ...]:
-        """Those of the files whose bytes must travel. Raises InvalidArgumentError.
+        """Those of the files whose bytes must travel.
 
         Bytes count as present only if an id has them in one of its revisions, not because a file
         happens to lie there.
         """
-        check_files(files, max_files=self._max_files, max_bytes=self._max_upload)
         listed = self._tables.blobs
         unique = {spec.sha256: spec for spec in files}
         return tuple(
