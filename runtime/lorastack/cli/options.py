@@ -14,6 +14,14 @@ Server = Annotated[
     typer.Option("--server", metavar="HOST:PORT", envvar="LORASTACK_SERVER", help="Which server."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+IfDigest = Annotated[
+    str | None,
+    typer.Option(
+        "--if-digest",
+        metavar="DIGEST",
+        help="Only if the id points there; empty: only if the id is new.",
+    ),
+]
 Model = Annotated[
     str | None,
     typer.Option(
@@ -24,7 +32,7 @@ Model = Annotated[
     ),
 ]
 
-__all__ = ["DEFAULT_SERVER", "Json", "Model", "Server", "size"]
+__all__ = ["DEFAULT_SERVER", "IfDigest", "Json", "Model", "Server", "size"]
 
 
 def size(text: str) -> str:
