@@ -17,6 +17,7 @@ from lorastack.adapters.tensorfile import TensorEntry
 from lorastack.layout import EMBED, LM_HEAD, ModelShapes, Part, TensorKey
 
 CONFIG_NAME = "adapter_config.json"
+MAX_TEXT = 1024  # characters of a name in a config, which every listing repeats
 # PEFT's choice for Llama and Mistral when a config names no targets.
 _DEFAULT_TARGETS = frozenset({"q_proj", "v_proj"})
 # Initialisations that leave the base weights as they are.
@@ -164,9 +165,11 @@ def _check_shape(entry: TensorEntry, shape: tuple[int, ...]) -> None:
 def _rules(config: Mapping[str, object]) -> TargetRules:
     """The config as rules. Any field that we cannot honour is refused by name."""
     if config.get("peft_type") != "LORA":
-        raise unsupported(f"peft_type is {config.get('peft_type')!r}; only LORA is supported")
+        shown = str(config.get("peft_type"))[:64]
+        raise unsupported(f"peft_type is {shown!r}; only LORA is supported")
     if config.get("task_type") not in (None, "CAUSAL_LM"):
-        raise unsupported(f"task_type is {config['task_type']!r}; only CAUSAL_LM is supported")
+        shown = str(config["task_type"])[:64]
+        raise unsupported(f"task_type is {shown!r}; only CAUSAL_LM is supported")
     init = config.get("init_lora_weights", True)
     if not isinstance(init, bool) and init is not None and init not in _HARMLESS_INITS:
         raise unsupported(
@@ -254,8 +257,10 @@ def _layers_pattern(config: Mapping[str, object]) -> tuple[str, ...]:
 
 
 def text_field(config: Mapping[str, object], field: str) -> str:
-    """A string that may be missing or null ("")."""
+    """A short string that may be missing or null ("")."""
     value = config.get(field)
     if value is not None and not isinstance(value, str):
         raise invalid(f"{field} must be a string")
+    if len(value or "") > MAX_TEXT:
+        raise invalid(f"{field} is longer than {MAX_TEXT} characters")
     return value or ""
