@@ -26,7 +26,7 @@ EMBED = "embed_tokens"
 LM_HEAD = "lm_head"
 HEADS = "heads"
 MAX_RANK = 64  # candidates that a tree may ask of one head
-NO_LAYER = -1  # the `layer` of embed_tokens and lm_head; heads use their 0-based head index
+NO_LAYER = -1  # the `layer` of embed_tokens and lm_head; for heads see `head_block`
 
 
 class Part(StrEnum):
@@ -36,6 +36,7 @@ class Part(StrEnum):
     B = "B"  # LoRA [out, rank]
     WEIGHT = "weight"  # Medusa block [H, H]
     BIAS = "bias"  # Medusa block [H]
+    OUTPUT = "output"  # a Medusa version 1 head's own output matrix [V, H]; its layer is the head
 
 
 class AdapterKind(StrEnum):
@@ -88,6 +89,11 @@ class ModelShapes:
 TensorKey = tuple[int, str, Part]  # (layer, target, part)
 
 
+def head_block(head: int, block: int, num_heads: int) -> int:
+    """The `layer` of one block of one head (all 0-based): all heads' first blocks come first."""
+    return block * num_heads + head
+
+
 @dataclass(frozen=True, slots=True)
 class TensorSlot:
     """Where a tensor lies in the flat buffer. offset: elements, not bytes."""
@@ -101,7 +107,7 @@ class AdapterLayout:
     """The table of an adapter's flat buffer, all of one dtype.
 
     In a group the A parts of its targets are adjacent without gaps, so one matmul shrinks for all
-    of them; so are the weights of all heads, and their biases.
+    of them; so are the weights of all heads' blocks, their biases, and version 1 heads' outputs.
     """
 
     slots: Mapping[TensorKey, TensorSlot]

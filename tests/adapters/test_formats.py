@@ -15,13 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from lorastack.adapters import targets
 from lorastack.adapters.formats import chat_template, check_base, check_values
-from lorastack.errors import (
-    FailedPreconditionError,
-    InvalidArgumentError,
-    Reason,
-    UnimplementedError,
-)
-from lorastack.layout import HEADS, AdapterKind, Part
+from lorastack.errors import FailedPreconditionError, InvalidArgumentError, Reason
+from lorastack.layout import HEADS, AdapterKind, Part, head_block
 from tests.adapters.folders import SHAPES, edit_json, files_of, parse_folder
 from tests.helpers.adapters import write_heads, write_lora
 
@@ -77,6 +72,40 @@ def test_heads(heads: Path) -> None:
         (head, HEADS, part) for head in range(3) for part in (Part.WEIGHT, Part.BIAS)
     }
     assert parsed.tensors[2, HEADS, Part.WEIGHT].name == "2.0.linear.weight"
+
+
+@pytest.mark.parametrize("num_blocks", [1, 2])
+@pytest.mark.parametrize("version", [1, 2])
+def test_heads_of_both_versions(tmp_path: Path, version: int, num_blocks: int) -> None:
+    vocab_size = SHAPES.vocab_size if version == 1 else None
+    folder = write_heads(tmp_path / "x", H, num_blocks=num_blocks, vocab_size=vocab_size)
+    parsed = parse_folder(folder)
+    assert (parsed.num_heads, parsed.num_layers, parsed.medusa_version) == (3, num_blocks, version)
+    names = {entry.name for entry in parsed.tensors.values()}
+    assert names == load_file(folder / HEADS_FILE).keys()
+    for head in range(3):
+        for block in range(num_blocks):
+            key = (head_block(head, block, 3), HEADS, Part.WEIGHT)
+            assert parsed.tensors[key].name == f"{head}.{block}.linear.weight"
+        if version == 1:
+            assert parsed.tensors[head, HEADS, Part.OUTPUT].name == f"{head}.{num_blocks}.weight"
+
+
+def test_published_version_one_heads(tmp_path: Path) -> None:
+    """The layout of FasterDecoding/medusa-vicuna-*-v1.3: five heads, no version, float16."""
+    folder = write_heads(
+        tmp_path / "medusa-vicuna",
+        H,
+        num_heads=5,
+        vocab_size=SHAPES.vocab_size,
+        dtype=torch.float16,
+        base_model_name_or_path="lmsys/vicuna-7b-v1.3",
+        transformers_version="4.31.0",
+    )
+    assert "version" not in json.loads((folder / HEADS_CONFIG).read_text())
+    parsed = parse_folder(folder)
+    assert (parsed.num_heads, parsed.medusa_version, len(parsed.tensors)) == (5, 1, 15)
+    check_base(parsed, ["vicuna-7b-v1.3"])
 
 
 @pytest.mark.parametrize("one_file", [True, False])
@@ -291,12 +320,16 @@ def test_endless_patterns_end(lora: Path, monkeypatch: pytest.MonkeyPatch) -> No
 # -- refused: heads -------------------------------------------------------------------------------
 
 HEADS_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
-    "too few": ({"medusa_num_heads": 2}, "tensor 2.0.linear.* beyond medusa_num_heads = 2"),
-    "too many": ({"medusa_num_heads": 4}, "3.0.linear.weight is missing"),
+    "too few": (
+        {"medusa_num_heads": 2},
+        "tensor 2.0.linear.* belongs to no head: .*medusa_num_heads = 2",
+    ),
+    "too many": ({"medusa_num_heads": 4}, "3.0.linear.bias is missing"),
     "none": ({"medusa_num_heads": 0}, "medusa_num_heads = 0"),
     "true": ({"medusa_num_heads": True}, "medusa_num_heads = True"),
     "text": ({"medusa_num_heads": "3"}, "medusa_num_heads = 3"),
-    "layers": ({"medusa_num_layers": 2}, "medusa_num_layers is 2"),
+    "layers": ({"medusa_num_layers": 2}, "medusa_num_layers is 2, but 0.1.linear.bias is missing"),
+    "many layers": ({"medusa_num_layers": 33}, "medusa_num_layers = 33"),
     "no layers": ({"medusa_num_layers": None}, "medusa_num_layers"),
     "version 1": ({"version": "1"}, "says version 1.* as version 2 does"),
     "no version": ({"version": None}, "no version, which means 1.* as version 2 does"),
@@ -323,21 +356,45 @@ def test_heads_of_another_hidden_size(tmp_path: Path) -> None:
     refused(folder, rf"0.0.linear.* has shape \[20(, 20)?\].* needs \[{H}(, {H})?\]")
 
 
-@pytest.mark.parametrize("version", ["1", None])
-def test_version_one_is_not_implemented_yet(heads: Path, version: str | None) -> None:
-    output = {f"{head}.1.weight": torch.zeros(SHAPES.vocab_size, H) for head in range(3)}
-    edit_tensors(heads / HEADS_FILE, lambda tensors: tensors.update(output))
-    edit_json(heads / HEADS_CONFIG, version=version)
-    with pytest.raises(UnimplementedError, match=r"version 1.*0\.1\.weight"):
-        parse_folder(heads)
-    edit_json(heads / HEADS_CONFIG, version="2")
-    refused(heads, r"says version 2, but the folder holds 0\.1\.weight")
+@pytest.mark.parametrize(("version", "outputs"), [("1", False), ("2", True)])
+def test_versions_that_the_tensors_contradict(tmp_path: Path, version: str, outputs: bool) -> None:
+    vocab_size = SHAPES.vocab_size if outputs else None
+    folder = write_heads(tmp_path / "x", H, num_heads=2, vocab_size=vocab_size)
+    edit_json(folder / HEADS_CONFIG, version=version)
+    has = r"holds 0\.1\.weight" if outputs else "holds no output matrices"
+    refused(folder, f"says version {version}, but the folder {has}")
 
 
-def test_a_block_too_many(heads: Path) -> None:
-    more = {"0.1.linear.weight": torch.zeros(H, H), "0.1.linear.bias": torch.zeros(H)}
-    edit_tensors(heads / HEADS_FILE, lambda tensors: tensors.update(more))
-    refused(heads, r"0\.1\.linear.* more than one block")
+HEADS_TENSORS: dict[str, tuple[Edit, str]] = {
+    "no output": (lambda t: t.__delitem__("1.2.weight"), r"but 1\.2\.weight is missing"),
+    "no block": (
+        lambda t: t.__delitem__("0.1.linear.bias"),
+        r"medusa_num_layers is 2, but 0\.1\.linear\.bias is missing",
+    ),
+    "a block too many": (
+        lambda t: t.update({"0.2.linear.weight": torch.zeros(H, H)}),
+        r"0\.2\.linear\.weight belongs to no head: .*medusa_num_layers = 2",
+    ),
+    "an output too early": (
+        lambda t: t.update({"0.1.weight": torch.zeros(SHAPES.vocab_size, H)}),
+        r"0\.1\.weight belongs to no head",
+    ),
+    "another vocabulary": (
+        lambda t: t.update({"0.2.weight": torch.zeros(33, H)}),
+        rf"0\.2\.weight has shape \[33, {H}\].* needs \[32, {H}\]",
+    ),
+    "another hidden size": (
+        lambda t: t.update({"1.1.linear.weight": torch.zeros(H, H + 1)}),
+        rf"1\.1\.linear\.weight has shape \[{H}, {H + 1}\].* needs \[{H}, {H}\]",
+    ),
+}
+
+
+@pytest.mark.parametrize(("edit", "named"), HEADS_TENSORS.values(), ids=HEADS_TENSORS.keys())
+def test_heads_tensors_are_refused_by_name(tmp_path: Path, edit: Edit, named: str) -> None:
+    folder = write_heads(tmp_path / "x", H, num_heads=2, num_blocks=2, vocab_size=SHAPES.vocab_size)
+    edit_tensors(folder / HEADS_FILE, edit)
+    refused(folder, named)
 
 
 def test_a_whole_model_is_no_adapter(heads: Path) -> None:

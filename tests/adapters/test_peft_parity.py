@@ -15,11 +15,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 from transformers import PreTrainedModel as HFModel
 
 from lorastack.adapters.formats import parse
-from lorastack.adapters.load import Validator, read_tensors
+from lorastack.adapters.load import Validator
 from lorastack.adapters.targets import module_names
 from lorastack.errors import InvalidArgumentError, Reason
 from lorastack.layout import EMBED, LM_HEAD, NO_LAYER, ModelShapes, Part
 from tests.adapters.folders import SHAPES, edit_json, files_of
+from tests.helpers.packed import read_tensors
 
 SIZES: dict[str, Any] = {
     "hidden_size": SHAPES.hidden_size,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -15,9 +16,10 @@ from safetensors.torch import save
 
 from lorastack.adapters.tensorfile import (
     MAX_HEADER,
-    SCAN_BYTES,
+    PIECE,
+    TensorEntry,
     check_finite,
-    read_bytes,
+    pieces,
     read_header,
 )
 from lorastack.errors import InvalidArgumentError
@@ -33,6 +35,10 @@ def write(path: Path, header: Any, data: int | bytes = 32, raw: bytes | None = N
     body = bytes(data) if isinstance(data, int) else data
     path.write_bytes(len(text).to_bytes(8, "little") + text + body)
     return path
+
+
+def read_bytes(entry: TensorEntry) -> npt.NDArray[np.uint8]:
+    return np.concatenate([piece.copy() for piece in pieces(entry)])
 
 
 def changed(**fields: Any) -> dict[str, Any]:
@@ -137,12 +143,12 @@ def test_any_damage_is_refused_or_harmless(
 @pytest.mark.parametrize(
     "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str
 )
-@pytest.mark.parametrize("place", [0, SCAN_BYTES // 2 + 3, -1])
+@pytest.mark.parametrize("place", [0, PIECE // 2 + 3, -1])
 def test_values_that_are_no_numbers(
     tmp_path: Path, dtype: torch.dtype, value: float, place: int
 ) -> None:
     largest = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
-    tensor = torch.full((SCAN_BYTES + 5,), largest, dtype=dtype)
+    tensor = torch.full((PIECE + 5,), largest, dtype=dtype)
     path = tmp_path / "x"
     path.write_bytes(save({"good": tensor}))
     check_finite(read_header(path, "x")["good"])
@@ -166,9 +172,14 @@ def test_float64_must_fit_in_float32(tmp_path: Path, value: float) -> None:
             check_finite(entry)
 
 
-def test_read_bytes_is_writable(tmp_path: Path) -> None:
-    """torch warns about, and may write through, arrays that are not."""
-    path = write(tmp_path / "x", GOOD, np.arange(32, dtype=np.uint8).tobytes())
-    data = read_bytes(read_header(path, "x")["b"])
-    assert data.flags.writeable
-    assert data.tolist() == list(range(24, 32))
+def test_pieces_are_whole_values_and_writable(tmp_path: Path) -> None:
+    """torch warns about, and may write through, arrays that are not writable."""
+    tensor = torch.arange(PIECE + 3, dtype=torch.float64)
+    path = tmp_path / "x"
+    path.write_bytes(save({"a": tensor}))
+    entry = read_header(path, "x")["a"]
+    assert all(len(piece) % 8 == 0 and piece.flags.writeable for piece in pieces(entry))
+    assert np.array_equal(read_bytes(entry).view(np.float64), tensor.numpy())
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(InvalidArgumentError, match="a is cut short"):
+        list(pieces(entry))

@@ -1,13 +1,14 @@
-"""Random PEFT LoRA folders and Medusa v2 folders for given shapes."""
+"""Random PEFT LoRA folders and Medusa folders for given shapes."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from lorastack.layout import EMBED, LAYER_TARGETS, LM_HEAD, ModelShapes
 from tests.helpers.tiny import write_json
@@ -116,17 +117,40 @@ def write_heads(
     hidden_size: int,
     *,
     num_heads: int = 3,
+    num_blocks: int = 1,
+    vocab_size: int | None = None,
     seed: int = 0,
     strength: float = 0.1,
     dtype: torch.dtype = torch.float32,
     **fields: Any,
 ) -> Path:
-    """Random Medusa v2 heads: close to the identity for a small strength."""
+    """Random Medusa heads: close to the identity for a small strength.
+
+    Version 2; or, with a vocab_size, version 1 with an output matrix each, and a config as such
+    heads are published with.
+    """
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, torch.Tensor] = {}
     for head in range(num_heads):
-        weight = torch.randn(hidden_size, hidden_size, generator=generator)
-        tensors[f"{head}.0.linear.weight"] = (weight * strength).to(dtype)
-        bias = torch.randn(hidden_size, generator=generator)
-        tensors[f"{head}.0.linear.bias"] = (bias * strength).to(dtype)
-    return write_heads_tensors(folder, tensors, heads_config(num_heads, **fields))
+        for block in range(num_blocks):
+            weight = torch.randn(hidden_size, hidden_size, generator=generator)
+            tensors[f"{head}.{block}.linear.weight"] = (weight * strength).to(dtype)
+            bias = torch.randn(hidden_size, generator=generator)
+            tensors[f"{head}.{block}.linear.bias"] = (bias * strength).to(dtype)
+        if vocab_size is not None:
+            output = torch.randn(vocab_size, hidden_size, generator=generator)
+            tensors[f"{head}.{num_blocks}.weight"] = output.to(dtype)
+    config = heads_config(num_heads, medusa_num_layers=num_blocks, **fields)
+    if vocab_size is not None:
+        del config["version"]
+    return write_heads_tensors(folder, tensors, config)
+
+
+def with_outputs(folder: Path, heads: Path, output_VH: torch.Tensor) -> Path:
+    """Version 2 heads as version 1: every head brings a copy of the same output matrix."""
+    config = json.loads((heads / "config.json").read_text(encoding="utf-8"))
+    del config["version"]
+    tensors = load_file(heads / "medusa_lm_head.safetensors")
+    for head in range(config["medusa_num_heads"]):
+        tensors[f"{head}.{config['medusa_num_layers']}.weight"] = output_VH.clone()
+    return write_heads_tensors(folder, tensors, config)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lorastack.kernels.packing import pack, view, view_run
+from lorastack.kernels.packing import view, view_run
 from lorastack.layout import (
     ALIGNMENT,
     EMBED,
@@ -18,22 +19,32 @@ from lorastack.layout import (
     NO_LAYER,
     Part,
     TensorKey,
+    head_block,
 )
+from tests.helpers.packed import pack
 
 DTYPES = (torch.float32, torch.bfloat16)
 
 
 def adapter(
-    targets: list[tuple[int, str]], ranks: list[int], num_heads: int
+    targets: list[tuple[int, str]],
+    ranks: list[int],
+    num_heads: int,
+    num_blocks: int = 1,
+    outputs: bool = False,
 ) -> dict[TensorKey, Tensor]:
-    """Random tensors with inputs of 5, outputs of 7, heads of 6."""
+    """Random tensors with inputs of 5, outputs of 7, heads of 6 (their outputs of 9)."""
     tensors: dict[TensorKey, Tensor] = {}
     for (layer, target), rank in zip(targets, ranks, strict=True):
         tensors[layer, target, Part.A] = torch.randn(rank, 5)
         tensors[layer, target, Part.B] = torch.randn(7, rank)
     for head in range(num_heads):
-        tensors[head, HEADS, Part.WEIGHT] = torch.randn(6, 6)
-        tensors[head, HEADS, Part.BIAS] = torch.randn(6)
+        for block in range(num_blocks):
+            layer = head_block(head, block, num_heads)
+            tensors[layer, HEADS, Part.WEIGHT] = torch.randn(6, 6)
+            tensors[layer, HEADS, Part.BIAS] = torch.randn(6)
+        if outputs:
+            tensors[head, HEADS, Part.OUTPUT] = torch.randn(9, 6)
     return tensors
 
 
@@ -46,7 +57,9 @@ def adapters(draw: st.DrawFn) -> tuple[dict[TensorKey, Tensor], int]:
     targets = draw(st.lists(st.sampled_from(PLACES), unique=True, max_size=8))
     ranks = draw(st.lists(st.integers(1, 9), min_size=len(targets), max_size=len(targets)))
     num_heads = draw(st.integers(0, 3))
-    return adapter(targets, ranks, num_heads), num_heads
+    return adapter(
+        targets, ranks, num_heads, draw(st.integers(1, 3)), draw(st.booleans())
+    ), num_heads
 
 
 @settings(deadline=None)
@@ -93,19 +106,25 @@ def test_the_a_parts_of_a_group_are_one_matrix():
 
 
 def test_heads_are_one_stack():
-    tensors = adapter([(0, "q_proj")], [2], 3)
+    """By block, then head; version 1's output matrices, by head."""
+    tensors = adapter([(0, "q_proj")], [2], 3, 2, outputs=True)
     layout, buffer = pack(tensors, {(0, "q_proj"): 2.0}, 3, ((0,), (0, 0)), torch.float32)
-    weights = view_run(buffer, layout, tuple((head, HEADS, Part.WEIGHT) for head in range(3)))
-    assert torch.equal(
-        weights.view(3, 6, 6), torch.stack([tensors[k, HEADS, Part.WEIGHT] for k in range(3)])
-    )
+    for part, count in ((Part.WEIGHT, 6), (Part.BIAS, 6), (Part.OUTPUT, 3)):
+        keys = tuple((number, HEADS, part) for number in range(count))
+        joined = torch.cat([tensors[key] for key in keys])
+        assert torch.equal(view_run(buffer, layout, keys), joined)
+        assert layout.slots[keys[0]].offset * 4 % ALIGNMENT == 0
+    assert layout.num_elements >= sum(tensor.numel() for tensor in tensors.values())
     assert (layout.num_heads, layout.choices) == (3, ((0,), (0, 0)))
     assert layout.scales == {(0, "q_proj"): 2.0}
 
 
 def test_equal_adapters_give_equal_bytes():
+    """Padding too, though a buffer starts as whatever memory held."""
     tensors = adapter(PLACES, [3] * len(PLACES), 2)
     backwards = dict(reversed(tensors.items()))
-    assert torch.equal(
-        pack(tensors, {}, 2, (), torch.bfloat16)[1], pack(backwards, {}, 2, (), torch.bfloat16)[1]
-    )
+    _, buffer = pack(tensors, {}, 2, (), torch.bfloat16)
+    for value in (1, 2):
+        held = [np.full(buffer.nbytes + ALIGNMENT, value, dtype=np.uint8) for _ in range(50)]
+        del held
+        assert torch.equal(pack(backwards, {}, 2, (), torch.bfloat16)[1], buffer)

@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lorastack.kernels.packing import pack
 from lorastack.layout import (
     EMBED,
     HEADS,
@@ -28,6 +27,7 @@ from lorastack.model.context import ForwardBatch, RowSpan
 from lorastack.model.decoder import Decoder, load_decoder
 from lorastack.model.kv import KVCache
 from tests.helpers.adapters import lora_tensor_names, write_lora
+from tests.helpers.packed import pack
 from tests.helpers.reference import Reference
 from tests.helpers.tiny import VOCAB_SIZE, build_llama, shapes_of
 

@@ -52,8 +52,7 @@ class ParsedAdapter:
 def parse(files: Mapping[str, Path], shapes: ModelShapes) -> ParsedAdapter:
     """A folder, given as file name -> where its bytes are.
 
-    Raises InvalidArgumentError naming the file, field, or tensor with both shapes;
-    UnimplementedError for Medusa version 1.
+    Raises InvalidArgumentError naming the file, field, or tensor with both shapes.
     """
     _check_names(files)
     lora_config = _config(files, peft.CONFIG_NAME)

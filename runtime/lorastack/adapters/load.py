@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,34 +10,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lorastack.adapters.blobs import damaged_blob
 from lorastack.adapters.formats import ParsedAdapter, check_base, check_values, parse
 from lorastack.adapters.host import PackedAdapter
 from lorastack.adapters.medusa import Choices
+from lorastack.adapters.reading import DTYPES, fill
 from lorastack.adapters.refusal import invalid, unsupported
 from lorastack.adapters.registry import Registry
-from lorastack.adapters.tensorfile import TensorEntry, read_bytes
-from lorastack.layout import AdapterLayout, ModelShapes, TensorKey
+from lorastack.adapters.tensorfile import TensorEntry, pieces
+from lorastack.errors import InvalidArgumentError
+from lorastack.layout import AdapterLayout, ModelShapes, TensorKey, TensorSlot
 
-Pack = Callable[
-    [Mapping[TensorKey, Tensor], Mapping[tuple[int, str], float], int, Choices],
+Allocate = Callable[
+    [Mapping[TensorKey, tuple[int, ...]], Mapping[tuple[int, str], float], int, Choices],
     tuple[AdapterLayout, Tensor],
 ]
-_DTYPES = {
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
-
-
-def read_tensors(parsed: ParsedAdapter) -> dict[TensorKey, Tensor]:
-    """The adapter's tensors in their stored dtypes and shapes, on the CPU."""
-    return {key: _read(entry) for key, entry in parsed.tensors.items()}
-
-
-def _read(entry: TensorEntry) -> Tensor:
-    data = torch.from_numpy(read_bytes(entry))
-    return data.view(_DTYPES[entry.dtype]).reshape(entry.shape)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,37 +54,60 @@ class Validator:
 
 def _check_copy(name: str, entry: TensorEntry, base: Tensor) -> None:
     """A copy of a base weight must be that weight, up to the rounding of either's dtype."""
-    copy = _read(entry)
-    if copy.shape != base.shape:
+    if entry.shape != base.shape:
         raise invalid(
-            f"tensor {entry.name} has shape {list(copy.shape)}, but the base model's {name} has "
+            f"tensor {entry.name} has shape {list(entry.shape)}, but the base model's {name} has "
             f"{list(base.shape)}"
         )
-    base = base.detach().to("cpu")
-    if torch.equal(copy.to(base.dtype), base) or torch.equal(base.to(copy.dtype), copy):
-        return
-    raise unsupported(
-        f"tensor {entry.name} differs from the base model's {name}: adapters that change whole "
-        "base weights are not supported (resized or trained embeddings)"
-    )
+    base_X = base.detach().to("cpu").view(-1)
+    as_base = as_copy = True
+    start = 0
+    for data in pieces(entry):
+        copy_X = torch.from_numpy(data).view(DTYPES[entry.dtype])
+        part_X = base_X[start : start + len(copy_X)]
+        as_base = as_base and torch.equal(copy_X.to(base.dtype), part_X)
+        as_copy = as_copy and torch.equal(part_X.to(copy_X.dtype), copy_X)
+        if not (as_base or as_copy):
+            raise unsupported(
+                f"tensor {entry.name} differs from the base model's {name}: adapters that change "
+                "whole base weights are not supported (resized or trained embeddings)"
+            )
+        start += len(copy_X)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loader:
-    """Digest -> packed adapter, for the host cache. Blobs are checked against their digests."""
+    """Digest -> packed adapter, for the host cache. Blobs are checked against their digests.
+
+    allocate: an adapter's shapes, scales, number of heads and tree -> its layout and a buffer for
+    it, in the form and dtype that the model's backend reads.
+    """
 
     registry: Registry
     shapes: ModelShapes
-    pack: Pack
+    allocate: Allocate
 
     def __call__(self, digest: str) -> PackedAdapter:
         """Raises NotFoundError, DataLossError, or what `parse` raises (another base model)."""
-        self.registry.verify(digest)
+        files = self.registry.files(digest)
         try:
-            parsed = parse(self.registry.files(digest), self.shapes)
-            tensors = read_tensors(parsed)
-        except FileNotFoundError:
-            self.registry.verify(digest)  # says whether it was deleted or lost
+            parsed = parse(files, self.shapes)
+            shapes = {key: entry.shape for key, entry in parsed.tensors.items()}
+            layout, buffer = self.allocate(shapes, parsed.scales, parsed.num_heads, parsed.choices)
+            places = [
+                (entry, _place(buffer, layout.slots[key])) for key, entry in parsed.tensors.items()
+            ]
+            found = fill(list(files.values()), places)
+        except (InvalidArgumentError, FileNotFoundError):
+            # The bytes are parsed before they are hashed: damage may show as a malformed file.
+            self.registry.verify(digest)
             raise
-        layout, buffer = self.pack(tensors, parsed.scales, parsed.num_heads, parsed.choices)
+        for spec, sha256 in zip(self.registry.manifest(digest).files, found, strict=True):
+            if sha256 != spec.sha256:
+                raise damaged_blob(spec, digest)
         return PackedAdapter(digest=digest, buffer=buffer, layout=layout)
+
+
+def _place(buffer: Tensor, slot: TensorSlot) -> Tensor:
+    """A slot's elements, flat."""
+    return buffer[slot.offset : slot.offset + math.prod(slot.shape)]

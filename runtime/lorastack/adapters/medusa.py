@@ -1,7 +1,8 @@
-"""Medusa heads: config.json with medusa_num_heads, and one residual block a head (version 2).
+"""Medusa heads: config.json with medusa_num_heads, and residual blocks a head.
 
-Version 2: `{i}.0.linear.weight [H, H]`, `{i}.0.linear.bias [H]` for head i (0-based); the base
-model's lm_head gives the logits. Version 1 heads bring output matrices, `{i}.1.weight [V, H]`.
+Of head i (0-based), in both versions: blocks `{i}.{l}.linear.weight [H, H]` and
+`{i}.{l}.linear.bias [H]` for every l < L = medusa_num_layers. Version 2 uses the base model's
+lm_head after them; version 1 brings an output matrix of its own, `{i}.{L}.weight [V, H]`.
 `version` is never trusted alone: the tensors decide; a folder where the two disagree is refused.
 """
 
@@ -14,17 +15,17 @@ from dataclasses import dataclass
 from lorastack.adapters.peft import text_field
 from lorastack.adapters.refusal import invalid, unsupported
 from lorastack.adapters.tensorfile import TensorEntry
-from lorastack.errors import Reason, UnimplementedError
-from lorastack.layout import HEADS, MAX_RANK, ModelShapes, Part, TensorKey
+from lorastack.layout import HEADS, MAX_RANK, ModelShapes, Part, TensorKey, head_block
 
 CONFIG_NAME = "config.json"
 HEADS_FIELD = "medusa_num_heads"
+LAYERS_FIELD = "medusa_num_layers"
 MAX_HEADS = 32
+MAX_LAYERS = 32
 MAX_CHOICES = 1024
 _TENSOR = re.compile(
-    r"(?P<head>0|[1-9]\d{0,3})\.(?P<block>0|[1-9]\d{0,3})\.(?P<kind>linear\.weight|linear\.bias|weight)"
+    r"(?:0|[1-9]\d{0,3})\.(?:0|[1-9]\d{0,3})\.(?:linear\.weight|linear\.bias|weight)"
 )
-_PARTS = {"linear.weight": Part.WEIGHT, "linear.bias": Part.BIAS}
 
 Choices = tuple[tuple[int, ...], ...]
 
@@ -50,53 +51,64 @@ def parse_medusa(
 ) -> HeadsPart:
     """The heads of a folder. `entries`: its heads' tensors by name.
 
-    Raises InvalidArgumentError naming the field, or the tensor and both shapes; UnimplementedError
-    for version 1 heads.
+    Raises InvalidArgumentError naming the field, or the tensor and both shapes.
     """
     num_heads = _count(config, HEADS_FIELD, MAX_HEADS)
-    num_layers = _count(config, "medusa_num_layers", MAX_HEADS, default=1)
-    _check_version(config, entries)
-    if num_layers != 1:
-        raise unsupported(f"medusa_num_layers is {num_layers}; only 1 is supported")
-    hidden = shapes.hidden_size
-    tensors: dict[TensorKey, TensorEntry] = {}
+    num_layers = _count(config, LAYERS_FIELD, MAX_LAYERS, default=1)
+    version = _version(config, entries)
+    expected = _expected(num_heads, num_layers, version, shapes)
     for name, entry in entries.items():
-        match = _TENSOR.fullmatch(name)
-        assert match is not None, name
-        head = int(match["head"])
-        if head >= num_heads:
-            raise invalid(f"tensor {name} belongs to a head beyond {HEADS_FIELD} = {num_heads}")
-        if match["block"] != "0":
-            raise unsupported(f"tensor {name}: heads of more than one block are not supported")
-        part = _PARTS[match["kind"]]
-        shape = (hidden, hidden) if part is Part.WEIGHT else (hidden,)
+        if name not in expected:
+            raise invalid(
+                f"tensor {name} belongs to no head: {CONFIG_NAME} says {HEADS_FIELD} = {num_heads} "
+                f"and {LAYERS_FIELD} = {num_layers}"
+            )
+        _, shape = expected[name]
         if entry.shape != shape:
             raise invalid(
                 f"tensor {name} has shape {list(entry.shape)}, "
-                f"but the base model's hidden size needs {list(shape)}"
+                f"but the base model needs {list(shape)}"
             )
-        tensors[head, HEADS, part] = entry
-    for head in range(num_heads):
-        for kind, part in _PARTS.items():
-            if (head, HEADS, part) not in tensors:
-                raise invalid(f"{HEADS_FIELD} is {num_heads}, but {head}.0.{kind} is missing")
+    if missing := sorted(expected.keys() - entries.keys()):
+        raise invalid(
+            f"{HEADS_FIELD} is {num_heads} and {LAYERS_FIELD} is {num_layers}, but {missing[0]} "
+            "is missing"
+        )
     return HeadsPart(
         base_model=text_field(config, "base_model_name_or_path"),
         num_heads=num_heads,
         num_layers=num_layers,
-        version=2,
+        version=version,
         choices=_choices(config.get("medusa_choices"), num_heads, shapes.vocab_size),
-        tensors=tensors,
+        tensors={key: entries[name] for name, (key, _) in expected.items()},
     )
 
 
-def _check_version(config: Mapping[str, object], entries: Mapping[str, TensorEntry]) -> None:
-    """Version 1 or 2 by tensors, against what the config says (missing: 1)."""
+def _expected(
+    num_heads: int, num_layers: int, version: int, shapes: ModelShapes
+) -> dict[str, tuple[TensorKey, tuple[int, ...]]]:
+    """Tensor name -> (key, shape) of everything that such heads have."""
+    hidden = shapes.hidden_size
+    found: dict[str, tuple[TensorKey, tuple[int, ...]]] = {}
+    for head in range(num_heads):
+        for block in range(num_layers):
+            layer = head_block(head, block, num_heads)
+            name = f"{head}.{block}.linear"
+            found[f"{name}.weight"] = (layer, HEADS, Part.WEIGHT), (hidden, hidden)
+            found[f"{name}.bias"] = (layer, HEADS, Part.BIAS), (hidden,)
+        if version == 1:
+            key = (head, HEADS, Part.OUTPUT)
+            found[f"{head}.{num_layers}.weight"] = key, (shapes.vocab_size, hidden)
+    return found
+
+
+def _version(config: Mapping[str, object], entries: Mapping[str, TensorEntry]) -> int:
+    """1 or 2 by the tensors, which must be what the config says (missing: 1)."""
     stated = config.get("version")
     text = "1" if stated is None else str(stated).removesuffix(".0")
     if text not in ("1", "2") or isinstance(stated, bool):
         raise unsupported(f"version = {str(stated)[:64]!r} in {CONFIG_NAME} is not 1 or 2")
-    outputs = sorted(name for name in entries if not name.split(".", 2)[2].startswith("linear"))
+    outputs = sorted(name for name in entries if ".linear." not in name)
     actual = "1" if outputs else "2"
     if actual != text:
         shown = "has no version, which means 1" if stated is None else f"says version {text}"
@@ -105,12 +117,7 @@ def _check_version(config: Mapping[str, object], entries: Mapping[str, TensorEnt
             f"{CONFIG_NAME} {shown}, but the folder {has}, as version {actual} does: "
             f'set "version": "{actual}" if the tensors are right'
         )
-    if outputs:
-        raise UnimplementedError(
-            f"Medusa version 1 heads (with output matrices such as {outputs[0]}) are not "
-            "implemented: use version 2 heads",
-            reason=Reason.NOT_IMPLEMENTED,
-        )
+    return int(actual)
 
 
 def _count(config: Mapping[str, object], field: str, limit: int, default: int | None = None) -> int:

@@ -19,7 +19,7 @@ def verify_folder(
 ) -> dict[str, object]:
     """The checks of an upload, against the base model's folder. What the adapter is, by field.
 
-    Raises InvalidArgumentError, FailedPreconditionError or UnimplementedError as an upload would.
+    Raises InvalidArgumentError or FailedPreconditionError as an upload would.
     """
     paths = folder_files(folder)
     base, name = model_folder(model, progress)

@@ -12,14 +12,14 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from lorastack.adapters.load import Pack
+from lorastack.adapters.load import Allocate
 from lorastack.adapters.pool import DevicePool
 from lorastack.config import EngineConfig, ModelConfig
 from lorastack.engine.engine import Engine
 from lorastack.engine.pages import Pages
 from lorastack.engine.runner import Runner
 from lorastack.errors import FailedPreconditionError, InvalidArgumentError, Reason
-from lorastack.kernels.packing import pack
+from lorastack.kernels.packing import allocate
 from lorastack.model.decoder import Decoder, fingerprint, load_decoder
 from lorastack.model.default import DEFAULT_MODEL_NAME, default_model
 from lorastack.model.kv import KVCache, page_nbytes
@@ -83,9 +83,10 @@ def model_folder(
         ) from error
 
 
-def adapter_packer(model: LoadedModel) -> Pack:
-    """What turns an adapter's tensors into the buffer that this model's backend reads."""
-    return partial(pack, dtype=model.decoder.dtype)
+def adapter_allocator(model: LoadedModel) -> Allocate:
+    """What makes the buffer of an adapter in the form that this model's backend reads."""
+    decoder = model.decoder
+    return partial(allocate, dtype=decoder.dtype, pinned=decoder.device.type == "cuda")
 
 
 def build_engine(

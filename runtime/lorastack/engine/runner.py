@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, islice
 from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from lorastack.adapters.pool import DeviceAdapter
+from lorastack.adapters.device import DeviceAdapter
 from lorastack.engine.batch import Batch, Draft, RowResult, RowStep
 from lorastack.errors import InternalError, Reason
 from lorastack.lora.segments import LoraBatch, Segment
@@ -23,7 +23,13 @@ from lorastack.model.kv import KVCache
 from lorastack.request import TokenLogprobs
 from lorastack.sampling.sampler import draw, token_logprobs
 from lorastack.speculation.accept import Accepted, DraftedTree, accept
-from lorastack.speculation.heads import HeadsWeights, apply_heads, top_candidates
+from lorastack.speculation.heads import (
+    HeadsWeights,
+    apply_heads,
+    output_logits,
+    own_outputs,
+    top_candidates,
+)
 from lorastack.speculation.tree import CHAIN
 
 Weights = TypeVar("Weights", LoraWeights, HeadsWeights)
@@ -217,37 +223,69 @@ class Runner:
     ) -> list[Draft | None]:
         """Every row's heads at its last accepted token, as one operation over the batch.
 
-        It costs a second lm_head pass over (rows x heads), through the row's LoRA if that adapts
-        lm_head.
+        For heads without output matrices it costs a second lm_head pass over (rows x heads),
+        through the row's LoRA if that adapts lm_head.
         """
         drafts: list[Draft | None] = [None] * len(sampled)
         drafting = sorted(
             (i for i, row in enumerate(sampled) if row.step.num_candidates),
-            key=lambda i: _heads_of(sampled[i].step).digest,
+            key=lambda i: _draft_order(sampled[i].step),
         )
         if not drafting:
             return drafts
         last = [sampled[i].first_logit + (accepted[i].path or (0,))[-1] for i in drafting]
-        groups: list[tuple[slice, HeadsWeights]] = []
-        for _, group in groupby(
-            range(len(drafting)), key=lambda n: _heads_of(sampled[drafting[n]].step).digest
-        ):
-            places = list(group)
-            heads = _heads_of(sampled[drafting[places[0]]].step)
-            weights = self._views(self._heads, heads, HeadsWeights.from_buffer)
-            groups.append((slice(places[0], places[-1] + 1), weights))
-        residual_YH = apply_heads(hidden_XH[last], groups)
         steps = [sampled[i].step for i in drafting]
-        counts = [_heads_of(step).layout.num_heads for step in steps]
-        logits_YV = self._decoder.logits(residual_YH, self._segments(steps, counts))
-        candidates = top_candidates(logits_YV, max(step.num_candidates for step in steps)).tolist()
-        start = 0
-        for i, count in zip(drafting, counts, strict=True):
-            drafts[i] = tuple(tuple(ranks) for ranks in candidates[start : start + count])
-            start += count
+        groups = self._head_groups(steps)
+        r_YH = apply_heads(hidden_XH[last], groups)
+        num = max(step.num_candidates for step in steps)
+        ranks = (
+            tuple(ids)
+            for logits_YV in self._head_logits(r_YH, steps, groups)
+            for ids in top_candidates(logits_YV, num).tolist()
+        )
+        for i, step in zip(drafting, steps, strict=True):
+            drafts[i] = tuple(islice(ranks, _heads_of(step).layout.num_heads))
         return drafts
+
+    def _head_groups(self, steps: Sequence[RowStep]) -> list[tuple[slice, HeadsWeights]]:
+        """Neighbouring rows of one heads digest, and these heads."""
+        groups: list[tuple[slice, HeadsWeights]] = []
+        start = 0
+        for _, group in groupby(steps, key=_draft_order):
+            rows = list(group)
+            weights = self._views(self._heads, _heads_of(rows[0]), HeadsWeights.from_buffer)
+            groups.append((slice(start, start + len(rows)), weights))
+            start += len(rows)
+        return groups
+
+    def _head_logits(
+        self,
+        r_YH: Tensor,
+        steps: Sequence[RowStep],
+        groups: Sequence[tuple[slice, HeadsWeights]],
+    ) -> Iterator[Tensor]:
+        """float32 [part of Y, V]: first of all rows that share lm_head, then of each other group.
+
+        steps and groups are in `_draft_order`.
+        """
+        shared = [step for step in steps if not own_outputs(_heads_of(step).layout)]
+        counts = [_heads_of(step).layout.num_heads for step in shared]
+        start = sum(counts)
+        if shared:
+            yield self._decoder.logits(r_YH[:start], self._segments(shared, counts))
+        for rows, heads in groups:
+            if heads.output_KVH is not None:
+                end = start + (rows.stop - rows.start) * heads.num_heads
+                yield output_logits(r_YH[start:end], heads.output_KVH)
+                start = end
 
 
 def _heads_of(step: RowStep) -> DeviceAdapter:
     assert step.adapters.heads is not None
     return step.adapters.heads
+
+
+def _draft_order(step: RowStep) -> tuple[bool, str]:
+    """Rows that share lm_head lie side by side, and so do those of one heads digest."""
+    heads = _heads_of(step)
+    return own_outputs(heads.layout), heads.digest

@@ -1,20 +1,22 @@
-"""Packing an adapter's tensors into one flat buffer, and looking at them there.
+"""Where an adapter's tensors lie in its one flat buffer, and looking at them there.
 
 Contract. The buffer is one 1-D tensor of one dtype; `AdapterLayout` says where each tensor lies.
 Runs start on a cache line (`ALIGNMENT` bytes). A run is one tensor, or tensors that one call reads
 together and that therefore lie without gaps:
 
 - the A parts of a layer's group, in the group's order: one [sum of ranks, in] matrix;
-- the weights of all heads, by head: [K, H, H]; the biases of all heads: [K, H].
+- the weights of all heads' blocks, by block, then head: [L, K, H, H]; their biases: [L, K, H];
+- the output matrices of version 1 heads, by head: [K, V, H].
 
 Source of the groups and of the alignment: `lorastack.layout`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from math import prod
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,30 +34,37 @@ from lorastack.layout import (
 )
 
 
-def pack(
-    tensors: Mapping[TensorKey, Tensor],
+def allocate(
+    shapes: Mapping[TensorKey, tuple[int, ...]],
     scales: Mapping[tuple[int, str], float],
     num_heads: int,
     choices: tuple[tuple[int, ...], ...],
+    *,
     dtype: torch.dtype,
+    pinned: bool = False,
 ) -> tuple[AdapterLayout, Tensor]:
-    """Copy `tensors` (any float dtype, on the CPU) into a new flat buffer of `dtype`.
+    """A buffer on the CPU for tensors of these shapes, its contents still to be written.
 
     scales: LoRA scale of every (layer, target) present; num_heads: Medusa heads, 0 for none;
-    choices: the heads' own tree. Padding is zero, so equal adapters give equal bytes.
+    choices: the heads' own tree; pinned: page-locked, for copies to a CUDA device. Padding is zero
+    already, so equal adapters give equal bytes.
     """
     slots: dict[TensorKey, TensorSlot] = {}
+    padding: list[slice] = []
     step = ALIGNMENT // dtype.itemsize
     end = 0
-    for run in _runs(tensors, num_heads):
-        end = -(-end // step) * step
+    for run in _runs(shapes):
+        start = -(-end // step) * step
+        padding.append(slice(end, start))
+        end = start
         for key in run:
-            shape = tuple(tensors[key].shape)
-            slots[key] = TensorSlot(end, shape)
-            end += prod(shape)
-    assert slots.keys() == tensors.keys(), f"no place for {tensors.keys() - slots.keys()}"
+            slots[key] = TensorSlot(end, shapes[key])
+            end += prod(shapes[key])
+    assert slots.keys() == shapes.keys(), f"no place for {shapes.keys() - slots.keys()}"
 
-    buffer = torch.zeros(end, dtype=dtype)
+    buffer = torch.empty(end, dtype=dtype, pin_memory=True) if pinned else _pageable(end, dtype)
+    for gap in padding:
+        buffer[gap] = 0
     layout = AdapterLayout(
         slots=slots,
         scales=dict(scales),
@@ -64,9 +73,18 @@ def pack(
         num_heads=num_heads,
         choices=choices,
     )
-    for key, tensor in tensors.items():
-        view(buffer, layout, key).copy_(tensor)
     return layout, buffer
+
+
+def _pageable(num_elements: int, dtype: torch.dtype) -> Tensor:
+    """Aligned uninitialised memory, from numpy: other than torch it asks the system for huge pages.
+
+    With pages of 4 KiB the first write to a large buffer takes two to three times as long.
+    """
+    nbytes = num_elements * dtype.itemsize
+    memory = np.empty(nbytes + ALIGNMENT, dtype=np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return torch.from_numpy(memory[start : start + nbytes]).view(dtype)
 
 
 def view(buffer: Tensor, layout: AdapterLayout, key: TensorKey) -> Tensor:
@@ -84,20 +102,20 @@ def view_run(buffer: Tensor, layout: AdapterLayout, keys: tuple[TensorKey, ...])
     return buffer[first.offset : end].view(-1, *first.shape[1:])
 
 
-def _runs(tensors: Mapping[TensorKey, Tensor], num_heads: int) -> Iterator[list[TensorKey]]:
+def _runs(keys: Collection[TensorKey]) -> Iterator[list[TensorKey]]:
     """Present keys in buffer order, grouped into gapless runs."""
-    layers = sorted({layer for layer, target, _ in tensors if layer >= 0 and target != HEADS})
+    layers = sorted({layer for layer, target, _ in keys if layer >= 0 and target != HEADS})
     for layer in layers:
         for group in GROUPS:
-            present = [target for target in group if (layer, target, Part.A) in tensors]
+            present = [target for target in group if (layer, target, Part.A) in keys]
             if present:
                 yield [(layer, target, Part.A) for target in present]
             for target in present:
                 yield [(layer, target, Part.B)]
     for target in (EMBED, LM_HEAD):
-        if (NO_LAYER, target, Part.A) in tensors:
+        if (NO_LAYER, target, Part.A) in keys:
             yield [(NO_LAYER, target, Part.A)]
             yield [(NO_LAYER, target, Part.B)]
-    if num_heads:
-        yield [(head, HEADS, Part.WEIGHT) for head in range(num_heads)]
-        yield [(head, HEADS, Part.BIAS) for head in range(num_heads)]
+    for part in (Part.WEIGHT, Part.BIAS, Part.OUTPUT):
+        if run := sorted(key for key in keys if key[1:] == (HEADS, part)):
+            yield run

@@ -27,7 +27,7 @@ from lorastack.adapters.upload import Validate
 from lorastack.config import MIB, ServerConfig, ServiceConfig
 from lorastack.engine.base import base_weight
 from lorastack.engine.engine import Engine
-from lorastack.engine.loading import LoadedModel, adapter_packer, build_engine, load_model
+from lorastack.engine.loading import LoadedModel, adapter_allocator, build_engine, load_model
 from lorastack.errors import InvalidArgumentError
 from lorastack.service.adapters import AdapterService
 from lorastack.service.dispatch import Dispatcher
@@ -134,8 +134,10 @@ class Server:
         shapes = loaded.decoder.shapes
         limits = config.adapters
         registry = Registry(limits.store, max_upload=limits.max_upload, max_files=limits.max_files)
-        pack = adapter_packer(loaded)
-        host = HostCache(limits.host_memory, Loader(registry=registry, shapes=shapes, pack=pack))
+        allocate = adapter_allocator(loaded)
+        host = HostCache(
+            limits.host_memory, Loader(registry=registry, shapes=shapes, allocate=allocate)
+        )
         pool = DevicePool(
             limits.device_memory, loaded.decoder.device, host, lambda: engine.wake(), copy=copy
         )

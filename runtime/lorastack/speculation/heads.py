@@ -1,11 +1,13 @@
-"""Medusa v2 heads applied to a batch: r_k = x + SiLU(W_k x + b_k), logits = lm_head(r_k).
+"""Medusa heads applied to a batch: r = x, then r + SiLU(W r + b) for each block, then logits.
 
-Shape suffixes: B rows, K heads, H hidden, V vocabulary, X any rows, R ranks.
+Logits of version 2 heads are lm_head(r), the base model's (the caller's business); those of
+version 1 are r through the head's own output matrix, whatever a row's LoRA does to lm_head.
+
+Shape suffixes: B rows, K heads, L blocks a head, H hidden, V vocabulary, X any rows, R ranks.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
+from lorastack.kernels.packing import view_run
 from lorastack.layout import HEADS, AdapterLayout, Part
 from lorastack.speculation.tree import Choices
 
@@ -21,48 +24,58 @@ from lorastack.speculation.tree import Choices
 class HeadsWeights:
     """Views into an adapter's buffer: its Medusa heads. choices: its own tree, () for none."""
 
-    weight_KHH: Tensor
-    bias_KH: Tensor
+    weight_LKHH: Tensor
+    bias_LKH: Tensor
+    output_KVH: Tensor | None  # version 1's; None: the base model's lm_head serves
     choices: Choices
 
     @property
     def num_heads(self) -> int:
-        return self.weight_KHH.shape[0]
+        return self.bias_LKH.shape[1]
 
     @staticmethod
     def from_buffer(buffer: Tensor, layout: AdapterLayout) -> HeadsWeights:
         """Nothing is copied. buffer: flat, as `layout` describes; it must hold heads."""
+        weight_XH = _rows(buffer, layout, Part.WEIGHT)
+        num_heads, size = layout.num_heads, weight_XH.shape[1]
+        output_KVH = None
+        if own_outputs(layout):
+            output_KVH = _rows(buffer, layout, Part.OUTPUT).view(num_heads, -1, size)
         return HeadsWeights(
-            _stacked(buffer, layout, Part.WEIGHT),
-            _stacked(buffer, layout, Part.BIAS),
+            weight_XH.view(-1, num_heads, size, size),
+            _rows(buffer, layout, Part.BIAS).view(-1, num_heads, size),
+            output_KVH,
             layout.choices,
         )
 
 
-def _stacked(buffer: Tensor, layout: AdapterLayout, part: Part) -> Tensor:
-    """One view [K, ...] over the adjacent tensors of all heads."""
-    slots = [layout.slots[head, HEADS, part] for head in range(layout.num_heads)]
-    start, shape, size = slots[0].offset, slots[0].shape, math.prod(slots[0].shape)
-    for head, slot in enumerate(slots):
-        assert slot.offset == slots[0].offset + head * size, (
-            f"{part} of head {head} is not adjacent"
-        )
-    start = slots[0].offset
-    return buffer[start : start + len(slots) * size].view(len(slots), *shape)
+def own_outputs(layout: AdapterLayout) -> bool:
+    """Whether these are version 1 heads, with an output matrix each."""
+    return (0, HEADS, Part.OUTPUT) in layout.slots
+
+
+def _rows(buffer: Tensor, layout: AdapterLayout, part: Part) -> Tensor:
+    """One view over the adjacent tensors of one part, joined along their first dimension."""
+    keys = sorted(key for key in layout.slots if key[1:] == (HEADS, part))
+    return view_run(buffer, layout, tuple(keys))
 
 
 def apply_heads(hidden_BH: Tensor, groups: Sequence[tuple[slice, HeadsWeights]]) -> Tensor:
     """Every row's heads, [sum of rows x heads, H], ordered by (row, head).
 
     groups: (rows that share these heads, the heads); rows in no group have none and give none.
-    Head counts may differ between groups. One matmul a group.
+    Head and block counts may differ between groups. One matmul a group and block.
     """
     parts_XH = []
     for rows, heads in groups:
         x_BH = hidden_BH[rows]
-        num_heads, size, _ = heads.weight_KHH.shape
-        block_BX = linear(x_BH, heads.weight_KHH.view(-1, size), heads.bias_KH.view(-1))
-        r_BKH = x_BH[:, None] + silu(block_BX).view(-1, num_heads, size)
+        size = x_BH.shape[1]
+        # The first blocks of all heads read the same state: one plain matmul.
+        weight_XH, bias_X = heads.weight_LKHH[0].view(-1, size), heads.bias_LKH[0].view(-1)
+        block_BKH = linear(x_BH, weight_XH, bias_X).view(-1, heads.num_heads, size)
+        r_BKH = x_BH[:, None] + silu(block_BKH)
+        for weight_KHH, bias_KH in zip(heads.weight_LKHH[1:], heads.bias_LKH[1:], strict=True):
+            r_BKH = r_BKH + silu(torch.einsum("bki,koi->bko", r_BKH, weight_KHH) + bias_KH)
         parts_XH.append(r_BKH.view(-1, size))
     return torch.cat(parts_XH) if parts_XH else hidden_BH[:0]
 
@@ -70,14 +83,30 @@ def apply_heads(hidden_BH: Tensor, groups: Sequence[tuple[slice, HeadsWeights]])
 def apply_heads_reference(
     hidden_BH: Tensor, groups: Sequence[tuple[slice, HeadsWeights]]
 ) -> Tensor:
-    """What `apply_heads` computes, one head of one row at a time."""
-    outputs_H = [
-        x_H + silu(heads.weight_KHH[head] @ x_H + heads.bias_KH[head])
-        for rows, heads in groups
-        for x_H in hidden_BH[rows]
-        for head in range(heads.num_heads)
-    ]
+    """What `apply_heads` computes, one block of one head of one row at a time."""
+    outputs_H = []
+    for rows, heads in groups:
+        for x_H in hidden_BH[rows]:
+            for head in range(heads.num_heads):
+                r_H = x_H
+                for weight_KHH, bias_KH in zip(heads.weight_LKHH, heads.bias_LKH, strict=True):
+                    r_H = r_H + silu(weight_KHH[head] @ r_H + bias_KH[head])
+                outputs_H.append(r_H)
     return torch.stack(outputs_H) if outputs_H else hidden_BH[:0]
+
+
+def output_logits(r_XH: Tensor, output_KVH: Tensor) -> Tensor:
+    """float32 [X, V] of version 1 heads. r_XH: rows of `apply_heads`, ordered by (row, head)."""
+    num_heads, _, size = output_KVH.shape
+    logits_BKV = torch.einsum("bkh,kvh->bkv", r_XH.view(-1, num_heads, size), output_KVH)
+    return logits_BKV.reshape(len(r_XH), -1).float()
+
+
+def output_logits_reference(r_XH: Tensor, output_KVH: Tensor) -> Tensor:
+    """What `output_logits` computes, one row at a time."""
+    return torch.stack(
+        [output_KVH[row % len(output_KVH)] @ r_H for row, r_H in enumerate(r_XH)]
+    ).float()
 
 
 def top_candidates(logits_XV: Tensor, num: int) -> Tensor:
