@@ -107,9 +107,9 @@ def count_evictions(
         preempted.append(row.request.request_id)
         preempt(row)
 
-    def record_load(adapter: DeviceAdapter) -> None:
+    def record_load(adapter: DeviceAdapter, now: float) -> None:
         loaded.append(adapter.digest)
-        take_in(adapter)
+        take_in(adapter, now)
 
     monkeypatch.setattr(server.engine._scheduler, "_preempt", record_preempt)
     monkeypatch.setattr(server.pool, "_take_in", record_load)
