@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -101,16 +102,30 @@ def test_from_folder_to_buffer(registry: Registry, bundle: Path) -> None:
 def test_a_load_of_damaged_bytes_says_so(registry: Registry, bundle: Path) -> None:
     digest = upload(registry, "a", read_folder(bundle))
     load = Loader(registry=registry, shapes=SHAPES, allocate=allocate)
-    path = registry.files(digest)["medusa_lm_head.safetensors"]
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(DataLossError, match=path.name):
+    for path in registry.files(digest).values():
+        whole = path.read_bytes()
+        last = bytes([whole[-1] ^ 1])
+        # Bytes that are parsed, bytes that are not, too few, too many, none.
+        for damaged in (b"?" + whole[1:], whole[:-1] + last, whole[:-1], whole + b"\n", b""):
+            path.write_bytes(damaged)
+            with pytest.raises(DataLossError, match=path.name):
+                load(digest)
+        path.unlink()
+        with pytest.raises(DataLossError, match=path.name):
+            load(digest)
+        path.write_bytes(whole)
         load(digest)
-    path.write_bytes(whole)
-    load(digest)
     registry.delete("a")
     with pytest.raises(NotFoundError):
         load(digest)
+
+
+def test_a_load_for_another_base_model(registry: Registry, bundle: Path) -> None:
+    """Intact bytes that do not fit the server's model are no damage."""
+    digest = upload(registry, "a", read_folder(bundle))
+    other = replace(SHAPES, hidden_size=SHAPES.hidden_size * 2)
+    with pytest.raises(InvalidArgumentError, match="shape"):
+        Loader(registry=registry, shapes=other, allocate=allocate)(digest)
 
 
 def test_another_base_model_stores_nothing(registry: Registry, tmp_path: Path) -> None:
