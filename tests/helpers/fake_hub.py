@@ -190,7 +190,7 @@ class _Handler(BaseHTTPRequestHandler):
         first = len(body) // 2 if slow else 0
         try:
             self.wfile.write(body[:first])
-            while not self.hub.hold.wait(0.01):  # as slow lines do, but it never ends by itself
+            while slow and not self.hub.hold.wait(0.01):  # a slow line that never ends by itself
                 self.wfile.write(body[first : first + 1])
                 first += 1
             self.wfile.write(body[first:])

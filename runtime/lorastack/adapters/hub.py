@@ -10,7 +10,7 @@ import os
 import re
 import tempfile
 from collections.abc import Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,9 +24,9 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 from lorastack.adapters.durable import disk_full_is_exhaustion
 from lorastack.adapters.manifest import FileSpec
 from lorastack.adapters.source import (
-    PIECE,
     Alive,
     Limits,
+    Pieces,
     SourceFile,
     check_limits,
     choose,
@@ -140,7 +140,7 @@ def _source_file(
     return SourceFile(spec=spec, read=partial(pieces_of, copy))
 
 
-def _fetch(address: HubAddress, name: str, size: int, offset: int) -> Iterator[bytes]:
+def _fetch(address: HubAddress, name: str, size: int, offset: int) -> Pieces:
     """The bytes of a file from an offset on, size - offset in all."""
     url = hf_hub_url(address.hub_id, name, revision=address.revision, endpoint=_endpoint())
     headers = build_hf_headers(token=address.token or False)
@@ -154,7 +154,7 @@ def _fetch(address: HubAddress, name: str, size: int, offset: int) -> Iterator[b
         hf_raise_for_status(response)
         if offset and response.status_code != 206:
             raise _failed(address.hub_id, f"{name}: it does not continue a transfer")
-        for piece in response.iter_bytes(PIECE):
+        for piece in response.iter_bytes():  # as they come: a slow hub must not hide a caller's end
             offset += len(piece)
             if offset > size:
                 break
@@ -163,10 +163,11 @@ def _fetch(address: HubAddress, name: str, size: int, offset: int) -> Iterator[b
         raise _failed(address.hub_id, f"{name} is not the {size} bytes that it announced")
 
 
-def _copied(pieces: Iterator[bytes], copy: BinaryIO) -> Iterator[bytes]:
-    for piece in pieces:
-        copy.write(piece)
-        yield piece
+def _copied(pieces: Pieces, copy: BinaryIO) -> Pieces:
+    with closing(pieces):
+        for piece in pieces:
+            copy.write(piece)
+            yield piece
 
 
 def _check_organisation(hub_id: str, organisations: Collection[str]) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Generator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -12,18 +13,19 @@ from lorastack.adapters.refusal import invalid
 from lorastack.config import KIB
 from lorastack.errors import InvalidArgumentError
 
-PIECE = 512 * KIB  # bytes read and written at a time
+PIECE = 512 * KIB  # bytes read from a disk at a time
 _NEEDED = (".json", ".safetensors", ".jinja")
 
+Pieces = Generator[bytes, None, None]  # close it when not all are read: a connection may be behind
 Alive = Callable[[], None]  # called between pieces; raises when nobody wants the files any more
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceFile:
-    """One file. read: its bytes from an offset on, in pieces, as often as it is called."""
+    """One file. read: its bytes from an offset on, in pieces; may be called again."""
 
     spec: FileSpec
-    read: Callable[[int], Iterator[bytes]]
+    read: Callable[[int], Pieces]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,16 +63,17 @@ def check_limits(sizes: Collection[int], limits: Limits, where: str) -> None:
         )
 
 
-def describe(name: str, size: int, pieces: Iterator[bytes], alive: Alive) -> FileSpec:
+def describe(name: str, size: int, pieces: Pieces, alive: Alive) -> FileSpec:
     """The spec of a file by its bytes; all pieces are read."""
     digest = hashlib.sha256()
-    for piece in pieces:
-        digest.update(piece)
-        alive()
+    with closing(pieces):
+        for piece in pieces:
+            digest.update(piece)
+            alive()
     return FileSpec(name=name, size=size, sha256=digest.hexdigest())
 
 
-def pieces_of(file: BinaryIO, offset: int) -> Iterator[bytes]:
+def pieces_of(file: BinaryIO, offset: int) -> Pieces:
     """The bytes of an open file from an offset on."""
     file.seek(offset)
     while piece := file.read(PIECE):

@@ -7,7 +7,7 @@ import hashlib
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, closing
 from typing import BinaryIO
 
 from lorastack.adapters.hub import HubAddress, open_hub
@@ -189,11 +189,12 @@ def _copy(files: Sequence[SourceFile], upload: Upload, progress: _Progress) -> N
     progress.report(done, total)
     for sha256, staged in list(upload.staged.items()):
         offset = staged
-        for piece in by_sha256[sha256].read(staged):
-            upload.write(sha256, offset, piece)
-            offset += len(piece)
-            done += len(piece)
-            progress.report(done, total)
+        with closing(by_sha256[sha256].read(staged)) as pieces:
+            for piece in pieces:
+                upload.write(sha256, offset, piece)
+                offset += len(piece)
+                done += len(piece)
+                progress.report(done, total)
 
 
 def _read(file: BinaryIO, digest: hashlib._Hash) -> bytes:
