@@ -1,0 +1,102 @@
+"""Folders that appear whole or not at all, and files that are taken from another side."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lorastack.errors import DataLossError, FailedPreconditionError, InvalidArgumentError
+from lorastack.folders import Receiver, new_folder
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_new_folder_takes_its_place_at_the_end(tmp_path: Path) -> None:
+    target = tmp_path / "a" / "b"
+    with new_folder(target) as staged:
+        (staged / "file").write_text("x")
+        assert not target.exists()
+    assert names(tmp_path / "a") == ["b"]
+    assert (target / "file").read_text() == "x"
+    (tmp_path / "empty").mkdir()
+    with new_folder(tmp_path / "empty") as staged:
+        (staged / "file").write_text("x")
+    assert names(tmp_path / "empty") == ["file"]
+
+
+def test_nothing_stays_of_a_failure(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "x") as staged:
+        (staged / "file").write_text("x")
+        raise KeyboardInterrupt
+    assert names(tmp_path) == []
+
+
+def test_what_is_there_is_not_overwritten(tmp_path: Path) -> None:
+    full, file = tmp_path / "full", tmp_path / "file"
+    full.mkdir()
+    (full / "mine").write_text("mine")
+    file.write_text("mine")
+    for target in (full, file):
+        with pytest.raises(FailedPreconditionError, match=target.name), new_folder(target):
+            pytest.fail("entered")
+    late = tmp_path / "late"
+    with pytest.raises(FailedPreconditionError, match="late"), new_folder(late) as staged:
+        (staged / "file").write_text("x")
+        late.mkdir()
+        (late / "mine").write_text("mine")
+    assert names(tmp_path) == ["file", "full", "late"]
+    assert names(late) == ["mine"]
+
+
+@given(files=st.dictionaries(st.sampled_from("abcdef"), st.lists(st.binary(max_size=9))))
+def test_files_arrive_in_parts(
+    tmp_path_factory: pytest.TempPathFactory, files: dict[str, list[bytes]]
+) -> None:
+    folder = tmp_path_factory.mktemp("received")
+    receiver = Receiver(folder)
+    for name, parts in files.items():
+        data = b"".join(parts)
+        receiver.begin(name, len(data), sha256(data))
+        for part in parts:
+            receiver.write(part)
+    receiver.end()
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
+        name: b"".join(parts) for name, parts in files.items()
+    }
+
+
+@pytest.mark.parametrize("got", [b"", b"dat", b"datb", b"dataa"])
+def test_other_bytes_than_announced_are_found(tmp_path: Path, got: bytes) -> None:
+    receiver = Receiver(tmp_path)
+    receiver.begin("name", 4, sha256(b"data"))
+    receiver.write(got)
+    with pytest.raises(DataLossError, match="name"):
+        receiver.end()
+    with pytest.raises(DataLossError, match="name"):
+        receiver.begin("next", 0, sha256(b""))
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/etc/passwd", "..\\x", "a\0b", "twice"])
+def test_names_of_the_other_side_are_not_trusted(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    receiver = Receiver(folder)
+    receiver.begin("twice", 0, sha256(b""))
+    with pytest.raises(InvalidArgumentError, match="refused"):
+        receiver.begin(name, 0, sha256(b""))
+    assert names(tmp_path) == ["folder"]
+
+
+def test_bytes_of_no_file(tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgumentError):
+        Receiver(tmp_path).write(b"x")
