@@ -117,7 +117,8 @@ def _batches(size: int, places: Sequence[Place]) -> Iterator[list[_Piece]]:
 def _pieces(size: int, places: Sequence[Place]) -> Iterator[_Piece]:
     """All bytes of a file in order. No piece is larger than a chunk or cuts a value in two."""
     position = 0
-    for entry, target in sorted(places, key=lambda place: place[0].offset):
+    # An empty tensor lies before the one that begins at the same place.
+    for entry, target in sorted(places, key=lambda place: (place[0].offset, place[0].nbytes)):
         yield from _cut(_Piece(entry.offset - position))
         yield from _cut(_Piece(entry.nbytes, DTYPES[entry.dtype], target))
         position = entry.offset + entry.nbytes
