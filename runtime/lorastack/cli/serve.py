@@ -80,6 +80,26 @@ def serve(
             help="Another name of the model, for adapters made under it. May be repeated.",
         ),
     ] = None,
+    pull_org: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--pull-org",
+            metavar="ORG",
+            envvar="LORASTACK_PULL_ORG",
+            help="Let clients pull from this organisation of the hub. May be repeated.",
+        ),
+    ] = None,
+    pull_root: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--pull-root",
+            metavar="DIR",
+            envvar="LORASTACK_PULL_ROOT",
+            exists=True,
+            file_okay=False,
+            help="Let clients pull from folders under this one. May be repeated.",
+        ),
+    ] = None,
     host: Annotated[str, typer.Option("--host", envvar="LORASTACK_HOST")] = _SERVICE.host,
     port: Annotated[
         int,
@@ -170,6 +190,8 @@ def serve(
             host_memory=parse_size(host_adapter_memory),
             default_medusa=medusa,
             base_names=tuple(base_name or ()),
+            pull_orgs=tuple(pull_org or ()),
+            pull_roots=tuple(pull_root or ()),
         ),
         service=ServiceConfig(
             host=host, port=port, drain_timeout=drain_timeout, log_format=log_format.value
