@@ -220,3 +220,27 @@ def test_sizes_for_people() -> None:
         "3.0 MiB",
         "5.0 GiB",
     ]
+
+
+def test_fsck_needs_no_server(
+    run: Run, at: tuple[str, str], folders: Folders, fake: RunningServer
+) -> None:
+    run("adapters", "upload", str(folders["lora"]), "--id", "l", *at)
+    record = fake.registry.resolve("l")
+    path = fake.registry.files(record.digest)["adapter_model.safetensors"]
+    store = ("--store", str(path.parents[2]))
+    sound = run("adapters", "fsck", *store)
+    assert sound.code == 0
+    assert "1 adapters" in sound.out
+    assert "0 damaged" in sound.out
+    path.write_bytes(path.read_bytes()[:-1])
+    damaged = run("adapters", "fsck", *store)
+    assert damaged.code == 1
+    assert f"blobs/sha256/{path.name}" in damaged.out
+    assert f"adapter_model.safetensors of l@{record.digest}" in damaged.out
+    report = run("adapters", "fsck", "--json", *store)
+    assert report.code == 1
+    (found,) = json.loads(report.out)["damaged"]
+    assert found["used_by"] == [
+        {"id": "l", "digest": record.digest, "file": "adapter_model.safetensors"}
+    ]

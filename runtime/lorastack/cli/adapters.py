@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -9,8 +10,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from lorastack.adapters.fsck import check_store
 from lorastack.cli.options import DEFAULT_SERVER, Json, Model, Server
 from lorastack.cli.output import human_size, print_json, progress_bar, short_digest, to_dict
+from lorastack.cli.serve import default_store
 from lorastack.client import Adapter, Client
 
 adapters = typer.Typer(help="Upload, list, show, delete and verify adapters.", no_args_is_help=True)
@@ -100,6 +103,38 @@ def verify(folder: Folder, model: Model = None, as_json: Json = False) -> None:
         print_json(found)
     else:
         _print_fields({"folder": str(folder), **found})
+
+
+@adapters.command()
+def fsck(
+    store: Annotated[
+        Path | None,
+        typer.Option(
+            "--store",
+            metavar="DIR",
+            envvar="LORASTACK_STORE",
+            help="Where adapters are kept.",
+            show_default="~/.local/share/lorastack/store",
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Check every byte of a store, also while a server uses it. Exit code 1 if any is damaged."""
+    with progress_bar("reading the store") as progress:
+        report = check_store(default_store() if store is None else store, progress)
+    if as_json:
+        print_json(asdict(report))
+    else:
+        for damage in report.damaged:
+            used_by = ", ".join(f"{use.file} of {use.id}@{use.digest}" for use in damage.used_by)
+            typer.echo(f"damaged: {damage.path}: {damage.problem}; used by {used_by or 'unknown'}")
+        typer.echo(
+            f"{report.num_adapters} adapters, {report.num_revisions} revisions, "
+            f"{report.num_blobs} blobs of {human_size(report.size_bytes)}: "
+            f"{len(report.damaged)} damaged, {len(report.orphans)} not needed, "
+            f"{len(report.staged)} unfinished uploads"
+        )
+    raise typer.Exit(1 if report.damaged else 0)
 
 
 def _show(adapter: Adapter, as_json: bool) -> None:
