@@ -147,7 +147,7 @@ def test_list_by_prefix(names: set[str], prefix: str) -> None:
         name: Pointer(id=name, revisions=(Revision(revision=1, digest="d", created_at=0.0),))
         for name in names
     }
-    tables = Tables(
+    tables = Tables.of(
         pointers=pointers,
         manifests={"d": MANIFEST},
         damaged_pointers=frozenset(),

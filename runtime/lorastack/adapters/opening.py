@@ -109,7 +109,7 @@ class TableFiles:
     def _read(self) -> Tables:
         pointers, damaged_pointers = self._pointers.parsed()
         manifests, damaged_manifests = self._manifests.parsed()
-        return Tables(
+        return Tables.of(
             pointers={pointer.id: pointer for pointer in pointers},
             manifests={manifest.digest: manifest for manifest in manifests},
             damaged_pointers=damaged_pointers,

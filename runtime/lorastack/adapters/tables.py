@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 from lorastack.adapters.ids import file_name, split_reference
 from lorastack.adapters.manifest import Manifest, Pointer, Record, Revision
@@ -16,7 +15,8 @@ from lorastack.errors import AbortedError, AlreadyExistsError, DataLossError, No
 class Tables:
     """The store at one moment. Never changed: after a change another one takes its place.
 
-    So look-ups need no lock, and what is derived from the tables is derived once.
+    So look-ups need no lock. What they need is kept ready, and carried over where that is cheap:
+    with thousands of adapters, deriving it anew at every upload would hold the interpreter's lock.
     """
 
     pointers: Mapping[str, Pointer]  # by id
@@ -24,30 +24,38 @@ class Tables:
     damaged_pointers: frozenset[str]  # names of files that cannot be read
     damaged_manifests: frozenset[str]
     default_medusa: str  # "" if none
+    # The newest revision of every id, sorted by id. Ids whose newest manifest is damaged are left
+    # out: they cannot be served.
+    newest: tuple[Record, ...]
+    digests: frozenset[str]  # of all revisions of all ids
+    blobs: Mapping[str, int]  # sha256 -> size of every file of these digests
 
-    @cached_property
-    def newest(self) -> tuple[Record, ...]:
-        """The newest revision of every id, sorted by id.
-
-        Ids whose newest manifest is damaged are left out: they cannot be served.
-        """
-        return tuple(
-            _record(pointer.id, pointer.newest, manifest)
-            for _, pointer in sorted(self.pointers.items())
-            if (manifest := self.manifests.get(pointer.newest.digest)) is not None
+    @classmethod
+    def of(
+        cls,
+        *,
+        pointers: Mapping[str, Pointer],
+        manifests: Mapping[str, Manifest],
+        damaged_pointers: frozenset[str],
+        damaged_manifests: frozenset[str],
+        default_medusa: str,
+    ) -> Tables:
+        """Derives the rest."""
+        digests = _digests(pointers)
+        return cls(
+            pointers=pointers,
+            manifests=manifests,
+            damaged_pointers=damaged_pointers,
+            damaged_manifests=damaged_manifests,
+            default_medusa=default_medusa,
+            newest=tuple(
+                _record(pointer.id, pointer.newest, manifest)
+                for _, pointer in sorted(pointers.items())
+                if (manifest := manifests.get(pointer.newest.digest)) is not None
+            ),
+            digests=digests,
+            blobs=_blobs(digests, manifests),
         )
-
-    @cached_property
-    def digests(self) -> frozenset[str]:
-        """Those of all revisions of all ids."""
-        revisions = (pointer.revisions for pointer in self.pointers.values())
-        return frozenset(revision.digest for known in revisions for revision in known)
-
-    @cached_property
-    def blobs(self) -> Mapping[str, int]:
-        """sha256 -> size of every file of `digests`."""
-        manifests = (self.manifests[digest] for digest in self.digests & self.manifests.keys())
-        return {spec.sha256: spec.size for manifest in manifests for spec in manifest.files}
 
     def starting_with(self, prefix: str) -> list[Record]:
         """Those of `newest` whose id starts with the prefix."""
@@ -129,24 +137,43 @@ class Tables:
             )
 
     def with_manifest(self, manifest: Manifest) -> Tables:
-        return replace(
-            self,
-            manifests={**self.manifests, manifest.digest: manifest},
-            damaged_manifests=self.damaged_manifests - {manifest_name(manifest.digest)},
+        """manifest: that of a new digest, or one that takes the place of an older one."""
+        if self.manifests.get(manifest.digest) == manifest:
+            return self
+        manifests = {**self.manifests, manifest.digest: manifest}
+        damaged_manifests = self.damaged_manifests - {manifest_name(manifest.digest)}
+        if manifest.digest not in self.digests:
+            return replace(self, manifests=manifests, damaged_manifests=damaged_manifests)
+        return Tables.of(
+            pointers=self.pointers,
+            manifests=manifests,
+            damaged_pointers=self.damaged_pointers,
+            damaged_manifests=damaged_manifests,
+            default_medusa=self.default_medusa,
         )
 
     def with_pointer(self, pointer: Pointer) -> Tables:
+        """pointer: to one more digest, whose manifest is known."""
+        manifest = self.manifests[pointer.newest.digest]
         return replace(
             self,
             pointers={**self.pointers, pointer.id: pointer},
             damaged_pointers=self.damaged_pointers - {file_name(pointer.id)},
+            newest=self._newest(pointer.id, _record(pointer.id, pointer.newest, manifest)),
+            digests=self.digests | {manifest.digest},
+            blobs={**self.blobs, **{spec.sha256: spec.size for spec in manifest.files}},
         )
 
     def without_pointer(self, adapter_id: str) -> Tables:
+        pointers = {known: p for known, p in self.pointers.items() if known != adapter_id}
+        digests = _digests(pointers)
         return replace(
             self,
-            pointers={known: p for known, p in self.pointers.items() if known != adapter_id},
+            pointers=pointers,
             damaged_pointers=self.damaged_pointers - {file_name(adapter_id)},
+            newest=self._newest(adapter_id),
+            digests=digests,
+            blobs=_blobs(digests, self.manifests),
         )
 
     def with_manifests_of(self, digests: Collection[str]) -> Tables:
@@ -165,6 +192,12 @@ class Tables:
         """Names of the manifests' files, damaged ones too."""
         return {manifest_name(digest) for digest in self.manifests} | self.damaged_manifests
 
+    def _newest(self, adapter_id: str, *record: Record) -> tuple[Record, ...]:
+        """`newest` with this record for the id, or without any."""
+        first = bisect_left(self.newest, adapter_id, key=lambda known: known.id)
+        last = bisect_right(self.newest, adapter_id, key=lambda known: known.id)
+        return (*self.newest[:first], *record, *self.newest[last:])
+
     def _pointer(self, adapter_id: str) -> Pointer | None:
         pointer = self.pointers.get(adapter_id)
         if pointer is None and file_name(adapter_id) in self.damaged_pointers:
@@ -173,6 +206,15 @@ class Tables:
                 adapter_id=adapter_id,
             )
         return pointer
+
+
+def _digests(pointers: Mapping[str, Pointer]) -> frozenset[str]:
+    return frozenset(r.digest for pointer in pointers.values() for r in pointer.revisions)
+
+
+def _blobs(digests: frozenset[str], manifests: Mapping[str, Manifest]) -> dict[str, int]:
+    known = (manifests[digest] for digest in digests & manifests.keys())
+    return {spec.sha256: spec.size for manifest in known for spec in manifest.files}
 
 
 def manifest_name(digest: str) -> str:
