@@ -45,11 +45,11 @@ def hash_file(path: Path) -> str:
 
 @contextmanager
 def disk_full_is_exhaustion() -> Iterator[None]:
-    """Turns a full disk or quota into ResourceExhaustedError."""
+    """Turns a full disk or quota, or a limit of file sizes, into ResourceExhaustedError."""
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise ResourceExhaustedError(
                 "the store's disk is full: free some space or delete adapters",
                 reason=Reason.STORE_FULL,
