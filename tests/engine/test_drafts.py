@@ -1,0 +1,125 @@
+"""What the runner drafts: each row by its own heads, of either version, in one batch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lorastack.adapters.device import DeviceAdapter
+from lorastack.adapters.formats import parse
+from lorastack.engine.batch import Batch, Draft, RowAdapters, RowStep
+from lorastack.engine.runner import Runner
+from lorastack.layout import LM_HEAD, ModelShapes
+from lorastack.model.decoder import load_decoder
+from lorastack.model.kv import KVCache
+from lorastack.request import LoraUse, Request, SamplingParams, StopParams
+from tests.helpers.adapters import with_outputs, write_heads, write_lora
+from tests.helpers.packed import pack, read_tensors
+
+CPU = torch.device("cpu")
+PAGE_SIZE = 16
+
+
+def on_device(folder: Path, shapes: ModelShapes) -> DeviceAdapter:
+    parsed = parse({path.name: path for path in folder.iterdir()}, shapes)
+    layout, buffer = pack(
+        read_tensors(parsed), parsed.scales, parsed.num_heads, parsed.choices, torch.float32
+    )
+    return DeviceAdapter(digest=folder.name, buffer=buffer, layout=layout)
+
+
+class Drafts:
+    """Rows that have just read their prompt, each in a page of its own."""
+
+    def __init__(self, model: Path, shapes: ModelShapes, root: Path) -> None:
+        self._decoder = load_decoder(model, device=CPU, dtype=torch.float32, max_context=None)
+        kv = KVCache(shapes, 16, PAGE_SIZE, torch.float32, CPU)
+        self._runner = Runner(self._decoder, kv)
+        self._shapes = shapes
+        output_VH = load_file(model / "model.safetensors")["model.embed_tokens.weight"]  # tied
+        hidden = shapes.hidden_size
+        folders = [
+            write_heads(root / "two", hidden, num_heads=3, seed=1),
+            write_heads(root / "deep", hidden, num_heads=2, num_blocks=2, seed=2),
+            write_heads(
+                root / "own", hidden, num_heads=4, vocab_size=shapes.vocab_size, num_blocks=2
+            ),
+        ]
+        folders += [
+            with_outputs(root / f"{heads.name}-as-one", heads, output_VH) for heads in folders[:2]
+        ]
+        self.heads = {folder.name: on_device(folder, shapes) for folder in folders}
+        self.lora = on_device(write_lora(root / "lora", shapes, targets=(LM_HEAD,)), shapes)
+
+    def row(self, number: int, heads: str, lora: bool = False) -> RowStep:
+        uses = (LoraUse(lora_id="lora", digest=self.lora.digest),) if lora else ()
+        prompt = (1, 40 + number, 50, 60 + number)
+        return RowStep(
+            request=Request(
+                request_id=str(number),
+                prompt_ids=prompt,
+                sampling=SamplingParams(),
+                stop=StopParams(max_new_tokens=9),
+                loras=uses,
+            ),
+            token_ids=prompt,
+            page_table=(number,),
+            committed=0,
+            num_generated=0,
+            samples=True,
+            tree=None,
+            adapters=RowAdapters(
+                loras=(self.lora,) if lora else (), heads=self.heads[heads] if heads else None
+            ),
+            num_candidates=4 if heads else 0,
+        )
+
+    def run(self, *steps: RowStep) -> list[Draft | None]:
+        results = self._runner.run(Batch(steps=steps))
+        assert all(result.error is None for result in results)
+        return [result.draft for result in results]
+
+
+@pytest.fixture(scope="module")
+def drafts(
+    tiny_llama: Path, tiny_llama_shapes: ModelShapes, tmp_path_factory: pytest.TempPathFactory
+) -> Drafts:
+    return Drafts(tiny_llama, tiny_llama_shapes, tmp_path_factory.mktemp("heads"))
+
+
+@pytest.mark.parametrize("heads", ["two", "deep"])
+def test_version_one_with_the_models_output_drafts_what_version_two_does(
+    drafts: Drafts, heads: str
+) -> None:
+    for number in range(8):
+        (expected,) = drafts.run(drafts.row(number, heads))
+        (found,) = drafts.run(drafts.row(number, f"{heads}-as-one"))
+        assert expected is not None and len(expected) == drafts.heads[heads].layout.num_heads
+        assert found == expected
+
+
+def test_a_batch_drafts_for_each_row_what_it_gets_alone(drafts: Drafts) -> None:
+    names = ["own", "two", "", "deep-as-one", "deep", "own", "two-as-one", "two"]
+    rows = [drafts.row(number, name) for number, name in enumerate(names)]
+    alone = [drafts.run(row)[0] for row in rows]
+    assert drafts.run(*rows) == alone
+    assert drafts.run(*reversed(rows)) == alone[::-1]
+    assert [draft is None for draft in alone] == [name == "" for name in names]
+    assert len(set(alone)) == len(names)
+
+
+def test_an_lm_head_lora_changes_drafts_of_version_two_only(drafts: Drafts) -> None:
+    plain = drafts.run(*(drafts.row(0, heads) for heads in ("two", "two-as-one")))
+    adapted = drafts.run(*(drafts.row(0, heads, lora=True) for heads in ("two", "two-as-one")))
+    assert plain[0] == plain[1] == adapted[1] != adapted[0]
+
+
+def test_only_as_many_candidates_as_the_widest_row_asks_for(drafts: Drafts) -> None:
+    rows = [replace(drafts.row(number, "own"), num_candidates=2) for number in range(2)]
+    for draft in drafts.run(*rows):
+        assert draft is not None
+        assert [len(ranks) for ranks in draft] == [2] * 4
