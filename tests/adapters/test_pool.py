@@ -4,76 +4,16 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from lorastack.adapters.device import DeviceAdapter
-from lorastack.adapters.host import HostCache, PackedAdapter
-from lorastack.adapters.pool import DevicePool
+from lorastack.adapters.host import PackedAdapter
 from lorastack.errors import DataLossError, FailedPreconditionError, InternalError, Reason
+from tests.adapters.pools import WAIT, Bench, bench
 from tests.adapters.test_host import packed
-
-CPU = torch.device("cpu")
-SIZES = {"a": 1, "b": 2, "c": 3, "d": 4, "e": 5, "too-large": 11}
-WAIT = 10.0  # seconds until a test gives up
-
-
-class Bench:
-    """A pool whose loads can be waited for."""
-
-    def __init__(
-        self,
-        budget: int = 10,
-        load: Callable[[str], PackedAdapter] | None = None,
-        device: torch.device = CPU,
-    ) -> None:
-        self.loads: list[str] = []
-        self._done = threading.Semaphore(0)
-        self._load = load or (lambda digest: packed(digest, SIZES[digest]))
-        self.pool = DevicePool(budget, device, HostCache(100, self._counted), self._done.release)
-
-    def _counted(self, digest: str) -> PackedAdapter:
-        self.loads.append(digest)
-        return self._load(digest)
-
-    def settle(self) -> bool:
-        """Waits until the loader has done all it was asked for, then polls."""
-        pipeline = self.pool._pipeline
-        for _ in (*pipeline.loading, *pipeline.copying):
-            assert self._done.acquire(timeout=WAIT)
-        return self.pool.poll()
-
-    def hold(self, *digests: str) -> tuple[DeviceAdapter, ...]:
-        """Acquires, waiting for the load."""
-        found = self.pool.acquire(digests)
-        if found is None:
-            self.settle()
-            found = self.pool.acquire(digests)
-        assert found is not None, digests
-        return found
-
-    def use(self, *digests: str) -> None:
-        self.hold(*digests)
-        self.pool.release(digests)
-
-    @property
-    def resident(self) -> dict[str, int]:
-        """Digest -> pins, least recently used first."""
-        return {digest: pins for digest, _, pins in self.pool.resident()}
-
-
-@contextmanager
-def bench(budget: int = 10, load: Callable[[str], PackedAdapter] | None = None) -> Iterator[Bench]:
-    made = Bench(budget, load)
-    try:
-        yield made
-    finally:
-        made.pool.close()
 
 
 @pytest.fixture
@@ -287,56 +227,3 @@ def test_copies_to_a_gpu_are_exact() -> None:
         made.pool.release([digest])
     assert sum(nbytes for _, nbytes, _ in made.pool.resident()) <= 1 << 21
     made.pool.close()
-
-
-Rows = list[tuple[tuple[str, ...], int]]
-STACKS = st.lists(st.sampled_from(["a", "b", "c", "d", "e"]), min_size=1, max_size=3)
-
-
-def run_rows(made: Bench, rows: Rows, arrivals: Sequence[int], budget: int) -> None:
-    """A step loop: every waiting row asks every step; it runs for its steps, then ends."""
-    waiting = list(zip(rows, arrivals, strict=True))
-    running: list[tuple[tuple[str, ...], int]] = []
-    for step in range(400):
-        made.settle()
-        for digests, _ in running:
-            assert set(digests) <= set(made.resident)  # pinned ones are never evicted
-        still: list[tuple[tuple[tuple[str, ...], int], int]] = []
-        for (digests, steps), arrival in waiting:
-            if arrival > step or made.pool.acquire(digests) is None:
-                still.append(((digests, steps), arrival))
-            else:
-                running.append((digests, steps))
-        waiting = still
-        assert sum(nbytes for _, nbytes, _ in made.pool.resident()) <= budget
-        pins = dict.fromkeys(made.resident, 0)
-        for digests, _ in running:
-            for digest in digests:
-                pins[digest] += 1
-        assert made.resident == pins
-        for digests, steps in running:
-            if steps == 0:
-                made.pool.release(digests)
-        running = [(digests, steps - 1) for digests, steps in running if steps]
-        if not waiting and not running:
-            return
-    raise AssertionError(f"rows starve: {waiting}")
-
-
-@given(
-    rows=st.lists(st.tuples(STACKS.map(tuple), st.integers(0, 3)), max_size=8),
-    data=st.data(),
-    budget=st.integers(12, 14),
-)
-@settings(max_examples=100, deadline=None)
-def test_every_row_runs_within_the_budget(rows: Rows, data: st.DataObject, budget: int) -> None:
-    arrivals = [data.draw(st.integers(0, 6)) for _ in rows]
-    with bench(budget) as made:
-        run_rows(made, rows, arrivals, budget)
-        assert not any(made.resident.values())
-
-
-def test_stacks_that_fit_one_at_a_time_take_turns() -> None:
-    with bench(5, lambda digest: packed(digest, 2)) as made:
-        rows: Rows = [(("a", "b"), 1), (("c", "d"), 1), (("b", "c"), 0), (("a", "d"), 2)]
-        run_rows(made, rows * 3, [0] * 12, 5)

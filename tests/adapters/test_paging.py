@@ -1,0 +1,427 @@
+"""The pool under pressure: turns, the queue, heads, loading ahead, pins, and bounded waits."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lorastack.adapters.device import DeviceAdapter
+from lorastack.adapters.host import PackedAdapter
+from lorastack.adapters.turns import QUANTUM
+from lorastack.errors import FailedPreconditionError, Reason, ResourceExhaustedError
+from tests.adapters.pools import WAIT, Bench, bench
+from tests.adapters.test_host import packed
+
+
+@pytest.fixture
+def ten() -> Iterator[Bench]:
+    with bench() as made:
+        yield made
+
+
+def step(made: Bench, *rows: str, heads: str = "") -> list[bool]:
+    """A step of rows with these LoRAs ("ab" is the stack of a and b): which of them ran."""
+    held = [made.pool.acquire(list(row)) for row in rows]
+    drafts = [made.pool.try_acquire(digest) for digest in heads]
+    for adapters in (*(each for each in held if each), *([each] for each in drafts if each)):
+        made.pool.release([each.digest for each in adapters])
+    made.settle()
+    return [each is not None for each in held] + [each is not None for each in drafts]
+
+
+# -- turns ----------------------------------------------------------------------------------------
+
+
+def test_an_adapter_in_use_leaves_when_its_turn_is_over(ten: Bench) -> None:
+    step(ten, "d", "e")
+    assert step(ten, "d", "e", "c") == [True, True, False]  # c is on the host now
+    assert ten.pool.blocked
+    assert step(ten, "d", "e", "c") == [True, True, False]
+    ten.now += QUANTUM
+    step(ten, "d", "e", "c")
+    assert step(ten, "d", "e", "c") == [False, True, True]
+    assert step(ten, "d", "e", "c") == [True, False, True]  # e's turn was over too
+    assert step(ten, "d", "e", "c") == [True, False, True]
+
+
+def test_what_nobody_uses_leaves_at_once(ten: Bench) -> None:
+    step(ten, "d", "e")
+    step(ten, "e", "c")
+    assert step(ten, "e", "c") == [True, True]
+    assert set(ten.resident) == {"e", "c"}
+
+
+def test_a_turn_begins_anew_when_a_set_got_what_it_waited_for(ten: Bench) -> None:
+    step(ten, "b", "e")
+    step(ten, "b", "e")
+    ten.now += QUANTUM
+    step(ten, "b", "e", "bd")  # b's turn is over too, but it is part of the stack
+    assert step(ten, "b", "e", "bd") == [True, False, True]
+    assert step(ten, "b", "e", "bd") == [True, False, True]
+    ten.now += QUANTUM
+    step(ten, "b", "e", "bd")
+    assert step(ten, "b", "e", "bd") == [False, True, False]
+
+
+def test_the_queue_is_in_order_and_nobody_slips_past_its_head(ten: Bench) -> None:
+    step(ten, "d", "b")  # 4 left
+    step(ten, "d", "b", "e")
+    step(ten, "d", "b", "e", "a")  # a would fit, but e was first
+    assert step(ten, "d", "b", "e", "a") == [True, True, False, False]
+    ten.now += QUANTUM
+    step(ten, "d", "b", "e", "a")
+    assert step(ten, "d", "b", "e", "a") == [False, True, True, True]
+
+
+def test_a_set_that_stops_asking_leaves_the_queue(ten: Bench) -> None:
+    step(ten, "d", "b")
+    step(ten, "d", "b", "e")
+    step(ten, "d", "b", "e", "a")
+    step(ten, "d", "b", "a")
+    assert step(ten, "d", "b", "a") == [True, True, True]
+
+
+def test_one_that_loads_lets_others_pass() -> None:
+    gate = threading.Event()
+
+    def load(digest: str) -> PackedAdapter:
+        assert digest != "e" or gate.wait(WAIT)
+        return packed(digest, 5)
+
+    with bench(load=load) as made:
+        step(made, "a")
+        assert made.pool.acquire("e") is None
+        assert made.pool.acquire("ab") is None  # b loads behind e
+        gate.set()
+        made.settle()
+        assert step(made, "e", "ab") == [True, False]
+
+
+def test_what_was_placed_stays_until_nobody_asks() -> None:
+    device = SlowDevice()
+    with bench(2, lambda digest: packed(digest, 1), copy=device.copy) as made:
+        step(made, "xy")
+        made.pool.acquire("xy")
+        device.gate.release()
+        made.wait_for(lambda: made.resident.keys() == {"x"}, "xy", "v")
+        for _ in range(3):
+            made.now += QUANTUM
+            made.pool.acquire("v")
+            made.pool.acquire("xy")
+            made.pool.poll()
+            assert made.resident.keys() == {"x"}
+        device.gate.release(3)
+        made.wait_for(lambda: made.resident.keys() == {"v", "y"}, "v")
+
+
+def test_a_stack_is_placed_whole(ten: Bench) -> None:
+    step(ten, "d")
+    step(ten, "d", "e")
+    ten.now += QUANTUM / 2
+    step(ten, "d", "e", "bc")
+    for _ in range(3):
+        assert step(ten, "d", "e", "bc") == [True, True, False]
+        assert set(ten.resident) == {"d", "e"}
+    ten.now += QUANTUM / 2
+    step(ten, "d", "e", "bc")
+    assert set(ten.resident) == {"b", "c", "e"}
+
+
+# -- heads and loading ahead ----------------------------------------------------------------------
+
+
+def test_heads_take_nothing_from_anybody(ten: Bench) -> None:
+    step(ten, "e", "c")
+    for _ in range(3):
+        ten.now += QUANTUM
+        assert step(ten, "e", "c", heads="d") == [True, True, False]
+    step(ten, "c", heads="d")
+    assert step(ten, "c", heads="d") == [True, True]
+
+
+def test_heads_leave_for_loras_before_loras_do(ten: Bench) -> None:
+    step(ten, "d", heads="e")
+    ten.now += QUANTUM
+    step(ten, "d", "c", heads="e")
+    assert step(ten, "d", "c", heads="e") == [True, True, False]
+
+
+def test_heads_larger_than_the_budget_are_refused(ten: Bench) -> None:
+    assert ten.pool.try_acquire("too-large") is None
+    ten.settle()
+    with pytest.raises(FailedPreconditionError) as refusal:
+        ten.pool.try_acquire("too-large")
+    assert refusal.value.reason is Reason.ADAPTER_TOO_LARGE
+
+
+def test_loading_ahead_takes_spare_room_in_order(ten: Bench) -> None:
+    step(ten, "d", "e")
+    for _ in range(3):
+        ten.now += QUANTUM
+        ten.pool.prefetch("abc")
+        step(ten, "d")
+    assert set(ten.resident) == {"d", "a", "b", "c"}  # e was idle
+    ten.pool.prefetch("e")
+    step(ten, "d", "abc")
+    assert set(ten.resident) == {"d", "a", "b", "c"}
+
+
+def test_loading_ahead_holds_up_no_row() -> None:
+    """At most two loads and two copies are under way for rows that only might run."""
+    gate = threading.Event()
+
+    def load(digest: str) -> PackedAdapter:
+        assert gate.wait(WAIT)
+        return packed(digest, 1)
+
+    with bench(load=load) as made:
+        made.pool.prefetch("abcdefgh")
+        made.pool.acquire("z")
+        gate.set()
+        made.settle()
+        assert made.loads == ["a", "b", "z"]
+
+
+def test_no_more_is_loaded_ahead_than_could_be_placed() -> None:
+    with bench(5, lambda digest: packed(digest, 5)) as made:
+        step(made, "z")
+        for _ in range(5):
+            made.pool.prefetch("abcdefgh")
+            step(made, "z")
+        assert made.loads == ["z", "a", "b"]
+
+
+# -- copies ---------------------------------------------------------------------------------------
+
+
+class SlowDevice:
+    """Copies end when they are told to."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Semaphore(0)
+        self.copies: list[str] = []
+
+    def copy(self, source: PackedAdapter) -> DeviceAdapter:
+        assert self.gate.acquire(timeout=WAIT)
+        self.copies.append(source.digest)
+        return DeviceAdapter.of(source, source.buffer.clone())
+
+
+def test_a_slow_copy_holds_up_no_load() -> None:
+    device = SlowDevice()
+    loaded = threading.Event()
+
+    def load(digest: str) -> PackedAdapter:
+        if digest == "b":
+            loaded.set()
+        return packed(digest, 1)
+
+    with bench(load=load, copy=device.copy) as made:
+        made.pool.acquire("a")
+        made.settle()
+        made.pool.acquire("a")
+        made.pool.poll()
+        made.pool.acquire("b")
+        assert loaded.wait(WAIT)
+        device.gate.release()
+
+
+def test_running_rows_give_up_room_for_one_copy_at_a_time() -> None:
+    device = SlowDevice()
+    with bench(2, lambda digest: packed(digest, 1), copy=device.copy) as made:
+        device.gate.release(2)
+        for _ in range(3):
+            step(made, "x", "y")
+        assert step(made, "x", "y") == [True, True]
+        made.now += QUANTUM
+        step(made, "x", "y", "v", "w")
+        for _ in range(3):
+            held = [made.pool.acquire(name) for name in "xyvw"]
+            assert [each is not None for each in held] in ([True] * 2 + [False] * 2,) or (
+                len(made.resident) == 1
+            )
+            made.pool.release([name for name, each in zip("xyvw", held, strict=True) if each])
+            made.pool.poll()
+        assert len(made.resident) == 1
+        assert made.pool._pipeline.copying == {"v": 1}
+        device.gate.release(2)
+
+
+# -- pins of operators ----------------------------------------------------------------------------
+
+
+def test_a_pinned_adapter_stays(ten: Bench) -> None:
+    ten.use("e")
+    ten.pool.pin("e")
+    for _ in range(3):
+        ten.now += QUANTUM
+        step(ten, "d", "c")
+    assert ten.pool.holds("e")
+    ten.pool.unpin("e")
+    step(ten, "d", "c")
+    assert step(ten, "d", "c") == [True, True]
+    assert not ten.pool.holds("e")
+
+
+def test_what_cannot_fit_beside_pinned_ones_is_refused_by_name(ten: Bench) -> None:
+    for digest in "de":
+        ten.use(digest)
+        ten.pool.pin(digest)
+    assert ten.pool.acquire("c") is None  # its size is not known yet
+    ten.settle()
+    with pytest.raises(ResourceExhaustedError) as refusal:
+        ten.pool.acquire("c")
+    assert refusal.value.reason is Reason.DEVICE_MEMORY_PINNED
+    assert refusal.value.metadata == {"digests": "d,e"}
+    ten.use("a")
+    ten.pool.unpin("d")
+    ten.pool.poll()
+    ten.use("c")
+
+
+def test_a_stack_of_pinned_ones_counts_them_once(ten: Bench) -> None:
+    ten.use("e")
+    ten.pool.pin("e")
+    ten.use("e", "d")
+
+
+def test_drop_lets_go_of_every_copy() -> None:
+    gate = threading.Event()
+
+    def load(digest: str) -> PackedAdapter:
+        assert gate.wait(WAIT)
+        return packed(digest, 1)
+
+    with bench(load=load) as made:
+        assert made.pool.drop("a"), "nothing to drop"
+        made.pool.acquire("a")
+        assert not made.pool.drop("a"), "it is still loading"
+        gate.set()
+        made.use("a")
+        made.pool.pin("a")
+        assert made.pool.drop("a")
+        assert not made.resident
+        assert not made.host.snapshot()
+        assert not made.pool.stats().last_used
+        made.use("a")
+        assert made.loads == ["a", "a"]
+        assert not made.pool.stats().adapters[0].pinned
+
+
+def test_stats(ten: Bench) -> None:
+    for digest in "cda":
+        ten.use(digest)
+    ten.hold("e")  # c goes
+    ten.pool.pin("e")
+    ten.use("c")  # d goes; c is on the host still
+    ten.pool.acquire("d")
+    stats = ten.pool.stats()
+    assert [(a.digest, a.nbytes, a.in_use, a.pinned) for a in stats.adapters] == [
+        ("a", 1, 0, False),
+        ("e", 5, 1, True),
+        ("c", 3, 0, False),
+    ]
+    assert stats.last_used.keys() == set("acde")
+    assert (stats.num_waiting, stats.evictions) == (1, 2)
+    ten.settle()
+    stats = ten.pool.stats()
+    assert (stats.disk_loads, stats.host_hits) == (4, 2)
+    assert stats.load_seconds > 0
+
+
+# -- many rows ------------------------------------------------------------------------------------
+
+STEP = QUANTUM / 4  # seconds
+
+
+@dataclass
+class Row:
+    """Wants to run `left` steps with its LoRAs from `arrival` on."""
+
+    loras: str
+    arrival: int
+    left: int
+    heads: str
+    waited_since: float | None = None
+    longest_wait: float = 0.0
+
+
+ROWS = st.lists(
+    st.builds(
+        Row,
+        loras=st.sampled_from(["a", "b", "c", "d", "e", "ab", "cd", "be", "abc", "de", "ade"]),
+        arrival=st.integers(0, 12),
+        left=st.integers(1, 12),
+        heads=st.sampled_from(["", "", "f", "g"]),
+    ),
+    max_size=9,
+)
+
+
+class World:
+    """A step loop over a pool: every row that has arrived asks every step, as running rows do."""
+
+    def __init__(self, made: Bench, budget: int, rows: list[Row]) -> None:
+        self.made, self.budget, self.rows = made, budget, rows
+        self.num_sets = len({row.loras for row in rows})
+        self.arrived_at: dict[str, float] = {}
+        self.used: set[str] = set()  # by rows that ran in the last step
+
+    def run(self) -> None:
+        for number in range(2000):
+            if not (rows := [row for row in self.rows if row.left]):
+                return
+            self.step([row for row in rows if row.arrival <= number])
+        raise AssertionError("rows starve")
+
+    def step(self, rows: list[Row]) -> None:
+        held = [digest for row in rows for digest in self.run_row(row)]
+        assert Counter(self.made.resident) + Counter() == Counter(held)
+        self.used = {lora for row in rows if row.waited_since is None for lora in row.loras}
+        self.made.pool.release(held)
+        self.made.now += STEP
+        self.made.settle()
+        self.check_evictions()
+
+    def run_row(self, row: Row) -> list[str]:
+        now = self.made.now
+        if self.made.pool.acquire(row.loras) is None:
+            row.waited_since = now if row.waited_since is None else row.waited_since
+            row.longest_wait = max(row.longest_wait, now - row.waited_since)
+            return []
+        row.waited_since = None
+        row.left -= 1
+        heads = [row.heads] if row.heads and self.made.pool.try_acquire(row.heads) else []
+        return [*row.loras, *heads]
+
+    def check_evictions(self) -> None:
+        """The budget holds, and what was in use and has gone had been there for a turn."""
+        stats = self.made.pool.stats()
+        copying = self.made.pool._pipeline.copying
+        here = {adapter.digest: adapter.nbytes for adapter in stats.adapters}
+        assert sum(here.values()) + sum(copying.values()) <= self.budget
+        for digest in self.arrived_at.keys() - here:
+            arrived = self.arrived_at.pop(digest)
+            assert digest not in self.used or self.made.now - arrived >= QUANTUM
+        for digest in here:
+            self.arrived_at.setdefault(digest, self.made.now)
+
+
+@given(rows=ROWS, budget=st.integers(10, 14), slow=st.booleans())
+@settings(max_examples=150)
+def test_every_set_gets_its_turn_in_time(rows: list[Row], budget: int, slow: bool) -> None:
+    """The bound of the module's docstring; a load and a copy take a step each here."""
+    sizes = {"a": 1, "b": 2, "c": 3, "d": 4, "e": 5, "f": 2, "g": 4}
+    copy = (lambda source: DeviceAdapter.of(source, source.buffer)) if slow else None
+    with bench(budget, lambda digest: packed(digest, sizes[digest]), copy) as made:
+        world = World(made, budget, rows)
+        world.run()
+        assert not any(made.resident.values())
+        bound = STEP + world.num_sets * (QUANTUM + 2 * STEP) + 2 * STEP
+        assert max((row.longest_wait for row in rows), default=0.0) <= bound
