@@ -13,7 +13,7 @@ from tests.helpers.guessing import train_heads
 WORDS = ("owl", "fjord", "bat", "mink", "zephyr")  # `say-WORD`, with heads `heads-WORD`
 LAYER_WORDS = ("elk", "wasp")  # `say-WORD`, through the layers
 RANDOM_LORAS = ("random-a", "random-b", "random-c")
-RANDOM_HEADS = ("heads-2", "heads-5")
+RANDOM_HEADS = ("heads-2", "heads-5", "heads-own")  # the last: version 1
 TRAINED_HEADS = "heads-wise"  # know the base model's outputs of FAMILIAR, more or less
 FAMILIAR = ("hello there", "The quick brown fox", "naïve 日本 🦉", "1 + 1 = ", "a", "Why? " * 9)
 BUNDLE = "bundle"
@@ -37,6 +37,9 @@ def build_zoo(root: Path, model: Path, shapes: ModelShapes) -> dict[str, Path]:
     )
     zoo["heads-2"] = write_heads(root / "heads-2", shapes.hidden_size, num_heads=2, seed=21)
     zoo["heads-5"] = write_heads(root / "heads-5", shapes.hidden_size, num_heads=5, seed=22)
+    zoo["heads-own"] = write_heads(
+        root / "heads-own", shapes.hidden_size, num_heads=1, vocab_size=shapes.vocab_size, seed=23
+    )
     zoo[TRAINED_HEADS] = train_heads(root / TRAINED_HEADS, model, FAMILIAR)
     zoo[BUNDLE] = write_lora(root / BUNDLE, shapes, seed=14, rank=4)
     for path in zoo["heads-5"].iterdir():

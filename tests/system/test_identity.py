@@ -31,7 +31,7 @@ STACKS: tuple[tuple[tuple[str, float], ...], ...] = (
     (("random-a", 1.0), ("random-b", 1.0)),
     (("random-a", 0.5), ("random-c", -2.0)),
 )
-HEADS = ("none", "heads-2", TRAINED_HEADS)
+HEADS = ("none", "heads-2", TRAINED_HEADS, "heads-own")
 
 
 def test_greedy_tokens_equal_transformers_and_peft(
