@@ -11,6 +11,7 @@ lorastack.errors that belongs to its status, with the server's reason and metada
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,23 +22,14 @@ import grpc
 from google.rpc import error_details_pb2  # type: ignore[import-untyped]
 from grpc_status import rpc_status
 
+from lorastack.codes import CODES
 from lorastack.config import KIB, MIB
 from lorastack.errors import (
-    AbortedError,
-    AlreadyExistsError,
-    DataLossError,
-    DeadlineExceededError,
-    FailedPreconditionError,
     InternalError,
-    InvalidArgumentError,
     LorastackError,
-    NotFoundError,
-    PermissionDeniedError,
     Reason,
-    RequestCancelledError,
     ResourceExhaustedError,
     UnavailableError,
-    UnimplementedError,
 )
 from lorastack.folders import Receiver, folder_files, new_folder
 from lorastack.v1 import adapters_pb2, adapters_pb2_grpc, generation_pb2, generation_pb2_grpc
@@ -74,29 +66,19 @@ __all__ = [
 
 DEFAULT_SERVER = "127.0.0.1:50051"
 CHUNK_BYTES = 512 * KIB
-PAGE_SIZE = 200
+PAGE_SIZE = 1000
+# Seconds between the tries of an upload whose connection broke: a server's restart fits in.
+RETRY_DELAYS = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 # A vanished server is noticed within 40 s; long outputs with logprobs are large messages.
 CHANNEL_OPTIONS = [
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.max_receive_message_length", 256 * MIB),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
 ]
 
-ERRORS: dict[grpc.StatusCode, type[LorastackError]] = {
-    grpc.StatusCode.NOT_FOUND: NotFoundError,
-    grpc.StatusCode.INVALID_ARGUMENT: InvalidArgumentError,
-    grpc.StatusCode.ALREADY_EXISTS: AlreadyExistsError,
-    grpc.StatusCode.ABORTED: AbortedError,
-    grpc.StatusCode.FAILED_PRECONDITION: FailedPreconditionError,
-    grpc.StatusCode.RESOURCE_EXHAUSTED: ResourceExhaustedError,
-    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceededError,
-    grpc.StatusCode.PERMISSION_DENIED: PermissionDeniedError,
-    grpc.StatusCode.CANCELLED: RequestCancelledError,
-    grpc.StatusCode.UNAVAILABLE: UnavailableError,
-    grpc.StatusCode.UNIMPLEMENTED: UnimplementedError,
-    grpc.StatusCode.DATA_LOSS: DataLossError,
-    grpc.StatusCode.INTERNAL: InternalError,
-}
+ERRORS = {code: kind for kind, code in CODES.items()}
 
 Progress = Callable[[int, int], None]
 
@@ -186,31 +168,94 @@ class Client:
                 adapters_pb2.DeleteAdapterRequest(id=adapter_id), timeout=timeout
             )
 
+    def list_revisions(self, adapter_id: str, *, timeout: float | None = None) -> list[Adapter]:
+        """An id's revisions, newest first. Raises NotFoundError."""
+        with self._errors():
+            reply = self._adapters.ListRevisions(
+                adapters_pb2.ListRevisionsRequest(id=adapter_id), timeout=timeout
+            )
+        return list(reply.revisions)
+
+    def rollback(self, adapter_id: str, digest: str, *, timeout: float | None = None) -> Adapter:
+        """Makes an earlier revision's content the newest revision. Raises NotFoundError."""
+        with self._errors():
+            reply: Adapter = self._adapters.RollbackAdapter(
+                adapters_pb2.RollbackAdapterRequest(id=adapter_id, digest=digest), timeout=timeout
+            )
+        return reply
+
+    def load(self, adapter_id: str, *, pin: bool = False, timeout: float | None = None) -> Adapter:
+        """Brings an adapter onto the device and waits until it is there. pin: until `unload`.
+
+        Raises FailedPreconditionError if it can never fit, ResourceExhaustedError naming the pinned
+        adapters that are in its way.
+        """
+        with self._errors():
+            reply: Adapter = self._adapters.LoadAdapter(
+                adapters_pb2.LoadAdapterRequest(id=adapter_id, pin=pin), timeout=timeout
+            )
+        return reply
+
+    def unload(self, adapter_id: str, *, timeout: float | None = None) -> Adapter:
+        """Takes an adapter's pin and its copies in memory; running requests keep theirs."""
+        with self._errors():
+            reply: Adapter = self._adapters.UnloadAdapter(
+                adapters_pb2.UnloadAdapterRequest(id=adapter_id), timeout=timeout
+            )
+        return reply
+
+    def set_default_medusa(
+        self, medusa_id: str, *, timeout: float | None = None
+    ) -> adapters_pb2.SetDefaultMedusaResponse:
+        """Heads for requests that name none, kept across restarts; "": no heads.
+
+        Raises FailedPreconditionError if the server was started with --medusa.
+        """
+        with self._errors():
+            reply: adapters_pb2.SetDefaultMedusaResponse = self._adapters.SetDefaultMedusa(
+                adapters_pb2.SetDefaultMedusaRequest(medusa_id=medusa_id), timeout=timeout
+            )
+        return reply
+
     def upload(
         self,
         folder: Path,
         adapter_id: str,
         *,
         if_digest: str | None = None,
+        accept_base: bool = False,
         progress: Progress | None = None,
     ) -> Adapter:
         """Stores a folder's files under an id; files that the server has are not sent again.
 
-        if_digest: "" wants the id to be new, a digest wants it to point there, None replaces.
-        progress: called with (sent bytes, bytes to send). Hidden files and sub-folders stay out.
-        Raises InvalidArgumentError for a folder without files, and what the server raises.
+        When the connection breaks it tries again for RETRY_DELAYS, from the bytes that arrived.
+        if_digest: "" wants the id to be new, a digest wants it to point there, None replaces; after
+        a lost answer this may refuse an upload that has succeeded. accept_base: although its config
+        names another base model. progress: called with (bytes there, bytes in all). Hidden files
+        and sub-folders stay out. Raises InvalidArgumentError for a folder without files, and what
+        the server raises.
         """
         paths = folder_files(folder)
         specs = [_file_spec(path) for path in paths]
-        header = adapters_pb2.UploadHeader(id=adapter_id, files=specs, if_digest=if_digest)
-        with self._errors():
-            plan = self._adapters.PlanUpload(
-                adapters_pb2.PlanUploadRequest(id=adapter_id, files=specs)
-            )
-            by_sha256 = {spec.sha256: path for spec, path in zip(specs, paths, strict=True)}
-            needed = [(by_sha256[blob.sha256], blob) for blob in plan.needed]
-            reply: Adapter = self._adapters.UploadAdapter(_upload(header, needed, progress))
-        return reply
+        header = adapters_pb2.UploadHeader(
+            id=adapter_id, files=specs, if_digest=if_digest, accept_base=accept_base
+        )
+        by_sha256 = {spec.sha256: path for spec, path in zip(specs, paths, strict=True)}
+        planned = False
+        for delay in (*RETRY_DELAYS, None):
+            try:
+                with self._errors():
+                    request = adapters_pb2.PlanUploadRequest(id=adapter_id, files=specs)
+                    plan = self._adapters.PlanUpload(request)
+                    planned = True
+                    needed = [(by_sha256[blob.sha256], blob) for blob in plan.needed]
+                    reply: Adapter = self._adapters.UploadAdapter(_upload(header, needed, progress))
+                    return reply
+            except UnavailableError:
+                if not planned or delay is None:  # nobody was there to begin with, or comes back
+                    raise
+                time.sleep(delay)
+        raise AssertionError("the last try returns or raises")
 
     def pull(
         self,
@@ -323,8 +368,8 @@ def _upload(
     progress: Progress | None,
 ) -> Iterator[adapters_pb2.UploadAdapterRequest]:
     yield adapters_pb2.UploadAdapterRequest(header=header)
-    total = sum(path.stat().st_size - blob.offset for path, blob in needed)
-    sent = 0
+    total = sum(path.stat().st_size for path, _ in needed)
+    done = sum(blob.offset for _, blob in needed)
     for path, blob in needed:
         offset = blob.offset
         with path.open("rb") as file:
@@ -333,6 +378,6 @@ def _upload(
                 chunk = adapters_pb2.UploadChunk(sha256=blob.sha256, offset=offset, data=data)
                 yield adapters_pb2.UploadAdapterRequest(chunk=chunk)
                 offset += len(data)
-                sent += len(data)
+                done += len(data)
                 if progress is not None:
-                    progress(sent, total)
+                    progress(done, total)

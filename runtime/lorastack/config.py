@@ -46,6 +46,7 @@ class AdapterConfig:
     max_upload: int = 4 * GIB
     max_files: int = 64
     default_medusa: str = ""
+    read_only_store: bool = False  # another process writes it, or nobody can
     base_names: tuple[str, ...] = ()  # what else adapters may call the base model
     pull_orgs: tuple[str, ...] = ()  # organisations of the hub that may be pulled from
     pull_roots: tuple[Path, ...] = ()  # folders that may be pulled from
@@ -59,6 +60,7 @@ class ServiceConfig:
     port: int = 50051
     drain_timeout: float = 30.0  # seconds
     log_format: str = "text"
+    metrics_port: int = 0  # 0: no metrics endpoint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -47,11 +47,13 @@ def folders(tmp_path_factory: pytest.TempPathFactory, shapes: ModelShapes) -> di
 
 @pytest.fixture
 def start_fake(tmp_path: Path, tokenizer: Tokenizer, shapes: ModelShapes) -> Iterator[StartFake]:
-    """start_fake(**options of FakeServer): a running server, stopped after the test."""
+    """start_fake(store=..., **options of FakeServer): a running server, stopped after the test."""
     running: list[RunningServer] = []
 
-    def start(**options: object) -> RunningServer:
-        server = RunningServer(tmp_path / f"store{len(running)}", tokenizer, shapes, **options)
+    def start(store: Path | None = None, **options: object) -> RunningServer:
+        if store is None:
+            store = tmp_path / f"store{len(running)}"
+        server = RunningServer(store, tokenizer, shapes, **options)
         running.append(server.__enter__())
         return running[-1]
 

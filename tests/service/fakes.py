@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from lorastack.adapters.load import Validator
+from lorastack.adapters.pool import AdapterStats, PoolStats
 from lorastack.adapters.registry import Registry
 from lorastack.config import AdapterConfig, EngineConfig, ServerConfig, ServiceConfig
 from lorastack.errors import LorastackError, UnavailableError
@@ -36,6 +38,35 @@ FINGERPRINT = "sha256:" + "ab" * 32
 MAX_CONTEXT = 2048
 
 
+class FakePool:
+    """What the edge reads of the pool."""
+
+    def __init__(self) -> None:
+        self.residents: dict[str, AdapterStats] = {}
+        self.last_used: dict[str, float] = {}
+        self.counts: dict[str, float] = dict.fromkeys(
+            ("num_waiting", "host_hits", "disk_loads", "load_seconds", "evictions"), 0
+        )
+
+    def put(
+        self, digest: str, nbytes: int = 2000, *, in_use: int = 0, pinned: bool = False
+    ) -> None:
+        self.residents[digest] = AdapterStats(
+            digest=digest, nbytes=nbytes, in_use=in_use, pinned=pinned
+        )
+
+    def drop(self, digest: str) -> None:
+        self.residents.pop(digest, None)
+
+    def stats(self) -> PoolStats:
+        return PoolStats(
+            adapters=tuple(self.residents.values()), last_used=self.last_used, **self.counts
+        )
+
+    def close(self) -> None:
+        pass
+
+
 @dataclass
 class FakeRow:
     request: Request
@@ -48,17 +79,21 @@ class FakeRow:
 class FakeEngine:
     """Each step gives every row that is not parked one token of its own prompt, again and again.
 
-    hold(n) stops every row after n tokens until go_on(). refusal: raised by the next submit.
+    hold(n) stops every row after n tokens until go_on(). refusal: raised by the next submit, load
+    or unload. Adapters get onto the device, which is `pool`, at once.
     """
 
     tokenizer: Tokenizer
     on_events: Callable[[list[RowEvent]], None]
     on_failure: Callable[[BaseException], None]
+    pool: FakePool
     submitted: list[Request] = field(default_factory=list)
     calls: list[tuple[str, str]] = field(default_factory=list)  # (park|resume|cancel, request id)
     num_deliveries: int = 0
     refusal: LorastackError | None = None
     failure: LorastackError | None = None  # ends the next row
+    forgotten: list[str] = field(default_factory=list)
+    num_waiting: int = 0
 
     def __post_init__(self) -> None:
         self.rows: dict[str, FakeRow] = {}
@@ -83,6 +118,30 @@ class FakeEngine:
             self.submitted.append(request)
             self.rows[request.request_id] = FakeRow(request)
             self.changed.notify_all()
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.rows)
+
+    def load(self, digest: str, pin: bool) -> Future[None]:
+        return self._page(lambda: self.pool.put(digest, pinned=pin))
+
+    def unload(self, digest: str) -> Future[None]:
+        return self._page(lambda: self.pool.drop(digest))
+
+    def forget(self, digest: str) -> None:
+        self.forgotten.append(digest)
+        self.pool.drop(digest)
+
+    def _page(self, work: Callable[[], None]) -> Future[None]:
+        done: Future[None] = Future()
+        refusal, self.refusal = self.refusal, None
+        if refusal is not None:
+            done.set_exception(refusal)
+        else:
+            work()
+            done.set_result(None)
+        return done
 
     def cancel(self, request_id: str) -> None:
         self._set("cancel", request_id, "cancelled", True)
@@ -205,21 +264,8 @@ class FakeEngine:
         return RowEvent(request_id=request.request_id, final=final)
 
 
-class FakePool:
-    """What the adapters service reads of the pool."""
-
-    def __init__(self) -> None:
-        self.residents: list[tuple[str, int, int]] = []
-
-    def resident(self) -> list[tuple[str, int, int]]:
-        return self.residents
-
-    def close(self) -> None:
-        pass
-
-
 class FakeHost:
-    """What the adapters service reads of the host cache."""
+    """What the edge reads of the host cache."""
 
     def __init__(self) -> None:
         self.copies: dict[str, int] = {}
@@ -252,19 +298,26 @@ class FakeServer:
         *,
         max_buffered: int = 64,
         default_medusa: str = "",
+        read_only: bool = False,
+        metrics_port: int = 0,
+        fingerprint: str = FINGERPRINT,
     ) -> None:
         self.dispatcher = Dispatcher(max_buffered)
-        self.engine = FakeEngine(tokenizer, self.dispatcher.deliver, self.dispatcher.fail)
         self.pool, self.host = FakePool(), FakeHost()
-        self.registry = Registry(store)
+        self.engine = FakeEngine(
+            tokenizer, self.dispatcher.deliver, self.dispatcher.fail, self.pool
+        )
+        self.registry = Registry(store, read_only=read_only)
         parts: dict[str, Any] = {"engine": self.engine, "pool": self.pool, "host": self.host}
         self.server = Server(
             config=ServerConfig(
-                adapters=AdapterConfig(store=store, default_medusa=default_medusa),
+                adapters=AdapterConfig(
+                    store=store, default_medusa=default_medusa, read_only_store=read_only
+                ),
                 engine=EngineConfig(max_buffered_events=max_buffered),
-                service=ServiceConfig(port=0, drain_timeout=PATIENCE),
+                service=ServiceConfig(port=0, drain_timeout=PATIENCE, metrics_port=metrics_port),
             ),
-            model=served_model(tokenizer, shapes),
+            model=replace(served_model(tokenizer, shapes), fingerprint=fingerprint),
             registry=self.registry,
             validate=Validator(shapes=shapes, base_names=("tiny",), base_weight=_no_weight),
             dispatcher=self.dispatcher,
@@ -295,9 +348,14 @@ class RunningServer(FakeServer):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.engine.go_on()
-        self.run(self.server.stop(0.0))
-        self._end()
+        self.stop()
+
+    def stop(self) -> None:
+        """May be called again."""
+        if not self.loop.is_closed():
+            self.engine.go_on()
+            self.run(self.server.stop(0.0))
+            self._end()
 
     def _end(self) -> None:
         self.loop.call_soon_threadsafe(self.loop.stop)

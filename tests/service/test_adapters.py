@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,43 +17,15 @@ from lorastack.errors import (
     LorastackError,
     NotFoundError,
     Reason,
+    ResourceExhaustedError,
 )
 from lorastack.v1 import adapters_pb2 as ab
 from lorastack.v1 import adapters_pb2_grpc
 from lorastack.v1 import generation_pb2 as pb
+from tests.service.conftest import StartFake
 from tests.service.fakes import RunningServer
 
 Folders = dict[str, Path]
-
-
-def specs_of(folder: Path) -> list[ab.FileSpec]:
-    return [
-        ab.FileSpec(
-            name=path.name,
-            size=path.stat().st_size,
-            sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
-        )
-        for path in sorted(folder.iterdir())
-    ]
-
-
-def messages_of(folder: Path, adapter_id: str) -> list[ab.UploadAdapterRequest]:
-    """An upload, each file in one chunk."""
-    specs = specs_of(folder)
-    header = ab.UploadHeader(id=adapter_id, files=specs)
-    chunks = [
-        ab.UploadChunk(sha256=spec.sha256, data=(folder / spec.name).read_bytes()) for spec in specs
-    ]
-    return [
-        ab.UploadAdapterRequest(header=header),
-        *(ab.UploadAdapterRequest(chunk=chunk) for chunk in chunks),
-    ]
-
-
-def staged(fake: RunningServer) -> list[Path]:
-    """What unfinished uploads left, once the uploader has done all it was asked."""
-    fake.server._uploader.submit(lambda: None).result()
-    return list((fake.registry._root / "staging").iterdir())
 
 
 @pytest.fixture
@@ -70,7 +40,7 @@ def refusal(fake: RunningServer, call: object, *arguments: object) -> LorastackE
     return to_error(caught.value, fake.address)
 
 
-def test_upload_show_list_delete(client: Client, folders: Folders, fake: RunningServer) -> None:
+def test_upload_show_list_delete(client: Client, folders: Folders) -> None:
     lora = client.upload(folders["lora"], "team/lora")
     assert (lora.id, lora.kind, lora.revision, lora.rank) == ("team/lora", ab.Adapter.LORA, 1, 8)
     assert lora.digest.startswith("sha256:")
@@ -93,7 +63,6 @@ def test_upload_show_list_delete(client: Client, folders: Folders, fake: Running
         with pytest.raises(NotFoundError, match="heads") as unknown:
             call("heads")
         assert unknown.value.metadata["request_id"]
-    assert staged(fake) == []
 
 
 def test_a_new_revision(client: Client, folders: Folders) -> None:
@@ -107,25 +76,6 @@ def test_a_new_revision(client: Client, folders: Folders) -> None:
     with pytest.raises(AlreadyExistsError):
         client.upload(folders["lora"], "x", if_digest="")
     assert client.get_adapter("x") == second
-
-
-def test_plan_asks_for_what_is_missing(
-    client: Client,
-    folders: Folders,
-    stub: adapters_pb2_grpc.AdapterServiceStub,
-    fake: RunningServer,
-) -> None:
-    specs = specs_of(folders["lora"])
-    plan = stub.PlanUpload(ab.PlanUploadRequest(id="x", files=specs))
-    assert [(blob.sha256, blob.offset) for blob in plan.needed] == [(s.sha256, 0) for s in specs]
-    client.upload(folders["lora"], "x")
-    assert not stub.PlanUpload(ab.PlanUploadRequest(id="y", files=specs)).needed
-    for bad in (
-        ab.PlanUploadRequest(id="a b", files=specs),
-        ab.PlanUploadRequest(id="x"),
-        ab.PlanUploadRequest(id="x", files=[ab.FileSpec(name="../x", size=1, sha256="0" * 64)]),
-    ):
-        assert type(refusal(fake, stub.PlanUpload, bad)) is InvalidArgumentError
 
 
 def test_paging(
@@ -154,73 +104,12 @@ def test_a_foreign_page_token_is_refused(
         assert type(error) is InvalidArgumentError
 
 
-def test_malformed_uploads_store_nothing(
-    client: Client,
-    folders: Folders,
-    stub: adapters_pb2_grpc.AdapterServiceStub,
-    fake: RunningServer,
-) -> None:
-    header, *chunks = messages_of(folders["lora"], "x")
-    empty = ab.UploadAdapterRequest()
-    wrong = ab.UploadAdapterRequest(chunk=ab.UploadChunk(sha256="0" * 64, data=b"x"))
-    huge = ab.UploadAdapterRequest(
-        chunk=ab.UploadChunk(sha256=chunks[0].chunk.sha256, data=bytes((1 << 20) + 1))
-    )
-    flipped = ab.UploadAdapterRequest(chunk=chunks[0].chunk)
-    flipped.chunk.data = bytes([flipped.chunk.data[0] ^ 1]) + flipped.chunk.data[1:]
-    for messages in (
-        [],
-        [empty],
-        chunks,
-        [header],
-        [header, header],
-        [header, chunks[0]],
-        [header, wrong],
-        [header, huge],
-        [header, chunks[0], *chunks],
-        [header, flipped, *chunks[1:]],
-    ):
-        error = refusal(fake, stub.UploadAdapter, iter(messages))
-        assert type(error) is InvalidArgumentError, error
-        assert error.metadata["request_id"]
-    assert client.list_adapters() == []
-    assert staged(fake) == []
-
-
-def test_a_broken_off_upload_leaves_nothing(
-    client: Client,
-    folders: Folders,
-    stub: adapters_pb2_grpc.AdapterServiceStub,
-    fake: RunningServer,
-) -> None:
-    """The caller goes in the middle of its upload."""
-    header, first, *_ = messages_of(folders["lora"], "x")
-    sent = []
-
-    def messages() -> Iterator[ab.UploadAdapterRequest]:
-        yield header
-        yield first
-        called.wait(10)  # this runs on a thread that may be ahead of the line that makes `call`
-        sent.append(call)
-        call.cancel()
-
-    called = threading.Event()
-    call = stub.UploadAdapter.future(messages())
-    called.set()
-    with pytest.raises(grpc.FutureCancelledError):
-        call.result()
-    for _ in range(50):  # every answer comes after the server has seen what came before it
-        assert client.list_adapters() == []
-        if not staged(fake):
-            break
-    assert staged(fake) == []
-
-
 def test_where_an_adapter_is(client: Client, folders: Folders, fake: RunningServer) -> None:
     digest = client.upload(folders["lora"], "x").digest
     fake.host.copies[digest] = 1000
     assert client.get_adapter("x").residency == ab.Adapter.HOST
-    fake.pool.residents.append((digest, 2000, 1))
+    fake.pool.put(digest, 2000, pinned=True)
+    fake.pool.last_used[digest] = 1_700_000_000.25
     fake.engine.hold()
     running = client.stream(
         pb.GenerateRequest(prompt="a", lora_id="x", stop=pb.StopParams(max_new_tokens=2))
@@ -228,18 +117,135 @@ def test_where_an_adapter_is(client: Client, folders: Folders, fake: RunningServ
     fake.engine.wait(lambda: bool(fake.engine.rows))
     found = client.get_adapter("x")
     assert (found.residency, found.device_bytes) == (ab.Adapter.DEVICE, 2000)
-    assert found.in_flight == 1
+    assert (found.in_flight, found.pinned) == (1, True)
+    assert found.last_used_at.ToNanoseconds() == 1_700_000_000_250_000_000
     fake.engine.go_on()
     assert list(running)[-1].final.adapters.loras[0].digest == digest
     assert client.get_adapter("x").in_flight == 0
 
 
-def test_deleting_the_default_is_refused(
-    fake: RunningServer, client: Client, folders: Folders
+def test_revisions_and_rollback(client: Client, folders: Folders, fake: RunningServer) -> None:
+    first = client.upload(folders["lora"], "x")
+    second = client.upload(folders["other"], "x")
+    assert client.list_revisions("x") == [second, first]
+    third = client.rollback("x", first.digest)
+    assert (third.revision, third.digest) == (3, first.digest)
+    assert client.get_adapter("x") == third
+    assert [each.revision for each in client.list_revisions("x")] == [3, 2, 1]
+    assert client.get_adapter(f"x@{second.digest}").digest == second.digest
+    for call in (
+        lambda: client.rollback("x", "sha256:" + "0" * 64),
+        lambda: client.rollback("y", first.digest),
+        lambda: client.list_revisions("y"),
+    ):
+        with pytest.raises(NotFoundError):
+            call()
+
+
+def test_what_no_id_points_to_leaves_memory(
+    client: Client, folders: Folders, fake: RunningServer
 ) -> None:
+    forgotten = fake.engine.forgotten
+    first = client.upload(folders["lora"], "x").digest
+    client.upload(folders["lora"], "twin")
+    second = client.upload(folders["other"], "x").digest
+    assert forgotten == []  # the twin still points to the first
+    client.rollback("x", first)
+    assert forgotten == [second]
+    client.upload(folders["lora"], "x")
+    client.delete_adapter("twin")
+    assert forgotten == [second]
+    client.delete_adapter("x")
+    assert sorted(forgotten[1:]) == sorted([first, second])
+
+
+def test_load_and_unload(client: Client, folders: Folders, fake: RunningServer) -> None:
+    digest = client.upload(folders["lora"], "x").digest
+    loaded = client.load("x")
+    assert (loaded.residency, loaded.pinned) == (ab.Adapter.DEVICE, False)
+    assert client.load(f"x@{digest}", pin=True).pinned
+    unloaded = client.unload("x")
+    assert (unloaded.residency, unloaded.pinned) == (ab.Adapter.DISK, False)
+    for call in (client.load, client.unload):
+        with pytest.raises(NotFoundError):
+            call("y")
+
+
+def test_memory_full_of_pins_names_their_ids(
+    client: Client, folders: Folders, fake: RunningServer
+) -> None:
+    pinned = client.upload(folders["lora"], "team/pinned").digest
+    client.upload(folders["other"], "x")
+    nobodys = "sha256:" + "0" * 64
+
+    def refusal() -> ResourceExhaustedError:
+        return ResourceExhaustedError(
+            "no room", reason=Reason.DEVICE_MEMORY_PINNED, digests=f"{nobodys},{pinned}"
+        )
+
+    fake.engine.refusal = refusal()
+    with pytest.raises(ResourceExhaustedError, match="team/pinned") as caught:
+        client.load("x")
+    assert caught.value.reason is Reason.DEVICE_MEMORY_PINNED
+    assert caught.value.metadata["adapter_ids"] == f"{nobodys}, team/pinned"
+    fake.engine.failure = refusal()
+    with pytest.raises(ResourceExhaustedError, match="team/pinned"):
+        client.generate(pb.GenerateRequest(prompt="a", lora_id="x"))
+
+
+def test_another_base_models_adapter_is_listed_and_not_loaded(
+    client: Client, folders: Folders, start_fake: StartFake, fake: RunningServer
+) -> None:
+    client.upload(folders["lora"], "x")
     client.upload(folders["heads"], "heads")
-    fake.server._adapters._default_medusa = "heads"
+    client.set_default_medusa("heads")
+    fake.stop()
+    later = start_fake(store=fake.registry._root, fingerprint="sha256:" + "cd" * 32)
+    with Client(later.address) as now:
+        assert [adapter.compatible for adapter in now.list_adapters()] == [False, False]
+        with pytest.raises(FailedPreconditionError, match="another base model") as caught:
+            now.load("x")
+        assert caught.value.reason is Reason.BASE_MODEL_DIFFERS
+        assert now.model_info().default_medusa_id == ""
+        assert now.generate(pb.GenerateRequest(prompt="a")).adapters.medusa_id == ""
+
+
+def test_default_heads_are_kept(
+    client: Client, folders: Folders, fake: RunningServer, start_fake: StartFake
+) -> None:
+    digest = client.upload(folders["heads"], "heads").digest
+    client.upload(folders["lora"], "lora")
+    chosen = client.set_default_medusa("heads")
+    assert (chosen.medusa_id, chosen.medusa_digest) == ("heads", digest)
+    assert client.generate(pb.GenerateRequest(prompt="a")).adapters.medusa_digest == digest
+    with pytest.raises(InvalidArgumentError, match="without Medusa heads"):
+        client.set_default_medusa("lora")
+    with pytest.raises(NotFoundError):
+        client.set_default_medusa("nobody")
     with pytest.raises(FailedPreconditionError, match="heads") as caught:
         client.delete_adapter("heads")
     assert caught.value.reason is Reason.ADAPTER_IN_USE
-    assert client.get_adapter("heads").id == "heads"
+    fake.stop()
+    later = start_fake(store=fake.registry._root)
+    with Client(later.address) as now:
+        assert now.model_info().default_medusa_digest == digest
+        assert now.set_default_medusa("").medusa_id == ""
+        assert now.generate(pb.GenerateRequest(prompt="a")).adapters.medusa_id == ""
+        now.delete_adapter("heads")
+
+
+def test_the_flag_wins_over_the_store(
+    client: Client, folders: Folders, fake: RunningServer, start_fake: StartFake
+) -> None:
+    client.upload(folders["heads"], "heads")
+    client.upload(folders["bundle"], "bundle")
+    client.set_default_medusa("bundle")
+    fake.stop()
+    flagged = start_fake(store=fake.registry._root, default_medusa="heads")
+    with Client(flagged.address) as now:
+        assert now.model_info().default_medusa_id == "heads"
+        with pytest.raises(FailedPreconditionError, match="--medusa heads") as caught:
+            now.set_default_medusa("bundle")
+        assert caught.value.reason is Reason.DEFAULT_IS_FIXED
+        with pytest.raises(FailedPreconditionError, match="restart"):
+            now.delete_adapter("heads")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -20,7 +19,6 @@ from lorastack.errors import (
     Reason,
     RequestCancelledError,
     ResourceExhaustedError,
-    UnimplementedError,
 )
 from lorastack.text.tokenizer import Tokenizer
 from lorastack.v1 import generation_pb2 as pb
@@ -250,34 +248,3 @@ def test_model_info(client: Client, tokenizer: Tokenizer) -> None:
     assert (info.default_medusa_id, info.default_medusa_digest) == ("", "")
     assert "lora_stack" in info.features
     assert info.version
-
-
-@pytest.fixture
-def adapter_stub(fake: RunningServer) -> Iterator[object]:
-    from lorastack.v1 import adapters_pb2_grpc
-
-    with grpc.insecure_channel(fake.address) as channel:
-        yield adapters_pb2_grpc.AdapterServiceStub(channel)
-
-
-def test_unimplemented_calls_say_so(adapter_stub: object, fake: RunningServer) -> None:
-    from lorastack.client import to_error
-    from lorastack.v1 import adapters_pb2 as ab
-
-    calls = {
-        "PullAdapter": ab.PullAdapterRequest(),
-        "DownloadAdapter": ab.DownloadAdapterRequest(),
-        "ListRevisions": ab.ListRevisionsRequest(),
-        "RollbackAdapter": ab.RollbackAdapterRequest(),
-        "LoadAdapter": ab.LoadAdapterRequest(),
-        "UnloadAdapter": ab.UnloadAdapterRequest(),
-        "SetDefaultMedusa": ab.SetDefaultMedusaRequest(),
-    }
-    for name, request in calls.items():
-        with pytest.raises(grpc.RpcError) as caught:
-            reply = getattr(adapter_stub, name)(request)
-            list(reply)
-        error = to_error(caught.value, fake.address)
-        assert type(error) is UnimplementedError
-        assert error.metadata["rpc"] == name
-        assert error.reason is Reason.NOT_IMPLEMENTED

@@ -21,6 +21,9 @@ adapters = typer.Typer(help="Upload, list, show, delete and verify adapters.", n
 Folder = Annotated[
     Path, typer.Argument(metavar="DIR", help="The adapter's folder.", show_default=False)
 ]
+AcceptBase = Annotated[
+    bool, typer.Option("--accept-base", help="Although its config names another base model.")
+]
 Id = Annotated[str, typer.Argument(metavar="ID", help="The adapter's id.", show_default=False)]
 
 
@@ -38,13 +41,22 @@ def upload(
             help="Only if the id points there; empty: only if the id is new.",
         ),
     ] = None,
+    accept_base: AcceptBase = False,
     server: Server = DEFAULT_SERVER,
     as_json: Json = False,
 ) -> None:
     """Store a PEFT LoRA, Medusa heads, or a bundle of both under an id."""
     with Client(server) as client, progress_bar(f"uploading {adapter_id}") as progress:
-        adapter = client.upload(folder, adapter_id, if_digest=if_digest, progress=progress)
-    _show(adapter, as_json)
+        adapter = client.upload(
+            folder, adapter_id, if_digest=if_digest, accept_base=accept_base, progress=progress
+        )
+    if not adapter.base_model:
+        typer.echo(
+            "warning: its config names no base model; only shapes were checked against the "
+            "server's",
+            err=True,
+        )
+    show_adapter(adapter, as_json)
 
 
 @adapters.command("list")
@@ -77,7 +89,79 @@ def list_adapters(
 def show(adapter_id: Id, server: Server = DEFAULT_SERVER, as_json: Json = False) -> None:
     """Show one adapter; ID@sha256:... names a revision."""
     with Client(server) as client:
-        _show(client.get_adapter(adapter_id), as_json)
+        show_adapter(client.get_adapter(adapter_id), as_json)
+
+
+@adapters.command()
+def revisions(adapter_id: Id, server: Server = DEFAULT_SERVER, as_json: Json = False) -> None:
+    """List an id's revisions, newest first; ID@DIGEST serves one of them."""
+    with Client(server) as client:
+        found = client.list_revisions(adapter_id)
+    if as_json:
+        print_json({"revisions": [to_dict(adapter) for adapter in found]})
+        return
+    table = Table("revision", "created", "kind", "size", "digest", box=None)
+    for adapter in found:
+        created = f"{adapter.created_at.ToDatetime():%Y-%m-%d %H:%M:%S}"
+        size = human_size(adapter.size_bytes)
+        table.add_row(str(adapter.revision), created, _kind(adapter), size, adapter.digest)
+    Console().print(table)
+
+
+@adapters.command()
+def rollback(
+    adapter_id: Id,
+    digest: Annotated[str, typer.Argument(metavar="DIGEST", show_default=False)],
+    server: Server = DEFAULT_SERVER,
+    as_json: Json = False,
+) -> None:
+    """Make an earlier revision's content the newest revision."""
+    with Client(server) as client:
+        show_adapter(client.rollback(adapter_id, digest), as_json)
+
+
+@adapters.command()
+def load(
+    adapter_id: Id,
+    pin: Annotated[bool, typer.Option("--pin", help="Keep it there until `unload`.")] = False,
+    server: Server = DEFAULT_SERVER,
+    as_json: Json = False,
+) -> None:
+    """Bring an adapter onto the device before requests need it."""
+    with Client(server) as client:
+        show_adapter(client.load(adapter_id, pin=pin), as_json)
+
+
+@adapters.command()
+def unload(adapter_id: Id, server: Server = DEFAULT_SERVER, as_json: Json = False) -> None:
+    """Take an adapter and its pin out of memory. Running requests finish."""
+    with Client(server) as client:
+        show_adapter(client.unload(adapter_id), as_json)
+
+
+@adapters.command()
+def default(
+    medusa_id: Annotated[
+        str | None, typer.Argument(metavar="[ID|none]", help="Left out: show the default heads.")
+    ] = None,
+    server: Server = DEFAULT_SERVER,
+    as_json: Json = False,
+) -> None:
+    """Choose the Medusa heads of requests that name none; `none` for no heads."""
+    with Client(server) as client:
+        if medusa_id is None:
+            info = client.model_info()
+            found = {
+                "medusa_id": info.default_medusa_id,
+                "medusa_digest": info.default_medusa_digest,
+            }
+        else:
+            wanted = "" if medusa_id == "none" else medusa_id
+            found = to_dict(client.set_default_medusa(wanted))
+    if as_json:
+        print_json(found)
+    else:
+        typer.echo(" ".join(found.values()) if found["medusa_id"] else "none")
 
 
 @adapters.command()
@@ -137,7 +221,8 @@ def fsck(
     raise typer.Exit(1 if report.damaged else 0)
 
 
-def _show(adapter: Adapter, as_json: bool) -> None:
+def show_adapter(adapter: Adapter, as_json: bool) -> None:
+    """All there is to say about one adapter."""
     fields = to_dict(adapter)
     if as_json:
         print_json(fields)

@@ -100,11 +100,29 @@ def serve(
             help="Let clients pull from folders under this one. May be repeated.",
         ),
     ] = None,
+    read_only_store: Annotated[
+        bool,
+        typer.Option(
+            "--read-only-store",
+            envvar="LORASTACK_READ_ONLY_STORE",
+            help="Serve a store that another server writes, or that cannot be written.",
+        ),
+    ] = False,
     host: Annotated[str, typer.Option("--host", envvar="LORASTACK_HOST")] = _SERVICE.host,
     port: Annotated[
         int,
         typer.Option("--port", min=0, max=65535, envvar="LORASTACK_PORT", help="0: any free one."),
     ] = _SERVICE.port,
+    metrics_port: Annotated[
+        int,
+        typer.Option(
+            "--metrics-port",
+            min=0,
+            max=65535,
+            envvar="LORASTACK_METRICS_PORT",
+            help="Prometheus metrics over HTTP; 0: none.",
+        ),
+    ] = _SERVICE.metrics_port,
     device: Annotated[Device, typer.Option("--device", envvar="LORASTACK_DEVICE")] = Device.AUTO,
     dtype: Annotated[DType, typer.Option("--dtype", envvar="LORASTACK_DTYPE")] = DType.AUTO,
     threads: Annotated[
@@ -189,12 +207,17 @@ def serve(
             device_memory=parse_size(device_adapter_memory),
             host_memory=parse_size(host_adapter_memory),
             default_medusa=medusa,
+            read_only_store=read_only_store,
             base_names=tuple(base_name or ()),
             pull_orgs=tuple(pull_org or ()),
             pull_roots=tuple(pull_root or ()),
         ),
         service=ServiceConfig(
-            host=host, port=port, drain_timeout=drain_timeout, log_format=log_format.value
+            host=host,
+            port=port,
+            drain_timeout=drain_timeout,
+            log_format=log_format.value,
+            metrics_port=metrics_port,
         ),
     )
     # Deferred: `--help` and the client commands must not wait for torch.

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from google.protobuf import timestamp_pb2
 
 from lorastack.adapters.manifest import FileSpec, Record
+from lorastack.adapters.pool import AdapterStats
 from lorastack.errors import InvalidArgumentError, UnimplementedError
 from lorastack.layout import AdapterKind
 from lorastack.request import (
@@ -54,9 +55,10 @@ _KINDS = {
 class AdapterUsage:
     """Where adapters are and who uses them, at one moment. Keys: digests."""
 
-    device_bytes: Mapping[str, int]
+    on_device: Mapping[str, AdapterStats]
     on_host: Collection[str]
     in_flight: Counter[str]  # requests that have not ended
+    last_used: Mapping[str, float]  # seconds since the epoch
 
 
 def generate_call(
@@ -273,14 +275,7 @@ def needed_blobs(needed: Iterable[tuple[FileSpec, int]]) -> adapters_pb2.PlanUpl
 def adapter(record: Record, *, compatible: bool, usage: AdapterUsage) -> adapters_pb2.Adapter:
     """An adapter as the API shows it."""
     manifest, digest = record.manifest, record.digest
-    created_at = timestamp_pb2.Timestamp()
-    created_at.FromNanoseconds(int(record.created_at * 1e9))
-    residency = adapters_pb2.Adapter.DISK
-    if digest in usage.device_bytes:
-        residency = adapters_pb2.Adapter.DEVICE
-    elif digest in usage.on_host:
-        residency = adapters_pb2.Adapter.HOST
-    return adapters_pb2.Adapter(
+    message = adapters_pb2.Adapter(
         id=record.id,
         digest=digest,
         revision=record.revision,
@@ -294,8 +289,21 @@ def adapter(record: Record, *, compatible: bool, usage: AdapterUsage) -> adapter
         num_layers=manifest.num_layers,
         medusa_version=manifest.medusa_version,
         size_bytes=manifest.size_bytes,
-        created_at=created_at,
-        residency=residency,
-        device_bytes=usage.device_bytes.get(digest, 0),
+        created_at=_timestamp(record.created_at),
+        residency=adapters_pb2.Adapter.DISK,
         in_flight=usage.in_flight[digest],
     )
+    if digest in usage.last_used:
+        message.last_used_at.CopyFrom(_timestamp(usage.last_used[digest]))
+    if (device := usage.on_device.get(digest)) is not None:
+        message.residency = adapters_pb2.Adapter.DEVICE
+        message.device_bytes, message.pinned = device.nbytes, device.pinned
+    elif digest in usage.on_host:
+        message.residency = adapters_pb2.Adapter.HOST
+    return message
+
+
+def _timestamp(seconds: float) -> timestamp_pb2.Timestamp:
+    """seconds: since the epoch."""
+    whole = int(seconds)
+    return timestamp_pb2.Timestamp(seconds=whole, nanos=int((seconds - whole) * 1e9))

@@ -10,6 +10,7 @@ from concurrent.futures import Executor
 
 from lorastack.service import convert, limits
 from lorastack.service.dispatch import Dispatcher
+from lorastack.service.metrics import RequestMetrics
 from lorastack.service.prepare import Preparer, ServedModel
 from lorastack.service.status import CallGuard, Context, new_request_id
 from lorastack.v1 import generation_pb2, generation_pb2_grpc
@@ -30,6 +31,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         preparer: Preparer,
         dispatcher: Dispatcher,
         guard: CallGuard,
+        metrics: RequestMetrics,
         workers: Executor,
     ) -> None:
         self._model = model
@@ -37,6 +39,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         self._preparer = preparer
         self._dispatcher = dispatcher
         self._guard = guard
+        self._metrics = metrics
         self._workers = workers
 
     async def Generate(
@@ -48,7 +51,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             parts.append(part)
 
         request_id = _request_id(request)
-        async with self._guard(context, request_id):
+        async with self._guard("Generate", context, request_id):
             final = await self._run(request, request_id, context, keep)
         return convert.joined(parts, final)
 
@@ -56,7 +59,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         self, request: generation_pb2.GenerateRequest, context: Context
     ) -> None:
         request_id = _request_id(request)
-        async with self._guard(context, request_id):
+        async with self._guard("GenerateStream", context, request_id):
             final = await self._run(request, request_id, context, context.write)
             await context.write(generation_pb2.GenerateStreamResponse(final=final))
 
@@ -68,7 +71,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             records = [self._preparer.lora(request.lora_id)] if request.lora_id else []
             return self._preparer.encode(given, records)
 
-        async with self._guard(context, new_request_id()):
+        async with self._guard("Tokenize", context, new_request_id()):
             ids = await asyncio.get_running_loop().run_in_executor(self._workers, encode)
         return generation_pb2.TokenizeResponse(token_ids=ids)
 
@@ -77,7 +80,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     ) -> generation_pb2.GetModelInfoResponse:
         info = generation_pb2.GetModelInfoResponse()
         info.CopyFrom(self._info)
-        async with self._guard(context, new_request_id()):
+        async with self._guard("GetModelInfo", context, new_request_id()):
             loop = asyncio.get_running_loop()
             heads = await loop.run_in_executor(self._workers, self._preparer.default_heads)
             if heads is not None:
@@ -103,12 +106,14 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             while True:
                 events = await stream.take()
                 part = convert.stream_part(events, self._model.tokenizer)
+                self._metrics.generated(len(part.token_ids))
                 if part.token_ids or part.text:
                     await write(part)
                 if (error := events[-1].error) is not None:
-                    raise error
+                    raise self._preparer.with_ids(error)
                 if (final := events[-1].final) is not None:
                     break
+        self._metrics.row_ended(prepared.request, final)
         logger.info(
             "%s after %d + %d tokens",
             final.finish_reason,

@@ -5,13 +5,20 @@ Everything here blocks (tokeniser, registry files) and runs in a worker thread, 
 
 from __future__ import annotations
 
+import logging
 import secrets
 from dataclasses import dataclass, replace
 
 from lorastack.adapters.formats import chat_template
 from lorastack.adapters.manifest import Record
 from lorastack.adapters.registry import Registry
-from lorastack.errors import FailedPreconditionError, InvalidArgumentError, Reason
+from lorastack.errors import (
+    FailedPreconditionError,
+    InvalidArgumentError,
+    LorastackError,
+    Reason,
+    ResourceExhaustedError,
+)
 from lorastack.request import (
     HeadsUse,
     LoraUse,
@@ -24,6 +31,8 @@ from lorastack.text.tokenizer import Tokenizer
 
 NO_HEADS = "none"
 RESERVED_IDS = frozenset({NO_HEADS, "base", "default"})
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +98,11 @@ class Prepared:
 class Preparer:
     """Turns calls into requests. Thread-safe: it holds no state of its own."""
 
-    def __init__(self, model: ServedModel, registry: Registry, default_medusa: str) -> None:
+    def __init__(self, model: ServedModel, registry: Registry, fixed_default: str) -> None:
+        """fixed_default: id of --medusa, which wins over what the store says; "" if not given."""
         self._model = model
         self._registry = registry
-        self._default_medusa = default_medusa
+        self._fixed_default = fixed_default
 
     def prepare(self, call: GenerateCall, deadline: float | None) -> Prepared:
         """deadline: time.monotonic() seconds. Raises the user's errors."""
@@ -138,9 +148,71 @@ class Preparer:
             )
         return HeadsUse(medusa_id=medusa_id, digest=record.digest)
 
+    @property
+    def default_medusa(self) -> str:
+        """The id of the server's default heads; "" if there are none."""
+        return self._fixed_default or self._registry.default_medusa()
+
     def default_heads(self) -> HeadsUse | None:
-        """The server's default heads as of now: an upload under their id changes them."""
-        return self.heads(self._default_medusa) if self._default_medusa else None
+        """The server's default heads as of now: an upload under their id changes them.
+
+        Those of --medusa must be there. Those that the store remembers may have been made for
+        another base model; then requests go without.
+        """
+        if self._fixed_default:
+            return self.heads(self._fixed_default)
+        stored = self._registry.default_medusa()
+        try:
+            return self.heads(stored) if stored else None
+        except LorastackError as error:
+            logger.warning("no default heads: %s", error.message)
+            return None
+
+    def set_default_medusa(self, medusa_id: str) -> HeadsUse | None:
+        """Makes heads the default, for good; "": none. Raises what keeps them from being that."""
+        if self._fixed_default:
+            raise FailedPreconditionError(
+                f"the server was started with --medusa {self._fixed_default}, which wins; restart "
+                "it without to choose default heads here",
+                reason=Reason.DEFAULT_IS_FIXED,
+                adapter_id=self._fixed_default,
+            )
+        heads = self.heads(medusa_id) if medusa_id else None
+        self._registry.set_default_medusa(medusa_id)
+        return heads
+
+    def is_compatible(self, record: Record) -> bool:
+        """It was validated against the base model that this server runs."""
+        return record.manifest.base_fingerprint == self._model.fingerprint
+
+    def servable(self, adapter_id: str) -> Record:
+        """The record of any adapter for this base model. Raises NotFoundError and the like."""
+        record = self._registry.resolve(adapter_id)
+        if not self.is_compatible(record):
+            raise FailedPreconditionError(
+                f"{adapter_id!r} was stored for another base model than {self._model.name}, which "
+                "this server runs; upload it again",
+                reason=Reason.BASE_MODEL_DIFFERS,
+                adapter_id=adapter_id,
+            )
+        return record
+
+    def with_ids(self, error: LorastackError) -> LorastackError:
+        """What an error about pinned memory means to a caller, who knows ids rather than digests.
+
+        Any other error stays what it is.
+        """
+        if error.reason is not Reason.DEVICE_MEMORY_PINNED:
+            return error
+        digests = error.metadata["digests"].split(",")
+        ids = {record.digest: record.id for record in self._registry.list()}
+        names = ", ".join(sorted(ids.get(digest, digest) for digest in digests))
+        return ResourceExhaustedError(
+            f"{error.message} (pinned: {names})",
+            reason=error.reason,
+            adapter_ids=names,
+            digests=error.metadata["digests"],
+        )
 
     def encode(self, given: Text | Ids | Chat, records: list[Record]) -> tuple[int, ...]:
         """The ids that the model runs; a single LoRA's own chat template wins over the model's."""
@@ -166,15 +238,7 @@ class Preparer:
                 "default" + (f", or say {NO_HEADS!r} for no heads" if field == "medusa_id" else ""),
                 field=field,
             )
-        record = self._registry.resolve(adapter_id)
-        if record.manifest.base_fingerprint != self._model.fingerprint:
-            raise FailedPreconditionError(
-                f"{adapter_id!r} was stored for another base model than {self._model.name}, which "
-                "this server runs; upload it again",
-                reason=Reason.BASE_MODEL_DIFFERS,
-                adapter_id=adapter_id,
-            )
-        return record
+        return self.servable(adapter_id)
 
     def _heads(self, medusa_id: str, records: list[Record]) -> HeadsUse | None:
         if medusa_id == NO_HEADS:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import signal
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +14,7 @@ from typing import Self
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+from prometheus_client import CollectorRegistry
 
 from lorastack import __version__
 from lorastack.adapters.device import Copy
@@ -23,7 +22,6 @@ from lorastack.adapters.host import HostCache
 from lorastack.adapters.load import Loader, Validator
 from lorastack.adapters.pool import DevicePool
 from lorastack.adapters.registry import Registry
-from lorastack.adapters.upload import Validate
 from lorastack.config import MIB, ServerConfig, ServiceConfig
 from lorastack.engine.base import base_weight
 from lorastack.engine.engine import Engine
@@ -32,9 +30,13 @@ from lorastack.errors import InvalidArgumentError
 from lorastack.service.adapters import AdapterService
 from lorastack.service.dispatch import Dispatcher
 from lorastack.service.generation import GenerationService
+from lorastack.service.metrics import MetricsServer, RequestMetrics, StateCollector
 from lorastack.service.prepare import Preparer, ServedModel
 from lorastack.service.probe import probe
 from lorastack.service.status import CallGuard
+from lorastack.service.store import StoreFollower, StoreWriter
+from lorastack.service.threads import be_nice, run_in
+from lorastack.service.transfer import Transfers
 from lorastack.v1 import adapters_pb2, generation_pb2
 from lorastack.v1.adapters_pb2_grpc import add_AdapterServiceServicer_to_server as add_adapters
 from lorastack.v1.generation_pb2_grpc import (
@@ -47,7 +49,7 @@ FEATURES = (
     *("return_prompt", "sampling", "seed", "stop_sequences", "time_limit"),
 )
 NUM_WORKERS = 4  # tokenising and registry look-ups
-UPLOAD_NICENESS = 19
+REFRESH_SECONDS = 2.0  # how old a read-only store's view may be
 STOP_GRACE = 2.0  # seconds for handlers to send what the engine has ended
 SERVICES = tuple(
     descriptor.services_by_name[name].full_name
@@ -83,18 +85,30 @@ class Server:
         pool: DevicePool,
         host: HostCache,
         registry: Registry,
-        validate: Validate,
+        validate: Validator,
         dispatcher: Dispatcher,
     ) -> None:
         self.address = ""  # host:port, once started
+        self.metrics = CollectorRegistry()
         self._config = config.service
         self._model = model
         self._engine = engine
         self._pool = pool
         self._dispatcher = dispatcher
-        self._guard = CallGuard()
+        requests = RequestMetrics(self.metrics)
+        self.metrics.register(
+            StateCollector(
+                engine=engine,
+                pool=pool,
+                host=host,
+                registry=registry,
+                heads=requests.heads,
+                config=config.adapters,
+            )
+        )
+        self._guard = CallGuard(requests.call_ended)
         self._workers = ThreadPoolExecutor(NUM_WORKERS, "lorastack-edge")
-        self._uploader = ThreadPoolExecutor(1, "lorastack-upload", initializer=_be_nice)
+        self._uploader = ThreadPoolExecutor(1, "lorastack-upload", initializer=be_nice)
         self._preparer = Preparer(model, registry, config.adapters.default_medusa)
         self._generation = GenerationService(
             model=model,
@@ -102,20 +116,33 @@ class Server:
             preparer=self._preparer,
             dispatcher=dispatcher,
             guard=self._guard,
+            metrics=requests,
             workers=self._workers,
+        )
+        writer = StoreWriter(
+            registry=registry, engine=engine, validate=validate, fingerprint=model.fingerprint
+        )
+        self._transfers = Transfers(
+            config=config.adapters, registry=registry, writer=writer, uploader=self._uploader
         )
         self._adapters = AdapterService(
             registry=registry,
+            writer=writer,
+            transfers=self._transfers,
+            engine=engine,
             pool=pool,
             host=host,
             dispatcher=dispatcher,
-            validate=validate,
-            fingerprint=model.fingerprint,
-            default_medusa=config.adapters.default_medusa,
+            preparer=self._preparer,
             guard=self._guard,
             readers=self._workers,
             uploader=self._uploader,
         )
+        self._follower = (
+            StoreFollower(registry, engine) if config.adapters.read_only_store else None
+        )
+        self._following: asyncio.Task[None] | None = None
+        self._metrics_server: MetricsServer | None = None
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._server: grpc.aio.Server | None = None
 
@@ -133,7 +160,14 @@ class Server:
         loaded = load_model(config.model, progress)
         shapes = loaded.decoder.shapes
         limits = config.adapters
-        registry = Registry(limits.store, max_upload=limits.max_upload, max_files=limits.max_files)
+        registry = Registry(
+            limits.store,
+            max_upload=limits.max_upload,
+            max_files=limits.max_files,
+            read_only=limits.read_only_store,
+        )
+        level = logging.WARNING if registry.recovery.damaged else logging.INFO
+        logger.log(level, "store %s: %s", limits.store, registry.recovery)
         allocate = adapter_allocator(loaded)
         host = HostCache(
             limits.host_memory, Loader(registry=registry, shapes=shapes, allocate=allocate)
@@ -181,6 +215,8 @@ class Server:
         """NOT_SERVING, new calls UNAVAILABLE; running ones get `timeout` seconds, then the same."""
         began = time.monotonic()
         self._guard.draining = True
+        if self._following is not None:
+            self._following.cancel()
         await self._health.enter_graceful_shutdown()
         await asyncio.to_thread(self._engine.drain, timeout)
         await asyncio.to_thread(self._engine.close)
@@ -188,7 +224,10 @@ class Server:
         await self._guard.idle(max(left, STOP_GRACE))
         if self._server is not None:
             await self._server.stop(STOP_GRACE)
+        if self._metrics_server is not None:
+            await asyncio.to_thread(self._metrics_server.close)
         self._pool.close()
+        await asyncio.to_thread(self._transfers.close)
         self._workers.shutdown(cancel_futures=True)
         self._uploader.shutdown(cancel_futures=True)
 
@@ -202,9 +241,13 @@ class Server:
         reflection.enable_server_reflection(names, server)
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         self.address = _listen(server, self._config)
+        if port := self._config.metrics_port:
+            self._metrics_server = MetricsServer(self._config.host, port, self.metrics)
         self._dispatcher.attach(self._engine, loop)
         self._engine.start()
         await probe(self._preparer, self._dispatcher, self._workers)
+        if self._follower is not None:
+            self._following = asyncio.create_task(self._follow(self._follower))
         await server.start()
         self._server = server
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
@@ -230,6 +273,14 @@ class Server:
         failed = self._dispatcher.failed.is_set()
         await self.stop(0.0 if failed else self._config.drain_timeout)
         return 1 if failed or self._dispatcher.failed.is_set() else 0
+
+    async def _follow(self, follower: StoreFollower) -> None:
+        while True:
+            await asyncio.sleep(REFRESH_SECONDS)
+            try:
+                await run_in(self._uploader, follower.refresh)
+            except Exception:
+                logger.exception("the store could not be read again; what is known stays")
 
     async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
         for name in (health.OVERALL_HEALTH, *SERVICES):
@@ -290,8 +341,3 @@ def _model_info(model: ServedModel, config: ServerConfig) -> generation_pb2.GetM
         device=model.device,
         dtype=model.dtype,
     )
-
-
-def _be_nice() -> None:
-    """The calling thread yields to the step thread (Linux counts niceness per thread)."""
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), UPLOAD_NICENESS)

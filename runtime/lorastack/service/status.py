@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
@@ -19,21 +19,12 @@ from google.protobuf import any_pb2, duration_pb2
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
 from grpc_status import rpc_status
 
+from lorastack.codes import CODES
 from lorastack.errors import (
-    AbortedError,
-    AlreadyExistsError,
-    DataLossError,
-    DeadlineExceededError,
-    FailedPreconditionError,
     InternalError,
-    InvalidArgumentError,
     LorastackError,
-    NotFoundError,
-    PermissionDeniedError,
-    RequestCancelledError,
     ResourceExhaustedError,
     UnavailableError,
-    UnimplementedError,
 )
 
 DOMAIN = "lorastack"
@@ -41,22 +32,6 @@ DOMAIN = "lorastack"
 MAX_MESSAGE_BYTES = 1024
 MAX_METADATA_BYTES = 256
 DEFAULT_RETRY_SECONDS = 1.0
-
-CODES: dict[type[LorastackError], grpc.StatusCode] = {
-    NotFoundError: grpc.StatusCode.NOT_FOUND,
-    InvalidArgumentError: grpc.StatusCode.INVALID_ARGUMENT,
-    AlreadyExistsError: grpc.StatusCode.ALREADY_EXISTS,
-    AbortedError: grpc.StatusCode.ABORTED,
-    FailedPreconditionError: grpc.StatusCode.FAILED_PRECONDITION,
-    ResourceExhaustedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    DeadlineExceededError: grpc.StatusCode.DEADLINE_EXCEEDED,
-    PermissionDeniedError: grpc.StatusCode.PERMISSION_DENIED,
-    RequestCancelledError: grpc.StatusCode.CANCELLED,
-    UnavailableError: grpc.StatusCode.UNAVAILABLE,
-    UnimplementedError: grpc.StatusCode.UNIMPLEMENTED,
-    DataLossError: grpc.StatusCode.DATA_LOSS,
-    InternalError: grpc.StatusCode.INTERNAL,
-}
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +44,12 @@ def new_request_id() -> str:
     return uuid.uuid4().hex
 
 
+def code_of(error: LorastackError) -> grpc.StatusCode:
+    """The gRPC code of an error's class."""
+    code = next((CODES[kind] for kind in type(error).__mro__ if kind in CODES), None)
+    return code or grpc.StatusCode.INTERNAL
+
+
 def to_status(error: LorastackError, request_id: str) -> status_pb2.Status:
     """The google.rpc.Status of an error; texts too long for trailers are cut."""
     info = error_details_pb2.ErrorInfo(reason=error.reason.value, domain=DOMAIN)
@@ -79,9 +60,8 @@ def to_status(error: LorastackError, request_id: str) -> status_pb2.Status:
         seconds = DEFAULT_RETRY_SECONDS if error.retry_after is None else error.retry_after
         delay = duration_pb2.Duration(seconds=int(seconds), nanos=int(seconds % 1 * 1e9))
         details.append(_pack(error_details_pb2.RetryInfo(retry_delay=delay)))
-    code = next((CODES[kind] for kind in type(error).__mro__ if kind in CODES), None)
     return status_pb2.Status(
-        code=(code or grpc.StatusCode.INTERNAL).value[0],
+        code=code_of(error).value[0],
         message=_cut(error.message, MAX_MESSAGE_BYTES),
         details=details,
     )
@@ -90,8 +70,10 @@ def to_status(error: LorastackError, request_id: str) -> status_pb2.Status:
 class CallGuard:
     """Wraps the body of every RPC. draining: new calls are refused, running ones go on."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_end: Callable[[str, grpc.StatusCode], None]) -> None:
+        """on_end: called with the RPC's name and how it ended."""
         self.draining = False
+        self._on_end = on_end
         self._num_calls = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -102,8 +84,9 @@ class CallGuard:
             await asyncio.wait_for(self._idle.wait(), timeout)
 
     @asynccontextmanager
-    async def __call__(self, context: Context, request_id: str) -> AsyncIterator[None]:
+    async def __call__(self, rpc: str, context: Context, request_id: str) -> AsyncIterator[None]:
         """Turns whatever the body raises into a status. Cancellation passes through."""
+        code = grpc.StatusCode.CANCELLED
         self._num_calls += 1
         self._idle.clear()
         try:
@@ -112,7 +95,9 @@ class CallGuard:
                     "the server is shutting down; send the request to another one"
                 )
             yield
+            code = grpc.StatusCode.OK
         except LorastackError as error:
+            code = code_of(error)
             level = logging.ERROR if isinstance(error, InternalError) else logging.INFO
             logger.log(
                 level, "%s: %s", error.reason, error.message, extra={"request_id": request_id}
@@ -121,12 +106,14 @@ class CallGuard:
         except (grpc.aio.AbortError, grpc.aio.UsageError):
             raise
         except Exception:
+            code = grpc.StatusCode.INTERNAL
             logger.exception("unexpected error", extra={"request_id": request_id})
             bug = InternalError(
                 f"the server failed on request {request_id}; its log says why, please report it"
             )
             await _abort(context, bug, request_id)
         finally:
+            self._on_end(rpc, code)
             self._num_calls -= 1
             if self._num_calls == 0:
                 self._idle.set()

@@ -1,9 +1,8 @@
-"""Changes to the store and what they mean for the engine. One thread, the uploader's, makes them."""
+"""Changes to the store and what they mean for the engine, made by the uploader's one thread."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from functools import partial
 
 from lorastack.adapters.load import Validator
@@ -12,8 +11,6 @@ from lorastack.adapters.registry import Registry
 from lorastack.adapters.upload import Upload
 from lorastack.engine.engine import Engine
 from lorastack.errors import DataLossError, NotFoundError
-
-logger = logging.getLogger(__name__)
 
 
 class StoreWriter:
@@ -55,21 +52,35 @@ class StoreWriter:
         self._registry.delete(adapter_id, in_use=in_use)
         self._forget(digests)
 
-    def refresh(self) -> None:
-        """Takes in what another process wrote to a store opened read-only."""
-        before = self._listed()
-        if self._registry.refresh():
-            self._forget(before)
-
     def _newest(self, adapter_id: str) -> set[str]:
         try:
             return {self._registry.resolve(adapter_id).digest}
         except (NotFoundError, DataLossError):
             return set()
 
-    def _listed(self) -> set[str]:
-        return {record.digest for record in self._registry.list()}
-
-    def _forget(self, digests: Iterable[str]) -> None:
-        for digest in set(digests) - self._listed():
+    def _forget(self, replaced: set[str]) -> None:
+        for digest in replaced - _newest_digests(self._registry):
             self._engine.forget(digest)
+
+
+class StoreFollower:
+    """Keeps up with a store that another process writes. One thread at a time."""
+
+    def __init__(self, registry: Registry, engine: Engine) -> None:
+        """registry: opened read-only."""
+        self._registry = registry
+        self._engine = engine
+        self._known = _newest_digests(registry)
+
+    def refresh(self) -> None:
+        """Takes in what has changed; cheap when nothing has."""
+        if not self._registry.refresh():
+            return
+        before, self._known = self._known, _newest_digests(self._registry)
+        for digest in before - self._known:
+            self._engine.forget(digest)
+
+
+def _newest_digests(registry: Registry) -> set[str]:
+    """What the ids point to."""
+    return {record.digest for record in registry.list()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, closing
 from typing import BinaryIO
@@ -63,7 +63,7 @@ class Transfers:
 
     async def pull(
         self, request: adapters_pb2.PullAdapterRequest, describe: Describe
-    ) -> AsyncIterator[adapters_pb2.PullAdapterResponse]:
+    ) -> AsyncGenerator[adapters_pb2.PullAdapterResponse, None]:
         """Progress as it changes, then one message with the adapter. Closing it ends the pull.
 
         Raises what the source refuses and what an upload of the same files raises.
@@ -87,7 +87,7 @@ class Transfers:
 
     async def download(
         self, request: adapters_pb2.DownloadAdapterRequest
-    ) -> AsyncIterator[adapters_pb2.DownloadAdapterResponse]:
+    ) -> AsyncGenerator[adapters_pb2.DownloadAdapterResponse, None]:
         """Every file's spec and then its bytes, hashed once more on the way.
 
         Raises NotFoundError, and DataLossError if the stored bytes are not what they were.

@@ -1,0 +1,38 @@
+"""Which gRPC status an error's class is, on its way out of a server and back into a client."""
+
+from __future__ import annotations
+
+import grpc
+
+from lorastack.errors import (
+    AbortedError,
+    AlreadyExistsError,
+    DataLossError,
+    DeadlineExceededError,
+    FailedPreconditionError,
+    InternalError,
+    InvalidArgumentError,
+    LorastackError,
+    NotFoundError,
+    PermissionDeniedError,
+    RequestCancelledError,
+    ResourceExhaustedError,
+    UnavailableError,
+    UnimplementedError,
+)
+
+CODES: dict[type[LorastackError], grpc.StatusCode] = {
+    NotFoundError: grpc.StatusCode.NOT_FOUND,
+    InvalidArgumentError: grpc.StatusCode.INVALID_ARGUMENT,
+    AlreadyExistsError: grpc.StatusCode.ALREADY_EXISTS,
+    AbortedError: grpc.StatusCode.ABORTED,
+    FailedPreconditionError: grpc.StatusCode.FAILED_PRECONDITION,
+    ResourceExhaustedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    DeadlineExceededError: grpc.StatusCode.DEADLINE_EXCEEDED,
+    PermissionDeniedError: grpc.StatusCode.PERMISSION_DENIED,
+    RequestCancelledError: grpc.StatusCode.CANCELLED,
+    UnavailableError: grpc.StatusCode.UNAVAILABLE,
+    UnimplementedError: grpc.StatusCode.UNIMPLEMENTED,
+    DataLossError: grpc.StatusCode.DATA_LOSS,
+    InternalError: grpc.StatusCode.INTERNAL,
+}

@@ -1,0 +1,243 @@
+"""What Prometheus may scrape. docs/metrics.md names every metric; a test holds the two together.
+
+The edge counts what passes through it; the state of engine, pool, host cache and store is read when
+somebody scrapes. Adapters have labels only while they are on the device.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter as Counts
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+import grpc
+from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from lorastack.adapters.host import HostCache
+from lorastack.adapters.pool import DevicePool, PoolStats
+from lorastack.adapters.registry import Registry
+from lorastack.config import AdapterConfig
+from lorastack.engine.engine import Engine
+from lorastack.errors import InvalidArgumentError
+from lorastack.request import Final, Request, SpeculationStats
+
+# Seconds: from a warm step of a small model to the wait for a cold adapter behind others.
+BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+MAX_HEADS = 1024
+PREFIX = "lorastack_"
+
+
+class RequestMetrics:
+    """Counts of what the edge has seen. Any thread may call anything."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.heads = HeadsCounts()
+        self._requests = Counter(
+            f"{PREFIX}requests", "Calls by RPC and status.", ["rpc", "code"], registry=registry
+        )
+        self._tokens = Counter(f"{PREFIX}tokens", "Tokens by kind.", ["kind"], registry=registry)
+        self._lookups = Counter(
+            f"{PREFIX}adapter_lookups",
+            "Ended requests with adapters, by whether they had to wait for one.",
+            ["result"],
+            registry=registry,
+        )
+        self._first_token = Histogram(
+            f"{PREFIX}time_to_first_token_seconds",
+            "From submission to the first token.",
+            buckets=BUCKETS,
+            registry=registry,
+        )
+        self._adapter_wait = Histogram(
+            f"{PREFIX}adapter_wait_seconds",
+            "Waiting for LoRAs to be on the device, of requests that have any.",
+            buckets=BUCKETS,
+            registry=registry,
+        )
+
+    def call_ended(self, rpc: str, code: grpc.StatusCode) -> None:
+        """A call of any RPC, refused ones included."""
+        self._requests.labels(rpc, code.name).inc()
+
+    def generated(self, num_tokens: int) -> None:
+        """Tokens that were handed to a caller."""
+        self._tokens.labels("generated").inc(num_tokens)
+
+    def row_ended(self, request: Request, final: Final) -> None:
+        """A request ended in tokens."""
+        self._tokens.labels("prompt").inc(final.prompt_tokens)
+        self._tokens.labels("cached_prompt").inc(final.cached_prompt_tokens)
+        if final.generated_tokens:
+            self._first_token.observe(final.timings.time_to_first_token)
+        if request.loras:
+            self._adapter_wait.observe(final.timings.adapter_wait)
+            self._lookups.labels("miss" if final.timings.adapter_wait else "hit").inc()
+        if request.heads is not None:
+            self.heads.add(request.heads.digest, final.speculation)
+
+
+@dataclass(slots=True)
+class HeadsCount:
+    """How drafts of one pair of heads fared."""
+
+    steps: int = 0
+    drafted: int = 0
+    accepted_by_head: Counts[int] = field(default_factory=Counts)  # head -> tokens
+
+
+class HeadsCounts:
+    """Acceptance by heads digest, of heads that are on the device or were there lately."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: dict[str, HeadsCount] = {}
+
+    def add(self, digest: str, stats: SpeculationStats) -> None:
+        """What one request's drafts gave."""
+        with self._lock:
+            if digest not in self._counts and len(self._counts) == MAX_HEADS:
+                del self._counts[next(iter(self._counts))]  # nobody scrapes: forget the oldest
+            count = self._counts.setdefault(digest, HeadsCount())
+            count.steps += stats.steps
+            count.drafted += stats.drafted
+            count.accepted_by_head.update(dict(enumerate(stats.accepted_by_head)))
+
+    def keep_only(self, digests: Collection[str]) -> dict[str, HeadsCount]:
+        """Forgets all other heads; copies of what is left."""
+        with self._lock:
+            self._counts = {d: count for d, count in self._counts.items() if d in digests}
+            return {
+                digest: replace(count, accepted_by_head=count.accepted_by_head.copy())
+                for digest, count in self._counts.items()
+            }
+
+
+class StateCollector(Collector):
+    """The state of what runs, read at each scrape."""
+
+    def __init__(
+        self,
+        *,
+        engine: Engine,
+        pool: DevicePool,
+        host: HostCache,
+        registry: Registry,
+        heads: HeadsCounts,
+        config: AdapterConfig,
+    ) -> None:
+        self._engine = engine
+        self._pool = pool
+        self._host = host
+        self._registry = registry
+        self._heads = heads
+        self._config = config
+
+    def collect(self) -> Iterator[Metric]:
+        """One family a metric; called by prometheus_client, from its server's thread."""
+        stats = self._pool.stats()
+        yield from self._rows(stats)
+        yield from self._tiers(stats)
+        yield from self._paging(stats)
+        yield from self._residents(stats)
+        yield from self._acceptance(stats)
+
+    def _rows(self, stats: PoolStats) -> Iterator[Metric]:
+        num_waiting = self._engine.num_waiting
+        rows = {"waiting": num_waiting, "running": max(self._engine.num_rows - num_waiting, 0)}
+        yield _gauge("rows", "Requests in the engine.", "state", rows)
+        about = "Sets of LoRAs that rows wait for."
+        yield _gauge("adapter_sets_waiting", about, value=stats.num_waiting)
+
+    def _tiers(self, stats: PoolStats) -> Iterator[Metric]:
+        tiers = {
+            "disk": {r.digest: r.manifest.size_bytes for r in self._registry.list()},
+            "host": self._host.snapshot(),
+            "device": {adapter.digest: adapter.nbytes for adapter in stats.adapters},
+        }
+        counts = {tier: len(sizes) for tier, sizes in tiers.items()}
+        nbytes = {tier: sum(sizes.values()) for tier, sizes in tiers.items()}
+        budgets = {"host": self._config.host_memory, "device": self._config.device_memory}
+        yield _gauge("adapters", "Adapters in a tier.", "tier", counts)
+        yield _gauge("adapter_bytes", "Bytes of the adapters in a tier.", "tier", nbytes)
+        yield _gauge("adapter_budget_bytes", "Bytes that they may take.", "tier", budgets)
+
+    def _paging(self, stats: PoolStats) -> Iterator[Metric]:
+        loads = {"host": stats.host_hits, "disk": stats.disk_loads}
+        yield _counter("adapter_loads", "Loads by where the bytes were.", "source", loads)
+        about = "Seconds that loads took."
+        yield _counter("adapter_load_seconds", about, value=stats.load_seconds)
+        about = "Adapters that made room for others on the device."
+        yield _counter("adapter_evictions", about, value=stats.evictions)
+
+    def _residents(self, stats: PoolStats) -> Iterator[Metric]:
+        nbytes = {adapter.digest: adapter.nbytes for adapter in stats.adapters}
+        in_use = {adapter.digest: adapter.in_use for adapter in stats.adapters}
+        pinned = {adapter.digest: adapter.pinned for adapter in stats.adapters}
+        yield _gauge("adapter_device_bytes", "Of one adapter on the device.", "digest", nbytes)
+        yield _gauge("adapter_in_flight", "Rows of this step that use it.", "digest", in_use)
+        yield _gauge("adapter_pinned", "1: kept there by LoadAdapter.", "digest", pinned)
+
+    def _acceptance(self, stats: PoolStats) -> Iterator[Metric]:
+        counts = self._heads.keep_only({adapter.digest for adapter in stats.adapters})
+        steps = {digest: count.steps for digest, count in counts.items()}
+        drafted = {digest: count.drafted for digest, count in counts.items()}
+        yield _counter("heads_steps", "Decode steps of rows with these heads.", "digest", steps)
+        yield _counter("heads_drafted_tokens", "Tokens that they proposed.", "digest", drafted)
+        accepted = CounterMetricFamily(
+            f"{PREFIX}heads_accepted_tokens",
+            "Proposals that became output, by head.",
+            labels=["digest", "head"],
+        )
+        for digest, count in counts.items():
+            for head, tokens in count.accepted_by_head.items():
+                accepted.add_metric([digest, str(head)], tokens)
+        yield accepted
+
+
+class MetricsServer:
+    """The scrape endpoint, on a thread of its own."""
+
+    def __init__(self, host: str, port: int, registry: CollectorRegistry) -> None:
+        """Raises InvalidArgumentError when the address cannot be had."""
+        try:
+            self._server, self._thread = start_http_server(port, host, registry)
+        except OSError as error:
+            raise InvalidArgumentError(
+                f"cannot listen on {host}:{port} ({error.strerror}): choose another --metrics-port"
+            ) from error
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+def _gauge(
+    name: str,
+    about: str,
+    label: str = "",
+    values: Mapping[str, float] | None = None,
+    value: float | None = None,
+) -> Metric:
+    """values: by the label's value; or one value, without a label."""
+    family = GaugeMetricFamily(f"{PREFIX}{name}", about, value, [label] if label else None)
+    for key, number in (values or {}).items():
+        family.add_metric([key], number)
+    return family
+
+
+def _counter(
+    name: str,
+    about: str,
+    label: str = "",
+    values: Mapping[str, float] | None = None,
+    value: float | None = None,
+) -> Metric:
+    """As `_gauge`; Prometheus adds _total to the name."""
+    family = CounterMetricFamily(f"{PREFIX}{name}", about, value, [label] if label else None)
+    for key, number in (values or {}).items():
+        family.add_metric([key], number)
+    return family

@@ -1,0 +1,96 @@
+"""PlanUpload and UploadAdapter: a stream of chunks becomes a stored adapter, or a rest to resume.
+
+An upload that ends early (a broken connection, a stream cut short) is suspended: its bytes wait for
+the caller's next try. One that breaks the rules is aborted and leaves nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Executor, Future
+
+from lorastack.adapters.ids import check_id
+from lorastack.adapters.manifest import Record
+from lorastack.adapters.registry import Registry
+from lorastack.adapters.upload import Upload
+from lorastack.config import MIB
+from lorastack.errors import InvalidArgumentError, LorastackError
+from lorastack.service import convert
+from lorastack.service.store import StoreWriter
+from lorastack.service.threads import run_in
+from lorastack.v1 import adapters_pb2
+
+MAX_CHUNK = MIB
+
+
+class Uploads:
+    """readers run the plan; uploader is one thread of low priority for bytes and validation."""
+
+    def __init__(
+        self, *, registry: Registry, writer: StoreWriter, readers: Executor, uploader: Executor
+    ) -> None:
+        self._registry = registry
+        self._writer = writer
+        self._readers = readers
+        self._uploader = uploader
+
+    async def plan(
+        self, request: adapters_pb2.PlanUploadRequest
+    ) -> adapters_pb2.PlanUploadResponse:
+        """Raises InvalidArgumentError."""
+        check_id(request.id)
+        files = convert.file_specs(request.files)
+        needed = await run_in(self._readers, self._registry.plan_upload, request.id, files)
+        return convert.needed_blobs(needed)
+
+    async def receive(self, messages: AsyncIterator[adapters_pb2.UploadAdapterRequest]) -> Record:
+        """Takes a header, then chunks until the stream ends, and commits. Raises what is wrong."""
+        first = await anext(messages, None)
+        if first is None or first.WhichOneof("part") != "header":
+            raise InvalidArgumentError("an upload starts with a header of id and files")
+        header = first.header
+        opening = self._uploader.submit(
+            self._registry.begin_upload,
+            header.id,
+            convert.file_specs(header.files),
+            header.if_digest if header.HasField("if_digest") else None,
+        )
+        end = Upload.suspend
+        try:
+            upload = await asyncio.wrap_future(opening)
+            try:
+                await self._write_all(upload, messages)
+            except LorastackError:
+                end = Upload.abort
+                raise
+            if upload.num_missing:
+                raise InvalidArgumentError(
+                    f"the upload of {upload.id!r} ended {upload.num_missing} bytes early; upload "
+                    "it again, what has arrived is kept for that"
+                )
+            return await run_in(
+                self._uploader, self._writer.commit, upload, accept_base=header.accept_base
+            )
+        finally:
+            # The uploader's one thread gets to this after whatever it does for this upload now,
+            # even when the caller has gone. After a commit there is nothing left to end.
+            self._uploader.submit(_end, opening, end)
+
+    async def _write_all(
+        self, upload: Upload, messages: AsyncIterator[adapters_pb2.UploadAdapterRequest]
+    ) -> None:
+        async for message in messages:
+            if message.WhichOneof("part") != "chunk":
+                raise InvalidArgumentError("after an upload's header come chunks only")
+            chunk = message.chunk
+            if len(chunk.data) > MAX_CHUNK:
+                raise InvalidArgumentError(
+                    f"a chunk of {len(chunk.data)} bytes; send at most {MAX_CHUNK} at a time"
+                )
+            await run_in(self._uploader, upload.write, chunk.sha256, chunk.offset, chunk.data)
+
+
+def _end(opening: Future[Upload], end: Callable[[Upload], None]) -> None:
+    if not opening.cancelled() and opening.exception() is None:
+        end(opening.result())
