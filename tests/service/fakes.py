@@ -297,23 +297,22 @@ class FakeServer:
         shapes: ModelShapes,
         *,
         max_buffered: int = 64,
-        default_medusa: str = "",
-        read_only: bool = False,
         metrics_port: int = 0,
         fingerprint: str = FINGERPRINT,
+        **adapters: Any,
     ) -> None:
+        """adapters: more of AdapterConfig."""
         self.dispatcher = Dispatcher(max_buffered)
         self.pool, self.host = FakePool(), FakeHost()
         self.engine = FakeEngine(
             tokenizer, self.dispatcher.deliver, self.dispatcher.fail, self.pool
         )
-        self.registry = Registry(store, read_only=read_only)
+        config = AdapterConfig(store=store, **adapters)
+        self.registry = Registry(store, read_only=config.read_only_store)
         parts: dict[str, Any] = {"engine": self.engine, "pool": self.pool, "host": self.host}
         self.server = Server(
             config=ServerConfig(
-                adapters=AdapterConfig(
-                    store=store, default_medusa=default_medusa, read_only_store=read_only
-                ),
+                adapters=config,
                 engine=EngineConfig(max_buffered_events=max_buffered),
                 service=ServiceConfig(port=0, drain_timeout=PATIENCE, metrics_port=metrics_port),
             ),

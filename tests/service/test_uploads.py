@@ -299,7 +299,7 @@ def test_a_read_only_store_takes_nothing(
     client: Client, folders: Folders, fake: RunningServer, start_fake: StartFake
 ) -> None:
     client.upload(folders["lora"], "x")
-    reading = start_fake(store=fake.registry._root, read_only=True)
+    reading = start_fake(store=fake.registry._root, read_only_store=True)
     with Client(reading.address) as reader:
         assert [each.id for each in reader.list_adapters()] == ["x"]
         for call in (
