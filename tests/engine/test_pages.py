@@ -97,3 +97,21 @@ def test_cached_pages_go_least_recently_used_first() -> None:
     pages.free(hit)
     assert pages.allocate(1) == second
     assert pages.match(ROOTS[0], [1] * 5)[0] == first
+
+
+def test_pages_of_a_forgotten_lora_are_never_found_again() -> None:
+    pages = Pages(4, 4)
+    held, cached, other = pages.allocate(3) or []
+    root = root_hash(())
+    first = chain_hash(root, [1] * 4)
+    second = chain_hash(first, [1] * 4)
+    pages.publish(held, first, ("a",))
+    pages.publish(cached, second, ("a", "b"))
+    pages.publish(other, b"other", ("b",))
+    pages.free([cached, other])
+    pages.forget("a")
+    assert pages.num_cached == 1
+    assert pages.match(root, [1] * 9) == ([], [])
+    pages.free([held])
+    assert pages.num_cached == 1
+    assert pages.num_available == 4

@@ -61,8 +61,10 @@ class Pool:
         self.pins: Counter[str] = Counter()
         self.missing: set[str] = set()
         self.prefetched: set[str] = set()
+        self.asked: set[str] = set()
 
     def acquire(self, digests: Sequence[str]) -> tuple[DeviceAdapter, ...] | None:
+        self.asked.update(digests)
         if "broken" in digests:
             raise DataLossError("broken")
         if self.missing & set(digests) or (digests and self.chance.random() < 0.2):

@@ -325,7 +325,7 @@ class DevicePool:
         self, wanted: Collection[str], use: Use, now: float, began_before: float = -inf
     ) -> bool:
         """Brings what is missing of a set onto the device if room can be made for all of it."""
-        missing = [digest for digest in wanted if digest in self._pipeline.packed]
+        missing = sorted(digest for digest in wanted if digest in self._pipeline.packed)
         used = sum(resident.adapter.nbytes for resident in self._residents.values())
         needed = used + sum(self._pipeline.copying.values()) + sum(map(self._size, missing))
         placed = (members for members, ask in self._queue.items() if ask.placed)

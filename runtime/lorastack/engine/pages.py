@@ -47,6 +47,11 @@ class Pages:
         return len(self._free) + len(self._cached)
 
     @property
+    def num_cached(self) -> int:
+        """Pages that nobody holds and a later row may find."""
+        return len(self._cached)
+
+    @property
     def num_held(self) -> int:
         return self.num_pages - self.num_available
 
