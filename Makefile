@@ -50,6 +50,7 @@ bench: $(STAMP)
 
 bench-paging: $(STAMP)
 	$(PY) -m benchmarks.paging.listing
+	$(PY) -m benchmarks.paging.cold_start
 	$(PY) -m benchmarks.paging.stalls
 	$(PY) -m benchmarks.paging.pressure
 	$(PY) -m benchmarks.paging.zipf

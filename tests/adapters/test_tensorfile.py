@@ -14,8 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
+from lorastack.adapters.jsonfile import MAX_OBJECTS
 from lorastack.adapters.tensorfile import (
     MAX_HEADER,
+    MAX_TENSORS,
     PIECE,
     TensorEntry,
     check_finite,
@@ -103,12 +105,21 @@ def test_lies_are_refused_by_name(tmp_path: Path, header: Any, data: int, named:
         (b"[" * 100_000, "JSON"),
         (b'{"a": ' + b"9" * 10_000 + b"}", "JSON"),
         (b" " * (MAX_HEADER + 1), "at most"),
+        (b'{"a": [' + b"{}," * MAX_OBJECTS + b"{}]}", "more than"),
     ],
-    ids=["empty", "latin", "twice", "nan", "deep", "digits", "huge"],
+    ids=["empty", "latin", "twice", "nan", "deep", "digits", "huge", "objects"],
 )
 def test_headers_that_are_not_json(tmp_path: Path, raw: bytes, named: str) -> None:
     with pytest.raises(InvalidArgumentError, match=named):
         read_header(write(tmp_path / "x", None, 0, raw), "x")
+
+
+def test_many_tensors(tmp_path: Path) -> None:
+    header = {str(i): {"dtype": "F16", "shape": [0], "data_offsets": [0, 0]} for i in range(4097)}
+    with pytest.raises(InvalidArgumentError, match=f"4097 tensors; at most {MAX_TENSORS}"):
+        read_header(write(tmp_path / "x", header, 0), "x")
+    del header["0"]
+    assert len(read_header(write(tmp_path / "x", header, 0), "x")) == MAX_TENSORS
 
 
 @pytest.mark.parametrize("size", [0, 3, 8, 40, 100])

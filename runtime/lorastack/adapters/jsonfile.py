@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from typing import NoReturn
 
 from lorastack.adapters.refusal import invalid
+
+MAX_OBJECTS = 1 << 14
 
 
 def read_text(path: Path, name: str, max_bytes: int) -> str:
@@ -28,9 +31,15 @@ def read_object(path: Path, name: str, max_bytes: int) -> dict[str, object]:
 
 
 def parse_object(text: str, name: str) -> dict[str, object]:
-    """A JSON object. Refuses what parsers disagree on: duplicate keys, NaN, Infinity."""
+    """A JSON object. Refuses what parsers disagree on: duplicate keys, NaN, Infinity.
+
+    Also refuses more objects than any adapter needs, before they have cost time.
+    """
+    num_objects = count()
 
     def unique(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
+        if next(num_objects) == MAX_OBJECTS:
+            raise invalid(f"{name} holds more than {MAX_OBJECTS} objects")
         table: dict[str, object] = {}
         for key, value in pairs:
             if key in table:

@@ -1,0 +1,150 @@
+"""How close does a cold load come to the disk? One rank-16 adapter of Mistral-7B's shapes, 84 MB.
+
+A load reads the stored file, checks its sha256 and unpacks it into the buffer that a device gets
+(on a CPU that buffer is the device's). Beside it, in turns: the same file read, then copied, with
+nothing checked and into memory that was in use before. Ahead of either the file's pages are dropped
+from the system's cache.
+
+    python -m benchmarks.paging.cold_start
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from safetensors.torch import save_file
+
+from benchmarks.paging.report import report
+from lorastack.adapters.durable import hash_file
+from lorastack.adapters.formats import parse
+from lorastack.adapters.load import Loader
+from lorastack.adapters.manifest import FileSpec
+from lorastack.adapters.registry import Registry
+from lorastack.adapters.targets import module_names
+from lorastack.config import MIB
+from lorastack.kernels.packing import allocate
+from lorastack.layout import LAYER_TARGETS, ModelShapes
+
+MISTRAL_7B = ModelShapes(
+    architecture="MistralForCausalLM",
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    vocab_size=32000,
+    max_context=32768,
+    tie_word_embeddings=False,
+)
+RANK = 16
+WEIGHTS = "adapter_model.safetensors"
+PIECE = 4 * MIB
+
+
+def main(
+    repeats: Annotated[int, typer.Option(help="Of every timing.")] = 15,
+    folder: Annotated[
+        Path | None, typer.Option(help="On the disk to measure.", show_default="the system's")
+    ] = None,
+) -> None:
+    """Measure and print a table and a JSON line."""
+    with tempfile.TemporaryDirectory(prefix="lorastack-", dir=folder) as scratch:
+        registry = Registry(Path(scratch, "store"))
+        digest = store(registry, Path(scratch, "source"))
+        blob = registry.files(digest)[WEIGHTS]
+        rows = [
+            measure(registry, digest, blob, dtype, repeats)
+            for dtype in (torch.bfloat16, torch.float32)
+        ]
+        megabytes = round(blob.stat().st_size / 1e6, 1)
+        registry.close()
+    report("A cold load of bfloat16 weights", rows, megabytes=megabytes, num_cpus=os.cpu_count())
+
+
+def measure(
+    registry: Registry, digest: str, blob: Path, dtype: torch.dtype, repeats: int
+) -> dict[str, object]:
+    """Medians, load and plain copy in turns. dtype: of the device."""
+    load = Loader(registry=registry, shapes=MISTRAL_7B, allocate=partial(allocate, dtype=dtype))
+    memory = [np.zeros(blob.stat().st_size, dtype=np.uint8) for _ in range(2)]
+    reads, copies, loads = [], [], []
+    for _ in range(repeats):
+        drop_cached(blob)
+        began = time.perf_counter()
+        read(blob, memory[0])
+        read_at = time.perf_counter()
+        np.copyto(memory[1], memory[0])
+        reads.append(read_at - began)
+        copies.append(time.perf_counter() - read_at)
+        drop_cached(blob)
+        began = time.perf_counter()
+        load(digest)
+        loads.append(time.perf_counter() - began)
+    plain = statistics.median(map(sum, zip(reads, copies, strict=True)))
+    return {
+        "device dtype": str(dtype).removeprefix("torch."),
+        "read ms": round(1000 * statistics.median(reads), 1),
+        "copy ms": round(1000 * statistics.median(copies), 1),
+        "read + copy ms": round(1000 * plain, 1),
+        "load ms": round(1000 * statistics.median(loads), 1),
+        "fastest load ms": round(1000 * min(loads), 1),
+        "share of bandwidth": round(plain / statistics.median(loads), 2),
+    }
+
+
+def read(path: Path, memory: np.ndarray[tuple[int], np.dtype[np.uint8]]) -> None:
+    """The whole file, in pieces."""
+    with path.open("rb", buffering=0) as file:
+        for start in range(0, len(memory), PIECE):
+            file.readinto(memory[start : start + PIECE].data)
+
+
+def drop_cached(path: Path) -> None:
+    """Asks the system to forget the file's pages."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(handle)
+
+
+def store(registry: Registry, source: Path) -> str:
+    """Writes a LoRA on all projections and uploads it; its digest."""
+    source.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for module, (_, target) in module_names(MISTRAL_7B).items():
+        if target in LAYER_TARGETS:
+            out, inner = MISTRAL_7B.target_shape(target)
+            for part, shape in (("A", (RANK, inner)), ("B", (out, RANK))):
+                values = torch.randn(shape, generator=generator).bfloat16()
+                tensors[f"base_model.model.{module}.lora_{part}.weight"] = values
+    save_file(tensors, source / WEIGHTS)
+    config = {"peft_type": "LORA", "r": RANK, "target_modules": list(LAYER_TARGETS)}
+    (source / "adapter_config.json").write_text(json.dumps(config))
+    paths = {path.name: path for path in source.iterdir()}
+    specs = [
+        FileSpec(name=name, size=path.stat().st_size, sha256=hash_file(path))
+        for name, path in paths.items()
+    ]
+    upload = registry.begin_upload("mistral", specs)
+    for spec in specs:
+        upload.write(spec.sha256, 0, paths[spec.name].read_bytes())
+    validate = partial(parse, shapes=MISTRAL_7B)
+    return upload.commit(validate, base_fingerprint="").digest
+
+
+if __name__ == "__main__":
+    typer.run(main)
