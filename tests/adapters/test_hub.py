@@ -16,9 +16,10 @@ from lorastack.errors import (
     NotFoundError,
     PermissionDeniedError,
     Reason,
+    RequestCancelledError,
     UnavailableError,
 )
-from tests.helpers.fake_hub import FakeHub, Repo
+from tests.helpers.fake_hub import PATIENCE, FakeHub, Repo
 
 WEIGHTS = bytes(range(256)) * 8192  # 2 MiB: several pieces
 FILES = {
@@ -134,10 +135,14 @@ def test_tokens_open_what_is_private_and_stay_at_the_hub(
     assert "token" in refusal(NotFoundError).message
     assert "token" in refusal(PermissionDeniedError, "acme/gated").message
     assert pull(token=hub.token) == pull("acme/gated", token=hub.token) == FILES
-    assert hub.to_storage == [None, None]
+    assert hub.to_storage == {None}
     # The server's own login is not lent to its callers.
     monkeypatch.setenv("HF_TOKEN", hub.token)
+    hub.to_hub.clear()
     refusal(NotFoundError)
+    hub.add("acme/open", FILES)
+    assert pull("acme/open") == FILES
+    assert hub.to_hub == {None}
 
 
 def test_a_token_is_never_shown(hub: FakeHub, caplog: pytest.LogCaptureFixture) -> None:
@@ -204,6 +209,34 @@ def test_a_hub_that_announces_another_size(hub: FakeHub, name: str, change: int)
     error = refusal(UnavailableError)
     assert name in error.message
     assert error.reason is Reason.HUB_FAILED
+
+
+def test_no_more_is_read_than_was_announced(hub: FakeHub) -> None:
+    hub.add("acme/lora", FILES)
+    name = "adapter_model.safetensors"
+    hub.misreported[name] = 1000
+    with open_hub(HubAddress(hub_id="acme/lora"), ["acme"], ROOMY, alive) as files:
+        weights = next(file for file in files if file.spec.name == name)
+        got = []
+        with pytest.raises(UnavailableError, match=name):
+            got += weights.read(0)
+    assert sum(map(len, got)) <= 1000
+
+
+def test_a_reader_who_has_gone_closes_the_connection(hub: FakeHub) -> None:
+    def gone() -> None:
+        raise RequestCancelledError("gone")
+
+    hub.large = ()
+    hub.add("acme/lora", {"adapter_model.safetensors": WEIGHTS})
+    hub.hold.clear()
+    with (
+        pytest.raises(RequestCancelledError) as held,
+        open_hub(HubAddress(hub_id="acme/lora"), ["acme"], ROOMY, gone),
+    ):
+        pytest.fail("entered")
+    assert hub.ended_early.wait(PATIENCE)
+    del held  # until here its traceback kept alive what was not closed
 
 
 def test_push_creates_and_replaces(hub: FakeHub, tmp_path: Path) -> None:

@@ -56,7 +56,8 @@ class FakeHub:
         self.transfers: list[
             tuple[str, str]
         ] = []  # (file name, Range) of bytes that were asked for
-        self.to_storage: list[str | None] = []  # what storage saw as Authorization
+        self.to_hub: set[str | None] = set()  # what the hub saw as Authorization
+        self.to_storage: set[str | None] = set()  # what its storage saw
         self.ended_early = threading.Event()  # a reader went away in the middle
 
     def __enter__(self) -> Self:
@@ -100,9 +101,10 @@ class _Handler(BaseHTTPRequestHandler):
         if self.hub.status:
             self._refuse(self.hub.status, "")
         elif parts[0] == "storage":
-            self.hub.to_storage.append(self.headers["Authorization"])
+            self.hub.to_storage.add(self.headers["Authorization"])
             self._send_file("/".join(parts[1:3]), parts[3], parts[4])
         elif parts[:2] == ["api", "models"]:
+            self.hub.to_hub.add(self.headers["Authorization"])
             self._info("/".join(parts[2:4]), (parts[4:] or ["revision", "main"])[1])
         elif parts[2] == "resolve":
             self._resolve("/".join(parts[:2]), parts[3], parts[4])
@@ -154,6 +156,7 @@ class _Handler(BaseHTTPRequestHandler):
         return found
 
     def _resolve(self, hub_id: str, revision: str, name: str) -> None:
+        self.hub.to_hub.add(self.headers["Authorization"])
         repo = self._repo(hub_id)
         if repo is None:
             return

@@ -22,7 +22,6 @@ from lorastack.errors import (
     DataLossError,
     InvalidArgumentError,
     NotFoundError,
-    PermissionDeniedError,
     RequestCancelledError,
 )
 from lorastack.service.store import StoreWriter
@@ -125,7 +124,6 @@ class Transfers:
     ) -> AbstractContextManager[list[SourceFile]]:
         source = request.WhichOneof("source")
         if source == "hub_id":
-            _check_enabled(self._orgs, "a hub", "--pull-org ORG")
             address = HubAddress(
                 hub_id=request.hub_id, revision=request.revision or "main", token=request.token
             )
@@ -133,7 +131,6 @@ class Transfers:
         if source == "folder":
             if request.revision or request.token:
                 raise InvalidArgumentError("revision and token belong to a hub_id, not to a folder")
-            _check_enabled(self._roots, "folders of its machine", "--pull-root DIR")
             return open_folder(request.folder, self._roots, self._limits, alive)
         raise InvalidArgumentError("a pull names a hub_id or a folder", field="source")
 
@@ -201,13 +198,6 @@ def _read(file: BinaryIO, digest: hashlib._Hash) -> bytes:
     data = file.read(PIECE)
     digest.update(data)
     return data
-
-
-def _check_enabled(allowed: Sequence[object], what: str, flag: str) -> None:
-    if not allowed:
-        raise PermissionDeniedError(
-            f"this server does not pull from {what}: start it with {flag}, or upload the adapter"
-        )
 
 
 def _damaged(record: Record, spec: FileSpec) -> DataLossError:
