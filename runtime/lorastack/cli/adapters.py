@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lorastack.adapters.fsck import check_store
-from lorastack.cli.options import DEFAULT_SERVER, Json, Model, Server
+from lorastack.cli.options import DEFAULT_SERVER, IfDigest, Json, Model, Server
 from lorastack.cli.output import human_size, print_json, progress_bar, short_digest, to_dict
 from lorastack.cli.serve import default_store
 from lorastack.client import Adapter, Client
@@ -33,14 +33,7 @@ def upload(
     adapter_id: Annotated[
         str, typer.Option("--id", metavar="ID", help="[namespace/]name.", show_default=False)
     ],
-    if_digest: Annotated[
-        str | None,
-        typer.Option(
-            "--if-digest",
-            metavar="DIGEST",
-            help="Only if the id points there; empty: only if the id is new.",
-        ),
-    ] = None,
+    if_digest: IfDigest = None,
     accept_base: AcceptBase = False,
     server: Server = DEFAULT_SERVER,
     as_json: Json = False,

@@ -12,6 +12,7 @@ from lorastack import __version__
 from lorastack.cli.adapters import adapters
 from lorastack.cli.generate import generate
 from lorastack.cli.serve import serve
+from lorastack.cli.transfer import convert, export, pull, push
 from lorastack.errors import LorastackError
 
 app = typer.Typer(
@@ -23,6 +24,8 @@ app = typer.Typer(
 )
 app.command()(serve)
 app.command()(generate)
+for command in (pull, export, push, convert):
+    adapters.command()(command)
 app.add_typer(adapters, name="adapters")
 
 
