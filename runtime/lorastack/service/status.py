@@ -86,7 +86,6 @@ class CallGuard:
     @asynccontextmanager
     async def __call__(self, rpc: str, context: Context, request_id: str) -> AsyncIterator[None]:
         """Turns whatever the body raises into a status. Cancellation passes through."""
-        code = grpc.StatusCode.CANCELLED
         self._num_calls += 1
         self._idle.clear()
         try:
@@ -95,33 +94,35 @@ class CallGuard:
                     "the server is shutting down; send the request to another one"
                 )
             yield
-            code = grpc.StatusCode.OK
+            self._on_end(rpc, grpc.StatusCode.OK)
         except LorastackError as error:
-            code = code_of(error)
             level = logging.ERROR if isinstance(error, InternalError) else logging.INFO
             logger.log(
                 level, "%s: %s", error.reason, error.message, extra={"request_id": request_id}
             )
-            await _abort(context, error, request_id)
+            await self._abort(rpc, context, error, request_id)
+        except asyncio.CancelledError:
+            self._on_end(rpc, grpc.StatusCode.CANCELLED)
+            raise
         except (grpc.aio.AbortError, grpc.aio.UsageError):
             raise
         except Exception:
-            code = grpc.StatusCode.INTERNAL
             logger.exception("unexpected error", extra={"request_id": request_id})
             bug = InternalError(
                 f"the server failed on request {request_id}; its log says why, please report it"
             )
-            await _abort(context, bug, request_id)
+            await self._abort(rpc, context, bug, request_id)
         finally:
-            self._on_end(rpc, code)
             self._num_calls -= 1
             if self._num_calls == 0:
                 self._idle.set()
 
-
-async def _abort(context: Context, error: LorastackError, request_id: str) -> None:
-    status = rpc_status.to_status(to_status(error, request_id))
-    await context.abort(status.code, status.details, status.trailing_metadata)
+    async def _abort(
+        self, rpc: str, context: Context, error: LorastackError, request_id: str
+    ) -> None:
+        self._on_end(rpc, code_of(error))
+        status = rpc_status.to_status(to_status(error, request_id))
+        await context.abort(status.code, status.details, status.trailing_metadata)
 
 
 def _pack(message: Any) -> any_pb2.Any:
