@@ -100,6 +100,19 @@ def test_no_store(tmp_path: Path) -> None:
         check(tmp_path)
 
 
+def test_deleted_during_the_check_is_not_damage(registry: Registry, root: Path) -> None:
+    store(registry, "a", ONE)
+    store(registry, "b", TWO)
+
+    def delete(done: int, total: int) -> None:
+        if registry.list("a"):  # the first blob was read
+            registry.delete("a")
+
+    report = check_store(root, delete)
+    assert report.damaged == ()
+    assert report.num_adapters == 1
+
+
 def test_a_live_store_is_not_called_damaged(registry: Registry, root: Path) -> None:
     stop = threading.Event()
     errors: list[BaseException] = []

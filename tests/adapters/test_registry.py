@@ -212,6 +212,10 @@ def test_a_new_readme_is_kept_under_the_same_digest(registry: Registry) -> None:
     second = store(registry, "a", ONE | {"README.md": b"2"})
     assert (second.digest, second.revision) == (first.digest, 1)
     assert contents(registry, "a")["README.md"] == b"2"
+    assert registry.list() == [second]
+    # The old one is of no adapter now.
+    ((spec, _),) = registry.plan_upload("b", specs_of(ONE | {"README.md": b"1"}))
+    assert spec.name == "README.md"
 
 
 def test_delete_frees_what_nothing_else_needs(registry: Registry, root: Path) -> None:

@@ -241,7 +241,7 @@ def test_recovery_reports_and_clears(root: Path) -> None:
 
 
 @given(st.binary(max_size=80), st.integers(0, 500), st.sampled_from(["ids", "manifests"]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_mangled_small_files_never_stop_a_start(data: bytes, cut: int, kind: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)

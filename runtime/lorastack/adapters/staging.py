@@ -52,9 +52,6 @@ class Staging:
         self._sizes = staged_sizes(folder, self._needed.values())
         self._arriving: set[str] = set()  # what this try wrote to
         folder.mkdir(exist_ok=True)
-        for name in os.listdir(folder):
-            if name not in self._needed:  # stored meanwhile
-                self.path(name).unlink()
         for sha256, size in self._sizes.items():
             self.path(sha256).open("ab" if size else "wb").close()
 
