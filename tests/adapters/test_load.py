@@ -68,10 +68,22 @@ def registry(tmp_path: Path) -> Iterator[Registry]:
     registry.close()
 
 
+@pytest.fixture(params=[1, 2])
+def medusa_version(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
+
+
 @pytest.fixture
-def bundle(tmp_path: Path) -> Path:
+def bundle(tmp_path: Path, medusa_version: int) -> Path:
     folder = write_lora(tmp_path / "bundle", SHAPES, rank=3, dtype=torch.bfloat16)
-    return write_heads(folder, SHAPES.hidden_size, num_heads=2, medusa_choices=[[0], [0, 0]])
+    return write_heads(
+        folder,
+        SHAPES.hidden_size,
+        num_heads=2,
+        num_blocks=2,
+        vocab_size=SHAPES.vocab_size if medusa_version == 1 else None,
+        medusa_choices=[[0], [0, 0]],
+    )
 
 
 def upload(registry: Registry, adapter_id: str, contents: Mapping[str, bytes]) -> str:
@@ -80,11 +92,12 @@ def upload(registry: Registry, adapter_id: str, contents: Mapping[str, bytes]) -
     return upload.commit(VALIDATE, base_fingerprint="base").digest
 
 
-def test_from_folder_to_buffer(registry: Registry, bundle: Path) -> None:
+def test_from_folder_to_buffer(registry: Registry, bundle: Path, medusa_version: int) -> None:
     digest = upload(registry, "a", read_folder(bundle))
     manifest = registry.manifest(digest)
     assert manifest.kind is AdapterKind.LORA_WITH_MEDUSA
-    assert (manifest.rank, manifest.num_heads, manifest.medusa_version) == (3, 2, 2)
+    assert (manifest.rank, manifest.num_heads, manifest.num_layers) == (3, 2, 2)
+    assert manifest.medusa_version == medusa_version
     packed = Loader(registry=registry, shapes=SHAPES, allocate=allocate)(digest)
     assert packed.digest == digest
     assert packed.nbytes == packed.buffer.numel() * 4
@@ -145,7 +158,7 @@ def test_values_are_checked_before_an_upload_is_accepted(
 
 
 @settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(data=st.data())
 def test_mutated_folders_are_refused_or_read_whole(bundle: Path, data: st.DataObject) -> None:
