@@ -106,10 +106,10 @@ class _Handler(BaseHTTPRequestHandler):
         elif parts[:2] == ["api", "models"]:
             self.hub.to_hub.add(self.headers["Authorization"])
             self._info("/".join(parts[2:4]), (parts[4:] or ["revision", "main"])[1])
-        elif parts[2] == "resolve":
+        elif parts[2:3] == ["resolve"]:
             self._resolve("/".join(parts[:2]), parts[3], parts[4])
-        else:
-            raise AssertionError(self.path)
+        else:  # what the library asks for on its own account
+            self._refuse(404, "")
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))

@@ -43,7 +43,7 @@ from lorastack.errors import (
     UnavailableError,
 )
 
-TIMEOUT = 30.0  # seconds without a byte
+TIMEOUT = 10.0  # seconds without a byte; a stopping server waits so long for its pulls at most
 IN_MEMORY = MIB  # bytes of a small file before it goes to a temporary one
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
 _REVISION = re.compile(r"[!-~]{1,200}")
