@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lorastack.adapters.formats import parse
@@ -155,6 +155,30 @@ def test_values_are_checked_before_an_upload_is_accepted(
     with pytest.raises(InvalidArgumentError, match=r"lora_B\.weight contains NaN"):
         upload(registry, "a", read_folder(folder))
     assert registry.list() == []
+
+
+@pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("copy_dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_large_copies_of_base_weights(
+    tmp_path: Path, base_dtype: torch.dtype, copy_dtype: torch.dtype
+) -> None:
+    """Compared piece by piece, either rounded to the other's dtype."""
+    shapes = replace(SHAPES, vocab_size=6000)
+    weight = torch.randn(6000, SHAPES.hidden_size).clamp(min=0.01).to(base_dtype)
+    folder = write_lora(tmp_path / "x", shapes)
+    path = folder / "adapter_model.safetensors"
+    lora = load_file(path)
+    validate = Validator(shapes=shapes, base_names=("tiny",), base_weight=lambda name: weight)
+
+    def validate_with(copy: Tensor) -> None:
+        save_file({**lora, "base_model.model.lm_head.weight": copy}, path)
+        validate(files_of(folder))
+
+    copy = weight.to(copy_dtype, copy=True)
+    validate_with(copy)
+    copy[-1, -1] += 1
+    with pytest.raises(InvalidArgumentError, match=r"lm_head\.weight differs"):
+        validate_with(copy)
 
 
 @settings(
