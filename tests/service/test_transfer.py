@@ -9,6 +9,7 @@ from pathlib import Path
 import grpc
 import pytest
 
+from lorastack.adapters.staging import Staging
 from lorastack.client import Client
 from lorastack.errors import (
     AlreadyExistsError,
@@ -19,6 +20,7 @@ from lorastack.errors import (
     NotFoundError,
     PermissionDeniedError,
     Reason,
+    ResourceExhaustedError,
     UnavailableError,
 )
 from lorastack.v1 import adapters_pb2 as ab
@@ -141,6 +143,18 @@ def test_a_bad_adapter_stores_nothing(
     assert caught.value.reason is Reason.INVALID_ADAPTER
     assert client.list_adapters() == []
     assert staged_bytes(fake) == 0
+
+
+def test_a_full_disk_is_not_kept_full(
+    client: Client, folders: Folders, fake: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise ResourceExhaustedError("full", reason=Reason.STORE_FULL)
+
+    monkeypatch.setattr(Staging, "write", full)
+    with pytest.raises(ResourceExhaustedError):
+        client.pull("x", folder=str(folders["lora"]))
+    assert list((fake.registry._root / "staging").iterdir()) == []
 
 
 def test_a_broken_transfer_is_resumed(

@@ -23,6 +23,7 @@ from lorastack.errors import (
     InvalidArgumentError,
     NotFoundError,
     RequestCancelledError,
+    UnavailableError,
 )
 from lorastack.service.store import StoreWriter
 from lorastack.service.threads import be_nice, run_in
@@ -113,8 +114,11 @@ class Transfers:
             upload = self._registry.begin_upload(request.id, specs, if_digest)
             try:
                 _copy(files, upload, progress)
-            except BaseException:
+            except (UnavailableError, RequestCancelledError):
                 upload.suspend()  # a later pull of the same files goes on from here
+                raise
+            except BaseException:
+                upload.abort()
                 raise
             commit = self._writer.commit
             return self._uploader.submit(commit, upload, accept_base=request.accept_base).result()
