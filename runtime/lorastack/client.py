@@ -25,6 +25,7 @@ from grpc_status import rpc_status
 from lorastack.codes import CODES
 from lorastack.config import KIB, MIB
 from lorastack.errors import (
+    AbortedError,
     InternalError,
     LorastackError,
     Reason,
@@ -228,7 +229,8 @@ class Client:
     ) -> Adapter:
         """Stores a folder's files under an id; files that the server has are not sent again.
 
-        When the connection breaks it tries again for RETRY_DELAYS, from the bytes that arrived.
+        When the connection breaks, or a deletion takes what it counted on, it tries again after
+        RETRY_DELAYS, from the bytes that arrived.
         if_digest: "" wants the id to be new, a digest wants it to point there, None replaces; after
         a lost answer this may refuse an upload that has succeeded. accept_base: although its config
         names another base model. progress: called with (bytes there, bytes in all). Hidden files
@@ -254,7 +256,10 @@ class Client:
             except UnavailableError:
                 if not planned or delay is None:  # nobody was there to begin with, or comes back
                     raise
-                time.sleep(delay)
+            except AbortedError as error:  # what was stored when it was planned may be deleted
+                if error.reason is not Reason.UPLOAD_INCOMPLETE or delay is None:
+                    raise
+            time.sleep(delay)
         raise AssertionError("the last try returns or raises")
 
     def pull(

@@ -22,6 +22,7 @@ class Reason(StrEnum):
     ADAPTER_EXISTS = "ADAPTER_EXISTS"
     DIGEST_MISMATCH = "DIGEST_MISMATCH"
     UPLOAD_TAKEN_OVER = "UPLOAD_TAKEN_OVER"
+    UPLOAD_INCOMPLETE = "UPLOAD_INCOMPLETE"
     BASE_MODEL_DIFFERS = "BASE_MODEL_DIFFERS"
     ADAPTER_TOO_LARGE = "ADAPTER_TOO_LARGE"
     REQUEST_TOO_LARGE = "REQUEST_TOO_LARGE"
@@ -79,7 +80,8 @@ class AlreadyExistsError(LorastackError):
 
 
 class AbortedError(LorastackError):
-    """ABORTED: an upload's `if_digest` no longer holds, or another upload took over its bytes."""
+    """ABORTED: an upload's `if_digest` no longer holds, another upload took over its bytes, or it
+    did not bring all that the store needs by then."""
 
     default_reason = Reason.DIGEST_MISMATCH
 

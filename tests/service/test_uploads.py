@@ -148,8 +148,8 @@ def test_an_upload_that_ends_early_waits_for_the_rest(
 ) -> None:
     messages, sizes = short
     error = refusal(fake, stub.UploadAdapter, iter(messages))
-    assert type(error) is InvalidArgumentError
-    assert "early" in error.message
+    assert type(error) is AbortedError
+    assert error.reason is Reason.UPLOAD_INCOMPLETE
     assert client.list_adapters() == []
     assert len(staged(fake)) == 1
     assert planned(stub, folders["lora"]) == sizes
@@ -281,6 +281,25 @@ def test_the_client_gives_up_on_a_server_that_does_not_come_back(
     ):
         client.upload(folders["lora"], "x")
     assert 1 <= len(cuts) <= 3
+
+
+@pytest.mark.usefixtures("impatient")
+def test_the_client_sends_what_was_deleted_since_its_plan(
+    client: Client, fake: RunningServer, folders: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client.upload(folders["lora"], "other")
+    plan = client._adapters.PlanUpload
+
+    def plan_and_lose(request: ab.PlanUploadRequest) -> ab.PlanUploadResponse:
+        planned = plan(request)
+        assert not planned.needed
+        monkeypatch.setattr(client._adapters, "PlanUpload", plan)
+        client.delete_adapter("other")
+        return planned
+
+    monkeypatch.setattr(client._adapters, "PlanUpload", plan_and_lose)
+    digest = client.upload(folders["lora"], "x").digest
+    fake.registry.verify(digest)
 
 
 def test_another_base_models_name(client: Client, folders: Folders, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from lorastack.adapters.manifest import Record
 from lorastack.adapters.registry import Registry
 from lorastack.adapters.upload import Upload
 from lorastack.config import MIB
-from lorastack.errors import InvalidArgumentError, LorastackError
+from lorastack.errors import AbortedError, InvalidArgumentError, LorastackError, Reason
 from lorastack.service import convert
 from lorastack.service.store import StoreWriter
 from lorastack.service.threads import run_in
@@ -65,9 +65,12 @@ class Uploads:
                 end = Upload.abort
                 raise
             if upload.num_missing:
-                raise InvalidArgumentError(
+                # Perhaps a deletion took what was stored when the caller planned.
+                raise AbortedError(
                     f"the upload of {upload.id!r} ended {upload.num_missing} bytes early; upload "
-                    "it again, what has arrived is kept for that"
+                    "it again, what has arrived is kept for that",
+                    reason=Reason.UPLOAD_INCOMPLETE,
+                    adapter_id=upload.id,
                 )
             return await run_in(
                 self._uploader, self._writer.commit, upload, accept_base=header.accept_base
