@@ -43,13 +43,7 @@ def upload(
         adapter = client.upload(
             folder, adapter_id, if_digest=if_digest, accept_base=accept_base, progress=progress
         )
-    if not adapter.base_model:
-        typer.echo(
-            "warning: its config names no base model; only shapes were checked against the "
-            "server's",
-            err=True,
-        )
-    show_adapter(adapter, as_json)
+    show_stored(adapter, as_json)
 
 
 @adapters.command("list")
@@ -212,6 +206,17 @@ def fsck(
             f"{len(report.staged)} unfinished uploads"
         )
     raise typer.Exit(1 if report.damaged else 0)
+
+
+def show_stored(adapter: Adapter, as_json: bool) -> None:
+    """What has come into the store, with what its owner should know."""
+    if not adapter.base_model:
+        typer.echo(
+            "warning: its config names no base model; only shapes were checked against the "
+            "server's",
+            err=True,
+        )
+    show_adapter(adapter, as_json)
 
 
 def show_adapter(adapter: Adapter, as_json: bool) -> None:

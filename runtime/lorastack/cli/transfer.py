@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from lorastack.cli.adapters import AcceptBase, Id, show_adapter
+from lorastack.cli.adapters import AcceptBase, Id, show_stored
 from lorastack.cli.options import DEFAULT_SERVER, IfDigest, Json, Server
 from lorastack.cli.output import print_json, progress_bar
 from lorastack.client import Client
@@ -73,7 +73,7 @@ def pull(
             accept_base=accept_base,
             progress=progress,
         )
-    show_adapter(adapter, as_json)
+    show_stored(adapter, as_json)
 
 
 def export(
