@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from lorastack import client as client_module
 from lorastack.config import (
     MIB,
     AdapterConfig,
@@ -32,6 +33,12 @@ def canaries(
     return {
         word: write_canary(root / word, tiny_llama, tiny_llama_shapes, word) for word in CANARIES
     }
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients of servers that are gone for good give up soon."""
+    monkeypatch.setattr(client_module, "RETRY_DELAYS", (0.001, 0.001))
 
 
 @pytest.fixture
