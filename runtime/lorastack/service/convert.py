@@ -6,11 +6,8 @@ version does not have is UnimplementedError, both naming the field.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-
-from google.protobuf import timestamp_pb2
 
 from lorastack.adapters.manifest import FileSpec, Record
 from lorastack.adapters.pool import AdapterStats
@@ -57,7 +54,7 @@ class AdapterUsage:
 
     on_device: Mapping[str, AdapterStats]
     on_host: Collection[str]
-    in_flight: Counter[str]  # requests that have not ended
+    in_flight: Mapping[str, int]  # requests that have not ended
     last_used: Mapping[str, float]  # seconds since the epoch
 
 
@@ -274,7 +271,8 @@ def needed_blobs(needed: Iterable[tuple[FileSpec, int]]) -> adapters_pb2.PlanUpl
 
 def adapter(record: Record, *, compatible: bool, usage: AdapterUsage) -> adapters_pb2.Adapter:
     """An adapter as the API shows it."""
-    manifest, digest = record.manifest, record.digest
+    manifest, digest = record.manifest, record.manifest.digest
+    seconds = int(record.created_at)
     message = adapters_pb2.Adapter(
         id=record.id,
         digest=digest,
@@ -289,21 +287,16 @@ def adapter(record: Record, *, compatible: bool, usage: AdapterUsage) -> adapter
         num_layers=manifest.num_layers,
         medusa_version=manifest.medusa_version,
         size_bytes=manifest.size_bytes,
-        created_at=_timestamp(record.created_at),
+        # As a mapping: making a message of it takes a third of a listing's time.
+        created_at={"seconds": seconds, "nanos": int((record.created_at - seconds) * 1e9)},
         residency=adapters_pb2.Adapter.DISK,
-        in_flight=usage.in_flight[digest],
+        in_flight=usage.in_flight.get(digest, 0),
     )
-    if digest in usage.last_used:
-        message.last_used_at.CopyFrom(_timestamp(usage.last_used[digest]))
+    if (last_used := usage.last_used.get(digest)) is not None:
+        message.last_used_at.FromNanoseconds(int(last_used * 1e9))
     if (device := usage.on_device.get(digest)) is not None:
         message.residency = adapters_pb2.Adapter.DEVICE
         message.device_bytes, message.pinned = device.nbytes, device.pinned
     elif digest in usage.on_host:
         message.residency = adapters_pb2.Adapter.HOST
     return message
-
-
-def _timestamp(seconds: float) -> timestamp_pb2.Timestamp:
-    """seconds: since the epoch."""
-    whole = int(seconds)
-    return timestamp_pb2.Timestamp(seconds=whole, nanos=int((seconds - whole) * 1e9))
