@@ -293,7 +293,7 @@ def adapter(record: Record, *, compatible: bool, usage: AdapterUsage) -> adapter
         in_flight=usage.in_flight.get(digest, 0),
     )
     if (last_used := usage.last_used.get(digest)) is not None:
-        message.last_used_at.FromNanoseconds(int(last_used * 1e9))
+        message.last_used_at.FromMicroseconds(int(last_used * 1e6))
     if (device := usage.on_device.get(digest)) is not None:
         message.residency = adapters_pb2.Adapter.DEVICE
         message.device_bytes, message.pinned = device.nbytes, device.pinned
