@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -125,6 +124,6 @@ def test_equal_adapters_give_equal_bytes():
     backwards = dict(reversed(tensors.items()))
     _, buffer = pack(tensors, {}, 2, (), torch.bfloat16)
     for value in (1, 2):
-        held = [np.full(buffer.nbytes + ALIGNMENT, value, dtype=np.uint8) for _ in range(50)]
+        held = [torch.full_like(buffer, value) for _ in range(50)]
         del held
         assert torch.equal(pack(backwards, {}, 2, (), torch.bfloat16)[1], buffer)

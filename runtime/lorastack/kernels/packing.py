@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from math import prod
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,7 +61,7 @@ def allocate(
             end += prod(shapes[key])
     assert slots.keys() == shapes.keys(), f"no place for {shapes.keys() - slots.keys()}"
 
-    buffer = torch.empty(end, dtype=dtype, pin_memory=True) if pinned else _pageable(end, dtype)
+    buffer = torch.empty(end, dtype=dtype, pin_memory=pinned)
     for gap in padding:
         buffer[gap] = 0
     layout = AdapterLayout(
@@ -74,17 +73,6 @@ def allocate(
         choices=choices,
     )
     return layout, buffer
-
-
-def _pageable(num_elements: int, dtype: torch.dtype) -> Tensor:
-    """Aligned uninitialised memory, from numpy: other than torch it asks the system for huge pages.
-
-    With pages of 4 KiB the first write to a large buffer takes two to three times as long.
-    """
-    nbytes = num_elements * dtype.itemsize
-    memory = np.empty(nbytes + ALIGNMENT, dtype=np.uint8)
-    start = -memory.ctypes.data % ALIGNMENT
-    return torch.from_numpy(memory[start : start + nbytes]).view(dtype)
 
 
 def view(buffer: Tensor, layout: AdapterLayout, key: TensorKey) -> Tensor:
