@@ -63,3 +63,14 @@ def test_failures_are_not_kept() -> None:
         cache.get("a")
     assert cache.snapshot() == {}
     assert cache.get("a").digest == "a"
+
+
+def test_a_dropped_copy_makes_room() -> None:
+    cache = HostCache(3, lambda digest: packed(digest, 1))
+    for digest in "abc":
+        cache.get(digest)
+    cache.drop("b")
+    cache.drop("nobody")
+    cache.get("d")
+    assert set(cache.snapshot()) == {"a", "c", "d"}
+    assert (cache.num_hits, cache.num_misses) == (0, 4)

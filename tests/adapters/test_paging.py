@@ -147,9 +147,8 @@ def test_heads_take_nothing_from_anybody(ten: Bench) -> None:
 
 def test_heads_leave_for_loras_before_loras_do(ten: Bench) -> None:
     step(ten, "d", heads="e")
-    ten.now += QUANTUM
     step(ten, "d", "c", heads="e")
-    assert step(ten, "d", "c", heads="e") == [True, True, False]
+    assert step(ten, "d", "c", heads="e") == [True, True, False]  # at once, they have no turn
 
 
 def test_heads_larger_than_the_budget_are_refused(ten: Bench) -> None:
@@ -172,8 +171,50 @@ def test_loading_ahead_takes_spare_room_in_order(ten: Bench) -> None:
     assert set(ten.resident) == {"d", "a", "b", "c"}
 
 
+def test_loading_ahead_takes_nothing_from_what_is_loaded_ahead(ten: Bench) -> None:
+    ten.use("e")
+    ten.pool.pin("e")
+    for _ in range(3):
+        ten.pool.prefetch("dc")
+        ten.settle()
+    assert set(ten.resident) == {"e", "d"}
+
+
+def test_what_is_loaded_ahead_outlives_the_idle(ten: Bench) -> None:
+    ten.use("c")
+    ten.use("d")
+    for _ in range(2):
+        ten.pool.prefetch("c")
+        step(ten, "e")
+    assert set(ten.resident) == {"c", "e"}
+
+
+def test_a_copy_made_ahead_is_kept_for_who_wants_it() -> None:
+    device = SlowDevice()
+    with bench(1, lambda digest: packed(digest, 1), copy=device.copy) as made:
+        made.pool.prefetch("xy")
+        made.settle()
+        device.gate.release(2)
+        for _ in range(3):
+            made.pool.prefetch("xy")
+            made.settle()
+            assert made.resident.keys() == {"x"}
+
+
+def test_few_copies_are_made_ahead() -> None:
+    device = SlowDevice()
+    with bench(copy=device.copy) as made:
+        for _ in range(3):
+            made.pool.prefetch("abcd")
+            while made.pool._pipeline.loading:
+                made.pool.prefetch("abcd")
+                made.pool.poll()
+        assert made.pool._pipeline.copying.keys() == {"a", "b"}
+        device.gate.release(2)
+
+
 def test_loading_ahead_holds_up_no_row() -> None:
-    """At most two loads and two copies are under way for rows that only might run."""
+    """At most two loads are under way for rows that only might run."""
     gate = threading.Event()
 
     def load(digest: str) -> PackedAdapter:

@@ -166,6 +166,26 @@ def test_a_failed_load_is_told_to_all_who_ask_then_tried_again() -> None:
         made.use("a")
 
 
+def test_a_failed_load_is_tried_again_though_it_is_wanted_all_along() -> None:
+    answers: list[PackedAdapter | None] = [None, packed("a", 1)]
+
+    def load(digest: str) -> PackedAdapter:
+        if (answer := answers.pop(0)) is None:
+            raise DataLossError("gone")
+        return answer
+
+    with bench(load=load) as made:
+        for _ in range(3):
+            made.pool.prefetch("a")
+            made.settle()
+        with pytest.raises(DataLossError):
+            made.pool.acquire("a")
+        for _ in range(3):
+            made.pool.prefetch("a")
+            made.settle()
+        assert made.resident == {"a": 0}
+
+
 def test_loads_run_at_the_lowest_priority_elsewhere() -> None:
     seen: list[tuple[int, bool]] = []
     main = threading.get_native_id()

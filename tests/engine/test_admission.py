@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorastack.engine.admission import LOOK_AHEAD, OVERDUE, admission_order
+from lorastack.engine.admission import LOOK_AHEAD, OVERDUE, PATIENCE, admission_order
 from lorastack.engine.row import Row
 from lorastack.request import HeadsUse, LoraUse
 from tests.engine.test_scheduler import World, make_request, make_row
@@ -38,16 +38,17 @@ def test_rows_that_run_count() -> None:
     assert names(admission_order(waiting, running, NOW)) == ["c1", "b1", "a1", "b2"]
 
 
-def test_rows_that_ran_before_and_overdue_ones_go_first() -> None:
-    waiting = [
-        row("preempted", "a", started=True),
-        row("old", "a", age=OVERDUE),
-        row("young", "b", age=OVERDUE - 0.1),
-        row("older", "a", age=OVERDUE + 1),
-    ]
-    running = [row("r1", "a")]
-    order = names(admission_order(waiting, running, NOW))
-    assert order == ["preempted", "old", "older", "young"]
+def test_rows_that_ran_before_go_first() -> None:
+    waiting = [row("young", "b"), row("preempted", "a", started=True)]
+    assert names(admission_order(waiting, [row("r", "a")] * 9, NOW)) == ["preempted", "young"]
+
+
+def test_age_makes_up_for_company() -> None:
+    running = [row("r1", "a"), row("r2", "a")]
+    waiting = [row("old", "a", age=3 * PATIENCE), row("other", "b", age=0.9 * PATIENCE)]
+    assert names(admission_order(waiting, running, NOW)) == ["old", "other"]
+    waiting = [row("old", "a", age=2.8 * PATIENCE), row("other", "b", age=0.9 * PATIENCE)]
+    assert names(admission_order(waiting, running, NOW)) == ["other", "old"]
 
 
 @given(st.lists(st.sampled_from("abc"), max_size=12), st.lists(st.sampled_from("abc"), max_size=6))

@@ -4,30 +4,34 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from math import inf
 
 from lorastack.engine.row import Row
 
-OVERDUE = 5.0  # seconds from submission: from then on only older rows go before
+PATIENCE = 0.5  # seconds of waiting that weigh as much as one more row of the same stack
+OVERDUE = 5.0  # seconds since submission, after which a slot is kept for a row whose LoRAs load
 LOOK_AHEAD = 64  # rows for which adapters are loaded
 
 
 def is_overdue(row: Row, now: float) -> bool:
-    """Whether a row has waited so long that a slot is kept for it."""
+    """Whether others may no longer take the slot that it could have."""
     return now - row.submitted >= OVERDUE
 
 
 def admission_order(waiting: Sequence[Row], running: Iterable[Row], now: float) -> list[Row]:
-    """First rows that have run before or are overdue, as they stand in the queue.
+    """First rows that have run before, as they stand in the queue; then by rank.
 
-    Then those whose stack of LoRAs has the fewest rows, running or before them here: stacks take
-    turns, and one that floods the queue delays its own rows only. Equal ones as they stand.
+    A row's rank is the number of rows of its stack of LoRAs that run or stand before it, less its
+    age in units of PATIENCE. So stacks take turns, and one that floods the queue delays its own
+    rows only; yet nobody starves: what is submitted (number of rows) * PATIENCE later than a row
+    never goes before it.
     """
     num_rows = Counter(row.lora_digests for row in running)
-    ranks: dict[Row, int] = {}
+    ranks: dict[Row, float] = {}
     for row in waiting:
-        if row.admitted is not None or is_overdue(row, now):
-            ranks[row] = -1
+        if row.admitted is not None:
+            ranks[row] = -inf
         else:
-            ranks[row] = num_rows[row.lora_digests]
+            ranks[row] = num_rows[row.lora_digests] - (now - row.submitted) / PATIENCE
             num_rows[row.lora_digests] += 1
     return sorted(waiting, key=ranks.__getitem__)
