@@ -1,0 +1,141 @@
+"""Loading, pinning, replacing and deleting on a live server, and what its metrics say of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from prometheus_client import generate_latest
+
+from lorastack.client import Adapter
+from lorastack.config import AdapterConfig
+from lorastack.errors import FailedPreconditionError, Reason, ResourceExhaustedError
+from lorastack.layout import ModelShapes
+from tests.helpers.adapters import write_heads, write_lora
+from tests.helpers.live import ROOMY, LiveServer, ask, wait_until
+
+NAMES = ("a", "b", "c")
+
+
+@pytest.fixture(scope="module")
+def folders(
+    tmp_path_factory: pytest.TempPathFactory, tiny_llama_shapes: ModelShapes
+) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("paging")
+    found = {
+        name: write_lora(root / name, tiny_llama_shapes, seed=seed, rank=8)
+        for seed, name in enumerate(NAMES)
+    }
+    found["large"] = write_lora(root / "large", tiny_llama_shapes, seed=9, rank=64)
+    found["heads"] = write_heads(root / "heads", tiny_llama_shapes.hidden_size)
+    return found
+
+
+@pytest.fixture(scope="module")
+def device_bytes(tiny_llama: Path, folders: dict[str, Path], tmp_path_factory: object) -> int:
+    """What one of NAMES takes on the device."""
+    assert isinstance(tmp_path_factory, pytest.TempPathFactory)
+    config = AdapterConfig(store=tmp_path_factory.mktemp("store"))
+    with LiveServer(tiny_llama, engine=ROOMY, adapters=config) as server:
+        server.upload("a", folders["a"])
+        return int(server.client.load("a").device_bytes)
+
+
+@pytest.fixture
+def server(
+    tiny_llama: Path, folders: dict[str, Path], tmp_path: Path, device_bytes: int
+) -> Iterator[LiveServer]:
+    """Room for two of NAMES."""
+    config = AdapterConfig(store=tmp_path / "store", device_memory=device_bytes * 5 // 2)
+    with LiveServer(tiny_llama, engine=ROOMY, adapters=config) as live:
+        live.upload_all(folders)
+        yield live
+        live.assert_idle()
+
+
+def scraped(server: LiveServer) -> str:
+    return generate_latest(server.server.metrics).decode()
+
+
+def test_load_answers_when_it_is_there(server: LiveServer) -> None:
+    loaded = server.client.load("a")
+    assert loaded.residency == Adapter.DEVICE
+    reply = server.client.generate(ask(stack=[("a", 1.0)]))
+    assert reply.timings.adapter_wait_ms == 0
+    assert server.client.get_adapter("a").last_used_at.seconds > 1_700_000_000
+    assert f'lorastack_adapter_device_bytes{{digest="{loaded.digest}"}}' in scraped(server)
+    assert 'lorastack_adapter_lookups_total{result="hit"} 1.0' in scraped(server)
+    unloaded = server.client.unload("a")
+    assert unloaded.residency == Adapter.DISK
+    assert loaded.digest not in scraped(server)
+
+
+def test_a_pin_lasts_until_it_is_taken(server: LiveServer) -> None:
+    assert server.client.load("a", pin=True).pinned
+    for name in ("b", "c", "b", "c"):
+        server.client.generate(ask(stack=[(name, 1.0)], max_new_tokens=3))
+    pinned = server.client.get_adapter("a")
+    assert (pinned.residency, pinned.pinned) == (Adapter.DEVICE, True)
+    assert "lorastack_adapter_evictions_total 0.0" not in scraped(server)
+    assert not server.client.unload("a").pinned
+
+
+def test_pins_that_fill_the_device_are_named(server: LiveServer) -> None:
+    for name in ("a", "b"):
+        server.client.load(name, pin=True)
+    for call in (
+        lambda: server.client.load("c"),
+        lambda: server.client.generate(ask(stack=[("c", 1.0)])),
+    ):
+        with pytest.raises(ResourceExhaustedError) as caught:
+            call()
+        assert caught.value.reason is Reason.DEVICE_MEMORY_PINNED
+        assert caught.value.metadata["adapter_ids"] == "a, b"
+    server.client.unload("a")
+    assert server.client.load("c").residency == Adapter.DEVICE
+
+
+def test_what_is_larger_than_the_device_is_refused(server: LiveServer) -> None:
+    for call in (
+        lambda: server.client.load("large"),
+        lambda: server.client.generate(ask(stack=[("large", 1.0)])),
+    ):
+        with pytest.raises(FailedPreconditionError) as caught:
+            call()
+        assert caught.value.reason is Reason.ADAPTER_TOO_LARGE
+
+
+def test_a_replaced_adapter_leaves_when_its_last_row_ends(
+    server: LiveServer, folders: dict[str, Path]
+) -> None:
+    long = ask(stack=[("a", 1.0)], max_new_tokens=400, ignore_eos=True)
+    old = server.digests["a"]
+    expected = server.client.generate(ask(stack=[("a", 1.0)]))
+    stream = server.client.stream(long)
+    next(stream)
+    server.upload("a", folders["c"])  # both ids point to the same content now
+    assert server.digests["a"] == server.digests["c"]
+    new = server.client.generate(ask(stack=[("a", 1.0)]))
+    assert new.adapters.loras[0].digest == server.digests["c"]
+    assert new.token_ids != expected.token_ids
+    final = list(stream)[-1].final
+    assert final.adapters.loras[0].digest == old
+    wait_until(lambda: old not in scraped(server), "the old one leaves the device")
+    again = server.client.generate(ask(stack=[(f"a@{old}", 1.0)]))
+    assert again.token_ids == expected.token_ids
+    server.client.delete_adapter("a")
+    wait_until(lambda: old not in scraped(server), "the deleted one leaves the device")
+    assert server.client.generate(ask(stack=[("c", 1.0)])).token_ids == new.token_ids
+
+
+def test_default_heads_draft(server: LiveServer) -> None:
+    server.client.set_default_medusa("heads")
+    server.client.load("heads", pin=True)
+    reply = server.client.generate(ask(heads="", max_new_tokens=24, ignore_eos=True))
+    assert reply.adapters.medusa_id == "heads"
+    assert reply.speculation.drafted_tokens > 0
+    digest = server.digests["heads"]
+    assert f'lorastack_heads_drafted_tokens_total{{digest="{digest}"}}' in scraped(server)
+    server.client.set_default_medusa("")
+    assert server.client.generate(ask(heads="")).adapters.medusa_id == ""
