@@ -50,7 +50,7 @@ def test_against_a_plain_lru(budget: int, asked: list[str]) -> None:
 
 
 def test_failures_are_not_kept() -> None:
-    answers = [DataLossError("gone"), packed("a", 1)]
+    answers: list[PackedAdapter | Exception] = [DataLossError("gone"), packed("a", 1)]
 
     def load(digest: str) -> PackedAdapter:
         answer = answers.pop(0)

@@ -177,7 +177,7 @@ def test_loading_ahead_takes_nothing_from_what_is_loaded_ahead(ten: Bench) -> No
     for _ in range(3):
         ten.pool.prefetch("dc")
         ten.settle()
-    assert set(ten.resident) == {"e", "d"}
+        assert set(ten.resident) == {"e", "d"}
 
 
 def test_what_is_loaded_ahead_outlives_the_idle(ten: Bench) -> None:

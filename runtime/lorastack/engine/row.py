@@ -48,7 +48,7 @@ class Row:
     admitted: float | None = None
     first_token: float | None = None
 
-    lora_digests: tuple[str, ...] = ()
+    lora_digests: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt_ids)
