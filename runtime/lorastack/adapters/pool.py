@@ -11,8 +11,8 @@ members are all on the host is placed first: room for all its missing members at
 `turns` says. Those behind it get nothing before it has its room. What was placed stays until the
 set is acquired or nobody asks any more. Then its turn begins.
 
-How long a set waits: its own load, then, for each set before it in the queue and once for itself, at
-most QUANTUM, its copies and a step; and MAX_AHEAD copies once. Sets whose room is free or idle need
+How long a set waits: its own load, then, for each set before it in the queue and once for itself,
+at most QUANTUM, its copies and a step; and MAX_AHEAD copies once. Sets whose room is idle need
 no turn, and several may advance in one. One that still loads lets those behind it go ahead.
 """
 
