@@ -78,6 +78,9 @@ def test_an_adapter_that_names_no_base_is_warned_of(
     assert upload("someone/else", "--accept-base") == (0, "")
 
 
+ALIASES = ("--base-name", "org/one", "--base-name", "two")
+
+
 def test_serve_flags_reach_the_configuration(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[ServerConfig] = []
 
@@ -91,11 +94,12 @@ def test_serve_flags_reach_the_configuration(run: Run, monkeypatch: pytest.Monke
     monkeypatch.setattr(Server, "build", build)
     monkeypatch.setattr(logs, "configure_logging", lambda log_format: None)
     with pytest.raises(Stop):
-        run("serve", "--store", "s", "--read-only-store", "--metrics-port", "9090")
+        run("serve", "--store", "s", "--read-only-store", "--metrics-port", "9090", *ALIASES)
     with pytest.raises(Stop):
         run("serve")
     assert seen[0].adapters.read_only_store
     assert seen[0].adapters.store == Path("s")
+    assert seen[0].adapters.base_names == ("org/one", "two")
     assert seen[0].service.metrics_port == 9090
     assert not seen[1].adapters.read_only_store
     assert seen[1].service.metrics_port == 0
