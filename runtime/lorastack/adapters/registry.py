@@ -163,17 +163,16 @@ class Registry:
         has not ended is suspended. Raises InvalidArgumentError, AlreadyExistsError, AbortedError
         or FailedPreconditionError.
         """
-        self._check_writable()
         check_id(adapter_id)
         check_files(files, max_files=self._max_files, max_bytes=self._max_upload)
         if if_digest and not is_digest(if_digest):
             raise InvalidArgumentError(
                 f"if_digest {if_digest[:80]!r} is not sha256:<64 hex digits>"
             )
-        self._tables.check_condition(adapter_id, if_digest)
         key = staging_key(adapter_id, files)
         while True:
             with self._changing():
+                self._tables.check_condition(adapter_id, if_digest)
                 older = self._uploads.get(key)
                 if older is None:
                     expire_staging(self._root / "staging", self._uploads.keys() | {key})
@@ -229,7 +228,6 @@ class Registry:
 
         Raises NotFoundError if the id never had it; DataLossError; FailedPreconditionError.
         """
-        self._check_writable()
         with self._changing():
             self._tables.resolve(f"{adapter_id}@{digest}")
             return self._point(adapter_id, digest)
@@ -239,7 +237,6 @@ class Registry:
 
         Raises NotFoundError, DataLossError or FailedPreconditionError.
         """
-        self._check_writable()
         with self._changing():
             if reference:
                 self._tables.resolve(reference)
@@ -252,7 +249,6 @@ class Registry:
         in_use: digests that running rows may load once more; they go at a later call or start.
         Raises NotFoundError or FailedPreconditionError.
         """
-        self._check_writable()
         with self._changing():
             name = file_name(adapter_id)
             known = adapter_id in self._tables.pointers
@@ -287,7 +283,11 @@ class Registry:
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
-        """One mutator at a time; after a failure the tables say what the disk says."""
+        """One mutator at a time; after a failure the tables say what the disk says.
+
+        Raises FailedPreconditionError if the store was opened read-only.
+        """
+        self._check_writable()
         with self._writing, disk_full_is_exhaustion():
             try:
                 yield
