@@ -13,8 +13,8 @@ from typing import Annotated
 
 import typer
 
-from lorastack.adapters.host import PackedAdapter
 from lorastack.adapters.device import DeviceAdapter
+from lorastack.adapters.host import PackedAdapter
 from lorastack.config import (
     GIB,
     AdapterConfig,

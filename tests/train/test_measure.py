@@ -14,6 +14,7 @@ from lorastack.train.measure import (
     tokens_per_step,
 )
 
+
 def test_ranks_count_better_tokens_and_ties_go_to_the_lowest_id() -> None:
     lm_head_VH = torch.tensor([[3.0], [1.0], [2.0], [2.0], [0.0]])
     targets_TK = torch.tensor([[0], [2], [3], [4], [NO_TARGET]])
