@@ -120,8 +120,8 @@ def test_malformed_uploads_store_nothing(
         error = refusal(fake, stub.UploadAdapter, iter(messages))
         assert type(error) is InvalidArgumentError, error
         assert error.metadata["request_id"]
+        assert staged(fake) == []
     assert client.list_adapters() == []
-    assert staged(fake) == []
 
 
 @pytest.fixture

@@ -47,7 +47,7 @@ class StoreWriter:
         """Removes an id. in_use: digests of requests that have not ended. Raises NotFoundError."""
         try:
             digests = {record.digest for record in self._registry.revisions(adapter_id)}
-        except DataLossError:  # a damaged pointer: nobody could be served from it
+        except (NotFoundError, DataLossError):  # nobody could be served from it
             digests = set()
         self._registry.delete(adapter_id, in_use=in_use)
         self._forget(digests)
