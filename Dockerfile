@@ -6,7 +6,11 @@ FROM python:3.11-slim-bookworm AS build
 # --build-arg PIP_EXTRA_INDEX_URL=... to leave them out.
 ARG PIP_EXTRA_INDEX_URL=""
 WORKDIR /src
-COPY constraints.txt pyproject.toml README.md LICENSE ./
+# The native kernels are compiled here; the slim image has no compiler.
+RUN apt-get update \
+    && apt-get install --no-install-recommends -y g++=4:12.* \
+    && rm -rf /var/lib/apt/lists/*
+COPY constraints.txt pyproject.toml hatch_build.py README.md LICENSE ./
 COPY runtime runtime
 RUN python -m venv /opt/lorastack \
     && /opt/lorastack/bin/pip install --no-cache-dir -c constraints.txt .

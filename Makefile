@@ -3,12 +3,18 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 PYTHON ?= python3
+NATIVE := runtime/lorastack/kernels/native
+LIBRARY := $(NATIVE)/liblorastack.so
 PROTOS := $(wildcard protos/lorastack/v1/*.proto)
 PROTOC = $(PY) -m grpc_tools.protoc -Iprotos --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) $(PROTOS)
 
 .PHONY: install proto check format test test-quick test-real demo bench bench-paging serve clean
 
-install: $(STAMP)
+install: $(STAMP) $(LIBRARY)
+
+# Without a C++ compiler it says so, and everything runs in plain torch.
+$(LIBRARY): $(wildcard $(NATIVE)/*.cpp $(NATIVE)/*.h) $(NATIVE)/build.py | $(STAMP)
+	$(PY) -m lorastack.kernels.native.build
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
@@ -32,30 +38,30 @@ format: $(STAMP)
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-test: $(STAMP)
+test: install
 	$(VENV)/bin/pytest
 
-test-quick: $(STAMP)
+test-quick: install
 	$(VENV)/bin/pytest -m 'not real and not slow'
 
-test-real: $(STAMP)
+test-real: install
 	$(VENV)/bin/pytest -m real
 
-demo: $(STAMP)
+demo: install
 	$(PY) -m examples.demo
 
-bench: $(STAMP)
+bench: install
 	$(PY) -m benchmarks.heads
 	$(PY) -m benchmarks.memory
 
-bench-paging: $(STAMP)
+bench-paging: install
 	$(PY) -m benchmarks.paging.listing
 	$(PY) -m benchmarks.paging.cold_start
 	$(PY) -m benchmarks.paging.stalls
 	$(PY) -m benchmarks.paging.pressure
 	$(PY) -m benchmarks.paging.zipf
 
-serve: $(STAMP)
+serve: install
 	$(VENV)/bin/lorastack serve
 
 clean:

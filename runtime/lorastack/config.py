@@ -14,11 +14,15 @@ KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """model: folder or hub id; None: the embedded default. dtype: auto or torch's name of one."""
+    """model: folder or hub id; None: the embedded default. dtype: auto or torch's name of one.
+
+    backend: auto, torch or native.
+    """
 
     model: str | None = None
     device: str = "auto"
     dtype: str = "auto"
+    backend: str = "auto"
     threads: int | None = None
     max_context: int | None = None  # tokens; None: the model's own
 

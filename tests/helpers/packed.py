@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from lorastack.adapters.formats import ParsedAdapter
 from lorastack.adapters.medusa import Choices
 from lorastack.adapters.reading import DTYPES
 from lorastack.kernels.packing import allocate, view
-from lorastack.layout import AdapterLayout, TensorKey
+from lorastack.layout import EMBED, LM_HEAD, NO_LAYER, AdapterLayout, ModelShapes, Part, TensorKey
+from lorastack.lora.weights import LoraWeights
+from tests.helpers.adapters import lora_tensor_names
 
 
 def pack(
@@ -37,3 +42,24 @@ def read_tensors(parsed: ParsedAdapter) -> dict[TensorKey, Tensor]:
         data = np.fromfile(entry.path, np.uint8, entry.nbytes, offset=entry.offset)
         tensors[key] = torch.from_numpy(data).view(DTYPES[entry.dtype]).reshape(entry.shape)
     return tensors
+
+
+def read_weights(
+    folder: Path, shapes: ModelShapes, dtype: torch.dtype = torch.float32
+) -> LoraWeights:
+    """A written LoRA folder, packed and viewed, without the code of `adapters`."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    stored = load_file(folder / "adapter_model.safetensors")
+    rank, alpha = config["r"], config["lora_alpha"]
+    tensors: dict[TensorKey, Tensor] = {}
+    scales: dict[tuple[int, str], float] = {}
+    for target in config["target_modules"]:
+        once = target in (EMBED, LM_HEAD)
+        for layer in (NO_LAYER,) if once else range(shapes.num_layers):
+            a, b = lora_tensor_names(layer, target)
+            if a in stored:
+                tensors[layer, target, Part.A] = stored[a]
+                tensors[layer, target, Part.B] = stored[b]
+                scales[layer, target] = alpha / rank
+    layout, buffer = pack(tensors, scales, 0, (), dtype)
+    return LoraWeights.from_buffer(buffer, layout)

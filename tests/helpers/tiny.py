@@ -30,7 +30,7 @@ CHATML = (
 )
 VOCAB_SIZE = len(SPECIALS) + 256 + len(MERGES)
 
-HIDDEN, INTERMEDIATE, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, MAX_CONTEXT = 64, 96, 4, 2, 16, 8192 * 2
+HIDDEN, INTERMEDIATE, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, MAX_CONTEXT = 64, 96, 4, 2, 32, 8192 * 2
 
 
 def build_tokenizer() -> Tokenizer:
@@ -143,6 +143,7 @@ def build_llama(
         "num_hidden_layers": num_layers,
         "num_attention_heads": NUM_HEADS,
         "num_key_value_heads": NUM_KV_HEADS,
+        "head_dim": HEAD_DIM,
         "max_position_embeddings": MAX_CONTEXT,
         "tie_word_embeddings": True,
         "bos_token_id": SPECIALS.index(BOS),
@@ -168,6 +169,7 @@ def build_mistral(
         "num_hidden_layers": num_layers,
         "num_attention_heads": NUM_HEADS,
         "num_key_value_heads": NUM_KV_HEADS,
+        "head_dim": HEAD_DIM,
         "head_dim": HEAD_DIM + 4,
         "sliding_window": 24,
         "max_position_embeddings": MAX_CONTEXT,

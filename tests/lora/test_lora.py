@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from lorastack.layout import (
@@ -16,8 +14,6 @@ from lorastack.layout import (
     HEADS,
     LAYER_TARGETS,
     LM_HEAD,
-    NO_LAYER,
-    ModelShapes,
     Part,
     TensorKey,
 )
@@ -26,8 +22,8 @@ from lorastack.lora.weights import LoraWeights
 from lorastack.model.context import ForwardBatch, RowSpan
 from lorastack.model.decoder import Decoder, load_decoder
 from lorastack.model.kv import KVCache
-from tests.helpers.adapters import lora_tensor_names, write_lora
-from tests.helpers.packed import pack
+from tests.helpers.adapters import write_lora
+from tests.helpers.packed import pack, read_weights
 from tests.helpers.reference import Reference
 from tests.helpers.tiny import VOCAB_SIZE, build_llama, shapes_of
 
@@ -36,25 +32,6 @@ TARGETS = (*LAYER_TARGETS, EMBED, LM_HEAD)
 TOLERANCE = {"atol": 2e-4, "rtol": 1e-4}
 # PEFT speaks up about tied weights and about adding an adapter to an adapted model.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft.*")
-
-
-def read_weights(folder: Path, shapes: ModelShapes) -> LoraWeights:
-    """A written LoRA folder, packed and viewed, without the code of `adapters`."""
-    config = json.loads((folder / "adapter_config.json").read_text())
-    stored = load_file(folder / "adapter_model.safetensors")
-    rank, alpha = config["r"], config["lora_alpha"]
-    tensors: dict[TensorKey, Tensor] = {}
-    scales: dict[tuple[int, str], float] = {}
-    for target in config["target_modules"]:
-        once = target in (EMBED, LM_HEAD)
-        for layer in (NO_LAYER,) if once else range(shapes.num_layers):
-            a, b = lora_tensor_names(layer, target)
-            if a in stored:
-                tensors[layer, target, Part.A] = stored[a]
-                tensors[layer, target, Part.B] = stored[b]
-                scales[layer, target] = alpha / rank
-    layout, buffer = pack(tensors, scales, 0, (), torch.float32)
-    return LoraWeights.from_buffer(buffer, layout)
 
 
 def tokens(count: int, seed: int = 0) -> list[int]:

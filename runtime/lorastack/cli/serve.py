@@ -32,12 +32,20 @@ class Device(StrEnum):
 
 
 class DType(StrEnum):
-    """Of weights, activations and KV; auto is float32 on a CPU."""
+    """Of weights, activations and KV; auto is float32 on a CPU without native bfloat16."""
 
     AUTO = "auto"
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
+
+
+class Backend(StrEnum):
+    """What computes a step; auto is native where it runs the model, else torch."""
+
+    AUTO = "auto"
+    TORCH = "torch"
+    NATIVE = "native"
 
 
 class LogFormat(StrEnum):
@@ -125,6 +133,9 @@ def serve(
     ] = _SERVICE.metrics_port,
     device: Annotated[Device, typer.Option("--device", envvar="LORASTACK_DEVICE")] = Device.AUTO,
     dtype: Annotated[DType, typer.Option("--dtype", envvar="LORASTACK_DTYPE")] = DType.AUTO,
+    backend: Annotated[
+        Backend, typer.Option("--backend", envvar="LORASTACK_BACKEND")
+    ] = Backend.AUTO,
     threads: Annotated[
         int | None,
         typer.Option("--threads", min=1, envvar="LORASTACK_THREADS", help="CPU threads of a step."),
@@ -196,6 +207,7 @@ def serve(
             model=model,
             device=device.value,
             dtype=dtype.value,
+            backend=backend.value,
             threads=threads,
             max_context=max_context,
         ),

@@ -51,11 +51,23 @@ def load_model(
     for an unknown or unsupported model or device.
     """
     device = _device(config.device)
-    dtype = _dtype(config.dtype, device)
+    dtype = _dtype(config.dtype)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     path, name = model_folder(config.model, progress)
-    decoder = load_decoder(path, device=device, dtype=dtype, max_context=config.max_context)
+    decoder = load_decoder(
+        path,
+        device=device,
+        dtype=dtype,
+        max_context=config.max_context,
+        native=config.backend != "torch",
+    )
+    if config.backend == "native" and not decoder.backend.startswith("native"):
+        raise InvalidArgumentError(
+            f"--backend native: no native kernels run {name} in {decoder.dtype} here; build them "
+            "with `python -m lorastack.kernels.native.build`, or leave --backend out",
+            reason=Reason.INVALID_MODEL,
+        )
     return LoadedModel(
         decoder=decoder,
         tokenizer=Tokenizer.load(path),
@@ -139,10 +151,10 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    """auto is float32 on a CPU: bfloat16 matmuls there change bits with the number of rows."""
+def _dtype(name: str) -> torch.dtype | None:
+    """None for auto, which the decoder chooses."""
     if name == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
+        return None
     dtype = getattr(torch, name)
     assert isinstance(dtype, torch.dtype)
     return dtype

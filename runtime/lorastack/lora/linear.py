@@ -35,8 +35,10 @@ def add_embedding(token_ids_T: Tensor, hidden_TH: Tensor, lora: LoraBatch) -> No
         if weights is None or segment.start == segment.end:
             continue
         tokens = slice(segment.start, segment.end)
-        a_RT = weights.a_RV.index_select(1, token_ids_T[tokens])
-        hidden_TH[tokens].addmm_(a_RT.t(), weights.b_HR.t(), alpha=weights.scale * segment.scale)
+        # Not a matmul, whose bits may depend on the number of tokens.
+        a_TR = weights.a_RV.t()[token_ids_T[tokens]].float()
+        delta_TH = (a_TR[:, None] * weights.b_HR.float()).sum(-1)
+        hidden_TH[tokens].add_(delta_TH, alpha=weights.scale * segment.scale)
 
 
 def _kernel_segments(lora: LoraBatch, key: tuple[int, int]) -> Iterator[KernelSegment]:

@@ -49,9 +49,12 @@ class EmbeddingLora:
     scale: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class LoraWeights:
-    """groups: by (layer, index into GROUPS), and LM_HEAD_GROUP; absent where nothing is adapted."""
+    """groups: by (layer, index into GROUPS), and LM_HEAD_GROUP; absent where nothing is adapted.
+
+    Compared by identity, so that what is derived from it can be kept for as long as it lives.
+    """
 
     groups: Mapping[tuple[int, int], GroupLora]
     embedding: EmbeddingLora | None

@@ -1,6 +1,4 @@
-"""How a layer is computed. The decoder calls `prepare` once a step and `layer` once a layer, so
-that a native backend can replace both without the decoder's knowing.
-"""
+"""How a step is computed in plain torch, on any device. `model.native` is the other way."""
 
 from __future__ import annotations
 
@@ -8,16 +6,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import rms_norm, silu
+from torch.nn.functional import embedding, rms_norm, silu
 
 from lorastack.kernels.attention import AttentionPlan, attend, plan_attention
-from lorastack.kernels.linear import linear
-from lorastack.lora.linear import add_group
+from lorastack.kernels.linear import Dense, linear
+from lorastack.lora.linear import add_embedding, add_group, add_lm_head
 from lorastack.lora.segments import LoraBatch
 from lorastack.model.config import DecoderConfig
 from lorastack.model.context import ForwardBatch
 from lorastack.model.kv import KVCache
-from lorastack.model.weights import LayerWeights
+from lorastack.model.weights import DecoderWeights, LayerWeights
 
 QKV, O, GATE_UP, DOWN = range(4)  # noqa: E741  indices into layout.GROUPS
 
@@ -32,10 +30,19 @@ class StepMeta:
 
 
 class TorchBackend:
-    """Plain torch on any device."""
+    """The reference for every other backend."""
 
-    def __init__(self, config: DecoderConfig, device: torch.device, dtype: torch.dtype) -> None:
+    name = "torch"
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        weights: DecoderWeights[Dense],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
         shapes = config.shapes
+        self._weights = weights
         self._eps = config.rms_eps
         self._window = config.window
         self._rope_scale = config.rope_scale
@@ -46,7 +53,22 @@ class TorchBackend:
         self._query_size = shapes.num_heads * shapes.head_dim
         self._key_size = shapes.num_kv_heads * shapes.head_dim
 
-    def prepare(self, batch: ForwardBatch, kv: KVCache) -> StepMeta:
+    def forward(self, batch: ForwardBatch, kv: KVCache) -> Tensor:
+        """[T, H] after the final norm. Writes the step's keys and values into `kv`."""
+        meta = self._prepare(batch, kv)
+        hidden_TH = embedding(batch.token_ids_T, self._weights.embed_VH)
+        add_embedding(batch.token_ids_T, hidden_TH, batch.lora)
+        for layer in self._weights.layers:
+            hidden_TH = self._layer(hidden_TH, layer, batch.lora, kv, meta)
+        return rms_norm(hidden_TH, (hidden_TH.shape[-1],), self._weights.norm, self._eps)
+
+    def logits(self, hidden_XH: Tensor, lora: LoraBatch) -> Tensor:
+        """float32 [X, V] of states after the final norm. The segments index the X rows."""
+        logits_XV = linear(hidden_XH, self._weights.lm_head).float()
+        add_lm_head(hidden_XH, logits_XV, lora)
+        return logits_XV
+
+    def _prepare(self, batch: ForwardBatch, kv: KVCache) -> StepMeta:
         """Index tensors, masks and RoPE factors of a step; pages that begin now are cleared."""
         plan = plan_attention(
             batch.rows,
@@ -63,10 +85,10 @@ class TorchBackend:
         sin_T1D = torch.cat((-sin_TF, sin_TF), dim=-1).mul_(self._rope_scale)[:, None]
         return StepMeta(plan, cos_T1D.to(self._dtype), sin_T1D.to(self._dtype))
 
-    def layer(
+    def _layer(
         self,
         hidden_TH: Tensor,
-        weights: LayerWeights,
+        weights: LayerWeights[Dense],
         lora: LoraBatch,
         kv: KVCache,
         meta: StepMeta,

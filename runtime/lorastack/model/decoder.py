@@ -5,66 +5,93 @@ from __future__ import annotations
 import hashlib
 from dataclasses import asdict
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, rms_norm
 
-from lorastack.kernels.linear import linear
+from lorastack.kernels.linear import pack_dense
 from lorastack.layout import ModelShapes
-from lorastack.lora.linear import add_embedding, add_lm_head
 from lorastack.lora.segments import LoraBatch
 from lorastack.model.backend import TorchBackend
 from lorastack.model.checkpoint import Checkpoint
 from lorastack.model.config import DecoderConfig, load_config
 from lorastack.model.context import ForwardBatch
 from lorastack.model.kv import KVCache
-from lorastack.model.weights import DecoderWeights, load_weights
+from lorastack.model.native import NativeBackend, native_isa
+from lorastack.model.weights import load_weights
+
+
+class Backend(Protocol):
+    """What runs a model's weights. Holds no state of a request."""
+
+    name: str
+
+    def forward(self, batch: ForwardBatch, kv: KVCache) -> Tensor: ...
+    def logits(self, hidden_XH: Tensor, lora: LoraBatch) -> Tensor: ...
 
 
 class Decoder:
-    """A base model's weights and the backend that runs them. Holds no state of a request."""
+    """A base model and the backend that runs it."""
 
     def __init__(
-        self,
-        config: DecoderConfig,
-        weights: DecoderWeights,
-        backend: TorchBackend,
-        device: torch.device,
-        dtype: torch.dtype,
+        self, shapes: ModelShapes, backend: Backend, device: torch.device, dtype: torch.dtype
     ) -> None:
-        self.shapes: ModelShapes = config.shapes
+        self.shapes = shapes
         self.device = device
         self.dtype = dtype
-        self._rms_eps = config.rms_eps
-        self._weights = weights
         self._backend = backend
+
+    @property
+    def backend(self) -> str:
+        return self._backend.name
 
     @torch.no_grad()
     def forward(self, batch: ForwardBatch, kv: KVCache) -> Tensor:
         """[T, H] after the final norm. Writes the step's keys and values into `kv`."""
-        meta = self._backend.prepare(batch, kv)
-        hidden_TH = embedding(batch.token_ids_T, self._weights.embed_VH)
-        add_embedding(batch.token_ids_T, hidden_TH, batch.lora)
-        for layer in self._weights.layers:
-            hidden_TH = self._backend.layer(hidden_TH, layer, batch.lora, kv, meta)
-        return rms_norm(hidden_TH, (hidden_TH.shape[-1],), self._weights.norm, self._rms_eps)
+        return self._backend.forward(batch, kv)
 
     @torch.no_grad()
     def logits(self, hidden_XH: Tensor, lora: LoraBatch) -> Tensor:
         """float32 [X, V] of states after the final norm. The segments index the X rows."""
-        logits_XV = linear(hidden_XH, self._weights.lm_head).float()
-        add_lm_head(hidden_XH, logits_XV, lora)
-        return logits_XV
+        return self._backend.logits(hidden_XH, lora)
 
 
 def load_decoder(
-    path: Path, *, device: torch.device, dtype: torch.dtype, max_context: int | None
+    path: Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    max_context: int | None,
+    native: bool = True,
 ) -> Decoder:
-    """Load a Hugging Face folder. InvalidArgumentError names what is not supported."""
+    """Load a Hugging Face folder. InvalidArgumentError names what is not supported.
+
+    dtype None: bfloat16, on a CPU only where the native kernels run it, else float32. native: use
+    them where they run.
+    """
     config = load_config(path, max_context)
-    weights = load_weights(Checkpoint(path), config, device=device, dtype=dtype)
-    return Decoder(config, weights, TorchBackend(config, device, dtype), device, dtype)
+    if dtype is None:
+        native_here = native and native_isa(config, torch.bfloat16, device) is not None
+        dtype = torch.bfloat16 if native_here or device.type != "cpu" else torch.float32
+    backend = _backend(Checkpoint(path), config, device, dtype, native)
+    return Decoder(config.shapes, backend, device, dtype)
+
+
+def _backend(
+    checkpoint: Checkpoint,
+    config: DecoderConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    native: bool,
+) -> Backend:
+    isa = native_isa(config, dtype, device) if native else None
+    if isa is not None:
+        return NativeBackend.load(checkpoint, config, dtype, isa)
+    weights = load_weights(
+        checkpoint, config, device=device, dtype=dtype, pack=pack_dense, pack_pair=pack_dense
+    )
+    return TorchBackend(config, weights, device, dtype)
 
 
 def fingerprint(path: Path) -> str:

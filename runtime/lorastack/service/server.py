@@ -43,7 +43,6 @@ from lorastack.v1.generation_pb2_grpc import (
     add_GenerationServiceServicer_to_server as add_generation,
 )
 
-BACKEND = "torch"
 FEATURES = (
     *("chat", "lora", "lora_stack", "logprobs", "medusa", "medusa_tree"),
     *("return_prompt", "sampling", "seed", "stop_sequences", "time_limit"),
@@ -318,7 +317,7 @@ def _served(loaded: LoadedModel, max_context: int) -> ServedModel:
         max_context=max_context,
         device=str(decoder.device),
         dtype=str(decoder.dtype).removeprefix("torch."),
-        backend=BACKEND,
+        backend=decoder.backend,
     )
 
 

@@ -1,0 +1,28 @@
+"""Puts the native library into wheels and editable installs where a C++ compiler is at hand."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+BUILD = "runtime/lorastack/kernels/native/build.py"
+
+
+class NativeBuildHook(BuildHookInterface[Any]):
+    """Without a library the package works in plain torch, so a failure is only told."""
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        spec = importlib.util.spec_from_file_location("native_build", Path(self.root, BUILD))
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        if problem := module.build():
+            self.app.display_warning(f"no native kernels: {problem}")
+            return
+        library = module.LIBRARY.relative_to(self.root)
+        build_data["artifacts"].append(str(library))
+        build_data["pure_python"] = False
+        build_data["infer_tag"] = True

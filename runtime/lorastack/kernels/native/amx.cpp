@@ -1,0 +1,4 @@
+#define LORASTACK_ISA amx
+#include "worker.h"
+
+LORASTACK_EXPORT(amx, AmxBf16)

@@ -1,0 +1,69 @@
+"""Compile the native library with the system's C++ compiler.
+
+    python -m lorastack.kernels.native.build
+
+Each source is compiled for its own instruction set, and `dispatch.cpp` chooses among them when the
+program runs; nothing depends on the machine that compiles. Only x86-64 has native kernels so far.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).parent
+LIBRARY = HERE / "liblorastack.so"
+_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma")
+_BF16 = (*_AVX512, "-mavx512bf16")
+SOURCES: dict[str, tuple[str, ...]] = {
+    "dispatch.cpp": (),
+    "avx512.cpp": _AVX512,
+    "avx512_bf16.cpp": _BF16,
+    "amx.cpp": (*_BF16, "-mamx-tile", "-mamx-bf16"),
+}
+_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra")
+# GCC's own intrinsics trip this one.
+_QUIET = ("-Wno-maybe-uninitialized",)
+
+
+def build(target: Path = LIBRARY, extra: tuple[str, ...] = ()) -> str:
+    """Compile into `target`. extra: flags for every call of the compiler.
+
+    Returns "" or why there is no library: the caller goes on without it.
+    """
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    if platform.machine() != "x86_64" or sys.platform != "linux":
+        return f"no native kernels for {platform.machine()} {sys.platform}"
+    if compiler is None:
+        return "no C++ compiler (c++, g++ or CXX)"
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
+
+        def compiled(name: str) -> str:
+            output = str(Path(folder, name).with_suffix(".o"))
+            flags = (*_FLAGS, *_QUIET, *SOURCES[name], *extra)
+            _run(compiler, *flags, "-c", str(HERE / name), "-o", output)
+            return output
+
+        try:
+            objects = list(pool.map(compiled, SOURCES))
+            made = Path(folder, target.name)
+            _run(compiler, "-shared", "-fopenmp", *extra, *objects, "-o", str(made))
+        except subprocess.CalledProcessError as error:
+            return f"{compiler} failed:\n{error.stderr}"
+        shutil.copy(made, target)
+    return ""
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True)
+
+
+if __name__ == "__main__":
+    if problem := build():
+        sys.stderr.write(f"lorastack runs without native kernels: {problem}\n")

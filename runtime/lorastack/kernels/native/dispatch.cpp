@@ -1,0 +1,45 @@
+// Which instruction set runs, decided when the program runs. Compiled for any x86-64.
+#include "step.h"
+
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#define DECLARE(name)                                                   \
+  namespace lorastack::name {                                           \
+  int64_t scratch_bytes(const lorastack_model&, const lorastack_step&); \
+  void run_step(const lorastack_model&, const lorastack_step&);         \
+  void run_logits(const lorastack_head&);                               \
+  }
+DECLARE(amx)
+DECLARE(avx512_bf16)
+DECLARE(avx512)
+
+#define DISPATCH(isa, call)                                       \
+  switch (isa) {                                                  \
+    case LORASTACK_AMX: return lorastack::amx::call;              \
+    case LORASTACK_AVX512_BF16: return lorastack::avx512_bf16::call; \
+    default: return lorastack::avx512::call;                      \
+  }
+
+int64_t lorastack_scratch_bytes(const lorastack_model* model, const lorastack_step* step) {
+  DISPATCH(model->isa, scratch_bytes(*model, *step))
+}
+
+void lorastack_forward(const lorastack_model* model, const lorastack_step* step) {
+  DISPATCH(model->isa, run_step(*model, *step))
+}
+
+void lorastack_logits(const lorastack_head* head) { DISPATCH(head->isa, run_logits(*head)) }
+
+int32_t lorastack_supports(int32_t isa) {
+  __builtin_cpu_init();
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (isa == LORASTACK_AVX512) return avx512;
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  if (isa == LORASTACK_AVX512_BF16) return bf16;
+  // The system grants a process the tiles' state on request.
+  constexpr int REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
+  return bf16 && __builtin_cpu_supports("amx-bf16") &&
+         syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+}

@@ -1,0 +1,148 @@
+"""The compiled library's interface: ctypes mirrors of step.h."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+from enum import IntEnum
+from functools import cache
+from typing import Any
+
+from lorastack.kernels.native.build import LIBRARY
+
+log = logging.getLogger(__name__)
+
+
+class Isa(IntEnum):
+    """Instruction sets, best first for their dtype."""
+
+    AMX = 0  # bfloat16
+    AVX512_BF16 = 1  # bfloat16
+    AVX512 = 2  # float32
+
+
+class Matrix(Structure):
+    _fields_ = (
+        ("weight", c_void_p),
+        ("bias", c_void_p),
+        ("panels", c_int32),
+        ("k", c_int32),
+    )
+
+
+class Layer(Structure):
+    _fields_ = (
+        ("attention_norm", c_void_p),
+        ("mlp_norm", c_void_p),
+        ("qkv", Matrix),
+        ("o", Matrix),
+        ("gate_up", Matrix),
+        ("down", Matrix),
+        ("kv", c_void_p),
+    )
+
+
+class Target(Structure):
+    _fields_ = (("a", c_void_p), ("b", c_void_p), ("scale", c_float), ("rank", c_int32))
+
+
+class Segment(Structure):
+    _fields_ = (
+        ("targets", c_void_p),
+        ("begin", c_int32),
+        ("end", c_int32),
+        ("scale", c_float),
+        ("unused", c_int32),
+    )
+
+
+class Row(Structure):
+    _fields_ = (
+        ("pages", c_void_p),
+        ("parents", c_void_p),
+        ("start", c_int32),
+        ("end", c_int32),
+        ("committed", c_int32),
+        ("unused", c_int32),
+    )
+
+
+class Model(Structure):
+    _fields_ = (
+        ("layers", c_void_p),
+        ("norm", c_void_p),
+        ("cosine", c_void_p),
+        ("sine", c_void_p),
+        ("num_layers", c_int32),
+        ("hidden", c_int32),
+        ("inner", c_int32),
+        ("heads", c_int32),
+        ("kv_heads", c_int32),
+        ("head_dim", c_int32),
+        ("page_size", c_int32),
+        ("window", c_int32),
+        ("eps", c_float),
+        ("isa", c_int32),
+    )
+
+
+class Step(Structure):
+    _fields_ = (
+        ("rows", c_void_p),
+        ("segments", c_void_p),
+        ("hidden", c_void_p),
+        ("out", c_void_p),
+        ("scratch", c_void_p),
+        ("num_rows", c_int32),
+        ("num_tokens", c_int32),
+        ("num_segments", c_int32),
+        ("num_threads", c_int32),
+    )
+
+
+class Head(Structure):
+    _fields_ = (
+        ("matrix", Matrix),
+        ("segments", c_void_p),
+        ("x", c_void_p),
+        ("out", c_void_p),
+        ("scratch", c_void_p),
+        ("num_segments", c_int32),
+        ("rows", c_int32),
+        ("outputs", c_int32),
+        ("inputs", c_int32),
+        ("num_threads", c_int32),
+        ("isa", c_int32),
+    )
+
+
+@cache
+def library() -> Any | None:
+    """The loaded library; None where it was not built.
+
+    It is linked with OpenMP under the name that torch's own has, so torch is imported first and
+    both share one pool of threads.
+    """
+    import torch  # noqa: F401
+
+    try:
+        loaded = ctypes.CDLL(str(LIBRARY))
+    except OSError as error:
+        log.warning("no native kernels, steps run in plain torch: %s", error)
+        return None
+    loaded.lorastack_scratch_bytes.restype = c_int64
+    loaded.lorastack_scratch_bytes.argtypes = (POINTER(Model), POINTER(Step))
+    loaded.lorastack_forward.restype = None
+    loaded.lorastack_forward.argtypes = (POINTER(Model), POINTER(Step))
+    loaded.lorastack_logits.restype = None
+    loaded.lorastack_logits.argtypes = (POINTER(Head),)
+    loaded.lorastack_supports.restype = c_int32
+    loaded.lorastack_supports.argtypes = (c_int32,)
+    return loaded
+
+
+def supported(isa: Isa) -> bool:
+    """Whether the library is there and this machine runs that part of it."""
+    loaded = library()
+    return loaded is not None and loaded.lorastack_supports(isa) == 1

@@ -1,0 +1,123 @@
+// Low-rank updates of a step's segments, straight from the adapters' flat buffers.
+//
+// A is [rank, K] and B is [out, rank], both row by row. The shrunk tokens stay in float32.
+#pragma once
+
+#include "matmul.h"
+
+namespace lorastack::LORASTACK_ISA {
+
+// One target of one segment. begin, end: its tokens; index: which output of the group; shrunk: where
+// its shrunk tokens lie, [end - begin][rank].
+template <class T>
+struct LoraPart {
+  int32_t begin, end, index, rank;
+  const T *a, *b;
+  float scale;
+  int64_t shrunk;
+};
+
+// One thread's share of the shrinks of a group: rows of A are dealt out in turn.
+template <class E>
+INLINE void shrink(const LoraPart<typename E::T>* parts, int count,
+                              const typename E::T* x, size_t ldx, int k, float* shrunk,
+                              int thread, int size) {
+  using T = typename E::T;
+  int row = 0;
+  for (int p = 0; p < count; p++) {
+    const LoraPart<T>& lora = parts[p];
+    for (int r = 0; r < lora.rank; r++, row++) {
+      if (row % size != thread) continue;
+      const T* a = lora.a + (size_t)r * k;
+      for (int t = lora.begin; t < lora.end; t += 4) {
+        const int num = lora.end - t < 4 ? lora.end - t : 4;
+        __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(),
+                          _mm512_setzero_ps()};
+        if constexpr (E::half) {
+          for (int i = 0; i < k; i += 32) {
+            __mmask32 m = k - i >= 32 ? 0xffffffffu : (1u << (k - i)) - 1;
+            __m512bh v = (__m512bh)_mm512_maskz_loadu_epi16(m, a + i);
+            for (int n = 0; n < num; n++)
+              sums[n] = _mm512_dpbf16_ps(sums[n], v,
+                                         (__m512bh)_mm512_loadu_si512(x + (t + n) * ldx + i));
+          }
+        } else {
+          for (int i = 0; i < k; i += 16) {
+            __m512 v = E::load(a + i, first(k - i));
+            for (int n = 0; n < num; n++)
+              sums[n] = _mm512_fmadd_ps(v, E::load(x + (t + n) * ldx + i), sums[n]);
+          }
+        }
+        for (int n = 0; n < num; n++)
+          shrunk[lora.shrunk + (int64_t)(t + n - lora.begin) * lora.rank + r] =
+              _mm512_reduce_add_ps(sums[n]);
+      }
+    }
+  }
+}
+
+// 16 vectors as the rows of a matrix become its columns.
+INLINE void transpose_16(__m512 v[16]) {
+  __m512 t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(v[i], v[i + 1]);
+    t[i + 1] = _mm512_unpackhi_ps(v[i], v[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    const __m512d a = _mm512_castps_pd(t[i]), b = _mm512_castps_pd(t[i + 2]);
+    const __m512d c = _mm512_castps_pd(t[i + 1]), d = _mm512_castps_pd(t[i + 3]);
+    v[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+    v[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+    v[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(c, d));
+    v[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(c, d));
+  }
+  for (int i = 0; i < 4; i++) {
+    t[i] = _mm512_shuffle_f32x4(v[i], v[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_f32x4(v[i], v[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_f32x4(v[i + 8], v[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_f32x4(v[i + 8], v[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 8; i++) {
+    v[i] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88);
+    v[i + 8] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd);
+  }
+}
+
+// Adds a group's updates to the sums of one panel: rows row..row + rows of the step, up to 16
+// outputs of target `index` from `column` on. out_size: the target's outputs; ld: of the sums.
+template <class E>
+INLINE void expand(const LoraPart<typename E::T>* parts, int count, const float* shrunk, int index,
+                   int column, int out_size, int row, int rows, float* sums, size_t ld) {
+  using T = typename E::T;
+  const int width = out_size - column < LANES ? out_size - column : LANES;
+  for (int p = 0; p < count; p++) {
+    const LoraPart<T>& lora = parts[p];
+    const int begin = lora.begin > row ? lora.begin : row;
+    const int end = lora.end < row + rows ? lora.end : row + rows;
+    if (lora.index != index || begin >= end) continue;
+    __m512 deltas[BLOCK_ROWS];
+    for (int t = begin; t < end; t++) deltas[t - begin] = _mm512_setzero_ps();
+    for (int r = 0; r < lora.rank; r += LANES) {
+      const int num = lora.rank - r < LANES ? lora.rank - r : LANES;
+      __m512 columns[LANES];
+      for (int n = 0; n < LANES; n++)
+        columns[n] = n < width ? E::load(lora.b + (size_t)(column + n) * lora.rank + r, first(num))
+                               : _mm512_setzero_ps();
+      transpose_16(columns);
+      for (int t = begin; t < end; t++) {
+        const float* s = shrunk + lora.shrunk + (int64_t)(t - lora.begin) * lora.rank + r;
+        __m512 delta = deltas[t - begin];
+        for (int i = 0; i < num; i++)
+          delta = _mm512_fmadd_ps(columns[i], _mm512_set1_ps(s[i]), delta);
+        deltas[t - begin] = delta;
+      }
+    }
+    for (int t = begin; t < end; t++) {
+      float* sum = sums + (size_t)(t - row) * ld;
+      _mm512_storeu_ps(sum, _mm512_fmadd_ps(deltas[t - begin], _mm512_set1_ps(lora.scale),
+                                            _mm512_loadu_ps(sum)));
+    }
+  }
+}
+
+}  // namespace lorastack::LORASTACK_ISA

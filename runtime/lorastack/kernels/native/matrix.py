@@ -1,0 +1,70 @@
+"""Weights in the order in which the native kernels read them.
+
+A panel is 16 outputs. In bfloat16 it is [K / 2][16][2], in float32 [K][16]; inputs and outputs are
+padded with zeros to multiples of 32. The plain reference of what is done with it is
+torch.nn.functional.linear on the weight that was packed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lorastack.kernels.native.library import Matrix
+
+LANES = 16
+PAD = 32  # multiple of inputs and of outputs
+
+
+@dataclass(frozen=True, slots=True)
+class PackedMatrix:
+    """panels: [outputs / 16, ...], opaque; bias: float32, one a padded output; inputs: padded."""
+
+    panels: Tensor
+    bias: Tensor | None
+    inputs: int
+
+    @property
+    def struct(self) -> Matrix:
+        """Borrows the tensors."""
+        bias = None if self.bias is None else self.bias.data_ptr()
+        return Matrix(self.panels.data_ptr(), bias, len(self.panels), self.inputs)
+
+
+def pack_matrix(weight_OI: Tensor, bias_O: Tensor | None = None) -> PackedMatrix:
+    """Outputs in their order."""
+    outputs, inputs = weight_OI.shape
+    padded = pad(weight_OI, (0, -inputs % PAD, 0, -outputs % PAD))
+    bias = None if bias_O is None else pad(bias_O.float(), (0, -outputs % PAD))
+    return PackedMatrix(_panels(padded), bias, padded.shape[1])
+
+
+def pack_pair(weight_OI: Tensor, bias_O: Tensor | None = None) -> PackedMatrix:
+    """Two matrices below each other (gate and up): panels of the first and the second in turn."""
+    rows = [_padded_rows(half) for half in weight_OI.chunk(2)]
+    bias = None
+    if bias_O is not None:
+        bias = _in_turn([_padded_rows(half.float()) for half in bias_O.chunk(2)])
+    packed = pack_matrix(_in_turn(rows))
+    return PackedMatrix(packed.panels, bias, packed.inputs)
+
+
+def _padded_rows(half: Tensor) -> Tensor:
+    missing = -len(half) % LANES
+    return pad(half, (0, 0) * (half.dim() - 1) + (0, missing))
+
+
+def _in_turn(halves: list[Tensor]) -> Tensor:
+    panels = [half.view(-1, LANES, *half.shape[1:]) for half in halves]
+    return torch.stack(panels, dim=1).flatten(0, 2)
+
+
+def _panels(weight_OI: Tensor) -> Tensor:
+    outputs, inputs = weight_OI.shape
+    if weight_OI.dtype == torch.bfloat16:
+        pairs = weight_OI.view(outputs // LANES, LANES, inputs // 2, 2)
+        return pairs.transpose(1, 2).contiguous()
+    return weight_OI.view(outputs // LANES, LANES, inputs).transpose(1, 2).contiguous()

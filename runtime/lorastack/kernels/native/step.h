@@ -1,0 +1,80 @@
+// What a step is made of, shared with the caller (ctypes mirrors these).
+#pragma once
+
+#include <stdint.h>
+
+#define LORASTACK_API __attribute__((visibility("default")))
+
+extern "C" {
+
+enum { LORASTACK_AMX, LORASTACK_AVX512_BF16, LORASTACK_AVX512 };
+
+// A packed weight. k: padded inputs; panels: even; bias: packed like the outputs, or null.
+struct lorastack_matrix {
+  const void* weight;
+  const float* bias;
+  int32_t panels, k;
+};
+
+struct lorastack_layer {
+  const void *attention_norm, *mlp_norm;
+  lorastack_matrix qkv, o, gate_up, down;  // gate_up: panels of gate and up in turn
+  void* kv;                                // [slots][2][kv_heads][head_dim]
+};
+
+// A LoRA's target in one layer; rank 0: none. Order of targets: q, k, v, o, gate, up, down.
+struct lorastack_target {
+  const void *a, *b;
+  float scale;
+  int32_t rank;
+};
+
+// Tokens begin..end use an adapter's targets, [num_layers][7] in a step.
+struct lorastack_segment {
+  const lorastack_target* targets;
+  int32_t begin, end;
+  float scale;
+  int32_t unused;
+};
+
+// Tokens start..end of the step; parents: null for a chain.
+struct lorastack_row {
+  const int32_t *pages, *parents;
+  int32_t start, end, committed, unused;
+};
+
+struct lorastack_model {
+  const lorastack_layer* layers;
+  const void* norm;
+  const float *cosine, *sine;  // [positions][head_dim / 2]
+  int32_t num_layers, hidden, inner, heads, kv_heads, head_dim, page_size, window;  // 0: none
+  float eps;
+  int32_t isa;
+};
+
+// hidden: [T][hidden] float32, embedded tokens; changed. out: [T][hidden], after the final norm.
+struct lorastack_step {
+  const lorastack_row* rows;
+  const lorastack_segment* segments;
+  float* hidden;
+  void* out;
+  void* scratch;
+  int32_t num_rows, num_tokens, num_segments, num_threads;
+};
+
+// Rows of states after the final norm into logits. x: [rows][k], readable up to a multiple of 32 rows;
+// out: [rows][outputs] float32; segments index the rows, their targets are lm_head's, one each.
+struct lorastack_head {
+  lorastack_matrix matrix;
+  const lorastack_segment* segments;
+  const void* x;
+  float *out, *scratch;  // scratch: the sum over segments of rows x rank
+  int32_t num_segments, rows, outputs, inputs, num_threads, isa;
+};
+
+LORASTACK_API int64_t lorastack_scratch_bytes(const lorastack_model* model,
+                                              const lorastack_step* step);
+LORASTACK_API void lorastack_forward(const lorastack_model* model, const lorastack_step* step);
+LORASTACK_API void lorastack_logits(const lorastack_head* head);
+LORASTACK_API int32_t lorastack_supports(int32_t isa);  // 1: this machine runs it
+}

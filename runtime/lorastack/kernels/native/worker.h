@@ -1,0 +1,423 @@
+// A decoder step as one parallel region: every phase is dealt out to the team, barriers between.
+#pragma once
+
+#include <math.h>
+#include <omp.h>
+#include <string.h>
+
+#include <vector>
+
+#include "step.h"
+
+#include "attention.h"
+#include "lora.h"
+#include "matmul.h"
+
+namespace lorastack::LORASTACK_ISA {
+
+constexpr int TARGETS = 7;
+struct Group {
+  int first, count;
+};
+constexpr Group QKV = {0, 3}, O = {3, 1}, GATE_UP = {4, 2}, DOWN = {6, 1};
+
+inline int padded(int k) { return ceil_div(k, K_STEP) * K_STEP; }
+
+// Hands out aligned pieces of the scratch buffer; with a null base it only counts.
+struct Arena {
+  char* base;
+  int64_t used = 0;
+  template <class T>
+  T* take(int64_t count) {
+    T* found = base ? reinterpret_cast<T*>(base + used) : nullptr;
+    used += (count * (int64_t)sizeof(T) + 63) / 64 * 64;
+    return found;
+  }
+};
+
+// One query token: its row, position and ancestors behind the linear prefix.
+struct Token {
+  int32_t row, position, linear, tail, num_tail;
+};
+
+template <class T>
+struct Buffers {
+  T *x, *qkv, *context, *inner;
+  float *shrunk, *scores;
+  Token* tokens;
+  int32_t* tails;
+  int64_t* slots;     // of all rows, one after the other
+  int64_t* row_slots;  // where a row's begin
+  int32_t* next;      // attention tasks taken, per layer
+  LoraPart<T>* parts;  // per thread
+  int capacity, ld_hidden, ld_qkv, ld_context, ld_inner, max_parts;
+};
+
+inline int depth_bound(const lorastack_row& row) { return row.parents ? row.end - row.start : 0; }
+
+template <class T>
+Buffers<T> lay_out(const lorastack_model& model, const lorastack_step& step, Arena& arena) {
+  const int rows = ceil_div(step.num_tokens, BLOCK_ROWS) * BLOCK_ROWS;
+  const int query = model.heads * model.head_dim, key = model.kv_heads * model.head_dim;
+  Buffers<T> b;
+  int64_t slots = 0, longest = 0, tails = 0, shrunk = 0;
+  for (int r = 0; r < step.num_rows; r++) {
+    const lorastack_row& row = step.rows[r];
+    int64_t used = row.committed + row.end - row.start;
+    slots += used;
+    if (used > longest) longest = used;
+    tails += (int64_t)depth_bound(row) * depth_bound(row);
+  }
+  for (int s = 0; s < step.num_segments; s++) {
+    const lorastack_segment& segment = step.segments[s];
+    int most = 0;
+    for (int i = 0; i < model.num_layers * TARGETS; i++)
+      if (segment.targets[i].rank > most) most = segment.targets[i].rank;
+    shrunk += (int64_t)(segment.end - segment.begin) * most * 3;
+  }
+  b.capacity = (int)((longest + LANES) / LANES * LANES);
+  b.ld_hidden = padded(model.hidden);
+  b.ld_qkv = padded(query + 2 * key);
+  b.ld_context = padded(query);
+  b.ld_inner = padded(model.inner);
+  b.max_parts = 3 * step.num_segments;
+  b.x = arena.take<T>((int64_t)rows * b.ld_hidden);
+  b.qkv = arena.take<T>((int64_t)rows * b.ld_qkv);
+  b.context = arena.take<T>((int64_t)rows * b.ld_context);
+  b.inner = arena.take<T>((int64_t)rows * b.ld_inner);
+  b.shrunk = arena.take<float>(shrunk);
+  b.scores = arena.take<float>((int64_t)step.num_threads * GROUP * b.capacity);
+  b.tokens = arena.take<Token>(step.num_tokens);
+  b.tails = arena.take<int32_t>(tails);
+  b.slots = arena.take<int64_t>(slots);
+  b.row_slots = arena.take<int64_t>(step.num_rows);
+  b.next = arena.take<int32_t>(model.num_layers);
+  b.parts = arena.take<LoraPart<T>>((int64_t)step.num_threads * b.max_parts);
+  return b;
+}
+
+// Where every row's slots lie and what every token sees.
+template <class T>
+void plan(const lorastack_model& model, const lorastack_step& step, Buffers<T>& b) {
+  const int64_t stride = 2ll * model.kv_heads * model.head_dim;
+  int64_t at = 0;
+  int32_t tail = 0;
+  for (int r = 0; r < step.num_rows; r++) {
+    const lorastack_row& row = step.rows[r];
+    b.row_slots[r] = at;
+    const int used = row.committed + row.end - row.start;
+    for (int s = 0; s < used; s++)
+      b.slots[at++] =
+          ((int64_t)row.pages[s / model.page_size] * model.page_size + s % model.page_size) * stride;
+    for (int j = 0; j < row.end - row.start; j++) {
+      Token& token = b.tokens[row.start + j];
+      token = {r, row.committed + j, row.committed + j + 1, tail, 0};
+      if (!row.parents) continue;
+      int depth = 0;
+      for (int a = j; row.parents[a] >= 0; a = row.parents[a]) depth++;
+      token.position = row.committed + depth;
+      token.linear = row.committed + 1;
+      token.num_tail = depth;
+      for (int a = j, i = depth; i > 0; a = row.parents[a]) b.tails[tail + --i] = row.committed + a;
+      tail += depth;
+    }
+  }
+  memset(b.next, 0, sizeof(int32_t) * model.num_layers);
+}
+
+template <class Isa>
+struct Worker {
+  using E = typename Isa::E;
+  using T = typename E::T;
+  const lorastack_model& model;
+  const lorastack_step& step;
+  const Buffers<T>& b;
+  Team* team;
+  int thread;
+  LoraPart<T>* parts;
+  int num_parts = 0;
+
+  Range tokens() const { return part(step.num_tokens, thread, team->size); }
+
+  void normalise(const void* weight_, T* out, int ld) {
+    const T* weight = (const T*)weight_;
+    const int size = model.hidden;
+    Range range = tokens();
+    for (int t = range.begin; t < range.end; t++) {
+      const float* h = step.hidden + (size_t)t * size;
+      __m512 squares = _mm512_setzero_ps();
+      for (int i = 0; i < size; i += LANES) {
+        __m512 v = _mm512_maskz_loadu_ps(first(size - i), h + i);
+        squares = _mm512_fmadd_ps(v, v, squares);
+      }
+      float scale = 1.0f / sqrtf(_mm512_reduce_add_ps(squares) / size + model.eps);
+      T* y = out + (size_t)t * ld;
+      for (int i = 0; i < size; i += LANES) {
+        __mmask16 m = first(size - i);
+        __m512 v = _mm512_mul_ps(_mm512_maskz_loadu_ps(m, h + i), _mm512_set1_ps(scale));
+        E::store(y + i, _mm512_mul_ps(v, E::load(weight + i, m)), m);
+      }
+      for (int i = size; i < ld; i++) y[i] = 0;
+    }
+  }
+
+  // Lists the group's LoRA parts of a layer and runs their shrinks; false without any.
+  void shrink_group(int layer, Group group, const T* x, int ldx, int k) {
+    num_parts = 0;
+    int64_t offset = 0;
+    for (int s = 0; s < step.num_segments; s++) {
+      const lorastack_segment& segment = step.segments[s];
+      for (int i = 0; i < group.count; i++) {
+        const lorastack_target& target = segment.targets[layer * TARGETS + group.first + i];
+        if (!target.rank || segment.begin == segment.end) continue;
+        parts[num_parts++] = {segment.begin, segment.end, i, target.rank,
+                              (const T*)target.a, (const T*)target.b,
+                              target.scale * segment.scale, offset};
+        offset += (int64_t)(segment.end - segment.begin) * target.rank;
+      }
+    }
+    if (!num_parts) return;
+    shrink<E>(parts, num_parts, x, ldx, k, b.shrunk, thread, team->size);
+    wait(team);
+  }
+
+  // Bias and LoRA of one panel of a block: outputs column.. of a group's target.
+  void finish(Block& block, int half, const lorastack_matrix& matrix, int panel,
+                         int row, int rows, int index, int column, int out_size) {
+    float* sums = &block.sums[0][half * LANES];
+    if (matrix.bias) {
+      __m512 bias = _mm512_loadu_ps(matrix.bias + panel * LANES);
+      for (int m = 0; m < rows; m++)
+        _mm512_storeu_ps(sums + m * BLOCK_COLS,
+                         _mm512_add_ps(_mm512_loadu_ps(sums + m * BLOCK_COLS), bias));
+    }
+    if (num_parts)
+      expand<E>(parts, num_parts, b.shrunk, index, column, out_size, row, rows, sums, BLOCK_COLS);
+  }
+
+  Range pairs(const lorastack_matrix& matrix) const {
+    return part(matrix.panels / 2, thread, team->size);
+  }
+
+  void project_qkv(const lorastack_layer& layer) {
+    const int query = model.heads * model.head_dim, key = model.kv_heads * model.head_dim;
+    matmul<Isa>(b.x, b.ld_hidden, step.num_tokens, (const T*)layer.qkv.weight, layer.qkv.k,
+                 pairs(layer.qkv), [&](Block& block, int row, int rows, int panel) {
+      for (int half = 0; half < 2; half++) {
+        const int column = (panel + half) * LANES;
+        if (column >= query + 2 * key) continue;
+        const int index = column < query ? 0 : column < query + key ? 1 : 2;
+        const int start = index == 0 ? 0 : index == 1 ? query : query + key;
+        finish(block, half, layer.qkv, panel + half, row, rows, index, column - start,
+               index == 0 ? query : key);
+        for (int m = 0; m < rows; m++)
+          E::store(b.qkv + (size_t)(row + m) * b.ld_qkv + column,
+                   _mm512_load_ps(&block.sums[m][half * LANES]));
+      }
+    });
+  }
+
+  // Adds a projection back into the hidden states.
+  void project_back(const lorastack_matrix& matrix, const T* x, int ldx) {
+    const int size = model.hidden;
+    matmul<Isa>(x, ldx, step.num_tokens, (const T*)matrix.weight, matrix.k,
+                pairs(matrix), [&](Block& block, int row, int rows, int panel) {
+      for (int half = 0; half < 2; half++) {
+        const int column = (panel + half) * LANES;
+        if (column >= size) continue;
+        finish(block, half, matrix, panel + half, row, rows, 0, column, size);
+        const __mmask16 mask = first(size - column);
+        for (int m = 0; m < rows; m++) {
+          float* h = step.hidden + (size_t)(row + m) * size + column;
+          _mm512_mask_storeu_ps(h, mask,
+                                _mm512_add_ps(_mm512_maskz_loadu_ps(mask, h),
+                                              _mm512_load_ps(&block.sums[m][half * LANES])));
+        }
+      }
+    });
+  }
+
+  // silu(gate) * up, a panel of each at a time.
+  void project_inner(const lorastack_layer& layer) {
+    const int size = model.inner;
+    matmul<Isa>(b.x, b.ld_hidden, step.num_tokens, (const T*)layer.gate_up.weight,
+                layer.gate_up.k, pairs(layer.gate_up),
+                [&](Block& block, int row, int rows, int panel) {
+      const int column = panel / 2 * LANES;
+      for (int half = 0; half < 2; half++)
+        finish(block, half, layer.gate_up, panel + half, row, rows, half, column, size);
+      for (int m = 0; m < rows; m++) {
+        __m512 gate = _mm512_load_ps(&block.sums[m][0]), up = _mm512_load_ps(&block.sums[m][LANES]);
+        // exp of minus the absolute value cannot overflow.
+        __m512 e = exp_512(_mm512_sub_ps(_mm512_setzero_ps(), _mm512_abs_ps(gate)));
+        __m512 one = _mm512_set1_ps(1.0f);
+        __mmask16 negative = _mm512_cmp_ps_mask(gate, _mm512_setzero_ps(), _CMP_LT_OQ);
+        __m512 sigmoid = _mm512_div_ps(_mm512_mask_mov_ps(one, negative, e), _mm512_add_ps(one, e));
+        E::store(b.inner + (size_t)(row + m) * b.ld_inner + column,
+                 _mm512_mul_ps(_mm512_mul_ps(gate, sigmoid), up));
+      }
+    });
+  }
+
+  // Rotates queries in place, keys on their way into the cache.
+  void rotate(const lorastack_layer& layer) {
+    const int half = model.head_dim / 2, dim = model.head_dim;
+    const int query = model.heads * dim, key = model.kv_heads * dim;
+    Range range = tokens();
+    for (int t = range.begin; t < range.end; t++) {
+      const Token& token = b.tokens[t];
+      const float* cosine = model.cosine + (size_t)token.position * half;
+      const float* sine = model.sine + (size_t)token.position * half;
+      const lorastack_row& row = step.rows[token.row];
+      T* qkv = b.qkv + (size_t)t * b.ld_qkv;
+      T* slot = (T*)layer.kv + b.slots[b.row_slots[token.row] + row.committed + t - row.start];
+      for (int head = 0; head < model.heads + model.kv_heads; head++) {
+        T* in = qkv + head * dim;
+        T* out = head < model.heads ? in : slot + (head - model.heads) * dim;
+        for (int i = 0; i < half; i += LANES) {
+          __m512 c = _mm512_loadu_ps(cosine + i), s = _mm512_loadu_ps(sine + i);
+          __m512 a = E::load(in + i), z = E::load(in + half + i);
+          E::store(out + i, _mm512_fnmadd_ps(z, s, _mm512_mul_ps(a, c)));
+          E::store(out + half + i, _mm512_fmadd_ps(a, s, _mm512_mul_ps(z, c)));
+        }
+      }
+      memcpy(slot + key, qkv + query + key, sizeof(T) * key);
+    }
+  }
+
+  // Tasks of GROUP queries of one row and kv head, taken by whoever is free.
+  void attention(int index, const lorastack_layer& layer) {
+    const int share = model.heads / model.kv_heads, dim = model.head_dim;
+    const int64_t key = (int64_t)model.kv_heads * dim;
+    float* scores = b.scores + (size_t)thread * GROUP * b.capacity;
+    int32_t task = __atomic_fetch_add(&b.next[index], 1, __ATOMIC_RELAXED);
+    int32_t passed = 0;
+    for (int r = 0; r < step.num_rows; r++) {
+      const lorastack_row& row = step.rows[r];
+      const int queries = (row.end - row.start) * share, groups = ceil_div(queries, GROUP);
+      const int32_t tasks = groups * model.kv_heads;
+      for (; task < passed + tasks; task = __atomic_fetch_add(&b.next[index], 1, __ATOMIC_RELAXED)) {
+        // The longest queries of a prompt first, so that no thread is left with them at the end.
+        const int head = (task - passed) % model.kv_heads;
+        const int begin = (groups - 1 - (task - passed) / model.kv_heads) * GROUP;
+        const int count = queries - begin < GROUP ? queries - begin : GROUP;
+        Query<T> found[GROUP];
+        for (int g = 0; g < count; g++) {
+          const int t = row.start + (begin + g) / share, h = head * share + (begin + g) % share;
+          const Token& token = b.tokens[t];
+          const int oldest = model.window ? token.position + 1 - model.window : 0;
+          found[g] = {b.qkv + (size_t)t * b.ld_qkv + h * dim,
+                      b.context + (size_t)t * b.ld_context + h * dim,
+                      token.linear, oldest > 0 ? oldest : 0, token.num_tail, b.tails + token.tail};
+        }
+        RowCache<T> cache = {(const T*)layer.kv + head * dim, b.slots + b.row_slots[r], key};
+        attend<E>(found, count, cache, dim, 1.0f / sqrtf((float)dim), scores, b.capacity);
+      }
+      passed += tasks;
+    }
+  }
+
+  void run() {
+    begin_tiles<Isa>();
+    for (int i = 0; i < model.num_layers; i++) {
+      const lorastack_layer& layer = model.layers[i];
+      normalise(layer.attention_norm, b.x, b.ld_hidden);
+      wait(team);
+      shrink_group(i, QKV, b.x, b.ld_hidden, model.hidden);
+      project_qkv(layer);
+      wait(team);
+      rotate(layer);
+      wait(team);
+      attention(i, layer);
+      wait(team);
+      shrink_group(i, O, b.context, b.ld_context, model.heads * model.head_dim);
+      project_back(layer.o, b.context, b.ld_context);
+      wait(team);
+      normalise(layer.mlp_norm, b.x, b.ld_hidden);
+      wait(team);
+      shrink_group(i, GATE_UP, b.x, b.ld_hidden, model.hidden);
+      project_inner(layer);
+      wait(team);
+      shrink_group(i, DOWN, b.inner, b.ld_inner, model.inner);
+      project_back(layer.down, b.inner, b.ld_inner);
+      wait(team);
+    }
+    normalise(model.norm, (T*)step.out, model.hidden);
+    end_tiles<Isa>();
+  }
+};
+
+template <class Isa>
+void forward(const lorastack_model& model, const lorastack_step& step) {
+  using T = typename Isa::E::T;
+  Arena arena{(char*)step.scratch};
+  Buffers<T> buffers = lay_out<T>(model, step, arena);
+  plan(model, step, buffers);
+  Team team{step.num_threads, 0, 0};
+#pragma omp parallel num_threads(step.num_threads)
+  {
+    const int thread = omp_get_thread_num();
+    Worker<Isa> worker{model, step, buffers, &team, thread,
+                       buffers.parts + (size_t)thread * buffers.max_parts};
+    worker.run();
+  }
+}
+
+template <class Isa>
+void logits(const lorastack_head& head) {
+  using E = typename Isa::E;
+  using T = typename E::T;
+  std::vector<LoraPart<T>> parts;
+  int64_t offset = 0;
+  for (int s = 0; s < head.num_segments; s++) {
+    const lorastack_segment& segment = head.segments[s];
+    const lorastack_target& target = *segment.targets;
+    parts.push_back({segment.begin, segment.end, 0, target.rank, (const T*)target.a,
+                     (const T*)target.b, target.scale * segment.scale, offset});
+    offset += (int64_t)(segment.end - segment.begin) * target.rank;
+  }
+  Team team{head.num_threads, 0, 0};
+#pragma omp parallel num_threads(head.num_threads)
+  {
+    const int thread = omp_get_thread_num(), num_parts = (int)parts.size();
+    begin_tiles<Isa>();
+    if (num_parts) {
+      shrink<E>(parts.data(), num_parts, (const T*)head.x, head.inputs, head.inputs, head.scratch,
+                thread, team.size);
+      wait(&team);
+    }
+    auto store = [&](Block& block, int row, int count, int panel) {
+      for (int half = 0; half < 2; half++) {
+        const int column = (panel + half) * LANES;
+        if (column >= head.outputs) continue;
+        float* sums = &block.sums[0][half * LANES];
+        if (num_parts)
+          expand<E>(parts.data(), num_parts, head.scratch, 0, column, head.outputs, row, count,
+                    sums, BLOCK_COLS);
+        const __mmask16 mask = first(head.outputs - column);
+        for (int m = 0; m < count; m++)
+          _mm512_mask_storeu_ps(head.out + (size_t)(row + m) * head.outputs + column, mask,
+                                _mm512_load_ps(sums + m * BLOCK_COLS));
+      }
+    };
+    matmul<Isa>((const T*)head.x, head.inputs, head.rows, (const T*)head.matrix.weight,
+                head.matrix.k, part(head.matrix.panels / 2, thread, team.size), store);
+    end_tiles<Isa>();
+  }
+}
+
+}  // namespace lorastack::LORASTACK_ISA
+
+// The entry points of one instruction set, for dispatch.cpp.
+#define LORASTACK_EXPORT(name, Isa)                                                     \
+  namespace lorastack::name {                                                           \
+  int64_t scratch_bytes(const lorastack_model& model, const lorastack_step& step) {     \
+    Arena arena{nullptr};                                                               \
+    lay_out<Isa::E::T>(model, step, arena);                                             \
+    return arena.used;                                                                  \
+  }                                                                                     \
+  void run_step(const lorastack_model& model, const lorastack_step& step) {             \
+    forward<Isa>(model, step);                                                          \
+  }                                                                                     \
+  void run_logits(const lorastack_head& head) { logits<Isa>(head); }                    \
+  }

@@ -1,0 +1,272 @@
+"""A step as one call of the native library: Llama and Mistral layers on an x86-64 CPU.
+
+A row's bits depend on its own tokens, adapters and past alone: not on the rows beside it, on how
+its prompt was cut, on a cached prefix or on a tree around it (see kernels/native/common.h).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding
+
+from lorastack.kernels.native import library as native
+from lorastack.kernels.native.matrix import PAD, PackedMatrix, pack_matrix, pack_pair
+from lorastack.layout import GROUPS, LAYER_TARGETS
+from lorastack.lora.linear import add_embedding
+from lorastack.lora.segments import LoraBatch, Segment
+from lorastack.lora.weights import LM_HEAD_GROUP, GroupLora, LoraWeights, TargetLora
+from lorastack.model.checkpoint import Checkpoint
+from lorastack.model.config import DecoderConfig
+from lorastack.model.context import ForwardBatch
+from lorastack.model.kv import KVCache
+from lorastack.model.weights import DecoderWeights, load_weights
+
+ROWS = 32  # rows that the kernels may read at once
+FIRST_TARGET = (0, *accumulate(map(len, GROUPS)))  # of each group, in LAYER_TARGETS
+
+
+def native_isa(
+    config: DecoderConfig, dtype: torch.dtype, device: torch.device
+) -> native.Isa | None:
+    """The instructions that would run this model here; None: none do."""
+    shapes = config.shapes
+    if device.type != "cpu" or shapes.hidden_size % PAD or shapes.head_dim % PAD:
+        return None
+    wanted = {
+        torch.bfloat16: (native.Isa.AMX, native.Isa.AVX512_BF16),
+        torch.float32: (native.Isa.AVX512,),
+    }.get(dtype, ())
+    return next((isa for isa in wanted if native.supported(isa)), None)
+
+
+class NativeBackend:
+    """Owns the packed weights and the scratch memory of a step. Not thread-safe."""
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        weights: DecoderWeights[PackedMatrix],
+        dtype: torch.dtype,
+        isa: native.Isa,
+    ) -> None:
+        library = native.library()
+        assert library is not None, "native_isa() comes first"
+        self.name = f"native {isa.name.lower().replace('_', '-')}"
+        self._library = library
+        self._config = config
+        self._weights = weights
+        self._dtype = dtype
+        self._isa = isa
+        self._scratch = torch.empty(0, dtype=torch.uint8)
+        positions = torch.arange(config.shapes.max_context, dtype=torch.float32)
+        angle_PF = positions[:, None] * config.inv_freq
+        self._cosine_PF = angle_PF.cos().mul_(config.rope_scale)
+        self._sine_PF = angle_PF.sin().mul_(config.rope_scale)
+        self._models: WeakKeyDictionary[KVCache, _Model] = WeakKeyDictionary()
+        self._targets: WeakKeyDictionary[LoraWeights, ctypes.Array[native.Target]] = (
+            WeakKeyDictionary()
+        )
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: Checkpoint,
+        config: DecoderConfig,
+        dtype: torch.dtype,
+        isa: native.Isa,
+    ) -> NativeBackend:
+        """Raises what `load_weights` raises."""
+        weights = load_weights(
+            checkpoint,
+            config,
+            device=torch.device("cpu"),
+            dtype=dtype,
+            pack=pack_matrix,
+            pack_pair=pack_pair,
+        )
+        return cls(config, weights, dtype, isa)
+
+    def forward(self, batch: ForwardBatch, kv: KVCache) -> Tensor:
+        """[T, H] after the final norm. Writes the step's keys and values into `kv`."""
+        hidden_TH = embedding(batch.token_ids_T, self._weights.embed_VH)
+        add_embedding(batch.token_ids_T, hidden_TH, batch.lora)
+        hidden_TH = hidden_TH.float()
+        out_TH = self._padded(len(hidden_TH))
+        uses = batch.lora.segments
+        tables = [self._layer_targets(segment.weights) for segment in uses]
+        segments = _segments(uses, [ctypes.addressof(table) for table in tables])
+        rows = _Rows(batch)
+        step = native.Step(
+            rows.address,
+            ctypes.addressof(segments),
+            hidden_TH.data_ptr(),
+            out_TH.data_ptr(),
+            None,
+            len(batch.rows),
+            len(hidden_TH),
+            len(segments),
+            torch.get_num_threads(),
+        )
+        model = self._model(kv)
+        step.scratch = self._scratch_of(self._library.lorastack_scratch_bytes(model, step))
+        self._library.lorastack_forward(model, step)
+        return out_TH[: len(hidden_TH)]
+
+    def logits(self, hidden_XH: Tensor, lora: LoraBatch) -> Tensor:
+        """float32 [X, V] of states after the final norm. The segments index the X rows."""
+        shapes, num_rows = self._config.shapes, len(hidden_XH)
+        x_XH = self._padded(num_rows)
+        x_XH[:num_rows] = hidden_XH
+        out_XV = torch.empty(num_rows, shapes.vocab_size)
+        adapting = [each for each in lora.segments if LM_HEAD_GROUP in each.weights.groups]
+        heads = [each.weights.groups[LM_HEAD_GROUP] for each in adapting]
+        targets = (native.Target * len(heads))(*(_target(head, head.targets[0]) for head in heads))
+        segments = _segments(adapting, [ctypes.addressof(target) for target in targets])
+        num_shrunk = sum(
+            len(head.a_RI) * (each.end - each.start)
+            for each, head in zip(adapting, heads, strict=True)
+        )
+        head = native.Head(
+            self._weights.lm_head.struct,
+            ctypes.addressof(segments),
+            x_XH.data_ptr(),
+            out_XV.data_ptr(),
+            self._scratch_of(num_shrunk * torch.float32.itemsize),
+            len(segments),
+            num_rows,
+            shapes.vocab_size,
+            shapes.hidden_size,
+            torch.get_num_threads(),
+            self._isa,
+        )
+        self._library.lorastack_logits(head)
+        return out_XV
+
+    def _padded(self, num_rows: int) -> Tensor:
+        """Uninitialised [num_rows rounded up, H]."""
+        return torch.empty(
+            -(-num_rows // ROWS) * ROWS, self._config.shapes.hidden_size, dtype=self._dtype
+        )
+
+    def _scratch_of(self, nbytes: int) -> int:
+        """Address of at least so many bytes on a cache line, the same memory at every call."""
+        if len(self._scratch) < nbytes + 64:
+            self._scratch = torch.empty(2 * nbytes + 64, dtype=torch.uint8)
+        return -(-self._scratch.data_ptr() // 64) * 64
+
+    def _model(self, kv: KVCache) -> native.Model:
+        if kv not in self._models:
+            self._models[kv] = self._describe(kv)
+        return self._models[kv].model
+
+    def _describe(self, kv: KVCache) -> _Model:
+        shapes, weights = self._config.shapes, self._weights
+        layers = (native.Layer * shapes.num_layers)(
+            *(
+                native.Layer(
+                    layer.attention_norm.data_ptr(),
+                    layer.mlp_norm.data_ptr(),
+                    layer.qkv.struct,
+                    layer.o.struct,
+                    layer.gate_up.struct,
+                    layer.down.struct,
+                    kv.data[layer.index].data_ptr(),
+                )
+                for layer in weights.layers
+            )
+        )
+        model = native.Model(
+            ctypes.addressof(layers),
+            weights.norm.data_ptr(),
+            self._cosine_PF.data_ptr(),
+            self._sine_PF.data_ptr(),
+            shapes.num_layers,
+            shapes.hidden_size,
+            shapes.intermediate_size,
+            shapes.num_heads,
+            shapes.num_kv_heads,
+            shapes.head_dim,
+            kv.page_size,
+            self._config.window or 0,
+            self._config.rms_eps,
+            self._isa,
+        )
+        return _Model(model, layers)
+
+    def _layer_targets(self, weights: LoraWeights) -> ctypes.Array[native.Target]:
+        """[num_layers][7], made once an adapter."""
+        if weights not in self._targets:
+            found = [native.Target()] * (self._config.shapes.num_layers * len(LAYER_TARGETS))
+            for (layer, group), adapted in weights.groups.items():
+                if (layer, group) != LM_HEAD_GROUP:
+                    start = layer * len(LAYER_TARGETS) + FIRST_TARGET[group]
+                    for target in adapted.targets:
+                        found[start + target.index] = _target(adapted, target)
+            self._targets[weights] = (native.Target * len(found))(*found)
+        return self._targets[weights]
+
+
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """layers: what `model` points to."""
+
+    model: native.Model
+    layers: ctypes.Array[native.Layer]
+
+
+class _Rows:
+    """The rows of a step for the library, which borrows them until it returns."""
+
+    def __init__(self, batch: ForwardBatch) -> None:
+        self._numbers = array("i")
+        places = []
+        for row in batch.rows:
+            pages = self._add(row.page_table)
+            places.append((pages, None if row.parents is None else self._add(row.parents)))
+        base = self._numbers.buffer_info()[0]
+        size = self._numbers.itemsize
+        self._rows = (native.Row * len(batch.rows))(
+            *(
+                native.Row(
+                    base + pages * size,
+                    None if parents is None else base + parents * size,
+                    row.start,
+                    row.end,
+                    row.committed,
+                )
+                for row, (pages, parents) in zip(batch.rows, places, strict=True)
+            )
+        )
+
+    @property
+    def address(self) -> int:
+        return ctypes.addressof(self._rows)
+
+    def _add(self, numbers: Sequence[int]) -> int:
+        """Where they begin."""
+        start = len(self._numbers)
+        self._numbers.extend(numbers)
+        return start
+
+
+def _segments(segments: Sequence[Segment], targets: Sequence[int]) -> ctypes.Array[native.Segment]:
+    """targets: the address of each segment's."""
+    return (native.Segment * len(segments))(
+        *(
+            native.Segment(address, segment.start, segment.end, segment.scale)
+            for segment, address in zip(segments, targets, strict=True)
+        )
+    )
+
+
+def _target(adapted: GroupLora, target: TargetLora) -> native.Target:
+    a_RI = adapted.a_RI[target.rank]
+    return native.Target(a_RI.data_ptr(), target.b_OR.data_ptr(), target.scale, len(a_RI))

@@ -1,0 +1,218 @@
+"""The native step: equal to the torch backend, and to itself bit by bit in whatever company."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lorastack.kernels.native.library import Isa, supported
+from lorastack.layout import EMBED, LAYER_TARGETS, LM_HEAD
+from lorastack.lora.segments import LoraBatch, Segment
+from lorastack.lora.weights import LoraWeights
+from lorastack.model.checkpoint import Checkpoint
+from lorastack.model.config import load_config
+from lorastack.model.context import ForwardBatch, RowSpan
+from lorastack.model.decoder import Decoder, load_decoder
+from lorastack.model.kv import KVCache
+from lorastack.model.native import NativeBackend
+from tests.helpers.adapters import write_lora
+from tests.helpers.packed import read_weights
+from tests.helpers.tiny import VOCAB_SIZE, build_llama, build_mistral, shapes_of
+
+CPU = torch.device("cpu")
+PAGE, NUM_PAGES = 4, 256
+DTYPES = {Isa.AMX: torch.bfloat16, Isa.AVX512_BF16: torch.bfloat16, Isa.AVX512: torch.float32}
+ISAS = [
+    pytest.param(isa, marks=pytest.mark.skipif(not supported(isa), reason="not on this machine"))
+    for isa in Isa
+]
+MODELS = {
+    "llama": (build_llama, {}),
+    "biases": (build_llama, {"attention_bias": True, "mlp_bias": True, "intermediate_size": 88}),
+    "one-kv-head": (build_llama, {"num_key_value_heads": 1, "head_dim": 96}),
+    "window": (build_mistral, {"sliding_window": 9, "head_dim": 64}),
+}
+LORAS = {
+    "all": {"rank": 5, "targets": (*LAYER_TARGETS, LM_HEAD, EMBED)},
+    "some": {"rank": 19, "targets": ("k_proj", "up_proj", "down_proj"), "seed": 2},
+    "wide": {"rank": 33, "targets": ("q_proj", "o_proj", "gate_proj"), "seed": 3},
+}
+STACKS: tuple[tuple[tuple[str, float], ...], ...] = (
+    (),
+    (("all", 1.0),),
+    (("some", 1.0),),
+    (("all", 0.5), ("wide", 1.5)),
+)
+
+
+@dataclass(frozen=True)
+class World:
+    """A tiny model on one instruction set, and the same in torch and float32."""
+
+    native: Decoder
+    reference: Decoder
+    loras: dict[str, LoraWeights]
+    reference_loras: dict[str, LoraWeights]
+
+    def cache(self, decoder: Decoder) -> KVCache:
+        kv = KVCache(decoder.shapes, NUM_PAGES, PAGE, decoder.dtype, CPU)
+        kv.data.fill_(torch.nan)  # what an earlier owner left must not matter
+        return kv
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    build, fields = MODELS[request.param]
+    return build(tmp_path_factory.mktemp(request.param), **fields)
+
+
+@pytest.fixture(scope="module")
+def lora_folders(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    base, shapes = tmp_path_factory.mktemp("loras"), shapes_of(folder)
+    return {name: write_lora(base / name, shapes, **fields) for name, fields in LORAS.items()}
+
+
+@pytest.fixture(scope="module", params=ISAS)
+def world(request: pytest.FixtureRequest, folder: Path, lora_folders: dict[str, Path]) -> World:
+    dtype, config = DTYPES[request.param], load_config(folder, None)
+    backend = NativeBackend.load(Checkpoint(folder), config, dtype, request.param)
+    shapes = shapes_of(folder)
+    return World(
+        Decoder(config.shapes, backend, CPU, dtype),
+        load_decoder(folder, device=CPU, dtype=torch.float32, max_context=None, native=False),
+        {name: read_weights(path, shapes, dtype) for name, path in lora_folders.items()},
+        {name: read_weights(path, shapes) for name, path in lora_folders.items()},
+    )
+
+
+@dataclass(frozen=True)
+class Part:
+    """Tokens of one row in a step. parents: None for a chain."""
+
+    ids: Sequence[int]
+    committed: int
+    pages: Sequence[int]
+    stack: tuple[tuple[str, float], ...] = ()
+    parents: tuple[int, ...] | None = None
+
+
+def run(
+    decoder: Decoder, loras: dict[str, LoraWeights], kv: KVCache, parts: Sequence[Part]
+) -> list[Tensor]:
+    """Logits [T, V] of every part, all in one step."""
+    rows, segments, start = [], [], 0
+    for part in parts:
+        end = start + len(part.ids)
+        rows.append(RowSpan(start, end, part.pages, part.committed, part.parents))
+        segments += [Segment(start, end, loras[name], scale) for name, scale in part.stack]
+        start = end
+    lora = LoraBatch(tuple(segments))
+    ids = torch.tensor([token for part in parts for token in part.ids])
+    hidden_TH = decoder.forward(ForwardBatch(ids, tuple(rows), lora), kv)
+    logits_TV = decoder.logits(hidden_TH, lora)
+    return list(logits_TV.split([len(part.ids) for part in parts]))
+
+
+def tokens(count: int, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(4, VOCAB_SIZE, (count,), generator=generator).tolist()
+
+
+def company(chance: random.Random, free: list[int]) -> Part:
+    """Another row: a prompt, a tree or a single token, on pages of its own."""
+    count = chance.choice((1, 1, 3, 7, 40))
+    tree = chance.random() < 0.3
+    parents = tuple(chance.randrange(-1 if j == 0 else 0, max(j, 1)) for j in range(count))
+    pages = [free.pop() for _ in range(12)]
+    return Part(
+        tokens(count, chance.randrange(1000)),
+        0,
+        pages,
+        chance.choice(STACKS),
+        (-1, *parents[1:]) if tree else None,
+    )
+
+
+def test_a_mixed_batch_equals_torch(world: World) -> None:
+    chance = random.Random(3)
+    free = list(range(NUM_PAGES))
+    parts = [company(chance, free) for _ in range(14)]
+    found = run(world.native, world.loras, world.cache(world.native), parts)
+    expected = run(world.reference, world.reference_loras, world.cache(world.reference), parts)
+    for mine, theirs in zip(found, expected, strict=True):
+        if world.native.dtype == torch.float32:
+            torch.testing.assert_close(mine, theirs, atol=3e-4, rtol=1e-4)
+        else:
+            assert (mine - theirs).norm() < 0.04 * theirs.norm()
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**20))
+def test_a_rows_bits_do_not_depend_on_its_company(world: World, seed: int) -> None:
+    """A prompt at once and alone; then in pieces, some as trees, among other rows."""
+    chance = random.Random(seed)
+    stack = chance.choice(STACKS)
+    ids = tokens(48, seed)
+    kv = world.cache(world.native)
+    pages = list(range(12))
+    chance.shuffle(pages)
+    (alone,) = run(world.native, world.loras, kv, [Part(ids, 0, pages, stack)])
+
+    free = list(range(NUM_PAGES))
+    chance.shuffle(free)
+    kv, pages = world.cache(world.native), [free.pop() for _ in range(16)]
+    done = 0
+    while done < len(ids):
+        size = min(chance.choice((1, 2, 5, 30)), len(ids) - done)
+        others = [company(chance, free[:]) for _ in range(1)]
+        place = chance.randrange(2)
+        if 1 < size <= 5:
+            mine, path = tree_of(ids[done : done + size], done, pages, stack, chance)
+        else:
+            mine, path = Part(ids[done : done + size], done, pages, stack), list(range(size))
+        results = run(world.native, world.loras, kv, [*others[:place], mine, *others[place:]])
+        assert torch.equal(results[min(place, len(others))][path], alone[done : done + size])
+        kv.move(pages, [done + node for node in path], list(range(done, done + size)))
+        done += size
+
+
+def tree_of(
+    ids: Sequence[int],
+    committed: int,
+    pages: Sequence[int],
+    stack: tuple[tuple[str, float], ...],
+    chance: random.Random,
+) -> tuple[Part, list[int]]:
+    """A tree with `ids` as one of its paths, and the nodes of that path."""
+    nodes, parents, path = [ids[0]], [-1], [0]
+    for token in ids[1:]:
+        parent = path[-1]
+        wrong = [chance.randrange(4, VOCAB_SIZE) for _ in range(chance.randrange(3))]
+        place = chance.randrange(len(wrong) + 1)
+        path.append(len(nodes) + place)
+        nodes += [*wrong[:place], token, *wrong[place:]]
+        parents += [parent] * (len(wrong) + 1)
+    return Part(nodes, committed, pages, stack, tuple(parents)), path
+
+
+def test_threads_do_not_change_bits(world: World) -> None:
+    chance = random.Random(5)
+    free = list(range(NUM_PAGES))
+    parts = [company(chance, free) for _ in range(6)]
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = run(world.native, world.loras, world.cache(world.native), parts)
+        torch.set_num_threads(3)
+        three = run(world.native, world.loras, world.cache(world.native), parts)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(one, three, strict=True))
