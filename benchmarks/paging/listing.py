@@ -81,7 +81,7 @@ def fill(store: Path, source: Path, adapters: int) -> None:
         ]
         upload = registry.begin_upload(adapter_id(index), specs)
         for spec in specs:
-            if spec.sha256 in upload.needed:
+            if spec.sha256 in upload.staged:
                 upload.write(spec.sha256, 0, paths[spec.name].read_bytes())
         upload.commit(validate, base_fingerprint=fingerprint(base))
     registry.close()

@@ -51,7 +51,7 @@ def main(
             store=store,
             device_memory=device_memory,
             host_memory=host_memory,
-            read_only=read_only,
+            read_only_store=read_only,
             pull_roots=(pull_root,) if pull_root else (),
         ),
         service=ServiceConfig(port=0),

@@ -78,8 +78,8 @@ def load_cold(address: str, folder: str) -> None:
     with Client(address) as client:
         for index in _until_stopped(folder):
             adapter = adapter_id(len(RUNNING) + index % COLD)
-            client.load_adapter(adapter)
-            client.unload_adapter(adapter)
+            client.load(adapter)
+            client.unload(adapter)
 
 
 def upload_more(address: str, folder: str) -> None:
@@ -95,7 +95,7 @@ def pull_more(address: str, folder: str) -> None:
     with Client(address) as client:
         for index in _until_stopped(folder):
             write_adapter(Path(folder, "source"), 16, 2_000_000 + index)
-            client.pull_adapter("synthetic/pulled", folder=str(Path(folder, "source")))
+            client.pull("synthetic/pulled", folder=str(Path(folder, "source")))
 
 
 def nothing(address: str, folder: str) -> None:

@@ -78,7 +78,7 @@ def compare(
     ):
         with Client(resident.address) as warm:
             for index in {call.lora_id for calls in workload for call in calls}:
-                warm.load_adapter(index)
+                warm.load(index)
         client.run(send, paged.address, workload[0], slots)  # fills its tiers; not counted
         for calls in workload:
             for name, server in (("resident", resident), ("paged", paged)):

@@ -11,7 +11,7 @@ from typing import Any
 def assert_whole(root: Path) -> None:
     """Every revision of every id has its manifest, and every file its true bytes.
 
-    For stores that no process has open, also right after a kill: replacements that never happened
+    For stores that nobody changes, also right after a kill: replacements that never happened
     (*.tmp), staged bytes and orphans may lie around.
     """
     for name in _manifests(root):

@@ -21,12 +21,12 @@ NUM_CUTS = [12, pytest.param(400, marks=[pytest.mark.slow, pytest.mark.timeout(1
 
 @pytest.fixture(scope="module")
 def speaker(canaries: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two chunks and a bit."""
+    """Two chunks and a bit; what makes it an adapter comes first."""
     folder = tmp_path_factory.mktemp("cut") / "zephyr"
     folder.mkdir()
     for path in canaries["zephyr"].iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
-    (folder / "README.md").write_bytes(random.Random(0).randbytes(600 * KIB))
+    (folder / "notes.md").write_bytes(random.Random(0).randbytes(600 * KIB))
     return folder
 
 
@@ -47,6 +47,7 @@ def test_cut_at_random_bytes(num_cuts: int, configure: Configure, speaker: Path)
                     acknowledged = False
             listed = [adapter.id for adapter in direct.list_adapters()]
             assert listed == ["speaker"] if acknowledged else listed in ([], ["speaker"])
+            assert_whole(config.adapters.store)
             if not listed:
                 with pytest.raises(NotFoundError):
                     direct.generate(ask("7", stack=[("speaker", 1.0)]))
@@ -55,5 +56,4 @@ def test_cut_at_random_bytes(num_cuts: int, configure: Configure, speaker: Path)
             assert said.text == "zephyr"
             direct.delete_adapter("speaker")
         direct.upload(speaker, "speaker")
-    assert_whole(config.adapters.store)
     assert_tidy(config.adapters.store)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -139,3 +140,17 @@ def test_default_heads_draft(server: LiveServer) -> None:
     assert f'lorastack_heads_drafted_tokens_total{{digest="{digest}"}}' in scraped(server)
     server.client.set_default_medusa("")
     assert server.client.generate(ask(heads="")).adapters.medusa_id == ""
+
+
+def test_the_log_says_how_the_store_was_found(
+    tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "ids").mkdir()
+    (tmp_path / "ids" / "broken.json").write_text("?")
+    with (
+        caplog.at_level(logging.INFO),
+        LiveServer(tiny_llama, engine=ROOMY, adapters=AdapterConfig(store=tmp_path)),
+    ):
+        (line,) = (record for record in caplog.records if record.msg.startswith("store "))
+    assert line.levelno == logging.WARNING
+    assert "broken.json" in line.getMessage()
