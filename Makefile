@@ -51,6 +51,7 @@ demo: install
 	$(PY) -m examples.demo
 
 bench: install
+	$(PY) -m benchmarks.step
 	$(PY) -m benchmarks.heads
 	$(PY) -m benchmarks.memory
 

@@ -169,7 +169,6 @@ def build_mistral(
         "num_hidden_layers": num_layers,
         "num_attention_heads": NUM_HEADS,
         "num_key_value_heads": NUM_KV_HEADS,
-        "head_dim": HEAD_DIM,
         "head_dim": HEAD_DIM + 4,
         "sliding_window": 24,
         "max_position_embeddings": MAX_CONTEXT,

@@ -13,7 +13,7 @@ from tests.helpers.live import ROOMY, LiveServer
 from tests.helpers.zoo import build_zoo
 
 # 22 pages for 8 rows and room for a few adapters only: rows preempt, adapters come and go.
-TIGHT = EngineConfig(kv_memory=22 * 8 * KIB, max_rows=8, max_step_tokens=24, max_nodes=6)
+TIGHT = EngineConfig(kv_memory=22 * 16 * KIB, max_rows=8, max_step_tokens=24, max_nodes=6)
 TIGHT_ADAPTERS = 160 * KIB
 
 StartServer = Callable[..., LiveServer]
@@ -59,7 +59,7 @@ def start(tmp_path: Path, tiny_llama: Path) -> Iterator[StartServer]:
     servers: list[LiveServer] = []
 
     def build(device_memory: int = MIB, **engine: int) -> LiveServer:
-        config = EngineConfig(**({"kv_memory": 8 * MIB} | engine))
+        config = EngineConfig(**({"kv_memory": 16 * MIB} | engine))
         store = AdapterConfig(store=tmp_path / "store", device_memory=device_memory)
         servers.append(LiveServer(tiny_llama, engine=config, adapters=store).__enter__())
         return servers[-1]

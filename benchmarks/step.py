@@ -1,0 +1,118 @@
+"""What does a decoder step cost, native and in torch, beside what reading the weights would cost?
+
+The default model without a server: forward and logits of 1 to 32 rows that each decode one token,
+and of a prompt chunk of 256. Backends take turns; medians. The floor is the bytes of the weights
+over the bandwidth of this run (a sum over a buffer larger than the caches, with as many threads).
+
+    python -m benchmarks.step
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from math import prod
+from typing import Annotated
+
+import torch
+import typer
+
+from benchmarks.paging.report import report
+from lorastack.kernels.attention import RowSpan
+from lorastack.layout import LAYER_TARGETS, ModelShapes
+from lorastack.lora.segments import LoraBatch
+from lorastack.model.context import ForwardBatch
+from lorastack.model.decoder import Decoder, load_decoder
+from lorastack.model.default import default_model
+from lorastack.model.kv import KVCache
+
+PAST, PAGE = 64, 16  # tokens
+ROWS = (1, 4, 8, 16, 32)
+CHUNK = 256
+CPU = torch.device("cpu")
+
+
+def main(
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    repeats: Annotated[int, typer.Option(help="Of every timing.")] = 15,
+) -> None:
+    """Measure and print tables and JSON lines."""
+    torch.set_num_threads(threads)
+    speed = bandwidth(repeats)
+    for dtype in (torch.bfloat16, torch.float32):
+        decoders = [
+            load_decoder(default_model(), device=CPU, dtype=dtype, max_context=1024, native=native)
+            for native in (True, False)
+        ]
+        steps = {decoder.backend: Steps(decoder) for decoder in decoders}
+        floor = weight_bytes(decoders[0].shapes, dtype) / speed
+        rows = [measure(steps, count, floor, repeats) for count in (*ROWS, CHUNK)]
+        report(
+            f"A step in {str(dtype).removeprefix('torch.')}, {threads} threads",
+            rows,
+            gigabytes_a_second=round(speed / 1e9, 1),
+        )
+
+
+class Steps:
+    """Batches for one decoder."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        pages = (PAST + PAGE) // PAGE
+        num_pages = max(max(ROWS) * pages, CHUNK // PAGE)
+        self._decoder = decoder
+        self._kv = KVCache(decoder.shapes, num_pages, PAGE, decoder.dtype, CPU)
+        self._kv.data.zero_()
+        self._pages = pages
+
+    def run(self, count: int) -> None:
+        """One token of each of `count` rows; CHUNK: a prompt, of which the last token counts."""
+        rows = tuple(
+            RowSpan(row, row + 1, range(row * self._pages, (row + 1) * self._pages), PAST)
+            for row in range(count)
+        )
+        if count == CHUNK:
+            rows = (RowSpan(0, CHUNK, range(CHUNK // PAGE), 0),)
+        ids = torch.arange(count) + 1000
+        hidden = self._decoder.forward(ForwardBatch(ids, rows), self._kv)
+        self._decoder.logits(hidden[-1:] if count == CHUNK else hidden, LoraBatch())
+
+
+def measure(steps: dict[str, Steps], count: int, floor: float, repeats: int) -> dict[str, object]:
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(repeats):
+        for name, step in steps.items():
+            times[name].append(seconds(partial(step.run, count)))
+    row: dict[str, object] = {"tokens": "256 of a prompt" if count == CHUNK else count}
+    medians = {name: statistics.median(found) for name, found in times.items()}
+    row |= {f"{name} ms": round(1000 * median, 2) for name, median in medians.items()}
+    first, *others = medians.values()
+    row["ratio"] = round(others[0] / first, 2) if others else "-"
+    row["floor ms"] = round(1000 * floor, 2)
+    row["of the floor"] = f"{floor / first:.0%}" if count != CHUNK else "-"
+    return row
+
+
+def weight_bytes(shapes: ModelShapes, dtype: torch.dtype) -> int:
+    """Of the matrices that a step reads; the embedding is one of them, as lm_head."""
+    layer = sum(prod(shapes.target_shape(target)) for target in LAYER_TARGETS)
+    head = shapes.vocab_size * shapes.hidden_size
+    return (shapes.num_layers * layer + head) * dtype.itemsize
+
+
+def bandwidth(repeats: int) -> float:
+    """Bytes a second that this machine reads now."""
+    memory = torch.ones(1 << 28)
+    return memory.nbytes / min(seconds(memory.sum) for _ in range(repeats))
+
+
+def seconds(call: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    typer.run(main)
