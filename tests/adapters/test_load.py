@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +15,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lorastack.adapters import load
 from lorastack.adapters.formats import parse
 from lorastack.adapters.load import Loader, Validator
 from lorastack.adapters.medusa import Choices
+from lorastack.adapters.reading import fill
 from lorastack.adapters.registry import Registry
 from lorastack.errors import (
     DataLossError,
@@ -114,7 +117,7 @@ def test_from_folder_to_buffer(registry: Registry, bundle: Path, medusa_version:
 
 def test_a_load_of_damaged_bytes_says_so(registry: Registry, bundle: Path) -> None:
     digest = upload(registry, "a", read_folder(bundle))
-    load = Loader(registry=registry, shapes=SHAPES, allocate=allocate)
+    load_adapter = Loader(registry=registry, shapes=SHAPES, allocate=allocate)
     for path in registry.files(digest).values():
         whole = path.read_bytes()
         last = bytes([whole[-1] ^ 1])
@@ -122,15 +125,31 @@ def test_a_load_of_damaged_bytes_says_so(registry: Registry, bundle: Path) -> No
         for damaged in (b"?" + whole[1:], whole[:-1] + last, whole[:-1], whole + b"\n", b""):
             path.write_bytes(damaged)
             with pytest.raises(DataLossError, match=path.name):
-                load(digest)
+                load_adapter(digest)
         path.unlink()
         with pytest.raises(DataLossError, match=path.name):
-            load(digest)
+            load_adapter(digest)
         path.write_bytes(whole)
-        load(digest)
+        load_adapter(digest)
     registry.delete("a")
     with pytest.raises(NotFoundError):
-        load(digest)
+        load_adapter(digest)
+
+
+def test_the_same_adapter_is_uploaded_during_a_load(
+    registry: Registry, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a README, and its files in another order."""
+    files = read_folder(bundle)
+    digest = upload(registry, "a", files)
+
+    def fill_late(*args: Any) -> list[str]:
+        again = {"README.md": b"#", **dict(reversed(files.items()))}
+        assert upload(registry, "b", again) == digest
+        return fill(*args)
+
+    monkeypatch.setattr(load, "fill", fill_late)
+    assert Loader(registry=registry, shapes=SHAPES, allocate=allocate)(digest).digest == digest
 
 
 def test_a_load_for_another_base_model(registry: Registry, bundle: Path) -> None:

@@ -89,7 +89,8 @@ class Loader:
 
     def __call__(self, digest: str) -> PackedAdapter:
         """Raises NotFoundError, DataLossError, or what `parse` raises (another base model)."""
-        files = self.registry.files(digest)
+        manifest = self.registry.manifest(digest)  # once: an upload may replace it meanwhile
+        files = {spec.name: self.registry.path(spec) for spec in manifest.files}
         try:
             parsed = parse(files, self.shapes)
             shapes = {key: entry.shape for key, entry in parsed.tensors.items()}
@@ -102,7 +103,7 @@ class Loader:
             # The bytes are parsed before they are hashed: damage may show as a malformed file.
             self.registry.verify(digest)
             raise
-        for spec, sha256 in zip(self.registry.manifest(digest).files, found, strict=True):
+        for spec, sha256 in zip(manifest.files, found, strict=True):
             if sha256 != spec.sha256:
                 raise damaged_blob(spec, digest)
         return PackedAdapter(digest=digest, buffer=buffer, layout=layout)

@@ -110,7 +110,11 @@ class Registry:
 
     def files(self, digest: str) -> dict[str, Path]:
         """File name -> path of its bytes. Raises NotFoundError."""
-        return {spec.name: self._blobs.path(spec.sha256) for spec in self.manifest(digest).files}
+        return {spec.name: self.path(spec) for spec in self.manifest(digest).files}
+
+    def path(self, spec: FileSpec) -> Path:
+        """Where the bytes of a stored file are."""
+        return self._blobs.path(spec.sha256)
 
     def verify(self, digest: str) -> None:
         """Reads every byte of an adapter.
