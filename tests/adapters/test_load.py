@@ -176,6 +176,36 @@ def test_values_are_checked_before_an_upload_is_accepted(
     assert registry.list() == []
 
 
+@pytest.mark.parametrize(
+    ("stored", "served", "fits", "too_large"),
+    [
+        (torch.float32, torch.float16, 65519.0, -65520.0),
+        (torch.bfloat16, torch.float16, -65280.0, 65536.0),
+        (torch.float64, torch.float16, 65504.0, 1e300),
+        (torch.float32, torch.bfloat16, 3.389e38, 3.402e38),
+    ],
+    ids=str,
+)
+def test_values_must_fit_in_what_the_server_computes_with(
+    tmp_path: Path, stored: torch.dtype, served: torch.dtype, fits: float, too_large: float
+) -> None:
+    folder = write_lora(tmp_path / "x", SHAPES, dtype=stored)
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    last = max(tensors)
+    validate = replace(VALIDATE, dtype=served)
+    tensors[last].view(-1)[-1] = fits
+    save_file(tensors, path)
+    validate(files_of(folder))
+    tensors[last].view(-1)[-1] = too_large
+    save_file(tensors, path)
+    with pytest.raises(InvalidArgumentError) as refusal:
+        validate(files_of(folder))
+    assert f"tensor {last} contains" in str(refusal.value)
+    if stored is not torch.float64:
+        VALIDATE(files_of(folder))  # float32 holds it
+
+
 @pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("copy_dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_large_copies_of_base_weights(

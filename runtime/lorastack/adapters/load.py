@@ -33,11 +33,13 @@ class Validator:
 
     base_names: what the server's model is called, aliases too. base_weight: base tensor name
     (model.embed_tokens.weight, lm_head.weight) -> that tensor, to compare copies that PEFT saved.
+    dtype: what the server computes with, and adapters are converted to.
     """
 
     shapes: ModelShapes
     base_names: tuple[str, ...]
     base_weight: Callable[[str], Tensor]
+    dtype: torch.dtype = torch.float32
 
     def __call__(self, files: Mapping[str, Path], *, accept_base: bool = False) -> ParsedAdapter:
         """accept_base: another base model's name is no objection.
@@ -47,9 +49,25 @@ class Validator:
         parsed = parse(files, self.shapes)
         check_base(parsed, self.base_names, accept=accept_base)
         check_values(parsed)
+        for entry in parsed.tensors.values():
+            _check_fits(entry, self.dtype)
         for name, entry in parsed.base_copies.items():
             _check_copy(name, entry, self.base_weight(name))
         return parsed
+
+
+def _check_fits(entry: TensorEntry, dtype: torch.dtype) -> None:
+    """No finite value may become an infinity in the dtype that the server computes with."""
+    stored = DTYPES[entry.dtype]
+    if torch.finfo(stored).max <= torch.finfo(dtype).max:
+        return
+    for data in pieces(entry):
+        if not bool(torch.from_numpy(data).view(stored).to(dtype).isfinite().all()):
+            name = str(dtype).removeprefix("torch.")
+            raise invalid(
+                f"tensor {entry.name} contains more than {name} holds, which this server computes "
+                "with: start it with another --dtype"
+            )
 
 
 def _check_copy(name: str, entry: TensorEntry, base: Tensor) -> None:
