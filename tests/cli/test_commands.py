@@ -12,6 +12,7 @@ from lorastack.cli.output import human_size, to_dict
 from lorastack.layout import ModelShapes
 from lorastack.v1 import adapters_pb2 as ab
 from lorastack.v1 import generation_pb2 as pb
+from tests.adapters.folders import edit_json
 from tests.cli.conftest import Run
 from tests.helpers.tiny import shapes_of
 from tests.service.fakes import RunningServer
@@ -185,6 +186,21 @@ def test_verify_refuses_as_an_upload_would(
     done = run("adapters", "verify", str(tmp_path), *model)
     assert done.code == 1
     assert "use_dora" in done.err
+
+
+def test_verify_takes_other_names_of_the_base(
+    run: Run, folders: Folders, tiny_llama: Path, tmp_path: Path
+) -> None:
+    for path in folders["lora"].iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    edit_json(tmp_path / "adapter_config.json", base_model_name_or_path="org/other")
+    command = ("adapters", "verify", str(tmp_path), "--model", str(tiny_llama))
+    for flags in ((), ("--base-name", "another")):
+        refused = run(*command, *flags)
+        assert refused.code == 1
+        assert "org/other" in refused.err
+    for flags in (("--accept-base",), ("--base-name", "another", "--base-name", "org/other")):
+        assert run(*command, *flags).code == 0
 
 
 def test_verify_digest_is_the_servers(

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lorastack.adapters.fsck import check_store
-from lorastack.cli.options import DEFAULT_SERVER, IfDigest, Json, Model, Server
+from lorastack.cli.options import DEFAULT_SERVER, BaseName, IfDigest, Json, Model, Server
 from lorastack.cli.output import human_size, print_json, progress_bar, short_digest, to_dict
 from lorastack.cli.serve import default_store
 from lorastack.client import Adapter, Client
@@ -163,13 +163,21 @@ def delete(adapter_id: Id, server: Server = DEFAULT_SERVER, as_json: Json = Fals
 
 
 @adapters.command()
-def verify(folder: Folder, model: Model = None, as_json: Json = False) -> None:
+def verify(
+    folder: Folder,
+    model: Model = None,
+    base_name: BaseName = None,
+    accept_base: AcceptBase = False,
+    as_json: Json = False,
+) -> None:
     """Check a folder as an upload would, without a server, and say what it holds."""
     # Deferred: the other commands must not wait for torch.
     from lorastack.cli.verify import verify_folder
 
     with progress_bar("fetching the default model") as progress:
-        found = verify_folder(folder, model, progress)
+        found = verify_folder(
+            folder, model, progress, base_names=base_name or (), accept_base=accept_base
+        )
     if as_json:
         print_json(found)
     else:

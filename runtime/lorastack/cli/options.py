@@ -31,8 +31,17 @@ Model = Annotated[
         help="Base model; without it the embedded SmolLM2-135M-Instruct.",
     ),
 ]
+BaseName = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--base-name",
+        metavar="NAME",
+        envvar="LORASTACK_BASE_NAME",
+        help="Another name of the model, for adapters made under it. May be repeated.",
+    ),
+]
 
-__all__ = ["DEFAULT_SERVER", "IfDigest", "Json", "Model", "Server", "size"]
+__all__ = ["DEFAULT_SERVER", "BaseName", "IfDigest", "Json", "Model", "Server", "size"]
 
 
 def size(text: str) -> str:

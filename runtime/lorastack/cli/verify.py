@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -15,20 +15,26 @@ from lorastack.engine.loading import model_folder
 
 
 def verify_folder(
-    folder: Path, model: str | None, progress: Callable[[int, int], None]
+    folder: Path,
+    model: str | None,
+    progress: Callable[[int, int], None],
+    *,
+    base_names: Sequence[str] = (),
+    accept_base: bool = False,
 ) -> dict[str, object]:
     """The checks of an upload, against the base model's folder. What the adapter is, by field.
 
+    base_names: what else adapters may call the model; accept_base: they may call it anything.
     Raises InvalidArgumentError or FailedPreconditionError as an upload would.
     """
     paths = folder_files(folder)
     base, name = model_folder(model, progress)
     validate = Validator(
         shapes=model_shapes(base),
-        base_names=(name, base.name),
+        base_names=(name, base.name, *base_names),
         base_weight=partial(base_weight, base),
     )
-    parsed = validate({path.name: path for path in paths})
+    parsed = validate({path.name: path for path in paths}, accept_base=accept_base)
     specs = [_file_spec(path) for path in paths]
     return {
         "digest": adapter_digest(specs),
