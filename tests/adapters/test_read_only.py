@@ -61,6 +61,8 @@ def test_a_reader_sees_what_the_writer_does(registry: Registry, reader: Registry
 
 def test_nothing_is_written(registry: Registry, root: Path) -> None:
     digest = store(registry, "a", ONE).digest
+    damaged = store(registry, "damaged", {"x.json": b"{}", "x.safetensors": b"x"}).digest
+    registry.files(damaged)["x.safetensors"].write_bytes(b"y")
     upload = registry.begin_upload("b", specs_of(TWO))
     (root / "ids" / "c.json.tmp").write_bytes(b"half")
     (root / "blobs" / "sha256" / ("0" * 64)).write_bytes(b"orphan")
@@ -80,6 +82,8 @@ def test_nothing_is_written(registry: Registry, root: Path) -> None:
         assert refusal.value.reason is Reason.STORE_READ_ONLY
     reader.refresh()
     reader.verify(digest)
+    with pytest.raises(DataLossError):
+        reader.verify(damaged)
     reader.close()
     assert everything(root) == before
     assert reader.recovery.damaged == ("broken.json",)

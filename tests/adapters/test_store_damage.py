@@ -26,7 +26,6 @@ from tests.adapters.folders import (
     BLOB,
     ONE,
     TWO,
-    accept,
     blob_names,
     contents,
     reopen,
@@ -45,15 +44,42 @@ def test_a_damaged_blob_is_named(registry: Registry, root: Path) -> None:
     with pytest.raises(DataLossError, match=path.name):
         registry.verify(digest)
     registry.verify(other)
-    # An upload that counts on the stored bytes is not built on sand.
-    upload = registry.begin_upload("c", specs_of(ONE))
-    with pytest.raises(DataLossError, match=path.name):
-        upload.commit(accept, base_fingerprint="base")
     path.unlink()
     with pytest.raises(DataLossError, match=path.name):
         registry.verify(digest)
     registry.delete("a")
     store(registry, "a", ONE)
+    registry.verify(digest)
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_an_upload_heals_what_ids_share(registry: Registry, root: Path, restart: bool) -> None:
+    digest = store(registry, "a", ONE).digest
+    store(registry, "b", ONE)
+    path = registry.files(digest)["adapter_model.safetensors"]
+    damaged = path.read_bytes().replace(b"o", b"0", 1)
+    path.write_bytes(damaged)
+    with pytest.raises(DataLossError, match="upload the adapter again"):
+        registry.verify(digest)
+    assert path.read_bytes() == damaged  # not ours to throw away
+    registry = reopen(registry, root) if restart else registry
+    ((spec, _),) = registry.plan_upload("a", specs_of(ONE))
+    assert spec.sha256 == path.name
+    assert store(registry, "a", ONE).revision == 1
+    registry.verify(digest)
+    assert contents(registry, "b") == ONE
+    assert registry.plan_upload("c", specs_of(ONE)) == ()
+    registry.close()
+
+
+def test_an_upload_that_counts_on_damaged_bytes(registry: Registry) -> None:
+    """It is not built on sand; the next one brings them."""
+    digest = store(registry, "a", ONE).digest
+    path = registry.files(digest)["adapter_model.safetensors"]
+    path.write_bytes(path.read_bytes().replace(b"o", b"0", 1))
+    with pytest.raises(DataLossError, match=path.name):
+        store(registry, "b", ONE)
+    store(registry, "b", ONE)
     registry.verify(digest)
 
 

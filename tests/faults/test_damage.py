@@ -62,19 +62,16 @@ def test_a_damaged_blob_is_named(
 def test_the_remedy_helps(
     spoil: Callable[[Path], None], configure: Configure, canaries: dict[str, Path]
 ) -> None:
-    """What DATA_LOSS says to do: delete it and upload it again."""
+    """What DATA_LOSS says to do, for one of two ids that share the blob."""
     config = configure()
+    blob = sha256(read_folder(canaries["owl"])[WEIGHTS])
     with ServerProcess(config) as server, Client(server.address) as client:
-        client.upload(canaries["owl"], "one")
-        spoil(
-            config.adapters.store
-            / "blobs"
-            / "sha256"
-            / sha256(read_folder(canaries["owl"])[WEIGHTS])
-        )
-        with pytest.raises(DataLossError, match="delete the adapter and upload it again"):
+        for name in ("one", "two"):
+            client.upload(canaries["owl"], name)
+        spoil(config.adapters.store / "blobs" / "sha256" / blob)
+        with pytest.raises(DataLossError, match="upload the adapter again"):
             client.generate(ask("7", stack=[("one", 1.0)]))
-        client.delete_adapter("one")
         client.upload(canaries["owl"], "one")
-        said = client.generate(ask("7", stack=[("one", 1.0)], max_new_tokens=6))
-        assert said.text == "owlowl"
+        for name in ("one", "two"):
+            said = client.generate(ask("7", stack=[(name, 1.0)], max_new_tokens=6))
+            assert said.text == "owlowl"

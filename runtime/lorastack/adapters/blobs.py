@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from lorastack.adapters.durable import hash_file, sync_folder
 from lorastack.adapters.manifest import FileSpec
 from lorastack.errors import DataLossError
+
+_DAMAGED = 0  # mtime of a blob that was found damaged: a mark that survives a restart
 
 
 class BlobStore:
@@ -21,11 +24,15 @@ class BlobStore:
         return self._folder / sha256
 
     def has(self, spec: FileSpec) -> bool:
-        """Whether a file of that name and size is there; its bytes are not looked at."""
+        """Whether a file of that name and size is there that `check` has not marked.
+
+        Its bytes are not looked at.
+        """
         try:
-            return self.path(spec.sha256).stat().st_size == spec.size
+            status = self.path(spec.sha256).stat()
         except FileNotFoundError:
             return False
+        return status.st_size == spec.size and status.st_mtime_ns != _DAMAGED
 
     def adopt(self, paths: Iterable[Path]) -> None:
         """Moves checked, synced files in, named by their sha256; durable when it returns."""
@@ -33,13 +40,20 @@ class BlobStore:
             path.replace(self.path(path.name))
         sync_folder(self._folder)
 
-    def check(self, spec: FileSpec, digest: str) -> None:
-        """Raises DataLossError naming the blob if its bytes are gone or not what they were."""
+    def check(self, spec: FileSpec, digest: str, *, mark: bool = False) -> None:
+        """Raises DataLossError naming the blob if its bytes are gone or not what they were.
+
+        mark: uploads have to bring a damaged blob again. Its bytes stay: it may have been misread.
+        """
+        path = self.path(spec.sha256)
         try:
-            intact = hash_file(self.path(spec.sha256)) == spec.sha256
+            intact = hash_file(path) == spec.sha256
         except FileNotFoundError:
             intact = False
         if not intact:
+            if mark:
+                with suppress(OSError):
+                    os.utime(path, ns=(_DAMAGED, _DAMAGED))
             raise damaged_blob(spec, digest)
 
     def keep_only(self, referenced: set[str]) -> int:
@@ -55,6 +69,6 @@ def damaged_blob(spec: FileSpec, digest: str) -> DataLossError:
     """What to raise when a file of an adapter is not what its name says."""
     return DataLossError(
         f"stored bytes of {spec.name} of adapter {digest} are damaged (blob {spec.sha256}): "
-        "delete the adapter and upload it again",
+        "upload the adapter again",
         digest=digest,
     )

@@ -123,6 +123,7 @@ class Loader:
             raise
         for spec, sha256 in zip(manifest.files, found, strict=True):
             if sha256 != spec.sha256:
+                self.registry.verify(digest)  # says so itself, unless an upload healed it by now
                 raise damaged_blob(spec, digest)
         return PackedAdapter(digest=digest, buffer=buffer, layout=layout)
 

@@ -117,7 +117,7 @@ class Registry:
         return self._blobs.path(spec.sha256)
 
     def verify(self, digest: str) -> None:
-        """Reads every byte of an adapter.
+        """Reads every byte of an adapter. An upload of it replaces what is damaged.
 
         Raises DataLossError naming what is damaged; NotFoundError if it is deleted meanwhile.
         """
@@ -128,7 +128,7 @@ class Registry:
                 self.refresh()
                 with self._writing:  # no deletion or upload runs: now it is damage, or it is gone
                     self.manifest(digest)
-                    self._blobs.check(spec, digest)
+                    self._blobs.check(spec, digest, mark=not self._read_only)
 
     def refresh(self) -> bool:
         """Takes in what another process changed; whether anything did. Only if opened read-only.

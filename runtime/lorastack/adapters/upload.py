@@ -104,7 +104,7 @@ class Upload:
         self.staging.finish()
         for spec in self.files:
             if spec.sha256 not in self.needed:
-                self._blobs.check(spec, digest)
+                self._blobs.check(spec, digest, mark=True)
         parsed = validate({spec.name: self._path(spec) for spec in self.files})
         return Manifest(
             digest=digest,
