@@ -11,6 +11,7 @@
 #include <stdint.h>
 
 #define INLINE static inline __attribute__((always_inline))
+#define INLINE_METHOD inline __attribute__((always_inline))
 
 namespace lorastack::LORASTACK_ISA {
 
@@ -70,28 +71,6 @@ INLINE __m512 exp_512(__m512 x) {
   return _mm512_maskz_scalef_ps(alive, p, n);
 }
 
-// The threads of one parallel region. A barrier spins briefly and then gives way, so that a
-// neighbour on a shared core costs a time slice, not a stall.
-struct Team {
-  int size;
-  volatile int arrived;
-  volatile int round;
-};
-
-INLINE void wait(Team* team) {
-  if (team->size == 1) return;
-  int round = __atomic_load_n(&team->round, __ATOMIC_ACQUIRE);
-  if (__atomic_add_fetch(&team->arrived, 1, __ATOMIC_ACQ_REL) == team->size) {
-    __atomic_store_n(&team->arrived, 0, __ATOMIC_RELAXED);
-    __atomic_store_n(&team->round, round + 1, __ATOMIC_RELEASE);
-    return;
-  }
-  for (int spins = 0; __atomic_load_n(&team->round, __ATOMIC_ACQUIRE) == round; spins++) {
-    _mm_pause();
-    if (spins > 4000) sched_yield();
-  }
-}
-
 struct Range {
   int begin, end;
 };
@@ -100,5 +79,55 @@ struct Range {
 INLINE Range part(int count, int thread, int size) {
   return {(int)((int64_t)count * thread / size), (int)((int64_t)count * (thread + 1) / size)};
 }
+
+// A phase of a step: chunks of work that do not depend on each other. A thread takes those of its
+// own part, then what others have left, and goes on when all are done, whoever did them. So a
+// thread that the system has put aside delays the others by the chunk it holds, not by its absence.
+struct alignas(64) Counter {
+  volatile int value;
+};
+
+struct Team {
+  Counter* counters;  // zeros: a phase has one for what is done and one a thread for what is taken
+  int size;
+};
+
+INLINE int64_t num_counters(int64_t phases, int size) { return phases * (size + 1); }
+
+class Member {
+ public:
+  Member(const Team& team, int thread) : team_(team), thread_(thread) {}
+
+  // work(chunk) for all of 0..count, here or elsewhere. Every thread calls the same phases.
+  template <class Work>
+  INLINE_METHOD void phase(int count, Work&& work) {
+    Counter* const mine = team_.counters + num_counters(phase_++, team_.size);
+    int finished = 0;
+    for (int i = 0; i < team_.size; i++) {
+      const int owner = (thread_ + i) % team_.size;
+      const Range range = part(count, owner, team_.size);
+      Counter& taken = mine[1 + owner];
+      if (taken.value >= range.end - range.begin) continue;
+      for (;;) {
+        const int chunk = range.begin + __atomic_fetch_add(&taken.value, 1, __ATOMIC_RELAXED);
+        if (chunk >= range.end) break;
+        work(chunk);
+        finished++;
+      }
+    }
+    int done = __atomic_add_fetch(&mine->value, finished, __ATOMIC_ACQ_REL);
+    for (int spins = 0; done < count; spins++) {
+      _mm_pause();
+      if (spins > SPINS) sched_yield();
+      done = __atomic_load_n(&mine->value, __ATOMIC_ACQUIRE);
+    }
+  }
+
+ private:
+  static constexpr int SPINS = 4000;
+  const Team& team_;
+  const int thread_;
+  int64_t phase_ = 0;
+};
 
 }  // namespace lorastack::LORASTACK_ISA

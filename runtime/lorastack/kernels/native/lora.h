@@ -17,41 +17,46 @@ struct LoraPart {
   int64_t shrunk;
 };
 
-// One thread's share of the shrinks of a group: rows of A are dealt out in turn.
+constexpr int SHRINK_ROWS = 8;  // of an A, in one chunk
+
+template <class T>
+INLINE int shrink_chunks(const LoraPart<T>& lora) {
+  return ceil_div(lora.rank, SHRINK_ROWS);
+}
+
+// SHRINK_ROWS rows of one A with all its tokens. chunk: counted over all parts.
 template <class E>
-INLINE void shrink(const LoraPart<typename E::T>* parts, int count,
-                              const typename E::T* x, size_t ldx, int k, float* shrunk,
-                              int thread, int size) {
+INLINE void shrink(const LoraPart<typename E::T>* parts, int chunk, const typename E::T* x,
+                   size_t ldx, int k, float* shrunk) {
   using T = typename E::T;
-  int row = 0;
-  for (int p = 0; p < count; p++) {
-    const LoraPart<T>& lora = parts[p];
-    for (int r = 0; r < lora.rank; r++, row++) {
-      if (row % size != thread) continue;
-      const T* a = lora.a + (size_t)r * k;
-      for (int t = lora.begin; t < lora.end; t += 4) {
-        const int num = lora.end - t < 4 ? lora.end - t : 4;
-        __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(),
-                          _mm512_setzero_ps()};
-        if constexpr (E::half) {
-          for (int i = 0; i < k; i += 32) {
-            __mmask32 m = k - i >= 32 ? 0xffffffffu : (1u << (k - i)) - 1;
-            __m512bh v = (__m512bh)_mm512_maskz_loadu_epi16(m, a + i);
-            for (int n = 0; n < num; n++)
-              sums[n] = _mm512_dpbf16_ps(sums[n], v,
-                                         (__m512bh)_mm512_loadu_si512(x + (t + n) * ldx + i));
-          }
-        } else {
-          for (int i = 0; i < k; i += 16) {
-            __m512 v = E::load(a + i, first(k - i));
-            for (int n = 0; n < num; n++)
-              sums[n] = _mm512_fmadd_ps(v, E::load(x + (t + n) * ldx + i), sums[n]);
-          }
+  for (; chunk >= shrink_chunks(*parts); parts++) chunk -= shrink_chunks(*parts);
+  const LoraPart<T>& lora = *parts;
+  const int begin = chunk * SHRINK_ROWS;
+  const int end = begin + SHRINK_ROWS < lora.rank ? begin + SHRINK_ROWS : lora.rank;
+  for (int r = begin; r < end; r++) {
+    const T* a = lora.a + (size_t)r * k;
+    for (int t = lora.begin; t < lora.end; t += 4) {
+      const int num = lora.end - t < 4 ? lora.end - t : 4;
+      __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(),
+                        _mm512_setzero_ps()};
+      if constexpr (E::half) {
+        for (int i = 0; i < k; i += 32) {
+          const __mmask32 mask = k - i >= 32 ? 0xffffffffu : (1u << (k - i)) - 1;
+          const __m512bh v = (__m512bh)_mm512_maskz_loadu_epi16(mask, a + i);
+          for (int n = 0; n < num; n++)
+            sums[n] = _mm512_dpbf16_ps(sums[n], v,
+                                       (__m512bh)_mm512_loadu_si512(x + (t + n) * ldx + i));
         }
-        for (int n = 0; n < num; n++)
-          shrunk[lora.shrunk + (int64_t)(t + n - lora.begin) * lora.rank + r] =
-              _mm512_reduce_add_ps(sums[n]);
+      } else {
+        for (int i = 0; i < k; i += 16) {
+          const __m512 v = E::load(a + i, first(k - i));
+          for (int n = 0; n < num; n++)
+            sums[n] = _mm512_fmadd_ps(v, E::load(x + (t + n) * ldx + i), sums[n]);
+        }
       }
+      for (int n = 0; n < num; n++)
+        shrunk[lora.shrunk + (int64_t)(t + n - lora.begin) * lora.rank + r] =
+            _mm512_reduce_add_ps(sums[n]);
     }
   }
 }

@@ -178,20 +178,18 @@ INLINE void block(const T* x, size_t ldx, int rows, const T* w0, const T* w1, in
   }
 }
 
-// One thread's part of X W^T. epilogue(block, row, rows, panel): sums of rows row..row + rows and of
-// panels panel and panel + 1. The number of panels is even; pairs go to one thread.
+// One pair of panels of X W^T. epilogue(block, row, rows, panel): sums of rows row..row + rows and of
+// panels panel and panel + 1.
 template <class Isa, class T, class Epilogue>
-INLINE void matmul(const T* x, size_t ldx, int rows, const T* w, int k,
-                              Range pairs, Epilogue&& epilogue) {
+INLINE void matmul(const T* x, size_t ldx, int rows, const T* w, int k, int pair,
+                   Epilogue&& epilogue) {
   Block out;
   const size_t size = panel_elements<typename Isa::E>(k);
-  for (int pair = pairs.begin; pair < pairs.end; pair++) {
-    const T* w0 = w + 2 * pair * size;
-    for (int row = 0; row < rows; row += BLOCK_ROWS) {
-      int count = rows - row < BLOCK_ROWS ? rows - row : BLOCK_ROWS;
-      block<Isa>(x + row * ldx, ldx, count, w0, w0 + size, k, &out);
-      epilogue(out, row, count, 2 * pair);
-    }
+  const T* w0 = w + 2 * pair * size;
+  for (int row = 0; row < rows; row += BLOCK_ROWS) {
+    const int count = rows - row < BLOCK_ROWS ? rows - row : BLOCK_ROWS;
+    block<Isa>(x + row * ldx, ldx, count, w0, w0 + size, k, &out);
+    epilogue(out, row, count, 2 * pair);
   }
 }
 

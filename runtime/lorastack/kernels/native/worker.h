@@ -19,6 +19,8 @@ constexpr int TARGETS = 7;
 struct Group {
   int first, count;
 };
+constexpr int HEAD_PAIRS = 8;  // pairs of lm_head's panels in one chunk
+constexpr int PHASES = 12;  // a layer, at most
 constexpr Group QKV = {0, 3}, O = {3, 1}, GATE_UP = {4, 2}, DOWN = {6, 1};
 
 inline int padded(int k) { return ceil_div(k, K_STEP) * K_STEP; }
@@ -48,7 +50,8 @@ struct Buffers {
   int32_t* tails;
   int64_t* slots;     // of all rows, one after the other
   int64_t* row_slots;  // where a row's begin
-  int32_t* next;      // attention tasks taken, per layer
+  int32_t* groups;    // attention groups of all rows before a row
+  Counter* counters;
   LoraPart<T>* parts;  // per thread
   int capacity, ld_hidden, ld_qkv, ld_context, ld_inner, max_parts;
 };
@@ -91,7 +94,8 @@ Buffers<T> lay_out(const lorastack_model& model, const lorastack_step& step, Are
   b.tails = arena.take<int32_t>(tails);
   b.slots = arena.take<int64_t>(slots);
   b.row_slots = arena.take<int64_t>(step.num_rows);
-  b.next = arena.take<int32_t>(model.num_layers);
+  b.groups = arena.take<int32_t>(step.num_rows + 1);
+  b.counters = arena.take<Counter>(num_counters((int64_t)PHASES * model.num_layers + 1, step.num_threads));
   b.parts = arena.take<LoraPart<T>>((int64_t)step.num_threads * b.max_parts);
   return b;
 }
@@ -102,9 +106,12 @@ void plan(const lorastack_model& model, const lorastack_step& step, Buffers<T>& 
   const int64_t stride = 2ll * model.kv_heads * model.head_dim;
   int64_t at = 0;
   int32_t tail = 0;
+  b.groups[0] = 0;
   for (int r = 0; r < step.num_rows; r++) {
     const lorastack_row& row = step.rows[r];
     b.row_slots[r] = at;
+    const int queries = (row.end - row.start) * (model.heads / model.kv_heads);
+    b.groups[r + 1] = b.groups[r] + ceil_div(queries, GROUP);
     const int used = row.committed + row.end - row.start;
     for (int s = 0; s < used; s++)
       b.slots[at++] =
@@ -122,7 +129,6 @@ void plan(const lorastack_model& model, const lorastack_step& step, Buffers<T>& 
       tail += depth;
     }
   }
-  memset(b.next, 0, sizeof(int32_t) * model.num_layers);
 }
 
 template <class Isa>
@@ -132,18 +138,15 @@ struct Worker {
   const lorastack_model& model;
   const lorastack_step& step;
   const Buffers<T>& b;
-  Team* team;
   int thread;
   LoraPart<T>* parts;
+  Member member;
   int num_parts = 0;
-
-  Range tokens() const { return part(step.num_tokens, thread, team->size); }
 
   void normalise(const void* weight_, T* out, int ld) {
     const T* weight = (const T*)weight_;
     const int size = model.hidden;
-    Range range = tokens();
-    for (int t = range.begin; t < range.end; t++) {
+    member.phase(step.num_tokens, [&](int t) {
       const float* h = step.hidden + (size_t)t * size;
       __m512 squares = _mm512_setzero_ps();
       for (int i = 0; i < size; i += LANES) {
@@ -158,12 +161,13 @@ struct Worker {
         E::store(y + i, _mm512_mul_ps(v, E::load(weight + i, m)), m);
       }
       for (int i = size; i < ld; i++) y[i] = 0;
-    }
+    });
   }
 
-  // Lists the group's LoRA parts of a layer and runs their shrinks; false without any.
+  // Lists the group's LoRA parts of a layer and runs their shrinks.
   void shrink_group(int layer, Group group, const T* x, int ldx, int k) {
     num_parts = 0;
+    int chunks = 0;
     int64_t offset = 0;
     for (int s = 0; s < step.num_segments; s++) {
       const lorastack_segment& segment = step.segments[s];
@@ -173,12 +177,12 @@ struct Worker {
         parts[num_parts++] = {segment.begin, segment.end, i, target.rank,
                               (const T*)target.a, (const T*)target.b,
                               target.scale * segment.scale, offset};
+        chunks += shrink_chunks(parts[num_parts - 1]);
         offset += (int64_t)(segment.end - segment.begin) * target.rank;
       }
     }
-    if (!num_parts) return;
-    shrink<E>(parts, num_parts, x, ldx, k, b.shrunk, thread, team->size);
-    wait(team);
+    if (num_parts)
+      member.phase(chunks, [&](int chunk) { shrink<E>(parts, chunk, x, ldx, k, b.shrunk); });
   }
 
   // Bias and LoRA of one panel of a block: outputs column.. of a group's target.
@@ -195,14 +199,17 @@ struct Worker {
       expand<E>(parts, num_parts, b.shrunk, index, column, out_size, row, rows, sums, BLOCK_COLS);
   }
 
-  Range pairs(const lorastack_matrix& matrix) const {
-    return part(matrix.panels / 2, thread, team->size);
+  // A projection of all tokens, pair by pair of panels.
+  template <class Epilogue>
+  void project(const lorastack_matrix& matrix, const T* x, int ldx, Epilogue&& epilogue) {
+    member.phase(matrix.panels / 2, [&](int pair) {
+      matmul<Isa>(x, ldx, step.num_tokens, (const T*)matrix.weight, matrix.k, pair, epilogue);
+    });
   }
 
   void project_qkv(const lorastack_layer& layer) {
     const int query = model.heads * model.head_dim, key = model.kv_heads * model.head_dim;
-    matmul<Isa>(b.x, b.ld_hidden, step.num_tokens, (const T*)layer.qkv.weight, layer.qkv.k,
-                 pairs(layer.qkv), [&](Block& block, int row, int rows, int panel) {
+    project(layer.qkv, b.x, b.ld_hidden, [&](Block& block, int row, int rows, int panel) {
       for (int half = 0; half < 2; half++) {
         const int column = (panel + half) * LANES;
         if (column >= query + 2 * key) continue;
@@ -220,8 +227,7 @@ struct Worker {
   // Adds a projection back into the hidden states.
   void project_back(const lorastack_matrix& matrix, const T* x, int ldx) {
     const int size = model.hidden;
-    matmul<Isa>(x, ldx, step.num_tokens, (const T*)matrix.weight, matrix.k,
-                pairs(matrix), [&](Block& block, int row, int rows, int panel) {
+    project(matrix, x, ldx, [&](Block& block, int row, int rows, int panel) {
       for (int half = 0; half < 2; half++) {
         const int column = (panel + half) * LANES;
         if (column >= size) continue;
@@ -240,9 +246,7 @@ struct Worker {
   // silu(gate) * up, a panel of each at a time.
   void project_inner(const lorastack_layer& layer) {
     const int size = model.inner;
-    matmul<Isa>(b.x, b.ld_hidden, step.num_tokens, (const T*)layer.gate_up.weight,
-                layer.gate_up.k, pairs(layer.gate_up),
-                [&](Block& block, int row, int rows, int panel) {
+    project(layer.gate_up, b.x, b.ld_hidden, [&](Block& block, int row, int rows, int panel) {
       const int column = panel / 2 * LANES;
       for (int half = 0; half < 2; half++)
         finish(block, half, layer.gate_up, panel + half, row, rows, half, column, size);
@@ -263,8 +267,7 @@ struct Worker {
   void rotate(const lorastack_layer& layer) {
     const int half = model.head_dim / 2, dim = model.head_dim;
     const int query = model.heads * dim, key = model.kv_heads * dim;
-    Range range = tokens();
-    for (int t = range.begin; t < range.end; t++) {
+    member.phase(step.num_tokens, [&](int t) {
       const Token& token = b.tokens[t];
       const float* cosine = model.cosine + (size_t)token.position * half;
       const float* sine = model.sine + (size_t)token.position * half;
@@ -282,39 +285,34 @@ struct Worker {
         }
       }
       memcpy(slot + key, qkv + query + key, sizeof(T) * key);
-    }
+    });
   }
 
-  // Tasks of GROUP queries of one row and kv head, taken by whoever is free.
-  void attention(int index, const lorastack_layer& layer) {
+  // GROUP queries of one row and kv head at a time.
+  void attention(const lorastack_layer& layer) {
     const int share = model.heads / model.kv_heads, dim = model.head_dim;
     const int64_t key = (int64_t)model.kv_heads * dim;
+    const int groups = b.groups[step.num_rows];
     float* scores = b.scores + (size_t)thread * GROUP * b.capacity;
-    int32_t task = __atomic_fetch_add(&b.next[index], 1, __ATOMIC_RELAXED);
-    int32_t passed = 0;
-    for (int r = 0; r < step.num_rows; r++) {
+    member.phase(groups * model.kv_heads, [&](int chunk) {
+      const int head = chunk % model.kv_heads, group = chunk / model.kv_heads;
+      int r = 0;
+      while (b.groups[r + 1] <= group) r++;
       const lorastack_row& row = step.rows[r];
-      const int queries = (row.end - row.start) * share, groups = ceil_div(queries, GROUP);
-      const int32_t tasks = groups * model.kv_heads;
-      for (; task < passed + tasks; task = __atomic_fetch_add(&b.next[index], 1, __ATOMIC_RELAXED)) {
-        // The longest queries of a prompt first, so that no thread is left with them at the end.
-        const int head = (task - passed) % model.kv_heads;
-        const int begin = (groups - 1 - (task - passed) / model.kv_heads) * GROUP;
-        const int count = queries - begin < GROUP ? queries - begin : GROUP;
-        Query<T> found[GROUP];
-        for (int g = 0; g < count; g++) {
-          const int t = row.start + (begin + g) / share, h = head * share + (begin + g) % share;
-          const Token& token = b.tokens[t];
-          const int oldest = model.window ? token.position + 1 - model.window : 0;
-          found[g] = {b.qkv + (size_t)t * b.ld_qkv + h * dim,
-                      b.context + (size_t)t * b.ld_context + h * dim,
-                      token.linear, oldest > 0 ? oldest : 0, token.num_tail, b.tails + token.tail};
-        }
-        RowCache<T> cache = {(const T*)layer.kv + head * dim, b.slots + b.row_slots[r], key};
-        attend<E>(found, count, cache, dim, 1.0f / sqrtf((float)dim), scores, b.capacity);
+      const int begin = (group - b.groups[r]) * GROUP, queries = (row.end - row.start) * share;
+      const int count = queries - begin < GROUP ? queries - begin : GROUP;
+      Query<T> found[GROUP];
+      for (int g = 0; g < count; g++) {
+        const int t = row.start + (begin + g) / share, h = head * share + (begin + g) % share;
+        const Token& token = b.tokens[t];
+        const int oldest = model.window ? token.position + 1 - model.window : 0;
+        found[g] = {b.qkv + (size_t)t * b.ld_qkv + h * dim,
+                    b.context + (size_t)t * b.ld_context + h * dim,
+                    token.linear, oldest > 0 ? oldest : 0, token.num_tail, b.tails + token.tail};
       }
-      passed += tasks;
-    }
+      RowCache<T> cache = {(const T*)layer.kv + head * dim, b.slots + b.row_slots[r], key};
+      attend<E>(found, count, cache, dim, 1.0f / sqrtf((float)dim), scores, b.capacity);
+    });
   }
 
   void run() {
@@ -322,25 +320,17 @@ struct Worker {
     for (int i = 0; i < model.num_layers; i++) {
       const lorastack_layer& layer = model.layers[i];
       normalise(layer.attention_norm, b.x, b.ld_hidden);
-      wait(team);
       shrink_group(i, QKV, b.x, b.ld_hidden, model.hidden);
       project_qkv(layer);
-      wait(team);
       rotate(layer);
-      wait(team);
-      attention(i, layer);
-      wait(team);
+      attention(layer);
       shrink_group(i, O, b.context, b.ld_context, model.heads * model.head_dim);
       project_back(layer.o, b.context, b.ld_context);
-      wait(team);
       normalise(layer.mlp_norm, b.x, b.ld_hidden);
-      wait(team);
       shrink_group(i, GATE_UP, b.x, b.ld_hidden, model.hidden);
       project_inner(layer);
-      wait(team);
       shrink_group(i, DOWN, b.inner, b.ld_inner, model.inner);
       project_back(layer.down, b.inner, b.ld_inner);
-      wait(team);
     }
     normalise(model.norm, (T*)step.out, model.hidden);
     end_tiles<Isa>();
@@ -353,12 +343,13 @@ void forward(const lorastack_model& model, const lorastack_step& step) {
   Arena arena{(char*)step.scratch};
   Buffers<T> buffers = lay_out<T>(model, step, arena);
   plan(model, step, buffers);
-  Team team{step.num_threads, 0, 0};
+  memset((void*)buffers.counters, 0, sizeof(Counter) * num_counters((int64_t)PHASES * model.num_layers + 1, step.num_threads));
+  Team team{buffers.counters, step.num_threads};
 #pragma omp parallel num_threads(step.num_threads)
   {
     const int thread = omp_get_thread_num();
-    Worker<Isa> worker{model, step, buffers, &team, thread,
-                       buffers.parts + (size_t)thread * buffers.max_parts};
+    Worker<Isa> worker{model, step, buffers, thread,
+                       buffers.parts + (size_t)thread * buffers.max_parts, Member(team, thread)};
     worker.run();
   }
 }
@@ -369,23 +360,27 @@ void logits(const lorastack_head& head) {
   using T = typename E::T;
   std::vector<LoraPart<T>> parts;
   int64_t offset = 0;
+  int chunks = 0;
   for (int s = 0; s < head.num_segments; s++) {
     const lorastack_segment& segment = head.segments[s];
     const lorastack_target& target = *segment.targets;
     parts.push_back({segment.begin, segment.end, 0, target.rank, (const T*)target.a,
                      (const T*)target.b, target.scale * segment.scale, offset});
     offset += (int64_t)(segment.end - segment.begin) * target.rank;
+    chunks += shrink_chunks(parts.back());
   }
-  Team team{head.num_threads, 0, 0};
+  const int num_parts = (int)parts.size(), pairs = head.matrix.panels / 2;
+  std::vector<Counter> counters(num_counters(2, head.num_threads));
+  Team team{counters.data(), head.num_threads};
 #pragma omp parallel num_threads(head.num_threads)
   {
-    const int thread = omp_get_thread_num(), num_parts = (int)parts.size();
+    Member member(team, omp_get_thread_num());
     begin_tiles<Isa>();
-    if (num_parts) {
-      shrink<E>(parts.data(), num_parts, (const T*)head.x, head.inputs, head.inputs, head.scratch,
-                thread, team.size);
-      wait(&team);
-    }
+    const T* x = (const T*)head.x;
+    if (num_parts)
+      member.phase(chunks, [&](int chunk) {
+        shrink<E>(parts.data(), chunk, x, head.inputs, head.inputs, head.scratch);
+      });
     auto store = [&](Block& block, int row, int count, int panel) {
       for (int half = 0; half < 2; half++) {
         const int column = (panel + half) * LANES;
@@ -400,8 +395,12 @@ void logits(const lorastack_head& head) {
                                 _mm512_load_ps(sums + m * BLOCK_COLS));
       }
     };
-    matmul<Isa>((const T*)head.x, head.inputs, head.rows, (const T*)head.matrix.weight,
-                head.matrix.k, part(head.matrix.panels / 2, thread, team.size), store);
+    member.phase(ceil_div(pairs, HEAD_PAIRS), [&](int chunk) {
+      const int end = (chunk + 1) * HEAD_PAIRS < pairs ? (chunk + 1) * HEAD_PAIRS : pairs;
+      for (int pair = chunk * HEAD_PAIRS; pair < end; pair++)
+        matmul<Isa>(x, head.inputs, head.rows, (const T*)head.matrix.weight, head.matrix.k, pair,
+                    store);
+    });
     end_tiles<Isa>();
   }
 }
