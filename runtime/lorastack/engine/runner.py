@@ -15,6 +15,7 @@ from torch import Tensor
 from lorastack.adapters.device import DeviceAdapter
 from lorastack.engine.batch import Batch, Draft, RowResult, RowStep
 from lorastack.errors import InternalError, Reason
+from lorastack.kernels.best import best
 from lorastack.lora.segments import LoraBatch, Segment
 from lorastack.lora.weights import LoraWeights
 from lorastack.model.context import ForwardBatch, RowSpan
@@ -73,7 +74,7 @@ class Runner:
         counts = [row.num_logits for row in sampled]
         segments = self._segments([row.step for row in sampled], counts)
         logits_XV = self._decoder.logits(hidden_XH, segments)
-        peaks_X, best_X = (part.tolist() for part in logits_XV.max(dim=-1))
+        peaks_X, best_X = (part.tolist() for part in best(logits_XV))
         accepted = self._accept(sampled, logits_XV, best_X)
         self._move_kv(sampled, accepted)
         drafts = self._draft(sampled, accepted, hidden_XH)

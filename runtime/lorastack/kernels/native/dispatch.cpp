@@ -14,6 +14,10 @@ DECLARE(amx)
 DECLARE(avx512_bf16)
 DECLARE(avx512)
 
+namespace lorastack::avx512 {
+void run_best(const float*, int, int, float*, int64_t*, int);
+}
+
 #define DISPATCH(isa, call)                                       \
   switch (isa) {                                                  \
     case LORASTACK_AMX: return lorastack::amx::call;              \
@@ -30,6 +34,11 @@ void lorastack_forward(const lorastack_model* model, const lorastack_step* step)
 }
 
 void lorastack_logits(const lorastack_head* head) { DISPATCH(head->isa, run_logits(*head)) }
+
+void lorastack_best(const float* logits, int32_t rows, int32_t columns, float* values,
+                    int64_t* places, int32_t num_threads) {
+  lorastack::avx512::run_best(logits, rows, columns, values, places, num_threads);
+}
 
 int32_t lorastack_supports(int32_t isa) {
   __builtin_cpu_init();

@@ -137,6 +137,11 @@ def library() -> Any | None:
     loaded.lorastack_forward.argtypes = (POINTER(Model), POINTER(Step))
     loaded.lorastack_logits.restype = None
     loaded.lorastack_logits.argtypes = (POINTER(Head),)
+    loaded.lorastack_best.restype = None
+    loaded.lorastack_best.argtypes = (
+        *(c_void_p, c_int32, c_int32),
+        *(c_void_p, c_void_p, c_int32),
+    )
     loaded.lorastack_supports.restype = c_int32
     loaded.lorastack_supports.argtypes = (c_int32,)
     return loaded

@@ -76,5 +76,9 @@ LORASTACK_API int64_t lorastack_scratch_bytes(const lorastack_model* model,
                                               const lorastack_step* step);
 LORASTACK_API void lorastack_forward(const lorastack_model* model, const lorastack_step* step);
 LORASTACK_API void lorastack_logits(const lorastack_head* head);
+// The best of each row of logits [rows][columns]: its value and its place, the first among equals; a
+// row that holds NaN gives NaN.
+LORASTACK_API void lorastack_best(const float* logits, int32_t rows, int32_t columns, float* values,
+                                  int64_t* places, int32_t num_threads);
 LORASTACK_API int32_t lorastack_supports(int32_t isa);  // 1: this machine runs it
 }
