@@ -101,8 +101,8 @@ def reopen(registry: Registry, root: Path) -> Registry:
 
 
 def contents(registry: Registry, reference: str) -> dict[str, bytes]:
-    files = registry.files(registry.resolve(reference).digest)
-    return {name: path.read_bytes() for name, path in files.items()}
+    """All files of a revision."""
+    return {f.name: registry.path(f).read_bytes() for f in registry.resolve(reference).files}
 
 
 def blob_names(root: Path) -> set[str]:

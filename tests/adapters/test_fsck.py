@@ -54,7 +54,7 @@ def test_a_sound_store(registry: Registry, root: Path) -> None:
 def test_a_damaged_blob(registry: Registry, root: Path, damage, problem: str) -> None:
     first = store(registry, "a", ONE).digest
     store(registry, "a", TWO)
-    other = {"more.json": b"[]", "copy.safetensors": BLOB}
+    other = {"more.json": b"[]", "copy.safetensors": BLOB, "copy.txt": BLOB}
     second = store(registry, "b", other).digest
     store(registry, "c", TWO)
     damage(root / "blobs" / "sha256" / sha256(BLOB))
@@ -64,6 +64,7 @@ def test_a_damaged_blob(registry: Registry, root: Path, damage, problem: str) ->
     assert found.used_by == (
         Use(id="a", digest=first, file=NAME),
         Use(id="b", digest=second, file="copy.safetensors"),
+        Use(id="b", digest=second, file="copy.txt"),
     )
 
 

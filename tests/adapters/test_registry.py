@@ -58,7 +58,7 @@ def test_upload_and_read_back(registry: Registry, root: Path) -> None:
     )
     assert registry.resolve("team/a") == record
     assert contents(registry, "team/a") == ONE
-    assert record.manifest.size_bytes == 302
+    assert record.size_bytes == 302
     assert record.manifest.base_fingerprint == "base"
     registry.verify(record.digest)
     assert staged(root) == []
@@ -216,6 +216,31 @@ def test_a_new_readme_is_kept_under_the_same_digest(registry: Registry) -> None:
     # The old one is of no adapter now.
     ((spec, _),) = registry.plan_upload("b", specs_of(ONE | {"README.md": b"1"}))
     assert spec.name == "README.md"
+
+
+def test_every_id_has_its_own_readme(registry: Registry, root: Path) -> None:
+    """Also when another id or revision has the same digest, and after a restart."""
+    mine, yours = ONE | {"README.md": b"mine"}, ONE | {"README.md": b"yours"}
+    first = store(registry, "a", mine)
+    assert store(registry, "b", yours).digest == first.digest
+    store(registry, "bare", ONE)
+    store(registry, "a", TWO | {"NOTES": b"n"})
+    registry.delete("b")
+    store(registry, "b", yours)
+    reader = Registry(root, read_only=True)
+    for found in (registry, reader, reopen(registry, root)):
+        assert contents(found, "b") == yours
+        assert contents(found, "bare") == ONE
+        assert contents(found, f"a@{first.digest}") == mine
+        assert contents(found, "a") == TWO | {"NOTES": b"n"}
+        assert found.resolve("b").size_bytes == 302 + len(b"yours")
+    registry = found
+    registry.rollback("a", first.digest)
+    assert contents(registry, "a") == mine
+    registry.delete("b")
+    assert blob_names(root) == {sha256(data) for data in (*mine.values(), *TWO.values(), b"n")}
+    registry.close()
+    reader.close()
 
 
 def test_delete_frees_what_nothing_else_needs(registry: Registry, root: Path) -> None:

@@ -83,7 +83,18 @@ def test_an_upload_that_counts_on_damaged_bytes(registry: Registry) -> None:
     registry.verify(digest)
 
 
-@pytest.mark.parametrize("text", [b"", b"{}", b"[]", b"null", b'{"id": "b", "revisions": []}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"{}",
+        b"[]",
+        b"null",
+        b'{"id": "b", "revisions": []}',
+        b'{"id": "a", "revisions": [{"revision": 1, "digest": "d", "created_at": 0, '
+        b'"other_files": [{"name": "x", "size": 1, "sha256": "../x"}]}]}',
+    ],
+)
 def test_a_damaged_pointer_loses_one_id_only(root: Path, text: bytes) -> None:
     registry = Registry(root)
     store(registry, "a", ONE)

@@ -111,7 +111,7 @@ def test_bad_announcements(root: Path, files: list[FileSpec], named: str) -> Non
 
 def test_empty_files_need_no_chunks(registry: Registry) -> None:
     empty = ONE | {"empty.txt": b""}
-    assert store(registry, "a", empty).manifest.size_bytes == 302
+    assert store(registry, "a", empty).size_bytes == 302
     assert contents(registry, "a") == empty
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from lorastack.adapters.manifest import FileSpec
 from lorastack.adapters.registry import Registry
 from tests.adapters.folders import sha256, store
 
@@ -25,6 +26,11 @@ def repeat(registry: Registry) -> None:
     store(registry, "old", ONE)
 
 
+def describe(registry: Registry) -> None:
+    """The same digest, and a file that is not part of it; "twice" has the digest too."""
+    store(registry, "old", ONE | {"README.md": b"new"})
+
+
 def roll_back(registry: Registry) -> None:
     registry.rollback("twice", registry.revisions("twice")[-1].digest)
 
@@ -43,7 +49,7 @@ def nothing(registry: Registry) -> None:
 
 OPERATIONS: dict[str, Callable[[Registry], None]] = {
     operation.__name__: operation
-    for operation in (upload, replace, repeat, roll_back, choose_heads, delete, nothing)
+    for operation in (upload, replace, repeat, describe, roll_back, choose_heads, delete, nothing)
 }
 
 
@@ -52,7 +58,7 @@ def make_store(root: Path) -> Path:
     registry = Registry(root)
     store(registry, "old", ONE)
     store(registry, "other", ONE | {"config.json": b"other"})
-    store(registry, "twice", ONE)
+    store(registry, "twice", ONE | {"README.md": b"of twice"})
     store(registry, "twice", TWO | {"config.json": b"second"})
     registry.close()
     (root / "blobs" / "sha256" / sha256(ORPHAN)).write_bytes(ORPHAN)
@@ -60,16 +66,18 @@ def make_store(root: Path) -> Path:
     return root
 
 
-State = tuple[dict[str, list[str]], str]  # id -> digests of its revisions; the default heads
+# id -> files of its revisions; the default heads
+State = tuple[dict[str, list[tuple[FileSpec, ...]]], str]
 
 
 def state_of(registry: Registry) -> State:
     """What it lists, every byte of it verified."""
-    found: dict[str, list[str]] = {}
+    found: dict[str, list[tuple[FileSpec, ...]]] = {}
     for record in registry.list():
-        found[record.id] = [revision.digest for revision in registry.revisions(record.id)]
-        for digest in found[record.id]:
-            registry.verify(digest)
+        found[record.id] = [revision.files for revision in registry.revisions(record.id)]
+        for revision in registry.revisions(record.id):
+            for spec in revision.files:
+                registry.verify_file(spec, revision.digest)
     return found, registry.default_medusa()
 
 

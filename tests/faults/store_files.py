@@ -14,8 +14,8 @@ def assert_whole(root: Path) -> None:
     For stores that nobody changes, also right after a kill: replacements that never happened
     (*.tmp), staged bytes and orphans may lie around.
     """
-    for name in _manifests(root):
-        for file in _files(root, name):
+    for revision in _revisions(root):
+        for file in _files(root, revision):
             data = (root / "blobs" / "sha256" / file["sha256"]).read_bytes()
             assert len(data) == file["size"], file
             assert hashlib.sha256(data).hexdigest() == file["sha256"], file
@@ -23,22 +23,30 @@ def assert_whole(root: Path) -> None:
 
 def assert_tidy(root: Path) -> None:
     """Nothing lies around that no id needs."""
-    manifests = _manifests(root)
+    revisions = _revisions(root)
+    manifests = {_manifest(revision) for revision in revisions}
     assert {path.name for path in (root / "manifests").iterdir()} == manifests
-    blobs = {file["sha256"] for name in manifests for file in _files(root, name)}
+    blobs = {file["sha256"] for revision in revisions for file in _files(root, revision)}
     assert {path.name for path in (root / "blobs" / "sha256").iterdir()} == blobs
     assert list((root / "staging").iterdir()) == []
 
 
-def _manifests(root: Path) -> set[str]:
-    """File names of all revisions' manifests."""
-    return {
-        revision["digest"].removeprefix("sha256:") + ".json"
+def _revisions(root: Path) -> list[dict[str, Any]]:
+    """Of all ids."""
+    return [
+        revision
         for pointer in (root / "ids").glob("*.json")
         for revision in json.loads(pointer.read_bytes())["revisions"]
-    }
+    ]
 
 
-def _files(root: Path, manifest: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads((root / "manifests" / manifest).read_bytes())["files"]
+def _manifest(revision: dict[str, Any]) -> str:
+    """The name of its manifest's file."""
+    digest: str = revision["digest"]
+    return digest.removeprefix("sha256:") + ".json"
+
+
+def _files(root: Path, revision: dict[str, Any]) -> list[dict[str, Any]]:
+    manifest = json.loads((root / "manifests" / _manifest(revision)).read_bytes())
+    found: list[dict[str, Any]] = manifest["files"] + revision["other_files"]
     return found

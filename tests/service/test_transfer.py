@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -262,3 +263,24 @@ def test_damage_is_named_and_nothing_is_written(
         client.download("x", tmp_path / "x")
     assert list(tmp_path.glob("x*")) == []
     assert list(tmp_path.glob(".x*")) == []
+
+
+def test_a_damaged_readme_is_named_and_uploaded_again(
+    client: Client, folders: Folders, fake: RunningServer, tmp_path: Path
+) -> None:
+    """It is outside the digest, and healed like any file."""
+    source = tmp_path / "source"
+    shutil.copytree(folders["lora"], source)
+    (source / "README.md").write_text("mine")
+    client.upload(source, "x")
+    (source / "README.md").write_text("yours")
+    client.upload(source, "y")
+    (spec,) = fake.registry.resolve("x").other_files
+    fake.registry.path(spec).write_text("mime")
+    with pytest.raises(DataLossError, match=spec.sha256):
+        client.download("x", tmp_path / "x")
+    (source / "README.md").write_text("mine")
+    client.upload(source, "x")
+    for name, text in (("x", "mine"), ("y", "yours")):
+        client.download(name, tmp_path / name)
+        assert (tmp_path / name / "README.md").read_text() == text

@@ -106,12 +106,13 @@ def _damaged_blobs(root: Path, tables: Tables, suspects: list[str]) -> Iterator[
         if sha256 in tables.blobs
         and (problem := _problem(root / _BLOBS / sha256, sha256, tables.blobs[sha256]))
     }
-    users: dict[str, list[Use]] = {sha256: [] for sha256 in problems}
+    users: dict[str, set[Use]] = {sha256: set() for sha256 in problems}
     for pointer in tables.pointers.values() if problems else ():
-        for digest in {revision.digest for revision in pointer.revisions} & tables.manifests.keys():
-            for spec in tables.manifests[digest].files:
+        for revision in pointer.revisions:
+            for spec in tables.files(revision):
                 if spec.sha256 in users:
-                    users[spec.sha256].append(Use(id=pointer.id, digest=digest, file=spec.name))
+                    use = Use(id=pointer.id, digest=revision.digest, file=spec.name)
+                    users[spec.sha256].add(use)
     for sha256, problem in problems.items():
         used_by = tuple(sorted(users[sha256], key=lambda use: (use.id, use.digest, use.file)))
         yield Damage(path=str(_BLOBS / sha256), problem=problem, used_by=used_by)

@@ -4,7 +4,8 @@
     LOCK                        held by the one process that writes; many may read
     blobs/sha256/<hex>          a file's bytes, named by their sha256; equal content is stored once
     manifests/<hex>.json        one per digest: its files, and what validation found out
-    ids/<id>.json               the pointer: an id's revisions, newest last ('/' as '%2F')
+    ids/<id>.json               the pointer: an id's revisions, newest last ('/' as '%2F'), with
+                                their files that the digest does not cover
     default_medusa.json         the id of the default heads
     staging/<key>/<hex>         bytes of uploads that are not finished; key: hash of id and files
 
@@ -18,6 +19,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from lorastack.errors import InvalidArgumentError
 from lorastack.layout import AdapterKind
@@ -36,6 +38,11 @@ class FileSpec:
     sha256: str
 
 
+def in_digest(name: str) -> bool:
+    """Whether a file is part of the digest: configs, templates and safetensors are."""
+    return name.endswith((*_CONFIG_SUFFIXES, ".safetensors"))
+
+
 def adapter_digest(files: Iterable[FileSpec]) -> str:
     """The identity of an adapter: "sha256:" + hex over its config files and safetensors.
 
@@ -44,7 +51,7 @@ def adapter_digest(files: Iterable[FileSpec]) -> str:
     """
     digest = hashlib.sha256()
     for spec in sorted(files, key=lambda spec: spec.name):
-        if spec.name.endswith((*_CONFIG_SUFFIXES, ".safetensors")):
+        if in_digest(spec.name):
             digest.update(f"{spec.name}\0{spec.size}\0{spec.sha256}\0".encode())
     return f"sha256:{digest.hexdigest()}"
 
@@ -54,10 +61,7 @@ def check_files(files: Sequence[FileSpec], *, max_files: int, max_bytes: int) ->
     if not 0 < len(files) <= max_files:
         raise InvalidArgumentError(f"an adapter has 1 to {max_files} files, not {len(files)}")
     for spec in files:
-        if not _is_plain(spec.name):
-            raise InvalidArgumentError(f"{spec.name[:80]!r} is not a plain file name")
-        if spec.size < 0 or not _SHA256.fullmatch(spec.sha256):
-            raise InvalidArgumentError(f"{spec.name} lacks a size or a lower-case hex sha256")
+        _check_file(spec)
     if len({spec.name for spec in files}) != len(files):
         raise InvalidArgumentError("two files have the same name")
     if len({spec.sha256 for spec in files}) != len({(spec.sha256, spec.size) for spec in files}):
@@ -66,6 +70,13 @@ def check_files(files: Sequence[FileSpec], *, max_files: int, max_bytes: int) ->
         raise InvalidArgumentError(
             f"the adapter has {total} bytes; at most {max_bytes} are accepted"
         )
+
+
+def _check_file(spec: FileSpec) -> None:
+    if not _is_plain(spec.name):
+        raise InvalidArgumentError(f"{spec.name[:80]!r} is not a plain file name")
+    if spec.size < 0 or not _SHA256.fullmatch(spec.sha256):
+        raise InvalidArgumentError(f"{spec.name} lacks a size or a lower-case hex sha256")
 
 
 def _is_plain(name: str) -> bool:
@@ -83,7 +94,7 @@ class Manifest:
     """An immutable adapter: its files, and what validation found out about it."""
 
     digest: str
-    files: tuple[FileSpec, ...]
+    files: tuple[FileSpec, ...]  # those that the digest covers
     kind: AdapterKind
     base_model: str  # the name in its config; "" if none
     base_fingerprint: str  # of the base model it was validated against
@@ -93,10 +104,6 @@ class Manifest:
     num_heads: int
     num_layers: int
     medusa_version: int
-
-    @property
-    def size_bytes(self) -> int:
-        return sum(spec.size for spec in self.files)
 
     def to_bytes(self) -> bytes:
         return _dump(asdict(self))
@@ -116,11 +123,23 @@ class Manifest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Revision:
-    """One state of an id. created_at: seconds since the epoch."""
+    """One state of an id. created_at: seconds since the epoch.
+
+    other_files: those outside the digest, a README for one; another id of the digest has its own.
+    """
 
     revision: int  # 1-based
     digest: str
     created_at: float
+    other_files: tuple[FileSpec, ...] = ()
+
+    @classmethod
+    def from_fields(cls, fields: dict[str, Any]) -> Revision:
+        """From parsed JSON. Raises whatever damaged fields raise."""
+        others = tuple(FileSpec(**spec) for spec in fields.pop("other_files", ()))
+        for spec in others:
+            _check_file(spec)
+        return cls(**fields, other_files=others)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,9 +153,16 @@ class Pointer:
     def newest(self) -> Revision:
         return self.revisions[-1]
 
-    def with_revision(self, digest: str, created_at: float) -> Pointer:
-        """A new newest revision."""
-        revision = Revision(revision=self.newest.revision + 1, digest=digest, created_at=created_at)
+    def with_revision(self, revision: Revision) -> Pointer:
+        """A new newest revision; its number is set here.
+
+        The same digest again is the same revision: a client that lost the answer may ask twice.
+        """
+        older, newest = self.revisions[:-1], self.newest
+        if newest.digest == revision.digest:
+            same = replace(newest, other_files=revision.other_files)
+            return replace(self, revisions=(*older, same))
+        revision = replace(revision, revision=newest.revision + 1)
         return replace(self, revisions=(*self.revisions, revision))
 
     def to_bytes(self) -> bytes:
@@ -144,9 +170,9 @@ class Pointer:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Pointer:
-        """Raises ValueError, KeyError or TypeError for a damaged file."""
+        """Raises whatever a damaged file's fields raise."""
         fields = json.loads(data)
-        revisions = tuple(Revision(**revision) for revision in fields["revisions"])
+        revisions = tuple(Revision.from_fields(revision) for revision in fields["revisions"])
         if not revisions:
             raise ValueError("the pointer has no revisions")
         return cls(id=fields["id"], revisions=revisions)
@@ -160,10 +186,20 @@ class Record:
     revision: int
     created_at: float  # seconds since the epoch
     manifest: Manifest
+    other_files: tuple[FileSpec, ...]
 
     @property
     def digest(self) -> str:
         return self.manifest.digest
+
+    @property
+    def files(self) -> tuple[FileSpec, ...]:
+        """All files that were uploaded."""
+        return self.manifest.files + self.other_files
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(spec.size for spec in self.files)
 
 
 def _dump(fields: dict[str, object]) -> bytes:

@@ -17,7 +17,15 @@ from threading import Lock
 from lorastack.adapters.blobs import BlobStore
 from lorastack.adapters.durable import disk_full_is_exhaustion, replace_file, sync_folder
 from lorastack.adapters.ids import check_id, file_name, is_digest
-from lorastack.adapters.manifest import FileSpec, Manifest, Pointer, Record, Revision, check_files
+from lorastack.adapters.manifest import (
+    FileSpec,
+    Manifest,
+    Pointer,
+    Record,
+    Revision,
+    check_files,
+    in_digest,
+)
 from lorastack.adapters.opening import (
     Recovery,
     TableFiles,
@@ -109,7 +117,7 @@ class Registry:
         return self._tables.default_medusa
 
     def files(self, digest: str) -> dict[str, Path]:
-        """File name -> path of its bytes. Raises NotFoundError."""
+        """Name of a file that the digest covers -> path of its bytes. Raises NotFoundError."""
         return {spec.name: self.path(spec) for spec in self.manifest(digest).files}
 
     def path(self, spec: FileSpec) -> Path:
@@ -122,13 +130,21 @@ class Registry:
         Raises DataLossError naming what is damaged; NotFoundError if it is deleted meanwhile.
         """
         for spec in self.manifest(digest).files:
-            try:
-                self._blobs.check(spec, digest)
-            except DataLossError:
-                self.refresh()
-                with self._writing:  # no deletion or upload runs: now it is damage, or it is gone
-                    self.manifest(digest)
-                    self._blobs.check(spec, digest, mark=not self._read_only)
+            self.verify_file(spec, digest)
+
+    def verify_file(self, spec: FileSpec, digest: str) -> None:
+        """As `verify`, for one file of a revision with this digest."""
+        try:
+            self._blobs.check(spec, digest)
+        except DataLossError:
+            self.refresh()
+            with self._writing:  # no deletion or upload runs: now it is damage, or it is gone
+                self.manifest(digest)
+                if spec.sha256 not in self._tables.stored_blobs():
+                    raise NotFoundError(
+                        f"{spec.name} of {digest} was replaced", digest=digest
+                    ) from None
+                self._blobs.check(spec, digest, mark=not self._read_only)
 
     def refresh(self) -> bool:
         """Takes in what another process changed; whether anything did. Only if opened read-only.
@@ -219,7 +235,8 @@ class Registry:
                 self._root / "manifests" / manifest_name(manifest.digest), manifest.to_bytes()
             )
             self._tables = self._tables.with_manifest(manifest)
-            return self._point(upload.id, manifest.digest)
+            others = tuple(spec for spec in upload.files if not in_digest(spec.name))
+            return self._point(upload.id, manifest.digest, others)
 
     def _forget(self, upload: Upload) -> None:
         with self._writing:
@@ -233,8 +250,8 @@ class Registry:
         Raises NotFoundError if the id never had it; DataLossError; FailedPreconditionError.
         """
         with self._changing():
-            self._tables.resolve(f"{adapter_id}@{digest}")
-            return self._point(adapter_id, digest)
+            record = self._tables.resolve(f"{adapter_id}@{digest}")
+            return self._point(adapter_id, digest, record.other_files)
 
     def set_default_medusa(self, reference: str) -> None:
         """Stores which heads requests get that name none; "": no heads.
@@ -263,17 +280,16 @@ class Registry:
             self._tables = self._tables.without_pointer(adapter_id)
             self._collect(in_use)
 
-    def _point(self, adapter_id: str, digest: str) -> Record:
-        """Makes a stored digest the newest revision of an id.
-
-        The same content again is the same revision: a client that lost the answer may ask twice.
-        """
+    def _point(self, adapter_id: str, digest: str, other_files: tuple[FileSpec, ...]) -> Record:
+        """Makes a stored digest the newest revision of an id."""
         old = self._tables.pointers.get(adapter_id)
-        revision = Revision(revision=1, digest=digest, created_at=time.time())
-        pointer = Pointer(id=adapter_id, revisions=(revision,))
-        if old is not None:
-            same = old.newest.digest == digest
-            pointer = old if same else old.with_revision(digest, revision.created_at)
+        revision = Revision(
+            revision=1, digest=digest, created_at=time.time(), other_files=other_files
+        )
+        if old is None:
+            pointer = Pointer(id=adapter_id, revisions=(revision,))
+        else:
+            pointer = old.with_revision(revision)
         replace_file(self._root / "ids" / file_name(adapter_id), pointer.to_bytes())
         self._tables = self._tables.with_pointer(pointer)
         return self._tables.record(adapter_id, pointer.newest)
@@ -331,9 +347,8 @@ class Registry:
         """Removes blobs that neither a manifest nor a running upload names; their number."""
         if self._tables.damaged_pointers or self._tables.damaged_manifests:
             return 0
-        files = [manifest.files for manifest in self._tables.manifests.values()]
-        files += [upload.files for upload in self._uploads.values()]
-        return self._blobs.keep_only({spec.sha256 for specs in files for spec in specs})
+        arriving = {spec.sha256 for upload in self._uploads.values() for spec in upload.files}
+        return self._blobs.keep_only(self._tables.stored_blobs() | arriving)
 
 
 def _close_all(handles: Sequence[int]) -> None:

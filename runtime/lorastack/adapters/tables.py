@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from lorastack.adapters.ids import file_name, split_reference
-from lorastack.adapters.manifest import Manifest, Pointer, Record, Revision
+from lorastack.adapters.manifest import FileSpec, Manifest, Pointer, Record, Revision
 from lorastack.errors import AbortedError, AlreadyExistsError, DataLossError, NotFoundError
 
 
@@ -28,7 +28,7 @@ class Tables:
     # out: they cannot be served.
     newest: tuple[Record, ...]
     digests: frozenset[str]  # of all revisions of all ids
-    blobs: Mapping[str, int]  # sha256 -> size of every file of these digests
+    blobs: Mapping[str, int]  # sha256 -> size of every file of these revisions
 
     @classmethod
     def of(
@@ -54,7 +54,7 @@ class Tables:
                 if (manifest := manifests.get(pointer.newest.digest)) is not None
             ),
             digests=digests,
-            blobs=_blobs(digests, manifests),
+            blobs=_blobs(pointers, manifests),
         )
 
     def starting_with(self, prefix: str) -> list[Record]:
@@ -153,15 +153,20 @@ class Tables:
         )
 
     def with_pointer(self, pointer: Pointer) -> Tables:
-        """pointer: to one more digest, whose manifest is known."""
-        manifest = self.manifests[pointer.newest.digest]
+        """pointer: with a new or changed newest revision, whose manifest is known."""
+        newest = self.record(pointer.id, pointer.newest)
+        pointers = {**self.pointers, pointer.id: pointer}
+        blobs = {**self.blobs, **{spec.sha256: spec.size for spec in newest.files}}
+        known = self.pointers.get(pointer.id)
+        if known is not None and len(known.revisions) == len(pointer.revisions):
+            blobs = _blobs(pointers, self.manifests)  # its newest revision may have lost a file
         return replace(
             self,
-            pointers={**self.pointers, pointer.id: pointer},
+            pointers=pointers,
             damaged_pointers=self.damaged_pointers - {file_name(pointer.id)},
-            newest=self._newest(pointer.id, _record(pointer.id, pointer.newest, manifest)),
-            digests=self.digests | {manifest.digest},
-            blobs={**self.blobs, **{spec.sha256: spec.size for spec in manifest.files}},
+            newest=self._newest(pointer.id, newest),
+            digests=self.digests | {newest.digest},
+            blobs=blobs,
         )
 
     def without_pointer(self, adapter_id: str) -> Tables:
@@ -173,7 +178,7 @@ class Tables:
             damaged_pointers=self.damaged_pointers - {file_name(adapter_id)},
             newest=self._newest(adapter_id),
             digests=digests,
-            blobs=_blobs(digests, self.manifests),
+            blobs=_blobs(pointers, self.manifests),
         )
 
     def with_manifests_of(self, digests: Collection[str]) -> Tables:
@@ -187,6 +192,15 @@ class Tables:
 
     def with_default_medusa(self, reference: str) -> Tables:
         return replace(self, default_medusa=reference)
+
+    def files(self, revision: Revision) -> tuple[FileSpec, ...]:
+        """Those that are known: without those of a damaged manifest."""
+        return _files(revision, self.manifests)
+
+    def stored_blobs(self) -> set[str]:
+        """sha256 of all files of all manifests and revisions."""
+        of_manifests = (spec for m in self.manifests.values() for spec in m.files)
+        return {spec.sha256 for spec in of_manifests} | self.blobs.keys()
 
     def manifest_names(self) -> set[str]:
         """Names of the manifests' files, damaged ones too."""
@@ -212,9 +226,14 @@ def _digests(pointers: Mapping[str, Pointer]) -> frozenset[str]:
     return frozenset(r.digest for pointer in pointers.values() for r in pointer.revisions)
 
 
-def _blobs(digests: frozenset[str], manifests: Mapping[str, Manifest]) -> dict[str, int]:
-    known = (manifests[digest] for digest in digests & manifests.keys())
-    return {spec.sha256: spec.size for manifest in known for spec in manifest.files}
+def _blobs(pointers: Mapping[str, Pointer], manifests: Mapping[str, Manifest]) -> dict[str, int]:
+    revisions = (revision for pointer in pointers.values() for revision in pointer.revisions)
+    return {spec.sha256: spec.size for r in revisions for spec in _files(r, manifests)}
+
+
+def _files(revision: Revision, manifests: Mapping[str, Manifest]) -> tuple[FileSpec, ...]:
+    manifest = manifests.get(revision.digest)
+    return revision.other_files if manifest is None else manifest.files + revision.other_files
 
 
 def manifest_name(digest: str) -> str:
@@ -228,4 +247,5 @@ def _record(adapter_id: str, revision: Revision, manifest: Manifest) -> Record:
         revision=revision.revision,
         created_at=revision.created_at,
         manifest=manifest,
+        other_files=revision.other_files,
     )

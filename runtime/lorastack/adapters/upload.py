@@ -8,7 +8,7 @@ from threading import Lock
 
 from lorastack.adapters.blobs import BlobStore
 from lorastack.adapters.formats import ParsedAdapter
-from lorastack.adapters.manifest import FileSpec, Manifest, Record, adapter_digest
+from lorastack.adapters.manifest import FileSpec, Manifest, Record, adapter_digest, in_digest
 from lorastack.adapters.staging import Staging
 from lorastack.errors import AbortedError, InvalidArgumentError, Reason
 
@@ -108,7 +108,7 @@ class Upload:
         parsed = validate({spec.name: self._path(spec) for spec in self.files})
         return Manifest(
             digest=digest,
-            files=self.files,
+            files=tuple(spec for spec in self.files if in_digest(spec.name)),
             kind=parsed.kind,
             base_model=parsed.base_model,
             base_fingerprint=base_fingerprint,

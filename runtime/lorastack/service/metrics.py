@@ -153,7 +153,7 @@ class StateCollector(Collector):
 
     def _tiers(self, stats: PoolStats) -> Iterator[Metric]:
         tiers = {
-            "disk": {r.digest: r.manifest.size_bytes for r in self._registry.list()},
+            "disk": {r.digest: r.size_bytes for r in self._registry.list()},
             "host": self._host.snapshot(),
             "device": {adapter.digest: adapter.nbytes for adapter in stats.adapters},
         }

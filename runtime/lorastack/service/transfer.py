@@ -10,6 +10,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, closing
 from typing import BinaryIO
 
+from lorastack.adapters.blobs import damaged_blob
 from lorastack.adapters.hub import HubAddress, open_hub
 from lorastack.adapters.ids import check_id
 from lorastack.adapters.manifest import FileSpec, Record
@@ -19,7 +20,6 @@ from lorastack.adapters.source import PIECE, Limits, SourceFile
 from lorastack.adapters.upload import Upload
 from lorastack.config import AdapterConfig
 from lorastack.errors import (
-    DataLossError,
     InvalidArgumentError,
     NotFoundError,
     RequestCancelledError,
@@ -80,7 +80,7 @@ class Transfers:
         finally:
             progress.cancelled = True
             pulling.cancel()
-        size = record.manifest.size_bytes
+        size = record.size_bytes
         yield adapters_pb2.PullAdapterResponse(
             done_bytes=size, total_bytes=size, adapter=describe(record)
         )
@@ -96,7 +96,7 @@ class Transfers:
         with ExitStack() as open_files:
             # All at once: a deletion from now on changes nothing.
             files = await run_in(self._uploader, self._open_stored, record, open_files)
-            for spec, file in zip(record.manifest.files, files, strict=True):
+            for spec, file in zip(record.files, files, strict=True):
                 yield adapters_pb2.DownloadAdapterResponse(
                     file=adapters_pb2.FileSpec(name=spec.name, size=spec.size, sha256=spec.sha256)
                 )
@@ -104,7 +104,9 @@ class Transfers:
                 while data := await run_in(self._uploader, _read, file, digest):
                     yield adapters_pb2.DownloadAdapterResponse(data=data)
                 if digest.hexdigest() != spec.sha256:
-                    raise _damaged(record, spec)
+                    # Says so itself, unless an upload healed it by now.
+                    await run_in(self._uploader, self._registry.verify_file, spec, record.digest)
+                    raise damaged_blob(spec, record.digest)
 
     def _pull(self, request: adapters_pb2.PullAdapterRequest, progress: _Progress) -> Record:
         check_id(request.id)
@@ -139,11 +141,13 @@ class Transfers:
         raise InvalidArgumentError("a pull names a hub_id or a folder", field="source")
 
     def _open_stored(self, record: Record, open_files: ExitStack) -> list[BinaryIO]:
-        paths = self._registry.files(record.digest).values()  # in the manifest's order
+        return [open_files.enter_context(self._open_file(record, spec)) for spec in record.files]
+
+    def _open_file(self, record: Record, spec: FileSpec) -> BinaryIO:
         try:
-            return [open_files.enter_context(path.open("rb")) for path in paths]
+            return self._registry.path(spec).open("rb")
         except FileNotFoundError:
-            self._registry.verify(record.digest)  # says whether it was deleted or lost
+            self._registry.verify_file(spec, record.digest)  # says whether it was deleted or lost
             raise NotFoundError(f"adapter {record.id!r} was replaced; ask again") from None
 
 
@@ -202,12 +206,3 @@ def _read(file: BinaryIO, digest: hashlib._Hash) -> bytes:
     data = file.read(PIECE)
     digest.update(data)
     return data
-
-
-def _damaged(record: Record, spec: FileSpec) -> DataLossError:
-    return DataLossError(
-        f"stored bytes of {spec.name} of adapter {record.id!r} are damaged (blob {spec.sha256}): "
-        "upload it again",
-        adapter_id=record.id,
-        digest=record.digest,
-    )
