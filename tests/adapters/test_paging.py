@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lorastack.adapters import pipeline
 from lorastack.adapters.device import DeviceAdapter
 from lorastack.adapters.host import PackedAdapter
 from lorastack.adapters.turns import QUANTUM
@@ -103,7 +104,8 @@ def test_one_that_loads_lets_others_pass() -> None:
         assert step(made, "e", "ab") == [True, False]
 
 
-def test_what_was_placed_stays_until_nobody_asks() -> None:
+def test_what_was_placed_stays_until_nobody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "COPIES", 1)  # the device's gate opens for one after the other
     device = SlowDevice()
     with bench(2, lambda digest: packed(digest, 1), copy=device.copy) as made:
         step(made, "xy")

@@ -1,4 +1,4 @@
-"""A thread at the lowest priority that runs loads for a thread that must never wait."""
+"""Threads at the lowest priority that run loads for a thread that must never wait."""
 
 from __future__ import annotations
 
@@ -27,17 +27,24 @@ class Failure:
     error: LorastackError
 
 
-class LoaderThread(Generic[ResultT]):
-    """Runs jobs one after the other; their results wait in a queue."""
+class LoaderThreads(Generic[ResultT]):
+    """Run jobs in the order they came, as many at a time as there are threads.
 
-    def __init__(self, name: str, on_finished: Callable[[], None]) -> None:
-        """on_finished: called from the thread after each job."""
+    Results wait in a queue.
+    """
+
+    def __init__(self, name: str, count: int, on_finished: Callable[[], None]) -> None:
+        """on_finished: called from a thread after each job."""
         self.seconds = 0.0  # that jobs took
+        self._counting = threading.Lock()
         self._on_finished = on_finished
         self._jobs: SimpleQueue[tuple[str, Callable[[], ResultT]] | None] = SimpleQueue()
         self._results: SimpleQueue[ResultT | Failure] = SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
+        self._threads = [
+            threading.Thread(target=self._run, name=name, daemon=True) for _ in range(count)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def submit(self, digest: str, job: Callable[[], ResultT]) -> None:
         """Queues a job; its result, or a Failure for the digest, comes out of `finished`."""
@@ -50,9 +57,11 @@ class LoaderThread(Generic[ResultT]):
                 yield self._results.get_nowait()
 
     def close(self) -> None:
-        """Ends the thread after the jobs that are queued."""
-        self._jobs.put(None)
-        self._thread.join()
+        """Ends the threads after the jobs that are queued."""
+        for _ in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            thread.join()
 
     def _run(self) -> None:
         # On Linux a priority belongs to a thread; OpenMP threads started from here inherit it.
@@ -60,7 +69,8 @@ class LoaderThread(Generic[ResultT]):
         while (item := self._jobs.get()) is not None:
             began = time.monotonic()
             result = self._outcome(*item)
-            self.seconds += time.monotonic() - began
+            with self._counting:
+                self.seconds += time.monotonic() - began
             self._results.put(result)
             self._on_finished()
 

@@ -1,7 +1,7 @@
-"""Adapters on their way: from disk to the host on one thread, from there to the device on another.
+"""Adapters on their way: from disk to the host on one thread, from there to the device on others.
 
-A slow copy holds up no load, a slow load no copy. All methods are for the step thread and never
-wait, `seconds` is for any.
+A slow copy holds up no load, a slow load no copy, and copies that are slow to begin overlap. All
+methods are for the step thread and never wait, `seconds` is for any.
 """
 
 from __future__ import annotations
@@ -11,15 +11,17 @@ from functools import partial
 
 from lorastack.adapters.device import Copy, DeviceAdapter
 from lorastack.adapters.host import HostCache, PackedAdapter
-from lorastack.adapters.loader import Failure, LoaderThread
+from lorastack.adapters.loader import Failure, LoaderThreads
 from lorastack.errors import LorastackError
+
+COPIES = 4  # under way at once
 
 
 class Pipeline:
     """Loads and copies under way, host copies that wait for room on the device, and failures."""
 
     def __init__(self, host: HostCache, copy: Copy | None, on_finished: Callable[[], None]) -> None:
-        """copy: None if host copies serve as they are. on_finished: called from either thread."""
+        """copy: None if host copies serve as they are. on_finished: called from their threads."""
         self.loading: set[str] = set()
         self.packed: dict[str, PackedAdapter] = {}
         self.copying: dict[str, int] = {}  # digest -> bytes it will take on the device
@@ -27,8 +29,10 @@ class Pipeline:
         self._told: set[str] = set()  # failures that were raised since `keep_only`
         self._host = host
         self._copy = copy
-        self._loads: LoaderThread[PackedAdapter] = LoaderThread("adapter-loads", on_finished)
-        self._copies: LoaderThread[DeviceAdapter] = LoaderThread("adapter-copies", on_finished)
+        self._loads: LoaderThreads[PackedAdapter] = LoaderThreads("adapter-loads", 1, on_finished)
+        self._copies: LoaderThreads[DeviceAdapter] = LoaderThreads(
+            "adapter-copies", COPIES, on_finished
+        )
 
     def has(self, digest: str) -> bool:
         """Whether it is on its way, or failed."""
