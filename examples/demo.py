@@ -26,6 +26,7 @@ from lorastack.v1 import generation_pb2 as pb
 MAX_NEW_TOKENS = 96
 SHOWN = 72  # characters of a row's text on screen
 FILE_WIDTH = 140  # characters a line when the output is no terminal
+DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,18 +68,20 @@ def main() -> int:
     if not console.is_terminal:
         console.width = FILE_WIDTH
     console.print("[bold]lorastack demo[/]: ten requests in one batch, then again without drafts\n")
-    equal = run("float32", console)
-    run("bfloat16", console)
+    different = [dtype for dtype in DTYPES if not run(dtype, console)]
     console.print(
-        "[green]float32: every row's tokens are equal with speculation on and off[/]"
-        if equal
-        else "[red]float32: speculation changed tokens[/]"
+        f"[red]{' and '.join(different)}: speculation changed tokens[/]"
+        if different
+        else "[green]every row's tokens are equal with speculation on and off[/]"
     )
-    return 0 if equal else 1
+    return 1 if different else 0
 
 
 def run(dtype: str, console: Console) -> bool:
-    """True if AUTO and OFF gave every row the same tokens."""
+    """Whether AUTO and OFF gave every row the same tokens.
+
+    Without native kernels bfloat16 does not count: torch's matmuls change bits with the rows.
+    """
     console.print(f"starting a server in {dtype} ...")
     with local_server("--dtype", dtype) as server, Client(server.address) as client:
         adapters = upload_examples(client)
@@ -91,6 +94,9 @@ def run(dtype: str, console: Console) -> bool:
         console.print("\nthe same requests with speculation OFF ...")
         plain = generate(client, pb.OFF)
     console.print(report(drafted, plain, dtype))
+    if dtype == "bfloat16" and info.backend == "torch":
+        console.print("bfloat16 in plain torch: near-ties may flip; float32 is what counts")
+        return True
     return all(a.token_ids == b.token_ids for a, b in zip(drafted, plain, strict=True))
 
 

@@ -39,23 +39,28 @@ class HostCache:
         self._lock = Lock()
         self._entries: OrderedDict[str, PackedAdapter] = OrderedDict()  # oldest use first
         self._nbytes = 0
-        self.num_hits = 0  # calls of `get` that found a copy
-        self.num_misses = 0
+        self.num_hits = 0  # look-ups that found a copy
+        self.num_misses = 0  # loads that ended well
+
+    def find(self, digest: str) -> PackedAdapter | None:
+        """The host copy, if there is one. Never waits for a load."""
+        with self._lock:
+            entry = self._entries.get(digest)
+            if entry is not None:
+                self._entries.move_to_end(digest)
+                self.num_hits += 1
+            return entry
 
     def get(self, digest: str) -> PackedAdapter:
         """The host copy, loaded if need be. Raises what `load` raises.
 
         An adapter larger than the whole budget is returned but not kept.
         """
-        with self._lock:
-            entry = self._entries.get(digest)
-            if entry is not None:
-                self._entries.move_to_end(digest)
-                self.num_hits += 1
-                return entry
-            self.num_misses += 1
+        if (entry := self.find(digest)) is not None:
+            return entry
         loaded = self._load(digest)
         with self._lock:
+            self.num_misses += 1
             self._keep(loaded)
         return loaded
 

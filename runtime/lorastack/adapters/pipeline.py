@@ -28,6 +28,7 @@ class Pipeline:
         self._failed: dict[str, LorastackError] = {}
         self._told: set[str] = set()  # failures that were raised since `keep_only`
         self._host = host
+        self._on_finished = on_finished
         self._copy = copy
         self._loads: LoaderThreads[PackedAdapter] = LoaderThreads("adapter-loads", 1, on_finished)
         self._copies: LoaderThreads[DeviceAdapter] = LoaderThreads(
@@ -52,7 +53,11 @@ class Pipeline:
                 raise error
 
     def load(self, digest: str) -> None:
-        """Starts on the way to the host; `has` must be false."""
+        """Starts on the way to the host; `has` must be false. What is there waits for no disk."""
+        if (packed := self._host.find(digest)) is not None:
+            self.packed[digest] = packed
+            self._on_finished()
+            return
         self.loading.add(digest)
         self._loads.submit(digest, partial(self._host.get, digest))
 

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from lorastack.cli.options import Model, size
+from lorastack.cli.options import BaseName, Model, size
 from lorastack.cli.output import progress_bar
 from lorastack.config import (
     AdapterConfig,
@@ -79,15 +79,7 @@ def serve(
             "--medusa", metavar="ID", envvar="LORASTACK_MEDUSA", help="Default Medusa heads."
         ),
     ] = "",
-    base_name: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--base-name",
-            metavar="NAME",
-            envvar="LORASTACK_BASE_NAME",
-            help="Another name of the model, for adapters made under it. May be repeated.",
-        ),
-    ] = None,
+    base_name: BaseName = None,
     pull_org: Annotated[
         list[str] | None,
         typer.Option(

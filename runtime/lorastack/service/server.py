@@ -185,6 +185,7 @@ class Server:
             registry=registry,
             validate=Validator(
                 shapes=shapes,
+                dtype=loaded.decoder.dtype,
                 base_names=(loaded.name, loaded.path.name, *limits.base_names),
                 base_weight=partial(base_weight, loaded.path),
             ),
