@@ -14,7 +14,7 @@ from lorastack.adapters.host import HostCache, PackedAdapter
 from lorastack.adapters.loader import Failure, LoaderThreads
 from lorastack.errors import LorastackError
 
-COPIES = 4  # under way at once
+COPIES = 8  # under way at once
 
 
 class Pipeline:

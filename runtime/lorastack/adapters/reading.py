@@ -1,7 +1,7 @@
 """Stored files into an adapter's buffer in one pass: reading, hashing and unpacking overlap.
 
-Two chunks take turns: while the calling thread reads one, two helper threads hash the other and
-copy its values to their places. Helpers inherit the caller's priority (Linux counts it a thread);
+A few chunks take turns: while the calling thread reads one, two helper threads hash those before it
+and copy their values to their places. Helpers inherit the caller's priority (Linux counts it a thread);
 no step uses OpenMP or holds the GIL for longer than a few calls.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from torch import Tensor
 from lorastack.adapters.tensorfile import TensorEntry
 
 CHUNK = 4 << 20  # bytes
+CHUNKS = 4
 GRAIN = 1 << 15  # elements: torch copies more than these at once with its OpenMP threads
 DTYPES = {
     "F16": torch.float16,
@@ -53,22 +55,32 @@ def fill(paths: Sequence[Path], places: Sequence[Place]) -> list[str]:
     tells. Raises FileNotFoundError.
     """
     digests = []
-    chunks = cycle([np.empty(CHUNK, dtype=np.uint8) for _ in range(2)])
-    with ThreadPoolExecutor(2, "adapter-reading") as helpers:
+    chunks = cycle([np.empty(CHUNK, dtype=np.uint8) for _ in range(CHUNKS)])
+    # One thread each: a hash takes its chunks in order.
+    with (
+        ThreadPoolExecutor(1, "adapter-hashing") as hashing,
+        ThreadPoolExecutor(1, "adapter-unpacking") as unpacking,
+    ):
         for path in paths:
             sha256 = hashlib.sha256()
             mine = [place for place in places if place[0].path == path]
-            running: list[Future[None]] = []
+            running: deque[tuple[Future[None], Future[None]]] = deque()
             with path.open("rb", buffering=0) as file:
+                # The disk works ahead, so that a chunk is there when its turn comes.
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
                 for batch in _batches(os.fstat(file.fileno()).st_size, mine):
+                    if len(running) == CHUNKS - 1:
+                        _wait(running.popleft())
                     size = sum(piece.nbytes for piece in batch)
                     data = _read(file, next(chunks)[:size])
-                    _wait(running)
-                    running = [
-                        helpers.submit(sha256.update, data.data),
-                        helpers.submit(_unpack, data, batch),
-                    ]
-            _wait(running)
+                    running.append(
+                        (
+                            hashing.submit(sha256.update, data.data),
+                            unpacking.submit(_unpack, data, batch),
+                        )
+                    )
+            for pair in running:
+                _wait(pair)
             digests.append(sha256.hexdigest())
     return digests
 
