@@ -1,8 +1,8 @@
 """Stored files into an adapter's buffer in one pass: reading, hashing and unpacking overlap.
 
 A few chunks take turns: while the calling thread reads one, two helper threads hash those before it
-and copy their values to their places. Helpers inherit the caller's priority (Linux counts it a thread);
-no step uses OpenMP or holds the GIL for longer than a few calls.
+and copy their values to their places. Helpers inherit the caller's priority (Linux counts it a
+thread); no step uses OpenMP or holds the GIL for longer than a few calls.
 """
 
 from __future__ import annotations
