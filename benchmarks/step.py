@@ -2,7 +2,8 @@
 
 The default model without a server: forward and logits of 1 to 32 rows that each decode one token,
 and of a prompt chunk of 256. Backends take turns; medians. The floor is the bytes of the weights
-over the bandwidth of this run (a sum over a buffer larger than the caches, with as many threads).
+over the bandwidth of this run (of a matrix-vector product larger than the caches, with as many
+threads).
 
     python -m benchmarks.step
 """
@@ -104,8 +105,8 @@ def weight_bytes(shapes: ModelShapes, dtype: torch.dtype) -> int:
 
 def bandwidth(repeats: int) -> float:
     """Bytes a second that this machine reads now."""
-    memory = torch.ones(1 << 28)
-    return memory.nbytes / min(seconds(memory.sum) for _ in range(repeats))
+    matrix, vector = torch.ones(1 << 14, 1 << 13), torch.ones(1 << 13)
+    return matrix.nbytes / min(seconds(partial(torch.mv, matrix, vector)) for _ in range(repeats))
 
 
 def seconds(call: Callable[[], object]) -> float:
