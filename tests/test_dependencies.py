@@ -1,0 +1,39 @@
+"""What the package imports is what pyproject.toml asks for: nothing comes by luck."""
+
+from __future__ import annotations
+
+import re
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
+
+from tests.test_layering import ROOT, imports, sources
+
+# Names by which packages that share a namespace are imported.
+SHARED = {"google.protobuf": "protobuf", "google.rpc": "googleapis-common-protos"}
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def distributions(module: str) -> set[str]:
+    for prefix, name in SHARED.items():
+        if module.startswith(prefix):
+            return {name}
+    return {normal(name) for name in packages_distributions().get(module.split(".")[0], [])}
+
+
+def test_every_import_is_a_declared_dependency() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = {normal(re.split(r"[<>=!~\[; ]", wanted)[0]) for wanted in project["dependencies"]}
+    found = {module for path in sources() for _, module in imports(path)}
+    foreign = {
+        module
+        for module in found
+        if module.split(".")[0] not in (*sys.stdlib_module_names, "lorastack", "__future__")
+        and module != "google"
+    }
+    missing = {module for module in foreign if not distributions(module) & declared}
+    assert not missing
+    assert len(foreign) > 10
