@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorastack.adapters.device import DeviceAdapter
-from lorastack.adapters.host import PackedAdapter
 from lorastack.config import (
     GIB,
     AdapterConfig,
@@ -22,14 +20,20 @@ from lorastack.config import (
     ModelConfig,
     ServerConfig,
     ServiceConfig,
+    share_cores,
 )
-from lorastack.service.server import Server
+
+if TYPE_CHECKING:
+    from lorastack.adapters.device import DeviceAdapter
+    from lorastack.adapters.host import PackedAdapter
 
 COPY_SECONDS, COPY_BYTES_A_SECOND = 0.050, 2e9
 
 
 def slow_copy(packed: PackedAdapter) -> DeviceAdapter:
     """As if the device were 50 ms away, over a bus of 2 GB/s."""
+    from lorastack.adapters.device import DeviceAdapter
+
     time.sleep(COPY_SECONDS + packed.nbytes / COPY_BYTES_A_SECOND)
     return DeviceAdapter(digest=packed.digest, buffer=packed.buffer, layout=packed.layout)
 
@@ -56,6 +60,9 @@ def main(
         ),
         service=ServiceConfig(port=0),
     )
+    share_cores()
+    from lorastack.service.server import Server  # after share_cores, as `lorastack serve` does
+
     server = Server.build(config, copy=slow_copy if slow else None)
     raise typer.Exit(server.run(typer.echo))
 

@@ -84,6 +84,15 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorastack"
 
 
+def share_cores() -> None:
+    """Lets OpenMP's idle threads sleep soon, so that loads and the event loop get their cores.
+
+    By default they spin for milliseconds between steps, and threads at nice 19 hardly run. Read
+    when torch is imported, so call it before; a user's own setting stays.
+    """
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+
 def parse_size(text: str) -> int:
     """Bytes of "512MiB", "2GiB", "64KiB" or a plain number. Raises ValueError on anything else."""
     units = {"KiB": KIB, "MiB": MIB, "GiB": GIB, "B": 1}

@@ -18,6 +18,7 @@ from lorastack.config import (
     ServerConfig,
     ServiceConfig,
     parse_size,
+    share_cores,
 )
 
 _ENGINE, _SERVICE = EngineConfig(), ServiceConfig()
@@ -224,6 +225,7 @@ def serve(
             metrics_port=metrics_port,
         ),
     )
+    share_cores()
     # Deferred: `--help` and the client commands must not wait for torch.
     from lorastack.service.logs import configure_logging
     from lorastack.service.server import Server
