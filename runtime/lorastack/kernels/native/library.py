@@ -147,6 +147,7 @@ def library() -> Any | None:
     return loaded
 
 
+@cache
 def supported(isa: Isa) -> bool:
     """Whether the library is there and this machine runs that part of it."""
     loaded = library()

@@ -118,47 +118,41 @@ INLINE void end_tiles() {
 }
 
 #ifdef __AMX_BF16__
-static void amx_block(const uint16_t* x, size_t ldx, int rows, const uint16_t* w0,
-                                 const uint16_t* w1, int k, Block* out) {
+// TWO: rows 17 to 32 too.
+template <bool TWO>
+static void amx_block(const uint16_t* x, size_t ldx, const uint16_t* w0, const uint16_t* w1, int k,
+                      Block* out) {
   const int stride = (int)ldx * 2;
   _tile_zero(0);
   _tile_zero(1);
-  if (rows <= 16) {
-    for (int i = 0; i < k; i += K_STEP) {
-      const char *p0 = (const char*)(w0 + (size_t)i * LANES), *p1 = (const char*)(w1 + (size_t)i * LANES);
-      for (int line = 0; line < 1024; line += 64) {
-        _mm_prefetch(p0 + PREFETCH + line, _MM_HINT_T0);
-        _mm_prefetch(p1 + PREFETCH + line, _MM_HINT_T0);
-      }
-      _tile_loadd(4, x + i, stride);
-      _tile_loadd(6, p0, 64);
-      _tile_loadd(7, p1, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 4, 7);
-    }
-  } else {
+  if constexpr (TWO) {
     _tile_zero(2);
     _tile_zero(3);
-    for (int i = 0; i < k; i += K_STEP) {
-      const char *p0 = (const char*)(w0 + (size_t)i * LANES), *p1 = (const char*)(w1 + (size_t)i * LANES);
-      for (int line = 0; line < 1024; line += 64) {
-        _mm_prefetch(p0 + PREFETCH + line, _MM_HINT_T0);
-        _mm_prefetch(p1 + PREFETCH + line, _MM_HINT_T0);
-      }
-      _tile_loadd(4, x + i, stride);
-      _tile_loadd(5, x + 16 * ldx + i, stride);
-      _tile_loadd(6, p0, 64);
-      _tile_loadd(7, p1, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 4, 7);
+  }
+  for (int i = 0; i < k; i += K_STEP) {
+    const char* p0 = (const char*)(w0 + (size_t)i * LANES);
+    const char* p1 = (const char*)(w1 + (size_t)i * LANES);
+    for (int line = 0; line < 1024; line += 64) {
+      _mm_prefetch(p0 + PREFETCH + line, _MM_HINT_T0);
+      _mm_prefetch(p1 + PREFETCH + line, _MM_HINT_T0);
+    }
+    _tile_loadd(4, x + i, stride);
+    if constexpr (TWO) _tile_loadd(5, x + 16 * ldx + i, stride);
+    _tile_loadd(6, p0, 64);
+    _tile_loadd(7, p1, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    if constexpr (TWO) {
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
     }
-    _tile_stored(2, out->sums[16], sizeof out->sums[0]);
-    _tile_stored(3, out->sums[16] + LANES, sizeof out->sums[0]);
   }
   _tile_stored(0, out->sums[0], sizeof out->sums[0]);
   _tile_stored(1, out->sums[0] + LANES, sizeof out->sums[0]);
+  if constexpr (TWO) {
+    _tile_stored(2, out->sums[16], sizeof out->sums[0]);
+    _tile_stored(3, out->sums[16] + LANES, sizeof out->sums[0]);
+  }
 }
 #endif
 
@@ -166,7 +160,10 @@ template <class Isa, class T>
 INLINE void block(const T* x, size_t ldx, int rows, const T* w0, const T* w1, int k,
                              Block* out) {
 #ifdef __AMX_BF16__
-  if constexpr (Isa::tiles) return amx_block(x, ldx, rows, w0, w1, k, out);
+  if constexpr (Isa::tiles) {
+    if (rows <= 16) return amx_block<false>(x, ldx, w0, w1, k, out);
+    return amx_block<true>(x, ldx, w0, w1, k, out);
+  }
 #endif
   if constexpr (!Isa::tiles) {
     int m = 0;

@@ -1,4 +1,4 @@
-// A decoder step as one parallel region: every phase is dealt out to the team, barriers between.
+// A decoder step as one parallel region: phases whose chunks the team's threads share.
 #pragma once
 
 #include <math.h>
@@ -56,6 +56,10 @@ struct Buffers {
   int capacity, ld_hidden, ld_qkv, ld_context, ld_inner, max_parts;
 };
 
+inline int64_t num_step_counters(const lorastack_model& model, const lorastack_step& step) {
+  return num_counters((int64_t)PHASES * model.num_layers + 1, step.num_threads);
+}
+
 inline int depth_bound(const lorastack_row& row) { return row.parents ? row.end - row.start : 0; }
 
 template <class T>
@@ -95,7 +99,7 @@ Buffers<T> lay_out(const lorastack_model& model, const lorastack_step& step, Are
   b.slots = arena.take<int64_t>(slots);
   b.row_slots = arena.take<int64_t>(step.num_rows);
   b.groups = arena.take<int32_t>(step.num_rows + 1);
-  b.counters = arena.take<Counter>(num_counters((int64_t)PHASES * model.num_layers + 1, step.num_threads));
+  b.counters = arena.take<Counter>(num_step_counters(model, step));
   b.parts = arena.take<LoraPart<T>>((int64_t)step.num_threads * b.max_parts);
   return b;
 }
@@ -129,6 +133,32 @@ void plan(const lorastack_model& model, const lorastack_step& step, Buffers<T>& 
       tail += depth;
     }
   }
+}
+
+struct Listed {
+  int parts, chunks;  // chunks of their shrinks
+};
+
+// The LoRA parts of `count` targets of every segment, from table place `first_target` on.
+template <class T>
+Listed list_parts(const lorastack_segment* segments, int num_segments, int first_target, int count,
+                  LoraPart<T>* parts) {
+  Listed found = {0, 0};
+  int64_t offset = 0;
+  for (int s = 0; s < num_segments; s++) {
+    const lorastack_segment& segment = segments[s];
+    for (int i = 0; i < count; i++) {
+      const lorastack_target& target = segment.targets[first_target + i];
+      if (!target.rank || segment.begin == segment.end) continue;
+      LoraPart<T>& part = parts[found.parts++];
+      part = {segment.begin,      segment.end,         i,
+              target.rank,        (const T*)target.a,  (const T*)target.b,
+              target.scale * segment.scale, offset};
+      found.chunks += shrink_chunks(part);
+      offset += (int64_t)(segment.end - segment.begin) * target.rank;
+    }
+  }
+  return found;
 }
 
 template <class Isa>
@@ -166,23 +196,12 @@ struct Worker {
 
   // Lists the group's LoRA parts of a layer and runs their shrinks.
   void shrink_group(int layer, Group group, const T* x, int ldx, int k) {
-    num_parts = 0;
-    int chunks = 0;
-    int64_t offset = 0;
-    for (int s = 0; s < step.num_segments; s++) {
-      const lorastack_segment& segment = step.segments[s];
-      for (int i = 0; i < group.count; i++) {
-        const lorastack_target& target = segment.targets[layer * TARGETS + group.first + i];
-        if (!target.rank || segment.begin == segment.end) continue;
-        parts[num_parts++] = {segment.begin, segment.end, i, target.rank,
-                              (const T*)target.a, (const T*)target.b,
-                              target.scale * segment.scale, offset};
-        chunks += shrink_chunks(parts[num_parts - 1]);
-        offset += (int64_t)(segment.end - segment.begin) * target.rank;
-      }
-    }
+    const int first_target = layer * TARGETS + group.first;
+    const Listed found =
+        list_parts(step.segments, step.num_segments, first_target, group.count, parts);
+    num_parts = found.parts;
     if (num_parts)
-      member.phase(chunks, [&](int chunk) { shrink<E>(parts, chunk, x, ldx, k, b.shrunk); });
+      member.phase(found.chunks, [&](int chunk) { shrink<E>(parts, chunk, x, ldx, k, b.shrunk); });
   }
 
   // Bias and LoRA of one panel of a block: outputs column.. of a group's target.
@@ -343,7 +362,7 @@ void forward(const lorastack_model& model, const lorastack_step& step) {
   Arena arena{(char*)step.scratch};
   Buffers<T> buffers = lay_out<T>(model, step, arena);
   plan(model, step, buffers);
-  memset((void*)buffers.counters, 0, sizeof(Counter) * num_counters((int64_t)PHASES * model.num_layers + 1, step.num_threads));
+  memset((void*)buffers.counters, 0, sizeof(Counter) * num_step_counters(model, step));
   Team team{buffers.counters, step.num_threads};
 #pragma omp parallel num_threads(step.num_threads)
   {
@@ -358,18 +377,9 @@ template <class Isa>
 void logits(const lorastack_head& head) {
   using E = typename Isa::E;
   using T = typename E::T;
-  std::vector<LoraPart<T>> parts;
-  int64_t offset = 0;
-  int chunks = 0;
-  for (int s = 0; s < head.num_segments; s++) {
-    const lorastack_segment& segment = head.segments[s];
-    const lorastack_target& target = *segment.targets;
-    parts.push_back({segment.begin, segment.end, 0, target.rank, (const T*)target.a,
-                     (const T*)target.b, target.scale * segment.scale, offset});
-    offset += (int64_t)(segment.end - segment.begin) * target.rank;
-    chunks += shrink_chunks(parts.back());
-  }
-  const int num_parts = (int)parts.size(), pairs = head.matrix.panels / 2;
+  std::vector<LoraPart<T>> parts(head.num_segments);
+  const Listed found = list_parts(head.segments, head.num_segments, 0, 1, parts.data());
+  const int num_parts = found.parts, pairs = head.matrix.panels / 2;
   std::vector<Counter> counters(num_counters(2, head.num_threads));
   Team team{counters.data(), head.num_threads};
 #pragma omp parallel num_threads(head.num_threads)
@@ -378,7 +388,7 @@ void logits(const lorastack_head& head) {
     begin_tiles<Isa>();
     const T* x = (const T*)head.x;
     if (num_parts)
-      member.phase(chunks, [&](int chunk) {
+      member.phase(found.chunks, [&](int chunk) {
         shrink<E>(parts.data(), chunk, x, head.inputs, head.inputs, head.scratch);
       });
     auto store = [&](Block& block, int row, int count, int panel) {
