@@ -1,9 +1,10 @@
-"""One table and one line of JSON for a benchmark."""
+"""What benchmarks share: one table and one line of JSON, and a clock."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 
 import typer
 from rich.console import Console
@@ -20,3 +21,10 @@ def report(title: str, rows: Sequence[dict[str, object]], **summary: object) -> 
     for name, value in summary.items():
         console.print(f"{name}: {value}")
     typer.echo(json.dumps({"title": title, "rows": list(rows), **summary}))
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """How long a call takes."""
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began

@@ -11,8 +11,6 @@ threads).
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable
 from functools import partial
 from math import prod
 from typing import Annotated
@@ -20,7 +18,7 @@ from typing import Annotated
 import torch
 import typer
 
-from benchmarks.paging.report import report
+from benchmarks.report import report, seconds
 from lorastack.kernels.attention import RowSpan
 from lorastack.layout import LAYER_TARGETS, ModelShapes
 from lorastack.lora.segments import LoraBatch
@@ -107,12 +105,6 @@ def bandwidth(repeats: int) -> float:
     """Bytes a second that this machine reads now."""
     matrix, vector = torch.ones(1 << 14, 1 << 13), torch.ones(1 << 13)
     return matrix.nbytes / min(seconds(partial(torch.mv, matrix, vector)) for _ in range(repeats))
-
-
-def seconds(call: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    call()
-    return time.perf_counter() - began
 
 
 if __name__ == "__main__":

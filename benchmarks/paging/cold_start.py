@@ -24,11 +24,10 @@ import torch
 import typer
 from safetensors.torch import save_file
 
-from benchmarks.paging.report import report
-from lorastack.adapters.durable import hash_file
+from benchmarks.paging.synthetic import store_folder
+from benchmarks.report import report
 from lorastack.adapters.formats import parse
 from lorastack.adapters.load import Loader
-from lorastack.adapters.manifest import FileSpec
 from lorastack.adapters.registry import Registry
 from lorastack.adapters.targets import module_names
 from lorastack.config import MIB
@@ -134,16 +133,8 @@ def store(registry: Registry, source: Path) -> str:
     save_file(tensors, source / WEIGHTS)
     config = {"peft_type": "LORA", "r": RANK, "target_modules": list(LAYER_TARGETS)}
     (source / "adapter_config.json").write_text(json.dumps(config))
-    paths = {path.name: path for path in source.iterdir()}
-    specs = [
-        FileSpec(name=name, size=path.stat().st_size, sha256=hash_file(path))
-        for name, path in paths.items()
-    ]
-    upload = registry.begin_upload("mistral", specs)
-    for spec in specs:
-        upload.write(spec.sha256, 0, paths[spec.name].read_bytes())
     validate = partial(parse, shapes=MISTRAL_7B)
-    return upload.commit(validate, base_fingerprint="").digest
+    return store_folder(registry, "mistral", source, validate, base_fingerprint="").digest
 
 
 if __name__ == "__main__":

@@ -11,20 +11,17 @@ from __future__ import annotations
 import json
 import statistics
 import tempfile
-import time
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from benchmarks.paging.report import report
-from benchmarks.paging.synthetic import adapter_id, write_adapter
-from benchmarks.paging.zipf import SERVING
+from benchmarks.paging import SERVING
+from benchmarks.paging.synthetic import adapter_id, store_folder, write_adapter
+from benchmarks.report import report, seconds
 from examples.local_server import local_server
-from lorastack.adapters.durable import hash_file
 from lorastack.adapters.load import Validator
-from lorastack.adapters.manifest import FileSpec
 from lorastack.adapters.registry import Registry
 from lorastack.client import Client
 from lorastack.config import GIB
@@ -74,24 +71,10 @@ def fill(store: Path, source: Path, adapters: int) -> None:
     registry = Registry(store)
     for index in range(adapters):
         config.write_text(json.dumps({**fields, "revision": str(index)}))
-        paths = {path.name: path for path in source.iterdir()}
-        specs = [
-            FileSpec(name=name, size=path.stat().st_size, sha256=hash_file(path))
-            for name, path in paths.items()
-        ]
-        upload = registry.begin_upload(adapter_id(index), specs)
-        for spec in specs:
-            if spec.sha256 in upload.staged:
-                upload.write(spec.sha256, 0, paths[spec.name].read_bytes())
-        upload.commit(validate, base_fingerprint=fingerprint(base))
+        store_folder(
+            registry, adapter_id(index), source, validate, base_fingerprint=fingerprint(base)
+        )
     registry.close()
-
-
-def seconds(call: object) -> float:
-    assert callable(call)
-    began = time.perf_counter()
-    call()
-    return time.perf_counter() - began
 
 
 if __name__ == "__main__":

@@ -16,10 +16,10 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.paging.report import report
+from benchmarks.paging import SERVING
 from benchmarks.paging.synthetic import adapter_id, device_bytes, upload
 from benchmarks.paging.traffic import Call, Outcome, background, first_token_ms, send
-from benchmarks.paging.zipf import SERVING
+from benchmarks.report import report
 from examples.local_server import local_server
 from lorastack.client import Client
 

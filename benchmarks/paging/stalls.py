@@ -17,10 +17,10 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.paging.report import report
+from benchmarks.paging import SERVING
 from benchmarks.paging.synthetic import adapter_id, ranks, scratch_folder, upload, write_adapter
 from benchmarks.paging.traffic import Call, background, percentile, send
-from benchmarks.paging.zipf import SERVING
+from benchmarks.report import report
 from examples.local_server import local_server
 from lorastack.client import Client
 from lorastack.config import GIB

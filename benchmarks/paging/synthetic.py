@@ -12,6 +12,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from lorastack.adapters.manifest import Record, file_spec
+from lorastack.adapters.registry import Registry
+from lorastack.adapters.upload import Validate
 from lorastack.client import Client
 
 BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -75,3 +78,15 @@ def upload(client: Client, first: int, all_ranks: list[int]) -> list[str]:
             client.upload(folder, adapter_id(index))
         found.append(adapter_id(index))
     return found
+
+
+def store_folder(
+    registry: Registry, adapter_id: str, folder: Path, validate: Validate, *, base_fingerprint: str
+) -> Record:
+    """What an upload does, without a server."""
+    paths = sorted(folder.iterdir())
+    specs = [file_spec(path) for path in paths]
+    upload = registry.begin_upload(adapter_id, specs)
+    for path, spec in zip(paths, specs, strict=True):
+        upload.write(spec.sha256, 0, path.read_bytes())
+    return upload.commit(validate, base_fingerprint=base_fingerprint)

@@ -17,7 +17,7 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.paging.report import report
+from benchmarks.paging import SERVING
 from benchmarks.paging.synthetic import adapter_id, device_bytes, ranks, upload
 from benchmarks.paging.traffic import (
     Background,
@@ -28,12 +28,12 @@ from benchmarks.paging.traffic import (
     percentile,
     send,
 )
+from benchmarks.report import report
 from examples.local_server import local_server
 from lorastack.client import Client
 from lorastack.config import GIB
 
 ON_DEVICE, ON_HOST = 32, 300
-SERVING = ("-m", "benchmarks.paging.serving")
 
 
 def main(

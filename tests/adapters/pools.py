@@ -74,7 +74,12 @@ class Bench:
     @property
     def resident(self) -> dict[str, int]:
         """Digest -> pins, least recently used first."""
-        return {digest: pins for digest, _, pins in self.pool.resident()}
+        return {digest: pins for digest, _, pins in resident(self.pool)}
+
+
+def resident(pool: DevicePool) -> list[tuple[str, int, int]]:
+    """(digest, bytes, pins) of every device copy, least recently used first."""
+    return [(each.digest, each.nbytes, each.in_use) for each in pool.stats().adapters]
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import torch
 from lorastack.adapters.device import DeviceAdapter
 from lorastack.adapters.host import PackedAdapter
 from lorastack.errors import DataLossError, FailedPreconditionError, InternalError, Reason
-from tests.adapters.pools import WAIT, Bench, bench
+from tests.adapters.pools import WAIT, Bench, bench, resident
 from tests.adapters.test_host import packed
 
 
@@ -27,9 +27,9 @@ def test_a_miss_then_a_hit(ten: Bench) -> None:
     ten.settle()
     (found,) = ten.pool.acquire(["a"]) or ()
     assert (found.digest, found.nbytes) == ("a", 1)
-    assert ten.pool.resident() == [("a", 1, 1)]
+    assert resident(ten.pool) == [("a", 1, 1)]
     ten.pool.release(["a"])
-    assert ten.pool.resident() == [("a", 1, 0)]
+    assert resident(ten.pool) == [("a", 1, 0)]
 
 
 def test_nothing_is_copied_on_a_cpu() -> None:
@@ -221,7 +221,7 @@ def test_a_device_of_its_own_gets_a_copy() -> None:
     made = Bench(device=torch.device("meta"))
     (found,) = copied(made, "a")
     assert found.buffer.device.type == "meta"
-    assert made.pool.resident() == [("a", 1, 1)]
+    assert resident(made.pool) == [("a", 1, 1)]
     made.pool.close()
 
 
@@ -245,5 +245,5 @@ def test_copies_to_a_gpu_are_exact() -> None:
         (found,) = copied(made, digest)
         assert torch.equal(found.buffer.cpu(), torch.arange(1 << 20).to(torch.uint8))
         made.pool.release([digest])
-    assert sum(nbytes for _, nbytes, _ in made.pool.resident()) <= 1 << 21
+    assert sum(nbytes for _, nbytes, _ in resident(made.pool)) <= 1 << 21
     made.pool.close()

@@ -150,7 +150,7 @@ class LiveServer:
 
         def loaded() -> bool:
             self.client.generate(ask("x", heads=name, max_new_tokens=4, ignore_eos=True))
-            return self.digests[name] in {digest for digest, _, _ in self.pool.resident()}
+            return self.digests[name] in {each.digest for each in self.pool.stats().adapters}
 
         wait_until(loaded, f"{name} is on the device")
 
@@ -165,5 +165,5 @@ class LiveServer:
         """Every request ended, and nothing is held: no page, no pin."""
         wait_until(lambda: self.engine.num_rows == 0, "all rows end")
         assert self.engine.num_pages_held == 0
-        pins = {digest: pins for digest, _, pins in self.pool.resident() if pins}
+        pins = {each.digest: each.in_use for each in self.pool.stats().adapters if each.in_use}
         assert pins == {}

@@ -15,8 +15,16 @@ from typing import Generic, TypeVar
 from lorastack.errors import InternalError, LorastackError
 
 ResultT = TypeVar("ResultT")
-_NICE = 19
+_NICENESS = 19
 _log = logging.getLogger(__name__)
+
+
+def be_nice() -> None:
+    """The calling thread yields to the step thread.
+
+    Linux counts niceness per thread; OpenMP threads started from it inherit it.
+    """
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,8 +72,7 @@ class LoaderThreads(Generic[ResultT]):
             thread.join()
 
     def _run(self) -> None:
-        # On Linux a priority belongs to a thread; OpenMP threads started from here inherit it.
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+        be_nice()
         while (item := self._jobs.get()) is not None:
             began = time.monotonic()
             result = self._outcome(*item)

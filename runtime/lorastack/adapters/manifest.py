@@ -19,8 +19,10 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
+from lorastack.adapters.durable import hash_file
 from lorastack.errors import InvalidArgumentError
 from lorastack.layout import AdapterKind
 
@@ -36,6 +38,11 @@ class FileSpec:
     name: str
     size: int
     sha256: str
+
+
+def file_spec(path: Path) -> FileSpec:
+    """What a file on disk would be stored as."""
+    return FileSpec(name=path.name, size=path.stat().st_size, sha256=hash_file(path))
 
 
 def in_digest(name: str) -> bool:

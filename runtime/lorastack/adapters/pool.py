@@ -230,10 +230,6 @@ class DevicePool:
                 evictions=self._evictions,
             )
 
-    def resident(self) -> list[tuple[str, int, int]]:
-        """(digest, bytes, pins) of every device copy, least recently used first. Any thread."""
-        return [(each.digest, each.nbytes, each.in_use) for each in self.stats().adapters]
-
     def close(self) -> None:
         """Ends the loader threads after the jobs that are queued."""
         self._pipeline.close()

@@ -11,9 +11,17 @@ from rich.console import Console
 from rich.table import Table
 
 from lorastack.adapters.fsck import check_store
-from lorastack.cli.options import DEFAULT_SERVER, BaseName, IfDigest, Json, Model, Server
+from lorastack.cli.options import (
+    DEFAULT_SERVER,
+    BaseName,
+    IfDigest,
+    Json,
+    Model,
+    Server,
+    Store,
+    default_store,
+)
 from lorastack.cli.output import human_size, print_json, progress_bar, short_digest, to_dict
-from lorastack.cli.serve import default_store
 from lorastack.client import Adapter, Client
 
 adapters = typer.Typer(help="Upload, list, show, delete and verify adapters.", no_args_is_help=True)
@@ -186,16 +194,7 @@ def verify(
 
 @adapters.command()
 def fsck(
-    store: Annotated[
-        Path | None,
-        typer.Option(
-            "--store",
-            metavar="DIR",
-            envvar="LORASTACK_STORE",
-            help="Where adapters are kept.",
-            show_default="~/.local/share/lorastack/store",
-        ),
-    ] = None,
+    store: Store = None,
     as_json: Json = False,
 ) -> None:
     """Check every byte of a store, also while a server uses it. Exit code 1 if any is damaged."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -40,8 +42,34 @@ BaseName = Annotated[
         help="Another name of the model, for adapters made under it. May be repeated.",
     ),
 ]
+Store = Annotated[
+    Path | None,
+    typer.Option(
+        "--store",
+        metavar="DIR",
+        envvar="LORASTACK_STORE",
+        help="Where adapters are kept.",
+        show_default="~/.local/share/lorastack/store",
+    ),
+]
 
-__all__ = ["DEFAULT_SERVER", "BaseName", "IfDigest", "Json", "Model", "Server", "size"]
+__all__ = [
+    "DEFAULT_SERVER",
+    "BaseName",
+    "IfDigest",
+    "Json",
+    "Model",
+    "Server",
+    "Store",
+    "default_store",
+    "size",
+]
+
+
+def default_store() -> Path:
+    """The user's data folder for adapters: XDG's, else ~/.local/share."""
+    data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    return Path(data) / "lorastack" / "store"
 
 
 def size(text: str) -> str:

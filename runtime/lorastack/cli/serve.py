@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from lorastack.cli.options import BaseName, Model, size
+from lorastack.cli.options import BaseName, Model, Store, default_store, size
 from lorastack.cli.output import progress_bar
 from lorastack.config import (
     AdapterConfig,
@@ -56,24 +55,9 @@ class LogFormat(StrEnum):
     JSON = "json"
 
 
-def default_store() -> Path:
-    """The user's data folder for adapters: XDG's, else ~/.local/share."""
-    data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
-    return Path(data) / "lorastack" / "store"
-
-
 def serve(
     model: Model = None,
-    store: Annotated[
-        Path | None,
-        typer.Option(
-            "--store",
-            metavar="DIR",
-            envvar="LORASTACK_STORE",
-            help="Where adapters are kept.",
-            show_default="~/.local/share/lorastack/store",
-        ),
-    ] = None,
+    store: Store = None,
     medusa: Annotated[
         str,
         typer.Option(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 from lorastack.adapters.load import Validator
-from lorastack.adapters.manifest import FileSpec, adapter_digest
+from lorastack.adapters.manifest import adapter_digest, file_spec
 from lorastack.client import folder_files
 from lorastack.engine.base import base_weight, model_shapes
 from lorastack.engine.loading import model_folder
@@ -35,7 +34,7 @@ def verify_folder(
         base_weight=partial(base_weight, base),
     )
     parsed = validate({path.name: path for path in paths}, accept_base=accept_base)
-    specs = [_file_spec(path) for path in paths]
+    specs = [file_spec(path) for path in paths]
     return {
         "digest": adapter_digest(specs),
         "kind": parsed.kind.value,
@@ -51,9 +50,3 @@ def verify_folder(
         "own_chat_template": parsed.chat_template is not None,
         "size_bytes": sum(spec.size for spec in specs),
     }
-
-
-def _file_spec(path: Path) -> FileSpec:
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return FileSpec(name=path.name, size=path.stat().st_size, sha256=sha256)

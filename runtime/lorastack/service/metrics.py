@@ -10,6 +10,7 @@ import threading
 from collections import Counter as Counts
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import grpc
 from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_server
@@ -215,7 +216,8 @@ class MetricsServer:
         self._thread.join()
 
 
-def _gauge(
+def _family(
+    kind: type[GaugeMetricFamily] | type[CounterMetricFamily],
     name: str,
     about: str,
     label: str = "",
@@ -223,21 +225,11 @@ def _gauge(
     value: float | None = None,
 ) -> Metric:
     """values: by the label's value; or one value, without a label."""
-    family = GaugeMetricFamily(f"{PREFIX}{name}", about, value, [label] if label else None)
+    family = kind(f"{PREFIX}{name}", about, value, [label] if label else None)
     for key, number in (values or {}).items():
         family.add_metric([key], number)
     return family
 
 
-def _counter(
-    name: str,
-    about: str,
-    label: str = "",
-    values: Mapping[str, float] | None = None,
-    value: float | None = None,
-) -> Metric:
-    """As `_gauge`; Prometheus adds _total to the name."""
-    family = CounterMetricFamily(f"{PREFIX}{name}", about, value, [label] if label else None)
-    for key, number in (values or {}).items():
-        family.add_metric([key], number)
-    return family
+_gauge = partial(_family, GaugeMetricFamily)
+_counter = partial(_family, CounterMetricFamily)  # Prometheus adds _total to the name

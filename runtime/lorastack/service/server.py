@@ -20,6 +20,7 @@ from lorastack import __version__
 from lorastack.adapters.device import Copy
 from lorastack.adapters.host import HostCache
 from lorastack.adapters.load import Loader, Validator
+from lorastack.adapters.loader import be_nice
 from lorastack.adapters.pool import DevicePool
 from lorastack.adapters.registry import Registry
 from lorastack.config import MIB, ServerConfig, ServiceConfig
@@ -35,7 +36,7 @@ from lorastack.service.prepare import Preparer, ServedModel
 from lorastack.service.probe import probe
 from lorastack.service.status import CallGuard
 from lorastack.service.store import StoreFollower, StoreWriter
-from lorastack.service.threads import be_nice, run_in
+from lorastack.service.threads import run_in
 from lorastack.service.transfer import Transfers
 from lorastack.v1 import adapters_pb2, generation_pb2
 from lorastack.v1.adapters_pb2_grpc import add_AdapterServiceServicer_to_server as add_adapters

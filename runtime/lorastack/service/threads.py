@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import threading
 from collections.abc import Callable
 from concurrent.futures import Executor
 from functools import partial
@@ -13,14 +11,7 @@ from typing import ParamSpec, TypeVar
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_NICENESS = 19
-
 
 async def run_in(pool: Executor, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Runs a call in one of the pool's threads."""
     return await asyncio.get_running_loop().run_in_executor(pool, partial(call, *args, **kwargs))
-
-
-def be_nice() -> None:
-    """The calling thread yields to the step thread (Linux counts niceness per thread)."""
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)

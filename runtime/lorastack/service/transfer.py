@@ -13,6 +13,7 @@ from typing import BinaryIO
 from lorastack.adapters.blobs import damaged_blob
 from lorastack.adapters.hub import HubAddress, open_hub
 from lorastack.adapters.ids import check_id
+from lorastack.adapters.loader import be_nice
 from lorastack.adapters.manifest import FileSpec, Record
 from lorastack.adapters.registry import Registry
 from lorastack.adapters.rooted import open_folder
@@ -26,7 +27,7 @@ from lorastack.errors import (
     UnavailableError,
 )
 from lorastack.service.store import StoreWriter
-from lorastack.service.threads import be_nice, run_in
+from lorastack.service.threads import run_in
 from lorastack.v1 import adapters_pb2
 
 NUM_PULLERS = 2  # pulls at a time; others wait for their turn
