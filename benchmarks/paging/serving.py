@@ -46,6 +46,7 @@ def main(
     slow: Annotated[bool, typer.Option("--slow-copy", help="Copy like a slow device.")] = False,
     read_only: Annotated[bool, typer.Option("--read-only-store")] = False,
     pull_root: Annotated[Path | None, typer.Option(help="Pulls from folders under it.")] = None,
+    pull_org: Annotated[str, typer.Option(help="Pulls from this organisation of the hub.")] = "",
 ) -> None:
     """Serve the default model in bfloat16 with two threads."""
     config = ServerConfig(
@@ -57,6 +58,7 @@ def main(
             host_memory=host_memory,
             read_only_store=read_only,
             pull_roots=(pull_root,) if pull_root else (),
+            pull_orgs=(pull_org,) if pull_org else (),
         ),
         service=ServiceConfig(port=0),
     )

@@ -1,14 +1,16 @@
 """Do running rows feel loads, uploads and pulls? Gaps between their tokens with and without.
 
 Four rows decode (two of the base, two with a LoRA) while a process of low priority has 200 cold
-adapters loaded, uploads adapters, or has them pulled from a folder. Quiet and busy phases take
-turns.
+adapters loaded, uploads adapters, or has them pulled, from a folder or from a hub on this machine.
+Quiet and busy phases take turns.
 
     python -m benchmarks.paging.stalls
 """
 
 from __future__ import annotations
 
+import os
+import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from itertools import count, takewhile
@@ -24,6 +26,7 @@ from benchmarks.report import report
 from examples.local_server import local_server
 from lorastack.client import Client
 from lorastack.config import GIB
+from tests.helpers.fake_hub import FakeHub
 
 COLD = 200
 RUNNING = ("", "", adapter_id(0), adapter_id(1))
@@ -36,13 +39,14 @@ def main(
     """Measure and print a table and a JSON line."""
     calls = [Call(lora_id=lora_id, max_new_tokens=max_new_tokens) for lora_id in RUNNING]
     gaps: dict[str, list[float]] = {phase: [] for phase in _PHASES}
+    os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{_free_port()}"  # the server's, and `pull_hub`'s
     with (
         background() as reader,
         background() as other,
         tempfile.TemporaryDirectory(prefix="lorastack-") as folder,
         local_server(
             str(Path(folder, "store")), "--device-memory", str(GIB), "--host-memory", str(GIB),
-            "--pull-root", folder, command=SERVING,
+            "--pull-root", folder, "--pull-org", "synthetic", command=SERVING,
         ) as server,
     ):  # fmt: skip
         with Client(server.address) as client:
@@ -98,6 +102,16 @@ def pull_more(address: str, folder: str) -> None:
             client.pull("synthetic/pulled", folder=str(Path(folder, "source")))
 
 
+def pull_hub(address: str, folder: str) -> None:
+    """Has a repository pulled whose content changes."""
+    port = int(os.environ["HF_ENDPOINT"].rpartition(":")[2])
+    with FakeHub(port=port) as hub, Client(address) as client:
+        for index in _until_stopped(folder):
+            with scratch_folder(16, 3_000_000 + index) as source:
+                hub.add_folder("synthetic/lora", source)
+            client.pull("synthetic/pulled", hub_id="synthetic/lora")
+
+
 def nothing(address: str, folder: str) -> None:
     """The quiet phase."""
 
@@ -110,8 +124,15 @@ _PHASES: dict[str, Callable[[str, str], None]] = {
     "quiet": nothing,
     "loads": load_cold,
     "uploads": upload_more,
-    "pulls": pull_more,
+    "folder pulls": pull_more,
+    "hub pulls": pull_hub,
 }
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
 
 
 if __name__ == "__main__":

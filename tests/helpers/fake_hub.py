@@ -40,12 +40,14 @@ class FakeHub:
     """Serves until the `with` ends; `repos` by hub id. token: the one that opens everything.
 
     large=False keeps no file in large-file storage. cut: files end after that many bytes of their
-    transfer. hold: while clear, transfers of large files wait behind their first bytes.
+    transfer. hold: while clear, transfers of large files wait behind their first bytes. port: 0
+    takes a free one.
     """
 
     token = "hf_" + "s3cret" * 5
 
-    def __init__(self, *, large: bool = True) -> None:
+    def __init__(self, *, large: bool = True, port: int = 0) -> None:
+        self.port = port
         self.repos: dict[str, Repo] = {}
         self.large = LARGE if large else ()
         self.cut: int | None = None
@@ -62,7 +64,7 @@ class FakeHub:
 
     def __enter__(self) -> Self:
         handler = type("Handler", (_Handler,), {"hub": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self._server = ThreadingHTTPServer(("127.0.0.1", self.port), handler)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
         self._thread.start()
         self.port = self._server.server_port
