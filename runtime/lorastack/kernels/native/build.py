@@ -52,11 +52,11 @@ def build(target: Path = LIBRARY, extra: tuple[str, ...] = ()) -> str:
 
         try:
             objects = list(pool.map(compiled, SOURCES))
-            made = Path(folder, target.name)
+            made = target.with_suffix(f".{os.getpid()}")  # running servers have the old one mapped
             _run(compiler, "-shared", "-fopenmp", *extra, *objects, "-o", str(made))
         except subprocess.CalledProcessError as error:
             return f"{compiler} failed:\n{error.stderr}"
-        shutil.copy(made, target)
+        made.replace(target)
     return ""
 
 
