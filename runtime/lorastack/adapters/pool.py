@@ -1,7 +1,7 @@
 """Device copies of adapters: loaded beside the step loop, pinned by running rows, paged by turns.
 
 The step thread calls `poll`, then `acquire`, `try_acquire` and `prefetch` for its rows, and
-`release`; it never waits. One thread at the lowest priority fills host copies, a second one copies
+`release`; it never waits. One thread of low priority fills host copies, a second one copies
 them over; what they finished is taken in by `poll`. On a CPU the host copy itself serves as the
 device copy, so nothing is stored twice.
 
