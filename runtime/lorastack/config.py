@@ -87,8 +87,8 @@ def cache_dir() -> Path:
 def share_cores() -> None:
     """Lets OpenMP's idle threads sleep soon, so that loads and the event loop get their cores.
 
-    By default they spin for milliseconds between steps, and threads of low priority hardly run. Read
-    when torch is imported, so call it before; a user's own setting stays.
+    By default they spin for milliseconds between steps, and threads of low priority hardly run.
+    Read when torch is imported, so call it before; a user's own setting stays.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 

@@ -11,6 +11,7 @@ import torch
 
 from lorastack.adapters.device import DeviceAdapter
 from lorastack.adapters.host import PackedAdapter
+from lorastack.adapters.loader import LOAD_NICENESS
 from lorastack.errors import DataLossError, FailedPreconditionError, InternalError, Reason
 from tests.adapters.pools import WAIT, Bench, bench, resident
 from tests.adapters.test_host import packed
@@ -186,7 +187,7 @@ def test_a_failed_load_is_tried_again_though_it_is_wanted_all_along() -> None:
         assert made.resident == {"a": 0}
 
 
-def test_loads_run_at_the_lowest_priority_elsewhere() -> None:
+def test_loads_run_at_low_priority_elsewhere() -> None:
     seen: list[tuple[int, bool]] = []
     main = threading.get_native_id()
 
@@ -198,7 +199,7 @@ def test_loads_run_at_the_lowest_priority_elsewhere() -> None:
     before = os.getpriority(os.PRIO_PROCESS, main)
     with bench(load=load) as made:
         made.use("a")
-    assert seen == [(19, False)]
+    assert seen == [(LOAD_NICENESS, False)]
     assert os.getpriority(os.PRIO_PROCESS, main) == before
 
 
