@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 ALIGNMENT = 64  # bytes; every tensor starts on a cache line
 
 # Projections of a decoder layer, in buffer order: members of one group share their input.
@@ -26,6 +26,7 @@ EMBED = "embed_tokens"
 LM_HEAD = "lm_head"
 HEADS = "heads"
 MAX_RANK = 64  # candidates that a tree may ask of one head
+MAX_DRAFT_VOCABULARY = 16384  # tokens that heads may choose from, when they name theirs
 NO_LAYER = -1  # the `layer` of embed_tokens and lm_head; for heads see `head_block`
 
 
@@ -37,6 +38,7 @@ class Part(StrEnum):
     WEIGHT = "weight"  # Medusa block [H, H]
     BIAS = "bias"  # Medusa block [H]
     OUTPUT = "output"  # a Medusa version 1 head's own output matrix [V, H]; its layer is the head
+    DRAFT = "draft"  # the base lm_head's rows of a draft vocabulary [N, H]; its layer is 0
 
 
 class AdapterKind(StrEnum):
@@ -117,6 +119,7 @@ class AdapterLayout:
     itemsize: int  # bytes an element
     num_heads: int  # Medusa heads, 0 for a plain LoRA
     choices: tuple[tuple[int, ...], ...] = ()  # the heads' own tree, in order of worth; () for none
+    draft_vocabulary: tuple[int, ...] = ()  # rising token ids that heads choose from; () for all
     version: int = LAYOUT_VERSION
 
     @property
