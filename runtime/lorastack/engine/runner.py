@@ -3,37 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby, islice
-from typing import TypeVar
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from lorastack.adapters.device import DeviceAdapter
 from lorastack.engine.batch import Batch, Draft, RowResult, RowStep
+from lorastack.engine.drafts import Drafter
+from lorastack.engine.stacks import Stacks
 from lorastack.errors import InternalError, Reason
 from lorastack.kernels.best import best
-from lorastack.lora.segments import LoraBatch, Segment
-from lorastack.lora.weights import LoraWeights
 from lorastack.model.context import ForwardBatch, RowSpan
 from lorastack.model.decoder import Decoder
 from lorastack.model.kv import KVCache
 from lorastack.request import TokenLogprobs
 from lorastack.sampling.sampler import draw, token_logprobs
 from lorastack.speculation.accept import Accepted, DraftedTree, accept
-from lorastack.speculation.heads import (
-    HeadsWeights,
-    apply_heads,
-    output_logits,
-    own_outputs,
-    top_candidates,
-)
 from lorastack.speculation.tree import CHAIN
-
-Weights = TypeVar("Weights", LoraWeights, HeadsWeights)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,8 +46,8 @@ class Runner:
     def __init__(self, decoder: Decoder, kv: KVCache) -> None:
         self._decoder = decoder
         self._kv = kv
-        self._loras: WeakKeyDictionary[DeviceAdapter, LoraWeights] = WeakKeyDictionary()
-        self._heads: WeakKeyDictionary[DeviceAdapter, HeadsWeights] = WeakKeyDictionary()
+        self._stacks = Stacks()
+        self._drafter = Drafter(decoder, self._stacks)
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> list[RowResult]:
@@ -72,12 +59,16 @@ class Runner:
             return results
         hidden_XH = hidden_TH[torch.tensor(rows, device=hidden_TH.device)]
         counts = [row.num_logits for row in sampled]
-        segments = self._segments([row.step for row in sampled], counts)
+        segments = self._stacks.segments([row.step for row in sampled], counts)
         logits_XV = self._decoder.logits(hidden_XH, segments)
         peaks_X, best_X = (part.tolist() for part in best(logits_XV))
         accepted = self._accept(sampled, logits_XV, best_X)
         self._move_kv(sampled, accepted)
-        drafts = self._draft(sampled, accepted, hidden_XH)
+        last = [
+            row.first_logit + (path.path or (0,))[-1]
+            for row, path in zip(sampled, accepted, strict=True)
+        ]
+        drafts = self._drafter.draft([row.step for row in sampled], last, hidden_XH)
         for row, path, draft in zip(sampled, accepted, drafts, strict=True):
             results[row.index] = self._result(row, path, draft, logits_XV, peaks_X)
         return results
@@ -103,35 +94,9 @@ class Runner:
         forward = ForwardBatch(
             token_ids_T=torch.tensor(token_ids, device=self._decoder.device),
             rows=tuple(spans),
-            lora=self._segments(batch.steps, [len(step.token_ids) for step in batch.steps]),
+            lora=self._stacks.segments(batch.steps, [len(step.token_ids) for step in batch.steps]),
         )
         return self._decoder.forward(forward, self._kv), [span.start for span in spans]
-
-    def _segments(self, steps: Sequence[RowStep], counts: Sequence[int]) -> LoraBatch:
-        """Segments over rows of `counts` tokens; neighbours with one stack share theirs."""
-        segments: list[Segment] = []
-        start = 0
-        pairs_by_stack = groupby(zip(steps, counts, strict=True), key=lambda pair: pair[0].stack)
-        for _, group in pairs_by_stack:
-            pairs = list(group)
-            end = start + sum(count for _, count in pairs)
-            first = pairs[0][0]
-            for use, adapter in zip(first.request.loras, first.adapters.loras, strict=True):
-                weights = self._views(self._loras, adapter, LoraWeights.from_buffer)
-                segments.append(Segment(start=start, end=end, weights=weights, scale=use.scale))
-            start = end
-        return LoraBatch(tuple(segments))
-
-    @staticmethod
-    def _views(
-        known: WeakKeyDictionary[DeviceAdapter, Weights],
-        adapter: DeviceAdapter,
-        build: Callable[..., Weights],
-    ) -> Weights:
-        """Views into the adapter's buffer, made once while it is on the device."""
-        if adapter not in known:
-            known[adapter] = build(adapter.buffer, adapter.layout)
-        return known[adapter]
 
     # -- tokens -----------------------------------------------------------------------------------
 
@@ -216,77 +181,3 @@ class Runner:
             logprobs=logprobs,
             draft=draft,
         )
-
-    # -- draft ------------------------------------------------------------------------------------
-
-    def _draft(
-        self, sampled: list[Sampled], accepted: list[Accepted], hidden_XH: Tensor
-    ) -> list[Draft | None]:
-        """Every row's heads at its last accepted token, as one operation over the batch.
-
-        For heads without output matrices it costs a second lm_head pass over (rows x heads),
-        through the row's LoRA if that adapts lm_head.
-        """
-        drafts: list[Draft | None] = [None] * len(sampled)
-        drafting = sorted(
-            (i for i, row in enumerate(sampled) if row.step.num_candidates),
-            key=lambda i: _draft_order(sampled[i].step),
-        )
-        if not drafting:
-            return drafts
-        last = [sampled[i].first_logit + (accepted[i].path or (0,))[-1] for i in drafting]
-        steps = [sampled[i].step for i in drafting]
-        groups = self._head_groups(steps)
-        r_YH = apply_heads(hidden_XH[last], groups)
-        num = max(step.num_candidates for step in steps)
-        ranks = (
-            tuple(ids)
-            for logits_YV in self._head_logits(r_YH, steps, groups)
-            for ids in top_candidates(logits_YV, num).tolist()
-        )
-        for i, step in zip(drafting, steps, strict=True):
-            drafts[i] = tuple(islice(ranks, _heads_of(step).layout.num_heads))
-        return drafts
-
-    def _head_groups(self, steps: Sequence[RowStep]) -> list[tuple[slice, HeadsWeights]]:
-        """Neighbouring rows of one heads digest, and these heads."""
-        groups: list[tuple[slice, HeadsWeights]] = []
-        start = 0
-        for _, group in groupby(steps, key=_draft_order):
-            rows = list(group)
-            weights = self._views(self._heads, _heads_of(rows[0]), HeadsWeights.from_buffer)
-            groups.append((slice(start, start + len(rows)), weights))
-            start += len(rows)
-        return groups
-
-    def _head_logits(
-        self,
-        r_YH: Tensor,
-        steps: Sequence[RowStep],
-        groups: Sequence[tuple[slice, HeadsWeights]],
-    ) -> Iterator[Tensor]:
-        """float32 [part of Y, V]: first of all rows that share lm_head, then of each other group.
-
-        steps and groups are in `_draft_order`.
-        """
-        shared = [step for step in steps if not own_outputs(_heads_of(step).layout)]
-        counts = [_heads_of(step).layout.num_heads for step in shared]
-        start = sum(counts)
-        if shared:
-            yield self._decoder.logits(r_YH[:start], self._segments(shared, counts))
-        for rows, heads in groups:
-            if heads.output_KVH is not None:
-                end = start + (rows.stop - rows.start) * heads.num_heads
-                yield output_logits(r_YH[start:end], heads.output_KVH)
-                start = end
-
-
-def _heads_of(step: RowStep) -> DeviceAdapter:
-    assert step.adapters.heads is not None
-    return step.adapters.heads
-
-
-def _draft_order(step: RowStep) -> tuple[bool, str]:
-    """Rows that share lm_head lie side by side, and so do those of one heads digest."""
-    heads = _heads_of(step)
-    return own_outputs(heads.layout), heads.digest
