@@ -12,11 +12,24 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from lorastack.kernels.native import library as native
 from lorastack.layout import ModelShapes
 
 # How long an example takes says more about the machine's load than about the code.
 hypothesis.settings.register_profile("lorastack", deadline=None)
 hypothesis.settings.load_profile("lorastack")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--native-library", metavar="FILE", help="test this build of the kernels")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before any test module asks what the library supports."""
+    if other := config.getoption("--native-library"):
+        native.LIBRARY = Path(other).resolve()
+        if native.library() is None:
+            raise pytest.UsageError(f"{other} cannot be loaded")
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,8 @@
 """Compile the native library with the system's C++ compiler.
 
-    python -m lorastack.kernels.native.build
+    python -m lorastack.kernels.native.build [TARGET FLAG...]
+
+With a target it is a library for tests, compiled with further flags (see `make check-native`).
 
 Each source is compiled for its own instruction set, and `dispatch.cpp` chooses among them when the
 program runs; nothing depends on the machine that compiles. Only x86-64 has native kernels so far.
@@ -65,5 +67,6 @@ def _run(*command: str) -> None:
 
 
 if __name__ == "__main__":
-    if problem := build():
+    target, *flags = sys.argv[1:] or (LIBRARY,)
+    if problem := build(Path(target), tuple(flags)):
         sys.stderr.write(f"lorastack runs without native kernels: {problem}\n")
