@@ -38,7 +38,7 @@ class Part(StrEnum):
     WEIGHT = "weight"  # Medusa block [H, H]
     BIAS = "bias"  # Medusa block [H]
     OUTPUT = "output"  # a Medusa version 1 head's own output matrix [V, H]; its layer is the head
-    DRAFT = "draft"  # the base lm_head's rows of a draft vocabulary [N, H]; its layer is 0
+    DRAFT = "draft"  # the base lm_head's rows of a draft vocabulary [N, H]; see `DRAFT_KEY`
 
 
 class AdapterKind(StrEnum):
@@ -89,6 +89,7 @@ class ModelShapes:
 
 
 TensorKey = tuple[int, str, Part]  # (layer, target, part)
+DRAFT_KEY: TensorKey = (0, HEADS, Part.DRAFT)
 
 
 def head_block(head: int, block: int, num_heads: int) -> int:

@@ -36,6 +36,7 @@ ANYTHING = ParsedAdapter(
     num_layers=0,
     medusa_version=0,
     choices=(),
+    draft_vocabulary=(),
     scales={},
     chat_template=None,
     tensors={},

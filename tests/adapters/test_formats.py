@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from lorastack.adapters.formats import chat_template, check_base, check_values
 from lorastack.errors import FailedPreconditionError, InvalidArgumentError, Reason
 from lorastack.layout import HEADS, AdapterKind, Part, head_block
 from tests.adapters.folders import SHAPES, edit_json, files_of, parse_folder
-from tests.helpers.adapters import write_heads, write_lora
+from tests.helpers.adapters import write_draft_vocabulary, write_heads, write_lora
 
 H = SHAPES.hidden_size
 LORA_FILE, HEADS_FILE = "adapter_model.safetensors", "medusa_lm_head.safetensors"
@@ -132,6 +133,19 @@ def test_choices(heads: Path) -> None:
     paths = [[0], [0, 0], [1], [0, 0, 5]]
     edit_json(heads / HEADS_CONFIG, medusa_choices=paths)
     assert parse_folder(heads).choices == ((0,), (0, 0), (1,), (0, 0, 5))
+
+
+LARGE = replace(SHAPES, vocab_size=20_000)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("ids", [range(64), [*range(2, 130, 2), 19_999], range(16_384)])
+def test_draft_vocabularies(heads: Path, ids: Sequence[int], dtype: torch.dtype) -> None:
+    assert parse_folder(heads, LARGE).draft_vocabulary == ()
+    write_draft_vocabulary(heads, torch.tensor(ids, dtype=dtype))
+    parsed = parse_folder(heads, LARGE)
+    assert parsed.draft_vocabulary == tuple(ids)
+    assert len(parsed.tensors) == 6
 
 
 def test_harmless_files_are_kept(lora: Path) -> None:
@@ -315,6 +329,46 @@ def test_endless_patterns_end(lora: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert time.monotonic() - began < 2
     edit_json(lora / LORA_CONFIG, target_modules="q" * 5000)
     refused(lora, "longer than")
+
+
+# -- refused: draft vocabularies ------------------------------------------------------------------
+
+VOCABULARIES: dict[str, tuple[dict[str, torch.Tensor], str]] = {
+    "other name": ({"ids": torch.arange(64)}, "one tensor, draft_vocabulary"),
+    "two tensors": (
+        {"draft_vocabulary": torch.arange(64), "more": torch.arange(64)},
+        "one tensor, draft_vocabulary",
+    ),
+    "no tensor": ({}, "one tensor, draft_vocabulary"),
+    "floats": ({"draft_vocabulary": torch.arange(64.0)}, "dtype F32, not I32, I64"),
+    "a table": ({"draft_vocabulary": torch.arange(128).view(2, 64)}, r"shape \[2, 64\]"),
+    "too few": ({"draft_vocabulary": torch.arange(63)}, r"shape \[63\]: .* 64 to 16384"),
+    "too many": ({"draft_vocabulary": torch.arange(16_385)}, r"\[16385\]: .* 64 to 16384"),
+    "negative": ({"draft_vocabulary": torch.arange(64) - 1}, "from 0 to 19999"),
+    "unknown": ({"draft_vocabulary": torch.arange(64) + 19_937}, "from 0 to 19999"),
+    "not rising": ({"draft_vocabulary": torch.arange(64).flip(0)}, "rising"),
+    "twice": ({"draft_vocabulary": torch.tensor([0, *range(64)])}, "each once"),
+}
+
+
+@pytest.mark.parametrize(("tensors", "named"), VOCABULARIES.values(), ids=VOCABULARIES.keys())
+def test_draft_vocabularies_are_refused_by_name(
+    heads: Path, tensors: dict[str, torch.Tensor], named: str
+) -> None:
+    save_file(tensors, heads / "draft_vocabulary.safetensors")
+    with pytest.raises(InvalidArgumentError, match=named) as refusal:
+        parse_folder(heads, LARGE)
+    assert "draft_vocabulary" in str(refusal.value)
+
+
+def test_draft_vocabularies_go_with_version_2_heads_only(tmp_path: Path, lora: Path) -> None:
+    ids = range(SHAPES.vocab_size)
+    heads = write_heads(tmp_path / "x", H, vocab_size=SHAPES.vocab_size, draft_vocabulary=ids)
+    refused(heads, "goes with version 2 heads.* leave it out")
+    shutil.copy(heads / "draft_vocabulary.safetensors", lora)
+    refused(lora, "belongs to Medusa heads.* leave it out")
+    (lora / LORA_FILE).unlink()
+    refused(lora, r"no \.safetensors|belongs to Medusa heads")
 
 
 # -- refused: heads -------------------------------------------------------------------------------

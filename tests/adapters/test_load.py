@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,14 @@ from lorastack.errors import (
     LorastackError,
     NotFoundError,
 )
-from lorastack.layout import AdapterKind, AdapterLayout, TensorKey, TensorSlot
+from lorastack.layout import (
+    DRAFT_KEY,
+    AdapterKind,
+    AdapterLayout,
+    ModelShapes,
+    TensorKey,
+    TensorSlot,
+)
 from tests.adapters.folders import SHAPES, files_of, read_folder, send, specs_of
 from tests.helpers.adapters import write_heads, write_lora
 from tests.helpers.packed import read_tensors
@@ -46,6 +53,7 @@ def allocate(
     scales: Mapping[tuple[int, str], float],
     num_heads: int,
     choices: Choices,
+    draft_vocabulary: tuple[int, ...],
 ) -> tuple[AdapterLayout, Tensor]:
     """One tensor after the other, in float32, the last one first."""
     slots: dict[TensorKey, TensorSlot] = {}
@@ -60,8 +68,18 @@ def allocate(
         itemsize=4,
         num_heads=num_heads,
         choices=choices,
+        draft_vocabulary=draft_vocabulary,
     )
     return layout, torch.full((end,), torch.nan)
+
+
+def head_rows(ids: Sequence[int], out_NH: Tensor) -> None:
+    """Row i of lm_head holds 100 + i everywhere."""
+    out_NH[:] = 100.0 + torch.tensor(ids)[:, None]
+
+
+def loader(registry: Registry, shapes: ModelShapes = SHAPES) -> Loader:
+    return Loader(registry=registry, shapes=shapes, allocate=allocate, head_rows=head_rows)
 
 
 @pytest.fixture
@@ -86,6 +104,7 @@ def bundle(tmp_path: Path, medusa_version: int) -> Path:
         num_blocks=2,
         vocab_size=SHAPES.vocab_size if medusa_version == 1 else None,
         medusa_choices=[[0], [0, 0]],
+        draft_vocabulary=range(SHAPES.vocab_size) if medusa_version == 2 else (),
     )
 
 
@@ -101,23 +120,43 @@ def test_from_folder_to_buffer(registry: Registry, bundle: Path, medusa_version:
     assert manifest.kind is AdapterKind.LORA_WITH_MEDUSA
     assert (manifest.rank, manifest.num_heads, manifest.num_layers) == (3, 2, 2)
     assert manifest.medusa_version == medusa_version
-    packed = Loader(registry=registry, shapes=SHAPES, allocate=allocate)(digest)
+    packed = loader(registry)(digest)
     assert packed.digest == digest
     assert packed.nbytes == packed.buffer.numel() * 4
     assert packed.layout.choices == ((0,), (0, 0))
     stored = load_file(bundle / "adapter_model.safetensors")
     stored |= load_file(bundle / "medusa_lm_head.safetensors")
     entries = parse(files_of(bundle), SHAPES).tensors
-    assert len(entries) == len(stored) == len(packed.layout.slots)
-    for key, slot in packed.layout.slots.items():
+    assert len(entries) == len(stored)
+    assert packed.layout.slots.keys() - {DRAFT_KEY} == entries.keys()
+    for key in entries:
+        slot = packed.layout.slots[key]
         expected = stored[entries[key].name].float()
         found = packed.buffer[slot.offset : slot.offset + expected.numel()]
         assert torch.equal(found.reshape(slot.shape), expected)
 
 
+def test_a_draft_vocabulary_brings_rows_of_lm_head(tmp_path: Path, registry: Registry) -> None:
+    """Beside the heads in one buffer, whose bytes are counted."""
+    ids = range(SHAPES.vocab_size)
+    plain = read_folder(write_heads(tmp_path / "x", SHAPES.hidden_size))
+    drafting = read_folder(write_heads(tmp_path / "x", SHAPES.hidden_size, draft_vocabulary=ids))
+    digests = [upload(registry, name, files) for name, files in (("a", plain), ("b", drafting))]
+    assert digests[0] != digests[1]
+    without, packed = (loader(registry)(digest) for digest in digests)
+    assert without.layout.draft_vocabulary == ()
+    assert packed.layout.draft_vocabulary == tuple(ids)
+    slot = packed.layout.slots.pop(DRAFT_KEY)  # type: ignore[attr-defined]
+    assert packed.layout.slots.keys() == without.layout.slots.keys()
+    assert slot.shape == (len(ids), SHAPES.hidden_size)
+    assert packed.nbytes == without.nbytes + math.prod(slot.shape) * 4
+    rows_NH = packed.buffer[slot.offset :][: math.prod(slot.shape)].view(slot.shape)
+    assert torch.equal(rows_NH, (100.0 + torch.tensor(ids))[:, None].expand_as(rows_NH))
+
+
 def test_a_load_of_damaged_bytes_says_so(registry: Registry, bundle: Path) -> None:
     digest = upload(registry, "a", read_folder(bundle))
-    load_adapter = Loader(registry=registry, shapes=SHAPES, allocate=allocate)
+    load_adapter = loader(registry)
     for path in registry.files(digest).values():
         whole = path.read_bytes()
         last = bytes([whole[-1] ^ 1])
@@ -149,7 +188,7 @@ def test_the_same_adapter_is_uploaded_during_a_load(
         return fill(*args)
 
     monkeypatch.setattr(load, "fill", fill_late)
-    assert Loader(registry=registry, shapes=SHAPES, allocate=allocate)(digest).digest == digest
+    assert loader(registry)(digest).digest == digest
 
 
 def test_a_load_for_another_base_model(registry: Registry, bundle: Path) -> None:
@@ -157,7 +196,7 @@ def test_a_load_for_another_base_model(registry: Registry, bundle: Path) -> None
     digest = upload(registry, "a", read_folder(bundle))
     other = replace(SHAPES, hidden_size=SHAPES.hidden_size * 2)
     with pytest.raises(InvalidArgumentError, match="shape"):
-        Loader(registry=registry, shapes=other, allocate=allocate)(digest)
+        loader(registry, other)(digest)
 
 
 def test_another_base_model_stores_nothing(registry: Registry, tmp_path: Path) -> None:

@@ -56,7 +56,12 @@ class Store:
 def store(tmp_path: Path) -> Iterator[Store]:
     root = tmp_path / "store"
     registry = Registry(root, max_upload=4 << 20)
-    load = Loader(registry=registry, shapes=SHAPES, allocate=partial(allocate, dtype=torch.float32))
+    load = Loader(
+        registry=registry,
+        shapes=SHAPES,
+        allocate=partial(allocate, dtype=torch.float32),
+        head_rows=lambda ids, out_NH: None,
+    )
     yield Store(registry, root, load)
     registry.close()
 
@@ -79,7 +84,12 @@ def folders(tmp_path: Path) -> list[Folder]:
         ),
         write_heads(tmp_path / "heads", hidden, num_heads=2, medusa_choices=[[0], [0, 1]], **base),
         write_heads(tmp_path / "v1", hidden, num_heads=1, num_blocks=2, vocab_size=32),
-        write_heads(write_lora(tmp_path / "both", SHAPES, rank=1), hidden, dtype=torch.bfloat16),
+        write_heads(
+            write_lora(tmp_path / "both", SHAPES, rank=1),
+            hidden,
+            dtype=torch.bfloat16,
+            draft_vocabulary=range(32),
+        ),
     ]
     contents = [read_folder(folder) for folder in written]
     contents[0]["chat_template.jinja"] = b"{{ messages }}"

@@ -122,6 +122,7 @@ def write_heads(
     seed: int = 0,
     strength: float = 0.1,
     dtype: torch.dtype = torch.float32,
+    draft_vocabulary: Sequence[int] = (),
     **fields: Any,
 ) -> Path:
     """Random Medusa heads: close to the identity for a small strength.
@@ -143,7 +144,14 @@ def write_heads(
     config = heads_config(num_heads, medusa_num_layers=num_blocks, **fields)
     if vocab_size is not None:
         del config["version"]
+    if draft_vocabulary:
+        write_draft_vocabulary(folder, torch.tensor(draft_vocabulary))
     return write_heads_tensors(folder, tensors, config)
+
+
+def write_draft_vocabulary(folder: Path, ids_N: torch.Tensor) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({"draft_vocabulary": ids_N}, folder / "draft_vocabulary.safetensors")
 
 
 def with_outputs(folder: Path, heads: Path, output_VH: torch.Tensor) -> Path:

@@ -26,10 +26,11 @@ def pack(
     num_heads: int,
     choices: Choices,
     dtype: torch.dtype,
+    draft_vocabulary: tuple[int, ...] = (),
 ) -> tuple[AdapterLayout, Tensor]:
     """A buffer with these tensors in it."""
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    layout, buffer = allocate(shapes, scales, num_heads, choices, dtype=dtype)
+    layout, buffer = allocate(shapes, scales, num_heads, choices, draft_vocabulary, dtype=dtype)
     for key, tensor in tensors.items():
         view(buffer, layout, key).copy_(tensor)
     return layout, buffer

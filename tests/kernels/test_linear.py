@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from lorastack.kernels.linear import linear, pack_dense
+from lorastack.kernels.linear import GRAIN, copy_rows, linear, pack_dense, plain_weight
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -30,3 +30,26 @@ def test_takes_rows_of_a_wider_tensor():
     wide = torch.randn(5, 40)
     result = linear(wide[:, 3:19], pack_dense(weight))
     torch.testing.assert_close(result, functional.linear(wide[:, 3:19], weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_packed_weight_comes_back(dtype: torch.dtype):
+    weight = torch.randn(37, 48).to(dtype)
+    assert torch.equal(plain_weight(pack_dense(weight)), weight)
+
+
+@pytest.mark.parametrize("num_rows", [1, 300, 1000])
+@pytest.mark.parametrize("width", [1, 200, GRAIN + 1])
+def test_rows_are_copied_in_pieces_that_one_thread_takes(num_rows: int, width: int):
+    sizes = []
+
+    def read(ids_N: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(ids_N) * width)
+        return ids_N[:, None].float().expand(-1, width)
+
+    num_rows = min(num_rows, 4 * GRAIN // width + 1)
+    ids_N = torch.randperm(num_rows)
+    out_NI = torch.full((num_rows, width), torch.nan)
+    copy_rows(read, ids_N, out_NI)
+    assert torch.equal(out_NI, ids_N[:, None].float().expand(-1, width))
+    assert max(sizes) <= max(GRAIN, width)

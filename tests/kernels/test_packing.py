@@ -10,6 +10,7 @@ from torch import Tensor
 from lorastack.kernels.packing import view, view_run
 from lorastack.layout import (
     ALIGNMENT,
+    DRAFT_KEY,
     EMBED,
     GROUPS,
     HEADS,
@@ -107,7 +108,12 @@ def test_the_a_parts_of_a_group_are_one_matrix():
 def test_heads_are_one_stack():
     """By block, then head; version 1's output matrices, by head."""
     tensors = adapter([(0, "q_proj")], [2], 3, 2, outputs=True)
-    layout, buffer = pack(tensors, {(0, "q_proj"): 2.0}, 3, ((0,), (0, 0)), torch.float32)
+    tensors[DRAFT_KEY] = torch.randn(5, 6)
+    ids = (0, 1, 3, 4, 8)
+    layout, buffer = pack(tensors, {(0, "q_proj"): 2.0}, 3, ((0,), (0, 0)), torch.float32, ids)
+    assert layout.draft_vocabulary == ids
+    assert torch.equal(view(buffer, layout, DRAFT_KEY), tensors[DRAFT_KEY])
+    assert layout.slots[DRAFT_KEY].offset * 4 % ALIGNMENT == 0
     for part, count in ((Part.WEIGHT, 6), (Part.BIAS, 6), (Part.OUTPUT, 3)):
         keys = tuple((number, HEADS, part) for number in range(count))
         joined = torch.cat([tensors[key] for key in keys])

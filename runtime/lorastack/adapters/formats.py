@@ -1,7 +1,8 @@
 """Adapter folders: which files they hold, what they are, whether they fit the base model.
 
-`parse` reads configs and safetensors headers only and needs no torch; `check_values` scans every
-value. Nothing is skipped silently: a tensor without a place, a field without a meaning is refused.
+`parse` reads configs, safetensors headers and draft vocabularies only and needs no torch;
+`check_values` scans every value. Nothing is skipped silently: a tensor without a place, a field
+without a meaning is refused.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class ParsedAdapter:
     num_layers: int  # blocks a head; 0 without heads
     medusa_version: int  # 0 without heads
     choices: medusa.Choices
+    draft_vocabulary: tuple[int, ...]  # of the heads; () for all tokens
     scales: Mapping[tuple[int, str], float]
     chat_template: str | None
     tensors: Mapping[TensorKey, TensorEntry]
@@ -73,9 +75,15 @@ def parse(files: Mapping[str, Path], shapes: ModelShapes) -> ParsedAdapter:
         - (set() if heads_config is None else set(heads_entries)),
         heads_config is None,
     )
+    vocabulary = files.get(medusa.VOCABULARY_NAME)
+    if vocabulary is not None and heads_config is None:
+        raise invalid(
+            f"{medusa.VOCABULARY_NAME} belongs to Medusa heads, but there is no "
+            f"{medusa.CONFIG_NAME} with {medusa.HEADS_FIELD}: leave it out"
+        )
     lora = peft.parse_peft(lora_config, lora_entries, shapes) if lora_config is not None else None
     heads = (
-        medusa.parse_medusa(heads_config, heads_entries, shapes)
+        medusa.parse_medusa(heads_config, heads_entries, vocabulary, shapes)
         if heads_config is not None
         else None
     )
@@ -99,6 +107,7 @@ def _combine(
         num_layers=heads.num_layers if heads else 0,
         medusa_version=heads.version if heads else 0,
         choices=heads.choices if heads else (),
+        draft_vocabulary=heads.draft_vocabulary if heads else (),
         scales=lora.scales if lora else {},
         chat_template=template,
         tensors={**(lora.tensors if lora else {}), **(heads.tensors if heads else {})},
@@ -152,8 +161,10 @@ def _config(files: Mapping[str, Path], name: str) -> dict[str, object] | None:
 
 
 def _tensors(files: Mapping[str, Path]) -> dict[str, TensorEntry]:
-    """All tensors of all safetensors files."""
-    names = sorted(name for name in files if name.endswith(".safetensors"))
+    """All tensors of all files of weights."""
+    names = sorted(
+        name for name in files if name.endswith(".safetensors") and name != medusa.VOCABULARY_NAME
+    )
     if not names:
         raise invalid("the folder has no .safetensors file")
     entries: dict[str, TensorEntry] = {}

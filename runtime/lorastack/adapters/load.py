@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,12 +19,19 @@ from lorastack.adapters.refusal import invalid, unsupported
 from lorastack.adapters.registry import Registry
 from lorastack.adapters.tensorfile import TensorEntry, pieces
 from lorastack.errors import InvalidArgumentError
-from lorastack.layout import AdapterLayout, ModelShapes, TensorKey, TensorSlot
+from lorastack.layout import DRAFT_KEY, AdapterLayout, ModelShapes, TensorKey, TensorSlot
 
 Allocate = Callable[
-    [Mapping[TensorKey, tuple[int, ...]], Mapping[tuple[int, str], float], int, Choices],
+    [
+        Mapping[TensorKey, tuple[int, ...]],
+        Mapping[tuple[int, str], float],
+        int,
+        Choices,
+        tuple[int, ...],
+    ],
     tuple[AdapterLayout, Tensor],
 ]
+HeadRows = Callable[[Sequence[int], Tensor], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,13 +104,15 @@ def _check_copy(name: str, entry: TensorEntry, base: Tensor) -> None:
 class Loader:
     """Digest -> packed adapter, for the host cache. Blobs are checked against their digests.
 
-    allocate: an adapter's shapes, scales, number of heads and tree -> its layout and a buffer for
-    it, in the form and dtype that the model's backend reads.
+    allocate: an adapter's shapes, scales, number of heads, tree and draft vocabulary -> its layout
+    and a buffer for it, in the form and dtype that the model's backend reads. head_rows: writes the
+    base lm_head's rows of these tokens to a tensor [N, H].
     """
 
     registry: Registry
     shapes: ModelShapes
     allocate: Allocate
+    head_rows: HeadRows
 
     def __call__(self, digest: str) -> PackedAdapter:
         """Raises NotFoundError, DataLossError, or what `parse` raises (another base model)."""
@@ -111,8 +120,7 @@ class Loader:
         files = {spec.name: self.registry.path(spec) for spec in manifest.files}
         try:
             parsed = parse(files, self.shapes)
-            shapes = {key: entry.shape for key, entry in parsed.tensors.items()}
-            layout, buffer = self.allocate(shapes, parsed.scales, parsed.num_heads, parsed.choices)
+            layout, buffer = self._allocate(parsed)
             places = [
                 (entry, _place(buffer, layout.slots[key])) for key, entry in parsed.tensors.items()
             ]
@@ -125,7 +133,17 @@ class Loader:
             if sha256 != spec.sha256:
                 self.registry.verify(digest)  # says so itself, unless an upload healed it by now
                 raise damaged_blob(spec, digest)
+        if parsed.draft_vocabulary:
+            slot = layout.slots[DRAFT_KEY]
+            self.head_rows(parsed.draft_vocabulary, _place(buffer, slot).view(slot.shape))
         return PackedAdapter(digest=digest, buffer=buffer, layout=layout)
+
+    def _allocate(self, parsed: ParsedAdapter) -> tuple[AdapterLayout, Tensor]:
+        shapes = {key: entry.shape for key, entry in parsed.tensors.items()}
+        vocabulary = parsed.draft_vocabulary
+        if vocabulary:
+            shapes[DRAFT_KEY] = (len(vocabulary), self.shapes.hidden_size)
+        return self.allocate(shapes, parsed.scales, parsed.num_heads, parsed.choices, vocabulary)
 
 
 def _place(buffer: Tensor, slot: TensorSlot) -> Tensor:

@@ -4,6 +4,9 @@ Of head i (0-based), in both versions: blocks `{i}.{l}.linear.weight [H, H]` and
 `{i}.{l}.linear.bias [H]` for every l < L = medusa_num_layers. Version 2 uses the base model's
 lm_head after them; version 1 brings an output matrix of its own, `{i}.{L}.weight [V, H]`.
 `version` is never trusted alone: the tensors decide; a folder where the two disagree is refused.
+
+Beside version 2 heads a folder may have `draft_vocabulary.safetensors`, our extra file: one tensor
+`draft_vocabulary`, I32 or I64 [N], the rising ids of the tokens that the heads choose from.
 """
 
 from __future__ import annotations
@@ -11,13 +14,26 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
 
 from lorastack.adapters.peft import text_field
 from lorastack.adapters.refusal import invalid, unsupported
-from lorastack.adapters.tensorfile import TensorEntry
-from lorastack.layout import HEADS, MAX_RANK, ModelShapes, Part, TensorKey, head_block
+from lorastack.adapters.tensorfile import INTEGERS, TensorEntry, read_header
+from lorastack.layout import (
+    HEADS,
+    MAX_DRAFT_VOCABULARY,
+    MAX_RANK,
+    ModelShapes,
+    Part,
+    TensorKey,
+    head_block,
+)
 
 CONFIG_NAME = "config.json"
+VOCABULARY_NAME = "draft_vocabulary.safetensors"
+VOCABULARY_TENSOR = "draft_vocabulary"
 HEADS_FIELD = "medusa_num_heads"
 LAYERS_FIELD = "medusa_num_layers"
 MAX_HEADS = 32
@@ -39,6 +55,7 @@ class HeadsPart:
     num_layers: int
     version: int
     choices: Choices  # the heads' own tree, in order of worth; () for none
+    draft_vocabulary: tuple[int, ...]  # rising token ids; () for all
     tensors: Mapping[TensorKey, TensorEntry]
 
 
@@ -47,9 +64,12 @@ def is_heads_tensor(name: str) -> bool:
 
 
 def parse_medusa(
-    config: Mapping[str, object], entries: Mapping[str, TensorEntry], shapes: ModelShapes
+    config: Mapping[str, object],
+    entries: Mapping[str, TensorEntry],
+    vocabulary: Path | None,
+    shapes: ModelShapes,
 ) -> HeadsPart:
-    """The heads of a folder. `entries`: its heads' tensors by name.
+    """The heads of a folder. entries: its heads' tensors by name; vocabulary: its file of one.
 
     Raises InvalidArgumentError naming the field, or the tensor and both shapes.
     """
@@ -74,12 +94,18 @@ def parse_medusa(
             f"{HEADS_FIELD} is {num_heads} and {LAYERS_FIELD} is {num_layers}, but {missing[0]} "
             "is missing"
         )
+    if vocabulary is not None and version == 1:
+        raise invalid(
+            f"{VOCABULARY_NAME} goes with version 2 heads, but these are version 1, with output "
+            "matrices of their own: leave it out"
+        )
     return HeadsPart(
         base_model=text_field(config, "base_model_name_or_path"),
         num_heads=num_heads,
         num_layers=num_layers,
         version=version,
         choices=_choices(config.get("medusa_choices"), num_heads, shapes.vocab_size),
+        draft_vocabulary=() if vocabulary is None else _draft_vocabulary(vocabulary, shapes),
         tensors={key: entries[name] for name, (key, _) in expected.items()},
     )
 
@@ -125,6 +151,29 @@ def _count(config: Mapping[str, object], field: str, limit: int, default: int | 
     if type(value) is not int or not 1 <= value <= limit:
         raise invalid(f"{field} = {str(value)[:64]} in {CONFIG_NAME} must be from 1 to {limit}")
     return value
+
+
+def _draft_vocabulary(path: Path, shapes: ModelShapes) -> tuple[int, ...]:
+    """The ids in the file; so many that no tree asks a head for more candidates than there are."""
+    entries = read_header(path, VOCABULARY_NAME, INTEGERS)
+    if entries.keys() != {VOCABULARY_TENSOR}:
+        raise invalid(f"{VOCABULARY_NAME} must hold one tensor, {VOCABULARY_TENSOR}")
+    entry = entries[VOCABULARY_TENSOR]
+    least = min(MAX_RANK, shapes.vocab_size)
+    most = min(MAX_DRAFT_VOCABULARY, shapes.vocab_size)
+    if len(entry.shape) != 1 or not least <= entry.shape[0] <= most:
+        raise invalid(
+            f"tensor {VOCABULARY_TENSOR} has shape {list(entry.shape)}: it must be a list of "
+            f"{least} to {most} token ids"
+        )
+    dtype = {"I32": "<i4", "I64": "<i8"}[entry.dtype]
+    ids_N = np.fromfile(path, dtype, entry.shape[0], offset=entry.offset)
+    if ids_N[0] < 0 or ids_N[-1] >= shapes.vocab_size or bool((ids_N[1:] <= ids_N[:-1]).any()):
+        raise invalid(
+            f"tensor {VOCABULARY_TENSOR} must hold rising token ids, each once, from 0 to "
+            f"{shapes.vocab_size - 1}: sort them"
+        )
+    return tuple(ids_N.tolist())
 
 
 def _choices(value: object, num_heads: int, vocab_size: int) -> Choices:

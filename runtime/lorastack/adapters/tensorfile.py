@@ -8,7 +8,7 @@ data_offsets relative to the header's end), then the data, without gaps or overl
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +35,8 @@ _NOT_FINITE: dict[str, tuple[type[np.unsignedinteger], int, int]] = {
     "F32": (np.uint32, 0x7FFF_FFFF, 0x7F80_0000),
     "F64": (np.uint64, 0x7FFF_FFFF_FFFF_FFFF, 0x47EF_FFFF_F000_0000),
 }
-_ITEMSIZES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
+FLOATS = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}  # dtypes and their bytes a value
+INTEGERS = {"I32": 4, "I64": 8}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,18 +45,20 @@ class TensorEntry:
 
     name: str
     path: Path
-    dtype: str  # F16, BF16, F32 or F64
+    dtype: str  # as in FLOATS or INTEGERS
     shape: tuple[int, ...]
     offset: int
     nbytes: int
 
 
-def read_header(path: Path, name: str) -> dict[str, TensorEntry]:
+def read_header(
+    path: Path, name: str, itemsizes: Mapping[str, int] = FLOATS
+) -> dict[str, TensorEntry]:
     """Tensors of a safetensors file by name; `name` is what errors call the file.
 
-    Raises InvalidArgumentError for a truncated file, a header that is too large or malformed, too
-    many tensors, offsets that overlap, leave gaps or disagree with the shapes, and dtypes that are
-    not floats.
+    itemsizes: the dtypes that are accepted. Raises InvalidArgumentError for a truncated file, a
+    header that is too large or malformed, too many tensors, offsets that overlap, leave gaps or
+    disagree with the shapes, and other dtypes.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -73,7 +76,10 @@ def read_header(path: Path, name: str) -> dict[str, TensorEntry]:
     table.pop("__metadata__", None)
     if len(table) > MAX_TENSORS:
         raise invalid(f"{name} has {len(table)} tensors; at most {MAX_TENSORS} are read")
-    entries = [_entry(path, name, tensor, fields, 8 + length) for tensor, fields in table.items()]
+    entries = [
+        _entry(path, name, tensor, fields, 8 + length, itemsizes)
+        for tensor, fields in table.items()
+    ]
     position = 8 + length
     for entry in sorted(entries, key=lambda entry: (entry.offset, entry.nbytes)):
         if entry.offset != position:
@@ -84,19 +90,21 @@ def read_header(path: Path, name: str) -> dict[str, TensorEntry]:
     return {entry.name: entry for entry in entries}
 
 
-def _entry(path: Path, file: str, name: str, fields: object, start: int) -> TensorEntry:
+def _entry(
+    path: Path, file: str, name: str, fields: object, start: int, itemsizes: Mapping[str, int]
+) -> TensorEntry:
     """One header entry, checked in itself. start: where the file's data begins."""
     if len(name) > MAX_NAME:
         raise invalid(f"{file}: tensor name {name[:64]}... is longer than {MAX_NAME} characters")
     if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
         raise invalid(f"{file}: tensor {name} must have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in _ITEMSIZES:
-        known = ", ".join(_ITEMSIZES)
+    if not isinstance(dtype, str) or dtype not in itemsizes:
+        known = ", ".join(itemsizes)
         raise unsupported(f"{file}: tensor {name} has dtype {str(dtype)[:16]}, not {known}")
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
         raise invalid(f"{file}: tensor {name} has a malformed shape or data_offsets")
-    nbytes = math.prod(shape) * _ITEMSIZES[dtype]
+    nbytes = math.prod(shape) * itemsizes[dtype]
     if offsets[1] - offsets[0] != nbytes:
         raise invalid(
             f"{file}: tensor {name} of shape {list(shape)} and dtype {dtype} needs {nbytes} bytes, "

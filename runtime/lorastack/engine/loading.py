@@ -12,8 +12,9 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from lorastack.adapters.load import Allocate
+from lorastack.adapters.load import Loader
 from lorastack.adapters.pool import DevicePool
+from lorastack.adapters.registry import Registry
 from lorastack.config import EngineConfig, ModelConfig
 from lorastack.engine.engine import Engine
 from lorastack.engine.pages import Pages
@@ -95,10 +96,15 @@ def model_folder(
         ) from error
 
 
-def adapter_allocator(model: LoadedModel) -> Allocate:
-    """What makes the buffer of an adapter in the form that this model's backend reads."""
+def adapter_loader(model: LoadedModel, registry: Registry) -> Loader:
+    """What loads an adapter in the form that this model's backend reads."""
     decoder = model.decoder
-    return partial(allocate, dtype=decoder.dtype, pinned=decoder.device.type == "cuda")
+    return Loader(
+        registry=registry,
+        shapes=decoder.shapes,
+        allocate=partial(allocate, dtype=decoder.dtype, pinned=decoder.device.type == "cuda"),
+        head_rows=decoder.head_rows,
+    )
 
 
 def build_engine(

@@ -10,6 +10,7 @@ torch.nn.functional.linear.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from torch.nn import functional
 
 # The number of rows oneDNN lays a weight out for; from 8 upwards it picks one layout for all.
 PACK_ROWS = 64
+GRAIN = 1 << 15  # elements: torch copies more than these at once with its OpenMP threads
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,19 @@ def linear(x_TI: Tensor, dense: Dense) -> Tensor:
         return functional.linear(x_TI, dense.weight, dense.bias)
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x_TI, dense.weight, dense.bias, "none", [], "")
     return out
+
+
+def plain_weight(dense: Dense) -> Tensor:
+    """The weight that was packed, [out, in]; for a moment a copy of all of it if reordered."""
+    return dense.weight.to_dense() if dense.reordered else dense.weight
+
+
+def copy_rows(read: Callable[[Tensor], Tensor], ids_N: Tensor, out_NI: Tensor) -> None:
+    """out_NI = read(ids_N), in pieces that torch does not hand to its OpenMP threads."""
+    step = max(1, GRAIN // out_NI.shape[1])
+    for start in range(0, len(ids_N), step):
+        piece = slice(start, start + step)
+        out_NI[piece] = read(ids_N[piece])
 
 
 def _reorders(weight_OI: Tensor) -> bool:

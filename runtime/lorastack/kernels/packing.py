@@ -6,7 +6,8 @@ together and that therefore lie without gaps:
 
 - the A parts of a layer's group, in the group's order: one [sum of ranks, in] matrix;
 - the weights of all heads' blocks, by block, then head: [L, K, H, H]; their biases: [L, K, H];
-- the output matrices of version 1 heads, by head: [K, V, H].
+- the output matrices of version 1 heads, by head: [K, V, H];
+- the base lm_head's rows of a draft vocabulary: [N, H].
 
 Source of the groups and of the alignment: `lorastack.layout`.
 """
@@ -38,6 +39,7 @@ def allocate(
     scales: Mapping[tuple[int, str], float],
     num_heads: int,
     choices: tuple[tuple[int, ...], ...],
+    draft_vocabulary: tuple[int, ...] = (),
     *,
     dtype: torch.dtype,
     pinned: bool = False,
@@ -45,8 +47,9 @@ def allocate(
     """A buffer on the CPU for tensors of these shapes, its contents still to be written.
 
     scales: LoRA scale of every (layer, target) present; num_heads: Medusa heads, 0 for none;
-    choices: the heads' own tree; pinned: page-locked, for copies to a CUDA device. Padding is zero
-    already, so equal adapters give equal bytes.
+    choices: the heads' own tree; draft_vocabulary: the tokens they choose from; pinned:
+    page-locked, for copies to a CUDA device. Padding is zero already, so equal adapters give equal
+    bytes.
     """
     slots: dict[TensorKey, TensorSlot] = {}
     padding: list[slice] = []
@@ -71,6 +74,7 @@ def allocate(
         itemsize=dtype.itemsize,
         num_heads=num_heads,
         choices=choices,
+        draft_vocabulary=draft_vocabulary,
     )
     return layout, buffer
 
@@ -104,6 +108,6 @@ def _runs(keys: Collection[TensorKey]) -> Iterator[list[TensorKey]]:
         if (NO_LAYER, target, Part.A) in keys:
             yield [(NO_LAYER, target, Part.A)]
             yield [(NO_LAYER, target, Part.B)]
-    for part in (Part.WEIGHT, Part.BIAS, Part.OUTPUT):
+    for part in (Part.WEIGHT, Part.BIAS, Part.OUTPUT, Part.DRAFT):
         if run := sorted(key for key in keys if key[1:] == (HEADS, part)):
             yield run

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import embedding, rms_norm, silu
 
 from lorastack.kernels.attention import AttentionPlan, attend, plan_attention
-from lorastack.kernels.linear import Dense, linear
+from lorastack.kernels.linear import Dense, copy_rows, linear, plain_weight
 from lorastack.lora.linear import add_embedding, add_group, add_lm_head
 from lorastack.lora.segments import LoraBatch
 from lorastack.model.config import DecoderConfig
@@ -43,6 +43,7 @@ class TorchBackend:
     ) -> None:
         shapes = config.shapes
         self._weights = weights
+        self._tied = shapes.tie_word_embeddings
         self._eps = config.rms_eps
         self._window = config.window
         self._rope_scale = config.rope_scale
@@ -67,6 +68,11 @@ class TorchBackend:
         logits_XV = linear(hidden_XH, self._weights.lm_head).float()
         add_lm_head(hidden_XH, logits_XV, lora)
         return logits_XV
+
+    def head_rows(self, ids_N: Tensor, out_NH: Tensor) -> None:
+        """lm_head's rows of these tokens."""
+        weight_VH = self._weights.embed_VH if self._tied else plain_weight(self._weights.lm_head)
+        copy_rows(weight_VH.__getitem__, ids_N, out_NH)
 
     def _prepare(self, batch: ForwardBatch, kv: KVCache) -> StepMeta:
         """Index tensors, masks and RoPE factors of a step; pages that begin now are cleared."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
@@ -29,6 +30,7 @@ class Backend(Protocol):
 
     def forward(self, batch: ForwardBatch, kv: KVCache) -> Tensor: ...
     def logits(self, hidden_XH: Tensor, lora: LoraBatch) -> Tensor: ...
+    def head_rows(self, ids_N: Tensor, out_NH: Tensor) -> None: ...
 
 
 class Decoder:
@@ -55,6 +57,11 @@ class Decoder:
     def logits(self, hidden_XH: Tensor, lora: LoraBatch) -> Tensor:
         """float32 [X, V] of states after the final norm. The segments index the X rows."""
         return self._backend.logits(hidden_XH, lora)
+
+    @torch.no_grad()
+    def head_rows(self, ids: Sequence[int], out_NH: Tensor) -> None:
+        """lm_head's rows of these tokens into a tensor on the CPU. Any thread."""
+        self._backend.head_rows(torch.tensor(ids), out_NH)
 
 
 def load_decoder(

@@ -10,6 +10,7 @@ import ctypes
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from weakref import WeakKeyDictionary
 
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
+from lorastack.kernels.linear import copy_rows
 from lorastack.kernels.native import library as native
-from lorastack.kernels.native.matrix import PAD, PackedMatrix, pack_matrix, pack_pair
+from lorastack.kernels.native.matrix import PAD, PackedMatrix, matrix_rows, pack_matrix, pack_pair
 from lorastack.layout import GROUPS, LAYER_TARGETS
 from lorastack.lora.linear import add_embedding
 from lorastack.lora.segments import LoraBatch, Segment
@@ -149,6 +151,10 @@ class NativeBackend:
         )
         self._library.lorastack_logits(head)
         return out_XV
+
+    def head_rows(self, ids_N: Tensor, out_NH: Tensor) -> None:
+        """lm_head's rows of these tokens. Any thread."""
+        copy_rows(partial(matrix_rows, self._weights.lm_head), ids_N, out_NH)
 
     def _padded(self, num_rows: int) -> Tensor:
         """Uninitialised [num_rows rounded up, H]."""

@@ -19,14 +19,14 @@ from prometheus_client import CollectorRegistry
 from lorastack import __version__
 from lorastack.adapters.device import Copy
 from lorastack.adapters.host import HostCache
-from lorastack.adapters.load import Loader, Validator
+from lorastack.adapters.load import Validator
 from lorastack.adapters.loader import be_nice
 from lorastack.adapters.pool import DevicePool
 from lorastack.adapters.registry import Registry
 from lorastack.config import MIB, ServerConfig, ServiceConfig
 from lorastack.engine.base import base_weight
 from lorastack.engine.engine import Engine
-from lorastack.engine.loading import LoadedModel, adapter_allocator, build_engine, load_model
+from lorastack.engine.loading import LoadedModel, adapter_loader, build_engine, load_model
 from lorastack.errors import InvalidArgumentError
 from lorastack.service.adapters import AdapterService
 from lorastack.service.dispatch import Dispatcher
@@ -168,10 +168,7 @@ class Server:
         )
         level = logging.WARNING if registry.recovery.damaged else logging.INFO
         logger.log(level, "store %s: %s", limits.store, registry.recovery)
-        allocate = adapter_allocator(loaded)
-        host = HostCache(
-            limits.host_memory, Loader(registry=registry, shapes=shapes, allocate=allocate)
-        )
+        host = HostCache(limits.host_memory, adapter_loader(loaded, registry))
         pool = DevicePool(
             limits.device_memory, loaded.decoder.device, host, lambda: engine.wake(), copy=copy
         )

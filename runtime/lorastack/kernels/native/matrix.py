@@ -52,6 +52,14 @@ def pack_pair(weight_OI: Tensor, bias_O: Tensor | None = None) -> PackedMatrix:
     return PackedMatrix(packed.panels, bias, packed.inputs)
 
 
+def matrix_rows(matrix: PackedMatrix, ids_N: Tensor) -> Tensor:
+    """Rows of the weight that `pack_matrix` packed, padding included: [N, inputs]."""
+    panels, dtype = matrix.panels, matrix.panels.dtype
+    if dtype == torch.bfloat16:
+        panels = panels.view(torch.int32).squeeze(-1)  # two inputs in one value
+    return panels[ids_N // LANES, :, ids_N % LANES].view(dtype)
+
+
 def _padded_rows(half: Tensor) -> Tensor:
     missing = -len(half) % LANES
     return pad(half, (0, 0) * (half.dim() - 1) + (0, missing))
