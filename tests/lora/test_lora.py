@@ -56,7 +56,7 @@ def logits(
         start = end
     ids = torch.tensor([token for prompt in prompts for token in prompt])
     lora = LoraBatch(tuple(segments))
-    result = decoder.logits(decoder.forward(ForwardBatch(ids, tuple(rows), lora), kv), lora)
+    result = decoder.forward(ForwardBatch(ids, tuple(rows), range(len(ids)), lora), kv).logits_XV
     return list(result.split([len(prompt) for prompt in prompts]))
 
 

@@ -80,8 +80,7 @@ def tokens(count: int, seed: int = 0) -> list[int]:
 
 def run(decoder: Decoder, kv: KVCache, ids: list[int], *rows: RowSpan) -> Tensor:
     """[T, V] of one step."""
-    hidden_TH = decoder.forward(ForwardBatch(torch.tensor(ids), rows), kv)
-    return decoder.logits(hidden_TH, NO_LORA)
+    return decoder.forward(ForwardBatch(torch.tensor(ids), rows, range(len(ids))), kv).logits_XV
 
 
 def transformers_logits(folder: Path, ids: list[int]) -> Tensor:

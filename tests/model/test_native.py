@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -108,17 +108,20 @@ def run(
     decoder: Decoder, loras: dict[str, LoraWeights], kv: KVCache, parts: Sequence[Part]
 ) -> list[Tensor]:
     """Logits [T, V] of every part, all in one step."""
+    found = decoder.forward(lay_out(loras, parts), kv)
+    return list(found.logits_XV.split([len(part.ids) for part in parts]))
+
+
+def lay_out(loras: dict[str, LoraWeights], parts: Sequence[Part]) -> ForwardBatch:
+    """Results of all tokens are wanted."""
     rows, segments, start = [], [], 0
     for part in parts:
         end = start + len(part.ids)
         rows.append(RowSpan(start, end, part.pages, part.committed, part.parents))
         segments += [Segment(start, end, loras[name], scale) for name, scale in part.stack]
         start = end
-    lora = LoraBatch(tuple(segments))
     ids = torch.tensor([token for part in parts for token in part.ids])
-    hidden_TH = decoder.forward(ForwardBatch(ids, tuple(rows), lora), kv)
-    logits_TV = decoder.logits(hidden_TH, lora)
-    return list(logits_TV.split([len(part.ids) for part in parts]))
+    return ForwardBatch(ids, tuple(rows), range(len(ids)), LoraBatch(tuple(segments)))
 
 
 def tokens(count: int, seed: int) -> list[int]:
@@ -201,6 +204,21 @@ def tree_of(
         nodes += [*wrong[:place], token, *wrong[place:]]
         parents += [parent] * (len(wrong) + 1)
     return Part(nodes, committed, pages, stack, tuple(parents)), path
+
+
+@pytest.mark.parametrize("outputs", [(), (2,), (0, 1, 5, 6, 40)])
+def test_only_the_wanted_tokens_get_results(world: World, outputs: tuple[int, ...]) -> None:
+    chance, free = random.Random(11), list(range(NUM_PAGES))
+    parts = [company(chance, free) for _ in range(9)]
+    everywhere = list(outputs)
+    for decoder, loras in ((world.native, world.loras), (world.reference, world.reference_loras)):
+        batch = lay_out(loras, parts)
+        every = decoder.forward(batch, world.cache(decoder))
+        found = decoder.forward(replace(batch, outputs=outputs), world.cache(decoder))
+        torch.testing.assert_close(found.logits_XV, every.logits_XV[everywhere])
+        torch.testing.assert_close(found.hidden_XH, every.hidden_XH[everywhere])
+        assert torch.equal(found.best_X, found.logits_XV.argmax(dim=-1))
+        assert torch.equal(found.peaks_X, found.logits_XV.amax(dim=-1))
 
 
 def test_threads_do_not_change_bits(world: World) -> None:

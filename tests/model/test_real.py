@@ -8,7 +8,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lorastack.lora.segments import LoraBatch
 from lorastack.model.context import ForwardBatch, RowSpan
 from lorastack.model.decoder import load_decoder
 from lorastack.model.kv import KVCache
@@ -35,18 +34,18 @@ def test_logits_and_greedy_tokens_equal_transformers(smollm: Path):
         prompt_logits = model(torch.tensor([ids])).logits[0]
 
     kv = KVCache(decoder.shapes, 32, 16, torch.float32, CPU)
-    pages, lora = list(range(31, -1, -1)), LoraBatch()
-    batch = ForwardBatch(torch.tensor(ids), (RowSpan(0, len(ids), pages, 0),))
-    logits = decoder.logits(decoder.forward(batch, kv), lora)
+    pages = list(range(31, -1, -1))
+    batch = ForwardBatch(torch.tensor(ids), (RowSpan(0, len(ids), pages, 0),), range(len(ids)))
+    logits = decoder.forward(batch, kv).logits_XV
     assert (logits - prompt_logits).abs().max() < 1e-3
     output: list[int] = []
     for reference in expected.logits:
         assert (logits[-1] - reference[0]).abs().max() < 1e-3
         output.append(int(logits[-1].argmax()))
         row = RowSpan(0, 1, pages, len(ids) + len(output) - 1)
-        logits = decoder.logits(
-            decoder.forward(ForwardBatch(torch.tensor(output[-1:]), (row,)), kv), lora
-        )
+        logits = decoder.forward(
+            ForwardBatch(torch.tensor(output[-1:]), (row,), (0,)), kv
+        ).logits_XV
     assert output == expected.sequences[0, len(ids) :].tolist()
 
 

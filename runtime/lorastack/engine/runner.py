@@ -13,7 +13,6 @@ from lorastack.engine.batch import Batch, Draft, RowResult, RowStep
 from lorastack.engine.drafts import Drafter
 from lorastack.engine.stacks import Stacks
 from lorastack.errors import InternalError, Reason
-from lorastack.kernels.best import best
 from lorastack.model.context import ForwardBatch, RowSpan
 from lorastack.model.decoder import Decoder
 from lorastack.model.kv import KVCache
@@ -52,67 +51,46 @@ class Runner:
     @torch.inference_mode()
     def run(self, batch: Batch) -> list[RowResult]:
         """One forward pass; results in the order of the batch's steps."""
-        hidden_TH, starts = self._forward(batch)
+        forward, sampled = self._lay_out(batch)
+        found = self._decoder.forward(forward, self._kv)
         results = [RowResult() for _ in batch.steps]
-        sampled, rows = self._logit_rows(batch, starts)
         if not sampled:
             return results
-        hidden_XH = hidden_TH[torch.tensor(rows, device=hidden_TH.device)]
-        counts = [row.num_logits for row in sampled]
-        segments = self._stacks.segments([row.step for row in sampled], counts)
-        logits_XV = self._decoder.logits(hidden_XH, segments)
-        peaks_X, best_X = (part.tolist() for part in best(logits_XV))
-        accepted = self._accept(sampled, logits_XV, best_X)
+        peaks_X = found.peaks_X.tolist()
+        accepted = self._accept(sampled, found.logits_XV, found.best_X.tolist())
         self._move_kv(sampled, accepted)
         last = [
             row.first_logit + (path.path or (0,))[-1]
             for row, path in zip(sampled, accepted, strict=True)
         ]
-        drafts = self._drafter.draft([row.step for row in sampled], last, hidden_XH)
+        drafts = self._drafter.draft([row.step for row in sampled], last, found.hidden_XH)
         for row, path, draft in zip(sampled, accepted, drafts, strict=True):
-            results[row.index] = self._result(row, path, draft, logits_XV, peaks_X)
+            results[row.index] = self._result(row, path, draft, found.logits_XV, peaks_X)
         return results
 
-    # -- forward ----------------------------------------------------------------------------------
-
-    def _forward(self, batch: Batch) -> tuple[Tensor, list[int]]:
-        """Hidden states of all the step's tokens, and where each row's begin."""
+    def _lay_out(self, batch: Batch) -> tuple[ForwardBatch, list[Sampled]]:
+        """The step's tokens; wanted are the results of all nodes of a tree, of a chain's last."""
         token_ids: list[int] = []
         spans: list[RowSpan] = []
-        for step in batch.steps:
+        outputs: list[int] = []
+        sampled: list[Sampled] = []
+        for index, step in enumerate(batch.steps):
             start = len(token_ids)
             token_ids.extend(step.token_ids)
-            spans.append(
-                RowSpan(
-                    start=start,
-                    end=len(token_ids),
-                    page_table=step.page_table,
-                    committed=step.committed,
-                    parents=step.tree.parents if step.tree else None,
-                )
-            )
+            end = len(token_ids)
+            parents = step.tree.parents if step.tree else None
+            spans.append(RowSpan(start, end, step.page_table, step.committed, parents))
+            if step.samples:
+                row = Sampled(index=index, step=step, first_logit=len(outputs))
+                sampled.append(row)
+                outputs.extend(range(end - row.num_logits, end))
         forward = ForwardBatch(
-            token_ids_T=torch.tensor(token_ids, device=self._decoder.device),
-            rows=tuple(spans),
-            lora=self._stacks.segments(batch.steps, [len(step.token_ids) for step in batch.steps]),
+            torch.tensor(token_ids, device=self._decoder.device),
+            tuple(spans),
+            outputs,
+            self._stacks.segments(batch.steps, [len(step.token_ids) for step in batch.steps]),
         )
-        return self._decoder.forward(forward, self._kv), [span.start for span in spans]
-
-    # -- tokens -----------------------------------------------------------------------------------
-
-    @staticmethod
-    def _logit_rows(batch: Batch, starts: list[int]) -> tuple[list[Sampled], list[int]]:
-        """Which hidden states need logits: all nodes of a tree, the last token of a chain."""
-        sampled: list[Sampled] = []
-        rows: list[int] = []
-        for index, (step, start) in enumerate(zip(batch.steps, starts, strict=True)):
-            if not step.samples:
-                continue
-            row = Sampled(index=index, step=step, first_logit=len(rows))
-            end = start + len(step.token_ids)
-            sampled.append(row)
-            rows.extend(range(end - row.num_logits, end))
-        return sampled, rows
+        return forward, sampled
 
     @staticmethod
     def _accept(sampled: list[Sampled], logits_XV: Tensor, best_X: list[int]) -> list[Accepted]:

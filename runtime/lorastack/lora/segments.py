@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from lorastack.lora.weights import LoraWeights
 
@@ -29,3 +31,14 @@ class LoraBatch:
 
     def __bool__(self) -> bool:
         return bool(self.segments)
+
+    def select(self, tokens: Sequence[int]) -> LoraBatch:
+        """The segments over these tokens alone. tokens: places in the step, rising."""
+        return LoraBatch(
+            tuple(
+                replace(
+                    each, start=bisect_left(tokens, each.start), end=bisect_left(tokens, each.end)
+                )
+                for each in self.segments
+            )
+        )

@@ -9,11 +9,12 @@ from torch import Tensor
 from torch.nn.functional import embedding, rms_norm, silu
 
 from lorastack.kernels.attention import AttentionPlan, attend, plan_attention
+from lorastack.kernels.best import best
 from lorastack.kernels.linear import Dense, copy_rows, linear, plain_weight
 from lorastack.lora.linear import add_embedding, add_group, add_lm_head
 from lorastack.lora.segments import LoraBatch
 from lorastack.model.config import DecoderConfig
-from lorastack.model.context import ForwardBatch
+from lorastack.model.context import ForwardBatch, Outputs
 from lorastack.model.kv import KVCache
 from lorastack.model.weights import DecoderWeights, LayerWeights
 
@@ -54,14 +55,18 @@ class TorchBackend:
         self._query_size = shapes.num_heads * shapes.head_dim
         self._key_size = shapes.num_kv_heads * shapes.head_dim
 
-    def forward(self, batch: ForwardBatch, kv: KVCache) -> Tensor:
-        """[T, H] after the final norm. Writes the step's keys and values into `kv`."""
+    def forward(self, batch: ForwardBatch, kv: KVCache) -> Outputs:
+        """See `Decoder.forward`."""
         meta = self._prepare(batch, kv)
         hidden_TH = embedding(batch.token_ids_T, self._weights.embed_VH)
         add_embedding(batch.token_ids_T, hidden_TH, batch.lora)
         for layer in self._weights.layers:
             hidden_TH = self._layer(hidden_TH, layer, batch.lora, kv, meta)
-        return rms_norm(hidden_TH, (hidden_TH.shape[-1],), self._weights.norm, self._eps)
+        wanted_X = torch.tensor(batch.outputs, dtype=torch.int64, device=hidden_TH.device)
+        hidden_XH = hidden_TH[wanted_X]
+        hidden_XH = rms_norm(hidden_XH, (hidden_XH.shape[-1],), self._weights.norm, self._eps)
+        logits_XV = self.logits(hidden_XH, batch.lora.select(batch.outputs))
+        return Outputs(hidden_XH, logits_XV, *best(logits_XV))
 
     def logits(self, hidden_XH: Tensor, lora: LoraBatch) -> Tensor:
         """float32 [X, V] of states after the final norm. The segments index the X rows."""

@@ -17,7 +17,7 @@ from lorastack.lora.segments import LoraBatch
 from lorastack.model.backend import TorchBackend
 from lorastack.model.checkpoint import Checkpoint
 from lorastack.model.config import DecoderConfig, load_config
-from lorastack.model.context import ForwardBatch
+from lorastack.model.context import ForwardBatch, Outputs
 from lorastack.model.kv import KVCache
 from lorastack.model.native import NativeBackend, native_isa
 from lorastack.model.weights import load_weights
@@ -28,7 +28,7 @@ class Backend(Protocol):
 
     name: str
 
-    def forward(self, batch: ForwardBatch, kv: KVCache) -> Tensor: ...
+    def forward(self, batch: ForwardBatch, kv: KVCache) -> Outputs: ...
     def logits(self, hidden_XH: Tensor, lora: LoraBatch) -> Tensor: ...
     def head_rows(self, ids_N: Tensor, out_NH: Tensor) -> None: ...
 
@@ -49,8 +49,8 @@ class Decoder:
         return self._backend.name
 
     @torch.no_grad()
-    def forward(self, batch: ForwardBatch, kv: KVCache) -> Tensor:
-        """[T, H] after the final norm. Writes the step's keys and values into `kv`."""
+    def forward(self, batch: ForwardBatch, kv: KVCache) -> Outputs:
+        """Results of the tokens that the batch asks for. Writes all its keys and values to `kv`."""
         return self._backend.forward(batch, kv)
 
     @torch.no_grad()

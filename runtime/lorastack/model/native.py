@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 from weakref import WeakKeyDictionary
@@ -27,7 +27,7 @@ from lorastack.lora.segments import LoraBatch, Segment
 from lorastack.lora.weights import LM_HEAD_GROUP, GroupLora, LoraWeights, TargetLora
 from lorastack.model.checkpoint import Checkpoint
 from lorastack.model.config import DecoderConfig
-from lorastack.model.context import ForwardBatch
+from lorastack.model.context import ForwardBatch, Outputs
 from lorastack.model.kv import KVCache
 from lorastack.model.weights import DecoderWeights, load_weights
 
@@ -96,31 +96,40 @@ class NativeBackend:
         )
         return cls(config, weights, dtype, isa)
 
-    def forward(self, batch: ForwardBatch, kv: KVCache) -> Tensor:
-        """[T, H] after the final norm. Writes the step's keys and values into `kv`."""
-        hidden_TH = embedding(batch.token_ids_T, self._weights.embed_VH)
-        add_embedding(batch.token_ids_T, hidden_TH, batch.lora)
-        hidden_TH = hidden_TH.float()
-        out_TH = self._padded(len(hidden_TH))
-        uses = batch.lora.segments
-        tables = [self._layer_targets(segment.weights) for segment in uses]
+    def forward(self, batch: ForwardBatch, kv: KVCache) -> Outputs:
+        """See `Decoder.forward`."""
+        num_outputs, uses = len(batch.outputs), batch.lora.segments
+        found = Outputs(
+            self._padded(num_outputs),
+            torch.empty(num_outputs, self._config.shapes.vocab_size),
+            torch.empty(num_outputs),
+            torch.empty(num_outputs, dtype=torch.int64),
+        )
+        tables = [self._targets_of(segment.weights) for segment in uses]
         segments = _segments(uses, [ctypes.addressof(table) for table in tables])
         rows = _Rows(batch)
+        embedded_TH = self._embedded(batch)
         step = native.Step(
             rows.address,
             ctypes.addressof(segments),
-            hidden_TH.data_ptr(),
-            out_TH.data_ptr(),
+            batch.token_ids_T.data_ptr(),
+            None if embedded_TH is None else embedded_TH.data_ptr(),
+            rows.outputs,
+            found.hidden_XH.data_ptr(),
+            found.logits_XV.data_ptr(),
+            found.peaks_X.data_ptr(),
+            found.best_X.data_ptr(),
             None,
             len(batch.rows),
-            len(hidden_TH),
+            len(batch.token_ids_T),
             len(segments),
+            num_outputs,
             torch.get_num_threads(),
         )
         model = self._model(kv)
         step.scratch = self._scratch_of(self._library.lorastack_scratch_bytes(model, step))
         self._library.lorastack_forward(model, step)
-        return out_TH[: len(hidden_TH)]
+        return replace(found, hidden_XH=found.hidden_XH[:num_outputs])
 
     def logits(self, hidden_XH: Tensor, lora: LoraBatch) -> Tensor:
         """float32 [X, V] of states after the final norm. The segments index the X rows."""
@@ -155,6 +164,14 @@ class NativeBackend:
     def head_rows(self, ids_N: Tensor, out_NH: Tensor) -> None:
         """lm_head's rows of these tokens. Any thread."""
         copy_rows(partial(matrix_rows, self._weights.lm_head), ids_N, out_NH)
+
+    def _embedded(self, batch: ForwardBatch) -> Tensor | None:
+        """float32 [T, H] where a LoRA adapts the embedding; None: the library looks it up."""
+        if all(each.weights.embedding is None for each in batch.lora.segments):
+            return None
+        hidden_TH = embedding(batch.token_ids_T, self._weights.embed_VH)
+        add_embedding(batch.token_ids_T, hidden_TH, batch.lora)
+        return hidden_TH.float()
 
     def _padded(self, num_rows: int) -> Tensor:
         """Uninitialised [num_rows rounded up, H]."""
@@ -191,6 +208,8 @@ class NativeBackend:
         )
         model = native.Model(
             ctypes.addressof(layers),
+            weights.lm_head.struct,
+            weights.embed_VH.data_ptr(),
             weights.norm.data_ptr(),
             self._cosine_PF.data_ptr(),
             self._sine_PF.data_ptr(),
@@ -201,21 +220,24 @@ class NativeBackend:
             shapes.num_kv_heads,
             shapes.head_dim,
             kv.page_size,
+            shapes.vocab_size,
             self._config.window or 0,
             self._config.rms_eps,
             self._isa,
         )
         return _Model(model, layers)
 
-    def _layer_targets(self, weights: LoraWeights) -> ctypes.Array[native.Target]:
-        """[num_layers][7], made once an adapter."""
+    def _targets_of(self, weights: LoraWeights) -> ctypes.Array[native.Target]:
+        """[num_layers][7], then lm_head's, made once an adapter."""
         if weights not in self._targets:
-            found = [native.Target()] * (self._config.shapes.num_layers * len(LAYER_TARGETS))
+            num_layers = self._config.shapes.num_layers
+            found = [native.Target()] * (num_layers * len(LAYER_TARGETS) + 1)
             for (layer, group), adapted in weights.groups.items():
+                start = -1
                 if (layer, group) != LM_HEAD_GROUP:
                     start = layer * len(LAYER_TARGETS) + FIRST_TARGET[group]
-                    for target in adapted.targets:
-                        found[start + target.index] = _target(adapted, target)
+                for target in adapted.targets:
+                    found[start + target.index] = _target(adapted, target)
             self._targets[weights] = (native.Target * len(found))(*found)
         return self._targets[weights]
 
@@ -232,7 +254,7 @@ class _Rows:
     """The rows of a step for the library, which borrows them until it returns."""
 
     def __init__(self, batch: ForwardBatch) -> None:
-        self._numbers = array("i")
+        self._numbers = array("i", batch.outputs)  # first of all, see `outputs`
         places = []
         for row in batch.rows:
             pages = self._add(row.page_table)
@@ -255,6 +277,11 @@ class _Rows:
     @property
     def address(self) -> int:
         return ctypes.addressof(self._rows)
+
+    @property
+    def outputs(self) -> int:
+        """Address of the batch's outputs."""
+        return self._numbers.buffer_info()[0]
 
     def _add(self, numbers: Sequence[int]) -> int:
         """Where they begin."""

@@ -71,6 +71,8 @@ class Row(Structure):
 class Model(Structure):
     _fields_ = (
         ("layers", c_void_p),
+        ("head", Matrix),
+        ("embed", c_void_p),
         ("norm", c_void_p),
         ("cosine", c_void_p),
         ("sine", c_void_p),
@@ -81,9 +83,11 @@ class Model(Structure):
         ("kv_heads", c_int32),
         ("head_dim", c_int32),
         ("page_size", c_int32),
+        ("vocabulary", c_int32),
         ("window", c_int32),
         ("eps", c_float),
         ("isa", c_int32),
+        ("unused", c_int32),
     )
 
 
@@ -91,13 +95,20 @@ class Step(Structure):
     _fields_ = (
         ("rows", c_void_p),
         ("segments", c_void_p),
-        ("hidden", c_void_p),
+        ("tokens", c_void_p),
+        ("embedded", c_void_p),
+        ("outputs", c_void_p),
         ("out", c_void_p),
+        ("logits", c_void_p),
+        ("peaks", c_void_p),
+        ("best", c_void_p),
         ("scratch", c_void_p),
         ("num_rows", c_int32),
         ("num_tokens", c_int32),
         ("num_segments", c_int32),
+        ("num_outputs", c_int32),
         ("num_threads", c_int32),
+        ("unused", c_int32),
     )
 
 

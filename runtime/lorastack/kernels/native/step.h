@@ -22,14 +22,14 @@ struct lorastack_layer {
   void* kv;                                // [slots][2][kv_heads][head_dim]
 };
 
-// A LoRA's target in one layer; rank 0: none. Order of targets: q, k, v, o, gate, up, down.
+// A LoRA's target; rank 0: none. Order in a layer: q, k, v, o, gate, up, down.
 struct lorastack_target {
   const void *a, *b;
   float scale;
   int32_t rank;
 };
 
-// Tokens begin..end use an adapter's targets, [num_layers][7] in a step.
+// Tokens begin..end use an adapter's targets: in a step [num_layers][7], then lm_head's.
 struct lorastack_segment {
   const lorastack_target* targets;
   int32_t begin, end;
@@ -43,23 +43,32 @@ struct lorastack_row {
   int32_t start, end, committed, unused;
 };
 
+// embed: [vocabulary][hidden].
 struct lorastack_model {
   const lorastack_layer* layers;
-  const void* norm;
+  lorastack_matrix head;
+  const void *embed, *norm;
   const float *cosine, *sine;  // [positions][head_dim / 2]
-  int32_t num_layers, hidden, inner, heads, kv_heads, head_dim, page_size, window;  // 0: none
+  int32_t num_layers, hidden, inner, heads, kv_heads, head_dim, page_size, vocabulary;
+  int32_t window;  // 0: none
   float eps;
-  int32_t isa;
+  int32_t isa, unused;
 };
 
-// hidden: [T][hidden] float32, embedded tokens; changed. out: [T][hidden], after the final norm.
+// tokens: [T] ids; embedded: [T][hidden] instead of the embedding's rows, or null. outputs: the tokens
+// whose results are wanted, rising. Of these: out, states after the final norm, [rounded up to 32][hidden];
+// logits, [..][vocabulary]; the best logit and its place, as lorastack_best gives them.
 struct lorastack_step {
   const lorastack_row* rows;
   const lorastack_segment* segments;
-  float* hidden;
+  const int64_t* tokens;
+  const float* embedded;
+  const int32_t* outputs;
   void* out;
+  float *logits, *peaks;
+  int64_t* best;
   void* scratch;
-  int32_t num_rows, num_tokens, num_segments, num_threads;
+  int32_t num_rows, num_tokens, num_segments, num_outputs, num_threads, unused;
 };
 
 // Rows of states after the final norm into logits. x: [rows][k], readable up to a multiple of 32 rows;

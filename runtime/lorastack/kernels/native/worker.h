@@ -5,11 +5,13 @@
 #include <omp.h>
 #include <string.h>
 
+#include <algorithm>
 #include <vector>
 
 #include "step.h"
 
 #include "attention.h"
+#include "best.h"
 #include "lora.h"
 #include "matmul.h"
 
@@ -20,7 +22,7 @@ struct Group {
   int first, count;
 };
 constexpr int HEAD_PAIRS = 8;  // pairs of lm_head's panels in one chunk
-constexpr int PHASES = 12;  // a layer, at most
+constexpr int LAYER_PHASES = 12, OTHER_PHASES = 5;  // at most
 constexpr Group QKV = {0, 3}, O = {3, 1}, GATE_UP = {4, 2}, DOWN = {6, 1};
 
 inline int padded(int k) { return ceil_div(k, K_STEP) * K_STEP; }
@@ -45,7 +47,7 @@ struct Token {
 template <class T>
 struct Buffers {
   T *x, *qkv, *context, *inner;
-  float *shrunk, *scores;
+  float *hidden, *shrunk, *scores;
   Token* tokens;
   int32_t* tails;
   int64_t* slots;     // of all rows, one after the other
@@ -53,11 +55,12 @@ struct Buffers {
   int32_t* groups;    // attention groups of all rows before a row
   Counter* counters;
   LoraPart<T>* parts;  // per thread
+  lorastack_segment* head_segments;  // over the outputs, with lm_head's targets
   int capacity, ld_hidden, ld_qkv, ld_context, ld_inner, max_parts;
 };
 
 inline int64_t num_step_counters(const lorastack_model& model, const lorastack_step& step) {
-  return num_counters((int64_t)PHASES * model.num_layers + 1, step.num_threads);
+  return num_counters((int64_t)LAYER_PHASES * model.num_layers + OTHER_PHASES, step.num_threads);
 }
 
 inline int depth_bound(const lorastack_row& row) { return row.parents ? row.end - row.start : 0; }
@@ -78,7 +81,7 @@ Buffers<T> lay_out(const lorastack_model& model, const lorastack_step& step, Are
   for (int s = 0; s < step.num_segments; s++) {
     const lorastack_segment& segment = step.segments[s];
     int most = 0;
-    for (int i = 0; i < model.num_layers * TARGETS; i++)
+    for (int i = 0; i <= model.num_layers * TARGETS; i++)
       if (segment.targets[i].rank > most) most = segment.targets[i].rank;
     shrunk += (int64_t)(segment.end - segment.begin) * most * 3;
   }
@@ -88,6 +91,7 @@ Buffers<T> lay_out(const lorastack_model& model, const lorastack_step& step, Are
   b.ld_context = padded(query);
   b.ld_inner = padded(model.inner);
   b.max_parts = 3 * step.num_segments;
+  b.hidden = arena.take<float>((int64_t)step.num_tokens * model.hidden);
   b.x = arena.take<T>((int64_t)rows * b.ld_hidden);
   b.qkv = arena.take<T>((int64_t)rows * b.ld_qkv);
   b.context = arena.take<T>((int64_t)rows * b.ld_context);
@@ -101,7 +105,22 @@ Buffers<T> lay_out(const lorastack_model& model, const lorastack_step& step, Are
   b.groups = arena.take<int32_t>(step.num_rows + 1);
   b.counters = arena.take<Counter>(num_step_counters(model, step));
   b.parts = arena.take<LoraPart<T>>((int64_t)step.num_threads * b.max_parts);
+  b.head_segments = arena.take<lorastack_segment>(step.num_segments);
   return b;
+}
+
+// The same segments over the step's outputs.
+template <class T>
+void plan_head(const lorastack_model& model, const lorastack_step& step, Buffers<T>& b) {
+  const int32_t* end = step.outputs + step.num_outputs;
+  for (int s = 0; s < step.num_segments; s++) {
+    const lorastack_segment& segment = step.segments[s];
+    lorastack_segment& found = b.head_segments[s];
+    found = segment;
+    found.targets += (size_t)model.num_layers * TARGETS;
+    found.begin = (int32_t)(std::lower_bound(step.outputs, end, segment.begin) - step.outputs);
+    found.end = (int32_t)(std::lower_bound(step.outputs, end, segment.end) - step.outputs);
+  }
 }
 
 // Where every row's slots lie and what every token sees.
@@ -161,6 +180,41 @@ Listed list_parts(const lorastack_segment* segments, int num_segments, int first
   return found;
 }
 
+// lm_head on rows of final states, and its LoRAs. parts: room for one a segment.
+template <class Isa>
+void multiply_head(const lorastack_head& head, Member& member,
+                   LoraPart<typename Isa::E::T>* parts) {
+  using E = typename Isa::E;
+  using T = typename E::T;
+  const Listed found = list_parts(head.segments, head.num_segments, 0, 1, parts);
+  const T* x = (const T*)head.x;
+  if (found.parts)
+    member.phase(found.chunks, [&](int chunk) {
+      shrink<E>(parts, chunk, x, head.inputs, head.inputs, head.scratch);
+    });
+  auto store = [&](Block& block, int row, int count, int panel) {
+    for (int half = 0; half < 2; half++) {
+      const int column = (panel + half) * LANES;
+      if (column >= head.outputs) continue;
+      float* sums = &block.sums[0][half * LANES];
+      if (found.parts)
+        expand<E>(parts, found.parts, head.scratch, 0, column, head.outputs, row, count, sums,
+                  BLOCK_COLS);
+      const __mmask16 mask = first(head.outputs - column);
+      for (int m = 0; m < count; m++)
+        _mm512_mask_storeu_ps(head.out + (size_t)(row + m) * head.outputs + column, mask,
+                              _mm512_load_ps(sums + m * BLOCK_COLS));
+    }
+  };
+  const int pairs = head.rows ? head.matrix.panels / 2 : 0;
+  member.phase(ceil_div(pairs, HEAD_PAIRS), [&](int chunk) {
+    const int end = (chunk + 1) * HEAD_PAIRS < pairs ? (chunk + 1) * HEAD_PAIRS : pairs;
+    for (int pair = chunk * HEAD_PAIRS; pair < end; pair++)
+      matmul<Isa>(x, head.inputs, head.rows, (const T*)head.matrix.weight, head.matrix.k, pair,
+                  store);
+  });
+}
+
 template <class Isa>
 struct Worker {
   using E = typename Isa::E;
@@ -173,11 +227,28 @@ struct Worker {
   Member member;
   int num_parts = 0;
 
-  void normalise(const void* weight_, T* out, int ld) {
-    const T* weight = (const T*)weight_;
+  void embed() {
     const int size = model.hidden;
     member.phase(step.num_tokens, [&](int t) {
-      const float* h = step.hidden + (size_t)t * size;
+      float* h = b.hidden + (size_t)t * size;
+      if (step.embedded) {
+        memcpy(h, step.embedded + (size_t)t * size, sizeof(float) * size);
+        return;
+      }
+      const T* row = (const T*)model.embed + (size_t)step.tokens[t] * size;
+      for (int i = 0; i < size; i += LANES) {
+        const __mmask16 mask = first(size - i);
+        _mm512_mask_storeu_ps(h + i, mask, E::load(row + i, mask));
+      }
+    });
+  }
+
+  // tokens: which ones, null for all.
+  void normalise(const void* weight_, T* out, int ld, const int32_t* tokens, int count) {
+    const T* weight = (const T*)weight_;
+    const int size = model.hidden;
+    member.phase(count, [&](int t) {
+      const float* h = b.hidden + (size_t)(tokens ? tokens[t] : t) * size;
       __m512 squares = _mm512_setzero_ps();
       for (int i = 0; i < size; i += LANES) {
         __m512 v = _mm512_maskz_loadu_ps(first(size - i), h + i);
@@ -253,7 +324,7 @@ struct Worker {
         finish(block, half, matrix, panel + half, row, rows, 0, column, size);
         const __mmask16 mask = first(size - column);
         for (int m = 0; m < rows; m++) {
-          float* h = step.hidden + (size_t)(row + m) * size + column;
+          float* h = b.hidden + (size_t)(row + m) * size + column;
           _mm512_mask_storeu_ps(h, mask,
                                 _mm512_add_ps(_mm512_maskz_loadu_ps(mask, h),
                                               _mm512_load_ps(&block.sums[m][half * LANES])));
@@ -336,22 +407,31 @@ struct Worker {
 
   void run() {
     begin_tiles<Isa>();
+    embed();
     for (int i = 0; i < model.num_layers; i++) {
       const lorastack_layer& layer = model.layers[i];
-      normalise(layer.attention_norm, b.x, b.ld_hidden);
+      normalise(layer.attention_norm, b.x, b.ld_hidden, nullptr, step.num_tokens);
       shrink_group(i, QKV, b.x, b.ld_hidden, model.hidden);
       project_qkv(layer);
       rotate(layer);
       attention(layer);
       shrink_group(i, O, b.context, b.ld_context, model.heads * model.head_dim);
       project_back(layer.o, b.context, b.ld_context);
-      normalise(layer.mlp_norm, b.x, b.ld_hidden);
+      normalise(layer.mlp_norm, b.x, b.ld_hidden, nullptr, step.num_tokens);
       shrink_group(i, GATE_UP, b.x, b.ld_hidden, model.hidden);
       project_inner(layer);
       shrink_group(i, DOWN, b.inner, b.ld_inner, model.inner);
       project_back(layer.down, b.inner, b.ld_inner);
     }
-    normalise(model.norm, (T*)step.out, model.hidden);
+    normalise(model.norm, (T*)step.out, model.hidden, step.outputs, step.num_outputs);
+    const lorastack_head head = {
+        model.head,      b.head_segments,  step.out,         step.logits,  b.shrunk,
+        step.num_segments, step.num_outputs, model.vocabulary, model.hidden, step.num_threads, 0};
+    multiply_head<Isa>(head, member, parts);
+    member.phase(step.num_outputs, [&](int i) {
+      best_of(step.logits + (size_t)i * model.vocabulary, model.vocabulary, step.peaks + i,
+              step.best + i);
+    });
     end_tiles<Isa>();
   }
 };
@@ -362,6 +442,7 @@ void forward(const lorastack_model& model, const lorastack_step& step) {
   Arena arena{(char*)step.scratch};
   Buffers<T> buffers = lay_out<T>(model, step, arena);
   plan(model, step, buffers);
+  plan_head(model, step, buffers);
   memset((void*)buffers.counters, 0, sizeof(Counter) * num_step_counters(model, step));
   Team team{buffers.counters, step.num_threads};
 #pragma omp parallel num_threads(step.num_threads)
@@ -375,42 +456,16 @@ void forward(const lorastack_model& model, const lorastack_step& step) {
 
 template <class Isa>
 void logits(const lorastack_head& head) {
-  using E = typename Isa::E;
-  using T = typename E::T;
-  std::vector<LoraPart<T>> parts(head.num_segments);
-  const Listed found = list_parts(head.segments, head.num_segments, 0, 1, parts.data());
-  const int num_parts = found.parts, pairs = head.matrix.panels / 2;
+  std::vector<LoraPart<typename Isa::E::T>> parts(
+      (size_t)head.num_threads * (head.num_segments + 1));
   std::vector<Counter> counters(num_counters(2, head.num_threads));
   Team team{counters.data(), head.num_threads};
 #pragma omp parallel num_threads(head.num_threads)
   {
-    Member member(team, omp_get_thread_num());
+    const int thread = omp_get_thread_num();
+    Member member(team, thread);
     begin_tiles<Isa>();
-    const T* x = (const T*)head.x;
-    if (num_parts)
-      member.phase(found.chunks, [&](int chunk) {
-        shrink<E>(parts.data(), chunk, x, head.inputs, head.inputs, head.scratch);
-      });
-    auto store = [&](Block& block, int row, int count, int panel) {
-      for (int half = 0; half < 2; half++) {
-        const int column = (panel + half) * LANES;
-        if (column >= head.outputs) continue;
-        float* sums = &block.sums[0][half * LANES];
-        if (num_parts)
-          expand<E>(parts.data(), num_parts, head.scratch, 0, column, head.outputs, row, count,
-                    sums, BLOCK_COLS);
-        const __mmask16 mask = first(head.outputs - column);
-        for (int m = 0; m < count; m++)
-          _mm512_mask_storeu_ps(head.out + (size_t)(row + m) * head.outputs + column, mask,
-                                _mm512_load_ps(sums + m * BLOCK_COLS));
-      }
-    };
-    member.phase(ceil_div(pairs, HEAD_PAIRS), [&](int chunk) {
-      const int end = (chunk + 1) * HEAD_PAIRS < pairs ? (chunk + 1) * HEAD_PAIRS : pairs;
-      for (int pair = chunk * HEAD_PAIRS; pair < end; pair++)
-        matmul<Isa>(x, head.inputs, head.rows, (const T*)head.matrix.weight, head.matrix.k, pair,
-                    store);
-    });
+    multiply_head<Isa>(head, member, &parts[(size_t)thread * (head.num_segments + 1)]);
     end_tiles<Isa>();
   }
 }
