@@ -43,7 +43,10 @@ def pack_matrix(weight_OI: Tensor, bias_O: Tensor | None = None) -> PackedMatrix
 
 
 def pack_pair(weight_OI: Tensor, bias_O: Tensor | None = None) -> PackedMatrix:
-    """Two matrices below each other (gate and up): panels of the first and the second in turn."""
+    """Two matrices below each other (gate and up): panels of the first and the second in turn.
+
+    Each half is padded like inputs: what it gives fills every input of the matrix that follows.
+    """
     rows = [_padded_rows(half) for half in weight_OI.chunk(2)]
     bias = None
     if bias_O is not None:
@@ -61,7 +64,7 @@ def matrix_rows(matrix: PackedMatrix, ids_N: Tensor) -> Tensor:
 
 
 def _padded_rows(half: Tensor) -> Tensor:
-    missing = -len(half) % LANES
+    missing = -len(half) % PAD
     return pad(half, (0, 0) * (half.dim() - 1) + (0, missing))
 
 
