@@ -9,12 +9,13 @@ import torch
 from code_prompts import code_prompts
 from corpora import gsm8k
 from general_prompts import composed_conversations, data_conversations, split
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lorastack.train.distill import chat_ids, distill, read_samples, write_samples
 from lorastack.train.heads import MedusaHeads, TrainOptions, load_heads, save_heads, train_heads
 from lorastack.train.hidden import HiddenCorpus, hidden_corpus
 from lorastack.train.measure import rank_accuracies, search_choices, target_ranks, tokens_per_step
+from lorastack.train.vocabulary import choose_vocabulary, coverage, save_vocabulary
 
 BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 NUM_HEADS = 4
@@ -124,16 +125,31 @@ def run_train(args: argparse.Namespace) -> None:
     log.info("tokens a step on tuning samples, 24 nodes: %.3f", tokens / steps)
 
 
+def run_vocabulary(args: argparse.Namespace) -> None:
+    """Writes draft_vocabulary.safetensors into a heads folder, from the domains' distilled text."""
+    files = [args.out / f"{domain}.jsonl" for domain in args.domains.split(",")]
+    tokens = [id_ for path in files for sample in read_samples(path) for id_ in sample.answer_ids]
+    vocab_size = AutoConfig.from_pretrained(args.model).vocab_size
+    vocabulary = choose_vocabulary(tokens, args.size, vocab_size)
+    save_vocabulary(args.adapter, vocabulary)
+    log.info("%d tokens cover %.4f of the text", len(vocabulary), coverage(vocabulary, tokens))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     steps = parser.add_subparsers(required=True)
-    for name, function in (("distill", run_distill), ("hidden", run_hidden), ("train", run_train)):
+    for name, function in (
+        ("distill", run_distill),
+        ("hidden", run_hidden),
+        ("train", run_train),
+        ("vocabulary", run_vocabulary),
+    ):
         step = steps.add_parser(name)
         step.set_defaults(run=function)
         step.add_argument("--model", required=True, help="folder or hub id of the base model")
         step.add_argument("--out", type=Path, required=True, help="working folder, not committed")
         step.add_argument("--threads", type=int, default=1)
-        if name != "train":
+        if name in ("distill", "hidden"):
             step.add_argument("--domain", choices=("general", "maths", "code"), required=True)
         if name == "hidden":
             step.add_argument("--limit", type=int, help="use so many samples only")
@@ -142,9 +158,13 @@ def main() -> None:
             step.add_argument("--count", type=int, default=1408, help="prompts")
             step.add_argument("--batch-size", type=int, default=128)
             step.add_argument("--max-new-tokens", type=int, default=256)
+        if name in ("train", "vocabulary"):
+            step.add_argument("--adapter", type=Path, required=True, help="folder to write")
+        if name == "vocabulary":
+            step.add_argument("--domains", required=True, help="whose answers count: domain,...")
+            step.add_argument("--size", type=int, default=8192, help="tokens")
         if name == "train":
             step.add_argument("--mix", required=True, help="domain=share,...; the first tunes")
-            step.add_argument("--adapter", type=Path, required=True, help="folder to write")
             step.add_argument("--init", type=Path, help="heads to start from")
             step.add_argument("--epochs", type=int, default=6)
             step.add_argument("--learning-rate", type=float, default=1e-3)

@@ -19,8 +19,9 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lorastack.train.distill import Sample, chat_ids, distill, read_samples, write_samples
 from lorastack.train.heads import load_heads
-from lorastack.train.hidden import HiddenCorpus, hidden_corpus
+from lorastack.train.hidden import NO_TARGET, HiddenCorpus, hidden_corpus
 from lorastack.train.measure import rank_accuracies, target_ranks, tokens_per_step
+from lorastack.train.vocabulary import coverage, load_vocabulary
 
 TREES = (4, 8, 16, 24)
 log = logging.getLogger("measure_heads")
@@ -71,16 +72,25 @@ def corpus_of(args: argparse.Namespace, model: PreTrainedModel) -> HiddenCorpus:
 
 
 def report(
-    adapter: Path, domain: str, corpus: HiddenCorpus, lm_head_VH: torch.Tensor
+    adapter: Path,
+    domain: str,
+    corpus: HiddenCorpus,
+    lm_head_VH: torch.Tensor,
+    vocabulary_N: torch.Tensor | None,
 ) -> dict[str, object]:
     heads, choices = load_heads(adapter)
-    ranks_TK = target_ranks(heads, corpus, lm_head_VH)
+    ranks_TK = target_ranks(heads, corpus, lm_head_VH, vocabulary_N)
     found: dict[str, object] = {
         "adapter": adapter.name,
         "domain": domain,
         "prompts": corpus.num_samples,
         "tokens": len(ranks_TK),
     }
+    if vocabulary_N is not None:
+        targets_TK = corpus.targets_TK
+        answers = targets_TK[targets_TK[:, 0] != NO_TARGET, 0].tolist()
+        found["draft vocabulary"] = len(vocabulary_N)
+        found["coverage"] = round(coverage(vocabulary_N.tolist(), answers), 4)
     for head, row in enumerate(rank_accuracies(ranks_TK, 5)):
         found[f"head {head + 1} top-1..5"] = [round(sum(row[:k]), 3) for k in range(1, 6)]
     for size in TREES:
@@ -99,6 +109,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=84)
     parser.add_argument("--max-new-tokens", type=int, default=200)
     parser.add_argument("--tuning", action="store_true", help="tuning samples, already in --out")
+    parser.add_argument("--full-vocabulary", action="store_true", help="not the folder's own")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
@@ -108,7 +119,9 @@ def main() -> None:
     corpus = corpus_of(args, model)
     lm_head_VH = model.get_output_embeddings().weight.detach()
     for adapter in args.adapter:
-        log.info("%s", json.dumps(report(adapter, args.domain, corpus, lm_head_VH), indent=1))
+        vocabulary_N = None if args.full_vocabulary else load_vocabulary(adapter)
+        found = report(adapter, args.domain, corpus, lm_head_VH, vocabulary_N)
+        log.info("%s", json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

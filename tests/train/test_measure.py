@@ -23,6 +23,25 @@ def test_ranks_count_better_tokens_and_ties_go_to_the_lowest_id() -> None:
     assert ranks_TK[:, 0].tolist() == [0, 1, 2, 4, NO_RANK]
 
 
+@given(st.sets(st.integers(0, 8), min_size=1), st.integers(0, 99))
+def test_ranks_among_a_draft_vocabulary(vocabulary: set[int], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    lm_head_VH = torch.randn(9, 4, generator=generator)
+    targets_TK = torch.randint(-1, 9, (20, 2), generator=generator)
+    corpus = HiddenCorpus(torch.randn(20, 4, generator=generator), targets_TK, [0, 20])
+    heads = MedusaHeads(2, 4)
+    ids = sorted(vocabulary)
+    ranks_TK = target_ranks(heads, corpus, lm_head_VH, torch.tensor(ids), chunk=7)
+    for x_H, target_K, rank_K in zip(corpus.hidden_TH, targets_TK, ranks_TK, strict=True):
+        logits_V = lm_head_VH @ x_H  # zero weights: every head is the identity
+        guesses = sorted(ids, key=lambda token: -float(logits_V[token]))
+        for target, rank in zip(target_K.tolist(), rank_K.tolist(), strict=True):
+            if target == NO_TARGET:
+                assert rank == NO_RANK
+            else:
+                assert rank == (guesses.index(target) if target in ids else len(ids))
+
+
 def test_accuracies_leave_out_positions_without_a_target() -> None:
     ranks_TK = torch.tensor([[0, 1], [0, NO_RANK], [1, NO_RANK], [7, 0]])
     assert rank_accuracies(ranks_TK, 3) == [[0.5, 0.25, 0.0], [0.5, 0.5, 0.0]]

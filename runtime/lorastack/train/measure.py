@@ -3,7 +3,8 @@
 Greedy verification accepts the tree path whose tokens are the base's own next tokens, so the ranks
 of those tokens among each head's guesses say everything: no tree has to be decoded.
 
-Shape suffixes: T positions, K heads, P positions of a chunk, V vocabulary.
+Shape suffixes: T positions, K heads, P positions of a chunk, V vocabulary,
+N tokens that the heads choose from.
 """
 
 from collections import Counter
@@ -21,20 +22,34 @@ NO_RANK = -1
 
 @torch.inference_mode()
 def target_ranks(
-    heads: MedusaHeads, corpus: HiddenCorpus, lm_head_VH: Tensor, chunk: int = 512
+    heads: MedusaHeads,
+    corpus: HiddenCorpus,
+    lm_head_VH: Tensor,
+    vocabulary_N: Tensor | None = None,
+    chunk: int = 512,
 ) -> Tensor:
-    """[T, K]: 0 where the target is the head's first guess; ties go to the lowest id."""
+    """[T, K]: 0 where the target is the head's first guess; ties go to the lowest id.
+
+    vocabulary_N: the rising ids of the tokens that the heads choose from, all of them unless given;
+    a target beyond them ranks behind all of them.
+    """
     ranks_TK = torch.full_like(corpus.targets_TK, NO_RANK)
-    ids_V = torch.arange(lm_head_VH.shape[0])
+    rows_NH, column_V = lm_head_VH, torch.arange(len(lm_head_VH))
+    if vocabulary_N is not None:
+        rows_NH, column_V = lm_head_VH[vocabulary_N], torch.full((len(lm_head_VH),), NO_TARGET)
+        column_V[vocabulary_N] = torch.arange(len(vocabulary_N))
+    columns_N = torch.arange(len(rows_NH))
     for begin in range(0, len(ranks_TK), chunk):
         x_PH = corpus.hidden_TH[begin : begin + chunk].to(lm_head_VH.dtype)
         for head in range(heads.num_heads):
-            target_P1 = corpus.targets_TK[begin : begin + chunk, head, None]
-            logits_PV = (heads(x_PH, head) @ lm_head_VH.T).float()
-            score_P1 = logits_PV.gather(1, target_P1.clamp(min=0))
-            ahead_PV = logits_PV > score_P1
-            ahead_PV |= (logits_PV == score_P1) & (ids_V < target_P1)
-            rank_P = ahead_PV.sum(-1).masked_fill(target_P1[:, 0] == NO_TARGET, NO_RANK)
+            target_P = corpus.targets_TK[begin : begin + chunk, head]
+            column_P1 = column_V[target_P.clamp(min=0)][:, None]
+            logits_PN = (heads(x_PH, head) @ rows_NH.T).float()
+            score_P1 = logits_PN.gather(1, column_P1.clamp(min=0))
+            ahead_PN = logits_PN > score_P1
+            ahead_PN |= (logits_PN == score_P1) & (columns_N < column_P1)
+            rank_P = ahead_PN.sum(-1).masked_fill(column_P1[:, 0] == NO_TARGET, len(rows_NH))
+            rank_P[target_P == NO_TARGET] = NO_RANK
             ranks_TK[begin : begin + chunk, head] = rank_P
     return ranks_TK
 
