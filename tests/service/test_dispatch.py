@@ -111,6 +111,21 @@ def test_a_step_wakes_the_loop_once(monkeypatch: pytest.MonkeyPatch) -> None:
     run(test)
 
 
+def test_whoever_wants_the_whole_is_woken_once_and_never_parks() -> None:
+    async def test(dispatcher: Dispatcher, engine: Recorder) -> None:
+        async with dispatcher.open("a", whole=True) as stream:
+            stream.submit(request("a"))
+            reader = asyncio.ensure_future(stream.take())
+            dispatcher.deliver([event("a", str(index)) for index in range(9)])
+            await settle()
+            assert not reader.done()
+            dispatcher.deliver([event("a", "end", last=True)])
+            assert [e.text for e in await reader] == [*map(str, range(9)), "end"]
+        assert engine.calls == [("submit", "a")]
+
+    run(test)
+
+
 def test_a_slow_reader_parks_its_own_row_and_resumes_when_it_reads() -> None:
     async def test(dispatcher: Dispatcher, engine: Recorder) -> None:
         async with dispatcher.open("slow") as slow, dispatcher.open("fast") as fast:

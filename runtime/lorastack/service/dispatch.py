@@ -26,9 +26,13 @@ class Rows(Protocol):
 
 
 class RowStream:
-    """One request's events, in order. Made by Dispatcher.open; event loop only."""
+    """One request's events, in order. Made by Dispatcher.open; event loop only.
 
-    def __init__(self, request_id: str, engine: Rows, max_buffered: int) -> None:
+    max_buffered: events that may lie unread before the row is parked; None: its reader wants them
+    all at once, when the row has ended.
+    """
+
+    def __init__(self, request_id: str, engine: Rows, max_buffered: int | None) -> None:
         self._id = request_id
         self._engine = engine
         self._max_buffered = max_buffered
@@ -64,10 +68,13 @@ class RowStream:
         if self.abandoned:
             return
         self._buffer.append(event)
-        self._filled.set()
-        if not last and not self._parked and len(self._buffer) >= self._max_buffered:
-            self._parked = True
-            self._engine.park(self._id)
+        if last:
+            self._filled.set()
+        elif self._max_buffered is not None:
+            self._filled.set()
+            if not self._parked and len(self._buffer) >= self._max_buffered:
+                self._parked = True
+                self._engine.park(self._id)
 
     def close(self) -> None:
         """The reader leaves: a row that still runs is cancelled and its events dropped."""
@@ -113,8 +120,10 @@ class Dispatcher:
             self._loop.call_soon_threadsafe(self.failed.set)
 
     @asynccontextmanager
-    async def open(self, request_id: str) -> AsyncIterator[RowStream]:
+    async def open(self, request_id: str, *, whole: bool = False) -> AsyncIterator[RowStream]:
         """A stream for one request; leaving the block early cancels its row.
+
+        whole: nobody reads before the row's end, so its reader is not woken for single tokens.
 
         Raises InvalidArgumentError when a request with this id is alive. One whose caller has gone
         is waited for instead (it ends within a step), so that a retry may use the same id.
@@ -127,7 +136,7 @@ class Dispatcher:
                 )
             await old.ended.wait()
         assert self._engine is not None, "attach() comes before the first request"
-        stream = RowStream(request_id, self._engine, self._max_buffered)
+        stream = RowStream(request_id, self._engine, None if whole else self._max_buffered)
         self._streams[request_id] = stream
         try:
             yield stream

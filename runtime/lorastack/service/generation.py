@@ -52,7 +52,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
 
         request_id = _request_id(request)
         async with self._guard("Generate", context, request_id):
-            final = await self._run(request, request_id, context, keep)
+            final = await self._run(request, request_id, context, keep, whole=True)
         return convert.joined(parts, final)
 
     async def GenerateStream(
@@ -93,12 +93,17 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         request_id: str,
         context: Context,
         write: Write,
+        *,
+        whole: bool = False,
     ) -> generation_pb2.GenerateResponse:
-        """Runs one request to its end. Leaving early, by any exception, cancels its row."""
+        """Runs one request to its end. Leaving early, by any exception, cancels its row.
+
+        whole: `write` gets everything at the end.
+        """
         remaining = context.time_remaining()
         deadline = None if remaining is None else time.monotonic() + remaining
         call = convert.generate_call(message, request_id, self._model)
-        async with self._dispatcher.open(request_id) as stream:
+        async with self._dispatcher.open(request_id, whole=whole) as stream:
             prepared = await asyncio.get_running_loop().run_in_executor(
                 self._workers, self._preparer.prepare, call, deadline
             )
