@@ -18,7 +18,17 @@ from lorastack.adapters.upload import Validate
 from lorastack.client import Client
 
 BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-NUM_LAYERS, HIDDEN, KEY = 30, 576, 192
+NUM_LAYERS, HIDDEN, KEY, MIDDLE = 30, 576, 192, 1536
+# Block, inputs and outputs of every projection.
+TARGETS = {
+    "q_proj": ("self_attn", HIDDEN, HIDDEN),
+    "k_proj": ("self_attn", HIDDEN, KEY),
+    "v_proj": ("self_attn", HIDDEN, KEY),
+    "o_proj": ("self_attn", HIDDEN, HIDDEN),
+    "gate_proj": ("mlp", HIDDEN, MIDDLE),
+    "up_proj": ("mlp", HIDDEN, MIDDLE),
+    "down_proj": ("mlp", MIDDLE, HIDDEN),
+}
 # Mean rank 15: 1.7 MB a LoRA in bfloat16.
 RANKS = (4, 8, 16, 32, 64)
 SHARES = (0.30, 0.30, 0.20, 0.15, 0.05)
@@ -40,14 +50,17 @@ def device_bytes(rank: int, itemsize: int) -> int:
     return rank * ELEMENTS_A_RANK * itemsize
 
 
-def write_adapter(folder: Path, rank: int, seed: int) -> None:
+def write_adapter(
+    folder: Path, rank: int, seed: int, targets: tuple[str, ...] = ("q_proj", "v_proj")
+) -> None:
     """A PEFT folder. Weights are small enough that texts stay finite."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for layer in range(NUM_LAYERS):
-        for target, out in (("q_proj", HIDDEN), ("v_proj", KEY)):
-            path = f"base_model.model.model.layers.{layer}.self_attn.{target}"
-            for part, shape in (("A", (rank, HIDDEN)), ("B", (out, rank))):
+        for target in targets:
+            block, width, out = TARGETS[target]
+            path = f"base_model.model.model.layers.{layer}.{block}.{target}"
+            for part, shape in (("A", (rank, width)), ("B", (out, rank))):
                 values = torch.randn(shape, generator=generator) * 0.01
                 tensors[f"{path}.lora_{part}.weight"] = values.bfloat16()
     config = {
@@ -55,7 +68,7 @@ def write_adapter(folder: Path, rank: int, seed: int) -> None:
         "base_model_name_or_path": BASE_MODEL,
         "r": rank,
         "lora_alpha": rank,
-        "target_modules": ["q_proj", "v_proj"],
+        "target_modules": list(targets),
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "adapter_config.json").write_text(json.dumps(config))

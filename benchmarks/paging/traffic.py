@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import grpc
 
+from lorastack.cli.traffic import percentile
 from lorastack.v1 import generation_pb2 as pb
 from lorastack.v1.generation_pb2_grpc import GenerationServiceStub
 
@@ -74,12 +75,6 @@ def background() -> Iterator[Background]:
 def send(address: str, calls: list[Call], slots: int) -> list[Outcome]:
     """All calls, at most `slots` at a time; outcomes in the order of their ends."""
     return asyncio.run(_send(address, calls, slots))
-
-
-def percentile(values: list[float], share: float) -> float:
-    """share: 0 to 1."""
-    ordered = sorted(values)
-    return ordered[min(int(share * len(ordered)), len(ordered) - 1)]
 
 
 def first_token_ms(outcomes: list[Outcome]) -> dict[str, float]:

@@ -45,6 +45,8 @@ from lorastack.v1.generation_pb2 import (
     SamplingParams,
     Speculation,
     StopParams,
+    TokenIds,
+    TokenizeRequest,
 )
 
 __all__ = [
@@ -61,6 +63,8 @@ __all__ = [
     "SamplingParams",
     "Speculation",
     "StopParams",
+    "TokenIds",
+    "TokenizeRequest",
     "folder_files",
     "to_error",
 ]
@@ -128,7 +132,7 @@ class Client:
         return self._parts(call)
 
     def tokenize(
-        self, request: generation_pb2.TokenizeRequest, *, timeout: float | None = None
+        self, request: TokenizeRequest, *, timeout: float | None = None
     ) -> list[int]:
         """The token ids that Generate would run."""
         with self._errors():

@@ -10,6 +10,7 @@ import typer
 
 from lorastack import __version__
 from lorastack.cli.adapters import adapters
+from lorastack.cli.bench import bench
 from lorastack.cli.generate import generate
 from lorastack.cli.serve import serve
 from lorastack.cli.transfer import convert, export, pull, push
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 app.command()(serve)
 app.command()(generate)
+app.command()(bench)
 for command in (pull, export, push, convert):
     adapters.command()(command)
 app.add_typer(adapters, name="adapters")

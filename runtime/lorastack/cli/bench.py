@@ -1,0 +1,154 @@
+"""`lorastack bench`: how fast is a running server, seen by its clients?"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterator
+from itertools import count, cycle, islice
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from lorastack.cli.options import DEFAULT_SERVER, Json, Server
+from lorastack.cli.output import print_json
+from lorastack.cli.traffic import Outcome, percentile, send
+from lorastack.client import (
+    OFF,
+    ChatMessage,
+    ChatMessages,
+    Client,
+    GenerateRequest,
+    Speculation,
+    StopParams,
+    TokenIds,
+    TokenizeRequest,
+)
+
+FILLER = "The quick brown fox jumps over the lazy dog while the clock on the old tower strikes."
+HEADINGS = (
+    "at once", "requests", "tokens/s", "first ms", "p99", "gap ms", "p99", "tokens a step"
+)  # fmt: skip
+
+
+def bench(
+    concurrency: Annotated[
+        str, typer.Option("--concurrency", metavar="N,N,...", help="Requests at once, in turn.")
+    ] = "1,8,32",
+    requests: Annotated[
+        int, typer.Option("--requests", min=1, help="For each concurrency, at least as many.")
+    ] = 32,
+    prompt_tokens: Annotated[
+        int, typer.Option("--prompt-tokens", min=1, help="Of made-up prompts.")
+    ] = 64,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            "--prompts",
+            metavar="FILE",
+            exists=True,
+            dir_okay=False,
+            help='JSON lines {"prompt": ...} instead, sent as user messages (chat template).',
+        ),
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", min=1, help="Every request makes as many.")
+    ] = 64,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option("--lora", metavar="ID", help="Requests take them in turn; repeatable."),
+    ] = None,
+    medusa: Annotated[str, typer.Option("--medusa", metavar="ID", help="Medusa heads.")] = "",
+    speculation: Annotated[
+        Literal["auto", "off"], typer.Option("--speculation", help="off: one token a step.")
+    ] = "auto",
+    server: Server = DEFAULT_SERVER,
+    as_json: Json = False,
+) -> None:
+    """Measure a running server: tokens a second, time to the first token, gaps between tokens."""
+    levels = _levels(concurrency)
+    template = GenerateRequest(
+        medusa_id=medusa,
+        speculation=Speculation(mode=OFF if speculation == "off" else None),
+        stop=StopParams(max_new_tokens=max_new_tokens, ignore_eos=True),
+    )
+    rows: list[dict[str, Any]] = []
+    with Client(server) as client:
+        info = client.model_info()
+        inputs = _read(prompts) if prompts else _made_up(client, prompt_tokens)
+        stream = _requests(template, inputs, lora or [""])
+        send(client, list(islice(stream, 1)), 1)  # the first request after a start is slower
+        for level in levels:
+            batch = list(islice(stream, max(requests, level)))
+            rows.append(summarise(level, send(client, batch, level)))
+    if as_json:
+        print_json({"server": server, "backend": info.backend, "dtype": info.dtype, "rows": rows})
+    else:
+        table = Table(*HEADINGS)
+        for row in rows:
+            table.add_row(*map(str, row.values()))
+        Console().print(table)
+
+
+def summarise(concurrency: int, outcomes: list[Outcome]) -> dict[str, Any]:
+    """One line of the table; times in milliseconds."""
+    seconds = max(o.ended for o in outcomes) - min(o.sent for o in outcomes)
+    waits = [1000 * outcome.first_token for outcome in outcomes]
+    gaps = [1000 * gap for outcome in outcomes for gap in outcome.gaps] or [0.0]
+    tokens, steps = sum(o.tokens for o in outcomes), sum(o.steps for o in outcomes)
+    return {
+        "concurrency": concurrency,
+        "requests": len(outcomes),
+        "tokens_per_second": round(tokens / seconds, 1),
+        "first_token_ms_median": round(statistics.median(waits), 1),
+        "first_token_ms_p99": round(percentile(waits, 0.99), 1),
+        "gap_ms_median": round(statistics.median(gaps), 2),
+        "gap_ms_p99": round(percentile(gaps, 0.99), 2),
+        # The prompt's own step gave the first token.
+        "tokens_per_step": round((tokens - len(outcomes)) / steps, 2) if steps else 0.0,
+    }
+
+
+def _levels(text: str) -> list[int]:
+    try:
+        levels = [int(part) for part in text.split(",")]
+        if min(levels) > 0:
+            return levels
+    except ValueError:
+        pass
+    raise typer.BadParameter(f"{text!r} is not a list such as 1,8,32", param_hint="--concurrency")
+
+
+def _requests(
+    template: GenerateRequest, inputs: Iterator[GenerateRequest], loras: list[str]
+) -> Iterator[GenerateRequest]:
+    for request, lora_id in zip(inputs, cycle(loras), strict=False):
+        request.MergeFrom(template)
+        request.lora_id = lora_id
+        yield request
+
+
+def _made_up(client: Client, num_tokens: int) -> Iterator[GenerateRequest]:
+    """Prompts of that many tokens; each begins with its number, so that no cached prefix helps."""
+    for number in count():
+        text = f"{number}. {' '.join([FILLER] * num_tokens)}"  # a sentence has more than a token
+        ids = client.tokenize(TokenizeRequest(prompt=text))[:num_tokens]
+        yield GenerateRequest(token_ids=TokenIds(ids=ids))
+
+
+def _read(path: Path) -> Iterator[GenerateRequest]:
+    """A file's prompts, over and over."""
+    try:
+        prompts = [json.loads(line)["prompt"] for line in path.read_text("utf-8").splitlines()]
+        messages = [ChatMessages(messages=[ChatMessage(role="user", content=p)]) for p in prompts]
+    except (ValueError, KeyError, TypeError) as error:
+        raise typer.BadParameter(
+            f'{path} has a line that is not {{"prompt": "text"}} ({error!r})',
+            param_hint="--prompts",
+        ) from error
+    if not messages:
+        raise typer.BadParameter(f"{path} is empty", param_hint="--prompts")
+    return (GenerateRequest(chat=chat) for chat in cycle(messages))

@@ -1,0 +1,71 @@
+"""Requests at a server and when their tokens arrive, as `lorastack bench` and benchmarks see it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+
+from lorastack.client import Client, GenerateRequest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """One streamed request. Seconds of one monotonic clock, this process's.
+
+    arrivals: (when, tokens) of every message with tokens; steps: decoding steps, the prompt's own
+    left out, as the server counts them.
+    """
+
+    sent: float
+    arrivals: tuple[tuple[float, int], ...]
+    steps: int
+
+    @property
+    def first_token(self) -> float:
+        """Seconds from sending to the first token."""
+        return self.arrivals[0][0] - self.sent
+
+    @property
+    def ended(self) -> float:
+        return self.arrivals[-1][0]
+
+    @property
+    def tokens(self) -> int:
+        return sum(count for _, count in self.arrivals)
+
+    @property
+    def gaps(self) -> list[float]:
+        """Between messages with tokens; with heads, one message may bring several."""
+        return [after - before for (before, _), (after, _) in pairwise(self.arrivals)]
+
+
+def send(client: Client, requests: Sequence[GenerateRequest], concurrency: int) -> list[Outcome]:
+    """All requests, at most `concurrency` at a time; outcomes in the order of the requests.
+
+    Every request must make a token. Raises what the client raises, once the others have ended.
+    """
+    with ThreadPoolExecutor(concurrency) as pool:
+        return list(pool.map(partial(stream, client), requests))
+
+
+def stream(client: Client, request: GenerateRequest) -> Outcome:
+    """One request, to its end."""
+    arrivals: list[tuple[float, int]] = []
+    steps = 0
+    sent = time.monotonic()
+    for part in client.stream(request):
+        if part.token_ids:
+            arrivals.append((time.monotonic(), len(part.token_ids)))
+        if part.HasField("final"):
+            steps = part.final.speculation.steps
+    return Outcome(sent=sent, arrivals=tuple(arrivals), steps=steps)
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """share: 0 to 1."""
+    ordered = sorted(values)
+    return ordered[min(int(share * len(ordered)), len(ordered) - 1)]
