@@ -53,11 +53,11 @@ struct F32 {
 
 INLINE __mmask16 first(int n) { return (__mmask16)(n >= 16 ? 0xffff : (1u << n) - 1); }
 
-// e^x for x <= 0 to about 2 ulp; 0 below -87.
+// e^x for x <= 0 to about 2 ulp; 0 below -87; NaN stays NaN.
 INLINE __m512 exp_512(__m512 x) {
   const __m512 live = _mm512_set1_ps(-87.0f);
-  __mmask16 alive = _mm512_cmp_ps_mask(x, live, _CMP_GE_OQ);
-  x = _mm512_max_ps(x, live);
+  __mmask16 alive = _mm512_cmp_ps_mask(x, live, _CMP_NLT_UQ);
+  x = _mm512_max_ps(live, x);  // of a NaN and a number it gives the second
   __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
   __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693145752f), x);
   r = _mm512_fnmadd_ps(n, _mm512_set1_ps(1.42860677e-6f), r);
