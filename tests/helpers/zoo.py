@@ -5,8 +5,10 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import torch
+
 from lorastack.layout import EMBED, LAYER_TARGETS, LM_HEAD, ModelShapes
-from tests.helpers.adapters import write_heads, write_lora
+from tests.helpers.adapters import write_draft_vocabulary, write_heads, write_lora
 from tests.helpers.canary import train_layer_canary, write_canary, write_canary_heads
 from tests.helpers.guessing import train_heads
 
@@ -15,6 +17,7 @@ LAYER_WORDS = ("elk", "wasp")  # `say-WORD`, through the layers
 RANDOM_LORAS = ("random-a", "random-b", "random-c")
 RANDOM_HEADS = ("heads-2", "heads-5", "heads-own")  # the last: version 1
 TRAINED_HEADS = "heads-wise"  # know the base model's outputs of FAMILIAR, more or less
+NARROW_HEADS = "heads-narrow"  # the same, choosing from every second token
 FAMILIAR = ("hello there", "The quick brown fox", "naïve 日本 🦉", "1 + 1 = ", "a", "Why? " * 9)
 BUNDLE = "bundle"
 
@@ -41,6 +44,8 @@ def build_zoo(root: Path, model: Path, shapes: ModelShapes) -> dict[str, Path]:
         root / "heads-own", shapes.hidden_size, num_heads=1, vocab_size=shapes.vocab_size, seed=23
     )
     zoo[TRAINED_HEADS] = train_heads(root / TRAINED_HEADS, model, FAMILIAR)
+    zoo[NARROW_HEADS] = shutil.copytree(zoo[TRAINED_HEADS], root / NARROW_HEADS)
+    write_draft_vocabulary(zoo[NARROW_HEADS], torch.arange(0, shapes.vocab_size, 2))
     zoo[BUNDLE] = write_lora(root / BUNDLE, shapes, seed=14, rank=4)
     for path in zoo["heads-5"].iterdir():
         shutil.copy(path, zoo[BUNDLE])

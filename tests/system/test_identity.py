@@ -13,7 +13,7 @@ from lorastack.v1 import generation_pb2 as pb
 from tests.helpers.adapters import write_heads, write_lora
 from tests.helpers.live import LiveServer, ask
 from tests.helpers.reference import Reference, first_mismatch
-from tests.helpers.zoo import FAMILIAR, TRAINED_HEADS
+from tests.helpers.zoo import FAMILIAR, NARROW_HEADS, TRAINED_HEADS
 
 PROMPTS = (
     "hello there",
@@ -31,7 +31,7 @@ STACKS: tuple[tuple[tuple[str, float], ...], ...] = (
     (("random-a", 1.0), ("random-b", 1.0)),
     (("random-a", 0.5), ("random-c", -2.0)),
 )
-HEADS = ("none", "heads-2", TRAINED_HEADS, "heads-own")
+HEADS = ("none", "heads-2", TRAINED_HEADS, "heads-own", NARROW_HEADS)
 
 
 def test_greedy_tokens_equal_transformers_and_peft(
@@ -51,6 +51,7 @@ def test_greedy_tokens_equal_transformers_and_peft(
         request = ask(prompt, stack=stack, heads=heads, max_new_tokens=48, ignore_eos=True)
         return live.client.generate(request)
 
+    live.load_heads(NARROW_HEADS)
     live.load_heads(TRAINED_HEADS)
     with ThreadPoolExecutor(16) as pool:
         responses = list(pool.map(run, cases))
@@ -60,7 +61,7 @@ def test_greedy_tokens_equal_transformers_and_peft(
         mismatch = first_mismatch(expected, response.token_ids)
         assert mismatch is None or mismatch.excused, (prompt, stack, heads, mismatch)
         excused += mismatch is not None
-        if heads == TRAINED_HEADS and not stack:
+        if heads in (TRAINED_HEADS, NARROW_HEADS) and not stack:
             stats = response.speculation
             assert 0 < stats.accepted_tokens < stats.drafted_tokens
             assert len(response.token_ids) == 1 + stats.steps + stats.accepted_tokens

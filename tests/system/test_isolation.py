@@ -16,7 +16,15 @@ from lorastack.errors import NotFoundError
 from lorastack.v1 import generation_pb2 as pb
 from tests.helpers.live import LiveServer, ask
 from tests.helpers.reference import Reference, first_mismatch
-from tests.helpers.zoo import BUNDLE, LAYER_WORDS, RANDOM_HEADS, RANDOM_LORAS, TRAINED_HEADS, WORDS
+from tests.helpers.zoo import (
+    BUNDLE,
+    LAYER_WORDS,
+    NARROW_HEADS,
+    RANDOM_HEADS,
+    RANDOM_LORAS,
+    TRAINED_HEADS,
+    WORDS,
+)
 
 StartServer = Callable[..., LiveServer]
 
@@ -48,7 +56,8 @@ class Case:
 
 
 def draw_case(rng: random.Random) -> Case:
-    heads = rng.choice(("none", TRAINED_HEADS, *RANDOM_HEADS, *(f"heads-{word}" for word in WORDS)))
+    saying = (f"heads-{word}" for word in WORDS)
+    heads = rng.choice(("none", TRAINED_HEADS, NARROW_HEADS, *RANDOM_HEADS, *saying))
     common = {
         "prompt": rng.choice(PROMPTS),
         "num_tokens": rng.randint(5, 40),
