@@ -21,9 +21,10 @@ import typer
 
 from benchmarks.paging import SERVING
 from benchmarks.paging.synthetic import adapter_id, ranks, scratch_folder, upload, write_adapter
-from benchmarks.paging.traffic import Call, background, percentile, send
+from benchmarks.paging.traffic import Call, background, send
 from benchmarks.report import report
 from examples.local_server import local_server
+from lorastack.cli.traffic import percentile
 from lorastack.client import Client
 from lorastack.config import GIB
 from tests.helpers.fake_hub import FakeHub

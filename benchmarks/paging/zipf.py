@@ -25,11 +25,11 @@ from benchmarks.paging.traffic import (
     Outcome,
     background,
     first_token_ms,
-    percentile,
     send,
 )
 from benchmarks.report import report
 from examples.local_server import local_server
+from lorastack.cli.traffic import percentile
 from lorastack.client import Client
 from lorastack.config import GIB
 
