@@ -12,7 +12,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from lorastack.kernels.native import library as native
+from lorastack.kernels.native import build, library
 from lorastack.layout import ModelShapes
 
 # How long an example takes says more about the machine's load than about the code.
@@ -27,8 +27,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Before any test module asks what the library supports."""
     if other := config.getoption("--native-library"):
-        native.LIBRARY = Path(other).resolve()
-        if native.library() is None:
+        build.LIBRARY = Path(other).resolve()
+        if library.library() is None:
             raise pytest.UsageError(f"{other} cannot be loaded")
 
 

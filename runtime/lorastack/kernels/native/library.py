@@ -1,4 +1,4 @@
-"""The compiled library's interface: ctypes mirrors of step.h."""
+"""The compiled library's interface: ctypes mirrors of step.h and draft.h."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from enum import IntEnum
 from functools import cache
 from typing import Any
 
-from lorastack.kernels.native.build import LIBRARY
+import torch
+
+from lorastack.kernels.native import build
 
 log = logging.getLogger(__name__)
 
@@ -128,17 +130,45 @@ class Head(Structure):
     )
 
 
+class Heads(Structure):
+    _fields_ = (
+        ("weight", c_void_p),
+        ("bias", c_void_p),
+        ("output", c_void_p),
+        ("ids", c_void_p),
+        ("begin", c_int32),
+        ("end", c_int32),
+        ("heads", c_int32),
+        ("blocks", c_int32),
+        ("outputs", c_int32),
+        ("own", c_int32),
+    )
+
+
+class Draft(Structure):
+    _fields_ = (
+        ("groups", c_void_p),
+        ("x", c_void_p),
+        ("states", c_void_p),
+        ("candidates", c_void_p),
+        ("num_groups", c_int32),
+        ("hidden", c_int32),
+        ("num", c_int32),
+        ("num_threads", c_int32),
+        ("isa", c_int32),
+        ("unused", c_int32),
+    )
+
+
 @cache
 def library() -> Any | None:
     """The loaded library; None where it was not built.
 
-    It is linked with OpenMP under the name that torch's own has, so torch is imported first and
-    both share one pool of threads.
+    It is linked with OpenMP under the name that torch's own has. Torch is imported by now, so both
+    share one pool of threads.
     """
-    import torch  # noqa: F401
-
     try:
-        loaded = ctypes.CDLL(str(LIBRARY))
+        loaded = ctypes.CDLL(str(build.LIBRARY))
     except OSError as error:
         log.warning("no native kernels, steps run in plain torch: %s", error)
         return None
@@ -153,6 +183,10 @@ def library() -> Any | None:
         *(c_void_p, c_int32, c_int32),
         *(c_void_p, c_void_p, c_int32),
     )
+    loaded.lorastack_run_draft.restype = None
+    loaded.lorastack_run_draft.argtypes = (POINTER(Draft),)
+    loaded.lorastack_top.restype = None
+    loaded.lorastack_top.argtypes = (*(c_void_p, c_int32, c_int32), *(c_int32, c_void_p, c_int32))
     loaded.lorastack_supports.restype = c_int32
     loaded.lorastack_supports.argtypes = (c_int32,)
     return loaded
@@ -163,3 +197,12 @@ def supported(isa: Isa) -> bool:
     """Whether the library is there and this machine runs that part of it."""
     loaded = library()
     return loaded is not None and loaded.lorastack_supports(isa) == 1
+
+
+def isa_of(dtype: torch.dtype) -> Isa | None:
+    """The best instructions for weights of a dtype on this machine; None: there are none."""
+    wanted = {
+        torch.bfloat16: (Isa.AMX, Isa.AVX512_BF16),
+        torch.float32: (Isa.AVX512,),
+    }.get(dtype, ())
+    return next((isa for isa in wanted if supported(isa)), None)

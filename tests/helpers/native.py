@@ -1,0 +1,222 @@
+"""Small random models of any shape on the native backend and in torch, without files.
+
+Everything that the library reads or writes lies before a page that nobody may touch.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from lorastack.kernels.linear import Dense, pack_dense
+from lorastack.kernels.native.library import Isa
+from lorastack.kernels.native.matrix import PackedMatrix, pack_matrix, pack_pair
+from lorastack.layout import GROUPS, LM_HEAD, ModelShapes
+from lorastack.lora.segments import LoraBatch, Segment
+from lorastack.lora.weights import LM_HEAD_GROUP, GroupLora, LoraWeights, TargetLora
+from lorastack.model.backend import TorchBackend
+from lorastack.model.config import DecoderConfig
+from lorastack.model.context import ForwardBatch, RowSpan
+from lorastack.model.decoder import Decoder
+from lorastack.model.kv import KVCache
+from lorastack.model.native import NativeBackend
+from lorastack.model.weights import DecoderWeights, LayerWeights, Pack
+from tests.helpers.guarded import guarded, guarded_bytes
+
+CPU = torch.device("cpu")
+Form = TypeVar("Form")  # of a backend's weights
+DTYPES = {Isa.AMX: torch.bfloat16, Isa.AVX512_BF16: torch.bfloat16, Isa.AVX512: torch.float32}
+
+
+class GuardedBackend(NativeBackend):
+    """Its scratch memory is as small as the library asks for, and full of NaN."""
+
+    def _scratch_of(self, nbytes: int) -> int:
+        aligned = -(-nbytes // 64) * 64
+        self._scratch = guarded_bytes(aligned)
+        return self._scratch.data_ptr()
+
+
+@dataclass(frozen=True)
+class Twins:
+    """One model twice: native, and in torch and float32 from the same rounded weights."""
+
+    config: DecoderConfig
+    native: Decoder
+    reference: Decoder
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.native.dtype
+
+    def caches(self, num_pages: int, page_size: int) -> tuple[KVCache, KVCache]:
+        """For `native` and for `reference`, full of NaN."""
+        shapes = self.config.shapes
+        native = KVCache(shapes, num_pages, page_size, self.dtype, CPU)
+        native.data = guarded(native.data.fill_(torch.nan))
+        native._slots = native.data.view(shapes.num_layers, num_pages * page_size, -1)
+        reference = KVCache(shapes, num_pages, page_size, torch.float32, CPU)
+        reference.data.fill_(torch.nan)
+        return native, reference
+
+
+def config_of(
+    shapes: ModelShapes, *, window: int | None = None, biases: bool = False
+) -> DecoderConfig:
+    exponent = torch.arange(0, shapes.head_dim, 2).float() / shapes.head_dim
+    return DecoderConfig(
+        shapes=shapes,
+        rms_eps=1e-5,
+        window=window,
+        attention_bias=biases,
+        mlp_bias=biases,
+        inv_freq=1e4**-exponent,
+        rope_scale=1.0,
+    )
+
+
+def twins(config: DecoderConfig, isa: Isa, seed: int, poison: float | None = None) -> Twins:
+    """Random weights. poison: a value in the embedding of token 0."""
+    dtype = DTYPES[isa]
+    native = _weights(config, dtype, seed, _packed(pack_matrix), _packed(pack_pair), poison)
+    plain = _weights(config, dtype, seed, _dense, _dense, poison)
+    return Twins(
+        config,
+        Decoder(config.shapes, GuardedBackend(config, native, dtype, isa), CPU, dtype),
+        Decoder(
+            config.shapes,
+            TorchBackend(config, plain, CPU, torch.float32),
+            CPU,
+            torch.float32,
+        ),
+    )
+
+
+def _packed(pack: Pack[PackedMatrix]) -> Pack[PackedMatrix]:
+    def packed(weight_OI: Tensor, bias_O: Tensor | None) -> PackedMatrix:
+        matrix = pack(weight_OI, bias_O)
+        bias = None if matrix.bias is None else guarded(matrix.bias)
+        return replace(matrix, panels=guarded(matrix.panels), bias=bias)
+
+    return packed
+
+
+def _dense(weight_OI: Tensor, bias_O: Tensor | None) -> Dense:
+    return pack_dense(weight_OI.float(), None if bias_O is None else bias_O.float())
+
+
+def _weights(
+    config: DecoderConfig,
+    dtype: torch.dtype,
+    seed: int,
+    pack: Pack[Form],
+    pack_both: Pack[Form],
+    poison: float | None,
+) -> DecoderWeights[Form]:
+    """The same numbers for the same seed, in whatever form `pack` makes of them."""
+    shapes = config.shapes
+    generator = torch.Generator().manual_seed(seed)
+    kept = torch.float32 if pack is _dense else dtype
+
+    def vector(size: int, mean: float) -> Tensor:
+        return (mean + 0.1 * torch.randn(size, generator=generator)).to(dtype)
+
+    def matrix(targets: Sequence[str], biased: bool) -> tuple[Tensor, Tensor | None]:
+        sizes = [shapes.target_shape(target) for target in targets]
+        outputs, inputs = sum(size[0] for size in sizes), sizes[0][1]
+        weight_OI = torch.randn(outputs, inputs, generator=generator) / inputs**0.5
+        return weight_OI.to(dtype), vector(outputs, 0.0) if biased else None
+
+    layers = tuple(
+        LayerWeights(
+            index=index,
+            attention_norm=guarded(vector(shapes.hidden_size, 1.0).to(kept)),
+            qkv=pack(*matrix(GROUPS[0], config.attention_bias)),
+            o=pack(*matrix(GROUPS[1], config.attention_bias)),
+            mlp_norm=guarded(vector(shapes.hidden_size, 1.0).to(kept)),
+            gate_up=pack_both(*matrix(GROUPS[2], config.mlp_bias)),
+            down=pack(*matrix(GROUPS[3], config.mlp_bias)),
+        )
+        for index in range(shapes.num_layers)
+    )
+    embed_VH = torch.randn(shapes.vocab_size, shapes.hidden_size, generator=generator).to(dtype)
+    if poison is not None:
+        embed_VH[0, 0] = poison
+    norm = guarded(vector(shapes.hidden_size, 1.0).to(kept))
+    return DecoderWeights(
+        guarded(embed_VH.to(kept)), layers, norm, pack(*matrix((LM_HEAD,), False))
+    )
+
+
+Uses = tuple[tuple[int, float], ...]  # places in a list of adapters, with scales
+
+
+def random_lora(
+    shapes: ModelShapes, dtype: torch.dtype, chance: random.Random, ranks: Sequence[int]
+) -> tuple[LoraWeights, LoraWeights]:
+    """Any targets, each of any of these ranks: as `dtype`, and the same numbers in float32."""
+    generator = torch.Generator().manual_seed(chance.randrange(2**20))
+    mine: dict[tuple[int, int], GroupLora] = {}
+    plain: dict[tuple[int, int], GroupLora] = {}
+    places = [(layer, group) for layer in range(shapes.num_layers) for group in range(len(GROUPS))]
+    for place in (*places, LM_HEAD_GROUP):
+        names = (LM_HEAD,) if place == LM_HEAD_GROUP else GROUPS[place[1]]
+        chosen = [index for index in range(len(names)) if chance.random() < 0.7]
+        if not chosen:
+            continue
+        inputs, start, targets = shapes.target_shape(names[0])[1], 0, []
+        for index in chosen:
+            rank, outputs = chance.choice(ranks), shapes.target_shape(names[index])[0]
+            b_OR = torch.randn(outputs, rank, generator=generator) / max(rank, 1) ** 0.5
+            scale = chance.choice((0.5, -1.0))
+            targets.append(TargetLora(index, slice(start, start + rank), b_OR.to(dtype), scale))
+            start += rank
+        a_RI = (torch.randn(start, inputs, generator=generator) / inputs**0.5).to(dtype)
+        mine[place] = _group(a_RI, targets, dtype)
+        plain[place] = _group(a_RI, targets, torch.float32)
+    return LoraWeights(mine, None), LoraWeights(plain, None)
+
+
+def _group(a_RI: Tensor, targets: Sequence[TargetLora], dtype: torch.dtype) -> GroupLora:
+    return GroupLora(
+        guarded(a_RI.to(dtype)),
+        tuple(replace(target, b_OR=guarded(target.b_OR.to(dtype))) for target in targets),
+    )
+
+
+@dataclass(frozen=True)
+class RowPart:
+    """Tokens of one row in a step. parents: None for a chain; uses: its stack."""
+
+    ids: list[int]
+    committed: int
+    pages: Sequence[int]
+    uses: Uses = ()
+    parents: tuple[int, ...] | None = None
+
+
+def run(
+    decoder: Decoder, loras: Sequence[LoraWeights], kv: KVCache, parts: Sequence[RowPart]
+) -> list[Tensor]:
+    """Logits [T, V] of every part, all in one step."""
+    every = range(sum(len(part.ids) for part in parts))
+    found = decoder.forward(lay_out(loras, parts, every), kv)
+    return list(found.logits_XV.split_with_sizes([len(part.ids) for part in parts]))
+
+
+def lay_out(
+    loras: Sequence[LoraWeights], parts: Sequence[RowPart], outputs: Sequence[int]
+) -> ForwardBatch:
+    rows, segments, start = [], [], 0
+    for part in parts:
+        end = start + len(part.ids)
+        rows.append(RowSpan(start, end, part.pages, part.committed, part.parents))
+        segments += [Segment(start, end, loras[which], scale) for which, scale in part.uses]
+        start = end
+    ids = torch.tensor([token for part in parts for token in part.ids])
+    return ForwardBatch(ids, tuple(rows), outputs, LoraBatch(tuple(segments)))
