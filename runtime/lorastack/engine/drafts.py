@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import groupby, islice
 from weakref import WeakKeyDictionary
 
@@ -11,14 +11,10 @@ from torch import Tensor
 from lorastack.adapters.device import DeviceAdapter
 from lorastack.engine.batch import Draft, RowStep
 from lorastack.engine.stacks import Stacks
+from lorastack.kernels.drafts import HeadsGroup, HeadsWeights, candidates, states, top
+from lorastack.layout import LM_HEAD, NO_LAYER, Part
 from lorastack.model.decoder import Decoder
-from lorastack.speculation.heads import (
-    HeadsWeights,
-    apply_heads,
-    output_logits,
-    own_outputs,
-    top_candidates,
-)
+from lorastack.speculation.heads import heads_weights, own_outputs
 
 
 class Drafter:
@@ -32,69 +28,51 @@ class Drafter:
     def draft(
         self, steps: Sequence[RowStep], last: Sequence[int], hidden_XH: Tensor
     ) -> list[Draft | None]:
-        """Every row's heads at its last accepted token, as one operation over the batch.
+        """What every row's heads propose at its last accepted token.
 
         last: where in hidden_XH each step's is. None for a row that asks for no candidates.
-
-        For heads without output matrices it costs a second lm_head pass over (rows x heads),
-        through the row's LoRA if that adapts lm_head.
         """
         drafts: list[Draft | None] = [None] * len(steps)
         drafting = sorted(
             (i for i, step in enumerate(steps) if step.num_candidates),
             key=lambda i: _draft_order(steps[i]),
         )
-        if not drafting:
-            return drafts
-        rows = [steps[i] for i in drafting]
-        groups = self._groups(rows)
-        r_YH = apply_heads(hidden_XH[[last[i] for i in drafting]], groups)
-        num = max(step.num_candidates for step in rows)
-        ranks = (
-            tuple(ids)
-            for logits_YV in self._logits(r_YH, rows, groups)
-            for ids in top_candidates(logits_YV, num).tolist()
-        )
-        for i, step in zip(drafting, rows, strict=True):
-            drafts[i] = tuple(islice(ranks, _heads_of(step).layout.num_heads))
+        for alone, places in groupby(drafting, key=lambda i: _stand_alone(steps[i])):
+            chosen = list(places)
+            rows = [steps[i] for i in chosen]
+            propose = self._propose if alone else self._propose_with_lm_head
+            ids_YR = propose(hidden_XH[[last[i] for i in chosen]], rows)
+            ranks = (tuple(ids) for ids in ids_YR.tolist())
+            for i, step in zip(chosen, rows, strict=True):
+                drafts[i] = tuple(islice(ranks, _heads_of(step).layout.num_heads))
         return drafts
 
-    def _groups(self, steps: Sequence[RowStep]) -> list[tuple[slice, HeadsWeights]]:
+    def _propose(self, hidden_BH: Tensor, steps: Sequence[RowStep]) -> Tensor:
+        """Candidates of (row, head), all in one call."""
+        return candidates(hidden_BH, self._groups(steps), _most_candidates(steps))
+
+    def _propose_with_lm_head(self, hidden_BH: Tensor, steps: Sequence[RowStep]) -> Tensor:
+        """A second pass of lm_head over (rows x heads), through the row's LoRAs of it."""
+        r_YH = states(hidden_BH, self._groups(steps))
+        counts = [_heads_of(step).layout.num_heads for step in steps]
+        logits_YV = self._decoder.logits(r_YH, self._stacks.segments(steps, counts))
+        return top(logits_YV, _most_candidates(steps))
+
+    def _groups(self, steps: Sequence[RowStep]) -> list[HeadsGroup]:
         """Neighbouring rows of one heads digest, and these heads."""
-        groups: list[tuple[slice, HeadsWeights]] = []
+        groups: list[HeadsGroup] = []
         start = 0
         for _, group in groupby(steps, key=_draft_order):
             rows = list(group)
-            weights = self._weights(_heads_of(rows[0]))
-            groups.append((slice(start, start + len(rows)), weights))
-            start += len(rows)
+            end = start + len(rows)
+            groups.append(HeadsGroup(start, end, self._weights(_heads_of(rows[0]))))
+            start = end
         return groups
 
     def _weights(self, heads: DeviceAdapter) -> HeadsWeights:
         if heads not in self._views:
-            self._views[heads] = HeadsWeights.from_buffer(heads.buffer, heads.layout)
+            self._views[heads] = heads_weights(heads.buffer, heads.layout)
         return self._views[heads]
-
-    def _logits(
-        self,
-        r_YH: Tensor,
-        steps: Sequence[RowStep],
-        groups: Sequence[tuple[slice, HeadsWeights]],
-    ) -> Iterator[Tensor]:
-        """float32 [part of Y, V]: first of all rows that share lm_head, then of each other group.
-
-        steps and groups are in `_draft_order`.
-        """
-        shared = [step for step in steps if not own_outputs(_heads_of(step).layout)]
-        counts = [_heads_of(step).layout.num_heads for step in shared]
-        start = sum(counts)
-        if shared:
-            yield self._decoder.logits(r_YH[:start], self._stacks.segments(shared, counts))
-        for rows, heads in groups:
-            if heads.output_KVH is not None:
-                end = start + (rows.stop - rows.start) * heads.num_heads
-                yield output_logits(r_YH[start:end], heads.output_KVH)
-                start = end
 
 
 def _heads_of(step: RowStep) -> DeviceAdapter:
@@ -102,7 +80,22 @@ def _heads_of(step: RowStep) -> DeviceAdapter:
     return step.adapters.heads
 
 
+def _stand_alone(step: RowStep) -> bool:
+    """Whether the heads' buffer holds what this row's heads choose from.
+
+    Version 2 heads choose through the row's own lm_head, where a LoRA adapts it.
+    """
+    layout = _heads_of(step).layout
+    if own_outputs(layout):
+        return True
+    adapted = any((NO_LAYER, LM_HEAD, Part.A) in lora.layout.slots for lora in step.adapters.loras)
+    return bool(layout.draft_vocabulary) and not adapted
+
+
 def _draft_order(step: RowStep) -> tuple[bool, str]:
-    """Rows that share lm_head lie side by side, and so do those of one heads digest."""
-    heads = _heads_of(step)
-    return own_outputs(heads.layout), heads.digest
+    """Rows that draft in one call lie side by side, and among them those of one heads digest."""
+    return _stand_alone(step), _heads_of(step).digest
+
+
+def _most_candidates(steps: Sequence[RowStep]) -> int:
+    return max(step.num_candidates for step in steps)

@@ -42,11 +42,7 @@ def native_isa(
     shapes = config.shapes
     if device.type != "cpu" or shapes.hidden_size % PAD or shapes.head_dim % PAD:
         return None
-    wanted = {
-        torch.bfloat16: (native.Isa.AMX, native.Isa.AVX512_BF16),
-        torch.float32: (native.Isa.AVX512,),
-    }.get(dtype, ())
-    return next((isa for isa in wanted if native.supported(isa)), None)
+    return native.isa_of(dtype)
 
 
 class NativeBackend:

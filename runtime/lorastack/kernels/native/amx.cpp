@@ -1,4 +1,6 @@
 #define LORASTACK_ISA amx
+#include "drafts.h"
 #include "worker.h"
 
 LORASTACK_EXPORT(amx, AmxBf16)
+LORASTACK_EXPORT_DRAFT(amx, AmxBf16)

@@ -1,8 +1,10 @@
 #define LORASTACK_ISA avx512
 #include "best.h"
+#include "drafts.h"
 #include "worker.h"
 
 LORASTACK_EXPORT(avx512, Avx512F32)
+LORASTACK_EXPORT_DRAFT(avx512, Avx512F32)
 
 namespace lorastack::avx512 {
 
@@ -11,6 +13,13 @@ void run_best(const float* logits, int rows, int columns, float* values, int64_t
 #pragma omp parallel for num_threads(num_threads < rows ? num_threads : rows)
   for (int row = 0; row < rows; row++)
     best_of(logits + (size_t)row * columns, columns, values + row, places + row);
+}
+
+void run_top(const float* logits, int rows, int columns, int num, int64_t* places,
+             int num_threads) {
+#pragma omp parallel for num_threads(num_threads < rows ? num_threads : rows)
+  for (int row = 0; row < rows; row++)
+    top_of(logits + (size_t)row * columns, columns, num, places + (size_t)row * num);
 }
 
 }  // namespace lorastack::avx512

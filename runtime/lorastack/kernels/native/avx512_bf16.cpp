@@ -1,4 +1,6 @@
 #define LORASTACK_ISA avx512_bf16
+#include "drafts.h"
 #include "worker.h"
 
 LORASTACK_EXPORT(avx512_bf16, Avx512Bf16)
+LORASTACK_EXPORT_DRAFT(avx512_bf16, Avx512Bf16)

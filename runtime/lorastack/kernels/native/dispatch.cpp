@@ -1,4 +1,5 @@
 // Which instruction set runs, decided when the program runs. Compiled for any x86-64.
+#include "draft.h"
 #include "step.h"
 
 #include <sys/syscall.h>
@@ -9,6 +10,7 @@
   int64_t scratch_bytes(const lorastack_model&, const lorastack_step&); \
   void run_step(const lorastack_model&, const lorastack_step&);         \
   void run_logits(const lorastack_head&);                               \
+  void run_draft(const lorastack_draft&);                               \
   }
 DECLARE(amx)
 DECLARE(avx512_bf16)
@@ -16,6 +18,7 @@ DECLARE(avx512)
 
 namespace lorastack::avx512 {
 void run_best(const float*, int, int, float*, int64_t*, int);
+void run_top(const float*, int, int, int, int64_t*, int);
 }
 
 #define DISPATCH(isa, call)                                       \
@@ -38,6 +41,13 @@ void lorastack_logits(const lorastack_head* head) { DISPATCH(head->isa, run_logi
 void lorastack_best(const float* logits, int32_t rows, int32_t columns, float* values,
                     int64_t* places, int32_t num_threads) {
   lorastack::avx512::run_best(logits, rows, columns, values, places, num_threads);
+}
+
+void lorastack_run_draft(const lorastack_draft* draft) { DISPATCH(draft->isa, run_draft(*draft)) }
+
+void lorastack_top(const float* logits, int32_t rows, int32_t columns, int32_t num, int64_t* places,
+                   int32_t num_threads) {
+  lorastack::avx512::run_top(logits, rows, columns, num, places, num_threads);
 }
 
 int32_t lorastack_supports(int32_t isa) {

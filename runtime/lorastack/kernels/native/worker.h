@@ -342,13 +342,8 @@ struct Worker {
         finish(block, half, layer.gate_up, panel + half, row, rows, half, column, size);
       for (int m = 0; m < rows; m++) {
         __m512 gate = _mm512_load_ps(&block.sums[m][0]), up = _mm512_load_ps(&block.sums[m][LANES]);
-        // exp of minus the absolute value cannot overflow.
-        __m512 e = exp_512(_mm512_sub_ps(_mm512_setzero_ps(), _mm512_abs_ps(gate)));
-        __m512 one = _mm512_set1_ps(1.0f);
-        __mmask16 negative = _mm512_cmp_ps_mask(gate, _mm512_setzero_ps(), _CMP_LT_OQ);
-        __m512 sigmoid = _mm512_div_ps(_mm512_mask_mov_ps(one, negative, e), _mm512_add_ps(one, e));
         E::store(b.inner + (size_t)(row + m) * b.ld_inner + column,
-                 _mm512_mul_ps(_mm512_mul_ps(gate, sigmoid), up));
+                 _mm512_mul_ps(silu_512(gate), up));
       }
     });
   }

@@ -1,0 +1,235 @@
+"""Medusa heads: from the states of a step's rows to what each head proposes.
+
+Contract. Rows are taken in groups that share their heads; with K heads of L blocks
+
+    r_k = x, then L times r_k + SiLU(W_lk r_k + b_lk)          `states`, [sum of rows x K, H]
+    candidates of (row, k) = the best of output_k r_k          `candidates`, [sum of rows x K, num]
+
+ordered by (row, head), group after group. Groups may be empty and differ in heads, blocks and
+outputs; a group's output is one matrix [N, H] for all its heads or one a head, [K, N, H], and its
+row n stands for token ids_N[n] (n itself without ids). r is rounded to its dtype after each block;
+all sums are float32.
+
+Candidates are int64, best first, ties to the lowest place; NaN counts as minus infinity. Where a
+head has fewer than `num` outputs, its best stands for what is missing.
+
+The native kernel reads the matrices where they lie and runs as one parallel region; a row's bits do
+not depend on the rows beside it. Elsewhere plain torch does the same. The plain reference works row
+by row. Source of the maths: Medusa (FasterDecoding/Medusa), versions 1 and 2 of its heads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, silu
+
+from lorastack.kernels.native import library as native
+from lorastack.kernels.native.matrix import PAD
+
+
+@dataclass(frozen=True, slots=True)
+class HeadsWeights:
+    """output: [N, H] or [K, N, H]; None: `states` alone serves. ids_N: int64, beside the output."""
+
+    weight_LKHH: Tensor
+    bias_LKH: Tensor
+    output: Tensor | None
+    ids_N: Tensor | None
+
+    @property
+    def num_heads(self) -> int:
+        return self.bias_LKH.shape[1]
+
+
+@dataclass(frozen=True, slots=True)
+class HeadsGroup:
+    """Rows start..end and the heads that they share."""
+
+    start: int
+    end: int
+    heads: HeadsWeights
+
+    @property
+    def num_states(self) -> int:
+        return (self.end - self.start) * self.heads.num_heads
+
+
+def states(hidden_BH: Tensor, groups: Sequence[HeadsGroup]) -> Tensor:
+    """See the module. hidden_BH: contiguous, of the heads' dtype."""
+    isa = _isa(hidden_BH)
+    if isa is None:
+        return _torch_states(hidden_BH, groups)
+    return _native(isa, hidden_BH, groups, None)
+
+
+def candidates(hidden_BH: Tensor, groups: Sequence[HeadsGroup], num: int) -> Tensor:
+    """See the module. hidden_BH: as in `states`; num: 1 to MAX_RANK; every group has an output."""
+    isa = _isa(hidden_BH)
+    if isa is None:
+        return _torch_candidates(hidden_BH, groups, num)
+    num_states = sum(group.num_states for group in groups)
+    ids_XR = torch.empty(num_states, num, dtype=torch.int64)
+    _native(isa, hidden_BH, groups, ids_XR)
+    return ids_XR
+
+
+def top(logits_XV: Tensor, num: int) -> Tensor:
+    """The `num` best places of each row of float32 logits, [X, num], as `candidates` orders them.
+
+    logits_XV: contiguous, V at least 1.
+    """
+    if logits_XV.device.type != "cpu" or not native.supported(native.Isa.AVX512):
+        return _torch_top(logits_XV, num)
+    rows, columns = logits_XV.shape
+    places_XR = torch.empty(rows, num, dtype=torch.int64)
+    library = native.library()
+    assert library is not None
+    library.lorastack_top(
+        logits_XV.data_ptr(), rows, columns, num, places_XR.data_ptr(), torch.get_num_threads()
+    )
+    return places_XR
+
+
+def _isa(hidden_BH: Tensor) -> native.Isa | None:
+    if hidden_BH.device.type != "cpu" or hidden_BH.shape[1] % PAD:
+        return None
+    return native.isa_of(hidden_BH.dtype)
+
+
+def _native(
+    isa: native.Isa, hidden_BH: Tensor, groups: Sequence[HeadsGroup], ids_XR: Tensor | None
+) -> Tensor:
+    """The states; fills ids_XR."""
+    num_states = sum(group.num_states for group in groups)
+    r_XH = torch.empty(num_states, hidden_BH.shape[1], dtype=hidden_BH.dtype)
+    structs = (native.Heads * len(groups))(*(_struct(group) for group in groups))
+    draft = native.Draft(
+        ctypes.addressof(structs),
+        hidden_BH.data_ptr(),
+        r_XH.data_ptr(),
+        None if ids_XR is None else ids_XR.data_ptr(),
+        len(groups),
+        hidden_BH.shape[1],
+        0 if ids_XR is None else ids_XR.shape[1],
+        torch.get_num_threads(),
+        isa,
+    )
+    library = native.library()
+    assert library is not None
+    library.lorastack_run_draft(draft)
+    return r_XH
+
+
+def _struct(group: HeadsGroup) -> native.Heads:
+    """Borrows the group's tensors."""
+    heads, output = group.heads, group.heads.output
+    return native.Heads(
+        heads.weight_LKHH.data_ptr(),
+        heads.bias_LKH.data_ptr(),
+        None if output is None else output.data_ptr(),
+        None if heads.ids_N is None else heads.ids_N.data_ptr(),
+        group.start,
+        group.end,
+        heads.num_heads,
+        len(heads.bias_LKH),
+        0 if output is None else output.shape[-2],
+        output is not None and output.dim() == 3,
+    )
+
+
+def _torch_states(hidden_BH: Tensor, groups: Sequence[HeadsGroup]) -> Tensor:
+    """One matmul a group and block."""
+    parts_XH = [hidden_BH[:0]]
+    for group in groups:
+        heads, x_BH = group.heads, hidden_BH[group.start : group.end]
+        size = x_BH.shape[1]
+        # The first blocks of all heads read the same state: one plain matmul.
+        weight_XH, bias_X = heads.weight_LKHH[0].view(-1, size), heads.bias_LKH[0].view(-1)
+        block_BKH = linear(x_BH, weight_XH, bias_X).view(-1, heads.num_heads, size)
+        r_BKH = x_BH[:, None] + silu(block_BKH)
+        for weight_KHH, bias_KH in zip(heads.weight_LKHH[1:], heads.bias_LKH[1:], strict=True):
+            r_BKH = r_BKH + silu(torch.einsum("bki,koi->bko", r_BKH, weight_KHH) + bias_KH)
+        parts_XH.append(r_BKH.view(-1, size))
+    return torch.cat(parts_XH)
+
+
+def _torch_candidates(hidden_BH: Tensor, groups: Sequence[HeadsGroup], num: int) -> Tensor:
+    """One matmul a group."""
+    parts_XR = [torch.empty(0, num, dtype=torch.int64, device=hidden_BH.device)]
+    for group, part_XH in _parts(_torch_states(hidden_BH, groups), groups):
+        output = group.heads.output
+        assert output is not None
+        if output.dim() == 2:
+            logits_XN = linear(part_XH, output)
+        else:
+            r_BKH = part_XH.view(-1, group.heads.num_heads, part_XH.shape[1])
+            logits_XN = torch.einsum("bkh,knh->bkn", r_BKH, output).flatten(0, 1)
+        parts_XR.append(_ids(top(logits_XN.float().contiguous(), num), group.heads))
+    return torch.cat(parts_XR)
+
+
+def _parts(r_XH: Tensor, groups: Sequence[HeadsGroup]) -> Iterator[tuple[HeadsGroup, Tensor]]:
+    """Each group and its states."""
+    start = 0
+    for group in groups:
+        end = start + group.num_states
+        yield group, r_XH[start:end]
+        start = end
+
+
+def _ids(places_XR: Tensor, heads: HeadsWeights) -> Tensor:
+    return places_XR if heads.ids_N is None else heads.ids_N[places_XR]
+
+
+def _torch_top(logits_XV: Tensor, num: int) -> Tensor:
+    """topk, which cuts ties anywhere: those rows are sorted."""
+    logits_XV = logits_XV.where(~logits_XV.isnan(), -torch.inf)
+    size = logits_XV.shape[1]
+    if num >= size:
+        return top_reference(logits_XV, num)
+    values_XR, places_XR = logits_XV.topk(num + 1)
+    tied_X = (values_XR[:, 1:] == values_XR[:, :-1]).any(dim=1)
+    for row in tied_X.nonzero()[:, 0].tolist():
+        places_XR[row, :num] = top_reference(logits_XV[row : row + 1], num)[0]
+    return places_XR[:, :num]
+
+
+def states_reference(hidden_BH: Tensor, groups: Sequence[HeadsGroup]) -> Tensor:
+    """What `states` computes, one block of one head of one row at a time."""
+    parts_XH = [hidden_BH[:0]]
+    for group in groups:
+        heads = group.heads
+        for x_H in hidden_BH[group.start : group.end]:
+            for head in range(heads.num_heads):
+                r_H = x_H
+                for weight_KHH, bias_KH in zip(heads.weight_LKHH, heads.bias_LKH, strict=True):
+                    z_H = weight_KHH[head].float() @ r_H.float() + bias_KH[head].float()
+                    r_H = (r_H.float() + silu(z_H)).to(x_H.dtype)
+                parts_XH.append(r_H[None])
+    return torch.cat(parts_XH)
+
+
+def candidates_reference(hidden_BH: Tensor, groups: Sequence[HeadsGroup], num: int) -> Tensor:
+    """What `candidates` computes, one head of one row at a time."""
+    parts_XR = [torch.empty(0, num, dtype=torch.int64)]
+    for group, part_XH in _parts(states_reference(hidden_BH, groups), groups):
+        heads, output = group.heads, group.heads.output
+        assert output is not None
+        for row, r_H in enumerate(part_XH):
+            output_NH = output[row % heads.num_heads] if output.dim() == 3 else output
+            logits_N = output_NH.float() @ r_H.float()
+            parts_XR.append(_ids(top_reference(logits_N[None], num), heads))
+    return torch.cat(parts_XR)
+
+
+def top_reference(logits_XV: Tensor, num: int) -> Tensor:
+    """What `top` computes, by a full sort."""
+    ordered_XV = logits_XV.where(~logits_XV.isnan(), -torch.inf)
+    places_XR = ordered_XV.sort(dim=-1, descending=True, stable=True).indices[:, :num]
+    missing = num - places_XR.shape[1]
+    return torch.cat([places_XR, places_XR[:, :1].expand(-1, missing)], dim=1)
