@@ -5,10 +5,12 @@ STAMP := $(VENV)/.installed
 PYTHON ?= python3
 NATIVE := runtime/lorastack/kernels/native
 LIBRARY := $(NATIVE)/liblorastack.so
+SANITIZED := build/liblorastack-sanitized.so
+SANITIZE := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 PROTOS := $(wildcard protos/lorastack/v1/*.proto)
 PROTOC = $(PY) -m grpc_tools.protoc -Iprotos --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) $(PROTOS)
 
-.PHONY: install proto check format test test-quick test-real demo bench bench-paging serve clean
+.PHONY: install proto check check-native format test test-quick test-real demo bench bench-paging serve clean
 
 install: $(STAMP) $(LIBRARY)
 
@@ -33,6 +35,14 @@ check: $(STAMP)
 	  diff -r -x __init__.py -x __pycache__ "$$tmp/lorastack/v1" runtime/lorastack/v1 || \
 	  { echo 'lorastack/v1 differs from protos/: run "make proto" and commit the result' >&2; exit 1; }
 	$(VENV)/bin/pytest -q tests/test_layering.py
+
+# The kernels' tests on a library that ends the process at the first bad access or undefined
+# operation. CPython and torch keep memory until they end, so leaks are not looked for.
+check-native: install
+	mkdir -p $(dir $(SANITIZED)) && rm -f $(SANITIZED)
+	$(PY) -m lorastack.kernels.native.build $(SANITIZED) $(SANITIZE)
+	LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc \
+	  $(VENV)/bin/pytest -q --native-library $(SANITIZED) tests/kernels tests/model/test_native.py
 
 format: $(STAMP)
 	$(VENV)/bin/ruff check --fix .
