@@ -1,0 +1,216 @@
+"""Heads and their candidates: every native way and plain torch against one row at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lorastack.kernels.drafts import (
+    HeadsGroup,
+    HeadsWeights,
+    candidates,
+    candidates_reference,
+    states,
+    states_reference,
+    top,
+    top_reference,
+)
+from lorastack.kernels.native import library as native
+from lorastack.kernels.native.library import Isa, supported
+from lorastack.layout import MAX_RANK
+from tests.helpers.guarded import guarded
+
+DTYPES = {Isa.AMX: torch.bfloat16, Isa.AVX512_BF16: torch.bfloat16, Isa.AVX512: torch.float32}
+WAYS = [
+    pytest.param(None, id="torch"),
+    *(
+        pytest.param(isa, marks=pytest.mark.skipif(not supported(isa), reason="not this machine"))
+        for isa in Isa
+    ),
+]
+NATIVE = WAYS[1:]
+SEEDS = st.integers(0, 2**20)
+
+
+@contextmanager
+def running(isa: Isa | None, num_threads: int = 2) -> Iterator[None]:
+    """None: plain torch."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "isa_of", lambda _: isa)
+        if isa is None:
+            patch.setattr(native, "supported", lambda _: False)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+
+class Chance:
+    """Random tensors and shapes; `exact` ones give the same sums in any order."""
+
+    def __init__(self, seed: int, dtype: torch.dtype) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+        self._dtype = dtype
+        self.hidden = 32 * self.number(1, 4)
+
+    def number(self, low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=self._generator))
+
+    def normal(self, *shape: int) -> Tensor:
+        return guarded(torch.randn(shape, generator=self._generator).to(self._dtype))
+
+    def whole(self, most: int, *shape: int) -> Tensor:
+        numbers = torch.randint(-most, most + 1, shape, generator=self._generator)
+        return guarded(numbers.to(self._dtype))
+
+    def heads(self, *, exact: bool) -> HeadsWeights:
+        """Of either version, with a draft vocabulary or without."""
+        size, num_heads, num_blocks = self.hidden, self.number(1, 5), self.number(1, 3)
+        num_outputs = self.number(1, 90)
+        shape = [num_outputs, size]
+        if self.number(0, 1):
+            shape.insert(0, num_heads)
+        ids_N = torch.arange(num_outputs) * 3 + 5 if self.number(0, 1) else None
+        if not exact:
+            weight_LKHH = guarded(self.normal(num_blocks, num_heads, size, size) / size**0.5)
+            bias_LKH = self.normal(num_blocks, num_heads, size)
+            return HeadsWeights(weight_LKHH, bias_LKH, self.normal(*shape), ids_N)
+        # One input an output, and a bias that keeps SiLU where it is z or 0 to the last bit.
+        picked = torch.randint(size, (num_blocks, num_heads, size), generator=self._generator)
+        weight_LKHH = torch.nn.functional.one_hot(picked, size).to(self._dtype)
+        signs = torch.randint(2, picked.shape, generator=self._generator)
+        bias_LKH = torch.where(signs == 1, 64, -1024).to(self._dtype)
+        return HeadsWeights(guarded(weight_LKHH), guarded(bias_LKH), self.whole(3, *shape), ids_N)
+
+    def groups(self, *, exact: bool) -> list[HeadsGroup]:
+        groups: list[HeadsGroup] = []
+        for _ in range(self.number(0, 3)):
+            start = groups[-1].end if groups else self.number(0, 2)
+            end = start + (0, 1, 2, 5, 16, 17, 33)[self.number(0, 6)]
+            groups.append(HeadsGroup(start, end, self.heads(exact=exact)))
+        return groups
+
+
+def num_rows(groups: list[HeadsGroup]) -> int:
+    return max((group.end for group in groups), default=1)
+
+
+@pytest.mark.parametrize("isa", WAYS)
+@settings(max_examples=50)
+@given(SEEDS)
+def test_states_equal_the_reference(isa: Isa | None, seed: int) -> None:
+    chance = Chance(seed, torch.float32 if isa is None else DTYPES[isa])
+    groups = chance.groups(exact=False)
+    hidden_BH = chance.normal(num_rows(groups), chance.hidden)
+    with running(isa):
+        found_XH = states(hidden_BH, groups)
+    rounded = 1e-5 if found_XH.dtype == torch.float32 else 0.03  # a bit of a value of 4
+    expected_XH = states_reference(hidden_BH, groups)
+    torch.testing.assert_close(found_XH, expected_XH, rtol=rounded, atol=rounded)
+
+
+@pytest.mark.parametrize("isa", WAYS)
+@given(SEEDS, st.integers(1, MAX_RANK), st.integers(1, 3))
+def test_candidates_are_the_references(
+    isa: Isa | None, seed: int, num: int, num_threads: int
+) -> None:
+    """Whole numbers: many ties, and no rounding that depends on the order of a sum."""
+    chance = Chance(seed, torch.float32 if isa is None else DTYPES[isa])
+    groups = chance.groups(exact=True)
+    hidden_BH = chance.whole(2, num_rows(groups), chance.hidden)
+    with running(isa, num_threads):
+        found_XR = candidates(hidden_BH, groups, num)
+    assert found_XR.dtype == torch.int64
+    assert found_XR.tolist() == candidates_reference(hidden_BH, groups, num).tolist()
+
+
+@pytest.mark.parametrize("isa", NATIVE)
+@settings(max_examples=50)
+@given(SEEDS, st.data())
+def test_bits_do_not_depend_on_company(isa: Isa, seed: int, data: st.DataObject) -> None:
+    chance = Chance(seed, DTYPES[isa])
+    groups = [*chance.groups(exact=False), HeadsGroup(0, 17, chance.heads(exact=False))]
+    hidden_BH = chance.normal(num_rows(groups), chance.hidden)
+    place = data.draw(st.sampled_from([i for i, group in enumerate(groups) if group.num_states]))
+    chosen = groups[place]
+    row = data.draw(st.integers(chosen.start, chosen.end - 1))
+    with running(isa):
+        r_XH, ids_XR = states(hidden_BH, groups), candidates(hidden_BH, groups, 5)
+        alone = [HeadsGroup(0, 1, chosen.heads)]
+        expected_KH = states(hidden_BH[row : row + 1].clone(), alone)
+        expected_KR = candidates(hidden_BH[row : row + 1].clone(), alone, 5)
+    before = sum(group.num_states for group in groups[:place])
+    num_heads = chosen.heads.num_heads
+    first = before + (row - chosen.start) * num_heads
+    assert torch.equal(r_XH[first : first + num_heads], expected_KH)
+    assert torch.equal(ids_XR[first : first + num_heads], expected_KR)
+
+
+@pytest.mark.parametrize("isa", WAYS)
+def test_nan_stays_in_its_row_and_never_wins(isa: Isa | None) -> None:
+    chance = Chance(0, torch.float32 if isa is None else DTYPES[isa])
+    hidden_BH = chance.normal(3, chance.hidden)
+    output_NH = chance.normal(70, chance.hidden)
+    output_NH[5] = torch.nan
+    weights = chance.heads(exact=False)
+    heads = HeadsWeights(weights.weight_LKHH, weights.bias_LKH, output_NH, None)
+    groups = [HeadsGroup(0, 3, heads)]
+    with running(isa):
+        plain_XR = candidates(hidden_BH, groups, 64)
+        hidden_BH[1, 7] = torch.inf
+        hidden_BH[1, 8] = torch.nan
+        found_XR = candidates(hidden_BH, groups, 64)
+    assert 5 not in plain_XR
+    rows = found_XR.view(3, -1), plain_XR.view(3, -1)
+    assert torch.equal(rows[0][0], rows[1][0])
+    assert torch.equal(rows[0][2], rows[1][2])
+    assert rows[0][1].view(-1, 64).tolist() == [list(range(64))] * heads.num_heads
+
+
+def test_the_head_maths_of_the_formats_page() -> None:
+    """Head 2 of version 1: two blocks in a row, then its own output matrix."""
+    chance = Chance(1, torch.float32)
+    size = chance.hidden
+    weight_LKHH, bias_LKH = chance.normal(2, 2, size, size) / 8, chance.normal(2, 2, size)
+    output_KNH, x_H = chance.normal(2, 40, size), chance.normal(size)
+    r_H = x_H
+    for block in range(2):
+        z_H = weight_LKHH[block, 1] @ r_H + bias_LKH[block, 1]
+        r_H = r_H + z_H / (1 + torch.exp(-z_H))
+    groups = [HeadsGroup(0, 1, HeadsWeights(weight_LKHH, bias_LKH, output_KNH, None))]
+    torch.testing.assert_close(states(x_H[None], groups)[1], r_H)
+    best_R = (output_KNH[1] @ r_H).argsort(descending=True)[:4]
+    assert torch.equal(candidates(x_H[None], groups, 4)[1], best_R)
+
+
+LEVELS = (-torch.inf, -1.0, 0.0, 2.0, 2.5, torch.nan, torch.inf)
+
+
+@pytest.mark.parametrize("way", [None, Isa.AVX512])
+@given(SEEDS, st.integers(1, 90), st.integers(1, MAX_RANK), st.integers(1, len(LEVELS)))
+def test_top_equals_a_full_sort(
+    way: Isa | None, seed: int, columns: int, num: int, num_levels: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    picked = torch.randint(num_levels, (3, columns), generator=generator)
+    logits_XV = guarded(torch.tensor(LEVELS)[picked])
+    with running(way):
+        found_XR = top(logits_XV, num)
+    assert found_XR.tolist() == top_reference(logits_XV, num).tolist()
+
+
+@pytest.mark.parametrize("way", [None, Isa.AVX512])
+def test_top_of_a_whole_vocabulary(way: Isa | None) -> None:
+    logits_XV = torch.randn(2, 50_000, generator=torch.Generator().manual_seed(0))
+    expected_XR = logits_XV.argsort(dim=1, descending=True)[:, :7]
+    with running(way):
+        assert torch.equal(top(logits_XV, 7), expected_XR)
+        assert top(torch.zeros(2, 50_000), 3).tolist() == [[0, 1, 2]] * 2
