@@ -67,7 +67,7 @@ def run(rows: list[RowSpan], window: int | None, kv: torch.Tensor) -> tuple[torc
 
 def random_kv(num_pages: int = NUM_PAGES) -> torch.Tensor:
     generator = torch.Generator().manual_seed(2)
-    return torch.randn(num_pages, PAGE, 2, KV_HEADS, DIM, generator=generator)
+    return torch.randn(num_pages, 2, KV_HEADS, PAGE, DIM, generator=generator)
 
 
 @settings(deadline=None)

@@ -14,6 +14,11 @@ def filled(shapes: ModelShapes) -> KVCache:
     return kv
 
 
+def by_slot(data: torch.Tensor) -> torch.Tensor:
+    """[num_layers, num_pages, page_size, ...]"""
+    return data.movedim(4, 2)
+
+
 def test_overlapping_move_reads_before_it_writes(tiny_llama_shapes: ModelShapes):
     kv = filled(tiny_llama_shapes)
     before = kv.data.clone()
@@ -21,8 +26,8 @@ def test_overlapping_move_reads_before_it_writes(tiny_llama_shapes: ModelShapes)
     kv.move(table, [5, 6, 9], [4, 5, 6])
     where = {slot: (table[slot // 4], slot % 4) for slot in range(12)}
     for src, dst in ((5, 4), (6, 5), (9, 6)):
-        assert torch.equal(kv.data[:, *where[dst]], before[:, *where[src]])
-    changed = (kv.data != before).flatten(3).any(-1).any(0).nonzero().tolist()
+        assert torch.equal(by_slot(kv.data)[:, *where[dst]], by_slot(before)[:, *where[src]])
+    changed = by_slot(kv.data != before).flatten(3).any(-1).any(0).nonzero().tolist()
     assert changed == sorted(list(where[slot]) for slot in (4, 5, 6))
 
 

@@ -9,7 +9,7 @@ depth. It attends to the committed slots, its ancestors' and its own, as far as 
 `window` positions back. The output is softmax(q k / sqrt(D)) v over those, heads grouped for GQA,
 with the softmax in float32.
 
-KV of one layer is [num_pages, P, 2, num_kv_heads, D], keys first.
+KV of one layer is [num_pages, 2, num_kv_heads, P, D], keys first.
 
 The fast path plans once a step (`plan_attention`, index tensors and masks) and then needs few calls
 a layer: single tokens of all rows are one padded SDPA call, trees another, each chunk has its own.
@@ -146,14 +146,15 @@ def plan_attention(
 def attend(q_THD: Tensor, kv: Tensor, plan: AttentionPlan) -> Tensor:
     """[T, heads * D]. q_THD: queries after RoPE; kv: one layer's, this step's tokens written."""
     num_tokens, num_heads, head_dim = q_THD.shape
-    num_kv_heads = kv.shape[3]
+    num_kv_heads = kv.shape[2]
     share = num_heads // num_kv_heads
-    pages = kv.view(kv.shape[0], -1)
     out_THD = q_THD.new_empty(num_tokens, num_heads, head_dim)
     for group in plan.groups:
         rows, tokens = group.num_rows, group.num_tokens
-        row_kv = pages.index_select(0, group.pages).view(rows, -1, 2, num_kv_heads, head_dim)
-        k_BHLD, v_BHLD = row_kv[:, : group.num_slots].permute(2, 0, 3, 1, 4).unbind(0)
+        row_kv = kv.index_select(0, group.pages).unflatten(0, (rows, -1))
+        # [2, B, kv heads, pages of a row, P, D], then slots of all pages in a row
+        by_head = row_kv.permute(2, 0, 3, 1, 4, 5).flatten(3, 4)
+        k_BHLD, v_BHLD = by_head[..., : group.num_slots, :].unbind(0)
         q = q_THD[group.tokens].view(rows, tokens, num_kv_heads, share, head_dim)
         if group.folded:
             by_key = q.transpose(1, 2)  # [B, kv heads, N, share, D]
@@ -308,7 +309,7 @@ def attend_reference(
 ) -> Tensor:
     """The contract token by token and head by head, in float64."""
     num_tokens, num_heads, head_dim = q_THD.shape
-    page_size, _, num_kv_heads, _ = kv.shape[1:]
+    _, num_kv_heads, page_size, _ = kv.shape[1:]
     out_THD = torch.zeros(num_tokens, num_heads, head_dim, dtype=torch.float64)
     for row in rows:
         parents = row.parents if row.parents is not None else range(-1, row.num_tokens - 1)
@@ -322,7 +323,7 @@ def attend_reference(
                 ancestor = parents[ancestor]
             slots = [s for s, p in seen.items() if window is None or p > position - window]
             pages = [row.page_table[slot // page_size] for slot in slots]
-            kv_S = kv[pages, [slot % page_size for slot in slots]].double()
+            kv_S = kv.movedim(3, 1)[pages, [slot % page_size for slot in slots]].double()
             for head in range(num_heads):
                 k_SD, v_SD = kv_S[:, :, head * num_kv_heads // num_heads].unbind(1)
                 scores_S = k_SD @ q_THD[row.start + j, head].double() / head_dim**0.5

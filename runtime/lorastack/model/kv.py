@@ -17,8 +17,9 @@ def page_nbytes(shapes: ModelShapes, page_size: int, dtype: torch.dtype) -> int:
 
 
 class KVCache:
-    """data: [num_layers, num_pages, page_size, 2, num_kv_heads, D], keys first.
+    """data: [num_layers, num_pages, 2, num_kv_heads, page_size, D], keys first.
 
+    A head's keys of a page lie together, and so do its values: attention reads them in one piece.
     Memory is reserved, not touched: the system backs a page once something is written to it.
     """
 
@@ -33,15 +34,16 @@ class KVCache:
         self.page_size = page_size
         self.num_pages = num_pages
         self.data = torch.empty(
-            (shapes.num_layers, num_pages, page_size, 2, shapes.num_kv_heads, shapes.head_dim),
+            (shapes.num_layers, num_pages, 2, shapes.num_kv_heads, page_size, shapes.head_dim),
             dtype=dtype,
             device=device,
         )
-        self._slots = self.data.view(shapes.num_layers, num_pages * page_size, -1)
 
     def write(self, layer: int, slots_T: Tensor, kv_TX: Tensor) -> None:
         """Store keys and values [T, 2 * num_kv_heads * D] at physical slots."""
-        self._slots[layer].index_copy_(0, slots_T, kv_TX)
+        _, _, num_kv_heads, size, head_dim = self.data[layer].shape
+        kv_T2KD = kv_TX.view(-1, 2, num_kv_heads, head_dim)
+        self.data[layer, slots_T // size, :, :, slots_T % size] = kv_T2KD
 
     def clear(self, pages: Tensor) -> None:
         """Zero pages (int64 ids) that begin a new life.
@@ -59,11 +61,11 @@ class KVCache:
         assert len(src) == len(dst), "as many sources as destinations"
         if not src:
             return
-        self._slots[:, self._physical(page_table, dst)] = self._slots[
-            :, self._physical(page_table, src)
-        ]
+        by_slot = self.data.movedim(4, 2)  # [num_layers, num_pages, page_size, 2, ...]
+        by_slot[:, *self._places(page_table, dst)] = by_slot[:, *self._places(page_table, src)]
 
-    def _physical(self, page_table: Sequence[int], slots: Sequence[int]) -> Tensor:
-        size = self.page_size
-        physical = [page_table[slot // size] * size + slot % size for slot in slots]
-        return torch.tensor(physical, device=self.data.device)
+    def _places(self, page_table: Sequence[int], slots: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Page and place within it of logical slots."""
+        places = [(page_table[slot // self.page_size], slot % self.page_size) for slot in slots]
+        pages, offsets = torch.tensor(places, device=self.data.device).unbind(1)
+        return pages, offsets

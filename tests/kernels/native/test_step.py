@@ -214,7 +214,7 @@ def test_a_bad_key_is_not_dropped(isa: Isa, seed: int) -> None:
     window = model.config.window or past + 1
     run(model.native, [], kv, [RowPart(tokens(model, chance, past), 0, pages)])
     slot = chance.randrange(past)
-    kv.data[0, pages[slot // 4], slot % 4, 0, 0, 0] = torch.nan
+    kv.data[0, pages[slot // 4], 0, 0, slot % 4, 0] = torch.nan
     (found,) = run(model.native, [], kv, [RowPart(tokens(model, chance, 1), past, pages)])
     assert bool(found.isnan().all()) == (slot > past - window)
 

@@ -19,7 +19,7 @@ struct lorastack_matrix {
 struct lorastack_layer {
   const void *attention_norm, *mlp_norm;
   lorastack_matrix qkv, o, gate_up, down;  // gate_up: panels of gate and up in turn
-  void* kv;                                // [slots][2][kv_heads][head_dim]
+  void* kv;                                // [pages][2][kv_heads][page_size][head_dim]
 };
 
 // A LoRA's target; rank 0: none. Order in a layer: q, k, v, o, gate, up, down.

@@ -126,7 +126,7 @@ void plan_head(const lorastack_model& model, const lorastack_step& step, Buffers
 // Where every row's slots lie and what every token sees.
 template <class T>
 void plan(const lorastack_model& model, const lorastack_step& step, Buffers<T>& b) {
-  const int64_t stride = 2ll * model.kv_heads * model.head_dim;
+  const int64_t page_elements = 2ll * model.kv_heads * model.page_size * model.head_dim;
   int64_t at = 0;
   int32_t tail = 0;
   b.groups[0] = 0;
@@ -136,9 +136,12 @@ void plan(const lorastack_model& model, const lorastack_step& step, Buffers<T>& 
     const int queries = (row.end - row.start) * (model.heads / model.kv_heads);
     b.groups[r + 1] = b.groups[r] + ceil_div(queries, GROUP);
     const int used = row.committed + row.end - row.start;
-    for (int s = 0; s < used; s++)
-      b.slots[at++] =
-          ((int64_t)row.pages[s / model.page_size] * model.page_size + s % model.page_size) * stride;
+    for (int s = 0; s < used; s++) {
+      const int place = s % model.page_size;
+      b.slots[at] = place ? b.slots[at - 1] + model.head_dim
+                          : row.pages[s / model.page_size] * page_elements;
+      at++;
+    }
     for (int j = 0; j < row.end - row.start; j++) {
       Token& token = b.tokens[row.start + j];
       token = {r, row.committed + j, row.committed + j + 1, tail, 0};
@@ -352,6 +355,7 @@ struct Worker {
   void rotate(const lorastack_layer& layer) {
     const int half = model.head_dim / 2, dim = model.head_dim;
     const int query = model.heads * dim, key = model.kv_heads * dim;
+    const int64_t head_stride = (int64_t)model.page_size * dim;
     member.phase(step.num_tokens, [&](int t) {
       const Token& token = b.tokens[t];
       const float* cosine = model.cosine + (size_t)token.position * half;
@@ -361,7 +365,7 @@ struct Worker {
       T* slot = (T*)layer.kv + b.slots[b.row_slots[token.row] + row.committed + t - row.start];
       for (int head = 0; head < model.heads + model.kv_heads; head++) {
         T* in = qkv + head * dim;
-        T* out = head < model.heads ? in : slot + (head - model.heads) * dim;
+        T* out = head < model.heads ? in : slot + (head - model.heads) * head_stride;
         for (int i = 0; i < half; i += LANES) {
           __m512 c = _mm512_loadu_ps(cosine + i), s = _mm512_loadu_ps(sine + i);
           __m512 a = E::load(in + i), z = E::load(in + half + i);
@@ -369,14 +373,16 @@ struct Worker {
           E::store(out + half + i, _mm512_fmadd_ps(a, s, _mm512_mul_ps(z, c)));
         }
       }
-      memcpy(slot + key, qkv + query + key, sizeof(T) * key);
+      for (int head = 0; head < model.kv_heads; head++)
+        memcpy(slot + (model.kv_heads + head) * head_stride, qkv + query + key + head * dim,
+               sizeof(T) * dim);
     });
   }
 
   // GROUP queries of one row and kv head at a time.
   void attention(const lorastack_layer& layer) {
     const int share = model.heads / model.kv_heads, dim = model.head_dim;
-    const int64_t key = (int64_t)model.kv_heads * dim;
+    const int64_t head_stride = (int64_t)model.page_size * dim;
     const int groups = b.groups[step.num_rows];
     float* scores = b.scores + (size_t)thread * GROUP * b.capacity;
     member.phase(groups * model.kv_heads, [&](int chunk) {
@@ -395,7 +401,8 @@ struct Worker {
                     b.context + (size_t)t * b.ld_context + h * dim,
                     token.linear, oldest > 0 ? oldest : 0, token.num_tail, b.tails + token.tail};
       }
-      RowCache<T> cache = {(const T*)layer.kv + head * dim, b.slots + b.row_slots[r], key};
+      const RowCache<T> cache = {(const T*)layer.kv + head * head_stride, b.slots + b.row_slots[r],
+                                 model.kv_heads * head_stride};
       attend<E>(found, count, cache, dim, 1.0f / sqrtf((float)dim), scores, b.capacity);
     });
   }
