@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from lorastack.adapters.device import DeviceAdapter
 from lorastack.adapters.formats import parse
 from lorastack.engine.batch import Batch, Draft, RowAdapters, RowStep
 from lorastack.engine.runner import Runner
-from lorastack.layout import LM_HEAD, ModelShapes
+from lorastack.layout import HEADS, LM_HEAD, MAX_RANK, ModelShapes, Part
 from lorastack.model.decoder import load_decoder
 from lorastack.model.kv import KVCache
 from lorastack.request import LoraUse, Request, SamplingParams, StopParams
@@ -22,12 +23,16 @@ from tests.helpers.packed import pack, read_tensors
 
 CPU = torch.device("cpu")
 PAGE_SIZE = 16
+NARROW = range(0, 200, 2)  # tokens that "two-narrow" chooses from
 
 
-def on_device(folder: Path, shapes: ModelShapes) -> DeviceAdapter:
+def on_device(folder: Path, shapes: ModelShapes, lm_head_VH: Tensor) -> DeviceAdapter:
     parsed = parse({path.name: path for path in folder.iterdir()}, shapes)
+    tensors, vocabulary = read_tensors(parsed), parsed.draft_vocabulary
+    if vocabulary:
+        tensors[0, HEADS, Part.DRAFT] = lm_head_VH[list(vocabulary)]
     layout, buffer = pack(
-        read_tensors(parsed), parsed.scales, parsed.num_heads, parsed.choices, torch.float32
+        tensors, parsed.scales, parsed.num_heads, parsed.choices, torch.float32, vocabulary
     )
     return DeviceAdapter(digest=folder.name, buffer=buffer, layout=layout)
 
@@ -52,8 +57,13 @@ class Drafts:
         folders += [
             with_outputs(root / f"{heads.name}-as-one", heads, output_VH) for heads in folders[:2]
         ]
-        self.heads = {folder.name: on_device(folder, shapes) for folder in folders}
-        self.lora = on_device(write_lora(root / "lora", shapes, targets=(LM_HEAD,)), shapes)
+        folders += [
+            write_heads(root / name, hidden, num_heads=3, seed=1, draft_vocabulary=ids)
+            for name, ids in (("two-wide", range(shapes.vocab_size)), ("two-narrow", NARROW))
+        ]
+        self.heads = {folder.name: on_device(folder, shapes, output_VH) for folder in folders}
+        lora = write_lora(root / "lora", shapes, targets=(LM_HEAD,))
+        self.lora = on_device(lora, shapes, output_VH)
 
     def row(self, number: int, heads: str, lora: bool = False) -> RowStep:
         uses = (LoraUse(lora_id="lora", digest=self.lora.digest),) if lora else ()
@@ -103,13 +113,33 @@ def test_version_one_with_the_models_output_drafts_what_version_two_does(
 
 
 def test_a_batch_drafts_for_each_row_what_it_gets_alone(drafts: Drafts) -> None:
-    names = ["own", "two", "", "deep-as-one", "deep", "own", "two-as-one", "two"]
+    names = ["own", "two", "", "deep-as-one", "two-narrow", "deep", "own", "two-as-one", "two"]
     rows = [drafts.row(number, name) for number, name in enumerate(names)]
     alone = [drafts.run(row)[0] for row in rows]
     assert drafts.run(*rows) == alone
     assert drafts.run(*reversed(rows)) == alone[::-1]
     assert [draft is None for draft in alone] == [name == "" for name in names]
     assert len(set(alone)) == len(names)
+
+
+def test_a_draft_vocabulary_of_all_tokens_changes_nothing(drafts: Drafts) -> None:
+    for number in range(8):
+        assert drafts.run(drafts.row(number, "two-wide")) == drafts.run(drafts.row(number, "two"))
+
+
+def test_heads_choose_the_best_of_their_draft_vocabulary(drafts: Drafts) -> None:
+    everything = replace(drafts.row(0, "two"), num_candidates=MAX_RANK)
+    full, narrow = (drafts.run(row)[0] for row in (everything, drafts.row(0, "two-narrow")))
+    assert full is not None
+    assert narrow is not None
+    assert narrow == tuple(tuple(token for token in ranks if token in NARROW)[:4] for ranks in full)
+    assert narrow != tuple(ranks[:4] for ranks in full)
+
+
+def test_heads_choose_through_an_lm_head_lora_whatever_their_vocabulary(drafts: Drafts) -> None:
+    names = ("two", "two-narrow")
+    through = [drafts.run(drafts.row(0, heads, lora=True))[0] for heads in names]
+    assert through[0] == through[1] != drafts.run(drafts.row(0, "two-narrow"))[0]
 
 
 def test_an_lm_head_lora_changes_drafts_of_version_two_only(drafts: Drafts) -> None:
