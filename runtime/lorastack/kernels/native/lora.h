@@ -61,33 +61,6 @@ INLINE void shrink(const LoraPart<typename E::T>* parts, int chunk, const typena
   }
 }
 
-// 16 vectors as the rows of a matrix become its columns.
-INLINE void transpose_16(__m512 v[16]) {
-  __m512 t[16];
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_ps(v[i], v[i + 1]);
-    t[i + 1] = _mm512_unpackhi_ps(v[i], v[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    const __m512d a = _mm512_castps_pd(t[i]), b = _mm512_castps_pd(t[i + 2]);
-    const __m512d c = _mm512_castps_pd(t[i + 1]), d = _mm512_castps_pd(t[i + 3]);
-    v[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
-    v[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
-    v[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(c, d));
-    v[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(c, d));
-  }
-  for (int i = 0; i < 4; i++) {
-    t[i] = _mm512_shuffle_f32x4(v[i], v[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_f32x4(v[i], v[i + 4], 0xdd);
-    t[i + 8] = _mm512_shuffle_f32x4(v[i + 8], v[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_f32x4(v[i + 8], v[i + 12], 0xdd);
-  }
-  for (int i = 0; i < 8; i++) {
-    v[i] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88);
-    v[i + 8] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd);
-  }
-}
-
 // Adds a group's updates to the sums of one panel: rows row..row + rows of the step, up to 16
 // outputs of target `index` from `column` on. out_size: the target's outputs; ld: of the sums.
 template <class E>

@@ -11,6 +11,7 @@
 #include "step.h"
 
 #include "attention.h"
+#include "attention_tiles.h"
 #include "best.h"
 #include "lora.h"
 #include "matmul.h"
@@ -66,7 +67,8 @@ inline int64_t num_step_counters(const lorastack_model& model, const lorastack_s
 inline int depth_bound(const lorastack_row& row) { return row.parents ? row.end - row.start : 0; }
 
 template <class T>
-Buffers<T> lay_out(const lorastack_model& model, const lorastack_step& step, Arena& arena) {
+Buffers<T> lay_out(const lorastack_model& model, const lorastack_step& step, int group,
+                   Arena& arena) {
   const int rows = ceil_div(step.num_tokens, BLOCK_ROWS) * BLOCK_ROWS;
   const int query = model.heads * model.head_dim, key = model.kv_heads * model.head_dim;
   Buffers<T> b;
@@ -85,7 +87,7 @@ Buffers<T> lay_out(const lorastack_model& model, const lorastack_step& step, Are
       if (segment.targets[i].rank > most) most = segment.targets[i].rank;
     shrunk += (int64_t)(segment.end - segment.begin) * most * 3;
   }
-  b.capacity = (int)((longest + LANES) / LANES * LANES);
+  b.capacity = (int)((longest + 32) / 32 * 32);
   b.ld_hidden = padded(model.hidden);
   b.ld_qkv = padded(query + 2 * key);
   b.ld_context = padded(query);
@@ -97,7 +99,7 @@ Buffers<T> lay_out(const lorastack_model& model, const lorastack_step& step, Are
   b.context = arena.take<T>((int64_t)rows * b.ld_context);
   b.inner = arena.take<T>((int64_t)rows * b.ld_inner);
   b.shrunk = arena.take<float>(shrunk);
-  b.scores = arena.take<float>((int64_t)step.num_threads * GROUP * b.capacity);
+  b.scores = arena.take<float>((int64_t)step.num_threads * group * b.capacity);
   b.tokens = arena.take<Token>(step.num_tokens);
   b.tails = arena.take<int32_t>(tails);
   b.slots = arena.take<int64_t>(slots);
@@ -125,7 +127,7 @@ void plan_head(const lorastack_model& model, const lorastack_step& step, Buffers
 
 // Where every row's slots lie and what every token sees.
 template <class T>
-void plan(const lorastack_model& model, const lorastack_step& step, Buffers<T>& b) {
+void plan(const lorastack_model& model, const lorastack_step& step, int group, Buffers<T>& b) {
   const int64_t page_elements = 2ll * model.kv_heads * model.page_size * model.head_dim;
   int64_t at = 0;
   int32_t tail = 0;
@@ -134,7 +136,7 @@ void plan(const lorastack_model& model, const lorastack_step& step, Buffers<T>& 
     const lorastack_row& row = step.rows[r];
     b.row_slots[r] = at;
     const int queries = (row.end - row.start) * (model.heads / model.kv_heads);
-    b.groups[r + 1] = b.groups[r] + ceil_div(queries, GROUP);
+    b.groups[r + 1] = b.groups[r] + ceil_div(queries, group);
     const int used = row.committed + row.end - row.start;
     for (int s = 0; s < used; s++) {
       const int place = s % model.page_size;
@@ -217,6 +219,10 @@ void multiply_head(const lorastack_head& head, Member& member,
                   store);
   });
 }
+
+// Queries that attention takes at once.
+template <class Isa>
+constexpr int group_size = Isa::tiles ? 16 : GROUP;
 
 template <class Isa>
 struct Worker {
@@ -379,11 +385,12 @@ struct Worker {
     });
   }
 
-  // GROUP queries of one row and kv head at a time.
+  // A group of queries of one row and kv head at a time.
   void attention(const lorastack_layer& layer) {
     const int share = model.heads / model.kv_heads, dim = model.head_dim;
     const int64_t head_stride = (int64_t)model.page_size * dim;
     const int groups = b.groups[step.num_rows];
+    constexpr int GROUP = group_size<Isa>;
     float* scores = b.scores + (size_t)thread * GROUP * b.capacity;
     member.phase(groups * model.kv_heads, [&](int chunk) {
       const int head = chunk % model.kv_heads, group = chunk / model.kv_heads;
@@ -403,7 +410,13 @@ struct Worker {
       }
       const RowCache<T> cache = {(const T*)layer.kv + head * head_stride, b.slots + b.row_slots[r],
                                  model.kv_heads * head_stride};
-      attend<E>(found, count, cache, dim, 1.0f / sqrtf((float)dim), scores, b.capacity);
+      const float scale = 1.0f / sqrtf((float)dim);
+#ifdef __AMX_BF16__
+      const bool together = model.page_size % 16 == 0;
+      attend_tiles(found, count, cache, dim, scale, together, scores, b.capacity);
+#else
+      attend<E>(found, count, cache, dim, scale, scores, b.capacity);
+#endif
     });
   }
 
@@ -442,8 +455,8 @@ template <class Isa>
 void forward(const lorastack_model& model, const lorastack_step& step) {
   using T = typename Isa::E::T;
   Arena arena{(char*)step.scratch};
-  Buffers<T> buffers = lay_out<T>(model, step, arena);
-  plan(model, step, buffers);
+  Buffers<T> buffers = lay_out<T>(model, step, group_size<Isa>, arena);
+  plan(model, step, group_size<Isa>, buffers);
   plan_head(model, step, buffers);
   memset((void*)buffers.counters, 0, sizeof(Counter) * num_step_counters(model, step));
   Team team{buffers.counters, step.num_threads};
@@ -479,7 +492,7 @@ void logits(const lorastack_head& head) {
   namespace lorastack::name {                                                           \
   int64_t scratch_bytes(const lorastack_model& model, const lorastack_step& step) {     \
     Arena arena{nullptr};                                                               \
-    lay_out<Isa::E::T>(model, step, arena);                                             \
+    lay_out<Isa::E::T>(model, step, group_size<Isa>, arena);                                             \
     return arena.used;                                                                  \
   }                                                                                     \
   void run_step(const lorastack_model& model, const lorastack_step& step) {             \

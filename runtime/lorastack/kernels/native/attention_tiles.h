@@ -1,0 +1,251 @@
+// Attention of up to 16 queries of one row and key-value head on AMX tiles.
+//
+// Positions are taken 32 at a time from position 0, in logical order. What a query does not see has
+// weight 0 there, which changes no bit of a sum, so a query's bits depend on its own past alone.
+#pragma once
+
+#include "attention.h"
+
+#ifdef __AMX_BF16__
+
+namespace lorastack::LORASTACK_ISA {
+
+constexpr int TILE_GROUP = 16;  // queries
+constexpr int SPAN = 32;        // positions: the inner side of a tile
+
+// What one call works in. Everything is a tile, or rows of them.
+struct alignas(64) TileScratch {
+  uint16_t queries[MAX_HEAD / SPAN][16][SPAN];  // [pair of dimensions][query][2]
+  uint16_t gathered[2][16 * MAX_HEAD];          // keys or values that do not lie together
+  uint16_t values[4][16][SPAN];                 // [pair of positions][dimension][2]
+  uint16_t weights[TILE_GROUP][SPAN];
+  float scores[2][16][TILE_GROUP];
+  float sums[4][TILE_GROUP][LANES];
+};
+
+// Rows [16][size] of positions from `at`, as `offset` says keys or values. viewer: whose ancestors
+// count; null: every position is the slot of its number. Rows from `limit` on are any, but readable.
+INLINE const uint16_t* rows_of_16(const RowCache<uint16_t>& kv, const Query<uint16_t>* viewer,
+                                  int at, int limit, int64_t offset, int size, bool together,
+                                  uint16_t* scratch) {
+  if (at >= limit) return scratch;
+  if (!viewer && together) return kv.data + kv.slots[at] + offset;
+  for (int i = 0; i < 16 && at + i < limit; i++) {
+    const bool ancestor = viewer && at + i >= viewer->linear;
+    const int slot = ancestor ? viewer->tail[at + i - viewer->linear] : at + i;
+    memcpy(scratch + i * size, kv.data + kv.slots[slot] + offset, sizeof(uint16_t) * size);
+  }
+  return scratch;
+}
+
+// Columns begin..end of a tile of scores [position][query] into the queries' rows, from `at` on.
+INLINE void scatter_scores(const float (*tile)[TILE_GROUP], int begin, int end, float* scores,
+                           int capacity, int at) {
+  if (end - begin > 4) {
+    __m512 columns[16];
+    for (int i = 0; i < 16; i++) columns[i] = _mm512_load_ps(tile[i]);
+    transpose_16(columns);
+    for (int g = begin; g < end; g++)
+      _mm512_storeu_ps(scores + (size_t)g * capacity + at, columns[g]);
+    return;
+  }
+  const __m512i lines = _mm512_mullo_epi32(
+      _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+      _mm512_set1_epi32(TILE_GROUP));
+  for (int g = begin; g < end; g++)
+    _mm512_storeu_ps(scores + (size_t)g * capacity + at,
+                     _mm512_i32gather_ps(lines, tile[0] + g, sizeof(float)));
+}
+
+// Scores of 32 positions from `at` for queries begin..end.
+INLINE void score_span(const RowCache<uint16_t>& kv, const Query<uint16_t>* viewer, int at,
+                       int limit, int size, bool together, int begin, int end, TileScratch& s,
+                       float* scores, int capacity) {
+  const uint16_t* low = rows_of_16(kv, viewer, at, limit, 0, size, together, s.gathered[0]);
+  const uint16_t* high = rows_of_16(kv, viewer, at + 16, limit, 0, size, together, s.gathered[1]);
+  _tile_zero(0);
+  _tile_zero(1);
+  for (int d = 0; d < size; d += SPAN) {
+    _tile_loadd(4, low + d, size * 2);
+    _tile_loadd(5, high + d, size * 2);
+    _tile_loadd(6, s.queries[d / SPAN], 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 5, 6);
+  }
+  _tile_stored(0, s.scores[0], 64);
+  _tile_stored(1, s.scores[1], 64);
+  scatter_scores(s.scores[0], begin, end, scores, capacity, at);
+  scatter_scores(s.scores[1], begin, end, scores, capacity, at + 16);
+}
+
+// Softmax weights in place of a query's scores, in bfloat16; gives one over their sum. What it does
+// not see of [begin, end) gets 0.
+INLINE float weigh(const Query<uint16_t>& query, float* scores, int begin, int end, float scale) {
+  const int length = query.linear + query.num_tail;
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  __m512 peak = _mm512_set1_ps(MASKED);
+  for (int at = begin; at < end; at += LANES) {
+    const __m512i place = _mm512_add_epi32(_mm512_set1_epi32(at), lanes);
+    const __mmask16 seen = _mm512_cmplt_epi32_mask(place, _mm512_set1_epi32(length)) &
+                           _mm512_cmpge_epi32_mask(place, _mm512_set1_epi32(query.first));
+    const __m512 found = _mm512_mask_mul_ps(_mm512_set1_ps(MASKED), seen,
+                                            _mm512_loadu_ps(scores + at), _mm512_set1_ps(scale));
+    _mm512_storeu_ps(scores + at, found);
+    peak = _mm512_max_ps(peak, found);
+  }
+  const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(peak));
+  __m512 total = _mm512_setzero_ps();
+  uint16_t* weights = (uint16_t*)scores;  // behind what is still to be read
+  for (int at = begin; at < end; at += LANES) {
+    const __m512 weight = exp_512(_mm512_sub_ps(_mm512_loadu_ps(scores + at), top));
+    BF16::store(weights + at, weight);
+    total = _mm512_add_ps(total, weight);
+  }
+  return 1.0f / _mm512_reduce_add_ps(total);
+}
+
+// Values of 32 positions as tiles [pair of positions][dimension][2]: `halves` times 32 dimensions
+// from `d` on, two tiles each. Positions outside from..to are zeros. Whether all are finite.
+INLINE bool interleave(const uint16_t* low, const uint16_t* high, int size, int d, int halves,
+                       int from, int to, TileScratch& s) {
+  const __m512i exponent = _mm512_set1_epi16(0x7f80);
+  __mmask32 wild = 0;
+  for (int r = 0; r < 16; r++) {
+    const uint16_t* rows = (r < 8 ? low : high) + (2 * r % 16) * size + d;
+    const __mmask32 even = 2 * r >= from && 2 * r < to ? ~0u : 0;
+    const __mmask32 odd = 2 * r + 1 >= from && 2 * r + 1 < to ? ~0u : 0;
+    for (int h = 0; h < halves; h++) {
+      const __m512i a = _mm512_maskz_loadu_epi16(even, rows + h * SPAN);
+      const __m512i b = _mm512_maskz_loadu_epi16(odd, rows + size + h * SPAN);
+      wild |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(a, exponent), exponent);
+      wild |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(b, exponent), exponent);
+      _mm512_store_si512(s.values[2 * h][r], _mm512_unpacklo_epi16(a, b));
+      _mm512_store_si512(s.values[2 * h + 1][r], _mm512_unpackhi_epi16(a, b));
+    }
+  }
+  return !wild;
+}
+
+INLINE void add_values(const uint16_t* weights, int stride, int halves, const TileScratch& s) {
+  _tile_loadd(4, weights, stride);
+  _tile_loadd(5, s.values[0], 64);
+  _tile_loadd(6, s.values[1], 64);
+  _tile_dpbf16ps(0, 4, 5);
+  _tile_dpbf16ps(1, 4, 6);
+  if (halves == 1) return;
+  _tile_loadd(5, s.values[2], 64);
+  _tile_loadd(6, s.values[3], 64);
+  _tile_dpbf16ps(2, 4, 5);
+  _tile_dpbf16ps(3, 4, 6);
+}
+
+// Undoes the order of dimensions that `interleave` left, and divides by the sum of weights.
+INLINE void store_context(const TileScratch& s, int g, int halves, float norm, uint16_t* out) {
+  const __m512i even = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(8));
+  const __m512 share = _mm512_set1_ps(norm);
+  for (int h = 0; h < halves; h++) {
+    const __m512 a = _mm512_load_ps(s.sums[2 * h][g]), b = _mm512_load_ps(s.sums[2 * h + 1][g]);
+    BF16::store(out + h * SPAN, _mm512_mul_ps(_mm512_permutex2var_ps(a, even, b), share));
+    BF16::store(out + h * SPAN + LANES, _mm512_mul_ps(_mm512_permutex2var_ps(a, odd, b), share));
+  }
+}
+
+// Where queries of the same token as number `begin` end: they see the same.
+INLINE int same_view(const Query<uint16_t>* queries, int begin, int count) {
+  int end = begin + 1;
+  while (end < count && queries[end].linear == queries[begin].linear &&
+         queries[end].tail == queries[begin].tail &&
+         queries[end].num_tail == queries[begin].num_tail)
+    end++;
+  return end;
+}
+
+// One to 16 queries of a kv head, of a chain or of a tree. scratch: 16 rows of `capacity` floats, a
+// multiple of 32. together: 16 positions from a multiple of 16 on lie in one page.
+static void attend_tiles(const Query<uint16_t>* queries, int count, const RowCache<uint16_t>& kv,
+                         int size, float scale, bool together, float* scratch, int capacity) {
+  TileScratch s;
+  int begin = 1 << 30, longest = 0, linear = 1 << 30;
+  bool tree = false;
+  for (int g = 0; g < count; g++) {
+    const int length = queries[g].linear + queries[g].num_tail;
+    begin = std::min(begin, queries[g].first / SPAN * SPAN);
+    longest = std::max(longest, length);
+    linear = std::min(linear, queries[g].linear);
+    tree |= queries[g].num_tail > 0;
+  }
+  // Up to here all queries see the same slots, later ones of a chain none of an earlier one's tail.
+  const int shared = tree ? linear / SPAN * SPAN : longest;
+  const int end = (longest + SPAN - 1) / SPAN * SPAN;
+  const bool one_view = same_view(queries, 0, count) == count;
+
+  for (int d = 0; d < size; d += SPAN) {
+    __m512 dims[16];
+    for (int g = 0; g < 16; g++)
+      dims[g] = g < count ? _mm512_loadu_ps(queries[g].q + d) : _mm512_setzero_ps();
+    transpose_16(dims);
+    for (int i = 0; i < 16; i++) _mm512_store_ps((float*)s.queries[d / SPAN][i], dims[i]);
+  }
+  for (int at = begin; at < end; at += SPAN) {
+    if (at < shared) {
+      score_span(kv, nullptr, at, longest, size, together, 0, count, s, scratch, capacity);
+      continue;
+    }
+    for (int g = 0, next; g < count; g = next) {
+      next = same_view(queries, g, count);
+      score_span(kv, queries + g, at, queries[g].linear + queries[g].num_tail, size, together, g,
+                 next, s, scratch, capacity);
+    }
+  }
+  float norms[TILE_GROUP];
+  for (int g = 0; g < count; g++)
+    norms[g] = weigh(queries[g], scratch + (size_t)g * capacity, begin, end, scale);
+
+  const auto* weights = (const uint16_t*)scratch;
+  const int stride = capacity * (int)sizeof(float);
+  bool finite = true;
+  for (int d = 0; d < size; d += 2 * SPAN) {
+    const int halves = size - d > SPAN ? 2 : 1;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int at = begin; at < end; at += SPAN) {
+      for (int g = 0, next; g < count; g = next) {
+        const Query<uint16_t>* viewer = at < shared ? nullptr : queries + g;
+        next = viewer ? same_view(queries, g, count) : count;
+        const int limit = viewer ? viewer->linear + viewer->num_tail : longest;
+        const uint16_t* low =
+            rows_of_16(kv, viewer, at, limit, kv.value_offset, size, together, s.gathered[0]);
+        const uint16_t* high =
+            rows_of_16(kv, viewer, at + 16, limit, kv.value_offset, size, together, s.gathered[1]);
+        const int from = one_view ? queries[0].first : 0;
+        finite &= interleave(low, high, size, d, halves, from - at, limit - at, s);
+        if (!viewer) {
+          add_values(weights + at, stride, halves, s);
+          continue;
+        }
+        memset(s.weights, 0, sizeof s.weights);
+        for (int i = g; i < next; i++)
+          memcpy(s.weights[i], weights + (size_t)i * capacity * 2 + at, sizeof s.weights[i]);
+        add_values(s.weights[0], sizeof s.weights[0], halves, s);
+      }
+    }
+    _tile_stored(0, s.sums[0], 64);
+    _tile_stored(1, s.sums[1], 64);
+    _tile_stored(2, s.sums[2], 64);
+    _tile_stored(3, s.sums[3], 64);
+    for (int g = 0; g < count; g++) store_context(s, g, halves, norms[g], queries[g].out + d);
+  }
+  if (finite || one_view) return;
+  // Nought times infinity is no number, even for a query that does not look there: one by one.
+  for (int g = 0, next; g < count; g = next) {
+    next = same_view(queries, g, count);
+    attend_tiles(queries + g, next - g, kv, size, scale, together, scratch, capacity);
+  }
+}
+
+}  // namespace lorastack::LORASTACK_ISA
+
+#endif
