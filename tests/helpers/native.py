@@ -59,7 +59,6 @@ class Twins:
         shapes = self.config.shapes
         native = KVCache(shapes, num_pages, page_size, self.dtype, CPU)
         native.data = guarded(native.data.fill_(torch.nan))
-        native._slots = native.data.view(shapes.num_layers, num_pages * page_size, -1)
         reference = KVCache(shapes, num_pages, page_size, torch.float32, CPU)
         reference.data.fill_(torch.nan)
         return native, reference

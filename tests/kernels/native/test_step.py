@@ -21,7 +21,7 @@ ISAS = [
     for isa in Isa
 ]
 RANKS = (0, 1, 5, 16, 33, 64, 65)
-NUM_PAGES = 160
+NUM_PAGES = 300
 
 
 def model_of(isa: Isa, chance: random.Random, poison: float | None = None) -> Twins:
@@ -89,7 +89,7 @@ def test_every_shape_equals_torch(isa: Isa, seed: int) -> None:
     caches = model.caches(NUM_PAGES, page_size)
     first, second = [], []
     for _ in range(chance.randint(1, 4)):
-        done, more = chance.choice((1, 2, 15, 16, 17)), chance.choice((1, 1, 4, 9))
+        done, more = chance.choice((1, 2, 15, 16, 17, 33, 64)), chance.choice((1, 1, 4, 9))
         pages, uses = pages_of(free, page_size, done + more), stack(chance)
         first.append(RowPart(tokens(model, chance, done), 0, pages, uses))
         parents = tree(chance, more) if chance.random() < 0.5 else None
@@ -137,14 +137,15 @@ def test_bits_of_every_shape_do_not_depend_on_company(isa: Isa, seed: int) -> No
     free = list(range(NUM_PAGES))
     chance.shuffle(free)
     kv, _ = model.caches(NUM_PAGES, page_size)
-    ids, uses = tokens(model, chance, 40), stack(chance)
-    (alone,) = run(model.native, loras, kv, [RowPart(ids, 0, pages_of(free, page_size, 40), uses)])
+    size, uses = chance.choice((20, 40, 75)), stack(chance)
+    ids, pages = tokens(model, chance, size), pages_of(free, page_size, size)
+    (alone,) = run(model.native, loras, kv, [RowPart(ids, 0, pages, uses)])
 
     free = list(range(NUM_PAGES))
     chance.shuffle(free)
     kv, _ = model.caches(NUM_PAGES, page_size)
-    pages, cut = pages_of(free, page_size, 40), chance.randint(1, 39)
-    for begin, end in ((0, cut), (cut, 40)):
+    pages, cut = pages_of(free, page_size, size), chance.randint(1, size - 1)
+    for begin, end in ((0, cut), (cut, size)):
         count = chance.choice((1, 6, 20))
         parents = tree(chance, count) if chance.random() < 0.5 else None
         other = RowPart(
@@ -161,7 +162,7 @@ def test_bits_of_every_shape_do_not_depend_on_company(isa: Isa, seed: int) -> No
 
     shared = cut // page_size
     done = shared * page_size
-    behind = pages[:shared] + pages_of(free, page_size, 40 - done)
+    behind = pages[:shared] + pages_of(free, page_size, size - done)
     (cached,) = run(model.native, loras, kv, [RowPart(ids[done:], done, behind, uses)])
     assert torch.equal(cached, alone[done:])
 
