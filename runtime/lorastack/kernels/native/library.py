@@ -170,7 +170,11 @@ def library() -> Any | None:
     try:
         loaded = ctypes.CDLL(str(build.LIBRARY))
     except OSError as error:
-        log.warning("no native kernels, steps run in plain torch: %s", error)
+        log.warning(
+            "no native kernels, steps run in plain torch: %s; "
+            "build them with `python -m lorastack.kernels.native.build`",
+            error,
+        )
         return None
     loaded.lorastack_scratch_bytes.restype = c_int64
     loaded.lorastack_scratch_bytes.argtypes = (POINTER(Model), POINTER(Step))
