@@ -10,7 +10,7 @@ SANITIZE := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-san
 PROTOS := $(wildcard protos/lorastack/v1/*.proto)
 PROTOC = $(PY) -m grpc_tools.protoc -Iprotos --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) $(PROTOS)
 
-.PHONY: install proto check check-native format test test-quick test-real demo bench bench-paging serve clean
+.PHONY: install proto check check-native format test test-quick test-real demo bench bench-parts bench-paging peers serve clean
 
 install: $(STAMP) $(LIBRARY)
 
@@ -60,7 +60,11 @@ test-real: install
 demo: install
 	$(PY) -m examples.demo
 
+# The whole table: tokens/s beside the memory's limit and every peer of `make peers`.
 bench: install
+	$(PY) -m benchmarks.speed
+
+bench-parts: install
 	$(PY) -m benchmarks.step
 	$(PY) -m benchmarks.heads
 	$(PY) -m benchmarks.memory
@@ -71,6 +75,15 @@ bench-paging: install
 	$(PY) -m benchmarks.paging.stalls
 	$(PY) -m benchmarks.paging.pressure
 	$(PY) -m benchmarks.paging.zipf
+
+# Other engines to compare with, each in its own environment.
+PEERS := $(notdir $(patsubst %/requirements.txt,%,$(wildcard benchmarks/peers/*/requirements.txt)))
+peers: $(PEERS:%=benchmarks/peers/%/.venv/.installed)
+
+benchmarks/peers/%/.venv/.installed: benchmarks/peers/%/requirements.txt
+	$(PYTHON) -m venv $(@D)
+	CMAKE_ARGS="-DGGML_NATIVE=ON" $(@D)/bin/python -m pip install --quiet -r $<
+	touch $@
 
 serve: install
 	$(VENV)/bin/lorastack serve

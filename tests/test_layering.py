@@ -166,6 +166,7 @@ def test_only_convert_knows_protobuf_and_our_types() -> None:
         ["-m", "lorastack.cli.main", "serve", "--help"],
         ["-m", "lorastack.cli.main", "adapters", "list", "--server", "127.0.0.1:1"],
         ["-m", "lorastack.cli.main", "generate", "hello", "--server", "127.0.0.1:1"],
+        ["-m", "lorastack.cli.main", "bench", "--server", "127.0.0.1:1"],
     ],
     ids=lambda arguments: " ".join(arguments[1:]),
 )

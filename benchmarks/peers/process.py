@@ -20,21 +20,21 @@ PEERS = ("llama_cpp", "openvino", "peft")
 class Peer:
     """A loaded peer that waits for work. Idle it uses no processor."""
 
-    def __init__(self, key: str, requests: IO[str], replies: IO[str], load: Load) -> None:
-        self._key, self._requests, self._replies = key, requests, replies
+    def __init__(self, requests: IO[str], replies: IO[str], log: Path, load: Load) -> None:
+        self._requests, self._replies, self._log = requests, replies, log
         loaded = self._ask("load", asdict(load))
         self.name: str = loaded["name"]
         self.mixed_loras: bool = loaded["mixed_loras"]
 
     def generate(self, job: Job) -> Done:
-        """Raises RuntimeError if the peer has ended; its stderr says why."""
+        """Raises RuntimeError if the peer has ended; with its last words."""
         return Done(**self._ask("generate", asdict(job)))
 
     def _ask(self, op: str, fields: dict[str, Any]) -> dict[str, Any]:
         print(json.dumps({"op": op, **fields}), file=self._requests, flush=True)
         line = self._replies.readline()
         if not line:
-            raise RuntimeError(f"{self._key} ended; see {self._log}")
+            raise RuntimeError(f"a peer ended:\n{self._log.read_text()[-2000:]}")
         reply: dict[str, Any] = json.loads(line)
         return reply
 
@@ -63,6 +63,6 @@ def peer(key: str, python: Path, load: Load, log: Path) -> Iterator[Peer]:
     ):
         assert process.stdin is not None and process.stdout is not None
         try:
-            yield Peer(key, process.stdin, process.stdout, load)
+            yield Peer(process.stdin, process.stdout, log, load)
         finally:
             process.stdin.close()  # ends it

@@ -1,0 +1,100 @@
+"""Engines that take turns: our server in its modes, and the peers that are installed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import gguf
+import typer
+
+from benchmarks.paging.traffic import Background
+from benchmarks.peers.gguf_file import write_gguf
+from benchmarks.peers.process import PEERS, Peer, peer, python_of
+from benchmarks.peers.protocol import Done, Job, Load
+from lorastack.cli.traffic import Outcome, send
+from lorastack.client import Client
+from lorastack.model.default import default_model
+from lorastack.v1 import generation_pb2 as pb
+
+HEADS = "heads-maths"
+
+
+class Engine(Protocol):
+    """What a case measures."""
+
+    def generate(self, job: Job) -> Done: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Ours:
+    """Our server through gRPC, streamed to a client process of low priority.
+
+    max_nodes: drafted tokens a step; 0: speculation off.
+    """
+
+    address: str
+    client: Background
+    max_nodes: int
+
+    def generate(self, job: Job) -> Done:
+        rows = zip(job.prompts, job.loras, strict=True)
+        outcomes = self.client.run(
+            send_all, self.address, [self._request(*row, job.new_tokens) for row in rows]
+        )
+        return done(outcomes)
+
+    def _request(self, prompt: Sequence[int], loras: Sequence[str], new_tokens: int) -> bytes:
+        return pb.GenerateRequest(
+            token_ids=pb.TokenIds(ids=prompt),
+            loras=[pb.LoraRef(lora_id=lora_id) for lora_id in loras],
+            medusa_id=HEADS if self.max_nodes else "none",
+            speculation=pb.Speculation(
+                mode=pb.AUTO if self.max_nodes else pb.OFF, max_nodes=self.max_nodes or None
+            ),
+            stop=pb.StopParams(max_new_tokens=new_tokens, ignore_eos=True),
+        ).SerializeToString()
+
+
+def send_all(address: str, requests: list[bytes]) -> list[Outcome]:
+    """All at once. Runs in the client process."""
+    with Client(address) as client:
+        return send(client, [pb.GenerateRequest.FromString(r) for r in requests], len(requests))
+
+
+def done(outcomes: Sequence[Outcome]) -> Done:
+    """The batch's times: its prompts end when every row has its first token."""
+    began = min(outcome.sent for outcome in outcomes)
+    first = max(outcome.arrivals[0][0] for outcome in outcomes)
+    ended = max(outcome.ended for outcome in outcomes)
+    later = [count for o in outcomes for when, count in o.arrivals if when > first]
+    return Done(first - began, ended - first, sum(later), [])
+
+
+@contextmanager
+def installed_peers(
+    loras: dict[str, Path], threads: int, scratch: Path, wanted: Sequence[str]
+) -> Iterator[dict[str, Peer]]:
+    """Peers that `make peers` has made, loaded, by their keys."""
+    model = default_model()
+    load = Load(
+        model=str(model),
+        gguf={kind: str(scratch / f"{kind}.gguf") for kind in ("BF16", "F16")},
+        loras={name: str(folder) for name, folder in loras.items()},
+        threads=threads,
+    )
+    for kind, path in load.gguf.items():
+        write_gguf(model, Path(path), gguf.GGMLQuantizationType[kind])
+    with ExitStack() as stack:
+        found = {}
+        for key in PEERS:
+            python = python_of(key)
+            if python is None:
+                typer.echo(f"{key}: no environment, skipped; `make peers` makes it", err=True)
+            elif key in wanted:
+                log = scratch / f"{key}.log"
+                found[key] = stack.enter_context(peer(key, python, load, log))
+        yield found

@@ -1,0 +1,86 @@
+"""Arithmetic of the speed benchmark: times of a batch, ratios, floors, bars, gaps."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+
+import pytest
+
+from benchmarks.speed.cases import all_cases
+from benchmarks.speed.chart import chart
+from benchmarks.speed.engines import done
+from benchmarks.speed.latency import gaps
+from benchmarks.speed.results import MATHS, OFF, Bar, Results, bars
+from lorastack.cli.traffic import Outcome
+
+
+def outcome(*arrivals: tuple[float, int], sent: float = 0.0) -> Outcome:
+    return Outcome(sent=sent, arrivals=arrivals, steps=1)
+
+
+def test_decoding_begins_when_every_row_has_a_token() -> None:
+    batch = done([outcome((1.0, 1), (1.5, 1), (3.0, 2)), outcome((2.0, 1), (4.0, 3))])
+    assert batch.prompt_seconds == 2.0
+    assert batch.decode_seconds == 2.0
+    assert batch.decode_tokens == 5  # the one at 1.5 came before
+
+
+def test_gaps_know_the_long_prompt() -> None:
+    rows = [outcome((0.0, 1), (5.0, 1)), outcome((1.0, 1), (2.0, 1), (3.1, 1), (6.1, 1), (7.0, 1))]
+    found = gaps(rows, outcome((6.5, 1), sent=4.0))
+    assert found.median == pytest.approx(1.05)  # of 1.0 and 1.1; row one began before row two ran
+    assert found.p99 == pytest.approx(1.1)
+    assert found.stall == pytest.approx(3.0)
+
+
+def test_ratios_are_medians_of_rounds() -> None:
+    results = Results()
+    results.bandwidth += [100.0, 200.0, 400.0]
+    for ours, theirs in ((10.0, 5.0), (20.0, 40.0), (40.0, 10.0)):
+        results.add("case", OFF, ours)
+        results.add("case", "peer", theirs)
+    results.set_floor("case", rows=2, step_bytes=5)
+    assert results.median("case", OFF) == 20.0
+    assert results.ratio(("case", OFF), ("case", "peer")) == 2.0
+    assert results.ratio(("case", OFF), ("case", "absent")) is None
+    assert results.floor("case") == 80.0
+    assert results.of_floor("case", OFF) == 0.25
+
+
+def test_a_bar_without_its_peer_is_not_reached_nor_missed() -> None:
+    results = Results()
+    results.bandwidth.append(270.0)
+    for engine, rate in ((OFF, 10.0), ("auto 4", 12.0), ("auto 8", 15.0)):
+        results.add(MATHS, engine, rate)
+    results.add("base, 1 rows", OFF, 8.0)
+    results.set_floor("base, 1 rows", rows=1, step_bytes=27)
+    reached = {bar.name: bar.row for bar in bars(results, {"p99": 1.2, "stall": 2.5})}
+    assert reached["batch 1 OFF over llama.cpp"]["reached"] == "not measured"
+    assert reached["batch 1 OFF of its floor"]["reached"] == "yes"
+    assert reached["maths auto 8 over OFF"]["measured"] == "1.50"
+    assert reached["p99 gap over median, 8 rows"]["reached"] == "yes"
+    assert reached["longest gap during a long prompt"]["reached"] == "no"
+    assert Bar("x", 1.0, 1.0).row["reached"] == "yes"
+
+
+def test_cases_name_their_adapters() -> None:
+    cases = {case.name: case for case in all_cases(["a", "b", "c"])}
+    stack = cases["3 rows, stacks of 2"]
+    assert stack.loras == (("a", "b"), ("b", "c"), ("c", "a"))
+    assert stack.adapters == {"a", "b", "c"}
+    assert not stack.fits(mixed_loras=True)
+    assert cases["3 rows, 3 LoRAs"].fits(mixed_loras=True)
+    assert not cases["3 rows, 3 LoRAs"].fits(mixed_loras=False)
+    assert cases["base, 32 rows"].fits(mixed_loras=False)
+
+
+def test_the_chart_is_xml_with_a_bar_a_number() -> None:
+    rows: list[dict[str, object]] = [
+        {"tokens/s": "a < b", "floor": "100", "off": "50.0", "peer": "-"},
+        {"tokens/s": "c", "floor": "-", "off": "5.0", "peer": "10.0"},
+    ]
+    svg = ET.fromstring(chart("title", rows, ["off", "peer"]))
+    namespace = "{http://www.w3.org/2000/svg}"
+    widths = [float(r.attrib["width"]) for r in svg.iter(f"{namespace}rect") if "x" in r.attrib]
+    assert widths == [260.0, 260.0, 520.0]
+    assert len(list(svg.iter(f"{namespace}line"))) == 1
