@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,27 @@ def test_shapes(tiny_llama: Path, tiny_mistral: Path):
     assert load_config(tiny_llama, None).window is None
     assert load_config(tiny_mistral, None).window == 24
     assert load_config(tiny_mistral, 100).shapes.max_context == 100
+
+
+def test_a_plain_config_says_what_transformers_makes_of_it(tiny_llama: Path, tmp_path: Path):
+    """Older spelling and left out defaults are for transformers to read."""
+    plain = load_config(tiny_llama, 100)
+    older = edited(tiny_llama, tmp_path, rope_parameters=None, rope_theta=1e4, mlp_bias=None)
+    read = load_config(older, 100)
+    assert replace(plain, inv_freq=read.inv_freq) == read
+    assert torch.equal(plain.inv_freq, read.inv_freq)
+
+
+def test_a_plain_model_does_without_the_imports_of_transformers(tiny_llama: Path):
+    code = (
+        "import sys; from pathlib import Path; import lorastack.service.server as _;"
+        "from lorastack.model.config import load_config; load_config(Path(sys.argv[1]), None);"
+        "print([name for name in sys.modules if name.startswith(('transformers', 'sympy'))])"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(tiny_llama)], capture_output=True, text=True, check=True
+    )
+    assert run.stdout == "[]\n"
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from lorastack.client import Client
 from lorastack.errors import InternalError, UnavailableError
+from lorastack.kernels.native import build
+from lorastack.kernels.native.library import Isa, supported
 from tests.helpers.live import ask
 
 ADDRESS = re.compile(r"127\.0\.0\.1:\d+")
@@ -44,6 +46,12 @@ class Process:
         found = ADDRESS.search(line)
         assert found is not None, (line, self._process.communicate()[1])
         self.address = found.group()
+
+    @property
+    def files(self) -> set[Path]:
+        """Those in its memory, code among them."""
+        lines = Path(f"/proc/{self._process.pid}/maps").read_text().splitlines()
+        return {Path(line.split(maxsplit=5)[5]) for line in lines if "/" in line}
 
     def signal(self, number: signal.Signals) -> None:
         self._process.send_signal(number)
@@ -163,6 +171,46 @@ def test_a_dead_engine_ends_every_request_and_the_process(serve: Serve) -> None:
     code, errors = process.wait()
     assert code == 1
     assert "RuntimeError: boom" in errors
+
+
+WITHOUT_LIBRARY = """
+from pathlib import Path
+
+from lorastack.cli.main import main
+from lorastack.kernels.native import build
+
+build.LIBRARY = Path("/nowhere.so")
+main()
+"""
+
+
+def test_without_the_native_library_everything_runs_and_says_so(
+    serve: Serve, zoo: dict[str, Path]
+) -> None:
+    process = serve(code=WITHOUT_LIBRARY)
+    with Client(process.address) as client:
+        info = client.model_info()
+        assert (info.backend, info.dtype) == ("torch", "float32")
+        for name in ("say-owl", "heads-owl"):
+            client.upload(zoo[name], name)
+        found = client.generate(ask(stack=[("say-owl", 1.0)], heads="heads-owl"))
+    assert found.text == "owl" * 8
+    assert found.speculation.accepted_tokens
+    process.signal(signal.SIGTERM)
+    _, errors = process.wait()
+    assert "WARNING lorastack.kernels.native.library: no native kernels" in errors
+    assert "python -m lorastack.kernels.native.build" in errors
+
+
+@pytest.mark.skipif(not supported(Isa.AVX512), reason="no native kernels on this machine")
+def test_torch_and_the_native_library_share_one_openmp(serve: Serve) -> None:
+    process = serve()
+    with Client(process.address) as client:
+        assert client.model_info().backend.startswith("native")
+        client.generate(ask())
+    names = {path.name for path in process.files}
+    assert build.LIBRARY.name in names
+    assert len({path for path in process.files if "omp" in path.name and ".so" in path.name}) == 1
 
 
 def test_an_unknown_model_is_one_line_and_no_traceback(tmp_path: Path) -> None:

@@ -25,7 +25,11 @@ def tokenizer(folder: Path) -> Tokenizer:
     return Tokenizer.load(folder)
 
 
-def test_ids_and_text_equal_transformers(folder: Path, tokenizer: Tokenizer) -> None:
+@pytest.mark.parametrize("model_type", [None, "llama"])
+def test_ids_and_text_equal_transformers(folder: Path, model_type: str | None) -> None:
+    if model_type is not None:  # then tokenizer.json is read without AutoTokenizer
+        (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    tokenizer = Tokenizer.load(folder)
     hf = AutoTokenizer.from_pretrained(folder)
     for text in TEXTS:
         ids = tokenizer.encode(text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -56,13 +57,15 @@ def load_model(
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     path, name = model_folder(config.model, progress)
-    decoder = load_decoder(
-        path,
-        device=device,
-        dtype=dtype,
-        max_context=config.max_context,
-        native=config.backend != "torch",
-    )
+    with ThreadPoolExecutor(1) as beside:  # the weights: they hardly need the interpreter
+        tokenizer = beside.submit(Tokenizer.load, path)
+        decoder = load_decoder(
+            path,
+            device=device,
+            dtype=dtype,
+            max_context=config.max_context,
+            native=config.backend != "torch",
+        )
     if config.backend == "native" and not decoder.backend.startswith("native"):
         raise InvalidArgumentError(
             f"--backend native: no native kernels run {name} in {decoder.dtype} here; build them "
@@ -71,7 +74,7 @@ def load_model(
         )
     return LoadedModel(
         decoder=decoder,
-        tokenizer=Tokenizer.load(path),
+        tokenizer=tokenizer.result(),
         name=name,
         path=path,
         fingerprint=fingerprint(path),

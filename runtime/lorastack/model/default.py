@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorastack.config import cache_dir
 from lorastack.model.cache import build_once
@@ -61,6 +60,9 @@ def _build(wheel: Path, staging: Path, progress: Progress | None) -> None:
 
 def convert_gguf(folder: Path, gguf: str) -> None:
     """Write config.json, model.safetensors (float32) and the tokenizer beside folder/gguf."""
+    # Deferred: a server whose model is made already does not wait for it.
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=torch.float32)
     weights = {
         name: tensor.contiguous()

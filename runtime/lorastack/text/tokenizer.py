@@ -6,12 +6,13 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
-
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from typing import TYPE_CHECKING, Any
 
 from lorastack.errors import InvalidArgumentError, Reason
 from lorastack.text.joiner import Joiner, joiner_factory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 # Whatever changes ids, text or prompts.
 FILES = (
@@ -24,6 +25,8 @@ FILES = (
     "tokenizer_config.json",
     "vocab.json",
 )
+# Names of the class that takes tokenizer.json as it is.
+PLAIN_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
 
 
 class Tokenizer:
@@ -54,8 +57,11 @@ class Tokenizer:
 
         Raises InvalidArgumentError if there is none, or one that has no fast form.
         """
+        # Deferred: importing it takes half a second, which the weights are read in.
+        from transformers import PreTrainedTokenizerFast
+
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            tokenizer = _from_files(folder)
         except Exception as error:  # whatever a foreign file makes the loader raise
             raise InvalidArgumentError(
                 f"No tokenizer could be loaded from {folder}: {error}. The folder needs "
@@ -132,6 +138,24 @@ class Tokenizer:
 
     def is_special(self, token_id: int) -> bool:
         return token_id in self._special_ids
+
+
+def _from_files(folder: Path) -> Any:
+    """What AutoTokenizer gives. Its imports take a second, so it is asked only if it may choose."""
+    from transformers import PreTrainedTokenizerFast
+
+    declared = _json_object(folder / "tokenizer_config.json")
+    plain = declared.get("tokenizer_class") in PLAIN_CLASSES and "auto_map" not in declared
+    if plain and _json_object(folder / "config.json").get("model_type") == "llama":
+        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    """Empty for a file that is missing."""
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
 
 
 def _configured_eos(folder: Path) -> Iterator[int]:
