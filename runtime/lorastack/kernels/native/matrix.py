@@ -37,8 +37,8 @@ class PackedMatrix:
 def pack_matrix(weight_OI: Tensor, bias_O: Tensor | None = None) -> PackedMatrix:
     """Outputs in their order."""
     outputs, inputs = weight_OI.shape
-    padded = pad(weight_OI, (0, -inputs % PAD, 0, -outputs % PAD))
-    bias = None if bias_O is None else pad(bias_O.float(), (0, -outputs % PAD))
+    padded = _padded(weight_OI, 0, -inputs % PAD, 0, -outputs % PAD)
+    bias = None if bias_O is None else _padded(bias_O.float(), 0, -outputs % PAD)
     return PackedMatrix(_panels(padded), bias, padded.shape[1])
 
 
@@ -64,8 +64,12 @@ def matrix_rows(matrix: PackedMatrix, ids_N: Tensor) -> Tensor:
 
 
 def _padded_rows(half: Tensor) -> Tensor:
-    missing = -len(half) % PAD
-    return pad(half, (0, 0) * (half.dim() - 1) + (0, missing))
+    return _padded(half, *(0, 0) * (half.dim() - 1), 0, -len(half) % PAD)
+
+
+def _padded(tensor: Tensor, *missing: int) -> Tensor:
+    """`pad` copies even where nothing is missing."""
+    return pad(tensor, missing) if any(missing) else tensor
 
 
 def _in_turn(halves: list[Tensor]) -> Tensor:
