@@ -38,6 +38,16 @@ INLINE const uint16_t* rows_of_16(const RowCache<uint16_t>& kv, const Query<uint
   return scratch;
 }
 
+// Asks for 32 rows of keys or values from `at` on, if they lie together.
+INLINE void prefetch_span(const RowCache<uint16_t>& kv, int at, int limit, int64_t offset, int size,
+                          bool together) {
+  for (int half = at; together && half < at + SPAN && half < limit; half += 16) {
+    const char* rows = (const char*)(kv.data + kv.slots[half] + offset);
+    for (int line = 0; line < 16 * size * (int)sizeof(uint16_t); line += 64)
+      _mm_prefetch(rows + line, _MM_HINT_T0);
+  }
+}
+
 // Columns begin..end of a tile of scores [position][query] into the queries' rows, from `at` on.
 INLINE void scatter_scores(const float (*tile)[TILE_GROUP], int begin, int end, float* scores,
                            int capacity, int at) {
@@ -78,6 +88,18 @@ INLINE void score_span(const RowCache<uint16_t>& kv, const Query<uint16_t>* view
   scatter_scores(s.scores[1], begin, end, scores, capacity, at + 16);
 }
 
+// 2^x for x <= 0 to 5e-5, which bfloat16 does not see; 0 below -126; NaN stays NaN.
+INLINE __m512 exp2_512(__m512 x) {
+  const __m512 live = _mm512_set1_ps(-126.0f);  // smaller results cost a hundred cycles each
+  const __mmask16 alive = _mm512_cmp_ps_mask(x, live, _CMP_NLT_UQ);
+  x = _mm512_max_ps(live, x);  // of a NaN and a number it gives the second
+  const __m512 n = _mm512_roundscale_ps(x, 0), r = _mm512_sub_ps(x, n);
+  __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(9.61812910e-3f), r, _mm512_set1_ps(5.55041086e-2f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.40226507e-1f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.93147180e-1f));
+  return _mm512_maskz_scalef_ps(alive, _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f)), n);
+}
+
 // Softmax weights in place of a query's scores, in bfloat16; gives one over their sum. What it does
 // not see of [begin, end) gets 0.
 INLINE float weigh(const Query<uint16_t>& query, float* scores, int begin, int end, float scale) {
@@ -85,19 +107,22 @@ INLINE float weigh(const Query<uint16_t>& query, float* scores, int begin, int e
   const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   __m512 peak = _mm512_set1_ps(MASKED);
   for (int at = begin; at < end; at += LANES) {
-    const __m512i place = _mm512_add_epi32(_mm512_set1_epi32(at), lanes);
-    const __mmask16 seen = _mm512_cmplt_epi32_mask(place, _mm512_set1_epi32(length)) &
-                           _mm512_cmpge_epi32_mask(place, _mm512_set1_epi32(query.first));
-    const __m512 found = _mm512_mask_mul_ps(_mm512_set1_ps(MASKED), seen,
-                                            _mm512_loadu_ps(scores + at), _mm512_set1_ps(scale));
-    _mm512_storeu_ps(scores + at, found);
+    __m512 found = _mm512_loadu_ps(scores + at);
+    if (at < query.first || at + LANES > length) {
+      const __m512i place = _mm512_add_epi32(_mm512_set1_epi32(at), lanes);
+      const __mmask16 seen = _mm512_cmplt_epi32_mask(place, _mm512_set1_epi32(length)) &
+                             _mm512_cmpge_epi32_mask(place, _mm512_set1_epi32(query.first));
+      found = _mm512_mask_mov_ps(_mm512_set1_ps(MASKED), seen, found);
+      _mm512_storeu_ps(scores + at, found);
+    }
     peak = _mm512_max_ps(peak, found);
   }
-  const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(peak));
+  const __m512 log2e = _mm512_set1_ps(scale * 1.44269504f);
+  const __m512 top = _mm512_mul_ps(_mm512_set1_ps(_mm512_reduce_max_ps(peak)), log2e);
   __m512 total = _mm512_setzero_ps();
   uint16_t* weights = (uint16_t*)scores;  // behind what is still to be read
   for (int at = begin; at < end; at += LANES) {
-    const __m512 weight = exp_512(_mm512_sub_ps(_mm512_loadu_ps(scores + at), top));
+    const __m512 weight = exp2_512(_mm512_fmsub_ps(_mm512_loadu_ps(scores + at), log2e, top));
     BF16::store(weights + at, weight);
     total = _mm512_add_ps(total, weight);
   }
@@ -105,11 +130,9 @@ INLINE float weigh(const Query<uint16_t>& query, float* scores, int begin, int e
 }
 
 // Values of 32 positions as tiles [pair of positions][dimension][2]: `halves` times 32 dimensions
-// from `d` on, two tiles each. Positions outside from..to are zeros. Whether all are finite.
-INLINE bool interleave(const uint16_t* low, const uint16_t* high, int size, int d, int halves,
+// from `d` on, two tiles each. Positions outside from..to are zeros.
+INLINE void interleave(const uint16_t* low, const uint16_t* high, int size, int d, int halves,
                        int from, int to, TileScratch& s) {
-  const __m512i exponent = _mm512_set1_epi16(0x7f80);
-  __mmask32 wild = 0;
   for (int r = 0; r < 16; r++) {
     const uint16_t* rows = (r < 8 ? low : high) + (2 * r % 16) * size + d;
     const __mmask32 even = 2 * r >= from && 2 * r < to ? ~0u : 0;
@@ -117,13 +140,10 @@ INLINE bool interleave(const uint16_t* low, const uint16_t* high, int size, int 
     for (int h = 0; h < halves; h++) {
       const __m512i a = _mm512_maskz_loadu_epi16(even, rows + h * SPAN);
       const __m512i b = _mm512_maskz_loadu_epi16(odd, rows + size + h * SPAN);
-      wild |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(a, exponent), exponent);
-      wild |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(b, exponent), exponent);
       _mm512_store_si512(s.values[2 * h][r], _mm512_unpacklo_epi16(a, b));
       _mm512_store_si512(s.values[2 * h + 1][r], _mm512_unpackhi_epi16(a, b));
     }
   }
-  return !wild;
 }
 
 INLINE void add_values(const uint16_t* weights, int stride, int halves, const TileScratch& s) {
@@ -139,16 +159,20 @@ INLINE void add_values(const uint16_t* weights, int stride, int halves, const Ti
   _tile_dpbf16ps(3, 4, 6);
 }
 
-// Undoes the order of dimensions that `interleave` left, and divides by the sum of weights.
-INLINE void store_context(const TileScratch& s, int g, int halves, float norm, uint16_t* out) {
+// Undoes the order of dimensions that `interleave` left, and divides by the sum of weights. Whether
+// all are numbers.
+INLINE bool store_context(const TileScratch& s, int g, int halves, float norm, uint16_t* out) {
   const __m512i even = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
   const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(8));
   const __m512 share = _mm512_set1_ps(norm);
+  __mmask16 wild = 0;
   for (int h = 0; h < halves; h++) {
     const __m512 a = _mm512_load_ps(s.sums[2 * h][g]), b = _mm512_load_ps(s.sums[2 * h + 1][g]);
+    wild |= _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q);
     BF16::store(out + h * SPAN, _mm512_mul_ps(_mm512_permutex2var_ps(a, even, b), share));
     BF16::store(out + h * SPAN + LANES, _mm512_mul_ps(_mm512_permutex2var_ps(a, odd, b), share));
   }
+  return !wild;
 }
 
 // Where queries of the same token as number `begin` end: they see the same.
@@ -189,6 +213,10 @@ static void attend_tiles(const Query<uint16_t>* queries, int count, const RowCac
   }
   for (int at = begin; at < end; at += SPAN) {
     if (at < shared) {
+      if (count < TILE_GROUP) {  // else another group has read them just before
+        prefetch_span(kv, at + SPAN, shared, 0, size, together);
+        prefetch_span(kv, at, shared, kv.value_offset, size, together);
+      }
       score_span(kv, nullptr, at, longest, size, together, 0, count, s, scratch, capacity);
       continue;
     }
@@ -204,7 +232,7 @@ static void attend_tiles(const Query<uint16_t>* queries, int count, const RowCac
 
   const auto* weights = (const uint16_t*)scratch;
   const int stride = capacity * (int)sizeof(float);
-  bool finite = true;
+  bool numbers = true;
   for (int d = 0; d < size; d += 2 * SPAN) {
     const int halves = size - d > SPAN ? 2 : 1;
     _tile_zero(0);
@@ -221,7 +249,7 @@ static void attend_tiles(const Query<uint16_t>* queries, int count, const RowCac
         const uint16_t* high =
             rows_of_16(kv, viewer, at + 16, limit, kv.value_offset, size, together, s.gathered[1]);
         const int from = one_view ? queries[0].first : 0;
-        finite &= interleave(low, high, size, d, halves, from - at, limit - at, s);
+        interleave(low, high, size, d, halves, from - at, limit - at, s);
         if (!viewer) {
           add_values(weights + at, stride, halves, s);
           continue;
@@ -236,9 +264,10 @@ static void attend_tiles(const Query<uint16_t>* queries, int count, const RowCac
     _tile_stored(1, s.sums[1], 64);
     _tile_stored(2, s.sums[2], 64);
     _tile_stored(3, s.sums[3], 64);
-    for (int g = 0; g < count; g++) store_context(s, g, halves, norms[g], queries[g].out + d);
+    for (int g = 0; g < count; g++)
+      numbers &= store_context(s, g, halves, norms[g], queries[g].out + d);
   }
-  if (finite || one_view) return;
+  if (numbers || one_view) return;
   // Nought times infinity is no number, even for a query that does not look there: one by one.
   for (int g = 0, next; g < count; g = next) {
     next = same_view(queries, g, count);
