@@ -1,0 +1,93 @@
+// lm_head on rows of final states, as the end of a step or on its own.
+#pragma once
+
+#include <omp.h>
+
+#include <vector>
+
+#include "step.h"
+
+#include "lora.h"
+
+namespace lorastack::LORASTACK_ISA {
+
+constexpr int HEAD_PAIRS = 8;  // pairs of lm_head's panels in one chunk
+
+struct Listed {
+  int parts, chunks;  // chunks of their shrinks
+};
+
+// The LoRA parts of `count` targets of every segment, from table place `first_target` on.
+template <class T>
+Listed list_parts(const lorastack_segment* segments, int num_segments, int first_target, int count,
+                  LoraPart<T>* parts) {
+  Listed found = {0, 0};
+  int64_t offset = 0;
+  for (int s = 0; s < num_segments; s++) {
+    const lorastack_segment& segment = segments[s];
+    for (int i = 0; i < count; i++) {
+      const lorastack_target& target = segment.targets[first_target + i];
+      if (!target.rank || segment.begin == segment.end) continue;
+      LoraPart<T>& part = parts[found.parts++];
+      part = {segment.begin,      segment.end,         i,
+              target.rank,        (const T*)target.a,  (const T*)target.b,
+              target.scale * segment.scale, offset};
+      found.chunks += shrink_chunks(part);
+      offset += (int64_t)(segment.end - segment.begin) * target.rank;
+    }
+  }
+  return found;
+}
+
+// lm_head on rows of final states, and its LoRAs. parts: room for one a segment.
+template <class Isa>
+void multiply_head(const lorastack_head& head, Member& member,
+                   LoraPart<typename Isa::E::T>* parts) {
+  using E = typename Isa::E;
+  using T = typename E::T;
+  const Listed found = list_parts(head.segments, head.num_segments, 0, 1, parts);
+  const T* x = (const T*)head.x;
+  if (found.parts)
+    member.phase(found.chunks, [&](int chunk) {
+      shrink<E>(parts, chunk, x, head.inputs, head.inputs, head.scratch);
+    });
+  auto store = [&](Block& block, int row, int count, int panel) {
+    for (int half = 0; half < 2; half++) {
+      const int column = (panel + half) * LANES;
+      if (column >= head.outputs) continue;
+      float* sums = &block.sums[0][half * LANES];
+      if (found.parts)
+        expand<E>(parts, found.parts, head.scratch, 0, column, head.outputs, row, count, sums,
+                  BLOCK_COLS);
+      const __mmask16 mask = first(head.outputs - column);
+      for (int m = 0; m < count; m++)
+        _mm512_mask_storeu_ps(head.out + (size_t)(row + m) * head.outputs + column, mask,
+                              _mm512_load_ps(sums + m * BLOCK_COLS));
+    }
+  };
+  const int pairs = head.rows ? head.matrix.panels / 2 : 0;
+  member.phase(ceil_div(pairs, HEAD_PAIRS), [&](int chunk) {
+    const int end = (chunk + 1) * HEAD_PAIRS < pairs ? (chunk + 1) * HEAD_PAIRS : pairs;
+    for (int pair = chunk * HEAD_PAIRS; pair < end; pair++)
+      matmul<Isa>(x, head.inputs, head.rows, (const T*)head.matrix.weight, head.matrix.k, pair,
+                  store);
+  });
+}
+
+template <class Isa>
+void logits(const lorastack_head& head) {
+  std::vector<LoraPart<typename Isa::E::T>> parts(
+      (size_t)head.num_threads * (head.num_segments + 1));
+  std::vector<Counter> counters(num_counters(2, head.num_threads));
+  Team team{counters.data(), head.num_threads};
+#pragma omp parallel num_threads(head.num_threads)
+  {
+    const int thread = omp_get_thread_num();
+    Member member(team, thread);
+    begin_tiles<Isa>();
+    multiply_head<Isa>(head, member, &parts[(size_t)thread * (head.num_segments + 1)]);
+    end_tiles<Isa>();
+  }
+}
+
+}  // namespace lorastack::LORASTACK_ISA
