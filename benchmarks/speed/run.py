@@ -41,7 +41,7 @@ class Run:
         """number: from 0; engines begin at another one in each."""
         self.results.bandwidth.append(bandwidth(BANDWIDTH_READS))
         for case in cases:
-            typer.echo(f"round {number}: {case.name}", err=True)
+            say(number, case.name)
             job = self._prompts.job(case)
             for name, engine in rotated(self._engines(case), number).items():
                 done = engine.generate(job)
@@ -52,7 +52,7 @@ class Run:
                 )
                 self.results.add(case.name, name, rate)
         self._maths(number)
-        self._latency()
+        self._latency(number)
         if number == 0:
             self.results, self.gaps = Results(), []
 
@@ -65,6 +65,7 @@ class Run:
 
     def _maths(self, number: int) -> None:
         """One maths question as it comes, with heads of every tree size."""
+        say(number, MATHS)
         prompt = self._prompts.maths[number % len(self._prompts.maths)]
         job = Job([prompt], MATHS_TOKENS, [()])
         engines: dict[str, Engine] = {OFF: self._off, **self._trees}
@@ -73,7 +74,8 @@ class Run:
             done = engine.generate(job)
             self.results.add(MATHS, name, done.decode_tokens / done.decode_seconds)
 
-    def _latency(self) -> None:
+    def _latency(self, number: int) -> None:
+        say(number, "gaps between tokens")
         rows = islice(self._prompts.maths, latency.ROWS)
         prompts = [self._prompts.filled(ids, len(ids)) for ids in rows]
         long_prompt = self._prompts.filled([], latency.LONG_PROMPT)
@@ -85,6 +87,11 @@ class Run:
             "p99": statistics.median(gaps.p99 / gaps.median for gaps in self.gaps),
             "stall": statistics.median(gaps.stall / gaps.median for gaps in self.gaps),
         }
+
+
+def say(number: int, what: str) -> None:
+    """Progress, on stderr."""
+    typer.echo(f"round {number}: {what}", err=True)
 
 
 def rotated(engines: dict[str, Engine], by: int) -> dict[str, Engine]:
