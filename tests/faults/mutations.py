@@ -17,6 +17,7 @@ NAMES = st.sampled_from(
     [
         *("adapter_config.json", "config.json", "adapter_model.safetensors", "README.md"),
         *("medusa_lm_head.safetensors", "chat_template.jinja", "tokenizer_config.json"),
+        "draft_vocabulary.safetensors",
         *("adapter_model.bin", "x.py", "x.pt", "x.json", "x.safetensors", "../x", "a/b", ".", ""),
         *("/etc/passwd", "a\0b", "é", "x" * 300, ".tmp", "LOCK"),
     ]
