@@ -36,7 +36,7 @@ class EngineConfig:
     page_size: int = 16  # tokens
     max_rows: int = 32  # running at once
     max_queue: int = 256  # waiting
-    max_step_tokens: int = 256  # prompt tokens a step, beside the decode rows
+    max_step_tokens: int = 256  # of prompts; fewer beside rows that decode, see engine.pace
     max_nodes: int = 8  # drafted tokens a row and step when the request does not say
     max_buffered_events: int = 64  # a slow reader's unread events before its row parks
 

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from lorastack.adapters.device import DeviceAdapter
 from lorastack.config import EngineConfig
 from lorastack.engine.batch import Batch, RowResult, RowStep
+from lorastack.engine.pace import MIN_TOKENS, Pace
 from lorastack.engine.pages import Pages
 from lorastack.engine.row import Row
 from lorastack.engine.scheduler import Scheduler
@@ -192,10 +193,13 @@ class World:
         self.pages = Pages(num_pages, PAGE)
         self.pool = Pool(self.chance)
         self.model = Model(num_pages, self.chance)
+        limits = EngineConfig(page_size=PAGE, **config)
+        self.pace = Pace(limits.max_step_tokens)
         self.scheduler = Scheduler(
-            EngineConfig(page_size=PAGE, **config),
+            limits,
             self.pages,
             self.pool,  # type: ignore[arg-type]
+            self.pace,
             frozenset({0}),
             lambda id, source, logprobs: GeneratedToken(id=id, source=source, logprobs=logprobs),
         )
@@ -289,6 +293,18 @@ def test_prompt_chunks_and_decode_rows_share_a_step() -> None:
     batch = world.step()
     assert batch is not None
     assert sorted(len(step.token_ids) for step in batch.steps) == [1, 5]
+
+
+def test_a_prompt_takes_less_beside_a_row_that_decodes() -> None:
+    world = World(64, max_step_tokens=30)
+    world.scheduler.add(make_row(make_request("short", [1], 30, ignore_eos=True)))
+    world.step()
+    world.pace.record(prompt_tokens=0, decoding=True, seconds=1.0)
+    world.pace.record(prompt_tokens=4, decoding=True, seconds=9.0)
+    world.scheduler.add(make_row(make_request("long", [2] * 40, 1)))
+    batch = world.step()
+    assert batch is not None
+    assert sorted(len(step.token_ids) for step in batch.steps) == [1, MIN_TOKENS]
 
 
 def test_equal_prompts_share_pages_only_with_equal_adapters() -> None:

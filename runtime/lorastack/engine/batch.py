@@ -44,6 +44,11 @@ class RowStep:
     num_candidates: int  # tokens a head shall propose; 0: make no draft
 
     @property
+    def decodes(self) -> bool:
+        """Whether it brings no prompt, but its last token and a tree behind it, if any."""
+        return self.tree is not None or len(self.token_ids) == 1
+
+    @property
     def stack(self) -> list[tuple[str, float]]:
         """What its segments depend on: neighbours with an equal stack share them."""
         return [(use.digest, use.scale) for use in self.request.loras]
@@ -54,6 +59,10 @@ class Batch:
     """One step. Rows of one stack of LoRAs lie side by side."""
 
     steps: tuple[RowStep, ...]
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(len(step.token_ids) for step in self.steps if not step.decodes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,6 +11,7 @@ from concurrent.futures import Future
 
 from lorastack.adapters.pool import DevicePool
 from lorastack.config import EngineConfig
+from lorastack.engine.pace import Pace
 from lorastack.engine.pages import Pages
 from lorastack.engine.residency import Residency
 from lorastack.engine.row import Row
@@ -60,7 +61,10 @@ class Engine:
         self._pool = pool
         self._on_events = on_events
         self._on_failure = on_failure
-        self._scheduler = Scheduler(config, pages, pool, tokenizer.eos_ids, self._describe)
+        self._pace = Pace(config.max_step_tokens)
+        self._scheduler = Scheduler(
+            config, pages, pool, self._pace, tokenizer.eos_ids, self._describe
+        )
         self._residency = Residency(pool, pages, self._scheduler.uses)
         self._changed = threading.Condition()
         self._inbox: deque[Callable[[], None]] = deque()
@@ -198,11 +202,17 @@ class Engine:
         batch = self._scheduler.schedule()
         if batch is not None:
             self.num_steps += 1
+            began = time.monotonic()
             try:
                 results = self._runner.run(batch)
             except Exception as error:
                 self._fail_step(error, [step.request.request_id for step in batch.steps])
             else:
+                self._pace.record(
+                    prompt_tokens=batch.prompt_tokens,
+                    decoding=any(step.decodes for step in batch.steps),
+                    seconds=time.monotonic() - began,
+                )
                 self._scheduler.update(results)
         self._residency.step()
         self._publish()

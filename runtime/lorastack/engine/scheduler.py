@@ -17,6 +17,7 @@ from lorastack.engine.batch import (
     RowStep,
     heads_choices,
 )
+from lorastack.engine.pace import Pace
 from lorastack.engine.pages import Pages, chain_hash
 from lorastack.engine.row import Row
 from lorastack.errors import DeadlineExceededError, LorastackError
@@ -44,12 +45,14 @@ class Scheduler:
         config: EngineConfig,
         pages: Pages,
         pool: DevicePool,
+        pace: Pace,
         eos_ids: frozenset[int],
         describe: Describe,
     ) -> None:
         self._config = config
         self._pages = pages
         self._pool = pool
+        self._pace = pace
         self._eos_ids = eos_ids
         self._describe = describe
         self._waiting: deque[Row] = deque()
@@ -93,7 +96,8 @@ class Scheduler:
         """Pages, adapters and tokens for as many rows as fit; None when no row can run."""
         now = time.monotonic()
         self._end_overdue(now)
-        budget = self._config.max_step_tokens
+        decoding = any(row.num_pending == 1 and not row.parked for row in self._running)
+        budget = self._pace.budget(decoding=decoding)
         for row in list(self._running):
             if row.parked or row not in self._running:  # preempted by a row before it
                 continue

@@ -151,7 +151,7 @@ def attend(q_THD: Tensor, kv: Tensor, plan: AttentionPlan) -> Tensor:
     out_THD = q_THD.new_empty(num_tokens, num_heads, head_dim)
     for group in plan.groups:
         rows, tokens = group.num_rows, group.num_tokens
-        row_kv = kv.index_select(0, group.pages).unflatten(0, (rows, -1))
+        row_kv = kv.index_select(0, group.pages).view(rows, -1, *kv.shape[1:])
         # [2, B, kv heads, pages of a row, P, D], then slots of all pages in a row
         by_head = row_kv.permute(2, 0, 3, 1, 4, 5).flatten(3, 4)
         k_BHLD, v_BHLD = by_head[..., : group.num_slots, :].unbind(0)

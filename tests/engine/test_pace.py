@@ -1,0 +1,61 @@
+"""How much of a prompt runs beside rows that decode."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lorastack.engine.pace import MIN_TOKENS, STRETCH, Pace
+
+seconds = st.floats(1e-4, 10.0)
+
+
+def run(pace: Pace, step: float, token: float, *, steps: int = 40) -> list[tuple[int, float]]:
+    """Steps of a machine whose costs are what the pace assumes: (prompt tokens, seconds)."""
+    found = []
+    for _ in range(steps):
+        tokens = pace.budget(decoding=True)
+        found.append((tokens, step + token * tokens))
+        pace.record(prompt_tokens=tokens, decoding=True, seconds=found[-1][1])
+    return found
+
+
+@given(seconds, seconds, st.integers(MIN_TOKENS, 4096))
+def test_a_prompt_stretches_a_step_to_the_limit_and_always_goes_on(
+    step: float, token: float, most: int
+) -> None:
+    pace = Pace(most)
+    pace.record(prompt_tokens=0, decoding=True, seconds=step)
+    pace.record(prompt_tokens=most, decoding=False, seconds=step + most * token)
+    for tokens, took in run(pace, step, token):
+        assert MIN_TOKENS <= tokens <= most
+        assert took <= max(STRETCH * step, step + MIN_TOKENS * token) * 1.001
+        # One token more would be too many, or there is no more to take.
+        assert tokens in (most, MIN_TOKENS) or took + token > STRETCH * step * 0.999
+
+
+@given(seconds, st.floats(0.001, 0.1), st.floats(0.1, 10))
+def test_it_follows_a_machine_that_changes(step: float, price: float, change: float) -> None:
+    pace, token = Pace(100_000), price * step
+    pace.record(prompt_tokens=0, decoding=True, seconds=step)
+    run(pace, step, token)
+    *_, (tokens, took) = run(pace, step, token * change)
+    assert took <= 1.1 * STRETCH * step or tokens == MIN_TOKENS
+
+
+def test_nothing_is_held_back_alone_or_before_anything_is_known() -> None:
+    pace = Pace(300)
+    assert pace.budget(decoding=True) == 300
+    pace.record(prompt_tokens=0, decoding=True, seconds=0.01)
+    pace.record(prompt_tokens=100, decoding=True, seconds=0.11)
+    assert pace.budget(decoding=False) == 300
+    assert pace.budget(decoding=True) == MIN_TOKENS
+
+
+def test_a_few_tokens_at_a_prompts_end_say_little_about_the_price_of_one() -> None:
+    pace = Pace(300)
+    pace.record(prompt_tokens=0, decoding=True, seconds=0.1)
+    pace.record(prompt_tokens=100, decoding=True, seconds=0.2)
+    before = pace.budget(decoding=True)
+    pace.record(prompt_tokens=1, decoding=True, seconds=0.2)
+    assert pace.budget(decoding=True) > before / 2
