@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import time
@@ -262,6 +263,7 @@ class Server:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, ask, number)
         await self.start()
+        gc.freeze()  # a full collection walks all of torch and holds up a step for 0.1 s
         on_ready(self._ready_line())
         events = (asked.wait(), self._dispatcher.failed.wait())
         waiting = [asyncio.ensure_future(event) for event in events]
