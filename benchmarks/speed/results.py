@@ -6,6 +6,7 @@ import statistics
 from dataclasses import dataclass, field
 
 OFF, AUTO = "off", "auto"
+BANDWIDTH = "bandwidth"
 MATHS = "maths"
 
 
@@ -13,12 +14,11 @@ MATHS = "maths"
 class Results:
     """A list per (case, engine), one value a round: tokens a second.
 
-    bandwidth: bytes a second, one a round; step_bytes: what a step of a case must read; rows: of
-    its batch.
+    BANDWIDTH is an engine too: bytes a second, just before the case. step_bytes: what a step of a
+    case must read; rows: of its batch.
     """
 
     values: dict[str, dict[str, list[float]]] = field(default_factory=dict)
-    bandwidth: list[float] = field(default_factory=list)
     step_bytes: dict[str, int] = field(default_factory=dict)
     rows: dict[str, int] = field(default_factory=dict)
 
@@ -41,20 +41,16 @@ class Results:
 
     def of_floor(self, case: str, engine: str) -> float | None:
         """Which share of the tokens that the round's bandwidth allows."""
-        found = self.values.get(case, {}).get(engine, [])
-        if case not in self.step_bytes:
-            return None
-        shares = [
-            value * self.step_bytes[case] / self.rows[case] / speed
-            for value, speed in zip(found, self.bandwidth, strict=False)
-        ]
-        return statistics.median(shares) if shares else None
+        ratio = self.ratio((case, engine), (case, BANDWIDTH))
+        return None if ratio is None else ratio * self.bytes_a_token(case)
 
     def floor(self, case: str) -> float | None:
         """Tokens a second at the median bandwidth."""
-        if case not in self.step_bytes:
-            return None
-        return statistics.median(self.bandwidth) * self.rows[case] / self.step_bytes[case]
+        speed = self.median(case, BANDWIDTH)
+        return None if speed is None else speed / self.bytes_a_token(case)
+
+    def bytes_a_token(self, case: str) -> float:
+        return self.step_bytes[case] / self.rows[case]
 
     def table(self, engines: list[str]) -> list[dict[str, object]]:
         """A row a case; of floor: OFF's share."""

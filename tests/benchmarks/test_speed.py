@@ -10,7 +10,7 @@ from benchmarks.speed.cases import all_cases
 from benchmarks.speed.chart import chart
 from benchmarks.speed.engines import done
 from benchmarks.speed.latency import gaps
-from benchmarks.speed.results import MATHS, OFF, Bar, Results, bars
+from benchmarks.speed.results import BANDWIDTH, MATHS, OFF, Bar, Results, bars
 from lorastack.cli.traffic import Outcome
 
 
@@ -35,8 +35,8 @@ def test_gaps_know_the_long_prompt() -> None:
 
 def test_ratios_are_medians_of_rounds() -> None:
     results = Results()
-    results.bandwidth += [100.0, 200.0, 400.0]
-    for ours, theirs in ((10.0, 5.0), (20.0, 40.0), (40.0, 10.0)):
+    for speed, ours, theirs in ((100.0, 10.0, 5.0), (200.0, 20.0, 40.0), (400.0, 40.0, 10.0)):
+        results.add("case", BANDWIDTH, speed)
         results.add("case", OFF, ours)
         results.add("case", "peer", theirs)
     results.set_floor("case", rows=2, step_bytes=5)
@@ -49,10 +49,10 @@ def test_ratios_are_medians_of_rounds() -> None:
 
 def test_a_bar_without_its_peer_is_not_reached_nor_missed() -> None:
     results = Results()
-    results.bandwidth.append(270.0)
     for engine, rate in ((OFF, 10.0), ("auto 4", 12.0), ("auto 8", 15.0)):
         results.add(MATHS, engine, rate)
     results.add("base, 1 rows", OFF, 8.0)
+    results.add("base, 1 rows", BANDWIDTH, 270.0)
     results.set_floor("base, 1 rows", rows=1, step_bytes=27)
     reached = {bar.name: bar.row for bar in bars(results, {"p99": 1.2, "stall": 2.5})}
     assert reached["batch 1 OFF over llama.cpp"]["reached"] == "not measured"
