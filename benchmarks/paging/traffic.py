@@ -52,7 +52,7 @@ class Outcome:
 
 
 class Background:
-    """Runs functions in one process of low priority."""
+    """Runs functions in one process of its own."""
 
     def __init__(self, pool: ProcessPoolExecutor) -> None:
         self._pool = pool
@@ -66,9 +66,10 @@ class Background:
 
 
 @contextmanager
-def background() -> Iterator[Background]:
+def background(niceness: int = 19) -> Iterator[Background]:
+    """niceness: 19 leaves the processors to the server, 0 sees messages when they come."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context, initializer=_be_nice) as pool:
+    with ProcessPoolExecutor(1, context, initializer=os.nice, initargs=(niceness,)) as pool:
         yield Background(pool)
 
 
@@ -122,7 +123,3 @@ async def _stream(stub: Any, index: int, call: Call, start: float) -> Outcome:
         tokens=final.usage.generated_tokens,
         gaps=tuple(after - before for before, after in pairwise(times)),
     )
-
-
-def _be_nice() -> None:
-    os.nice(19)

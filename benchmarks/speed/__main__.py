@@ -58,9 +58,10 @@ def main(
         server = stack.enter_context(local_server(*options))
         client = stack.enter_context(Client(server.address))
         sender = stack.enter_context(background())
+        watcher = stack.enter_context(background(niceness=0))
         adapter_bytes = upload(client, loras)
         cases = all_cases(list(loras))
-        run = Run(server.address, sender, others, Prompts(client))
+        run = Run(server.address, sender, watcher, others, Prompts(client))
         for number in range(rounds + 1):
             run.round(cases, number)
         names = {name: peer.name for name, peer in others.items()}

@@ -24,12 +24,20 @@ BANDWIDTH_READS = 5
 
 
 class Run:
-    """One benchmark. Results of the first round, which warms up, are dropped."""
+    """One benchmark. Results of the first round, which warms up, are dropped.
+
+    sender, a process of low priority, measures rates; watcher, one of normal priority, gaps.
+    """
 
     def __init__(
-        self, server: str, sender: Background, peers: Mapping[str, Peer], prompts: Prompts
+        self,
+        server: str,
+        sender: Background,
+        watcher: Background,
+        peers: Mapping[str, Peer],
+        prompts: Prompts,
     ) -> None:
-        self._server, self._sender = server, sender
+        self._server, self._watcher = server, watcher
         self._off = Ours(server, sender, 0)
         self._trees = {f"{AUTO} {nodes}": Ours(server, sender, nodes) for nodes in TREES}
         self._auto = Ours(server, sender, DEFAULT_NODES)
@@ -80,7 +88,7 @@ class Run:
         rows = islice(self._prompts.maths, latency.ROWS)
         prompts = [self._prompts.filled(ids, len(ids)) for ids in rows]
         long_prompt = self._prompts.filled([], latency.LONG_PROMPT)
-        self.gaps.append(latency.measure(self._sender, self._server, prompts, long_prompt))
+        self.gaps.append(latency.measure(self._watcher, self._server, prompts, long_prompt))
 
     def gap_ratios(self) -> dict[str, float]:
         """Medians over rounds: p99 and the stall, over the median gap."""
