@@ -69,9 +69,7 @@ class NativeBackend:
         self._cosine_PF = angle_PF.cos().mul_(config.rope_scale)
         self._sine_PF = angle_PF.sin().mul_(config.rope_scale)
         self._models: WeakKeyDictionary[KVCache, _Model] = WeakKeyDictionary()
-        self._targets: WeakKeyDictionary[LoraWeights, ctypes.Array[native.Target]] = (
-            WeakKeyDictionary()
-        )
+        self._targets: WeakKeyDictionary[LoraWeights, _Targets] = WeakKeyDictionary()
 
     @classmethod
     def load(
@@ -101,8 +99,7 @@ class NativeBackend:
             torch.empty(num_outputs),
             torch.empty(num_outputs, dtype=torch.int64),
         )
-        tables = [self._targets_of(segment.weights) for segment in uses]
-        segments = _segments(uses, [ctypes.addressof(table) for table in tables])
+        segments = _segments(uses, [self._targets_of(segment.weights) for segment in uses])
         rows = _Rows(batch)
         embedded_TH = self._embedded(batch)
         step = native.Step(
@@ -135,18 +132,14 @@ class NativeBackend:
         out_XV = torch.empty(num_rows, shapes.vocab_size)
         adapting = [each for each in lora.segments if LM_HEAD_GROUP in each.weights.groups]
         heads = [each.weights.groups[LM_HEAD_GROUP] for each in adapting]
-        targets = (native.Target * len(heads))(*(_target(head, head.targets[0]) for head in heads))
-        segments = _segments(adapting, [ctypes.addressof(target) for target in targets])
-        num_shrunk = sum(
-            len(head.a_RI) * (each.end - each.start)
-            for each, head in zip(adapting, heads, strict=True)
-        )
+        targets = [_Targets.of([_target(head, head.targets[0])]) for head in heads]
+        segments = _segments(adapting, targets)
         head = native.Head(
             self._weights.lm_head.struct,
             ctypes.addressof(segments),
             x_XH.data_ptr(),
             out_XV.data_ptr(),
-            self._scratch_of(num_shrunk * torch.float32.itemsize),
+            None,
             len(segments),
             num_rows,
             shapes.vocab_size,
@@ -223,7 +216,7 @@ class NativeBackend:
         )
         return _Model(model, layers)
 
-    def _targets_of(self, weights: LoraWeights) -> ctypes.Array[native.Target]:
+    def _targets_of(self, weights: LoraWeights) -> _Targets:
         """[num_layers][7], then lm_head's, made once an adapter."""
         if weights not in self._targets:
             num_layers = self._config.shapes.num_layers
@@ -234,7 +227,7 @@ class NativeBackend:
                     start = layer * len(LAYER_TARGETS) + FIRST_TARGET[group]
                 for target in adapted.targets:
                     found[start + target.index] = _target(adapted, target)
-            self._targets[weights] = (native.Target * len(found))(*found)
+            self._targets[weights] = _Targets.of(found)
         return self._targets[weights]
 
 
@@ -244,6 +237,20 @@ class _Model:
 
     model: native.Model
     layers: ctypes.Array[native.Layer]
+
+
+@dataclass(frozen=True, slots=True)
+class _Targets:
+    """An adapter's targets for the library, and the largest rank of them."""
+
+    table: ctypes.Array[native.Target]
+    address: int
+    max_rank: int
+
+    @classmethod
+    def of(cls, targets: Sequence[native.Target]) -> _Targets:
+        table = (native.Target * len(targets))(*targets)
+        return cls(table, ctypes.addressof(table), max(target.rank for target in targets))
 
 
 class _Rows:
@@ -286,12 +293,14 @@ class _Rows:
         return start
 
 
-def _segments(segments: Sequence[Segment], targets: Sequence[int]) -> ctypes.Array[native.Segment]:
-    """targets: the address of each segment's."""
+def _segments(
+    segments: Sequence[Segment], targets: Sequence[_Targets]
+) -> ctypes.Array[native.Segment]:
+    """targets: of each segment; the caller keeps them."""
     return (native.Segment * len(segments))(
         *(
-            native.Segment(address, segment.start, segment.end, segment.scale)
-            for segment, address in zip(segments, targets, strict=True)
+            native.Segment(table.address, each.start, each.end, each.scale, table.max_rank)
+            for each, table in zip(segments, targets, strict=True)
         )
     )
 

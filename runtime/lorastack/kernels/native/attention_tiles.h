@@ -73,6 +73,7 @@ INLINE void score_span(const RowCache<uint16_t>& kv, const Query<uint16_t>* view
                        float* scores, int capacity) {
   const uint16_t* low = rows_of_16(kv, viewer, at, limit, 0, size, together, s.gathered[0]);
   const uint16_t* high = rows_of_16(kv, viewer, at + 16, limit, 0, size, together, s.gathered[1]);
+  before_tile_loads();
   _tile_zero(0);
   _tile_zero(1);
   for (int d = 0; d < size; d += SPAN) {
@@ -147,6 +148,7 @@ INLINE void interleave(const uint16_t* low, const uint16_t* high, int size, int 
 }
 
 INLINE void add_values(const uint16_t* weights, int stride, int halves, const TileScratch& s) {
+  before_tile_loads();
   _tile_loadd(4, weights, stride);
   _tile_loadd(5, s.values[0], 64);
   _tile_loadd(6, s.values[1], 64);

@@ -8,6 +8,7 @@
 #include "step.h"
 
 #include "lora.h"
+#include "lora_tiles.h"
 
 namespace lorastack::LORASTACK_ISA {
 
@@ -33,10 +34,33 @@ Listed list_parts(const lorastack_segment* segments, int num_segments, int first
               target.rank,        (const T*)target.a,  (const T*)target.b,
               target.scale * segment.scale, offset};
       found.chunks += shrink_chunks(part);
-      offset += (int64_t)(segment.end - segment.begin) * target.rank;
+      offset += shrunk_floats(segment.begin, segment.end, target.rank);
     }
   }
   return found;
+}
+
+// Chunk number `chunk` of the shrinks of all parts.
+template <class E>
+INLINE void shrink_chunk(const LoraPart<typename E::T>* parts, int chunk, const typename E::T* x,
+                         size_t ldx, int k, float* shrunk) {
+  for (; chunk >= shrink_chunks(*parts); parts++) chunk -= shrink_chunks(*parts);
+#ifdef __AMX_BF16__
+  shrink_tiles(*parts, chunk, x, ldx, k, shrunk);
+#else
+  shrink<E>(*parts, chunk, x, ldx, k, shrunk);
+#endif
+}
+
+// All parts' updates to both panels of a block.
+template <class E>
+INLINE void expand_panels(const LoraPart<typename E::T>* parts, int count, float* shrunk,
+                          const Panel (&panels)[2], int row, int rows) {
+#ifdef __AMX_BF16__
+  expand_tiles(parts, count, shrunk, panels, row, rows, BLOCK_COLS);
+#else
+  for (const Panel& panel : panels) expand<E>(parts, count, shrunk, panel, row, rows, BLOCK_COLS);
+#endif
 }
 
 // lm_head on rows of final states, and its LoRAs. parts: room for one a segment.
@@ -49,16 +73,18 @@ void multiply_head(const lorastack_head& head, Member& member,
   const T* x = (const T*)head.x;
   if (found.parts)
     member.phase(found.chunks, [&](int chunk) {
-      shrink<E>(parts, chunk, x, head.inputs, head.inputs, head.scratch);
+      shrink_chunk<E>(parts, chunk, x, head.inputs, head.inputs, head.scratch);
     });
   auto store = [&](Block& block, int row, int count, int panel) {
+    if (found.parts) {
+      const Panel panels[2] = {{0, panel * LANES, head.outputs, block.sums[0]},
+                               {0, (panel + 1) * LANES, head.outputs, block.sums[0] + LANES}};
+      expand_panels<E>(parts, found.parts, head.scratch, panels, row, count);
+    }
     for (int half = 0; half < 2; half++) {
       const int column = (panel + half) * LANES;
       if (column >= head.outputs) continue;
       float* sums = &block.sums[0][half * LANES];
-      if (found.parts)
-        expand<E>(parts, found.parts, head.scratch, 0, column, head.outputs, row, count, sums,
-                  BLOCK_COLS);
       const __mmask16 mask = first(head.outputs - column);
       for (int m = 0; m < count; m++)
         _mm512_mask_storeu_ps(head.out + (size_t)(row + m) * head.outputs + column, mask,
@@ -75,7 +101,14 @@ void multiply_head(const lorastack_head& head, Member& member,
 }
 
 template <class Isa>
-void logits(const lorastack_head& head) {
+void logits(lorastack_head head) {
+  int64_t floats = 0;
+  for (int s = 0; s < head.num_segments; s++) {
+    const lorastack_segment& segment = head.segments[s];
+    floats += shrunk_floats(segment.begin, segment.end, segment.targets->rank);
+  }
+  std::vector<float> shrunk(floats);
+  head.scratch = shrunk.data();
   std::vector<LoraPart<typename Isa::E::T>> parts(
       (size_t)head.num_threads * (head.num_segments + 1));
   std::vector<Counter> counters(num_counters(2, head.num_threads));

@@ -55,7 +55,7 @@ class Segment(Structure):
         ("begin", c_int32),
         ("end", c_int32),
         ("scale", c_float),
-        ("unused", c_int32),
+        ("max_rank", c_int32),
     )
 
 

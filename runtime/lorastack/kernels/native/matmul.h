@@ -118,6 +118,9 @@ INLINE void end_tiles() {
 }
 
 #ifdef __AMX_BF16__
+// The compiler does not know that tile loads read memory: what was just written is written first.
+INLINE void before_tile_loads() { __asm__ volatile("" ::: "memory"); }
+
 // TWO: rows 17 to 32 too.
 template <bool TWO>
 static void amx_block(const uint16_t* x, size_t ldx, const uint16_t* w0, const uint16_t* w1, int k,

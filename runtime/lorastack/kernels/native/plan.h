@@ -70,10 +70,7 @@ Buffers<T> lay_out(const lorastack_model& model, const lorastack_step& step, int
   }
   for (int s = 0; s < step.num_segments; s++) {
     const lorastack_segment& segment = step.segments[s];
-    int most = 0;
-    for (int i = 0; i <= model.num_layers * TARGETS; i++)
-      if (segment.targets[i].rank > most) most = segment.targets[i].rank;
-    shrunk += (int64_t)(segment.end - segment.begin) * most * 3;
+    shrunk += 3 * shrunk_floats(segment.begin, segment.end, segment.max_rank);
   }
   b.capacity = (int)((longest + 32) / 32 * 32);
   b.ld_hidden = padded(model.hidden);

@@ -29,12 +29,13 @@ struct lorastack_target {
   int32_t rank;
 };
 
-// Tokens begin..end use an adapter's targets: in a step [num_layers][7], then lm_head's.
+// Tokens begin..end use an adapter's targets: in a step [num_layers][7], then lm_head's. max_rank: the
+// largest of them.
 struct lorastack_segment {
   const lorastack_target* targets;
   int32_t begin, end;
   float scale;
-  int32_t unused;
+  int32_t max_rank;
 };
 
 // Tokens start..end of the step; parents: null for a chain.
@@ -77,7 +78,7 @@ struct lorastack_head {
   lorastack_matrix matrix;
   const lorastack_segment* segments;
   const void* x;
-  float *out, *scratch;  // scratch: the sum over segments of rows x rank
+  float *out, *scratch;  // scratch: of a step; on its own it has none
   int32_t num_segments, rows, outputs, inputs, num_threads, isa;
 };
 

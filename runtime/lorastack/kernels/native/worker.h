@@ -79,21 +79,21 @@ struct Worker {
         list_parts(step.segments, step.num_segments, first_target, group.count, parts);
     num_parts = found.parts;
     if (num_parts)
-      member.phase(found.chunks, [&](int chunk) { shrink<E>(parts, chunk, x, ldx, k, b.shrunk); });
+      member.phase(found.chunks,
+                   [&](int chunk) { shrink_chunk<E>(parts, chunk, x, ldx, k, b.shrunk); });
   }
 
-  // Bias and LoRA of one panel of a block: outputs column.. of a group's target.
-  void finish(Block& block, int half, const lorastack_matrix& matrix, int panel,
-                         int row, int rows, int index, int column, int out_size) {
-    float* sums = &block.sums[0][half * LANES];
-    if (matrix.bias) {
-      __m512 bias = _mm512_loadu_ps(matrix.bias + panel * LANES);
-      for (int m = 0; m < rows; m++)
-        _mm512_storeu_ps(sums + m * BLOCK_COLS,
-                         _mm512_add_ps(_mm512_loadu_ps(sums + m * BLOCK_COLS), bias));
+  // Bias and LoRA of a block. first: its first panel's number; panels: which outputs they are.
+  void finish(const lorastack_matrix& matrix, int first, int row, int rows,
+              const Panel (&panels)[2]) {
+    for (int half = 0; matrix.bias && half < 2; half++) {
+      const __m512 bias = _mm512_loadu_ps(matrix.bias + (first + half) * LANES);
+      for (int m = 0; m < rows; m++) {
+        float* sums = panels[half].sums + m * BLOCK_COLS;
+        _mm512_storeu_ps(sums, _mm512_add_ps(_mm512_loadu_ps(sums), bias));
+      }
     }
-    if (num_parts)
-      expand<E>(parts, num_parts, b.shrunk, index, column, out_size, row, rows, sums, BLOCK_COLS);
+    if (num_parts) expand_panels<E>(parts, num_parts, b.shrunk, panels, row, rows);
   }
 
   // A projection of all tokens, pair by pair of panels.
@@ -106,14 +106,17 @@ struct Worker {
 
   void project_qkv(const lorastack_layer& layer) {
     const int query = model.heads * model.head_dim, key = model.kv_heads * model.head_dim;
+    auto outputs = [&](Block& block, int panel, int half) -> Panel {
+      const int column = (panel + half) * LANES;
+      const int index = column < query ? 0 : column < query + key ? 1 : 2;
+      const int start = index == 0 ? 0 : index == 1 ? query : query + key;
+      return {index, column - start, index == 0 ? query : key, block.sums[0] + half * LANES};
+    };
     project(layer.qkv, b.x, b.ld_hidden, [&](Block& block, int row, int rows, int panel) {
+      finish(layer.qkv, panel, row, rows, {outputs(block, panel, 0), outputs(block, panel, 1)});
       for (int half = 0; half < 2; half++) {
         const int column = (panel + half) * LANES;
         if (column >= query + 2 * key) continue;
-        const int index = column < query ? 0 : column < query + key ? 1 : 2;
-        const int start = index == 0 ? 0 : index == 1 ? query : query + key;
-        finish(block, half, layer.qkv, panel + half, row, rows, index, column - start,
-               index == 0 ? query : key);
         for (int m = 0; m < rows; m++)
           E::store(b.qkv + (size_t)(row + m) * b.ld_qkv + column,
                    _mm512_load_ps(&block.sums[m][half * LANES]));
@@ -125,10 +128,12 @@ struct Worker {
   void project_back(const lorastack_matrix& matrix, const T* x, int ldx) {
     const int size = model.hidden;
     project(matrix, x, ldx, [&](Block& block, int row, int rows, int panel) {
+      finish(matrix, panel, row, rows,
+             {{0, panel * LANES, size, block.sums[0]},
+              {0, (panel + 1) * LANES, size, block.sums[0] + LANES}});
       for (int half = 0; half < 2; half++) {
         const int column = (panel + half) * LANES;
         if (column >= size) continue;
-        finish(block, half, matrix, panel + half, row, rows, 0, column, size);
         const __mmask16 mask = first(size - column);
         for (int m = 0; m < rows; m++) {
           float* h = b.hidden + (size_t)(row + m) * size + column;
@@ -145,8 +150,8 @@ struct Worker {
     const int size = model.inner;
     project(layer.gate_up, b.x, b.ld_hidden, [&](Block& block, int row, int rows, int panel) {
       const int column = panel / 2 * LANES;
-      for (int half = 0; half < 2; half++)
-        finish(block, half, layer.gate_up, panel + half, row, rows, half, column, size);
+      finish(layer.gate_up, panel, row, rows,
+             {{0, column, size, block.sums[0]}, {1, column, size, block.sums[0] + LANES}});
       for (int m = 0; m < rows; m++) {
         __m512 gate = _mm512_load_ps(&block.sums[m][0]), up = _mm512_load_ps(&block.sums[m][LANES]);
         E::store(b.inner + (size_t)(row + m) * b.ld_inner + column,
