@@ -307,6 +307,25 @@ def test_a_prompt_takes_less_beside_a_row_that_decodes() -> None:
     assert sorted(len(step.token_ids) for step in batch.steps) == [1, MIN_TOKENS]
 
 
+def test_rows_share_the_drafted_tokens_of_a_step_and_many_rows_draft_none() -> None:
+    drafted: dict[int, set[int]] = {}
+    for num_rows in (1, 2, 4, 5):
+        world = World(64, max_rows=8, max_step_nodes=4)
+        for index in range(num_rows):
+            heads = HeadsUse(medusa_id="heads1", digest="heads1")
+            request = make_request(str(index), [1, 2], 20, heads=heads, ignore_eos=True)
+            world.scheduler.add(make_row(request))
+        drafted[num_rows] = set()
+        while world.scheduler.num_rows:
+            batch = world.step()
+            nodes = [step.tree.num_nodes - 1 for step in batch.steps if step.tree] if batch else []
+            assert sum(nodes) <= 4
+            if batch and len(batch.steps) == num_rows:
+                drafted[num_rows] |= set(nodes)
+    assert max(drafted[1]) > max(drafted[4], default=0) == 1
+    assert drafted[5] == set()
+
+
 def test_equal_prompts_share_pages_only_with_equal_adapters() -> None:
     world = World(64)
     prompt = [1, 2] * 8

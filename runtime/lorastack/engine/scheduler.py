@@ -59,6 +59,7 @@ class Scheduler:
         self._running: list[Row] = []  # in order of admission
         self._scheduled: list[tuple[Row, RowStep]] = []
         self._events: list[RowEvent] = []
+        self._node_share = config.max_step_nodes  # a row's, in this step
 
     # -- requests in, events out ------------------------------------------------------------------
 
@@ -96,8 +97,9 @@ class Scheduler:
         """Pages, adapters and tokens for as many rows as fit; None when no row can run."""
         now = time.monotonic()
         self._end_overdue(now)
-        decoding = any(row.num_pending == 1 and not row.parked for row in self._running)
-        budget = self._pace.budget(decoding=decoding)
+        decoding = sum(row.num_pending == 1 and not row.parked for row in self._running)
+        self._node_share = self._config.max_step_nodes // max(decoding, 1)
+        budget = self._pace.budget(decoding=decoding > 0)
         for row in list(self._running):
             if row.parked or row not in self._running:  # preempted by a row before it
                 continue
@@ -278,7 +280,8 @@ class Scheduler:
         max_depth = row.num_left - 1
         if row.draft is None or max_depth < 1:
             return None
-        tree = Tree.from_choices(row.choices, self._max_nodes(row), min(max_depth, len(row.draft)))
+        max_nodes = min(self._max_nodes(row), self._node_share)
+        tree = Tree.from_choices(row.choices, max_nodes, min(max_depth, len(row.draft)))
         return tree if tree.num_nodes > 1 else None
 
     def _num_candidates(self, row: Row, adapters: RowAdapters) -> int:
@@ -310,7 +313,8 @@ class Scheduler:
             row.got_adapters(now)
             heads = None
             # Of three tokens left this step makes one and the next, with a draft, two.
-            if row.request.heads is not None and self._max_nodes(row) and row.num_left > 2:
+            drafts = self._max_nodes(row) and self._node_share
+            if row.request.heads is not None and drafts and row.num_left > 2:
                 heads = self._acquire_heads(row.request.heads.digest, loras)
         except LorastackError as error:
             self._end(row, error=error)
