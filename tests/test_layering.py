@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "lora": {"kernels"},
     "train": {"model", "adapters", "speculation", "engine", "client", "text"},
     "adapters": set(),
-    "sampling": set(),
+    "sampling": {"kernels"},
     "text": set(),
     "kernels": set(),
     "v1": set(),

@@ -102,7 +102,8 @@ class Runner:
             if drawn:
                 picks = [(sampled[nodes[i][0]], nodes[i][1], nodes[i][2]) for i in drawn]
                 draws = draw(
-                    logits_XV[[row.first_logit + node for row, node, _ in picks]],
+                    logits_XV,
+                    [row.first_logit + node for row, node, _ in picks],
                     [row.step.request.sampling for row, _, _ in picks],
                     [row.step.num_generated + depth for row, _, depth in picks],
                 )

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from lorastack.kernels.gumbel import hash_reference, uniform_reference
 from lorastack.request import SamplingParams
-from lorastack.sampling.gumbel import hash_reference, uniform_reference
 
 
 def survivors(logits: Sequence[float], params: SamplingParams) -> dict[int, float]:

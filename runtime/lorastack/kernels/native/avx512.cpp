@@ -1,6 +1,7 @@
 #define LORASTACK_ISA avx512
 #include "best.h"
 #include "drafts.h"
+#include "draws.h"
 #include "worker.h"
 
 LORASTACK_EXPORT(avx512, Avx512F32)
@@ -20,6 +21,14 @@ void run_top(const float* logits, int rows, int columns, int num, int64_t* place
 #pragma omp parallel for num_threads(num_threads < rows ? num_threads : rows)
   for (int row = 0; row < rows; row++)
     top_of(logits + (size_t)row * columns, columns, num, places + (size_t)row * num);
+}
+
+void run_draws(const float* logits, int64_t stride, int columns, const lorastack_draw* draws,
+               int num_draws, int64_t* tokens, int num_threads) {
+  const int size = std::max(1, std::min(num_threads, num_draws));
+#pragma omp parallel for schedule(dynamic) num_threads(size)
+  for (int i = 0; i < num_draws; i++)
+    tokens[i] = draw_of(logits + draws[i].row * stride, columns, draws[i]);
 }
 
 }  // namespace lorastack::avx512

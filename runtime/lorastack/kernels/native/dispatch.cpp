@@ -1,5 +1,6 @@
 // Which instruction set runs, decided when the program runs. Compiled for any x86-64.
 #include "draft.h"
+#include "draw.h"
 #include "step.h"
 
 #include <sys/syscall.h>
@@ -19,6 +20,7 @@ DECLARE(avx512)
 namespace lorastack::avx512 {
 void run_best(const float*, int, int, float*, int64_t*, int);
 void run_top(const float*, int, int, int, int64_t*, int);
+void run_draws(const float*, int64_t, int, const lorastack_draw*, int, int64_t*, int);
 }
 
 #define DISPATCH(isa, call)                                       \
@@ -48,6 +50,12 @@ void lorastack_run_draft(const lorastack_draft* draft) { DISPATCH(draft->isa, ru
 void lorastack_top(const float* logits, int32_t rows, int32_t columns, int32_t num, int64_t* places,
                    int32_t num_threads) {
   lorastack::avx512::run_top(logits, rows, columns, num, places, num_threads);
+}
+
+void lorastack_run_draws(const float* logits, int64_t stride, int32_t columns,
+                         const lorastack_draw* draws, int32_t num_draws, int64_t* tokens,
+                         int32_t num_threads) {
+  lorastack::avx512::run_draws(logits, stride, columns, draws, num_draws, tokens, num_threads);
 }
 
 int32_t lorastack_supports(int32_t isa) {

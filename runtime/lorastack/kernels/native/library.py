@@ -1,10 +1,10 @@
-"""The compiled library's interface: ctypes mirrors of step.h and draft.h."""
+"""The compiled library's interface: ctypes mirrors of step.h, draft.h and draw.h."""
 
 from __future__ import annotations
 
 import ctypes
 import logging
-from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_double, c_float, c_int32, c_int64, c_uint64, c_void_p
 from enum import IntEnum
 from functools import cache
 from typing import Any
@@ -160,6 +160,17 @@ class Draft(Structure):
     )
 
 
+class Draw(Structure):
+    _fields_ = (
+        ("start", c_uint64),
+        ("temperature", c_double),
+        ("top_p", c_double),
+        ("min_p", c_double),
+        ("row", c_int32),
+        ("top_k", c_int32),
+    )
+
+
 @cache
 def library() -> Any | None:
     """The loaded library; None where it was not built.
@@ -191,6 +202,11 @@ def library() -> Any | None:
     loaded.lorastack_run_draft.argtypes = (POINTER(Draft),)
     loaded.lorastack_top.restype = None
     loaded.lorastack_top.argtypes = (*(c_void_p, c_int32, c_int32), *(c_int32, c_void_p, c_int32))
+    loaded.lorastack_run_draws.restype = None
+    loaded.lorastack_run_draws.argtypes = (
+        *(c_void_p, c_int64, c_int32),
+        *(POINTER(Draw), c_int32, c_void_p, c_int32),
+    )
     loaded.lorastack_supports.restype = c_int32
     loaded.lorastack_supports.argtypes = (c_int32,)
     return loaded

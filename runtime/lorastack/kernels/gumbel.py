@@ -24,7 +24,7 @@ def gumbel(seed: int, index: int, token_ids: Tensor) -> Tensor:
     seed: its low 64 bits count. index: of the generated token, from 0.
     """
     state = token_ids * _signed(_TOKEN_STEP)  # int64 arithmetic wraps around
-    state += _signed(_start(seed, index))
+    state += _signed(stream(seed, index))
     state ^= _shift_right(state, 30)
     state *= _signed(_MULTIPLIER1)
     state ^= _shift_right(state, 27)
@@ -35,18 +35,19 @@ def gumbel(seed: int, index: int, token_ids: Tensor) -> Tensor:
     return uniform.log_().neg_().log_().neg_()
 
 
+def stream(seed: int, index: int) -> int:
+    """The 64 bits where the stream of a position starts."""
+    return _mix(_mix(seed) + (index + 1) * _INDEX_STEP)
+
+
 def hash_reference(seed: int, index: int, token_id: int) -> int:
     """The 64 bits behind one token's noise, in plain integers."""
-    return _mix(_start(seed, index) + token_id * _TOKEN_STEP)
+    return _mix(stream(seed, index) + token_id * _TOKEN_STEP)
 
 
 def uniform_reference(bits: int) -> float:
     """What the 64 bits of `hash_reference` stand for in (0, 1)."""
     return ((bits >> 12) + 0.5) * 2.0**-52
-
-
-def _start(seed: int, index: int) -> int:
-    return _mix(_mix(seed) + (index + 1) * _INDEX_STEP)
 
 
 def _mix(state: int) -> int:

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorastack.sampling.gumbel import _TOKEN_STEP, _mix, gumbel, hash_reference, uniform_reference
+from lorastack.kernels.gumbel import _TOKEN_STEP, _mix, gumbel, hash_reference, uniform_reference
 
 seeds = st.integers(-(2**63), 2**64 - 1)
 

@@ -1,0 +1,119 @@
+"""One token of a row of logits, drawn.
+
+Contract. Tokens rank by logit, ties by the lower id. With temperature T above 0 the filters work in
+the order of transformers: top_k keeps the first k; top_p keeps the shortest run of first tokens
+whose probabilities (after temperature, among what top_k left) reach top_p; min_p keeps tokens at
+least min_p times as probable as the first. The token drawn is argmax(logit / T + Gumbel noise) over
+what is left, in float64. Non-finite logits, or a T so near 0 that the best logit / T is infinite,
+give some id.
+
+The vocabulary is never sorted: whether a token is inside top_p's run takes one sum over the tokens
+before it. Both ways take these sums in float64 but not in one order, so they agree but for a sum
+within 1e-12 of top_p. The native kernel runs all rows as one parallel region, and computes noise
+only for tokens that it could make the best. The plain reference is in `lorastack.sampling`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lorastack.kernels.gumbel import gumbel, stream
+from lorastack.kernels.native import library as native
+from lorastack.request import SamplingParams
+
+_SLACK = 1 - 1e-6  # for rounding of float64 sums
+
+
+def draw(
+    logits_XV: Tensor,
+    rows: Sequence[int],
+    params: Sequence[SamplingParams],
+    indices: Sequence[int],
+) -> list[int]:
+    """A token for each of `rows`, rows of logits_XV (float32, each one contiguous).
+
+    params: beside the rows, none of them greedy. indices: of the generated token that each row
+    draws, from 0; with the seed it chooses the noise. A token depends on its row alone.
+    """
+    if logits_XV.device.type != "cpu" or not native.supported(native.Isa.AVX512):
+        return draw_torch(logits_XV, rows, params, indices)
+    draws = (native.Draw * len(rows))(
+        *(
+            native.Draw(
+                stream(wanted.seed, index),
+                wanted.temperature,
+                wanted.top_p,
+                wanted.min_p,
+                row,
+                min(wanted.top_k, logits_XV.shape[1]),
+            )
+            for row, wanted, index in zip(rows, params, indices, strict=True)
+        )
+    )
+    tokens = torch.empty(len(rows), dtype=torch.int64)
+    library = native.library()
+    assert library is not None
+    library.lorastack_run_draws(
+        logits_XV.data_ptr(),
+        logits_XV.stride(0),
+        logits_XV.shape[1],
+        draws,
+        len(rows),
+        tokens.data_ptr(),
+        torch.get_num_threads(),
+    )
+    found: list[int] = tokens.tolist()
+    return found
+
+
+def draw_torch(
+    logits_XV: Tensor,
+    rows: Sequence[int],
+    params: Sequence[SamplingParams],
+    indices: Sequence[int],
+) -> list[int]:
+    """`draw` where there is no native kernel."""
+    return [
+        _draw_row(logits_XV[row], wanted, index)
+        for row, wanted, index in zip(rows, params, indices, strict=True)
+    ]
+
+
+def _draw_row(logits_V: Tensor, params: SamplingParams, index: int) -> int:
+    peak = float(logits_V.max()) / params.temperature
+    if not math.isfinite(peak):
+        # NaN or infinite: nothing to draw from, and the caller's other rows must go on. Or the
+        # temperature is next to 0.
+        return int(logits_V.argmax())
+    if 0 < params.top_k < len(logits_V):
+        ids = _top(logits_V, params.top_k)
+    else:
+        ids = torch.arange(len(logits_V), device=logits_V.device)
+    scaled = logits_V[ids].double() / params.temperature
+    weights = (scaled - peak).exp()
+    # A token inside top_p's run has more than 1 - top_p at and behind it, shared among at most all
+    # tokens, none above its own. Lighter ones need no noise.
+    total = float(weights.sum())
+    least = (1 - params.top_p) * total / len(ids) * _SLACK
+    kept = (weights >= max(params.min_p, least)).nonzero()[:, 0]
+    ids, scaled, weights = ids[kept], scaled[kept], weights[kept]
+    score = scaled + gumbel(params.seed, index, ids)
+    while True:
+        best = int(score.argmax())
+        before = (scaled > scaled[best]) | ((scaled == scaled[best]) & (ids < ids[best]))
+        if params.top_p >= 1 or float(weights[before].sum()) < params.top_p * total:
+            return int(ids[best])
+        # Outside the run, and with it all that ranks behind it.
+        score.masked_fill_(~before, -math.inf)
+
+
+def _top(logits_V: Tensor, num: int) -> Tensor:
+    """The `num` first ids by logit, ties to the lowest; in rising order within equal logits."""
+    cut = logits_V.topk(num).values[-1]
+    above = (logits_V > cut).nonzero()[:, 0]
+    level = (logits_V == cut).nonzero()[: num - len(above), 0]
+    return torch.cat([above, level])

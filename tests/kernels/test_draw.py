@@ -1,0 +1,237 @@
+"""Draws, natively and in plain torch, against the reference and against exact probabilities."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lorastack.kernels import draw as module
+from lorastack.kernels.draw import draw, draw_torch
+from lorastack.kernels.native.library import Isa, supported
+from lorastack.request import SamplingParams
+from lorastack.sampling.reference import draw_reference, survivors
+from tests.helpers.guarded import guarded
+
+Way = Callable[[Tensor, Sequence[int], Sequence[SamplingParams], Sequence[int]], list[int]]
+here = pytest.mark.skipif(not supported(Isa.AVX512), reason="not on this machine")
+WAYS = [pytest.param(draw_torch, id="torch"), pytest.param(draw, id="native", marks=here)]
+SEEDS = st.integers(0, 2**64 - 1)
+PARAMS = st.builds(
+    SamplingParams,
+    temperature=st.sampled_from([0.05, 0.2, 0.7, 1.0, 3.0, 1e3, 1e50]),
+    top_k=st.sampled_from([0, 1, 2, 5, 12, 17, 40, 200]),
+    top_p=st.sampled_from([1e-6, 0.1, 0.3, 0.5, 0.9, 0.999, 1.0]),
+    min_p=st.sampled_from([0.0, 0.05, 0.3, 1.0]),
+    seed=SEEDS,
+)
+ROWS = st.lists(st.tuples(PARAMS, st.integers(0, 10**6)), min_size=1, max_size=6)
+KINDS = st.sampled_from(["normal", "wide", "2 levels", "5 levels", "holes"])
+
+
+def make_logits(seed: int, rows: int, size: int, kind: str = "normal") -> Tensor:
+    """Random; `levels` are few different values, so that ties are everywhere."""
+    generator = torch.Generator().manual_seed(seed % 2**63)
+    if kind.endswith("levels"):
+        return torch.randint(int(kind[0]), (rows, size), generator=generator).float()
+    logits_XV = torch.randn(rows, size, generator=generator) * (30 if kind == "wide" else 3)
+    if kind == "holes":
+        holes = torch.rand(rows, size, generator=generator) < 0.8
+        holes[:, size // 2] = False
+        logits_XV[holes] = -math.inf
+    return logits_XV
+
+
+def expected(logits_XV: Tensor, params: Sequence[SamplingParams], indices: list[int]) -> list[int]:
+    return [
+        draw_reference(row.tolist(), wanted, index)
+        for row, wanted, index in zip(logits_XV, params, indices, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@settings(max_examples=200)
+@given(SEEDS, ROWS, st.integers(1, 150), KINDS)
+def test_draws_are_the_references(
+    way: Way, seed: int, rows: list[tuple[SamplingParams, int]], size: int, kind: str
+) -> None:
+    logits_XV = guarded(make_logits(seed, len(rows), size, kind))
+    params, indices = [params for params, _ in rows], [index for _, index in rows]
+    found = way(logits_XV, range(len(rows)), params, indices)
+    assert found == expected(logits_XV, params, indices)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@settings(max_examples=10)
+@given(SEEDS, PARAMS, KINDS)
+def test_draws_of_a_large_vocabulary_are_the_references(
+    way: Way, seed: int, params: SamplingParams, kind: str
+) -> None:
+    logits_XV = guarded(make_logits(seed, 1, 9001, kind))
+    assert way(logits_XV, [0], [params], [3]) == expected(logits_XV, [params], [3])
+
+
+@here
+@pytest.mark.parametrize("kind", ["normal", "wide", "5 levels", "holes"])
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=1.0),
+        SamplingParams(temperature=0.7, top_p=0.9),
+        SamplingParams(temperature=1.0, top_k=50, top_p=0.95),
+        SamplingParams(temperature=2.0, min_p=0.05),
+        SamplingParams(temperature=5.0, top_k=2000, top_p=0.2),
+    ],
+    ids=str,
+)
+def test_both_ways_draw_the_same(kind: str, params: SamplingParams) -> None:
+    logits_XV = make_logits(3, 200, 3001, kind)
+    every = [replace(params, seed=seed) for seed in range(200)]
+    found = draw(logits_XV, range(200), every, range(200))
+    assert found == draw_torch(logits_XV, range(200), every, range(200))
+    assert len(set(found)) > 1
+
+
+@pytest.mark.parametrize("way", WAYS)
+@given(SEEDS, st.lists(PARAMS, min_size=2, max_size=6), st.integers(1, 3), st.data())
+def test_a_row_ignores_the_others(
+    way: Way, seed: int, params: list[SamplingParams], num_threads: int, data: st.DataObject
+) -> None:
+    """Rows may be used twice, or not at all."""
+    logits_XV = make_logits(seed, 4, 300)
+    rows = data.draw(st.lists(st.integers(0, 3), min_size=len(params), max_size=len(params)))
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        together = way(logits_XV, rows, params, range(len(params)))
+        backwards = way(logits_XV, rows[::-1], params[::-1], range(len(params))[::-1])
+    finally:
+        torch.set_num_threads(before)
+    alone = [
+        way(logits_XV[[row]], [0], [wanted], [index])[0]
+        for index, (row, wanted) in enumerate(zip(rows, params, strict=True))
+    ]
+    assert together == alone == backwards[::-1]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_forbidden_tokens_are_never_drawn(way: Way) -> None:
+    logits_XV = torch.full((1, 50), -math.inf)
+    logits_XV[0, 3] = logits_XV[0, 9] = 0.0
+    for temperature in (1.0, 1e3, 1e50, 1e300):
+        for top_p, top_k in ((1.0, 0), (0.9, 0), (0.9, 5)):
+            params = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k)
+            drawn = {way(logits_XV, [0], [params], [index])[0] for index in range(50)}
+            assert drawn == {3, 9}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("places", [slice(None), slice(7, 8), slice(19, None)], ids=str)
+def test_a_broken_row_leaves_the_others_alone(way: Way, value: float, places: slice) -> None:
+    logits_XV = make_logits(1, 3, 20)
+    params = [SamplingParams(temperature=1.0, top_p=0.9, top_k=k, seed=k) for k in (5, 3, 0)]
+    whole = way(logits_XV, range(3), params, [0, 0, 0])
+    logits_XV[1, places] = value
+    first, broken, last = way(logits_XV, range(3), params, [0, 0, 0])
+    assert [first, last] == [whole[0], whole[2]]
+    assert 0 <= broken < 20
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_temperatures_next_to_zero_are_greedy(way: Way) -> None:
+    logits_XV = make_logits(2, 3, 20)
+    params = [SamplingParams(temperature=t) for t in (1e-6, 1e-300, 5e-324)]
+    assert way(logits_XV, range(3), params, range(3)) == logits_XV.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_equal_scores_go_to_the_first_in_rank(way: Way) -> None:
+    """Beside 1e30 the noise is rounded away; the lowest of the best ids is left."""
+    logits_XV = torch.tensor([[0.0, 1.0, 2.0, 2.0, 1.0, 2.0]])
+    params = SamplingParams(temperature=1e-30)
+    assert {way(logits_XV, [0], [params], [index])[0] for index in range(50)} == {2}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_rounding_of_the_logits_does_not_change_draws(way: Way) -> None:
+    logits_XV = make_logits(3, 300, 1000)
+    noisy_XV = logits_XV * (1 + 1e-7 * make_logits(4, 300, 1000))
+    params = [SamplingParams(temperature=1.0, seed=5)] * 300
+    every = range(300)
+    assert way(logits_XV, every, params, every) == way(noisy_XV, every, params, every)
+
+
+# 0.9999 quantiles of chi-square by degrees of freedom: one honest run in ten thousand fails, and
+# the seeds are fixed.
+CHI_SQUARE_9999 = {4: 23.51, 5: 25.74, 11: 37.37, 15: 44.26}
+CASES = [
+    SamplingParams(temperature=1.0, seed=11),
+    SamplingParams(temperature=0.6, top_k=6, seed=12),
+    SamplingParams(temperature=2.0, top_p=0.8, top_k=6, min_p=0.3, seed=13),
+]
+LOGITS_V = torch.tensor([0.1, 1.3, -0.4, 0.8, 0.8, -1.0, 0.3, 1.1, -0.2, 0.5, -0.6, 0.0])
+COUNTED = [
+    pytest.param(draw_torch, 4000, id="torch"),
+    pytest.param(draw, 100_000, id="native", marks=here),
+]
+
+
+def statistic(tokens: Sequence[int], probabilities: dict[int, float]) -> float:
+    """Chi-square of drawn tokens; infinite if one of them has no probability."""
+    counts = Counter(tokens)
+    if not counts.keys() <= probabilities.keys():
+        return math.inf
+    wanted = {token: len(tokens) * share for token, share in probabilities.items()}
+    return sum((counts[token] - count) ** 2 / count for token, count in wanted.items())
+
+
+def probabilities_of(params: SamplingParams) -> dict[int, float]:
+    left = survivors(LOGITS_V.tolist(), params)
+    total = sum(math.exp(value) for value in left.values())
+    return {token: math.exp(value) / total for token, value in left.items()}
+
+
+def drawn(way: Way, params: SamplingParams, count: int) -> list[int]:
+    return way(LOGITS_V[None], [0] * count, [params] * count, range(count))
+
+
+@pytest.mark.parametrize("way, count", COUNTED)
+@pytest.mark.parametrize("params", CASES, ids=str)
+def test_draws_follow_the_filtered_softmax(way: Way, count: int, params: SamplingParams) -> None:
+    wanted = probabilities_of(params)
+    assert statistic(drawn(way, params, count), wanted) < CHI_SQUARE_9999[len(wanted) - 1]
+
+
+@pytest.mark.parametrize("params", CASES, ids=str)
+def test_the_chi_square_test_catches_wrong_noise(
+    params: SamplingParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = module.gumbel
+    monkeypatch.setattr(module, "gumbel", lambda seed, index, ids: 0.5 * right(seed, index, ids))
+    wanted = probabilities_of(params)
+    assert statistic(drawn(draw_torch, params, 4000), wanted) > CHI_SQUARE_9999[len(wanted) - 1]
+
+
+@here
+@pytest.mark.parametrize("params", CASES, ids=str)
+def test_the_chi_square_test_catches_a_wrong_temperature(params: SamplingParams) -> None:
+    wanted = probabilities_of(params)
+    warmer = replace(params, temperature=1.1 * params.temperature)
+    assert statistic(drawn(draw, warmer, 100_000), wanted) > CHI_SQUARE_9999[len(wanted) - 1]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_positions_are_independent_draws(way: Way) -> None:
+    """Pairs of neighbouring draws follow the product distribution."""
+    params = [SamplingParams(temperature=1.0, seed=2)] * 4000
+    tokens = way(torch.zeros(1, 4), [0] * 4000, params, range(4000))
+    pairs = [4 * a + b for a, b in zip(tokens[::2], tokens[1::2], strict=True)]
+    assert statistic(pairs, dict.fromkeys(range(16), 1 / 16)) < CHI_SQUARE_9999[15]
