@@ -21,6 +21,7 @@ from torch.nn.functional import embedding
 from lorastack.kernels.linear import copy_rows
 from lorastack.kernels.native import library as native
 from lorastack.kernels.native.matrix import PAD, PackedMatrix, matrix_rows, pack_matrix, pack_pair
+from lorastack.kernels.native.memory import HugePages
 from lorastack.layout import GROUPS, LAYER_TARGETS
 from lorastack.lora.linear import add_embedding
 from lorastack.lora.segments import LoraBatch, Segment
@@ -80,13 +81,14 @@ class NativeBackend:
         isa: native.Isa,
     ) -> NativeBackend:
         """Raises what `load_weights` raises."""
+        pages = HugePages()
         weights = load_weights(
             checkpoint,
             config,
             device=torch.device("cpu"),
             dtype=dtype,
-            pack=pack_matrix,
-            pack_pair=pack_pair,
+            pack=partial(pack_matrix, keep=pages.copy),
+            pack_pair=partial(pack_pair, keep=pages.copy),
         )
         return cls(config, weights, dtype, isa)
 

@@ -13,7 +13,7 @@ namespace lorastack::LORASTACK_ISA {
 
 constexpr int BLOCK_ROWS = 32;
 constexpr int BLOCK_COLS = 2 * LANES;
-constexpr int PREFETCH = 4096;  // bytes ahead of the weights being read
+constexpr int PREFETCH = 1024;  // bytes ahead of the weights being read: the next tile
 
 // Sums of a block, [BLOCK_ROWS][BLOCK_COLS].
 struct alignas(64) Block {

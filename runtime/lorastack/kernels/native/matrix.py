@@ -7,6 +7,7 @@ torch.nn.functional.linear on the weight that was packed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,8 @@ from lorastack.kernels.native.library import Matrix
 
 LANES = 16
 PAD = 32  # multiple of inputs and of outputs
+
+Keep = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,15 +37,19 @@ class PackedMatrix:
         return Matrix(self.panels.data_ptr(), bias, len(self.panels), self.inputs)
 
 
-def pack_matrix(weight_OI: Tensor, bias_O: Tensor | None = None) -> PackedMatrix:
-    """Outputs in their order."""
+def pack_matrix(
+    weight_OI: Tensor, bias_O: Tensor | None = None, *, keep: Keep = Tensor.contiguous
+) -> PackedMatrix:
+    """Outputs in their order. keep: makes the contiguous copy that is returned."""
     outputs, inputs = weight_OI.shape
     padded = _padded(weight_OI, 0, -inputs % PAD, 0, -outputs % PAD)
     bias = None if bias_O is None else _padded(bias_O.float(), 0, -outputs % PAD)
-    return PackedMatrix(_panels(padded), bias, padded.shape[1])
+    return PackedMatrix(keep(_panels(padded)), bias, padded.shape[1])
 
 
-def pack_pair(weight_OI: Tensor, bias_O: Tensor | None = None) -> PackedMatrix:
+def pack_pair(
+    weight_OI: Tensor, bias_O: Tensor | None = None, *, keep: Keep = Tensor.contiguous
+) -> PackedMatrix:
     """Two matrices below each other (gate and up): panels of the first and the second in turn.
 
     Each half is padded like inputs: what it gives fills every input of the matrix that follows.
@@ -51,7 +58,7 @@ def pack_pair(weight_OI: Tensor, bias_O: Tensor | None = None) -> PackedMatrix:
     bias = None
     if bias_O is not None:
         bias = _in_turn([_padded_rows(half.float()) for half in bias_O.chunk(2)])
-    packed = pack_matrix(_in_turn(rows))
+    packed = pack_matrix(_in_turn(rows), keep=keep)
     return PackedMatrix(packed.panels, bias, packed.inputs)
 
 
@@ -78,8 +85,9 @@ def _in_turn(halves: list[Tensor]) -> Tensor:
 
 
 def _panels(weight_OI: Tensor) -> Tensor:
+    """A view in the order of panels."""
     outputs, inputs = weight_OI.shape
     if weight_OI.dtype == torch.bfloat16:
         pairs = weight_OI.view(outputs // LANES, LANES, inputs // 2, 2)
-        return pairs.transpose(1, 2).contiguous()
-    return weight_OI.view(outputs // LANES, LANES, inputs).transpose(1, 2).contiguous()
+        return pairs.transpose(1, 2)
+    return weight_OI.view(outputs // LANES, LANES, inputs).transpose(1, 2)

@@ -1,0 +1,44 @@
+"""Memory in huge pages for weights, which every step reads from end to end.
+
+270 MB of weights are 66,000 pages of 4 KiB but 130 of 2 MiB: the processor looks up fewer addresses
+and reads ahead further. Where the system gives no huge pages this is plain memory.
+"""
+
+from __future__ import annotations
+
+import mmap
+from contextlib import suppress
+
+import torch
+from torch import Tensor
+
+HUGE_PAGE = 2 << 20
+BLOCK = 64 << 20  # bytes that are reserved at once; what is not used is never touched
+ALIGNMENT = 64
+
+
+class HugePages:
+    """Hands out memory that lives as long as any tensor in it."""
+
+    def __init__(self) -> None:
+        self._free = torch.empty(0, dtype=torch.uint8)
+
+    def copy(self, source: Tensor) -> Tensor:
+        """A contiguous copy that begins on a cache line."""
+        nbytes = source.numel() * source.element_size()
+        if len(self._free) < nbytes:
+            self._free = _reserve(max(nbytes, BLOCK))
+        place, self._free = self._free[:nbytes], self._free[-(-nbytes // ALIGNMENT) * ALIGNMENT :]
+        return place.view(source.dtype).view(source.shape).copy_(source)
+
+
+def _reserve(nbytes: int) -> Tensor:
+    """Untouched bytes, from a huge page's begin on."""
+    size = -(-nbytes // HUGE_PAGE) * HUGE_PAGE
+    block = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a system without them
+            block.madvise(mmap.MADV_HUGEPAGE)
+    memory = torch.frombuffer(block, dtype=torch.uint8)
+    start = -memory.data_ptr() % HUGE_PAGE
+    return memory[start : start + size]
