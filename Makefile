@@ -66,6 +66,7 @@ bench: install
 
 bench-parts: install
 	$(PY) -m benchmarks.step
+	$(PY) -m benchmarks.profile
 	$(PY) -m benchmarks.heads
 	$(PY) -m benchmarks.memory
 

@@ -2,7 +2,7 @@
 
 The default model in bfloat16, two threads everywhere, greedy, past the end token. All engines stay
 loaded and take turns, round by round, on the same prompts; the first round warms up. Ours is a
-`lorastack serve`, streaming through gRPC to a client process. The floor is the tokens that a step
+`lorastack serve`, called through gRPC by a client process. The floor is the tokens that a step
 could make if it only read its weights and LoRAs at the bandwidth measured just before (of a
 matrix-vector product larger than the caches).
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,6 @@ from benchmarks.paging.traffic import Background
 from benchmarks.peers.gguf_file import write_gguf
 from benchmarks.peers.process import PEERS, Peer, peer, python_of
 from benchmarks.peers.protocol import Done, Job, Load
-from lorastack.cli.traffic import Outcome, send
 from lorastack.client import Client
 from lorastack.model.default import default_model
 from lorastack.v1 import generation_pb2 as pb
@@ -31,7 +32,9 @@ class Engine(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Ours:
-    """Our server through gRPC, streamed to a client process of low priority.
+    """Our server through gRPC: unary calls of a client process of low priority.
+
+    Whole replies, as the peers give them; what streaming costs a reader is in the gaps.
 
     max_nodes: drafted tokens a step; 0: speculation off.
     """
@@ -42,10 +45,10 @@ class Ours:
 
     def generate(self, job: Job) -> Done:
         rows = zip(job.prompts, job.loras, strict=True)
-        outcomes = self.client.run(
+        replies = self.client.run(
             send_all, self.address, [self._request(*row, job.new_tokens) for row in rows]
         )
-        return done(outcomes)
+        return done(replies)
 
     def _request(self, prompt: Sequence[int], loras: Sequence[str], new_tokens: int) -> bytes:
         return pb.GenerateRequest(
@@ -59,19 +62,40 @@ class Ours:
         ).SerializeToString()
 
 
-def send_all(address: str, requests: list[bytes]) -> list[Outcome]:
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """Seconds of the client's clock; the server says how long first token and all took."""
+
+    sent: float
+    first: float
+    ended: float
+    tokens: int
+
+
+def send_all(address: str, requests: list[bytes]) -> list[Reply]:
     """All at once. Runs in the client process."""
-    with Client(address) as client:
-        return send(client, [pb.GenerateRequest.FromString(r) for r in requests], len(requests))
+    with Client(address) as client, ThreadPoolExecutor(len(requests)) as pool:
+
+        def send(request: bytes) -> Reply:
+            sent = time.monotonic()
+            reply = client.generate(pb.GenerateRequest.FromString(request))
+            late = time.monotonic() - sent - reply.timings.total_ms / 1000
+            first = sent + late + reply.timings.time_to_first_token_ms / 1000
+            return Reply(sent, first, time.monotonic(), len(reply.token_ids))
+
+        return list(pool.map(send, requests))
 
 
-def done(outcomes: Sequence[Outcome]) -> Done:
-    """The batch's times: its prompts end when every row has its first token."""
-    began = min(outcome.sent for outcome in outcomes)
-    first = max(outcome.arrivals[0][0] for outcome in outcomes)
-    ended = max(outcome.ended for outcome in outcomes)
-    later = [count for o in outcomes for when, count in o.arrivals if when > first]
-    return Done(first - began, ended - first, sum(later), [])
+def done(replies: Sequence[Reply]) -> Done:
+    """The batch's times: its prompts end when every row has its first token. What a row had made by
+    then is taken from its own steady rate."""
+    began = min(reply.sent for reply in replies)
+    first = max(reply.first for reply in replies)
+    ended = max(reply.ended for reply in replies)
+    later = [
+        (r.tokens - 1) * (r.ended - first) / (r.ended - r.first) for r in replies if r.tokens > 1
+    ]
+    return Done(first - began, ended - first, round(sum(later)), [])
 
 
 @contextmanager

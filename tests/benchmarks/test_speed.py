@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.speed.cases import all_cases
 from benchmarks.speed.chart import chart
-from benchmarks.speed.engines import done
+from benchmarks.speed.engines import Reply, done
 from benchmarks.speed.latency import gaps
 from benchmarks.speed.results import BANDWIDTH, MATHS, OFF, Bar, Results, bars
 from lorastack.cli.traffic import Outcome
@@ -19,10 +19,11 @@ def outcome(*arrivals: tuple[float, int], sent: float = 0.0) -> Outcome:
 
 
 def test_decoding_begins_when_every_row_has_a_token() -> None:
-    batch = done([outcome((1.0, 1), (1.5, 1), (3.0, 2)), outcome((2.0, 1), (4.0, 3))])
+    early, late = Reply(0.0, 1.0, 3.0, tokens=5), Reply(0.5, 2.0, 4.0, tokens=4)
+    batch = done([early, late])
     assert batch.prompt_seconds == 2.0
     assert batch.decode_seconds == 2.0
-    assert batch.decode_tokens == 5  # the one at 1.5 came before
+    assert batch.decode_tokens == 5  # half of the early row's four came before
 
 
 def test_gaps_know_the_long_prompt() -> None:

@@ -13,6 +13,12 @@
 #define INLINE static inline __attribute__((always_inline))
 #define INLINE_METHOD inline __attribute__((always_inline))
 
+#ifdef LORASTACK_PROFILE
+#include <omp.h>
+extern "C" double lorastack_phase_seconds[];  // of thread 0's phases, in their order
+extern "C" int32_t lorastack_num_phases;
+#endif
+
 namespace lorastack::LORASTACK_ISA {
 
 constexpr int LANES = 16;   // float32 lanes, and outputs of a panel
@@ -137,6 +143,9 @@ class Member {
   // work(chunk) for all of 0..count, here or elsewhere. Every thread calls the same phases.
   template <class Work>
   INLINE_METHOD void phase(int count, Work&& work) {
+#ifdef LORASTACK_PROFILE
+    const double began = omp_get_wtime();
+#endif
     Counter* const mine = team_.counters + num_counters(phase_++, team_.size);
     int finished = 0;
     for (int i = 0; i < team_.size; i++) {
@@ -157,6 +166,9 @@ class Member {
       if (spins > SPINS) sched_yield();
       done = __atomic_load_n(&mine->value, __ATOMIC_ACQUIRE);
     }
+#ifdef LORASTACK_PROFILE
+    if (thread_ == 0) lorastack_phase_seconds[lorastack_num_phases++] = omp_get_wtime() - began;
+#endif
   }
 
  private:

@@ -6,6 +6,13 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#ifdef LORASTACK_PROFILE
+extern "C" {
+LORASTACK_API double lorastack_phase_seconds[4096];
+LORASTACK_API int32_t lorastack_num_phases;
+}
+#endif
+
 #define DECLARE(name)                                                   \
   namespace lorastack::name {                                           \
   int64_t scratch_bytes(const lorastack_model&, const lorastack_step&); \
