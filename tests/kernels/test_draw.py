@@ -161,6 +161,34 @@ def test_equal_scores_go_to_the_first_in_rank(way: Way) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-40, 1e40, 1e300])
+def test_any_temperature_draws_among_equals(way: Way, temperature: float) -> None:
+    logits_XV = torch.zeros(1, 40)
+    params = [SamplingParams(temperature=temperature, top_p=0.7)] * 30
+    found = way(logits_XV, [0] * 30, params, range(30))
+    assert found == expected(logits_XV.expand(30, -1), params, list(range(30)))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_huge_temperature_makes_the_farthest_logits_equal(way: Way) -> None:
+    logits_XV = torch.tensor([[3e38, -3e38, -math.inf]])
+    params = [SamplingParams(temperature=1e300)] * 30
+    assert set(way(logits_XV, [0] * 30, params, range(30))) == {0, 1}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("gap", [1e-3, 0.1, 0.3, 0.34, 0.35, 0.7, 1.0, 1.7, 2.3])
+@pytest.mark.parametrize("error", [-1e-13, 1e-13])
+def test_the_border_of_top_p_is_exact(way: Way, gap: float, error: float) -> None:
+    """The first token has top_p but for a trifle; that decides about the second."""
+    logits_XV = torch.tensor([[0.5, 0.5 - gap]])
+    gap = float(logits_XV[0, 0].double() - logits_XV[0, 1].double())
+    params = [SamplingParams(temperature=1.0, top_p=(1 + error) / (1 + math.exp(-gap)))] * 99
+    found = way(logits_XV, [0] * 99, params, range(99))
+    assert set(found) == ({0, 1} if error > 0 else {0})
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_rounding_of_the_logits_does_not_change_draws(way: Way) -> None:
     logits_XV = make_logits(3, 300, 1000)
     noisy_XV = logits_XV * (1 + 1e-7 * make_logits(4, 300, 1000))
