@@ -164,6 +164,7 @@ def test_equal_scores_go_to_the_first_in_rank(way: Way) -> None:
 @pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-40, 1e40, 1e300])
 def test_any_temperature_draws_among_equals(way: Way, temperature: float) -> None:
     logits_XV = torch.zeros(1, 40)
+    logits_XV[0, 20:] = -1.0
     params = [SamplingParams(temperature=temperature, top_p=0.7)] * 30
     found = way(logits_XV, [0] * 30, params, range(30))
     assert found == expected(logits_XV.expand(30, -1), params, list(range(30)))
