@@ -131,9 +131,7 @@ class Client:
         call = self._generation.GenerateStream(request, timeout=timeout)
         return self._parts(call)
 
-    def tokenize(
-        self, request: TokenizeRequest, *, timeout: float | None = None
-    ) -> list[int]:
+    def tokenize(self, request: TokenizeRequest, *, timeout: float | None = None) -> list[int]:
         """The token ids that Generate would run."""
         with self._errors():
             return list(self._generation.Tokenize(request, timeout=timeout).token_ids)
