@@ -65,7 +65,9 @@ def server(
     tmp_path_factory: pytest.TempPathFactory, example_adapters: Path
 ) -> Iterator[LiveServer]:
     store = AdapterConfig(store=tmp_path_factory.mktemp("real") / "store")
-    with LiveServer(None, engine=EngineConfig(kv_memory=GIB), adapters=store) as live:
+    # Every row drafts a whole tree, however many there are.
+    engine = EngineConfig(kv_memory=GIB, max_step_nodes=256)
+    with LiveServer(None, engine=engine, adapters=store) as live:
         live.upload_all({name: example_adapters / name for name in (*LORAS, *HEADS[1:])})
         yield live
 
