@@ -11,19 +11,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from lorastack.kernels.native.library import Isa, supported
 from lorastack.layout import EMBED, LAYER_TARGETS, LM_HEAD
-from lorastack.lora.segments import LoraBatch, Segment
 from lorastack.lora.weights import LoraWeights
 from lorastack.model.checkpoint import Checkpoint
 from lorastack.model.config import load_config
-from lorastack.model.context import ForwardBatch, RowSpan
 from lorastack.model.decoder import Decoder, load_decoder
 from lorastack.model.kv import KVCache
 from lorastack.model.native import NativeBackend
 from tests.helpers.adapters import write_lora
+from tests.helpers.native import RowPart, Uses, lay_out, run
 from tests.helpers.packed import read_weights
 from tests.helpers.tiny import VOCAB_SIZE, build_llama, build_mistral, shapes_of
 
@@ -45,12 +43,8 @@ LORAS = {
     "some": {"rank": 19, "targets": ("k_proj", "up_proj", "down_proj"), "seed": 2},
     "wide": {"rank": 33, "targets": ("q_proj", "o_proj", "gate_proj"), "seed": 3},
 }
-STACKS: tuple[tuple[tuple[str, float], ...], ...] = (
-    (),
-    (("all", 1.0),),
-    (("some", 1.0),),
-    (("all", 0.5), ("wide", 1.5)),
-)
+ALL, SOME, WIDE = range(len(LORAS))  # their places
+STACKS: tuple[Uses, ...] = ((), ((ALL, 1.0),), ((SOME, 1.0),), ((ALL, 0.5), (WIDE, 1.5)))
 
 
 @dataclass(frozen=True)
@@ -59,8 +53,8 @@ class World:
 
     native: Decoder
     reference: Decoder
-    loras: dict[str, LoraWeights]
-    reference_loras: dict[str, LoraWeights]
+    loras: list[LoraWeights]
+    reference_loras: list[LoraWeights]
 
     def cache(self, decoder: Decoder) -> KVCache:
         kv = KVCache(decoder.shapes, NUM_PAGES, PAGE, decoder.dtype, CPU)
@@ -75,53 +69,22 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="module")
-def lora_folders(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def lora_folders(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     base, shapes = tmp_path_factory.mktemp("loras"), shapes_of(folder)
-    return {name: write_lora(base / name, shapes, **fields) for name, fields in LORAS.items()}
+    return [write_lora(base / name, shapes, **fields) for name, fields in LORAS.items()]
 
 
 @pytest.fixture(scope="module", params=ISAS)
-def world(request: pytest.FixtureRequest, folder: Path, lora_folders: dict[str, Path]) -> World:
+def world(request: pytest.FixtureRequest, folder: Path, lora_folders: list[Path]) -> World:
     dtype, config = DTYPES[request.param], load_config(folder, None)
     backend = NativeBackend.load(Checkpoint(folder), config, dtype, request.param)
     shapes = shapes_of(folder)
     return World(
         Decoder(config.shapes, backend, CPU, dtype),
         load_decoder(folder, device=CPU, dtype=torch.float32, max_context=None, native=False),
-        {name: read_weights(path, shapes, dtype) for name, path in lora_folders.items()},
-        {name: read_weights(path, shapes) for name, path in lora_folders.items()},
+        [read_weights(path, shapes, dtype) for path in lora_folders],
+        [read_weights(path, shapes) for path in lora_folders],
     )
-
-
-@dataclass(frozen=True)
-class Part:
-    """Tokens of one row in a step. parents: None for a chain."""
-
-    ids: Sequence[int]
-    committed: int
-    pages: Sequence[int]
-    stack: tuple[tuple[str, float], ...] = ()
-    parents: tuple[int, ...] | None = None
-
-
-def run(
-    decoder: Decoder, loras: dict[str, LoraWeights], kv: KVCache, parts: Sequence[Part]
-) -> list[Tensor]:
-    """Logits [T, V] of every part, all in one step."""
-    found = decoder.forward(lay_out(loras, parts), kv)
-    return list(found.logits_XV.split([len(part.ids) for part in parts]))
-
-
-def lay_out(loras: dict[str, LoraWeights], parts: Sequence[Part]) -> ForwardBatch:
-    """Results of all tokens are wanted."""
-    rows, segments, start = [], [], 0
-    for part in parts:
-        end = start + len(part.ids)
-        rows.append(RowSpan(start, end, part.pages, part.committed, part.parents))
-        segments += [Segment(start, end, loras[name], scale) for name, scale in part.stack]
-        start = end
-    ids = torch.tensor([token for part in parts for token in part.ids])
-    return ForwardBatch(ids, tuple(rows), range(len(ids)), LoraBatch(tuple(segments)))
 
 
 def tokens(count: int, seed: int) -> list[int]:
@@ -129,13 +92,13 @@ def tokens(count: int, seed: int) -> list[int]:
     return torch.randint(4, VOCAB_SIZE, (count,), generator=generator).tolist()
 
 
-def company(chance: random.Random, free: list[int]) -> Part:
+def company(chance: random.Random, free: list[int]) -> RowPart:
     """Another row: a prompt, a tree or a single token, on pages of its own."""
     count = chance.choice((1, 1, 3, 7, 40))
     tree = chance.random() < 0.3
     parents = tuple(chance.randrange(-1 if j == 0 else 0, max(j, 1)) for j in range(count))
     pages = [free.pop() for _ in range(12)]
-    return Part(
+    return RowPart(
         tokens(count, chance.randrange(1000)),
         0,
         pages,
@@ -167,7 +130,7 @@ def test_a_rows_bits_do_not_depend_on_its_company(world: World, seed: int) -> No
     kv = world.cache(world.native)
     pages = list(range(12))
     chance.shuffle(pages)
-    (alone,) = run(world.native, world.loras, kv, [Part(ids, 0, pages, stack)])
+    (alone,) = run(world.native, world.loras, kv, [RowPart(ids, 0, pages, stack)])
 
     free = list(range(NUM_PAGES))
     chance.shuffle(free)
@@ -180,7 +143,7 @@ def test_a_rows_bits_do_not_depend_on_its_company(world: World, seed: int) -> No
         if 1 < size <= 5:
             mine, path = tree_of(ids[done : done + size], done, pages, stack, chance)
         else:
-            mine, path = Part(ids[done : done + size], done, pages, stack), list(range(size))
+            mine, path = RowPart(ids[done : done + size], done, pages, stack), list(range(size))
         results = run(world.native, world.loras, kv, [*others[:place], mine, *others[place:]])
         assert torch.equal(results[min(place, len(others))][path], alone[done : done + size])
         kv.move(pages, [done + node for node in path], list(range(done, done + size)))
@@ -191,9 +154,9 @@ def tree_of(
     ids: Sequence[int],
     committed: int,
     pages: Sequence[int],
-    stack: tuple[tuple[str, float], ...],
+    stack: Uses,
     chance: random.Random,
-) -> tuple[Part, list[int]]:
+) -> tuple[RowPart, list[int]]:
     """A tree with `ids` as one of its paths, and the nodes of that path."""
     nodes, parents, path = [ids[0]], [-1], [0]
     for token in ids[1:]:
@@ -203,7 +166,7 @@ def tree_of(
         path.append(len(nodes) + place)
         nodes += [*wrong[:place], token, *wrong[place:]]
         parents += [parent] * (len(wrong) + 1)
-    return Part(nodes, committed, pages, stack, tuple(parents)), path
+    return RowPart(nodes, committed, pages, stack, tuple(parents)), path
 
 
 @pytest.mark.parametrize("outputs", [(), (2,), (0, 1, 5, 6, 40)])
@@ -212,7 +175,7 @@ def test_only_the_wanted_tokens_get_results(world: World, outputs: tuple[int, ..
     parts = [company(chance, free) for _ in range(9)]
     everywhere = list(outputs)
     for decoder, loras in ((world.native, world.loras), (world.reference, world.reference_loras)):
-        batch = lay_out(loras, parts)
+        batch = lay_out(loras, parts, range(sum(len(part.ids) for part in parts)))
         every = decoder.forward(batch, world.cache(decoder))
         found = decoder.forward(replace(batch, outputs=outputs), world.cache(decoder))
         torch.testing.assert_close(found.logits_XV, every.logits_XV[everywhere])

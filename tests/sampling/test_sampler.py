@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lorastack.kernels.best import best
 from lorastack.request import SamplingParams
 from lorastack.sampling.reference import draw_reference
 from lorastack.sampling.sampler import draw, token_logprobs
@@ -39,6 +40,7 @@ def test_draws_equal_the_reference(
     logits_XV = make_logits(seed, 5, 20, levels)
     tokens = draw(
         logits_XV,
+        best(logits_XV)[1].tolist(),
         [row for row, _, _ in picks],
         [params for _, params, _ in picks],
         [index for _, _, index in picks],
@@ -52,7 +54,8 @@ def test_greedy_ties_go_to_the_lowest_id() -> None:
     logits_XV = torch.zeros(3, 4000)
     logits_XV[1, 1999:] = 1.0
     logits_XV[2, 7] = logits_XV[2, 3999] = 2.0
-    assert draw(logits_XV, range(3), [SamplingParams()] * 3, range(3)) == [0, 1999, 7]
+    best_X = best(logits_XV)[1].tolist()
+    assert draw(logits_XV, best_X, range(3), [SamplingParams()] * 3, range(3)) == [0, 1999, 7]
 
 
 @given(st.integers(0, 2**32), st.integers(0, 25), st.sampled_from([None, 3]))

@@ -34,10 +34,6 @@ class Sampled:
     def num_logits(self) -> int:
         return self.step.tree.num_nodes if self.step.tree else 1
 
-    @property
-    def greedy(self) -> bool:
-        return self.step.request.sampling.greedy
-
 
 class Runner:
     """Owns the KV tensor and borrows weights and adapters."""
@@ -97,19 +93,14 @@ class Runner:
         """Draw at each root and descend while the draw is a drafted token."""
 
         def draw_nodes(nodes: Sequence[tuple[int, int, int]]) -> list[int]:
-            tokens = [best_X[sampled[row].first_logit + node] for row, node, _ in nodes]
-            drawn = [i for i, (row, _, _) in enumerate(nodes) if not sampled[row].greedy]
-            if drawn:
-                picks = [(sampled[nodes[i][0]], nodes[i][1], nodes[i][2]) for i in drawn]
-                draws = draw(
-                    logits_XV,
-                    [row.first_logit + node for row, node, _ in picks],
-                    [row.step.request.sampling for row, _, _ in picks],
-                    [row.step.num_generated + depth for row, _, depth in picks],
-                )
-                for i, token in zip(drawn, draws, strict=True):
-                    tokens[i] = token
-            return tokens
+            picks = [(sampled[row], node, depth) for row, node, depth in nodes]
+            return draw(
+                logits_XV,
+                best_X,
+                [row.first_logit + node for row, node, _ in picks],
+                [row.step.request.sampling for row, _, _ in picks],
+                [row.step.num_generated + depth for row, _, depth in picks],
+            )
 
         trees = [
             DraftedTree(s.step.tree, s.step.token_ids) if s.step.tree else DraftedTree(CHAIN, (0,))

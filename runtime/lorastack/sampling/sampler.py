@@ -17,28 +17,29 @@ from lorastack.request import SamplingParams, TokenLogprobs
 
 def draw(
     logits_XV: Tensor,
+    best_X: Sequence[int],
     rows: Sequence[int],
     params: Sequence[SamplingParams],
     indices: Sequence[int],
 ) -> list[int]:
     """One token for each of `rows`, which choose among the rows of logits_XV.
 
-    params, indices: beside `rows`; indices of the generated token that each draws, from 0. A token
-    depends on its row's logits (float32), params and index alone. Temperature 0 takes the best
-    logit, ties to the lowest id. Non-finite logits give some id, never an error.
+    best_X: each row's best token, see `kernels.best`; temperature 0 takes it. params, indices:
+    beside `rows`; indices of the generated token that each draws, from 0. A token depends on its
+    row's logits (float32), params and index alone. Non-finite logits give some id, never an error.
     """
+    tokens = [best_X[row] for row in rows]
     drawn = [place for place, wanted in enumerate(params) if not wanted.greedy]
-    found = kernel.draw(
-        logits_XV,
-        [rows[place] for place in drawn],
-        [params[place] for place in drawn],
-        [indices[place] for place in drawn],
-    )
-    tokens = dict(zip(drawn, found, strict=True))
-    return [
-        tokens[place] if place in tokens else int(logits_XV[row].argmax())  # the first maximum
-        for place, row in enumerate(rows)
-    ]
+    if drawn:
+        found = kernel.draw(
+            logits_XV,
+            [rows[place] for place in drawn],
+            [params[place] for place in drawn],
+            [indices[place] for place in drawn],
+        )
+        for place, token in zip(drawn, found, strict=True):
+            tokens[place] = token
+    return tokens
 
 
 def token_logprobs(logits_V: Tensor, token_id: int, num_top: int) -> TokenLogprobs:

@@ -51,20 +51,10 @@ INLINE void prefetch_span(const RowCache<uint16_t>& kv, int at, int limit, int64
 // Columns begin..end of a tile of scores [position][query] into the queries' rows, from `at` on.
 INLINE void scatter_scores(const float (*tile)[TILE_GROUP], int begin, int end, float* scores,
                            int capacity, int at) {
-  if (end - begin > 4) {
-    __m512 columns[16];
-    for (int i = 0; i < 16; i++) columns[i] = _mm512_load_ps(tile[i]);
-    transpose_16(columns);
-    for (int g = begin; g < end; g++)
-      _mm512_storeu_ps(scores + (size_t)g * capacity + at, columns[g]);
-    return;
-  }
-  const __m512i lines = _mm512_mullo_epi32(
-      _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
-      _mm512_set1_epi32(TILE_GROUP));
+  __m512 columns[LANES];
+  tile_columns(tile, begin, end, columns);
   for (int g = begin; g < end; g++)
-    _mm512_storeu_ps(scores + (size_t)g * capacity + at,
-                     _mm512_i32gather_ps(lines, tile[0] + g, sizeof(float)));
+    _mm512_storeu_ps(scores + (size_t)g * capacity + at, columns[g]);
 }
 
 // Scores of 32 positions from `at` for queries begin..end.

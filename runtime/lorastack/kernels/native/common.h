@@ -113,6 +113,20 @@ INLINE void transpose_16(__m512 v[16]) {
   }
 }
 
+// Columns begin..end of a 16 x 16 tile, at their places in `columns`: few by gathers, many at once.
+INLINE void tile_columns(const float (*tile)[LANES], int begin, int end, __m512 columns[LANES]) {
+  if (end - begin > 4) {
+    for (int i = 0; i < LANES; i++) columns[i] = _mm512_load_ps(tile[i]);
+    transpose_16(columns);
+    return;
+  }
+  const __m512i lines = _mm512_mullo_epi32(
+      _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+      _mm512_set1_epi32(LANES));
+  for (int i = begin; i < end; i++)
+    columns[i] = _mm512_i32gather_ps(lines, tile[0] + i, sizeof(float));
+}
+
 struct Range {
   int begin, end;
 };

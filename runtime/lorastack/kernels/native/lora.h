@@ -27,15 +27,10 @@ INLINE int shrink_chunks(const LoraPart<T>& lora) {
   return ceil_div(lora.rank, SHRINK_ROWS);
 }
 
+#ifndef __AMX_BF16__
 // Room for the shrunk tokens of a segment, in floats.
-INLINE int64_t shrunk_floats(int begin, int end, int rank) {
-#ifdef __AMX_BF16__
-  const int tiles = begin < end ? (end - 1) / 16 - begin / 16 + 1 : 0;
-  return (int64_t)tiles * ceil_div(rank, 32) * 256;
-#else
-  return (int64_t)(end - begin) * rank;
+INLINE int64_t shrunk_floats(int begin, int end, int rank) { return (int64_t)(end - begin) * rank; }
 #endif
-}
 
 // One row of an A with up to four tokens.
 template <class E>

@@ -13,6 +13,12 @@ namespace lorastack::LORASTACK_ISA {
 
 constexpr int TILE_TOKENS = 16, TILE_RANKS = 32, TILE_ELEMENTS = TILE_TOKENS * TILE_RANKS;
 
+// Room for the shrunk tokens of a segment, in floats.
+INLINE int64_t shrunk_floats(int begin, int end, int rank) {
+  const int tiles = begin < end ? (end - 1) / TILE_TOKENS - begin / TILE_TOKENS + 1 : 0;
+  return (int64_t)tiles * ceil_div(rank, TILE_RANKS) * TILE_ELEMENTS / 2;
+}
+
 INLINE uint16_t* shrunk_tile(const LoraPart<uint16_t>& lora, float* shrunk, int tokens, int ranks) {
   const int place = (tokens - lora.begin / TILE_TOKENS) * ceil_div(lora.rank, TILE_RANKS) + ranks;
   return (uint16_t*)(shrunk + lora.shrunk) + (size_t)place * TILE_ELEMENTS;
@@ -69,16 +75,8 @@ INLINE void load_b(const LoraPart<uint16_t>& lora, int column, int out_size, int
 
 // Adds [16 outputs][16 tokens] to the first `count` tokens' sums.
 INLINE void add_columns(const float (*tile)[TILE_TOKENS], int count, float* sums, size_t ld) {
-  __m512 columns[16];
-  if (count > 4) {
-    for (int i = 0; i < 16; i++) columns[i] = _mm512_load_ps(tile[i]);
-    transpose_16(columns);
-  } else {
-    const __m512i lines = _mm512_mullo_epi32(
-        _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
-        _mm512_set1_epi32(TILE_TOKENS));
-    for (int t = 0; t < count; t++) columns[t] = _mm512_i32gather_ps(lines, tile[0] + t, 4);
-  }
+  __m512 columns[LANES];
+  tile_columns(tile, 0, count, columns);
   for (int t = 0; t < count; t++, sums += ld)
     _mm512_storeu_ps(sums, _mm512_add_ps(_mm512_loadu_ps(sums), columns[t]));
 }

@@ -8,6 +8,7 @@
 #include "step.h"
 
 #include "lora.h"
+#include "lora_tiles.h"
 
 namespace lorastack::LORASTACK_ISA {
 
