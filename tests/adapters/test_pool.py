@@ -11,7 +11,6 @@ import torch
 
 from lorastack.adapters.device import DeviceAdapter
 from lorastack.adapters.host import PackedAdapter
-from lorastack.adapters.loader import LOAD_NICENESS
 from lorastack.errors import DataLossError, FailedPreconditionError, InternalError, Reason
 from tests.adapters.pools import WAIT, Bench, bench, resident
 from tests.adapters.test_host import packed
@@ -199,7 +198,7 @@ def test_loads_run_at_low_priority_elsewhere() -> None:
     before = os.getpriority(os.PRIO_PROCESS, main)
     with bench(load=load) as made:
         made.use("a")
-    assert seen == [(LOAD_NICENESS, False)]
+    assert seen == [(10, False)]
     assert os.getpriority(os.PRIO_PROCESS, main) == before
 
 

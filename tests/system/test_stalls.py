@@ -52,13 +52,13 @@ def test_a_long_prompt_delays_nobody(live: LiveServer, monkeypatch: pytest.Monke
         return run(batch)
 
     monkeypatch.setattr(live.engine._runner, "run", record)
-    long_prompt = "".join(chr(97 + n * n % 26) for n in range(4000))
-    assert len(live.tokenize(long_prompt)) >= 3500
+    long_prompt = "".join(chr(97 + n * n % 26) for n in range(9000))
+    assert len(live.tokenize(long_prompt)) >= 8000
     with ThreadPoolExecutor(2) as pool:
         steady = [
             pool.submit(
                 live.stream,
-                ask(f"row {n}", ignore_eos=True, max_new_tokens=400, request_id=f"steady-{n}"),
+                ask(f"row {n}", ignore_eos=True, max_new_tokens=1200, request_id=f"steady-{n}"),
             )
             for n in range(2)
         ]
