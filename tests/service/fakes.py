@@ -304,9 +304,7 @@ class FakeServer:
         """adapters: more of AdapterConfig."""
         self.dispatcher = Dispatcher(max_buffered)
         self.pool, self.host = FakePool(), FakeHost()
-        self.engine = FakeEngine(
-            tokenizer, self.dispatcher.deliver, self.dispatcher.fail, self.pool
-        )
+        self.engine = FakeEngine(tokenizer, self._deliver, self.dispatcher.fail, self.pool)
         config = AdapterConfig(store=store, **adapters)
         self.registry = Registry(store, read_only=config.read_only_store)
         parts: dict[str, Any] = {"engine": self.engine, "pool": self.pool, "host": self.host}
@@ -322,6 +320,9 @@ class FakeServer:
             dispatcher=self.dispatcher,
             **parts,
         )
+
+    def _deliver(self, events: list[RowEvent]) -> None:
+        self.dispatcher.deliver(events)
 
 
 class RunningServer(FakeServer):
@@ -355,6 +356,13 @@ class RunningServer(FakeServer):
             self.engine.go_on()
             self.run(self.server.stop(0.0))
             self._end()
+
+    def _deliver(self, events: list[RowEvent]) -> None:
+        """As after a real step, which takes a while, the loop has routed them before the next."""
+        routed = threading.Event()
+        super()._deliver(events)
+        self.loop.call_soon_threadsafe(routed.set)
+        routed.wait(PATIENCE)
 
     def _end(self) -> None:
         self.loop.call_soon_threadsafe(self.loop.stop)
