@@ -83,6 +83,8 @@ class TokenSource(StrEnum):
 
     MODEL = "model"
     HEADS = "heads"
+    PROMPT_LOOKUP = "prompt_lookup"
+    GRAMMAR = "grammar"
 
 
 class FinishReason(StrEnum):

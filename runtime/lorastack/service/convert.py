@@ -32,6 +32,8 @@ from lorastack.v1 import adapters_pb2, generation_pb2
 _SOURCES = {
     TokenSource.MODEL: generation_pb2.Token.MODEL,
     TokenSource.HEADS: generation_pb2.Token.HEADS,
+    TokenSource.PROMPT_LOOKUP: generation_pb2.Token.PROMPT_LOOKUP,
+    TokenSource.GRAMMAR: generation_pb2.Token.GRAMMAR,
 }
 _FINISH_REASONS = {
     FinishReason.LENGTH: generation_pb2.GenerateResponse.LENGTH,

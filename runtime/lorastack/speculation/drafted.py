@@ -1,0 +1,53 @@
+"""A row's draft tree of one step, tokens included. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from lorastack.request import TokenSource
+
+
+@dataclass(frozen=True)
+class Drafted:
+    """Nodes in any order in which parents come before their children; node 0 is the root.
+
+    Siblings carry distinct tokens, so a token leads to at most one child.
+    """
+
+    tokens: tuple[int, ...]  # per node; the root's is the row's last token
+    parents: tuple[int, ...]  # per node; -1 for the root
+    sources: tuple[TokenSource, ...]  # per node; MODEL for the root
+
+    @staticmethod
+    def root(token: int) -> Drafted:
+        """The root alone: nothing drafted."""
+        return Drafted((token,), (-1,), (TokenSource.MODEL,))
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes with the root."""
+        return len(self.tokens)
+
+    @cached_property
+    def depths(self) -> tuple[int, ...]:
+        """Per node: its offset in position from the root, whose depth is 0."""
+        depths = [0]
+        for parent in self.parents[1:]:
+            depths.append(depths[parent] + 1)
+        return tuple(depths)
+
+    @cached_property
+    def children(self) -> tuple[tuple[int, ...], ...]:
+        """Per node, in the order of nodes."""
+        children: list[list[int]] = [[] for _ in self.parents]
+        for node, parent in enumerate(self.parents[1:], start=1):
+            children[parent].append(node)
+        return tuple(map(tuple, children))
+
+    def child(self, node: int, token: int) -> int | None:
+        """The child of `node` that carries `token`."""
+        for child in self.children[node]:
+            if self.tokens[child] == token:
+                return child
+        return None
