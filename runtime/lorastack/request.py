@@ -6,8 +6,10 @@ step thread fills every event.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Protocol
 
 from lorastack.errors import LorastackError
 
@@ -63,6 +65,48 @@ class SpeculationParams:
     max_nodes: int | None = None
 
 
+class Matcher(Protocol):
+    """Where one row stands in its grammar. For one thread.
+
+    Its place is that of the committed tokens and, behind them, the path last sought. Whatever
+    `mask` allows may be sought or committed; end tokens are allowed for ever once one was taken.
+    """
+
+    error: str  # why the grammar had to be given up, its end tokens being all it allows; else ""
+
+    def seek(self, path: Sequence[int]) -> None:
+        """To the committed tokens and `path` behind them, from any other path."""
+        ...
+
+    def commit(self, tokens: Sequence[int]) -> None:
+        """These tokens follow the committed ones for good, and the place is behind them."""
+        ...
+
+    def mask(self) -> bytes:
+        """Which tokens may come next: token i is bit i % 8 of byte i // 8; never none.
+
+        ceil(V / 32) words of 4 bytes. The end tokens are among them where the text may end.
+        """
+        ...
+
+    def forced(self, limit: int) -> tuple[int, ...]:
+        """At most `limit` tokens that the committed ones leave no choice but to follow."""
+        ...
+
+    @property
+    def finished(self) -> bool:
+        """At its place, nothing but end tokens may follow."""
+        ...
+
+
+class Grammar(Protocol):
+    """What a row's text must look like. For any thread."""
+
+    def matcher(self) -> Matcher:
+        """A fresh one, at the beginning of the output."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """One row to generate."""
@@ -76,6 +120,7 @@ class Request:
     heads: HeadsUse | None = None
     num_logprobs: int | None = None  # None: no logprobs; n: the chosen token's and the n best
     deadline: float | None = None  # time.monotonic() seconds
+    grammar: Grammar | None = None  # None: any text
 
 
 class TokenSource(StrEnum):
