@@ -39,6 +39,11 @@ class SamplingParams:
     top_k: int = 0  # 0: no limit
     top_p: float = 1.0
     min_p: float = 0.0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0  # over prompt and output
+    frequency_penalty: float = 0.0  # this and the next over the output alone
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what its logit gains), ids distinct
     seed: int = 0
 
     @property
@@ -58,11 +63,20 @@ class StopParams:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TypicalAcceptance:
+    """Medusa's rule for drafted tokens, `speculation.accept`. NOT lossless: tokens change."""
+
+    epsilon: float = 0.09
+    delta: float = 0.3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SpeculationParams:
-    """enabled False: Mode OFF. max_nodes None: the engine chooses."""
+    """enabled False: Mode OFF. max_nodes None: the engine chooses. typical None: exact."""
 
     enabled: bool = True
     max_nodes: int | None = None
+    typical: TypicalAcceptance | None = None
 
 
 class Matcher(Protocol):
@@ -121,6 +135,11 @@ class Request:
     num_logprobs: int | None = None  # None: no logprobs; n: the chosen token's and the n best
     deadline: float | None = None  # time.monotonic() seconds
     grammar: Grammar | None = None  # None: any text
+
+    @property
+    def typical(self) -> TypicalAcceptance | None:
+        """The rule that its drafts are accepted by; None: exactly, as always at temperature 0."""
+        return None if self.sampling.greedy else self.speculation.typical
 
 
 class TokenSource(StrEnum):
