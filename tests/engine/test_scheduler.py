@@ -36,7 +36,8 @@ from lorastack.request import (
     SpeculationParams,
     StopParams,
 )
-from lorastack.speculation.accept import DraftedTree, accept
+from lorastack.speculation.accept import accept
+from lorastack.speculation.drafted import Drafted
 
 PAGE, VOCAB, NUM_HEADS = 4, 7, 2
 CHOICES = ((0,), (0, 0), (1,))
@@ -133,7 +134,7 @@ class Model:
             return [] if node < 0 else [*path_to(tree.parents[node]), step.token_ids[node]]
 
         accepted = accept(
-            [DraftedTree(tree=tree, tokens=step.token_ids)],
+            [Drafted(step.token_ids, tree.parents, ())],
             lambda nodes: [next_token(loras, past + path_to(node)) for _, node, _ in nodes],
         )[0]
         for place, node in enumerate(accepted.path, start=1):

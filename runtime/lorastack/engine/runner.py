@@ -18,8 +18,8 @@ from lorastack.model.decoder import Decoder
 from lorastack.model.kv import KVCache
 from lorastack.request import TokenLogprobs
 from lorastack.sampling.sampler import draw, token_logprobs
-from lorastack.speculation.accept import Accepted, DraftedTree, accept
-from lorastack.speculation.tree import CHAIN
+from lorastack.speculation.accept import Accepted, accept
+from lorastack.speculation.drafted import Drafted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +103,7 @@ class Runner:
             )
 
         trees = [
-            DraftedTree(s.step.tree, s.step.token_ids) if s.step.tree else DraftedTree(CHAIN, (0,))
+            Drafted(s.step.token_ids, s.step.tree.parents, ()) if s.step.tree else Drafted.root(0)
             for s in sampled
         ]
         return accept(trees, draw_nodes)

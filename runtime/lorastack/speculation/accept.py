@@ -1,50 +1,44 @@
-"""Which drafted tokens stand: the "match" rule, lossless for any draft.
+"""Which drafted tokens stand. Pure.
 
-Draw at the root what the model draws there, descend to the child that equals the draw, stop at a
-mismatch. Every token comes from a draw of its own position, so the drafts change how many tokens a
-step gives, never which.
+`accept` is the "match" rule, lossless for any draft: draw at the root what the model draws there,
+descend to the child that equals the draw, stop at a mismatch. Every token comes from a draw of its
+own position, so the drafts change how many tokens a step gives, never which.
+
+`accept_typical` is Medusa's rule, which is NOT lossless: it takes drafted tokens that the model
+finds likely enough, whatever it would have drawn.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from lorastack.speculation.tree import Tree
+from lorastack.request import TypicalAcceptance
+from lorastack.speculation.drafted import Drafted
 
-# (row, node, depth) triples of rows still descending -> the token drawn at each. `depth` is the
-# number of tokens accepted before: the draw's generated index counts from the row's own.
-Draw = Callable[[Sequence[tuple[int, int, int]]], Sequence[int]]
-
-
-@dataclass(frozen=True, slots=True)
-class DraftedTree:
-    """A row's tree of this step. tokens: per node; tokens[0] is the row's last token."""
-
-    tree: Tree
-    tokens: tuple[int, ...]
-
-    def child(self, node: int, token: int) -> int | None:
-        """The child of `node` that carries `token`, the lowest where siblings carry the same."""
-        for child in self.tree.children[node]:
-            if self.tokens[child] == token:
-                return child
-        return None
+# (row, node, depth) triples. `depth` is the number of tokens accepted before: the generated index
+# of what is drawn at the node counts from the row's own.
+Nodes = Sequence[tuple[int, int, int]]
+# Nodes -> the token drawn at each.
+Draw = Callable[[Nodes], Sequence[int]]
+# Nodes -> the entropy of what may follow each, and the probabilities of its children's tokens.
+Look = Callable[[Nodes], Sequence[tuple[float, Sequence[float]]]]
 
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
     """What a row gained.
 
-    path: accepted nodes, the root left out. tokens: theirs and the last draw, which was drafted
-    nowhere below the path: always one more than `path`.
+    path: accepted nodes, the root left out. tokens: theirs and the last draw, at the path's end:
+    always one more than `path`.
     """
 
     path: tuple[int, ...]
     tokens: tuple[int, ...]
 
 
-def accept(rows: Sequence[DraftedTree], draw: Draw) -> list[Accepted]:
+def accept(rows: Sequence[Drafted], draw: Draw) -> list[Accepted]:
     """Descend all rows' trees level by level; one call of `draw` a level.
 
     Nodes off the accepted path are never drawn.
@@ -62,3 +56,40 @@ def accept(rows: Sequence[DraftedTree], draw: Draw) -> list[Accepted]:
                 descending.append((row, child, depth + 1))
         level = descending
     return [Accepted(tuple(path), tuple(drawn)) for path, drawn in zip(paths, tokens, strict=True)]
+
+
+def accept_typical(
+    rows: Sequence[Drafted], rules: Sequence[TypicalAcceptance], look: Look, draw: Draw
+) -> list[Accepted]:
+    """Medusa's typical acceptance. NOT lossless: the drafts decide which tokens come.
+
+    A child is accepted if its parent is and p(child) > min(epsilon, delta * exp(-H)), H being the
+    entropy at the parent. The longest accepted path wins, ties go to the greatest sum of log p,
+    then to the lowest nodes. `look` is called once a level, for accepted nodes with children;
+    `draw` once, at the ends of the paths. A probability that is NaN accepts nothing.
+
+    rules: beside the rows. Source: FasterDecoding/Medusa, evaluate_posterior.
+    """
+    best: list[tuple[int, ...]] = [() for _ in rows]
+    level: list[tuple[int, float, tuple[int, ...]]] = [(row, 0.0, ()) for row in range(len(rows))]
+    while level := [state for state in level if rows[state[0]].children[_end(state[2])]]:
+        found = []
+        seen = look([(row, _end(path), len(path)) for row, _, path in level])
+        for (row, total, path), (entropy, chances) in zip(level, seen, strict=True):
+            least = min(rules[row].epsilon, rules[row].delta * math.exp(-entropy))
+            for child, chance in zip(rows[row].children[_end(path)], chances, strict=True):
+                if chance > least:
+                    found.append((row, total + math.log(chance), (*path, child)))
+        # A path of this level is longer than those before; the best of a row comes last and stays.
+        for row, _, path in sorted(found, key=lambda state: (-state[1], state[2]), reverse=True):
+            best[row] = path
+        level = found
+    drawn = draw([(row, _end(path), len(path)) for row, path in enumerate(best)])
+    return [
+        Accepted(path, (*(drafted.tokens[node] for node in path), token))
+        for drafted, path, token in zip(rows, best, drawn, strict=True)
+    ]
+
+
+def _end(path: tuple[int, ...]) -> int:
+    return path[-1] if path else 0
