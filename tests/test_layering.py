@@ -41,7 +41,18 @@ FORBIDDEN_FOREIGN: dict[str, set[str]] = {
     "engine": {"asyncio", "grpc", "google"},
     "client": {"torch", "transformers"},
 }
-PURE = ("speculation/tree.py", "speculation/accept.py", "engine/pages.py", "engine/scheduler.py")
+PURE = (
+    "speculation/tree.py",
+    "speculation/accept.py",
+    "speculation/budget.py",
+    "speculation/calibration.py",
+    "speculation/candidates.py",
+    "speculation/cost.py",
+    "speculation/drafted.py",
+    "speculation/lookup.py",
+    "engine/pages.py",
+    "engine/scheduler.py",
+)
 
 
 def sources() -> list[Path]:

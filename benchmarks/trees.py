@@ -1,0 +1,270 @@
+"""How many more tokens a step do adaptive trees accept than the best static tree of as many nodes?
+
+Exact replay of the base's greedy text, no server: per position the heads' candidates and the tokens
+that came say what every tree accepts there. An adaptive tree takes the nodes that are worth more
+than a threshold, one for the whole text, found so that the mean size over the steps is 4 or 8; what
+heads are worth is learnt as in the server, from nothing. Its opponents are the best static trees:
+counted on this very text, which flatters it, and on its own tuning text (the heads' choices).
+Intervals: 95%, bootstrap over answers, both trees on the same ones.
+
+    python -m benchmarks.trees --heads examples/adapters/heads-maths --samples held_out.jsonl
+    python -m benchmarks.trees --heads examples/adapters/heads-maths --prompts questions.jsonl
+
+--samples: as examples/training/make_heads.py distill writes them; --prompts: {"prompt": ...} or
+{"question": ...} a line, answered by the base first.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from benchmarks.report import report
+from lorastack.model.default import default_model
+from lorastack.speculation.calibration import Calibration
+from lorastack.speculation.candidates import Node, Proposals, grow
+from lorastack.speculation.lookup import Lookup
+from lorastack.train.distill import Sample, chat_ids, distill, read_samples
+from lorastack.train.heads import Path_, load_heads
+from lorastack.train.hidden import hidden_corpus
+from lorastack.train.measure import search_choices, tokens_per_step
+from lorastack.train.vocabulary import load_vocabulary
+
+SIZES = (4, 8)
+RANKS = 10  # candidates of a head, for all trees
+MAX_NODES, MAX_DEPTH = 48, 8
+BEYOND = 1000  # rank of a token that is no candidate
+CHUNK = 512  # positions
+BISECTIONS = 12
+BOOTSTRAPS = 1000
+
+Counts = list[tuple[int, int]]  # (tokens, steps) of each answer
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the base said, and at each of its tokens (T) the heads' (K) candidates (R)."""
+
+    prompt_ids: list[int]
+    ids: list[int]
+    candidates_TKR: Tensor
+    logprobs_TKR: Tensor
+    ranks_TK: Tensor  # of the tokens that came
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    counts: Counts
+    nodes: int
+
+    @property
+    def mean_size(self) -> float:
+        return self.nodes / sum(steps for _, steps in self.counts)
+
+
+def main(
+    heads: Annotated[Path, typer.Option(help="Folder of the heads.")],
+    samples: Annotated[Path | None, typer.Option(help="The base's answers.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Prompts for the base.")] = None,
+    tokens: Annotated[int, typer.Option(help="Enough of them.")] = 50_000,
+    skip: Annotated[int, typer.Option(help="Samples that are not held out.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(help="Of an answer to --prompts.")] = 256,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+) -> None:
+    """Replay, print a table and a JSON line."""
+    torch.set_num_threads(threads)
+    if (samples is None) == (prompts is None):
+        raise typer.BadParameter("give either --samples or --prompts")
+    model = AutoModelForCausalLM.from_pretrained(default_model(), dtype=torch.bfloat16)
+    if samples is not None:
+        found = iter(read_samples(samples)[skip:])
+    else:
+        found = answered(model, prompts, max_new_tokens)
+    answers = list(replayable(model, heads, enough(found, tokens)))
+    own_choices = load_heads(heads)[1]
+    rows = [row for size in SIZES for row in compare(answers, own_choices, size)]
+    report(
+        f"Trees of {heads.name}",
+        rows,
+        answers=len(answers),
+        tokens=sum(len(answer.ids) for answer in answers),
+    )
+
+
+def answered(model: PreTrainedModel, prompts: Path, max_new_tokens: int) -> Iterator[Sample]:
+    tokenizer = AutoTokenizer.from_pretrained(default_model())
+    rows = [json.loads(line) for line in prompts.read_text().splitlines()]
+    chats = [[{"role": "user", "content": row.get("prompt") or row["question"]}] for row in rows]
+    return distill(
+        model,
+        [("", chat_ids(tokenizer, chat)) for chat in chats],
+        eos_id=int(tokenizer.eos_token_id),
+        max_new_tokens=max_new_tokens,
+        batch_size=32,
+    )
+
+
+def enough(samples: Iterator[Sample], tokens: int) -> list[Sample]:
+    kept: list[Sample] = []
+    while tokens > 0 and (sample := next(samples, None)) is not None:
+        kept.append(sample)
+        tokens -= len(sample.answer_ids)
+    return kept
+
+
+@torch.inference_mode()
+def replayable(model: PreTrainedModel, folder: Path, samples: Sequence[Sample]) -> Iterator[Answer]:
+    heads = load_heads(folder)[0].bfloat16()
+    corpus = hidden_corpus(model, samples, num_heads=heads.num_heads)
+    lm_head_VH = model.get_output_embeddings().weight.detach()
+    ids_N = load_vocabulary(folder)
+    if ids_N is None:
+        ids_N = torch.arange(len(lm_head_VH))
+    rows_NH = lm_head_VH[ids_N]
+    candidates, logprobs = [], []
+    for hidden_PH in corpus.hidden_TH.split(CHUNK):
+        best = [
+            torch.log_softmax((heads(hidden_PH, head) @ rows_NH.T).float(), -1).topk(RANKS)
+            for head in range(heads.num_heads)
+        ]
+        candidates.append(torch.stack([ids_N[found.indices] for found in best], 1))
+        logprobs.append(torch.stack([found.values for found in best], 1))
+    candidates_TKR, logprobs_TKR = torch.cat(candidates), torch.cat(logprobs)
+    right_TKR = candidates_TKR == corpus.targets_TK[:, :, None]
+    ranks_TK = right_TKR.long().argmax(-1).masked_fill(~right_TKR.any(-1), BEYOND)
+    for sample, begin, end in zip(samples, corpus.starts, corpus.starts[1:], strict=False):
+        at = slice(begin, end)
+        yield Answer(
+            sample.prompt_ids,
+            sample.answer_ids,
+            candidates_TKR[at],
+            logprobs_TKR[at],
+            ranks_TK[at],
+        )
+
+
+def compare(
+    answers: Sequence[Answer], own_choices: list[Path_], size: int
+) -> Iterator[dict[str, object]]:
+    """One row a tree. The first is the opponent of all."""
+    best = search_choices(torch.cat([answer.ranks_TK for answer in answers]), size, RANKS)
+    opponent = static(answers, best)
+    yield row("static, best for this text", opponent, size, opponent)
+    yield row("static, the heads' own", static(answers, own_choices[:size]), size, opponent)
+    for name, learns, looks_up in (
+        ("adaptive, nothing learnt", False, False),
+        ("adaptive", True, False),
+        ("adaptive with prompt lookup", True, True),
+    ):
+        found = of_mean_size(answers, size, learns=learns, looks_up=looks_up)
+        yield row(name, found.counts, found.mean_size, opponent)
+
+
+def row(name: str, counts: Counts, size: float, opponent: Counts) -> dict[str, object]:
+    ratio = rate(counts) / rate(opponent)
+    low, high = interval(counts, opponent)
+    return {
+        "tree": name,
+        "mean nodes": round(size, 2),
+        "tokens a step": round(rate(counts), 3),
+        "more": f"{ratio - 1:+.1%}",
+        "95%": f"{low - 1:+.1%} to {high - 1:+.1%}",
+    }
+
+
+def rate(counts: Counts) -> float:
+    return sum(tokens for tokens, _ in counts) / sum(steps for _, steps in counts)
+
+
+def interval(counts: Counts, opponent: Counts) -> tuple[float, float]:
+    """95% of the ratio of their rates, answers drawn again and again."""
+    rng = random.Random(0)
+    ratios = []
+    for _ in range(BOOTSTRAPS):
+        drawn = rng.choices(range(len(counts)), k=len(counts))
+        ratios.append(rate([counts[i] for i in drawn]) / rate([opponent[i] for i in drawn]))
+    ratios.sort()
+    return ratios[BOOTSTRAPS // 40], ratios[-BOOTSTRAPS // 40]
+
+
+def static(answers: Sequence[Answer], choices: Sequence[Path_]) -> Counts:
+    return [
+        tokens_per_step(answer.ranks_TK, [0, len(answer.ids)], choices)
+        for answer in answers
+        if len(answer.ids) > 1
+    ]
+
+
+def of_mean_size(answers: Sequence[Answer], size: int, *, learns: bool, looks_up: bool) -> Replay:
+    """With the threshold that gives this mean size."""
+    low, high = 0.001, 0.5
+    for _ in range(BISECTIONS):
+        threshold = (low * high) ** 0.5
+        found = adaptive(answers, threshold, learns=learns, looks_up=looks_up)
+        if found.mean_size > size:
+            low = threshold
+        else:
+            high = threshold
+    return found
+
+
+def adaptive(
+    answers: Sequence[Answer], threshold: float, *, learns: bool, looks_up: bool
+) -> Replay:
+    """One calibration serves all answers, one after the other, as a server's does."""
+    calibration = Calibration()
+    counts, num_nodes = [], 0
+    for answer in answers:
+        candidates = answer.candidates_TKR.tolist()
+        logprobs = answer.logprobs_TKR.tolist()
+        lookup = Lookup(answer.prompt_ids + answer.ids[:1]) if looks_up else Lookup()
+        at = steps = 0
+        while at < len(answer.ids) - 1:
+            match, chain = lookup.propose(MAX_DEPTH)
+            proposals = Proposals(candidates[at], logprobs[at], chain, match)
+            stream = grow(proposals, calibration, MAX_NODES, MAX_DEPTH)
+            nodes = list(takewhile(lambda node: node.worth >= threshold, stream))
+            drawn = accepted(nodes, answer.ids[at + 1 :])
+            if learns:
+                learn(calibration, proposals, drawn)
+            if looks_up:
+                for token in drawn:
+                    lookup.push(token)
+            at += len(drawn)
+            steps += 1
+            num_nodes += len(nodes)
+        if steps:
+            counts.append((at, steps))
+    return Replay(counts, num_nodes)
+
+
+def accepted(nodes: Sequence[Node], coming: Sequence[int]) -> Sequence[int]:
+    """The tokens of a step, of those that are to come: the accepted ones and one more."""
+    children = {(node.parent, node.token): place for place, node in enumerate(nodes, start=1)}
+    at = count = 0
+    while count < len(coming) and (child := children.get((at, coming[count]))) is not None:
+        at = child
+        count += 1
+    return coming[: count + 1]
+
+
+def learn(calibration: Calibration, proposals: Proposals, drawn: Sequence[int]) -> None:
+    calibration.record_draft(proposals.ids, proposals.logprobs, drawn)
+    for depth, (looked_up, token) in enumerate(zip(proposals.lookup, drawn, strict=False)):
+        calibration.record_lookup(proposals.match, depth, looked_up == token)
+        if looked_up != token:
+            break
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,81 @@
+"""How many draft nodes each row brings to a step, and whose heads run at all. Pure.
+
+A step gives every row one token and each node's worth on top, for the seconds that its tokens cost.
+What counts is tokens a second: a node is worth its cost only while it raises that, so drafting
+shrinks row by row as rows come, and ends when a token more costs as much as a row's own.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Sequence
+
+from lorastack.speculation.cost import CostCurve
+
+
+def allot(
+    streams: Sequence[Iterable[float]], fixed_tokens: int, num_rows: int, cost: CostCurve
+) -> list[int]:
+    """Nodes per row that make (num_rows + sum of worths) / cost.seconds(fixed_tokens + nodes) most.
+
+    streams: per row, its nodes' worths, non-increasing; where one ends is the row's cap. They are
+    read no further than it takes to know. fixed_tokens: of the step without any node. num_rows:
+    those that get a token of their own, with a stream or without. Ties go to fewer nodes.
+    """
+    iterators = [iter(worths) for worths in streams]
+    nodes = [(-next(worths, 0.0), row) for row, worths in enumerate(iterators)]
+    heapq.heapify(nodes)
+    tokens, gain = fixed_tokens, float(num_rows)
+    best_rate = gain / cost.seconds(tokens)
+    taken: list[int] = []  # rows, a node each
+    best = 0
+    while nodes:
+        negative, row = nodes[0]
+        # Nothing left is worth more, and no number of nodes costs less than this a node.
+        if -negative <= best_rate * cost.least_slope(tokens):
+            break
+        taken.append(row)
+        tokens += 1
+        gain -= negative
+        rate = gain / cost.seconds(tokens)
+        if rate > best_rate:
+            best_rate, best = rate, len(taken)
+        heapq.heapreplace(nodes, (-next(iterators[row], 0.0), row))
+    counts = [0] * len(streams)
+    for row in taken[:best]:
+        counts[row] += 1
+    return counts
+
+
+def pays(
+    worths: Sequence[Sequence[float]],
+    fixed_tokens: int,
+    num_rows: int,
+    cost: CostCurve,
+    heads_cost: CostCurve,
+) -> list[bool]:
+    """For which rows running the heads makes the most tokens a second.
+
+    worths: per row that may draft, what its best nodes are mostly worth, best first. heads_cost:
+    seconds of drafting over the number of rows that do. The rest as in `allot`. Rows are taken in
+    order of what their nodes add less what these cost at the rate without heads.
+    """
+    counts = allot(worths, fixed_tokens, num_rows, cost)
+    alone = cost.seconds(fixed_tokens)
+    price = (cost.seconds(fixed_tokens + sum(counts)) - alone) / max(sum(counts), 1)
+    gains = [sum(row[:count]) for row, count in zip(worths, counts, strict=True)]
+    rate = num_rows / alone
+
+    def profit(row: int) -> float:
+        return gains[row] - rate * price * counts[row]
+
+    order = sorted((row for row, count in enumerate(counts) if count), key=profit, reverse=True)
+    gain, tokens, best = float(num_rows), fixed_tokens, 0
+    for number, row in enumerate(order, start=1):
+        gain += gains[row]
+        tokens += counts[row]
+        faster = gain / (cost.seconds(tokens) + heads_cost.seconds(number))
+        if faster > rate:
+            rate, best = faster, number
+    paying = set(order[:best])
+    return [row in paying for row in range(len(worths))]

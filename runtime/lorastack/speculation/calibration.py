@@ -1,0 +1,190 @@
+"""How often what a source proposes is what the model draws, learnt while serving. Pure.
+
+Heads say how likely each of their candidates is, and err with the text: on text they were not
+trained for by a factor of five. So a candidate's own probability is multiplied by what such
+candidates turned out to be worth: accepted / expected, by head and by the logarithm of the
+probability, both fading as new ones come. A candidate counts once the path before it is accepted,
+drafted or not: the draw there shows whether it was right.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+NUM_WORTHS = 16  # of a draft's best nodes, whose mean worths are kept
+
+_VERSION = 1
+_MAX_HEADS = 64  # deeper ones count as the last
+_NUM_BINS = 8  # a bin is as wide as one natural logarithm
+_MATCHES = (2, 3, 4, 6, 10, 16)  # a match is of the last of these that it reaches
+_MAX_DEPTH = 4  # of prompt lookup; deeper tokens count as the last
+_PRIOR = 8.0  # weight of the default, in expected acceptances; a cell starts with it
+_MEMORY = 400.0  # expected acceptances after which an old one counts as a third
+_WORTH_WEIGHT = 0.02  # of the newest draft
+_SURE = 0.99  # nothing is surer
+
+# Where a cell has seen nothing: heads on held-out text of their own domain.
+_DEFAULT_RATIO = 0.9
+# Prompt lookup by match, first token and those after it.
+_LOOKUP_FIRST = (0.30, 0.45, 0.55, 0.65, 0.75, 0.85)
+_LOOKUP_NEXT = (0.55, 0.65, 0.70, 0.80, 0.85, 0.90)
+
+
+class _Cells:
+    """Acceptances of a few kinds of candidates: sums that fade, and what they say."""
+
+    __slots__ = ("accepted", "expected", "ratios")
+
+    def __init__(self, accepted: Sequence[float], expected: Sequence[float]) -> None:
+        self.accepted = list(accepted)
+        self.expected = list(expected)
+        self.ratios = [a / e for a, e in zip(accepted, expected, strict=True)]
+
+    def record(self, cell: int, probability: float, accepted: bool) -> None:
+        keep = 1.0 - probability / _MEMORY
+        self.accepted[cell] = self.accepted[cell] * keep + accepted
+        self.expected[cell] = self.expected[cell] * keep + probability
+        self.ratios[cell] = self.accepted[cell] / self.expected[cell]
+
+
+class Calibration:
+    """Of one heads digest, or of rows without heads. Not thread-safe."""
+
+    def __init__(self) -> None:
+        self._heads: list[_Cells] = []
+        self._lookup = [
+            _Cells(
+                [_PRIOR * p for p in (first, *[after] * (_MAX_DEPTH - 1))], [_PRIOR] * _MAX_DEPTH
+            )
+            for first, after in zip(_LOOKUP_FIRST, _LOOKUP_NEXT, strict=True)
+        ]
+        self._worths = [0.0] * NUM_WORTHS
+        self._worth_weights = [0.0] * NUM_WORTHS
+
+    # -- heads ------------------------------------------------------------------------------------
+
+    def probability(self, head: int, logprob: float) -> float:
+        """Chance that a head's (0-based) candidate is drawn, the path before it being accepted."""
+        return self.probabilities(head, (logprob,))[0]
+
+    def probabilities(self, head: int, logprobs: Sequence[float]) -> list[float]:
+        """Of several candidates of one head."""
+        ratios = self._cells(head).ratios
+        return [min(math.exp(log) * ratios[_bin(log)], _SURE) for log in logprobs]
+
+    def record(self, head: int, logprob: float, accepted: bool) -> None:
+        """What was drawn where this candidate stood; call it for those not drafted too."""
+        self._cells(head).record(_bin(logprob), math.exp(logprob), accepted)
+
+    def record_draft(
+        self,
+        ids: Sequence[Sequence[int]],
+        logprobs: Sequence[Sequence[float]],
+        drawn: Sequence[int],
+    ) -> None:
+        """A step's draft ([head][rank]) and what it drew: the accepted tokens and the last."""
+        for head, (tokens, logs, token) in enumerate(zip(ids, logprobs, drawn, strict=False)):
+            for candidate, logprob in zip(tokens, logs, strict=True):
+                self.record(head, logprob, candidate == token)
+
+    def _cells(self, head: int) -> _Cells:
+        heads = self._heads
+        head = min(head, _MAX_HEADS - 1)
+        while len(heads) <= head:
+            heads.append(_Cells([_PRIOR * _DEFAULT_RATIO] * _NUM_BINS, [_PRIOR] * _NUM_BINS))
+        return heads[head]
+
+    # -- prompt lookup ----------------------------------------------------------------------------
+
+    def lookup_probability(self, match: int, depth: int) -> float:
+        """Chance of a looked-up token, those before it being accepted. depth: from 0."""
+        return min(self._lookup[_match(match)].ratios[min(depth, _MAX_DEPTH - 1)], _SURE)
+
+    def record_lookup(self, match: int, depth: int, accepted: bool) -> None:
+        """What was drawn where this token stood, those before it being accepted."""
+        self._lookup[_match(match)].record(min(depth, _MAX_DEPTH - 1), 1.0, accepted)
+
+    # -- drafts -----------------------------------------------------------------------------------
+
+    @property
+    def mean_worths(self) -> tuple[float, ...]:
+        """Of a draft's best node, its second best, ..., non-increasing; 0 where none was seen."""
+        worths, best = [], 1.0
+        for total, weight in zip(self._worths, self._worth_weights, strict=True):
+            best = min(best, total / weight if weight else 0.0)
+            worths.append(best)
+        return tuple(worths)
+
+    def record_worths(self, worths: Iterable[float]) -> None:
+        """Of one draft's nodes, best first, as many as were looked at."""
+        for index, worth in zip(range(NUM_WORTHS), worths, strict=False):
+            self._worths[index] += _WORTH_WEIGHT * (worth - self._worths[index])
+            self._worth_weights[index] += _WORTH_WEIGHT * (1 - self._worth_weights[index])
+
+    # -- storage ----------------------------------------------------------------------------------
+
+    def to_json(self) -> str:
+        """At most about 50 kB, for as many heads as count."""
+        state = {
+            "version": _VERSION,
+            "heads": [_dumped(cells) for cells in self._heads],
+            "lookup": [_dumped(cells) for cells in self._lookup],
+            "worths": list(zip(self._worths, self._worth_weights, strict=True)),
+        }
+        return json.dumps(state)
+
+    @staticmethod
+    def from_json(text: str) -> Calibration:
+        """What `to_json` gave; anything else gives a fresh one."""
+        found = Calibration()
+        try:
+            state = json.loads(text)
+            if state["version"] != _VERSION or len(state["heads"]) > _MAX_HEADS:
+                return Calibration()
+            found._heads = [_loaded(cells, _NUM_BINS) for cells in state["heads"]]
+            found._lookup = [_loaded(cells, _MAX_DEPTH) for cells in state["lookup"]]
+            pairs = [
+                (_number(worth, 0.0, 1.0), _number(weight, 0.0, 1.0))
+                for worth, weight in state["worths"]
+            ]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            return Calibration()
+        if len(found._lookup) != len(_MATCHES) or len(pairs) != NUM_WORTHS:
+            return Calibration()
+        found._worths = [worth for worth, _ in pairs]
+        found._worth_weights = [weight for _, weight in pairs]
+        return found
+
+
+def _bin(logprob: float) -> int:
+    return min(int(-logprob), _NUM_BINS - 1)
+
+
+def _match(length: int) -> int:
+    """length: at least the shortest of _MATCHES."""
+    return bisect_right(_MATCHES, length) - 1
+
+
+def _dumped(cells: _Cells) -> list[list[float]]:
+    return [cells.accepted, cells.expected]
+
+
+def _loaded(value: Any, count: int) -> _Cells:
+    """Raises ValueError or TypeError for anything but what `_dumped` gives of `count` cells."""
+    accepted, expected = value
+    if not len(accepted) == len(expected) == count:
+        raise ValueError
+    return _Cells(
+        [_number(number, 0.0, 1e9) for number in accepted],
+        [_number(number, 1.0, 2 * _MEMORY) for number in expected],
+    )
+
+
+def _number(value: Any, low: float, high: float) -> float:
+    if not isinstance(value, int | float) or not low <= value <= high:
+        raise ValueError
+    return float(value)

@@ -1,0 +1,52 @@
+"""Prompt lookup: how a row's own text went on where its last few tokens stood before. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+SHORTEST, LONGEST = 2, 4  # tokens of an n-gram that is looked for
+MATCH_CAP = 16  # longer matches than this are not measured
+
+
+class Lookup:
+    """Of one row. A few dictionary operations a token, about 0.4 kB a token.
+
+    An n-gram is known by its last token's position, and only once a token follows it, so that what
+    is found always has a continuation.
+    """
+
+    def __init__(self, tokens: Iterable[int] = ()) -> None:
+        self._tokens: list[int] = []
+        self._after: list[dict[tuple[int, ...], int]] = [{} for _ in range(SHORTEST, LONGEST + 1)]
+        for token in tokens:
+            self.push(token)
+
+    def push(self, token: int) -> None:
+        """The row's next token."""
+        tokens = self._tokens
+        end = len(tokens)
+        for length, after in enumerate(self._after, start=SHORTEST):
+            if end >= length:
+                after[tuple(tokens[end - length :])] = end
+        tokens.append(token)
+
+    def propose(self, limit: int) -> tuple[int, tuple[int, ...]]:
+        """(how many of the last tokens match, at most `limit` tokens that followed them then).
+
+        Of the last 4, 3 or 2 tokens, the most that stood somewhere before, where they last did; the
+        match's length counts the tokens before them too, up to MATCH_CAP. (0, ()): nowhere.
+        """
+        tokens = self._tokens
+        for length in range(min(LONGEST, len(tokens)), SHORTEST - 1, -1):
+            start = self._after[length - SHORTEST].get(tuple(tokens[-length:]))
+            if start is not None:
+                return self._match(start, length), tuple(tokens[start : start + limit])
+        return 0, ()
+
+    def _match(self, start: int, length: int) -> int:
+        """How many tokens before `start` equal the last ones; `length` are known to."""
+        tokens, end = self._tokens, len(self._tokens)
+        longest = min(start, MATCH_CAP)
+        while length < longest and tokens[start - length - 1] == tokens[end - length - 1]:
+            length += 1
+        return length
