@@ -19,7 +19,12 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class Joiner(Protocol):
-    """The text of one growing list of tokens. Work a token does not grow with the list."""
+    """The text of one growing list of tokens. Work a token does not grow with the list.
+
+    num_dropped: so many spaces at its beginning are left out.
+    """
+
+    num_dropped: int
 
     def push(self, token: str) -> str:
         """What has become certain with this token: whole characters only."""
@@ -31,6 +36,10 @@ class Joiner(Protocol):
 
     def alone(self, token: str) -> str:
         """A token inside a text, by itself, for display."""
+        ...
+
+    def raw(self, token: str) -> bytes:
+        """What a token inside a text adds to it, in UTF-8, be it part of a character."""
         ...
 
 
@@ -96,6 +105,8 @@ _BYTE_OF = _byte_alphabet()
 class ByteLevelJoiner:
     """GPT-2, Llama 3, SmolLM2, Tekken: every character of a token stands for a byte."""
 
+    num_dropped = 0
+
     def __init__(self) -> None:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
@@ -107,6 +118,9 @@ class ByteLevelJoiner:
 
     def alone(self, token: str) -> str:
         return _token_bytes(token).decode("utf-8", "replace")
+
+    def raw(self, token: str) -> bytes:
+        return _token_bytes(token)
 
 
 def _token_bytes(token: str) -> bytes:
@@ -132,6 +146,7 @@ class SpacesJoiner:
         drops_first: bool = False,
         has_bytes: bool = False,
     ) -> None:
+        self.num_dropped = strip or int(drops_first)
         self._replacements = replacements
         self._strip = strip
         self._drops = drops_first
@@ -155,6 +170,10 @@ class SpacesJoiner:
         if byte is None:
             return self._replaced(token, drop=False)
         return chr(byte) if byte < 0x80 else UNKNOWN_CHARACTER
+
+    def raw(self, token: str) -> bytes:
+        byte = self._byte(token)
+        return self._replaced(token, drop=False).encode() if byte is None else bytes([byte])
 
     def _byte(self, token: str) -> int | None:
         found = _BYTE_TOKEN.fullmatch(token) if self._has_bytes else None

@@ -83,6 +83,10 @@ class Tokenizer:
         """Ids with the special tokens (<s>, ...) that the model's tokenizer adds."""
         return self._encode(text, add_special_tokens=True)
 
+    def encode_part(self, text: str) -> list[int]:
+        """Ids with nothing added but what the tokenizer puts before every text."""
+        return self._encode(text, add_special_tokens=False)
+
     def chat(self, messages: Sequence[tuple[str, str]], template: str | None = None) -> list[int]:
         """Ids of a conversation, (role, content) each, ready for the assistant's next message.
 

@@ -1,0 +1,65 @@
+"""The model's tokens as llguidance wants them: bytes, and a way to cut text into tokens."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lorastack.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from llguidance import LLTokenizer
+
+# Cut apart from what follows by every tokenizer: no word and no merge has it.
+_MARK = "\x02"
+
+
+class Vocabulary:
+    """Immutable once built, which takes some tenths of a second.
+
+    tokens: per output of the model, the bytes that its token adds to a text; empty for those that
+    are never part of one: special and end tokens, and outputs without a token.
+    """
+
+    # What llguidance.TokenizerWrapper reads beside `tokens`. Special tokens have no bytes here, so
+    # there are none to tell apart.
+    bos_token_id = None
+    special_token_ids = ()
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
+        """vocab_size: outputs of the model. The tokenizer must know at least one end token."""
+        # Deferred: only servers that are asked for structured output load it.
+        from llguidance import LLTokenizer, TokenizerWrapper
+
+        joiner = tokenizer.joiner()
+        ends = sorted(tokenizer.eos_ids)
+        self.eos_token_id = ends[0]
+        self.tokens = [
+            b"" if (token := tokenizer.token(index)) is None else joiner.raw(token)
+            for index in range(vocab_size)
+        ]
+        for index in ends:
+            self.tokens[index] = b""
+        self._tokenizer = tokenizer
+        self.llguidance: LLTokenizer = LLTokenizer(TokenizerWrapper(self), eos_token=ends)
+
+    def __call__(self, data: bytes) -> list[int]:
+        """Ids of UTF-8 text inside another, as the model is used to see it; [] if it has none.
+
+        Text that names a special token or an added one is cut into characters instead.
+        """
+        text = data.decode()
+        encode = self._tokenizer.encode_part
+        ids = encode(text)
+        if self._spells(ids, data):
+            return ids
+        # SentencePiece puts a space before a text.
+        mark = encode(_MARK)
+        ids = encode(_MARK + text)[len(mark) :]
+        if self._spells(ids, data):
+            return ids
+        ids = [index for char in text for index in encode(_MARK + char)[len(mark) :]]
+        return ids if self._spells(ids, data) else []
+
+    def _spells(self, ids: list[int], data: bytes) -> bool:
+        known = all(index < len(self.tokens) for index in ids)
+        return known and b"".join(self.tokens[index] for index in ids) == data
