@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from benchmarks.report import report
 from lorastack.model.default import default_model
 from lorastack.speculation.calibration import Calibration
-from lorastack.speculation.candidates import Node, Proposals, grow
+from lorastack.speculation.candidates import Node, Proposals, grow, looked_up
 from lorastack.speculation.lookup import Lookup
 from lorastack.train.distill import Sample, chat_ids, distill, read_samples
 from lorastack.train.heads import Path_, load_heads
@@ -231,12 +231,14 @@ def adaptive(
         at = steps = 0
         while at < len(answer.ids) - 1:
             match, chain = lookup.propose(MAX_DEPTH)
-            proposals = Proposals(candidates[at], logprobs[at], chain, match)
+            chains = [looked_up(match, chain, calibration)]
+            proposals = Proposals(candidates[at], logprobs[at], chains)
             stream = grow(proposals, calibration, MAX_NODES, MAX_DEPTH)
             nodes = list(takewhile(lambda node: node.worth >= threshold, stream))
             drawn = accepted(nodes, answer.ids[at + 1 :])
             if learns:
-                learn(calibration, proposals, drawn)
+                calibration.record_draft(proposals.ids, proposals.logprobs, drawn)
+                calibration.record_lookup(match, chain, drawn)
             if looks_up:
                 for token in drawn:
                     lookup.push(token)
@@ -256,14 +258,6 @@ def accepted(nodes: Sequence[Node], coming: Sequence[int]) -> Sequence[int]:
         at = child
         count += 1
     return coming[: count + 1]
-
-
-def learn(calibration: Calibration, proposals: Proposals, drawn: Sequence[int]) -> None:
-    calibration.record_draft(proposals.ids, proposals.logprobs, drawn)
-    for depth, (looked_up, token) in enumerate(zip(proposals.lookup, drawn, strict=False)):
-        calibration.record_lookup(proposals.match, depth, looked_up == token)
-        if looked_up != token:
-            break
 
 
 if __name__ == "__main__":

@@ -56,10 +56,11 @@ def test_prompt_lookup_is_learnt_by_match_and_depth() -> None:
     calibration = Calibration()
     before = calibration.lookup_probability(4, 0)
     for _ in range(2000):
-        calibration.record_lookup(2, 0, accepted=False)
-        calibration.record_lookup(16, 9, accepted=True)
+        calibration.record_lookup(2, (5, 6), drawn=(7, 6))
+        calibration.record_lookup(16, range(8), drawn=range(9))
     assert calibration.lookup_probability(2, 0) < 0.02
     assert 0.95 < calibration.lookup_probability(16, 3) < 1.0
+    assert calibration.lookup_probability(2, 1) == Calibration().lookup_probability(2, 1)
     assert calibration.lookup_probability(4, 0) == before
 
 
@@ -87,7 +88,7 @@ def test_it_survives_storage(seen: list[tuple[int, float, bool]]) -> None:
     calibration = Calibration()
     for head, log, accepted in seen:
         calibration.record(head, log, accepted)
-        calibration.record_lookup(2 + head, head, accepted)
+        calibration.record_lookup(2 + head, (head,), (head if accepted else -1,))
         calibration.record_worths([0.5] * head)
     restored = Calibration.from_json(calibration.to_json())
     assert restored.to_json() == calibration.to_json()

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from lorastack.request import TokenSource
 from lorastack.speculation.calibration import Calibration
-from lorastack.speculation.candidates import FORCED, Node, Proposals, Stream, grow
+from lorastack.speculation.candidates import Node, Proposals, Stream, forced, grow, looked_up
 
 ENOUGH = 10_000
 Path = tuple[int, ...]
@@ -21,8 +21,9 @@ def proposals(draw: st.DrawFn) -> Proposals:
         logs = draw(st.lists(st.floats(-9.0, 0.0), min_size=len(tokens), max_size=len(tokens)))
         ids.append(tokens)
         logprobs.append(sorted(logs, reverse=True))
-    chains = st.lists(st.integers(0, 4), max_size=4)
-    return Proposals(ids, logprobs, draw(chains), draw(st.integers(2, 16)), draw(chains))
+    tokens = st.lists(st.integers(0, 4), max_size=4)
+    lookup = looked_up(draw(st.integers(2, 16)), draw(tokens), Calibration())
+    return Proposals(ids, logprobs, (lookup, forced(draw(tokens))))
 
 
 @st.composite
@@ -43,13 +44,12 @@ def chances(given_: Proposals, calibration: Calibration, path: Path) -> dict[int
     if depth < len(given_.ids):
         for token, log in zip(given_.ids[depth], given_.logprobs[depth], strict=True):
             found[token] = calibration.probability(depth, log)
-    if path == tuple(given_.lookup[:depth]) and depth < len(given_.lookup):
-        token = given_.lookup[depth]
-        chance = calibration.lookup_probability(given_.match, depth)
-        found[token] = max(found.get(token, 0.0), chance)
-    if path == tuple(given_.forced[:depth]) and depth < len(given_.forced):
-        found = {token: chance * (1 - FORCED) for token, chance in found.items()}
-        found[given_.forced[depth]] = FORCED
+    for chain in given_.chains:
+        if path == tuple(chain.tokens[:depth]) and depth < len(chain.tokens):
+            token, chance = chain.tokens[depth], chain.chances[depth]
+            if chain.source is TokenSource.GRAMMAR:
+                found = {other: own * (1 - chance) for other, own in found.items()}
+            found[token] = max(found.get(token, 0.0), chance)
     return found
 
 
@@ -114,7 +114,8 @@ def test_a_prefix_of_the_stream_is_a_tree(
 
 
 def test_a_node_belongs_to_the_surest_source() -> None:
-    given_ = Proposals([(1, 2)], [(-0.01, -5.0)], lookup=(2, 9), match=16)
+    chain = looked_up(16, (2, 9), Calibration())
+    given_ = Proposals([(1, 2)], [(-0.01, -5.0)], (chain,))
     nodes = list(grow(given_, Calibration(), ENOUGH, 4))
     sources = {path: node.source for path, node in zip(paths_of(nodes), nodes, strict=True)}
     assert sources == {
@@ -125,7 +126,7 @@ def test_a_node_belongs_to_the_surest_source() -> None:
 
 
 def test_forced_tokens_come_first_and_leave_little_to_others() -> None:
-    given_ = Proposals([(1, 2)], [(-0.01, -5.0)], forced=(3, 4, 5))
+    given_ = Proposals([(1, 2)], [(-0.01, -5.0)], (forced((3, 4, 5)),))
     nodes = list(grow(given_, Calibration(), 3, 8))
     assert [(node.token, node.source) for node in nodes] == [
         (token, TokenSource.GRAMMAR) for token in (3, 4, 5)

@@ -44,7 +44,7 @@ class _Cells:
         self.expected = list(expected)
         self.ratios = [a / e for a, e in zip(accepted, expected, strict=True)]
 
-    def record(self, cell: int, probability: float, accepted: bool) -> None:
+    def record(self, cell: int, probability: float, *, accepted: bool) -> None:
         keep = 1.0 - probability / _MEMORY
         self.accepted[cell] = self.accepted[cell] * keep + accepted
         self.expected[cell] = self.expected[cell] * keep + probability
@@ -78,7 +78,7 @@ class Calibration:
 
     def record(self, head: int, logprob: float, accepted: bool) -> None:
         """What was drawn where this candidate stood; call it for those not drafted too."""
-        self._cells(head).record(_bin(logprob), math.exp(logprob), accepted)
+        self._cells(head).record(_bin(logprob), math.exp(logprob), accepted=accepted)
 
     def record_draft(
         self,
@@ -104,9 +104,13 @@ class Calibration:
         """Chance of a looked-up token, those before it being accepted. depth: from 0."""
         return min(self._lookup[_match(match)].ratios[min(depth, _MAX_DEPTH - 1)], _SURE)
 
-    def record_lookup(self, match: int, depth: int, accepted: bool) -> None:
-        """What was drawn where this token stood, those before it being accepted."""
-        self._lookup[_match(match)].record(min(depth, _MAX_DEPTH - 1), 1.0, accepted)
+    def record_lookup(self, match: int, tokens: Sequence[int], drawn: Sequence[int]) -> None:
+        """A step's looked-up tokens, and what it drew: the accepted tokens and the last."""
+        for depth, (token, came) in enumerate(zip(tokens, drawn, strict=False)):
+            cell = min(depth, _MAX_DEPTH - 1)
+            self._lookup[_match(match)].record(cell, 1.0, accepted=token == came)
+            if token != came:
+                return
 
     # -- drafts -----------------------------------------------------------------------------------
 

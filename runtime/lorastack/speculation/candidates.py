@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator, Sequence
-from itertools import repeat
+from itertools import count, repeat
 from typing import NamedTuple
 
 from lorastack.request import TokenSource
@@ -29,21 +29,31 @@ class Node(NamedTuple):
     depth: int
 
 
-# (chance that it follows its parent, token, source)
-Candidate = tuple[float, int, TokenSource]
+class Chain(NamedTuple):
+    """Tokens that a source proposes one after the other, from the row's last token on."""
+
+    tokens: Sequence[int]
+    chances: Sequence[float]  # of each, those before it being accepted
+    source: TokenSource
+
+
+def looked_up(match: int, tokens: Sequence[int], calibration: Calibration) -> Chain:
+    """What `Lookup.propose` gave."""
+    chances = [calibration.lookup_probability(match, depth) for depth in range(len(tokens))]
+    return Chain(tokens, chances, TokenSource.PROMPT_LOOKUP)
+
+
+def forced(tokens: Sequence[int]) -> Chain:
+    """What a grammar lets follow."""
+    return Chain(tokens, [FORCED] * len(tokens), TokenSource.GRAMMAR)
 
 
 class Proposals(NamedTuple):
-    """What a row's sources propose from its last token on; each may be empty.
-
-    ids, logprobs: of heads, [head][rank], best first. lookup: tokens, and the match's length.
-    """
+    """What a row's sources propose; each may be empty. ids, logprobs: [head][rank], best first."""
 
     ids: Sequence[Sequence[int]] = ()
     logprobs: Sequence[Sequence[float]] = ()
-    lookup: Sequence[int] = ()
-    match: int = 0
-    forced: Sequence[int] = ()
+    chains: Sequence[Chain] = ()
 
 
 class Stream:
@@ -76,101 +86,66 @@ def grow(
     proposals: Proposals, calibration: Calibration, max_nodes: int, max_depth: int
 ) -> Iterator[Node]:
     """Nodes in order of worth, as many as there are up to the limits."""
-    if max_nodes < 1:
-        return
-    followers = _Followers(proposals, calibration, max_depth)
+    by_heads: dict[int, list[_Candidate]] = {}
     frontier: list[tuple[float, int, _Siblings, int]] = []  # -worth, order of ties, which sibling
-    found = serial = 0
-    siblings, index = _Siblings(0, 1.0, 1, _ALL, followers.of(_ALL, 0)), 0
-    _push(frontier, serial, siblings, 0)
-    while frontier:
+    order = count()
+
+    def push(siblings: _Siblings, index: int) -> None:
+        if index < len(siblings.candidates):
+            worth = siblings.worth * siblings.candidates[index][0]
+            heapq.heappush(frontier, (-worth, next(order), siblings, index))
+
+    def expand(node: int, worth: float, depth: int, chains: Sequence[Chain]) -> None:
+        if depth == max_depth:
+            return
+        if depth not in by_heads:
+            by_heads[depth] = _of_heads(proposals, calibration, depth)
+        candidates = by_heads[depth]
+        for chain in chains:
+            candidates = _joined(candidates, chain, depth)
+        push(_Siblings(node, worth, depth, chains, candidates), 0)
+
+    expand(0, 1.0, 0, [chain for chain in proposals.chains if chain.tokens])
+    for node in range(1, max_nodes + 1):
+        if not frontier:
+            return
         negative, _, siblings, index = heapq.heappop(frontier)
         parent, _, depth, chains, candidates = siblings
         _, token, source = candidates[index]
-        found += 1
-        yield Node(parent, token, source, -negative, depth)
-        if found == max_nodes:
-            return
-        serial += 2
-        _push(frontier, serial, siblings, index + 1)
-        chains = followers.chains(chains, depth - 1, token)
-        children = followers.of(chains, depth)
-        below = _Siblings(found, -negative, depth + 1, chains, children)
-        _push(frontier, serial + 1, below, 0)
+        yield Node(parent, token, source, -negative, depth + 1)
+        push(siblings, index + 1)
+        chains = [c for c in chains if c.tokens[depth] == token and len(c.tokens) > depth + 1]
+        expand(node, -negative, depth + 1, chains)
 
 
-# Chains that the way from the root to a node may be a beginning of.
-_LOOKUP, _FORCED = 1, 2
-_ALL = _LOOKUP | _FORCED
+# (chance that it follows its parent, token, source)
+_Candidate = tuple[float, int, TokenSource]
 
 
 class _Siblings(NamedTuple):
     """What may follow one node, best first."""
 
     parent: int
-    parent_worth: float
-    depth: int  # theirs
-    chains: int  # of the parent
-    candidates: Sequence[Candidate]
+    worth: float  # of the parent, as all here
+    depth: int
+    chains: Sequence[Chain]  # those that go on after it
+    candidates: Sequence[_Candidate]
 
 
-def _push(
-    frontier: list[tuple[float, int, _Siblings, int]], serial: int, siblings: _Siblings, index: int
-) -> None:
-    if index < len(siblings.candidates):
-        worth = siblings.parent_worth * siblings.candidates[index][0]
-        heapq.heappush(frontier, (-worth, serial, siblings, index))
+def _of_heads(proposals: Proposals, calibration: Calibration, depth: int) -> list[_Candidate]:
+    if depth >= len(proposals.ids):
+        return []
+    chances = calibration.probabilities(depth, proposals.logprobs[depth])
+    # What was learnt may turn the heads' own order around.
+    return sorted(zip(chances, proposals.ids[depth], repeat(TokenSource.HEADS)), reverse=True)
 
 
-class _Followers:
-    """What may follow a node, by its depth and by the chains that it is on."""
-
-    def __init__(self, proposals: Proposals, calibration: Calibration, max_depth: int) -> None:
-        self._proposals = proposals
-        self._calibration = calibration
-        self._max_depth = max_depth
-        self._by_heads: dict[int, list[Candidate]] = {}
-
-    def chains(self, chains: int, depth: int, token: int) -> int:
-        """Those of a node's chains that go on with `token`. depth: the node's."""
-        lookup, forced = self._proposals.lookup, self._proposals.forced
-        if chains & _LOOKUP and not (depth < len(lookup) and lookup[depth] == token):
-            chains &= ~_LOOKUP
-        if chains & _FORCED and not (depth < len(forced) and forced[depth] == token):
-            chains &= ~_FORCED
-        return chains
-
-    def of(self, chains: int, depth: int) -> Sequence[Candidate]:
-        """Best first; a token that several sources propose has the surest one's chance."""
-        if depth >= self._max_depth:
-            return ()
-        if depth not in self._by_heads:
-            self._by_heads[depth] = self._heads(depth)
-        candidates = self._by_heads[depth]
-        lookup, match = self._proposals.lookup, self._proposals.match
-        if chains & _LOOKUP and depth < len(lookup):
-            probability = self._calibration.lookup_probability(match, depth)
-            candidates = _merged(
-                candidates, (probability, lookup[depth], TokenSource.PROMPT_LOOKUP)
-            )
-        forced = self._proposals.forced
-        if chains & _FORCED and depth < len(forced):
-            rest = [(chance * (1 - FORCED), token, source) for chance, token, source in candidates]
-            candidates = _merged(rest, (FORCED, forced[depth], TokenSource.GRAMMAR))
+def _joined(candidates: list[_Candidate], chain: Chain, depth: int) -> list[_Candidate]:
+    """With the chain's token, which belongs to the surer source if it is there already."""
+    new, chance = chain.tokens[depth], chain.chances[depth]
+    if chain.source is TokenSource.GRAMMAR:
+        candidates = [(own * (1 - chance), token, source) for own, token, source in candidates]
+    if any(token == new and own >= chance for own, token, _ in candidates):
         return candidates
-
-    def _heads(self, depth: int) -> list[Candidate]:
-        ids, logprobs = self._proposals.ids, self._proposals.logprobs
-        if depth >= len(ids):
-            return []
-        chances = self._calibration.probabilities(depth, logprobs[depth])
-        # What was learnt may turn the heads' own order around.
-        return sorted(zip(chances, ids[depth], repeat(TokenSource.HEADS)), reverse=True)
-
-
-def _merged(candidates: list[Candidate], new: Candidate) -> list[Candidate]:
-    """With one more, unless its token is there already and surer."""
-    chance, token, _ = new
-    if any(other[1] == token and other[0] >= chance for other in candidates):
-        return candidates
-    return sorted([new, *[other for other in candidates if other[1] != token]], reverse=True)
+    others = [candidate for candidate in candidates if candidate[1] != new]
+    return sorted([(chance, new, chain.source), *others], reverse=True)
