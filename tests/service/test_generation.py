@@ -246,5 +246,5 @@ def test_model_info(client: Client, tokenizer: Tokenizer) -> None:
     assert info.limits.max_context == MAX_CONTEXT
     assert (info.backend, info.device, info.dtype) == ("fake", "cpu", "float32")
     assert (info.default_medusa_id, info.default_medusa_digest) == ("", "")
-    assert "lora_stack" in info.features
+    assert {"lora_stack", "response_format"} <= set(info.features)
     assert info.version

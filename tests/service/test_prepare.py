@@ -22,6 +22,7 @@ from lorastack.errors import (
 from lorastack.layout import ModelShapes
 from lorastack.request import HeadsUse, SamplingParams, SpeculationParams, StopParams
 from lorastack.service.prepare import Chat, GenerateCall, Ids, Preparer, Text
+from lorastack.text.grammar import JsonSchema, Regex
 from lorastack.text.tokenizer import Tokenizer
 from tests.service.fakes import FINGERPRINT, MAX_CONTEXT, served_model
 
@@ -206,6 +207,17 @@ def test_seeds(preparer: Preparer) -> None:
     assert max(drawn) >= 1 << 32  # 64 bits of it
     assert prepare(preparer, sampling=hot, seeded=True).sampling.seed == 0
     assert prepare(preparer).sampling.seed == 0  # greedy needs none
+
+
+def test_grammars_are_compiled_once(preparer: Preparer, tokenizer: Tokenizer) -> None:
+    assert prepare(preparer).grammar is None
+    grammar = prepare(preparer, response_format=Regex("the end")).grammar
+    text = tokenizer.decode(grammar.matcher().forced(99))
+    assert text == "the end"
+    assert prepare(preparer, response_format=Regex("the end")).grammar is grammar
+    with pytest.raises(InvalidArgumentError, match="line 1 column 1") as refusal:
+        prepare(preparer, response_format=JsonSchema("["))
+    assert refusal.value.reason is Reason.INVALID_GRAMMAR
 
 
 def test_the_prompts_text(preparer: Preparer, tokenizer: Tokenizer) -> None:

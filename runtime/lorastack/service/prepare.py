@@ -1,6 +1,7 @@
 """From a validated call to the engine's Request: ids to digests, text to tokens.
 
-Everything here blocks (tokeniser, registry files) and runs in a worker thread, once a request.
+Everything here blocks (tokeniser, registry files, grammars) and runs in a worker thread, once a
+request.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from lorastack.request import (
     SpeculationParams,
     StopParams,
 )
+from lorastack.text.grammar import GrammarCompiler, JsonSchema, Regex
 from lorastack.text.tokenizer import Tokenizer
 
 NO_HEADS = "none"
@@ -71,6 +73,7 @@ class GenerateCall:
     speculation: SpeculationParams
     num_logprobs: int | None
     return_prompt: bool
+    response_format: JsonSchema | Regex | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,13 +99,14 @@ class Prepared:
 
 
 class Preparer:
-    """Turns calls into requests. Thread-safe: it holds no state of its own."""
+    """Turns calls into requests. Thread-safe: grammars aside, it holds no state of its own."""
 
     def __init__(self, model: ServedModel, registry: Registry, fixed_default: str) -> None:
         """fixed_default: id of --medusa, which wins over what the store says; "" if not given."""
         self._model = model
         self._registry = registry
         self._fixed_default = fixed_default
+        self._grammars = GrammarCompiler(model.tokenizer, model.vocab_size)
 
     def prepare(self, call: GenerateCall, deadline: float | None) -> Prepared:
         """deadline: time.monotonic() seconds. Raises the user's errors."""
@@ -112,6 +116,7 @@ class Preparer:
         sampling = call.sampling
         if not call.seeded and not sampling.greedy:
             sampling = replace(sampling, seed=secrets.randbits(64))
+        wanted = call.response_format
         request = Request(
             request_id=call.request_id,
             prompt_ids=prompt_ids,
@@ -123,6 +128,7 @@ class Preparer:
             heads=heads if call.speculation.enabled else None,
             num_logprobs=call.num_logprobs,
             deadline=deadline,
+            grammar=None if wanted is None else self._grammars.compile(wanted),
         )
         return Prepared(request, self._prompt_text(call, prompt_ids) if call.return_prompt else "")
 

@@ -47,7 +47,7 @@ from lorastack.v1.generation_pb2_grpc import (
 
 FEATURES = (
     *("chat", "lora", "lora_stack", "logprobs", "medusa", "medusa_tree"),
-    *("return_prompt", "sampling", "seed", "stop_sequences", "time_limit"),
+    *("response_format", "return_prompt", "sampling", "seed", "stop_sequences", "time_limit"),
 )
 NUM_WORKERS = 4  # tokenising and registry look-ups
 REFRESH_SECONDS = 2.0  # how old a read-only store's view may be

@@ -70,7 +70,7 @@ class RowMatcher:
         mask = self._inner.compute_bitmask()[: len(self._only_ends)]
         if self._gave_up():
             return self._only_ends
-        if not any(mask):
+        if mask.count(0) == len(mask):
             self.error = "the model has no token for what the grammar asks for next"
             return self._only_ends
         return mask
