@@ -117,9 +117,11 @@ def _start(vocabulary: Vocabulary, wanted: JsonSchema | Regex, num_dropped: int)
 def _schema_grammar(schema: JsonSchema) -> str:
     from llguidance import LLMatcher
 
-    spaces = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
     try:
-        return LLMatcher.grammar_from_json_schema(schema.text, defaults=spaces)
+        return LLMatcher.grammar_from_json_schema(
+            schema.text,
+            defaults={"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "},
+        )
     except ValueError as error:
         _refuse(schema, str(error))
 

@@ -68,12 +68,7 @@ class RowMatcher:
             return self._only_ends
         # llguidance gives room for one more word at times.
         mask = self._inner.compute_bitmask()[: len(self._only_ends)]
-        if self._gave_up():
-            return self._only_ends
-        if mask.count(0) == len(mask):
-            self.error = "the model has no token for what the grammar asks for next"
-            return self._only_ends
-        return mask
+        return self._only_ends if self._gave_up() else mask
 
     def forced(self, limit: int) -> tuple[int, ...]:
         self.seek(())
@@ -91,9 +86,10 @@ class RowMatcher:
         return list(path[:length])
 
     def _gave_up(self) -> bool:
-        """llguidance hit one of its limits, from which it does not come back."""
+        """llguidance hit one of its limits, or the vocabulary's, and does not come back from it."""
         if self._inner.is_error():
-            self.error = self._inner.get_error().partition("\n")[0]
+            cause = self._inner.get_error().partition("\n")[0]
+            self.error = f"the grammar could not be followed any further: {cause}"
         return bool(self.error)
 
 
