@@ -96,7 +96,9 @@ def walk(data: st.DataObject, grammar: Grammar, ends: frozenset[int]) -> list[in
     raise AssertionError
 
 
-LEAVES = st.sampled_from(["a", "b", "th", "é", "中", "[a-c]", "[^x]", r"\d", r"\.", " ", "<", "."])
+LEAVES = st.sampled_from(
+    ["a", "b", "th", "é", "中", "[a-c]", "[^x]", "[0-9]", r"\.", " ", "<", "."]
+)
 PATTERNS = st.recursive(
     LEAVES,
     lambda inner: st.one_of(
@@ -126,7 +128,7 @@ def test_whatever_is_allowed_matches_the_expression(
 def test_every_text_that_matches_is_allowed(family: str, pattern: str, data: st.DataObject) -> None:
     """By the tokens in which the model is used to see it."""
     tokenizer = tokenizer_of(family)
-    text = data.draw(st.from_regex(re.compile(pattern, re.ASCII), fullmatch=True))
+    text = data.draw(st.from_regex(pattern, fullmatch=True))
     ids = tokenizer.encode_part(text)
     assume(ids and tokenizer.decode(ids) == text)
     matcher = compiled(Regex(pattern), family).matcher()

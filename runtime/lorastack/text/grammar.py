@@ -44,7 +44,7 @@ class JsonSchema:
 
 @dataclass(frozen=True, slots=True)
 class Regex:
-    r"""The whole text matches this expression: Rust's syntax, no look-around, \d is [0-9]."""
+    """The whole text matches this expression: Rust's syntax, without look-around."""
 
     text: str
     field: ClassVar[str] = "response_format.regex"
@@ -58,6 +58,7 @@ class GrammarCompiler:
         """vocab_size: the model's outputs; those that the tokenizer lacks are never allowed."""
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
+        self._end_ids = frozenset(index for index in tokenizer.eos_ids if index < vocab_size)
         self._building = threading.Lock()
         self._vocabulary: Vocabulary | None = None  # built when the first grammar is asked for
         self._keeping = threading.Lock()
@@ -75,7 +76,7 @@ class GrammarCompiler:
                 return grammar
         vocabulary = self._built()
         start = _start(vocabulary, wanted, self._tokenizer.joiner().num_dropped)
-        grammar = CompiledGrammar(start, self._tokenizer.eos_ids, self._vocab_size)
+        grammar = CompiledGrammar(start, self._end_ids, self._vocab_size)
         with self._keeping:
             self._kept[wanted] = grammar
             num_chars = sum(len(kept.text) for kept in self._kept)
@@ -85,7 +86,7 @@ class GrammarCompiler:
         return grammar
 
     def _built(self) -> Vocabulary:
-        if not any(index < self._vocab_size for index in self._tokenizer.eos_ids):
+        if not self._end_ids:
             raise FailedPreconditionError(
                 "response_format needs a model with an end token, and this one's files name none; "
                 "leave response_format unset",
@@ -94,7 +95,7 @@ class GrammarCompiler:
             )
         with self._building:
             if self._vocabulary is None:
-                self._vocabulary = Vocabulary(self._tokenizer, self._vocab_size)
+                self._vocabulary = Vocabulary(self._tokenizer, self._end_ids, self._vocab_size)
             return self._vocabulary
 
 

@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 class CompiledGrammar:
     """A grammar that its rows share; see request.Grammar."""
 
-    def __init__(self, start: LLMatcher, end_ids: Collection[int], vocab_size: int) -> None:
+    def __init__(self, start: LLMatcher, end_ids: frozenset[int], vocab_size: int) -> None:
         """start: at the beginning of the text; it stays there. vocab_size: the model's outputs."""
         self._start = start
         self._copying = threading.Lock()
-        self._end_ids = frozenset(end_ids)
+        self._end_ids = end_ids
         self._only_ends = bitmask(end_ids, vocab_size)
 
     def matcher(self) -> RowMatcher:

@@ -25,22 +25,19 @@ class Vocabulary:
     bos_token_id = None
     special_token_ids = ()
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
-        """vocab_size: outputs of the model. The tokenizer must know at least one end token."""
+    def __init__(self, tokenizer: Tokenizer, end_ids: frozenset[int], vocab_size: int) -> None:
+        """end_ids: at least one. vocab_size: outputs of the model."""
         # Deferred: only servers that are asked for structured output load it.
         from llguidance import LLTokenizer, TokenizerWrapper
 
         joiner = tokenizer.joiner()
-        ends = sorted(tokenizer.eos_ids)
-        self.eos_token_id = ends[0]
-        self.tokens = [
-            b"" if (token := tokenizer.token(index)) is None else joiner.raw(token)
-            for index in range(vocab_size)
-        ]
-        for index in ends:
-            self.tokens[index] = b""
+        entries = [None if i in end_ids else tokenizer.token(i) for i in range(vocab_size)]
+        self.tokens = [b"" if entry is None else joiner.raw(entry) for entry in entries]
+        self.eos_token_id = min(end_ids)
         self._tokenizer = tokenizer
-        self.llguidance: LLTokenizer = LLTokenizer(TokenizerWrapper(self), eos_token=ends)
+        self.llguidance: LLTokenizer = LLTokenizer(
+            TokenizerWrapper(self), eos_token=sorted(end_ids)
+        )
 
     def __call__(self, data: bytes) -> list[int]:
         """Ids of UTF-8 text inside another, as the model is used to see it; [] if it has none.
