@@ -47,9 +47,9 @@ def chances(given_: Proposals, calibration: Calibration, path: Path) -> dict[int
     for chain in given_.chains:
         if path == tuple(chain.tokens[:depth]) and depth < len(chain.tokens):
             token, chance = chain.tokens[depth], chain.chances[depth]
-            if chain.source is TokenSource.GRAMMAR:
-                found = {other: own * (1 - chance) for other, own in found.items()}
-            found[token] = max(found.get(token, 0.0), chance)
+            own = found.pop(token, 0.0)
+            found = {other: right * (1 - chance) for other, right in found.items()}
+            found[token] = max(own, chance)
     return found
 
 

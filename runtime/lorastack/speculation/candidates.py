@@ -141,11 +141,16 @@ def _of_heads(proposals: Proposals, calibration: Calibration, depth: int) -> lis
 
 
 def _joined(candidates: list[_Candidate], chain: Chain, depth: int) -> list[_Candidate]:
-    """With the chain's token, which belongs to the surer source if it is there already."""
+    """With the chain's token. Others are right only where it is wrong.
+
+    A token that is there already belongs to the surer source, with its chance.
+    """
     new, chance = chain.tokens[depth], chain.chances[depth]
-    if chain.source is TokenSource.GRAMMAR:
-        candidates = [(own * (1 - chance), token, source) for own, token, source in candidates]
-    if any(token == new and own >= chance for own, token, _ in candidates):
-        return candidates
-    others = [candidate for candidate in candidates if candidate[1] != new]
-    return sorted([(chance, new, chain.source), *others], reverse=True)
+    joined = [(chance, new, chain.source)]
+    for own, token, source in candidates:
+        if token != new:
+            joined.append((own * (1 - chance), token, source))
+        elif own >= chance:
+            joined[0] = own, token, source
+    joined.sort(reverse=True)
+    return joined
