@@ -42,6 +42,16 @@ def test_it_converges_to_what_is_accepted_and_follows_a_change(truth: float) -> 
     assert calibration.probability(0, math.log(0.5)) == pytest.approx(0.45)  # another head
 
 
+def test_likely_candidates_say_nothing_of_unlikely_ones() -> None:
+    calibration = Calibration()
+    for _ in range(1000):
+        calibration.record(0, math.log(0.9), accepted=True)
+        calibration.record(0, math.log(0.2), accepted=False)
+    assert calibration.probability(0, -0.001) == 0.99  # never quite sure
+    assert calibration.probability(0, math.log(0.2)) < 0.02
+    assert calibration.probability(0, math.log(0.05)) == pytest.approx(0.045)
+
+
 def test_a_draft_teaches_each_head_up_to_the_last_draw() -> None:
     calibration, single = Calibration(), Calibration()
     ids = [(5, 6), (7, 8), (9, 9)]
