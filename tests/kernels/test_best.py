@@ -5,12 +5,19 @@ from hypothesis import strategies as st
 from lorastack.kernels.best import best, best_reference
 
 
-@given(st.integers(1, 9), st.integers(1, 70), st.integers(0, 2**20))
-def test_equals_torch_with_ties_and_infinities(rows: int, columns: int, seed: int) -> None:
+@given(
+    st.integers(1, 9),
+    st.integers(1, 70),
+    st.integers(0, 2**20),
+    st.sampled_from([torch.float32, torch.float64]),
+)
+def test_equals_torch_with_ties_and_infinities(
+    rows: int, columns: int, seed: int, dtype: torch.dtype
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     levels = torch.tensor([-torch.inf, -1.0, 0.0, 2.0, 2.5])
     picked = torch.randint(len(levels), (rows, columns), generator=generator)
-    logits_XV = levels[picked]
+    logits_XV = levels.to(dtype)[picked]
     values_X, ids_X = best(logits_XV)
     expected_X, expected_ids_X = best_reference(logits_XV)
     assert torch.equal(values_X, expected_X)

@@ -30,6 +30,7 @@ PARAMS = st.builds(
     top_k=st.sampled_from([0, 1, 2, 5, 12, 17, 40, 200]),
     top_p=st.sampled_from([1e-6, 0.1, 0.3, 0.5, 0.9, 0.999, 1.0]),
     min_p=st.sampled_from([0.0, 0.05, 0.3, 1.0]),
+    typical_p=st.sampled_from([1.0, 1.0, 1.0, 1e-6, 0.2, 0.5, 0.95]),
     seed=SEEDS,
 )
 ROWS = st.lists(st.tuples(PARAMS, st.integers(0, 10**6)), min_size=1, max_size=6)
@@ -65,6 +66,19 @@ def test_draws_are_the_references(
     logits_XV = guarded(make_logits(seed, len(rows), size, kind))
     params, indices = [params for params, _ in rows], [index for _, index in rows]
     found = way(logits_XV, range(len(rows)), params, indices)
+    assert found == expected(logits_XV, params, indices)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@given(SEEDS, ROWS, st.integers(1, 150), KINDS)
+def test_float64_logits_are_drawn_from_as_they_are(
+    way: Way, seed: int, rows: list[tuple[SamplingParams, int]], size: int, kind: str
+) -> None:
+    """Not as the float32 next to them: steps of 1e-9 decide."""
+    logits_XV = 1 + 1e-9 * make_logits(seed, len(rows), size, kind).double()
+    params = [replace(params, temperature=1e-9 * params.temperature) for params, _ in rows]
+    indices = [index for _, index in rows]
+    found = way(guarded(logits_XV), range(len(rows)), params, indices)
     assert found == expected(logits_XV, params, indices)
 
 
@@ -206,6 +220,8 @@ CASES = [
     SamplingParams(temperature=0.6, top_k=6, seed=12),
     SamplingParams(temperature=2.0, top_p=0.8, top_k=6, min_p=0.3, seed=13),
 ]
+# Typical tokens are always left to torch.
+TYPICAL = SamplingParams(temperature=1.3, top_k=11, typical_p=0.6, seed=14)
 LOGITS_V = torch.tensor([0.1, 1.3, -0.4, 0.8, 0.8, -1.0, 0.3, 1.1, -0.2, 0.5, -0.6, 0.0])
 COUNTED = [
     pytest.param(draw_torch, 4000, id="torch"),
@@ -232,9 +248,15 @@ def drawn(way: Way, params: SamplingParams, count: int) -> list[int]:
     return way(LOGITS_V[None], [0] * count, [params] * count, range(count))
 
 
-@pytest.mark.parametrize("way, count", COUNTED)
-@pytest.mark.parametrize("params", CASES, ids=str)
-def test_draws_follow_the_filtered_softmax(way: Way, count: int, params: SamplingParams) -> None:
+@pytest.mark.parametrize(
+    ("params", "way", "count"),
+    [
+        *(pytest.param(case, *way.values, marks=way.marks) for case in CASES for way in COUNTED),
+        (TYPICAL, draw, 4000),
+    ],
+    ids=str,
+)
+def test_draws_follow_the_filtered_softmax(params: SamplingParams, way: Way, count: int) -> None:
     wanted = probabilities_of(params)
     assert statistic(drawn(way, params, count), wanted) < CHI_SQUARE_9999[len(wanted) - 1]
 

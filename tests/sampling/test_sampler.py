@@ -9,7 +9,7 @@ from torch import Tensor
 from lorastack.kernels.best import best
 from lorastack.request import SamplingParams
 from lorastack.sampling.reference import draw_reference
-from lorastack.sampling.sampler import draw, token_logprobs
+from lorastack.sampling.sampler import draw, posterior, token_logprobs
 
 params_strategy = st.builds(
     SamplingParams,
@@ -17,6 +17,7 @@ params_strategy = st.builds(
     top_k=st.sampled_from([0, 1, 2, 5, 12, 40]),
     top_p=st.sampled_from([1e-6, 0.3, 0.5, 0.9, 0.999, 1.0]),
     min_p=st.sampled_from([0.0, 0.05, 0.3, 1.0]),
+    typical_p=st.sampled_from([1.0, 1.0, 0.4]),
     seed=st.integers(0, 2**64 - 1),
 )
 
@@ -33,20 +34,31 @@ def make_logits(seed: int, rows: int, size: int, levels: int | None) -> Tensor:
     st.integers(0, 2**32),
     st.lists(st.tuples(st.integers(0, 4), params_strategy, st.integers(0, 10**6)), max_size=6),
     st.sampled_from([None, 2, 5]),
+    st.sampled_from([torch.float32, torch.float64]),
+    st.data(),
 )
 def test_draws_equal_the_reference(
-    seed: int, picks: list[tuple[int, SamplingParams, int]], levels: int | None
+    seed: int,
+    picks: list[tuple[int, SamplingParams, int]],
+    levels: int | None,
+    dtype: torch.dtype,
+    data: st.DataObject,
 ) -> None:
-    logits_XV = make_logits(seed, 5, 20, levels)
+    """Some rows have a processor, which gave them logits of their own."""
+    logits_XV = make_logits(seed, 5, 20, levels).to(dtype)
+    others_XV = make_logits(seed + 1, len(picks), 20, levels).to(dtype)
+    own = [others_XV[place] if data.draw(st.booleans()) else None for place in range(len(picks))]
     tokens = draw(
         logits_XV,
         best(logits_XV)[1].tolist(),
         [row for row, _, _ in picks],
         [params for _, params, _ in picks],
         [index for _, _, index in picks],
+        own,
     )
     assert tokens == [
-        draw_reference(logits_XV[row].tolist(), params, index) for row, params, index in picks
+        draw_reference((logits_XV[row] if own_V is None else own_V).tolist(), params, index)
+        for (row, params, index), own_V in zip(picks, own, strict=True)
     ]
 
 
@@ -67,3 +79,21 @@ def test_logprobs_equal_log_softmax(seed: int, num_top: int, levels: int | None)
     assert result.logprob == pytest.approx(expected[7], abs=1e-12)
     assert [token for token, _ in result.top] == ranked
     assert [value for _, value in result.top] == pytest.approx([expected[t] for t in ranked])
+
+
+@given(st.integers(0, 2**32), st.sampled_from([0.3, 1.0, 4.0]), st.lists(st.integers(0, 19)))
+def test_a_posterior_is_medusas(seed: int, temperature: float, token_ids: list[int]) -> None:
+    """FasterDecoding/Medusa, evaluate_posterior."""
+    logits_V = make_logits(seed, 1, 20, None)[0]
+    chances_V = torch.softmax(logits_V.double() / temperature, dim=-1)
+    expected = -torch.sum(chances_V * torch.log(chances_V + 1e-5), dim=-1)
+    entropy, chances = posterior(logits_V, temperature, token_ids)
+    assert entropy == pytest.approx(float(expected), rel=1e-12)
+    assert chances == pytest.approx([float(chances_V[token]) for token in token_ids], rel=1e-12)
+
+
+def test_a_posterior_of_forbidden_tokens_is_nothing() -> None:
+    logits_V = torch.tensor([0.0, -torch.inf, 0.0])
+    entropy, chances = posterior(logits_V, 1.0, [1, 0])
+    assert chances == [0.0, 0.5]
+    assert entropy == pytest.approx(0.693, abs=1e-3)

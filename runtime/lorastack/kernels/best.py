@@ -1,8 +1,8 @@
 """The best token of each row of logits.
 
-Contract. `best(logits_XV)` of float32 rows is (values [X], ids [X]); among equal logits the lowest
-id wins, and a row that holds NaN has the value NaN. The plain reference is torch.max; it is not
-vectorised on a CPU, where eight rows of 49,152 cost it a quarter of a step.
+Contract. `best(logits_XV)` of float32 or float64 rows is (values [X], ids [X]); among equal logits
+the lowest id wins, and a row that holds NaN has the value NaN. The plain reference is torch.max; it
+is not vectorised on a CPU, where eight rows of 49,152 cost it a quarter of a step.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from lorastack.kernels.native.library import Isa, library, supported
 
 def best(logits_XV: Tensor) -> tuple[Tensor, Tensor]:
     """See the module. logits_XV: contiguous."""
-    if logits_XV.device.type != "cpu" or not supported(Isa.AVX512):
+    on_cpu = logits_XV.device.type == "cpu"
+    if not on_cpu or logits_XV.dtype != torch.float32 or not supported(Isa.AVX512):
         return best_reference(logits_XV)
     native = library()
     assert native is not None

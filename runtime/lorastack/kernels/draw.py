@@ -7,10 +7,11 @@ least min_p times as probable as the first. The token drawn is argmax(logit / T 
 what is left, in float64. Non-finite logits, or a T so near 0 that the best logit / T is infinite,
 give some id.
 
-The vocabulary is never sorted: whether a token is inside top_p's run takes one sum over the tokens
-before it. Both ways take these sums in float64 but not in one order, so they agree but for a sum
-within 1e-12 of top_p. The native kernel runs all rows as one parallel region, and computes noise
-only for tokens that it could make the best. The plain reference is in `lorastack.sampling`.
+The vocabulary is never sorted, unless typical_p is asked for: whether a token is inside top_p's run
+takes one sum over the tokens before it. Both ways take these sums in float64 but not in one order,
+so they agree but for a sum within 1e-12 of top_p. The native kernel runs all rows as one parallel
+region, and computes noise only for tokens that it could make the best; typical_p and float64 are
+left to torch. The plain reference is in `lorastack.sampling`.
 """
 
 from __future__ import annotations
@@ -34,13 +35,31 @@ def draw(
     params: Sequence[SamplingParams],
     indices: Sequence[int],
 ) -> list[int]:
-    """A token for each of `rows`, rows of logits_XV (float32, each one contiguous).
+    """A token for each of `rows`, rows of logits_XV (float32 or float64, each one contiguous).
 
     params: beside the rows, none of them greedy. indices: of the generated token that each row
     draws, from 0; with the seed it chooses the noise. A token depends on its row alone.
     """
-    if logits_XV.device.type != "cpu" or not native.supported(native.Isa.AVX512):
+    if not (
+        logits_XV.device.type == "cpu"
+        and logits_XV.dtype == torch.float32
+        and native.supported(native.Isa.AVX512)
+    ):
         return draw_torch(logits_XV, rows, params, indices)
+    tokens = _draw_native(logits_XV, rows, params, indices)
+    for place, wanted in enumerate(params):
+        if wanted.typical_p < 1:
+            tokens[place] = _draw_row(logits_XV[rows[place]], wanted, indices[place])
+    return tokens
+
+
+def _draw_native(
+    logits_XV: Tensor,
+    rows: Sequence[int],
+    params: Sequence[SamplingParams],
+    indices: Sequence[int],
+) -> list[int]:
+    """Without typical_p."""
     draws = (native.Draw * len(rows))(
         *(
             native.Draw(
@@ -102,6 +121,10 @@ def _draw_row(logits_V: Tensor, params: SamplingParams, index: int) -> int:
     kept = (weights >= max(params.min_p, least)).nonzero()[:, 0]
     ids, scaled, weights = ids[kept], scaled[kept], weights[kept]
     score = scaled + gumbel(params.seed, index, ids)
+    if params.typical_p < 1:
+        enough = params.top_p * total if params.top_p < 1 else math.inf
+        left = _typical(scaled, weights, enough, params.typical_p)
+        return int(ids[score.masked_fill_(~left, -math.inf).argmax()])
     while True:
         best = int(score.argmax())
         before = (scaled > scaled[best]) | ((scaled == scaled[best]) & (ids < ids[best]))
@@ -109,6 +132,21 @@ def _draw_row(logits_V: Tensor, params: SamplingParams, index: int) -> int:
             return int(ids[best])
         # Outside the run, and with it all that ranks behind it.
         score.masked_fill_(~before, -math.inf)
+
+
+def _typical(scaled: Tensor, weights: Tensor, enough: float, mass: float) -> Tensor:
+    """Which tokens are left by top_p, whose run weighs `enough`, and by typical_p, `mass`."""
+    order = scaled.argsort(descending=True, stable=True)
+    ranked = weights[order]
+    run = order[ranked.cumsum(0) - ranked < enough]
+    logprobs = scaled[run] - scaled[run].logsumexp(0)
+    chances = logprobs.exp()
+    distance = (logprobs + torch.special.entr(chances).sum()).abs()
+    nearest = distance.argsort()
+    num_before = (chances[nearest].cumsum(0) < mass).sum().clamp(max=len(run) - 1)
+    left = torch.zeros_like(scaled, dtype=torch.bool)
+    left[run[distance <= distance[nearest[num_before]]]] = True
+    return left
 
 
 def _top(logits_V: Tensor, num: int) -> Tensor:

@@ -1,12 +1,29 @@
-"""The plain form of `sampler.draw`, for tests: sorts everything, one token at a time."""
+"""The plain form of processors and `sampler.draw`, for tests: everything one token at a time."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 from lorastack.kernels.gumbel import hash_reference, uniform_reference
 from lorastack.request import SamplingParams
+
+
+def processed(
+    logits: Sequence[float], params: SamplingParams, prompt: Sequence[int], output: Sequence[int]
+) -> list[float]:
+    """`Processor.apply` without a grammar, behind these tokens."""
+    biases, counts, seen = dict(params.logit_bias), Counter(output), {*prompt, *output}
+    found = []
+    for token, logit in enumerate(logits):
+        logit += biases.get(token, 0.0)
+        if token in seen:
+            penalty = params.repetition_penalty
+            logit = logit / penalty if logit > 0 else logit * penalty
+        logit -= params.frequency_penalty * counts[token]
+        found.append(logit - params.presence_penalty if counts[token] else logit)
+    return found
 
 
 def survivors(logits: Sequence[float], params: SamplingParams) -> dict[int, float]:
@@ -23,7 +40,25 @@ def survivors(logits: Sequence[float], params: SamplingParams) -> dict[int, floa
         if mass < enough and weight >= params.min_p:
             left[token] = scaled[token]
         mass += weight
-    return left
+    return _typical(left, params.typical_p) if params.typical_p < 1 else left
+
+
+def _typical(scaled: dict[int, float], mass: float) -> dict[int, float]:
+    """The tokens whose surprise is nearest to the entropy, until they hold `mass`; ties stay."""
+    peak = max(scaled.values())
+    total = math.log(math.fsum(math.exp(value - peak) for value in scaled.values()))
+    logprobs = {token: value - peak - total for token, value in scaled.items()}
+    entropy = -math.fsum(
+        math.exp(value) * value for value in logprobs.values() if value > -math.inf
+    )
+    distance = {token: abs(value + entropy) for token, value in logprobs.items()}
+    held, last = 0.0, 0.0
+    for token in sorted(distance, key=lambda token: distance[token]):
+        last = distance[token]
+        held += math.exp(logprobs[token])
+        if held >= mass:
+            break
+    return {token: value for token, value in scaled.items() if distance[token] <= last}
 
 
 def draw_reference(logits: Sequence[float], params: SamplingParams, index: int) -> int:

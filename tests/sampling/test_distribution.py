@@ -1,0 +1,180 @@
+"""Tokens of speculative decoding follow the exact probabilities; a wrong rule is caught.
+
+50,000 rows of two tokens: 100,000 draws a case.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from lorastack.kernels.best import best
+from lorastack.request import SamplingParams, TokenSource, TypicalAcceptance
+from lorastack.sampling.processors import Processor, needs_processor
+from lorastack.sampling.reference import processed, survivors
+from lorastack.sampling.sampler import draw, posterior
+from lorastack.speculation.accept import Accepted, Nodes, accept, accept_typical
+from lorastack.speculation.drafted import Drafted
+
+SIZE = 6
+PROMPT = (2, 2, 5)
+CONTEXTS: list[tuple[int, ...]] = [(), *((token,) for token in range(SIZE))]
+SOURCES = (TokenSource.MODEL, TokenSource.HEADS)
+CASES = {
+    "temperature": SamplingParams(temperature=0.8),
+    "top_k": SamplingParams(temperature=1.5, top_k=3),
+    "top_p": SamplingParams(temperature=1.0, top_p=0.8),
+    "min_p": SamplingParams(temperature=1.2, min_p=0.25),
+    "typical_p": SamplingParams(temperature=1.2, typical_p=0.6),
+    "penalties": SamplingParams(
+        temperature=1.0,
+        repetition_penalty=1.4,
+        frequency_penalty=0.7,
+        presence_penalty=0.4,
+        logit_bias=((1, 1.5), (4, -0.5)),
+    ),
+}
+
+
+class Model:
+    """Two tokens of a model of six, the second depending on the first, as one request wants them.
+
+    Rows differ in their seeds, which are their numbers.
+    """
+
+    def __init__(self, params: SamplingParams) -> None:
+        self.params = params
+        generator = torch.Generator().manual_seed(4)
+        self._logits_XV = 0.8 * torch.randn(len(CONTEXTS), SIZE, generator=generator)
+        processor = Processor(params, PROMPT, None)
+        self._processed: list[Tensor | None] = [None] * len(CONTEXTS)
+        if needs_processor(params, None):
+            self._processed = [
+                processor.apply(logits_V, context)
+                for context, logits_V in zip(CONTEXTS, self._logits_XV, strict=True)
+            ]
+
+    def draw(self, seeds: Sequence[int], contexts: Sequence[tuple[int, ...]]) -> list[int]:
+        rows = [CONTEXTS.index(context) for context in contexts]
+        return draw(
+            self._logits_XV,
+            best(self._logits_XV)[1].tolist(),
+            rows,
+            [replace(self.params, seed=seed) for seed in seeds],
+            [len(context) for context in contexts],
+            [self._processed[row] for row in rows],
+        )
+
+    def posterior(self, context: tuple[int, ...], token: int) -> tuple[float, list[float]]:
+        row = CONTEXTS.index(context)
+        own_V = self._processed[row]
+        logits_V = self._logits_XV[row] if own_V is None else own_V
+        return posterior(logits_V, self.params.temperature, [token])
+
+    def probabilities(self, context: tuple[int, ...]) -> dict[int, float]:
+        """Exact, by the plain references."""
+        logits = self._logits_XV[CONTEXTS.index(context)].tolist()
+        left = survivors(processed(logits, self.params, PROMPT, context), self.params)
+        total = math.fsum(math.exp(value) for value in left.values())
+        return {token: math.exp(value) / total for token, value in left.items()}
+
+
+class Step:
+    """Every row drafts one token: half of them what will be drawn, the others the next id."""
+
+    def __init__(self, model: Model, count: int) -> None:
+        self.model = model
+        self.guess = random.Random(1)
+        truth = model.draw(range(count), [()] * count)
+        self.rows = [
+            Drafted((0, (token + self.guess.randrange(2)) % SIZE), (-1, 0), SOURCES)
+            for token in truth
+        ]
+
+    def draw(self, nodes: Nodes) -> list[int]:
+        contexts = [self.rows[row].tokens[1:] if node else () for row, node, _ in nodes]
+        return self.model.draw([row for row, _, _ in nodes], contexts)
+
+
+Rule = Callable[[Step], list[Accepted]]
+
+
+def exact(step: Step) -> list[Accepted]:
+    return accept(step.rows, step.draw)
+
+
+def by_chance(step: Step) -> list[Accepted]:
+    """WRONG: a child stands with its own probability, or else the root draws as ever."""
+    chances = step.model.probabilities(())
+    likely = [step.guess.random() < chances.get(row.tokens[1], 0.0) for row in step.rows]
+    drawn = step.draw([(row, int(stands), 0) for row, stands in enumerate(likely)])
+    return [
+        Accepted((1,), (row.tokens[1], token)) if stands else Accepted((), (token,))
+        for row, stands, token in zip(step.rows, likely, drawn, strict=True)
+    ]
+
+
+def typical(step: Step) -> list[Accepted]:
+    """Medusa's rule, which is not lossless."""
+
+    def look(nodes: Nodes) -> list[tuple[float, list[float]]]:
+        return [step.model.posterior((), step.rows[row].tokens[1]) for row, _, _ in nodes]
+
+    return accept_typical(step.rows, [TypicalAcceptance()] * len(step.rows), look, step.draw)
+
+
+def generate(model: Model, rule: Rule, count: int) -> list[tuple[int, ...]]:
+    """The first two tokens of each row, some of which come by a draft."""
+    tokens = [accepted.tokens for accepted in rule(Step(model, count))]
+    short = [row for row, found in enumerate(tokens) if len(found) == 1]
+    assert len(short) < count
+    for row, token in zip(short, model.draw(short, [tokens[row] for row in short]), strict=True):
+        tokens[row] = (*tokens[row], token)
+    return tokens
+
+
+def p_value(model: Model, pairs: Sequence[tuple[int, ...]]) -> float:
+    """Of Pearson's chi-square; pairs of tokens expected fewer than 10 times are counted as one."""
+    wanted = {
+        (first, second): len(pairs) * chance * following
+        for first, chance in model.probabilities(()).items()
+        for second, following in model.probabilities((first,)).items()
+    }
+    counts = Counter(pairs)
+    if not counts.keys() <= wanted.keys():
+        return 0.0
+    cells = [(counts[pair], count) for pair, count in wanted.items() if count >= 10]
+    seen, expected = (sum(column) for column in zip(*cells, strict=True))
+    if expected < len(pairs) - 1e-6:
+        cells.append((len(pairs) - seen, len(pairs) - expected))
+    assert len(cells) >= 6
+    statistic = sum((seen - expected) ** 2 / expected for seen, expected in cells)
+    halves = torch.tensor([(len(cells) - 1) / 2, statistic / 2], dtype=torch.float64)
+    return float(torch.special.gammaincc(*halves))
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        *((name, 50_000) for name in CASES if name != "typical_p"),
+        ("typical_p", 5_000),
+        pytest.param("typical_p", 50_000, marks=pytest.mark.slow),
+    ],
+)
+def test_accepted_tokens_follow_the_exact_probabilities(name: str, count: int) -> None:
+    model = Model(CASES[name])
+    assert p_value(model, generate(model, exact, count)) > 1e-4
+
+
+@pytest.mark.parametrize("rule", [by_chance, typical])
+@pytest.mark.parametrize("name", ["temperature", "penalties"])
+def test_the_check_catches_a_rule_that_is_not_lossless(name: str, rule: Rule) -> None:
+    model = Model(CASES[name])
+    assert p_value(model, generate(model, rule, 50_000)) < 1e-12
