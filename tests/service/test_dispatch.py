@@ -87,24 +87,30 @@ def run(
     asyncio.run(main())
 
 
+def count_wakes(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Grows by one whenever a delivery wakes the running loop."""
+    wakes: list[object] = []
+    loop = asyncio.get_running_loop()
+    real = loop.call_soon_threadsafe
+
+    def counted(call: Any, *args: Any) -> Any:
+        if getattr(call, "__name__", "") == "_route":
+            wakes.append(args)
+        return real(call, *args)
+
+    monkeypatch.setattr(loop, "call_soon_threadsafe", counted)
+    return wakes
+
+
 def test_a_step_wakes_the_loop_once(monkeypatch: pytest.MonkeyPatch) -> None:
     async def test(dispatcher: Dispatcher, engine: Recorder) -> None:
-        wakes: list[object] = []
-        loop = asyncio.get_running_loop()
-        real = loop.call_soon_threadsafe
-
-        def counted(*args: Any) -> Any:
-            wakes.append(args)
-            return real(*args)
-
-        monkeypatch.setattr(loop, "call_soon_threadsafe", counted)
+        wakes = count_wakes(monkeypatch)
         async with dispatcher.open("a") as a, dispatcher.open("b") as b:
             a.submit(request("a"))
             b.submit(request("b"))
             step = [event("a", "1"), event("b", "2"), event("a", "3", last=True)]
             await asyncio.to_thread(dispatcher.deliver, [*step, event("b", last=True)])
-            seen = [c for c in wakes if getattr(c[0], "__name__", "") == "_route"]
-            assert len(seen) == 1
+            assert len(wakes) == 1
             assert [e.text for e in await a.take()] == ["1", "3"]
             assert [e.text for e in await b.take()] == ["2", "a"]
 
@@ -122,6 +128,25 @@ def test_whoever_wants_the_whole_is_woken_once_and_never_parks() -> None:
             dispatcher.deliver([event("a", "end", last=True)])
             assert [e.text for e in await reader] == [*map(str, range(9)), "end"]
         assert engine.calls == [("submit", "a")]
+
+    run(test)
+
+
+def test_steps_that_nobody_waits_for_do_not_wake_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(dispatcher: Dispatcher, engine: Recorder) -> None:
+        wakes = count_wakes(monkeypatch)
+        async with dispatcher.open("a", whole=True) as whole, dispatcher.open("b") as parts:
+            whole.submit(request("a"))
+            parts.submit(request("b"))
+            await asyncio.to_thread(dispatcher.deliver, [event("a", "1")])
+            assert wakes == []
+            await asyncio.to_thread(dispatcher.deliver, [event("a", "2"), event("b", "x")])
+            assert [e.text for e in await parts.take()] == ["x"]
+            await asyncio.to_thread(dispatcher.deliver, [event("a", "3", last=True)])
+            assert [e.text for e in await whole.take()] == ["1", "2", "3"]
+            assert len(wakes) == 2
+            await asyncio.to_thread(dispatcher.deliver, [event("b", last=True)])
+            await parts.take()
 
     run(test)
 

@@ -1,7 +1,8 @@
 """From the engine's step thread to asyncio: one wake-up a step, one bounded buffer a row.
 
-`Dispatcher.deliver` runs in the step thread and does nothing but one call_soon_threadsafe; all
-other state belongs to the event loop. A reader that falls behind parks its own row only.
+`Dispatcher.deliver` runs in the step thread and does nothing but one call_soon_threadsafe, and that
+only for a step that somebody waits for; all other state belongs to the event loop. A reader that
+falls behind parks its own row only.
 """
 
 from __future__ import annotations
@@ -62,13 +63,12 @@ class RowStream:
         """Adds an event; parks the row when its reader has left too many unread."""
         if self.ended.is_set():
             return
-        last = event.final is not None or event.error is not None
-        if last:
+        if event.last:
             self.ended.set()
         if self.abandoned:
             return
         self._buffer.append(event)
-        if last:
+        if event.last:
             self._filled.set()
         elif self._max_buffered is not None:
             self._filled.set()
@@ -92,6 +92,8 @@ class Dispatcher:
     def __init__(self, max_buffered: int) -> None:
         self._max_buffered = max_buffered
         self._streams: dict[str, RowStream] = {}
+        self._whole: set[str] = set()  # requests whose readers want everything at the end
+        self._held: list[RowEvent] = []  # step thread: what nobody waits for yet
         self._engine: Rows | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self.failed = asyncio.Event()  # the engine has ended every row and will take no more
@@ -103,8 +105,12 @@ class Dispatcher:
     def deliver(self, events: Sequence[RowEvent]) -> None:
         """Step thread: one call a step wakes the loop once, however many rows it served."""
         assert self._loop is not None, "attach() comes before the first request"
+        self._held.extend(events)
+        if all(event.request_id in self._whole and not event.last for event in events):
+            return
+        held, self._held = self._held, []
         with suppress(RuntimeError):  # the loop is closed: nobody is left to read
-            self._loop.call_soon_threadsafe(self._route, events)
+            self._loop.call_soon_threadsafe(self._route, held)
 
     def digests_in_use(self) -> Counter[str]:
         """LoRA and heads digest -> requests that have not ended."""
@@ -138,9 +144,12 @@ class Dispatcher:
         assert self._engine is not None, "attach() comes before the first request"
         stream = RowStream(request_id, self._engine, None if whole else self._max_buffered)
         self._streams[request_id] = stream
+        if whole:
+            self._whole.add(request_id)
         try:
             yield stream
         finally:
+            self._whole.discard(request_id)
             stream.close()
             if stream.ended.is_set():
                 self._streams.pop(request_id, None)
