@@ -12,8 +12,10 @@ from torch import Tensor
 
 from lorastack.adapters.device import DeviceAdapter
 from lorastack.adapters.formats import parse
+from lorastack.engine import drafts as drafting
 from lorastack.engine.batch import Batch, Draft, RowAdapters, RowStep
 from lorastack.engine.runner import Runner
+from lorastack.kernels.drafts import HeadsGroup
 from lorastack.layout import HEADS, LM_HEAD, MAX_RANK, ModelShapes, Part
 from lorastack.model.decoder import load_decoder
 from lorastack.model.kv import KVCache
@@ -24,6 +26,8 @@ from tests.helpers.packed import pack, read_tensors
 CPU = torch.device("cpu")
 PAGE_SIZE = 16
 NARROW = range(0, 200, 2)  # tokens that "two-narrow" chooses from
+
+Ids = tuple[tuple[int, ...], ...]
 
 
 def on_device(folder: Path, shapes: ModelShapes, lm_head_VH: Tensor) -> DeviceAdapter:
@@ -65,6 +69,10 @@ class Drafts:
         lora = write_lora(root / "lora", shapes, targets=(LM_HEAD,))
         self.lora = on_device(lora, shapes, output_VH)
 
+    @property
+    def failed(self) -> list[str]:
+        return self._runner._drafter.take_failed()
+
     def row(self, number: int, heads: str, lora: bool = False) -> RowStep:
         uses = (LoraUse(lora_id="lora", digest=self.lora.digest),) if lora else ()
         prompt = (1, 40 + number, 50, 60 + number)
@@ -93,12 +101,25 @@ class Drafts:
         assert all(result.error is None for result in results)
         return [result.draft for result in results]
 
+    def ids(self, *steps: RowStep) -> list[Ids | None]:
+        return [draft.ids if draft else None for draft in self.run(*steps)]
+
 
 @pytest.fixture(scope="module")
 def drafts(
     tiny_llama: Path, tiny_llama_shapes: ModelShapes, tmp_path_factory: pytest.TempPathFactory
 ) -> Drafts:
     return Drafts(tiny_llama, tiny_llama_shapes, tmp_path_factory.mktemp("heads"))
+
+
+def assert_same(found: Draft | None, expected: Draft | None) -> None:
+    """The very ids, and log-probabilities up to rounding."""
+    if found is None or expected is None:
+        assert found is expected
+        return
+    assert found.ids == expected.ids
+    for ours, theirs in zip(found.logprobs, expected.logprobs, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-4)
 
 
 @pytest.mark.parametrize("heads", ["two", "deep"])
@@ -108,28 +129,100 @@ def test_version_one_with_the_models_output_drafts_what_version_two_does(
     for number in range(8):
         (expected,) = drafts.run(drafts.row(number, heads))
         (found,) = drafts.run(drafts.row(number, f"{heads}-as-one"))
-        assert expected is not None and len(expected) == drafts.heads[heads].layout.num_heads
-        assert found == expected
+        assert expected is not None and len(expected.ids) == drafts.heads[heads].layout.num_heads
+        assert_same(found, expected)
 
 
 def test_a_batch_drafts_for_each_row_what_it_gets_alone(drafts: Drafts) -> None:
     names = ["own", "two", "", "deep-as-one", "two-narrow", "deep", "own", "two-as-one", "two"]
     rows = [drafts.row(number, name) for number, name in enumerate(names)]
     alone = [drafts.run(row)[0] for row in rows]
-    assert drafts.run(*rows) == alone
-    assert drafts.run(*reversed(rows)) == alone[::-1]
+    for found, expected in zip(drafts.run(*rows), alone, strict=True):
+        assert_same(found, expected)
+    for found, expected in zip(drafts.run(*reversed(rows)), alone[::-1], strict=True):
+        assert_same(found, expected)
     assert [draft is None for draft in alone] == [name == "" for name in names]
-    assert len(set(alone)) == len(names)
+    assert len({draft.ids if draft else None for draft in alone}) == len(names)
+
+
+def test_one_call_drafts_for_all_rows_and_only_for_those_that_want_it(
+    drafts: Drafts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two calls if some choose through lm_head; none if nobody drafts."""
+    calls: list[tuple[str, list[HeadsGroup]]] = []
+
+    def watch(name: str) -> None:
+        real = getattr(drafting, name)
+
+        def watched(hidden_BH: Tensor, groups: list[HeadsGroup], *rest: int) -> object:
+            assert hidden_BH.shape[0] == sum(group.end - group.start for group in groups)
+            calls.append((name, groups))
+            return real(hidden_BH, groups, *rest)
+
+        monkeypatch.setattr(drafting, name, watched)
+
+    watch("candidates")
+    watch("states")
+    drafts.run(drafts.row(0, ""), replace(drafts.row(1, "own"), num_candidates=0))
+    assert not calls
+    names = ["own", "", "two-narrow", "deep-as-one", "own", "two-as-one"]
+    rows = [drafts.row(number, name) for number, name in enumerate(names)]
+    silent = replace(drafts.row(6, "own"), num_candidates=0)
+    drafts.run(*rows, silent)
+    ((name, groups),) = calls
+    assert name == "candidates"
+    assert sorted(group.end - group.start for group in groups) == [1, 1, 1, 2]
+    assert {group.heads.num_heads for group in groups} == {2, 3, 4}
+    calls.clear()
+    drafts.run(
+        *rows, drafts.row(6, "two"), drafts.row(7, "deep"), drafts.row(8, "two-narrow", True)
+    )
+    assert sorted(name for name, _ in calls) == ["candidates", "states"]
+
+
+def test_log_probabilities_are_of_what_a_head_chooses_from(drafts: Drafts) -> None:
+    everything = replace(drafts.row(0, "two"), num_candidates=MAX_RANK)
+    narrow = replace(drafts.row(0, "two-narrow"), num_candidates=MAX_RANK)
+    full, chosen = drafts.run(everything)[0], drafts.run(narrow)[0]
+    assert full and chosen
+    for head in range(3):
+        at = dict(zip(full.ids[head], full.logprobs[head], strict=True))
+        shifts = [
+            logprob - at[token]
+            for token, logprob in zip(chosen.ids[head], chosen.logprobs[head], strict=True)
+            if token in at
+        ]
+        # Fewer to choose from: each of them more likely, all by the same factor.
+        assert min(shifts) > 0.01
+        assert shifts == pytest.approx([shifts[0]] * len(shifts), abs=1e-4)
+
+
+@pytest.mark.parametrize("heads", ["own", "two", "two-narrow"])
+def test_rows_of_failing_heads_go_on_undrafted(drafts: Drafts, heads: str) -> None:
+    sound = drafts.heads[heads]
+    buffer = sound.buffer.clone()
+    buffer.view(torch.float32)[5] = torch.nan
+    broken = DeviceAdapter(digest="broken", buffer=buffer, layout=sound.layout)
+    rows = [drafts.row(number, heads) for number in range(3)]
+    expected = drafts.run(*rows)
+    rows[1] = replace(rows[1], adapters=RowAdapters(loras=(), heads=broken))
+    found = drafts.run(*rows)
+    assert found[1] is None
+    assert_same(found[0], expected[0])
+    assert_same(found[2], expected[2])
+    assert drafts.failed == ["broken"]
+    assert drafts.failed == []
 
 
 def test_a_draft_vocabulary_of_all_tokens_changes_nothing(drafts: Drafts) -> None:
     for number in range(8):
-        assert drafts.run(drafts.row(number, "two-wide")) == drafts.run(drafts.row(number, "two"))
+        found, expected = (drafts.run(drafts.row(number, name))[0] for name in ("two-wide", "two"))
+        assert_same(found, expected)
 
 
 def test_heads_choose_the_best_of_their_draft_vocabulary(drafts: Drafts) -> None:
     everything = replace(drafts.row(0, "two"), num_candidates=MAX_RANK)
-    full, narrow = (drafts.run(row)[0] for row in (everything, drafts.row(0, "two-narrow")))
+    full, narrow = (drafts.ids(row)[0] for row in (everything, drafts.row(0, "two-narrow")))
     assert full is not None
     assert narrow is not None
     assert narrow == tuple(tuple(token for token in ranks if token in NARROW)[:4] for ranks in full)
@@ -138,13 +231,13 @@ def test_heads_choose_the_best_of_their_draft_vocabulary(drafts: Drafts) -> None
 
 def test_heads_choose_through_an_lm_head_lora_whatever_their_vocabulary(drafts: Drafts) -> None:
     names = ("two", "two-narrow")
-    through = [drafts.run(drafts.row(0, heads, lora=True))[0] for heads in names]
-    assert through[0] == through[1] != drafts.run(drafts.row(0, "two-narrow"))[0]
+    through = [drafts.ids(drafts.row(0, heads, lora=True))[0] for heads in names]
+    assert through[0] == through[1] != drafts.ids(drafts.row(0, "two-narrow"))[0]
 
 
 def test_an_lm_head_lora_changes_drafts_of_version_two_only(drafts: Drafts) -> None:
-    plain = drafts.run(*(drafts.row(0, heads) for heads in ("two", "two-as-one")))
-    adapted = drafts.run(*(drafts.row(0, heads, lora=True) for heads in ("two", "two-as-one")))
+    plain = drafts.ids(*(drafts.row(0, heads) for heads in ("two", "two-as-one")))
+    adapted = drafts.ids(*(drafts.row(0, heads, lora=True) for heads in ("two", "two-as-one")))
     assert plain[0] == plain[1] == adapted[1] != adapted[0]
 
 
@@ -152,4 +245,4 @@ def test_only_as_many_candidates_as_the_widest_row_asks_for(drafts: Drafts) -> N
     rows = [replace(drafts.row(number, "own"), num_candidates=2) for number in range(2)]
     for draft in drafts.run(*rows):
         assert draft is not None
-        assert [len(ranks) for ranks in draft] == [2] * 4
+        assert [len(ranks) for ranks in draft.ids] == [2] * 4

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from lorastack.adapters.device import DeviceAdapter
 from lorastack.config import EngineConfig
-from lorastack.engine.batch import Batch, RowResult, RowStep
+from lorastack.engine.batch import Batch, Draft, RowResult, RowStep
 from lorastack.engine.pace import MIN_TOKENS, Pace
 from lorastack.engine.pages import Pages
 from lorastack.engine.row import Row
@@ -146,7 +146,7 @@ class Model:
             draft=self._draft(step, now),
         )
 
-    def _draft(self, step: RowStep, tokens: list[int]) -> tuple[tuple[int, ...], ...] | None:
+    def _draft(self, step: RowStep, tokens: list[int]) -> Draft | None:
         """Candidates behind the token that `tokens` make next; right about half the time."""
         if not step.num_candidates:
             return None
@@ -160,7 +160,7 @@ class Model:
             rest = [other for other in range(VOCAB) if other != best]
             self.chance.shuffle(rest)
             draft.append((best, *rest)[: step.num_candidates])
-        return tuple(draft)
+        return Draft(tuple(draft), tuple((0.0,) * len(ranks) for ranks in draft))
 
 
 def plain(request: Request, eos: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lorastack.kernels.drafts import (
+    Candidates,
     HeadsGroup,
     HeadsWeights,
     candidates,
@@ -99,6 +101,15 @@ class Chance:
         return groups
 
 
+def assert_same(found: Candidates, expected: Candidates) -> None:
+    """The very ids, and log-probabilities up to rounding."""
+    assert (found.ids_XR.dtype, found.logprobs_XR.dtype) == (torch.int64, torch.float32)
+    assert found.ids_XR.tolist() == expected.ids_XR.tolist()
+    torch.testing.assert_close(
+        found.logprobs_XR, expected.logprobs_XR, rtol=1e-6, atol=1e-5, equal_nan=True
+    )
+
+
 def num_rows(groups: list[HeadsGroup]) -> int:
     return max((group.end for group in groups), default=1)
 
@@ -127,31 +138,34 @@ def test_candidates_are_the_references(
     groups = chance.groups(exact=True)
     hidden_BH = chance.whole(2, num_rows(groups), chance.hidden)
     with running(isa, num_threads):
-        found_XR = candidates(hidden_BH, groups, num)
-    assert found_XR.dtype == torch.int64
-    assert found_XR.tolist() == candidates_reference(hidden_BH, groups, num).tolist()
+        found = candidates(hidden_BH, groups, num)
+    assert_same(found, candidates_reference(hidden_BH, groups, num))
 
 
 @pytest.mark.parametrize("isa", NATIVE)
 @settings(max_examples=50)
 @given(SEEDS, st.data())
-def test_bits_do_not_depend_on_company(isa: Isa, seed: int, data: st.DataObject) -> None:
+def test_bits_depend_neither_on_company_nor_on_threads(
+    isa: Isa, seed: int, data: st.DataObject
+) -> None:
     chance = Chance(seed, DTYPES[isa])
     groups = [*chance.groups(exact=False), HeadsGroup(0, 17, chance.heads(exact=False))]
     hidden_BH = chance.normal(num_rows(groups), chance.hidden)
     place = data.draw(st.sampled_from([i for i, group in enumerate(groups) if group.num_states]))
     chosen = groups[place]
     row = data.draw(st.integers(chosen.start, chosen.end - 1))
-    with running(isa):
-        r_XH, ids_XR = states(hidden_BH, groups), candidates(hidden_BH, groups, 5)
+    with running(isa, data.draw(st.integers(1, 3))):
+        r_XH, found = states(hidden_BH, groups), candidates(hidden_BH, groups, 5)
+    with running(isa, data.draw(st.integers(1, 3))):
         alone = [HeadsGroup(0, 1, chosen.heads)]
         expected_KH = states(hidden_BH[row : row + 1].clone(), alone)
-        expected_KR = candidates(hidden_BH[row : row + 1].clone(), alone, 5)
+        expected = candidates(hidden_BH[row : row + 1].clone(), alone, 5)
     before = sum(group.num_states for group in groups[:place])
     num_heads = chosen.heads.num_heads
     first = before + (row - chosen.start) * num_heads
     assert torch.equal(r_XH[first : first + num_heads], expected_KH)
-    assert torch.equal(ids_XR[first : first + num_heads], expected_KR)
+    for all_XR, expected_KR in zip(found, expected, strict=True):
+        assert torch.equal(all_XR[first : first + num_heads], expected_KR)
 
 
 @pytest.mark.parametrize("isa", WAYS)
@@ -164,15 +178,40 @@ def test_nan_stays_in_its_row_and_never_wins(isa: Isa | None) -> None:
     heads = HeadsWeights(weights.weight_LKHH, weights.bias_LKH, output_NH, None)
     groups = [HeadsGroup(0, 3, heads)]
     with running(isa):
-        plain_XR = candidates(hidden_BH, groups, 64)
+        plain_XR = candidates(hidden_BH, groups, 64).ids_XR
         hidden_BH[1, 7] = torch.inf
         hidden_BH[1, 8] = torch.nan
-        found_XR = candidates(hidden_BH, groups, 64)
+        found_XR = candidates(hidden_BH, groups, 64).ids_XR
     assert 5 not in plain_XR
     rows = found_XR.view(3, -1), plain_XR.view(3, -1)
     assert torch.equal(rows[0][0], rows[1][0])
     assert torch.equal(rows[0][2], rows[1][2])
     assert rows[0][1].view(-1, 64).tolist() == [list(range(64))] * heads.num_heads
+
+
+@pytest.mark.parametrize("isa", WAYS)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_logit_that_is_not_finite_spoils_its_head_in_its_row(isa: Isa | None, bad: float) -> None:
+    """All of that head's log-probabilities there, the others' nowhere."""
+    chance = Chance(0, torch.float32 if isa is None else DTYPES[isa])
+    hidden_BH, output_KNH = chance.normal(3, chance.hidden), chance.normal(2, 70, chance.hidden)
+    # Blocks that add nothing: a state is its row. One large input makes one logit overflow.
+    weight_LKHH = torch.zeros(1, 2, chance.hidden, chance.hidden, dtype=hidden_BH.dtype)
+    heads = HeadsWeights(weight_LKHH, weight_LKHH[..., 0].contiguous(), output_KNH, None)
+    hidden_BH[:, 0] = 0
+    output_KNH[1, 69], output_KNH[:, :, 0] = 0, 0
+    groups = [HeadsGroup(0, 3, heads)]
+    with running(isa):
+        plain_BKR = candidates(hidden_BH, groups, 4).logprobs_XR.view(3, 2, 4)
+        hidden_BH[1, 0] = 1e20
+        output_KNH[1, 69, 0] = bad if math.isnan(bad) else math.copysign(1e20, bad)
+        found_BKR = candidates(hidden_BH, groups, 4).logprobs_XR.view(3, 2, 4)
+    spoilt_BK = found_BKR.isnan().all(dim=-1)
+    expected = torch.tensor(
+        [[0, 1], [0, 1], [0, 1]] if math.isnan(bad) else [[0, 0], [0, 1], [0, 0]]
+    )
+    assert torch.equal(spoilt_BK, expected == 1)
+    assert torch.equal(found_BKR[~spoilt_BK], plain_BKR[~spoilt_BK])
 
 
 def test_the_head_maths_of_the_formats_page() -> None:
@@ -188,7 +227,10 @@ def test_the_head_maths_of_the_formats_page() -> None:
     groups = [HeadsGroup(0, 1, HeadsWeights(weight_LKHH, bias_LKH, output_KNH, None))]
     torch.testing.assert_close(states(x_H[None], groups)[1], r_H)
     best_R = (output_KNH[1] @ r_H).argsort(descending=True)[:4]
-    assert torch.equal(candidates(x_H[None], groups, 4)[1], best_R)
+    found = candidates(x_H[None], groups, 4)
+    assert torch.equal(found.ids_XR[1], best_R)
+    expected_R = (output_KNH[1] @ r_H).log_softmax(0)[best_R]
+    torch.testing.assert_close(found.logprobs_XR[1], expected_R)
 
 
 LEVELS = (-torch.inf, -1.0, 0.0, 2.0, 2.5, torch.nan, torch.inf)
@@ -203,14 +245,15 @@ def test_top_equals_a_full_sort(
     picked = torch.randint(num_levels, (3, columns), generator=generator)
     logits_XV = guarded(torch.tensor(LEVELS)[picked])
     with running(way):
-        found_XR = top(logits_XV, num)
-    assert found_XR.tolist() == top_reference(logits_XV, num).tolist()
+        found = top(logits_XV, num)
+    assert_same(found, top_reference(logits_XV, num))
 
 
 @pytest.mark.parametrize("way", [None, Isa.AVX512])
 def test_top_of_a_whole_vocabulary(way: Isa | None) -> None:
     logits_XV = torch.randn(2, 50_000, generator=torch.Generator().manual_seed(0))
     expected_XR = logits_XV.argsort(dim=1, descending=True)[:, :7]
+    logprobs_XR = logits_XV.double().log_softmax(-1).gather(1, expected_XR).float()
     with running(way):
-        assert torch.equal(top(logits_XV, 7), expected_XR)
-        assert top(torch.zeros(2, 50_000), 3).tolist() == [[0, 1, 2]] * 2
+        assert_same(top(logits_XV, 7), Candidates(expected_XR, logprobs_XR))
+        assert top(torch.zeros(2, 50_000), 3).ids_XR.tolist() == [[0, 1, 2]] * 2

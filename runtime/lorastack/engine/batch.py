@@ -13,7 +13,13 @@ from lorastack.layout import AdapterLayout
 from lorastack.request import Request, TokenLogprobs
 from lorastack.speculation.tree import Choices, Tree, default_choices
 
-Draft = tuple[tuple[int, ...], ...]  # [head][rank] -> token id, best first
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """What a row's heads propose for its next step, best first."""
+
+    ids: tuple[tuple[int, ...], ...]  # [head][rank]
+    logprobs: tuple[tuple[float, ...], ...]  # beside ids; natural, over what the head chooses from
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

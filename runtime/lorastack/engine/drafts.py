@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import groupby, islice
 from weakref import WeakKeyDictionary
@@ -11,7 +12,14 @@ from torch import Tensor
 from lorastack.adapters.device import DeviceAdapter
 from lorastack.engine.batch import Draft, RowStep
 from lorastack.engine.stacks import Stacks
-from lorastack.kernels.drafts import HeadsGroup, HeadsWeights, candidates, states, top
+from lorastack.kernels.drafts import (
+    Candidates,
+    HeadsGroup,
+    HeadsWeights,
+    candidates,
+    states,
+    top,
+)
 from lorastack.layout import LM_HEAD, NO_LAYER, Part
 from lorastack.model.decoder import Decoder
 from lorastack.speculation.heads import heads_weights, own_outputs
@@ -24,13 +32,15 @@ class Drafter:
         self._decoder = decoder
         self._stacks = stacks
         self._views: WeakKeyDictionary[DeviceAdapter, HeadsWeights] = WeakKeyDictionary()
+        self._failed: list[str] = []
 
     def draft(
         self, steps: Sequence[RowStep], last: Sequence[int], hidden_XH: Tensor
     ) -> list[Draft | None]:
         """What every row's heads propose at its last accepted token.
 
-        last: where in hidden_XH each step's is. None for a row that asks for no candidates.
+        last: where in hidden_XH each step's is. None for a row that asks for no candidates, and for
+        one whose heads fail: see `take_failed`.
         """
         drafts: list[Draft | None] = [None] * len(steps)
         drafting = sorted(
@@ -41,17 +51,30 @@ class Drafter:
             chosen = list(places)
             rows = [steps[i] for i in chosen]
             propose = self._propose if alone else self._propose_with_lm_head
-            ids_YR = propose(hidden_XH[[last[i] for i in chosen]], rows)
-            ranks = (tuple(ids) for ids in ids_YR.tolist())
-            for i, step in zip(chosen, rows, strict=True):
-                drafts[i] = tuple(islice(ranks, _heads_of(step).layout.num_heads))
+            hidden_BH = hidden_XH[[last[i] for i in chosen]]
+            found = propose(hidden_BH, rows)
+            ids, logprobs = (iter(map(tuple, each_YR.tolist())) for each_YR in found)
+            for row, (i, step) in enumerate(zip(chosen, rows, strict=True)):
+                num_heads = _heads_of(step).layout.num_heads
+                draft = Draft(tuple(islice(ids, num_heads)), tuple(islice(logprobs, num_heads)))
+                if _is_sound(draft):
+                    drafts[i] = draft
+                elif hidden_BH[row].isfinite().all():
+                    self._failed.append(_heads_of(step).digest)
         return drafts
 
-    def _propose(self, hidden_BH: Tensor, steps: Sequence[RowStep]) -> Tensor:
+    def take_failed(self) -> list[str]:
+        """Digests of heads that made something not finite of a finite state, once a row, since last
+        asked. Their rows went on undrafted; a row whose own state is not finite blames no heads.
+        """
+        failed, self._failed = self._failed, []
+        return failed
+
+    def _propose(self, hidden_BH: Tensor, steps: Sequence[RowStep]) -> Candidates:
         """Candidates of (row, head), all in one call."""
         return candidates(hidden_BH, self._groups(steps), _most_candidates(steps))
 
-    def _propose_with_lm_head(self, hidden_BH: Tensor, steps: Sequence[RowStep]) -> Tensor:
+    def _propose_with_lm_head(self, hidden_BH: Tensor, steps: Sequence[RowStep]) -> Candidates:
         """A second pass of lm_head over (rows x heads), through the row's LoRAs of it."""
         r_YH = states(hidden_BH, self._groups(steps))
         counts = [_heads_of(step).layout.num_heads for step in steps]
@@ -78,6 +101,11 @@ class Drafter:
 def _heads_of(step: RowStep) -> DeviceAdapter:
     assert step.adapters.heads is not None
     return step.adapters.heads
+
+
+def _is_sound(draft: Draft) -> bool:
+    """One logit that is not finite spoils all log-probabilities of its head."""
+    return not any(math.isnan(logprobs[0]) for logprobs in draft.logprobs)
 
 
 def _stand_alone(step: RowStep) -> bool:

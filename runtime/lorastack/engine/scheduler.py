@@ -234,7 +234,7 @@ class Scheduler:
         token_ids = tuple(row.tokens[start : start + num_tokens])
         if tree is not None:
             assert row.draft is not None
-            token_ids = tree.fill(token_ids[0], row.draft)
+            token_ids = tree.fill(token_ids[0], row.draft.ids)
         samples = num_tokens == row.num_pending
         step = RowStep(
             request=row.request,
@@ -281,7 +281,7 @@ class Scheduler:
         if row.draft is None or max_depth < 1:
             return None
         max_nodes = min(self._max_nodes(row), self._node_share)
-        tree = Tree.from_choices(row.choices, max_nodes, min(max_depth, len(row.draft)))
+        tree = Tree.from_choices(row.choices, max_nodes, min(max_depth, len(row.draft.ids)))
         return tree if tree.num_nodes > 1 else None
 
     def _num_candidates(self, row: Row, adapters: RowAdapters) -> int:

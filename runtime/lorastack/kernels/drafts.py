@@ -11,7 +11,9 @@ row n stands for token ids_N[n] (n itself without ids). r is rounded to its dtyp
 all sums are float32.
 
 Candidates are int64, best first, ties to the lowest place; NaN counts as minus infinity. Where a
-head has fewer than `num` outputs, its best stands for what is missing.
+head has fewer than `num` outputs, its best stands for what is missing. Beside them are their
+natural log-probabilities, float32, over all of that head's outputs: NaN where any of its logits in
+that row is not finite.
 
 The native kernel reads the matrices where they lie and runs as one parallel region; a row's bits do
 not depend on the rows beside it. Elsewhere plain torch does the same. The plain reference works row
@@ -23,6 +25,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,6 +62,13 @@ class HeadsGroup:
         return (self.end - self.start) * self.heads.num_heads
 
 
+class Candidates(NamedTuple):
+    """ids_XR: int64, best first; logprobs_XR: float32."""
+
+    ids_XR: Tensor
+    logprobs_XR: Tensor
+
+
 def states(hidden_BH: Tensor, groups: Sequence[HeadsGroup]) -> Tensor:
     """See the module. hidden_BH: contiguous, of the heads' dtype."""
     isa = _isa(hidden_BH)
@@ -67,32 +77,37 @@ def states(hidden_BH: Tensor, groups: Sequence[HeadsGroup]) -> Tensor:
     return _native(isa, hidden_BH, groups, None)
 
 
-def candidates(hidden_BH: Tensor, groups: Sequence[HeadsGroup], num: int) -> Tensor:
+def candidates(hidden_BH: Tensor, groups: Sequence[HeadsGroup], num: int) -> Candidates:
     """See the module. hidden_BH: as in `states`; num: 1 to MAX_RANK; every group has an output."""
     isa = _isa(hidden_BH)
     if isa is None:
         return _torch_candidates(hidden_BH, groups, num)
-    num_states = sum(group.num_states for group in groups)
-    ids_XR = torch.empty(num_states, num, dtype=torch.int64)
-    _native(isa, hidden_BH, groups, ids_XR)
-    return ids_XR
+    found = _room(sum(group.num_states for group in groups), num)
+    _native(isa, hidden_BH, groups, found)
+    return found
 
 
-def top(logits_XV: Tensor, num: int) -> Tensor:
-    """The `num` best places of each row of float32 logits, [X, num], as `candidates` orders them.
+def top(logits_XV: Tensor, num: int) -> Candidates:
+    """The `num` best places of each row of logits, ordered and weighed as in `candidates`.
 
     logits_XV: contiguous, V at least 1.
     """
-    if logits_XV.device.type != "cpu" or not native.supported(native.Isa.AVX512):
+    usable = logits_XV.device.type == "cpu" and logits_XV.dtype == torch.float32
+    if not usable or not native.supported(native.Isa.AVX512):
         return _torch_top(logits_XV, num)
     rows, columns = logits_XV.shape
-    places_XR = torch.empty(rows, num, dtype=torch.int64)
+    found = _room(rows, num)
     library = native.library()
     assert library is not None
     library.lorastack_top(
-        logits_XV.data_ptr(), rows, columns, num, places_XR.data_ptr(), torch.get_num_threads()
+        *(logits_XV.data_ptr(), rows, columns, num),
+        *(found.ids_XR.data_ptr(), found.logprobs_XR.data_ptr(), torch.get_num_threads()),
     )
-    return places_XR
+    return found
+
+
+def _room(rows: int, num: int) -> Candidates:
+    return Candidates(torch.empty(rows, num, dtype=torch.int64), torch.empty(rows, num))
 
 
 def _isa(hidden_BH: Tensor) -> native.Isa | None:
@@ -102,9 +117,9 @@ def _isa(hidden_BH: Tensor) -> native.Isa | None:
 
 
 def _native(
-    isa: native.Isa, hidden_BH: Tensor, groups: Sequence[HeadsGroup], ids_XR: Tensor | None
+    isa: native.Isa, hidden_BH: Tensor, groups: Sequence[HeadsGroup], found: Candidates | None
 ) -> Tensor:
-    """The states; fills ids_XR."""
+    """The states; fills `found`."""
     num_states = sum(group.num_states for group in groups)
     r_XH = torch.empty(num_states, hidden_BH.shape[1], dtype=hidden_BH.dtype)
     structs = (native.Heads * len(groups))(*(_struct(group) for group in groups))
@@ -112,10 +127,11 @@ def _native(
         ctypes.addressof(structs),
         hidden_BH.data_ptr(),
         r_XH.data_ptr(),
-        None if ids_XR is None else ids_XR.data_ptr(),
+        None if found is None else found.ids_XR.data_ptr(),
+        None if found is None else found.logprobs_XR.data_ptr(),
         len(groups),
         hidden_BH.shape[1],
-        0 if ids_XR is None else ids_XR.shape[1],
+        0 if found is None else found.ids_XR.shape[1],
         torch.get_num_threads(),
         isa,
     )
@@ -158,9 +174,9 @@ def _torch_states(hidden_BH: Tensor, groups: Sequence[HeadsGroup]) -> Tensor:
     return torch.cat(parts_XH)
 
 
-def _torch_candidates(hidden_BH: Tensor, groups: Sequence[HeadsGroup], num: int) -> Tensor:
+def _torch_candidates(hidden_BH: Tensor, groups: Sequence[HeadsGroup], num: int) -> Candidates:
     """One matmul a group."""
-    parts_XR = [torch.empty(0, num, dtype=torch.int64, device=hidden_BH.device)]
+    parts: list[Candidates] = []
     for group, part_XH in _parts(_torch_states(hidden_BH, groups), groups):
         output = group.heads.output
         assert output is not None
@@ -169,8 +185,8 @@ def _torch_candidates(hidden_BH: Tensor, groups: Sequence[HeadsGroup], num: int)
         else:
             r_BKH = part_XH.view(-1, group.heads.num_heads, part_XH.shape[1])
             logits_XN = torch.einsum("bkh,knh->bkn", r_BKH, output).flatten(0, 1)
-        parts_XR.append(_ids(top(logits_XN.float().contiguous(), num), group.heads))
-    return torch.cat(parts_XR)
+        parts.append(_named(top(logits_XN.float().contiguous(), num), group.heads))
+    return _joined(parts, num, hidden_BH.device)
 
 
 def _parts(r_XH: Tensor, groups: Sequence[HeadsGroup]) -> Iterator[tuple[HeadsGroup, Tensor]]:
@@ -182,21 +198,34 @@ def _parts(r_XH: Tensor, groups: Sequence[HeadsGroup]) -> Iterator[tuple[HeadsGr
         start = end
 
 
-def _ids(places_XR: Tensor, heads: HeadsWeights) -> Tensor:
-    return places_XR if heads.ids_N is None else heads.ids_N[places_XR]
+def _named(found: Candidates, heads: HeadsWeights) -> Candidates:
+    """The tokens for which the outputs' places stand."""
+    return found if heads.ids_N is None else found._replace(ids_XR=heads.ids_N[found.ids_XR])
 
 
-def _torch_top(logits_XV: Tensor, num: int) -> Tensor:
+def _joined(parts: Sequence[Candidates], num: int, device: torch.device) -> Candidates:
+    if not parts:
+        return Candidates(*(each.to(device) for each in _room(0, num)))
+    ids, logprobs = zip(*parts, strict=True)
+    return Candidates(torch.cat(ids), torch.cat(logprobs))
+
+
+def _torch_top(logits_XV: Tensor, num: int) -> Candidates:
     """topk, which cuts ties anywhere: those rows are sorted."""
-    logits_XV = logits_XV.where(~logits_XV.isnan(), -torch.inf)
-    size = logits_XV.shape[1]
-    if num >= size:
-        return top_reference(logits_XV, num)
-    values_XR, places_XR = logits_XV.topk(num + 1)
+    ordered_XV = logits_XV.where(~logits_XV.isnan(), -torch.inf)
+    if num >= logits_XV.shape[1]:
+        return _weighed(logits_XV, _sorted(ordered_XV, num))
+    values_XR, places_XR = ordered_XV.topk(num + 1)
     tied_X = (values_XR[:, 1:] == values_XR[:, :-1]).any(dim=1)
     for row in tied_X.nonzero()[:, 0].tolist():
-        places_XR[row, :num] = top_reference(logits_XV[row : row + 1], num)[0]
-    return places_XR[:, :num]
+        places_XR[row, :num] = _sorted(ordered_XV[row : row + 1], num)[0]
+    return _weighed(logits_XV, places_XR[:, :num])
+
+
+def _weighed(logits_XV: Tensor, places_XR: Tensor) -> Candidates:
+    logprobs_XR = logits_XV.log_softmax(dim=-1).gather(1, places_XR).float()
+    finite_X = logits_XV.isfinite().all(dim=-1, keepdim=True)
+    return Candidates(places_XR, logprobs_XR.where(finite_X, torch.nan))
 
 
 def states_reference(hidden_BH: Tensor, groups: Sequence[HeadsGroup]) -> Tensor:
@@ -214,22 +243,27 @@ def states_reference(hidden_BH: Tensor, groups: Sequence[HeadsGroup]) -> Tensor:
     return torch.cat(parts_XH)
 
 
-def candidates_reference(hidden_BH: Tensor, groups: Sequence[HeadsGroup], num: int) -> Tensor:
+def candidates_reference(hidden_BH: Tensor, groups: Sequence[HeadsGroup], num: int) -> Candidates:
     """What `candidates` computes, one head of one row at a time."""
-    parts_XR = [torch.empty(0, num, dtype=torch.int64)]
+    parts: list[Candidates] = []
     for group, part_XH in _parts(states_reference(hidden_BH, groups), groups):
         heads, output = group.heads, group.heads.output
         assert output is not None
         for row, r_H in enumerate(part_XH):
             output_NH = output[row % heads.num_heads] if output.dim() == 3 else output
             logits_N = output_NH.float() @ r_H.float()
-            parts_XR.append(_ids(top_reference(logits_N[None], num), heads))
-    return torch.cat(parts_XR)
+            parts.append(_named(top_reference(logits_N[None], num), heads))
+    return _joined(parts, num, hidden_BH.device)
 
 
-def top_reference(logits_XV: Tensor, num: int) -> Tensor:
-    """What `top` computes, by a full sort."""
+def top_reference(logits_XV: Tensor, num: int) -> Candidates:
+    """What `top` computes, by a full sort and in float64."""
     ordered_XV = logits_XV.where(~logits_XV.isnan(), -torch.inf)
+    return _weighed(logits_XV.double(), _sorted(ordered_XV, num))
+
+
+def _sorted(ordered_XV: Tensor, num: int) -> Tensor:
+    """The best places by a full sort, the best of all for those missing."""
     places_XR = ordered_XV.sort(dim=-1, descending=True, stable=True).indices[:, :num]
     missing = num - places_XR.shape[1]
     return torch.cat([places_XR, places_XR[:, :1].expand(-1, missing)], dim=1)

@@ -17,10 +17,11 @@ void run_best(const float* logits, int rows, int columns, float* values, int64_t
 }
 
 void run_top(const float* logits, int rows, int columns, int num, int64_t* places,
-             int num_threads) {
+             float* logprobs, int num_threads) {
 #pragma omp parallel for num_threads(num_threads < rows ? num_threads : rows)
   for (int row = 0; row < rows; row++)
-    top_of(logits + (size_t)row * columns, columns, num, places + (size_t)row * num);
+    top_of(logits + (size_t)row * columns, columns, num, places + (size_t)row * num,
+           logprobs + (size_t)row * num);
 }
 
 void run_draws(const float* logits, int64_t stride, int columns, const lorastack_draw* draws,

@@ -26,7 +26,7 @@ DECLARE(avx512)
 
 namespace lorastack::avx512 {
 void run_best(const float*, int, int, float*, int64_t*, int);
-void run_top(const float*, int, int, int, int64_t*, int);
+void run_top(const float*, int, int, int, int64_t*, float*, int);
 void run_draws(const float*, int64_t, int, const lorastack_draw*, int, int64_t*, int);
 }
 
@@ -55,8 +55,8 @@ void lorastack_best(const float* logits, int32_t rows, int32_t columns, float* v
 void lorastack_run_draft(const lorastack_draft* draft) { DISPATCH(draft->isa, run_draft(*draft)) }
 
 void lorastack_top(const float* logits, int32_t rows, int32_t columns, int32_t num, int64_t* places,
-                   int32_t num_threads) {
-  lorastack::avx512::run_top(logits, rows, columns, num, places, num_threads);
+                   float* logprobs, int32_t num_threads) {
+  lorastack::avx512::run_top(logits, rows, columns, num, places, logprobs, num_threads);
 }
 
 void lorastack_run_draws(const float* logits, int64_t stride, int32_t columns,

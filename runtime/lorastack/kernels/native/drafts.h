@@ -29,22 +29,61 @@ struct Product {
   size_t stride;
   int outputs, count, first, step;
   int tile = 0;  // of 16 packed states, where its own begin
+  int mass = 0;  // of a tile's strips, where its own begin
+
+  int tiles() const { return ceil_div(count, LANES); }
+  int strips() const { return ceil_div(outputs, LANES); }
 };
 
 // The products of one phase.
 template <class T>
 struct Products {
   std::vector<Product<T>> all;
-  int tiles = 0, strips = 0;  // strip: 16 rows of a matrix
+  int tiles = 0, strips = 0, masses = 0;  // strip: 16 rows of a matrix
 
   void add(Product<T> product) {
     if (!product.count) return;
     product.tile = tiles;
-    tiles += ceil_div(product.count, LANES);
-    strips += ceil_div(product.outputs, LANES);
+    product.mass = masses;
+    tiles += product.tiles();
+    strips += product.strips();
+    masses += product.tiles() * product.strips();
     all.push_back(product);
   }
+
+  // The product that has tile `tile` of all; `tile` becomes the product's own number of it.
+  const Product<T>& with_tile(int& tile) const {
+    const Product<T>* product = all.data();
+    for (; tile >= product->tiles(); product++) tile -= product->tiles();
+    return *product;
+  }
+
+  const Product<T>& with_strip(int& strip) const {
+    const Product<T>* product = all.data();
+    for (; strip >= product->strips(); product++) strip -= product->strips();
+    return *product;
+  }
 };
+
+// What 16 states' logits of one strip come to: sum(e^logit) = total e^peak. A logit that is not finite
+// makes the total NaN.
+struct alignas(64) Mass {
+  float peak[LANES], total[LANES];
+};
+
+// e^(logit - peak) to 3e-6; NaN for a logit that is not finite. peak: not below a finite logit.
+INLINE __m512 share_512(__m512 logit, __m512 peak) {
+  const __m512 x = _mm512_mul_ps(_mm512_sub_ps(logit, peak), _mm512_set1_ps(1.44269504f));
+  const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEG_INF);
+  const __m512 f = _mm512_sub_ps(x, n);  // of minus infinity NaN
+  __m512 p = _mm512_set1_ps(0.0135341659f);  // 2^f on [0, 1], of least relative error
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.0520114712f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.241442740f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.693003833f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.00000262f));
+  // A scale of minus infinity would make NaN 0.
+  return _mm512_scalef_ps(p, _mm512_max_ps(n, _mm512_set1_ps(-200.0f)));
+}
 
 // A proposal. place: which of the outputs.
 struct Candidate {
@@ -78,11 +117,14 @@ INLINE void for_better(__m512 values, __m512 least, __mmask16 real, Take&& take)
   }
 }
 
-// The ids of the best; where there are fewer outputs, the first again.
-INLINE void write_ids(const Candidate* best, int num, const int64_t* ids, int64_t* out) {
+// The best; where there are fewer outputs, the first again. peak, total: see Mass, of all outputs.
+INLINE void write_best(const Candidate* best, int num, const int64_t* ids, float peak, float total,
+                       int64_t* out, float* logprobs) {
+  const float log_total = logf(total);
   for (int i = 0; i < num; i++) {
-    const int32_t place = best[i].place == INT32_MAX ? best[0].place : best[i].place;
-    out[i] = ids ? ids[place] : place;
+    const Candidate& found = best[i].place == INT32_MAX ? best[0] : best[i];
+    out[i] = ids ? ids[found.place] : found.place;
+    logprobs[i] = found.value - peak - log_total;
   }
 }
 
@@ -146,6 +188,7 @@ struct DraftPlan {
   std::vector<Line> spare;             // a thread's last few rows of a matrix
   std::vector<Candidate> best;         // [threads][tiles of outputs][16][num]
   std::vector<float> least;            // of each list
+  std::vector<Mass> masses;            // [tiles of outputs][strips]
   size_t tile_lines, num_lists;
 
   DraftPlan(const lorastack_draft& draft) {
@@ -185,6 +228,7 @@ struct DraftPlan {
     num_lists = (size_t)outputs.tiles * LANES;
     best.resize(draft.num_threads * num_lists * draft.num);
     least.resize(draft.num_threads * num_lists, -INFINITY);
+    masses.resize(outputs.masses);
   }
 };
 
@@ -235,16 +279,12 @@ struct Drafting {
   template <class Epilogue>
   void run_phase(const Products<T>& products, Epilogue&& epilogue) {
     member.phase(products.tiles, [&](int tile) {
-      const Product<T>* product = products.all.data();
-      for (; tile >= ceil_div(product->count, LANES); product++)
-        tile -= ceil_div(product->count, LANES);
-      pack(*product, tile);
+      const Product<T>& product = products.with_tile(tile);
+      pack(product, tile);
     });
     member.phase(products.strips, [&](int strip) {
-      const Product<T>* product = products.all.data();
-      for (; strip >= ceil_div(product->outputs, LANES); product++)
-        strip -= ceil_div(product->outputs, LANES);
-      multiply(*product, strip * LANES, epilogue);
+      const Product<T>& product = products.with_strip(strip);
+      multiply(product, strip * LANES, epilogue);
     });
   }
 
@@ -264,29 +304,68 @@ struct Drafting {
     }
   }
 
-  // Offers `rows` outputs from `row` on to the lists of 16 states.
+  // Weighs `rows` outputs from `row` on and offers them to the lists of 16 states.
   void choose(const Product<T>& product, int row, int rows, int index, float (*sums)[LANES]) {
+    __m512 peak = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
+    for (int o = 0; o < rows; o++) peak = _mm512_max_ps(_mm512_load_ps(sums[o]), peak);
+    for (int o = 0; o < rows; o++)
+      total = _mm512_add_ps(total, share_512(_mm512_load_ps(sums[o]), peak));
+    Mass& mass = masses(product, index)[row / LANES];
+    _mm512_store_ps(mass.peak, peak);
+    _mm512_store_ps(mass.total, total);
     const __mmask16 real = first(product.count - index * LANES);
     const size_t list = thread * plan.num_lists + (size_t)(product.tile + index) * LANES;
     float* const least = plan.least.data() + list;
-    for (int o = 0; o < rows; o++)
-      for_better(_mm512_load_ps(sums[o]), _mm512_loadu_ps(least), real, [&](int t, float value) {
-        Candidate* const best = plan.best.data() + (list + t) * draft.num;
-        offer(best, draft.num, {value, row + o});
-        least[t] = best[draft.num - 1].value;
-      });
+    const __m512i lines = _mm512_mullo_epi32(
+        _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+        _mm512_set1_epi32(LANES));
+    unsigned better = _mm512_mask_cmp_ps_mask(real, peak, _mm512_loadu_ps(least), _CMP_GE_OQ);
+    for (; better; better &= better - 1) {
+      const int t = __builtin_ctz(better);
+      Candidate* const best = plan.best.data() + (list + t) * draft.num;
+      const __m512 column = _mm512_i32gather_ps(lines, sums[0] + t, sizeof(float));
+      for_better(column, _mm512_set1_ps(least[t]), first(rows),
+                 [&](int o, float value) { offer(best, draft.num, {value, row + o}); });
+      least[t] = best[draft.num - 1].value;
+    }
   }
 
-  // The best of all threads' lists.
-  void merge(const Product<T>& product, int t) {
-    const size_t list = (size_t)product.tile * LANES + t;
-    Candidate* const best = plan.best.data() + list * draft.num;
-    for (int other = 1; other < draft.num_threads; other++) {
-      const Candidate* const found = best + other * plan.num_lists * draft.num;
-      for (int i = 0; i < draft.num; i++) offer(best, draft.num, found[i]);
+  // The best of all threads' lists, for the 16 states of a tile, and the masses of all strips.
+  void merge(const Product<T>& product, int index) {
+    const Mass all = sum(product, index);
+    const int begin = index * LANES, count = std::min(product.count - begin, LANES);
+    for (int t = 0; t < count; t++) {
+      const size_t list = (size_t)(product.tile + index) * LANES + t;
+      Candidate* const best = plan.best.data() + list * draft.num;
+      for (int other = 1; other < draft.num_threads; other++) {
+        const Candidate* const found = best + other * plan.num_lists * draft.num;
+        for (int i = 0; i < draft.num; i++) offer(best, draft.num, found[i]);
+      }
+      const size_t at = (product.first + (size_t)(begin + t) * product.step) * draft.num;
+      write_best(best, draft.num, product.ids, all.peak[t], all.total[t], draft.candidates + at,
+                 draft.logprobs + at);
     }
-    const size_t token = product.first + (size_t)t * product.step;
-    write_ids(best, draft.num, product.ids, draft.candidates + token * draft.num);
+  }
+
+  // In the order of strips, whoever weighed them.
+  Mass sum(const Product<T>& product, int index) {
+    const Mass* const strips = masses(product, index);
+    __m512 peak = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
+    for (int strip = 0; strip < product.strips(); strip++)
+      peak = _mm512_max_ps(_mm512_load_ps(strips[strip].peak), peak);
+    for (int strip = 0; strip < product.strips(); strip++) {
+      const __m512 scale = share_512(_mm512_load_ps(strips[strip].peak), peak);
+      total = _mm512_fmadd_ps(_mm512_load_ps(strips[strip].total), scale, total);
+    }
+    Mass all;
+    _mm512_store_ps(all.peak, peak);
+    _mm512_store_ps(all.total, total);
+    return all;
+  }
+
+  // Of each strip with tile `index`.
+  Mass* masses(const Product<T>& product, int index) {
+    return plan.masses.data() + product.mass + (size_t)index * product.strips();
   }
 
   void run() {
@@ -297,9 +376,9 @@ struct Drafting {
     run_phase(plan.outputs, [&](const Product<T>& product, int row, int rows, int index,
                                 float (*sums)[LANES]) { choose(product, row, rows, index, sums); });
     end_tiles<Isa>();
-    member.phase((int)plan.outputs.all.size(), [&](int i) {
-      const Product<T>& product = plan.outputs.all[i];
-      for (int t = 0; t < product.count; t++) merge(product, t);
+    member.phase(plan.outputs.tiles, [&](int tile) {
+      const Product<T>& product = plan.outputs.with_tile(tile);
+      merge(product, tile);
     });
   }
 };
@@ -317,14 +396,22 @@ void draft_with(const lorastack_draft& draft) {
   }
 }
 
-INLINE void top_of(const float* row, int columns, int num, int64_t* places) {
+INLINE void top_of(const float* row, int columns, int num, int64_t* places, float* logprobs) {
   std::vector<Candidate> best(num);
   for (int i = 0; i < columns; i += LANES) {
     const __mmask16 real = first(columns - i);
     for_better(_mm512_maskz_loadu_ps(real, row + i), _mm512_set1_ps(best[num - 1].value), real,
                [&](int lane, float value) { offer(best.data(), num, {value, i + lane}); });
   }
-  write_ids(best.data(), num, nullptr, places);
+  const __m512 peak = _mm512_set1_ps(best[0].value);
+  __m512 total = _mm512_setzero_ps();
+  for (int i = 0; i < columns; i += LANES) {
+    const __mmask16 real = first(columns - i);
+    const __m512 logits = _mm512_maskz_loadu_ps(real, row + i);
+    total = _mm512_mask_add_ps(total, real, total, share_512(logits, peak));
+  }
+  write_best(best.data(), num, nullptr, best[0].value, _mm512_reduce_add_ps(total), places,
+             logprobs);
 }
 
 }  // namespace lorastack::LORASTACK_ISA

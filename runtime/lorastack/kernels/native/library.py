@@ -151,6 +151,7 @@ class Draft(Structure):
         ("x", c_void_p),
         ("states", c_void_p),
         ("candidates", c_void_p),
+        ("logprobs", c_void_p),
         ("num_groups", c_int32),
         ("hidden", c_int32),
         ("num", c_int32),
@@ -201,7 +202,10 @@ def library() -> Any | None:
     loaded.lorastack_run_draft.restype = None
     loaded.lorastack_run_draft.argtypes = (POINTER(Draft),)
     loaded.lorastack_top.restype = None
-    loaded.lorastack_top.argtypes = (*(c_void_p, c_int32, c_int32), *(c_int32, c_void_p, c_int32))
+    loaded.lorastack_top.argtypes = (
+        *(c_void_p, c_int32, c_int32),
+        *(c_int32, c_void_p, c_void_p, c_int32),
+    )
     loaded.lorastack_run_draws.restype = None
     loaded.lorastack_run_draws.argtypes = (
         *(c_void_p, c_int64, c_int32),
