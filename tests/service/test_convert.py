@@ -8,9 +8,10 @@ import pytest
 
 from lorastack.errors import InvalidArgumentError, LorastackError, Reason, UnimplementedError
 from lorastack.layout import ModelShapes
-from lorastack.request import SamplingParams, SpeculationParams
+from lorastack.request import SamplingParams, SpeculationParams, TypicalAcceptance
 from lorastack.service import convert, limits
 from lorastack.service.prepare import Chat, GenerateCall, Ids, ServedModel, Text
+from lorastack.text.grammar import JsonSchema, Regex
 from lorastack.text.tokenizer import Tokenizer
 from lorastack.v1 import generation_pb2 as pb
 from tests.service.fakes import MAX_CONTEXT, served_model
@@ -34,12 +35,20 @@ def sampling(**fields: Any) -> dict[str, Any]:
     return {"sampling": pb.SamplingParams(**fields)}
 
 
+def typical(**fields: Any) -> dict[str, Any]:
+    return {"speculation": pb.Speculation(acceptance=pb.TYPICAL, **fields)}
+
+
 def stop(**fields: Any) -> dict[str, Any]:
     return {"stop": pb.StopParams(**fields)}
 
 
 def loras(*entries: dict[str, Any]) -> dict[str, Any]:
     return {"loras": [pb.LoraRef(**entry) for entry in entries]}
+
+
+def response_format(**fields: str) -> dict[str, Any]:
+    return {"response_format": pb.ResponseFormat(**fields)}
 
 
 INVALID: list[tuple[str, dict[str, Any]]] = [
@@ -64,6 +73,22 @@ INVALID: list[tuple[str, dict[str, Any]]] = [
     ("sampling.min_p", sampling(min_p=-0.1)),
     ("sampling.min_p", sampling(min_p=1.1)),
     ("sampling.min_p", sampling(min_p=NAN)),
+    ("sampling.typical_p", sampling(typical_p=0)),
+    ("sampling.typical_p", sampling(typical_p=1.01)),
+    ("sampling.typical_p", sampling(typical_p=NAN)),
+    ("sampling.repetition_penalty", sampling(repetition_penalty=0)),
+    ("sampling.repetition_penalty", sampling(repetition_penalty=-1)),
+    ("sampling.repetition_penalty", sampling(repetition_penalty=INF)),
+    ("sampling.repetition_penalty", sampling(repetition_penalty=NAN)),
+    ("sampling.frequency_penalty", sampling(frequency_penalty=2.01)),
+    ("sampling.frequency_penalty", sampling(frequency_penalty=NAN)),
+    ("sampling.presence_penalty", sampling(presence_penalty=-2.01)),
+    ("sampling.presence_penalty", sampling(presence_penalty=NAN)),
+    ("sampling.logit_bias", sampling(logit_bias={1: 100.5})),
+    ("sampling.logit_bias", sampling(logit_bias={1: -INF})),
+    ("sampling.logit_bias", sampling(logit_bias={1: NAN})),
+    ("sampling.logit_bias", sampling(logit_bias={1 << 31: 1.0})),
+    ("sampling.logit_bias", sampling(logit_bias=dict.fromkeys(range(1025), 0.0))),
     ("stop.max_new_tokens", stop(max_new_tokens=0)),
     ("stop.max_new_tokens", stop(max_new_tokens=MAX_CONTEXT + 1)),
     ("stop.stop_sequences", stop(stop_sequences=["ok", ""])),
@@ -76,27 +101,30 @@ INVALID: list[tuple[str, dict[str, Any]]] = [
     ("speculation.max_nodes", {"speculation": pb.Speculation(max_nodes=(1 << 32) - 1)}),
     ("speculation.mode", {"speculation": pb.Speculation(mode=7)}),
     ("speculation.acceptance", {"speculation": pb.Speculation(acceptance=7)}),
+    ("speculation.typical_epsilon", typical(typical_epsilon=0)),
+    ("speculation.typical_epsilon", typical(typical_epsilon=1.01)),
+    ("speculation.typical_epsilon", typical(typical_epsilon=NAN)),
+    ("speculation.typical_delta", typical(typical_delta=0)),
+    ("speculation.typical_delta", typical(typical_delta=INF)),
+    ("speculation.typical_delta", typical(typical_delta=NAN)),
+    ("speculation.typical_epsilon", {"speculation": pb.Speculation(typical_epsilon=0.1)}),
+    ("speculation.typical_delta", {"speculation": pb.Speculation(typical_delta=0.1)}),
     ("output.top_logprobs", {"output": pb.OutputParams(logprobs=True, top_logprobs=21)}),
     ("output.top_logprobs", {"output": pb.OutputParams(top_logprobs=1)}),
+    ("response_format.regex", response_format(regex="")),
+    ("response_format.regex", response_format(regex="x" * (limits.MAX_REGEX_CHARS + 1))),
+    ("response_format.json_schema", response_format(json_schema="")),
+    (
+        "response_format.json_schema",
+        response_format(json_schema=" " * (limits.MAX_SCHEMA_CHARS + 1)),
+    ),
     ("request_id", {"request_id": "two words"}),
     ("request_id", {"request_id": "line\nbreak"}),
     ("request_id", {"request_id": "x" * 129}),
 ]
 
 UNIMPLEMENTED: list[tuple[str, dict[str, Any]]] = [
-    ("sampling.typical_p", sampling(typical_p=0.9)),
-    ("sampling.typical_p", sampling(typical_p=0)),
-    ("sampling.repetition_penalty", sampling(repetition_penalty=1.1)),
-    ("sampling.repetition_penalty", sampling(repetition_penalty=0)),
-    ("sampling.frequency_penalty", sampling(frequency_penalty=-1)),
-    ("sampling.presence_penalty", sampling(presence_penalty=NAN)),
-    ("sampling.logit_bias", sampling(logit_bias={1: 0.0})),
-    ("speculation.acceptance TYPICAL", {"speculation": pb.Speculation(acceptance=pb.TYPICAL)}),
-    ("speculation.typical_epsilon", {"speculation": pb.Speculation(typical_epsilon=0.1)}),
-    ("speculation.typical_delta", {"speculation": pb.Speculation(typical_delta=0.1)}),
     ("output.prompt_logprobs", {"output": pb.OutputParams(prompt_logprobs=True)}),
-    ("response_format", {"response_format": pb.ResponseFormat(regex="")}),
-    ("response_format", {"response_format": pb.ResponseFormat(json_schema="{}")}),
 ]
 
 
@@ -154,7 +182,18 @@ def test_all_values_arrive(model: ServedModel) -> None:
         model,
         **loras({"lora_id": "a", "scale": 0.5}, {"lora_id": "b"}),
         medusa_id="m",
-        **sampling(temperature=0.5, top_k=7, top_p=0.25, min_p=0.125, seed=(1 << 64) - 1),
+        **sampling(
+            temperature=0.5,
+            top_k=7,
+            top_p=0.25,
+            min_p=0.125,
+            typical_p=0.75,
+            repetition_penalty=1.5,
+            frequency_penalty=-2,
+            presence_penalty=2,
+            logit_bias={8: 100, 5: -100},
+            seed=(1 << 64) - 1,
+        ),
         **stop(
             max_new_tokens=9,
             stop_sequences=["x", "y"],
@@ -169,7 +208,16 @@ def test_all_values_arrive(model: ServedModel) -> None:
     assert full.loras == (("a", 0.5), ("b", 1.0))
     assert full.medusa_id == "m"
     assert full.sampling == SamplingParams(
-        temperature=0.5, top_k=7, top_p=0.25, min_p=0.125, seed=(1 << 64) - 1
+        temperature=0.5,
+        top_k=7,
+        top_p=0.25,
+        min_p=0.125,
+        typical_p=0.75,
+        repetition_penalty=1.5,
+        frequency_penalty=-2.0,
+        presence_penalty=2.0,
+        logit_bias=((5, -100.0), (8, 100.0)),
+        seed=(1 << 64) - 1,
     )
     assert full.seeded
     assert full.max_new_tokens == 9
@@ -179,6 +227,13 @@ def test_all_values_arrive(model: ServedModel) -> None:
     assert full.stop.time_limit == 1.5
     assert full.speculation == SpeculationParams(enabled=True, max_nodes=63)
     assert (full.num_logprobs, full.return_prompt) == (20, True)
+
+
+def test_formats_arrive_as_they_are(model: ServedModel) -> None:
+    longest = "x" * limits.MAX_REGEX_CHARS
+    assert call(model, **response_format(regex=longest)).response_format == Regex(longest)
+    # Whether it is a schema at all is seen off the event loop.
+    assert call(model, **response_format(json_schema="{")).response_format == JsonSchema("{")
 
 
 def test_the_other_inputs(model: ServedModel) -> None:
@@ -192,6 +247,13 @@ def test_no_nodes_is_no_speculation(model: ServedModel) -> None:
     off = call(model, speculation=pb.Speculation(mode=pb.OFF)).speculation
     assert not off.enabled
     assert call(model, speculation=pb.Speculation(max_nodes=0)).speculation == off
+
+
+def test_typical_acceptance_is_opt_in(model: ServedModel) -> None:
+    assert call(model, **typical()).speculation.typical == TypicalAcceptance()
+    given = call(model, **typical(typical_epsilon=0.25, typical_delta=1.5)).speculation.typical
+    assert given == TypicalAcceptance(epsilon=0.25, delta=1.5)
+    assert call(model, speculation=pb.Speculation()).speculation.typical is None
 
 
 def test_a_top_k_of_the_whole_vocabulary_is_no_limit(model: ServedModel) -> None:

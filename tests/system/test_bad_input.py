@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,8 +27,12 @@ from tests.helpers.tiny import VOCAB_SIZE
 Refusal = tuple[pb.GenerateRequest, type[LorastackError], Reason, str]
 
 
-def sampling(**fields: float) -> pb.GenerateRequest:
+def sampling(**fields: Any) -> pb.GenerateRequest:
     return ask(sampling=fields)
+
+
+def speculation(**fields: Any) -> pb.GenerateRequest:
+    return pb.GenerateRequest(prompt="x", speculation=pb.Speculation(**fields))
 
 
 REQUESTS: dict[str, Refusal] = {
@@ -70,6 +75,17 @@ REQUESTS: dict[str, Refusal] = {
             ("top_p 0", sampling(top_p=0.0), "top_p"),
             ("top_p above 1", sampling(top_p=1.1), "top_p"),
             ("min_p above 1", sampling(min_p=1.5), "min_p"),
+            ("typical_p 0", sampling(typical_p=0.0), "typical_p"),
+            ("repetition_penalty 0", sampling(repetition_penalty=0.0), "repetition_penalty"),
+            ("frequency_penalty 3", sampling(frequency_penalty=3.0), "frequency_penalty"),
+            ("presence_penalty -3", sampling(presence_penalty=-3.0), "presence_penalty"),
+            ("unknown biased id", sampling(logit_bias={VOCAB_SIZE: 1.0}), "logit_bias"),
+            (
+                "epsilon 0",
+                speculation(acceptance=pb.TYPICAL, typical_epsilon=0.0),
+                "typical_epsilon",
+            ),
+            ("delta without TYPICAL", speculation(typical_delta=0.3), "typical_delta"),
             ("lora_id and loras", ask(stack=[("random-a", 1.0)], loras=[pb.LoraRef()]), "lora"),
             ("twice the same lora", ask(stack=[("random-a", 1.0), ("random-a", 1.0)]), "random-a"),
             ("scale inf", ask(stack=[("random-a", float("inf"))]), "scale"),
@@ -94,23 +110,28 @@ REQUESTS: dict[str, Refusal] = {
         Reason.REQUEST_TOO_LARGE,
         "1000",
     ),
+    "expression that does not parse": (
+        ask(response_format=pb.ResponseFormat(regex="ab(")),
+        InvalidArgumentError,
+        Reason.INVALID_GRAMMAR,
+        "character 3",
+    ),
+    "schema that is no JSON": (
+        ask(response_format=pb.ResponseFormat(json_schema='{"type"')),
+        InvalidArgumentError,
+        Reason.INVALID_GRAMMAR,
+        "line 1 column 7",
+    ),
+    "schema that cannot be compiled": (
+        ask(response_format=pb.ResponseFormat(json_schema='{"not": {}}')),
+        InvalidArgumentError,
+        Reason.INVALID_GRAMMAR,
+        "not",
+    ),
     **{
         name: (request, UnimplementedError, Reason.NOT_IMPLEMENTED, name)
         for name, request in (
-            ("typical_p", sampling(typical_p=0.5)),
-            ("repetition_penalty", sampling(repetition_penalty=1.2)),
-            ("frequency_penalty", sampling(frequency_penalty=0.5)),
-            ("presence_penalty", sampling(presence_penalty=0.5)),
-            (
-                "logit_bias",
-                pb.GenerateRequest(prompt="x", sampling=pb.SamplingParams(logit_bias={1: 2.0})),
-            ),
             ("prompt_logprobs", ask(output=pb.OutputParams(prompt_logprobs=True))),
-            ("response_format", ask(response_format=pb.ResponseFormat(regex="a+"))),
-            (
-                "TYPICAL",
-                pb.GenerateRequest(prompt="x", speculation=pb.Speculation(acceptance=pb.TYPICAL)),
-            ),
         )
     },
 }

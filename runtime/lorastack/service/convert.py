@@ -23,9 +23,11 @@ from lorastack.request import (
     SpeculationParams,
     StopParams,
     TokenSource,
+    TypicalAcceptance,
 )
 from lorastack.service import limits
 from lorastack.service.prepare import Chat, GenerateCall, Ids, Prepared, ServedModel, Text
+from lorastack.text.grammar import JsonSchema, Regex
 from lorastack.text.tokenizer import Tokenizer
 from lorastack.v1 import adapters_pb2, generation_pb2
 
@@ -82,6 +84,7 @@ def generate_call(
         speculation=_speculation(message.speculation),
         num_logprobs=_num_logprobs(message.output),
         return_prompt=message.output.return_prompt,
+        response_format=_response_format(message.response_format),
     )
 
 
@@ -108,26 +111,11 @@ def prompt_input(
 
 
 def _refuse_unimplemented(message: generation_pb2.GenerateRequest) -> None:
-    """Neutral values of what is not implemented pass: they ask for nothing."""
-    sampling, speculation = message.sampling, message.speculation
-    used = {
-        "sampling.typical_p": sampling.HasField("typical_p") and sampling.typical_p != 1,
-        "sampling.repetition_penalty": sampling.HasField("repetition_penalty")
-        and sampling.repetition_penalty != 1,
-        "sampling.frequency_penalty": sampling.frequency_penalty != 0,
-        "sampling.presence_penalty": sampling.presence_penalty != 0,
-        "sampling.logit_bias": len(sampling.logit_bias) > 0,
-        "speculation.acceptance TYPICAL": speculation.acceptance == generation_pb2.TYPICAL,
-        "speculation.typical_epsilon": speculation.HasField("typical_epsilon"),
-        "speculation.typical_delta": speculation.HasField("typical_delta"),
-        "output.prompt_logprobs": message.output.prompt_logprobs,
-        "response_format": message.response_format.WhichOneof("format") is not None,
-    }
-    for field, is_used in used.items():
-        if is_used:
-            raise UnimplementedError(
-                f"{field} is not implemented in this version; leave it unset", field=field
-            )
+    if message.output.prompt_logprobs:
+        field = "output.prompt_logprobs"
+        raise UnimplementedError(
+            f"{field} is not implemented in this version; leave it unset", field=field
+        )
 
 
 def _loras(message: generation_pb2.GenerateRequest) -> tuple[tuple[str, float], ...]:
@@ -143,14 +131,20 @@ def _loras(message: generation_pb2.GenerateRequest) -> tuple[tuple[str, float], 
 
 
 def _sampling(message: generation_pb2.SamplingParams, vocab_size: int) -> SamplingParams:
+    penalty = message.repetition_penalty if message.HasField("repetition_penalty") else 1.0
     params = SamplingParams(
         temperature=message.temperature,
         top_k=message.top_k if message.top_k < vocab_size else 0,
         top_p=message.top_p if message.HasField("top_p") else 1.0,
         min_p=message.min_p,
+        typical_p=message.typical_p if message.HasField("typical_p") else 1.0,
+        repetition_penalty=penalty,
+        frequency_penalty=message.frequency_penalty,
+        presence_penalty=message.presence_penalty,
+        logit_bias=tuple(sorted(message.logit_bias.items())),
         seed=message.seed,
     )
-    limits.check_sampling(params)
+    limits.check_sampling(params, vocab_size)
     return params
 
 
@@ -172,16 +166,45 @@ def _speculation(message: generation_pb2.Speculation) -> SpeculationParams:
     known = message.mode in generation_pb2.Mode.values()
     limits.check(known, "speculation.mode", "AUTO or OFF", message.mode)
     known = message.acceptance in generation_pb2.Acceptance.values()
-    limits.check(known, "speculation.acceptance", "EXACT", message.acceptance)
+    limits.check(known, "speculation.acceptance", "EXACT or TYPICAL", message.acceptance)
     num_nodes = message.max_nodes if message.HasField("max_nodes") else None
     limits.check_max_nodes(num_nodes)
     off = message.mode == generation_pb2.OFF or num_nodes == 0
-    return SpeculationParams(enabled=not off, max_nodes=num_nodes or None)
+    return SpeculationParams(
+        enabled=not off, max_nodes=num_nodes or None, typical=_typical(message)
+    )
+
+
+def _typical(message: generation_pb2.Speculation) -> TypicalAcceptance | None:
+    is_typical, given = message.acceptance == generation_pb2.TYPICAL, {}
+    for name in ("epsilon", "delta"):
+        field = f"typical_{name}"
+        if message.HasField(field):
+            rule = "unset unless speculation.acceptance is TYPICAL"
+            limits.check(is_typical, f"speculation.{field}", rule)
+            given[name] = getattr(message, field)
+    if not is_typical:
+        return None
+    typical = TypicalAcceptance(**given)
+    limits.check_typical(typical)
+    return typical
 
 
 def _num_logprobs(message: generation_pb2.OutputParams) -> int | None:
     limits.check_logprobs(message.logprobs, message.top_logprobs)
     return message.top_logprobs if message.logprobs else None
+
+
+def _response_format(message: generation_pb2.ResponseFormat) -> JsonSchema | Regex | None:
+    match message.WhichOneof("format"):
+        case "json_schema":
+            wanted: JsonSchema | Regex = JsonSchema(message.json_schema)
+        case "regex":
+            wanted = Regex(message.regex)
+        case _:
+            return None
+    limits.check_format(wanted)
+    return wanted
 
 
 def stream_part(

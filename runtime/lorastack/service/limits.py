@@ -1,7 +1,7 @@
 """The rules that the values of a request must follow; each refusal names its field.
 
 Documented caps: 63 drafted tokens a step, 20 top logprobs, 16 LoRAs, 16 stop sequences of 256
-characters, 1,024 stop token ids.
+characters, 1,024 stop token ids, 1,024 biased ids.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import re
 from collections.abc import Collection, Sequence
 
 from lorastack.errors import InvalidArgumentError, Reason
-from lorastack.request import SamplingParams, StopParams
+from lorastack.request import SamplingParams, StopParams, TypicalAcceptance
+from lorastack.text.grammar import JsonSchema, Regex
 
 MAX_NODES = 63  # drafted tokens a step
 MAX_TOP_LOGPROBS = 20
@@ -19,6 +20,11 @@ MAX_LORAS = 16
 MAX_STOP_SEQUENCES = 16
 MAX_STOP_SEQUENCE_CHARS = 256
 MAX_STOP_TOKEN_IDS = 1024
+MAX_LOGIT_BIASES = 1024
+MAX_LOGIT_BIAS = 100.0
+MAX_PENALTY = 2.0  # of frequency and presence
+MAX_SCHEMA_CHARS = 65_536
+MAX_REGEX_CHARS = 8_192
 REQUEST_ID = re.compile(r"[!-~]{1,128}")  # printable ASCII: it goes into logs and trailers
 
 
@@ -66,7 +72,7 @@ def check_loras(loras: Sequence[tuple[str, float]]) -> None:
     check(len(set(names)) == len(names), "loras", "without duplicates", ", ".join(names))
 
 
-def check_sampling(params: SamplingParams) -> None:
+def check_sampling(params: SamplingParams, vocab_size: int) -> None:
     """Ranges; NaN fails every comparison."""
     temperature, top_p, min_p = params.temperature, params.top_p, params.min_p
     check(
@@ -77,6 +83,20 @@ def check_sampling(params: SamplingParams) -> None:
     )
     check(0 < top_p <= 1, "sampling.top_p", "above 0 and at most 1 (unset: no limit)", top_p)
     check(0 <= min_p <= 1, "sampling.min_p", "between 0 and 1", min_p)
+    typical_p, rule = params.typical_p, "above 0 and at most 1 (unset: no limit)"
+    check(0 < typical_p <= 1, "sampling.typical_p", rule, typical_p)
+    penalty, rule = params.repetition_penalty, "a finite number above 0 (1: none)"
+    check(0 < penalty < math.inf, "sampling.repetition_penalty", rule, penalty)
+    for name in ("frequency_penalty", "presence_penalty"):
+        penalty = getattr(params, name)
+        rule = f"between {-MAX_PENALTY:g} and {MAX_PENALTY:g}"
+        check(abs(penalty) <= MAX_PENALTY, f"sampling.{name}", rule, penalty)
+    field, biases = "sampling.logit_bias", params.logit_bias
+    check(len(biases) <= MAX_LOGIT_BIASES, field, f"at most {MAX_LOGIT_BIASES} long", len(biases))
+    _check_ids([token for token, _ in biases], field, vocab_size)
+    for token, bias in biases:
+        rule = f"between {-MAX_LOGIT_BIAS:g} and {MAX_LOGIT_BIAS:g} for every id"
+        check(abs(bias) <= MAX_LOGIT_BIAS, field, rule, f"{bias} for {token}")
 
 
 def check_max_new_tokens(num_new: int, max_context: int) -> None:
@@ -109,6 +129,20 @@ def check_max_nodes(num_nodes: int | None) -> None:
     """0 drafts nothing."""
     field = "speculation.max_nodes"
     check(num_nodes is None or num_nodes <= MAX_NODES, field, f"at most {MAX_NODES}", num_nodes)
+
+
+def check_typical(rule: TypicalAcceptance) -> None:
+    field, epsilon = "speculation.typical_epsilon", rule.epsilon
+    check(0 < epsilon <= 1, field, "above 0 and at most 1", epsilon)
+    field, delta = "speculation.typical_delta", rule.delta
+    check(0 < delta < math.inf, field, "a finite number above 0", delta)
+
+
+def check_format(wanted: JsonSchema | Regex) -> None:
+    """The length alone; whether it compiles is seen off the event loop."""
+    largest = MAX_SCHEMA_CHARS if isinstance(wanted, JsonSchema) else MAX_REGEX_CHARS
+    length, rule = len(wanted.text), f"of 1 to {largest} characters"
+    check(1 <= length <= largest, wanted.field, rule, length)
 
 
 def check_logprobs(wanted: bool, num_top: int) -> None:
