@@ -58,7 +58,7 @@ def test_drafting_shrinks_to_nothing_row_by_row() -> None:
 
 
 def test_a_dear_first_node_is_taken_for_the_sake_of_those_behind_it() -> None:
-    cost = CostCurve([(4, 1.0), (5, 1.5), (16, 1.6)])
+    cost = CostCurve([(4, 1.0), (5, 1.5), (16, 1.6), (17, 9.0)])
     assert allot([[0.25] * 12], 4, 4, cost) == [12]
     assert allot([[0.25] * 4], 4, 4, cost) == [0]
 
