@@ -383,8 +383,10 @@ def test_the_last_grammars_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     compiler.compile(Regex("a"))
     second = compiler.compile(Regex("b"))
     assert compiler.compile(Regex("a")) is first  # the schema was asked for longest ago
+    monkeypatch.setattr(grammar_module, "MAX_KEPT", 9)
     monkeypatch.setattr(grammar_module, "MAX_KEPT_CHARS", 3)
-    compiler.compile(Regex("ccc"))
+    compiler.compile(Regex("cc"))
+    assert compiler.compile(Regex("a")) is first
     assert compiler.compile(Regex("b")) is not second
 
 
