@@ -6,6 +6,7 @@ step thread fills every event.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -183,11 +184,14 @@ class GeneratedToken:
 
 @dataclass(slots=True, kw_only=True)
 class SpeculationStats:
-    """Counts over a row's decode steps (the step that finishes the prompt is not one)."""
+    """Counts over a row's decode steps (the step that finishes the prompt is not one).
+
+    drafted, accepted: tokens by source. accepted_by_head: those that came from heads.
+    """
 
     steps: int = 0
-    drafted: int = 0
-    accepted: int = 0
+    drafted: Counter[TokenSource] = field(default_factory=Counter)
+    accepted: Counter[TokenSource] = field(default_factory=Counter)
     accepted_by_head: list[int] = field(default_factory=list)
 
 
@@ -223,3 +227,7 @@ class RowEvent:
     tokens: tuple[GeneratedToken, ...] = ()
     final: Final | None = None
     error: LorastackError | None = None
+
+    @property
+    def last(self) -> bool:
+        return self.final is not None or self.error is not None

@@ -69,10 +69,6 @@ class Drafts:
         lora = write_lora(root / "lora", shapes, targets=(LM_HEAD,))
         self.lora = on_device(lora, shapes, output_VH)
 
-    @property
-    def failed(self) -> list[str]:
-        return self._runner._drafter.take_failed()
-
     def row(self, number: int, heads: str, lora: bool = False) -> RowStep:
         uses = (LoraUse(lora_id="lora", digest=self.lora.digest),) if lora else ()
         prompt = (1, 40 + number, 50, 60 + number)
@@ -97,9 +93,10 @@ class Drafts:
         )
 
     def run(self, *steps: RowStep) -> list[Draft | None]:
-        results = self._runner.run(Batch(steps=steps))
-        assert all(result.error is None for result in results)
-        return [result.draft for result in results]
+        found = self._runner.run(Batch(steps=steps))
+        assert all(result.error is None for result in found.rows)
+        self.failed = found.failed_heads
+        return [result.draft for result in found.rows]
 
     def ids(self, *steps: RowStep) -> list[Ids | None]:
         return [draft.ids if draft else None for draft in self.run(*steps)]
@@ -211,6 +208,7 @@ def test_rows_of_failing_heads_go_on_undrafted(drafts: Drafts, heads: str) -> No
     assert_same(found[0], expected[0])
     assert_same(found[2], expected[2])
     assert drafts.failed == ["broken"]
+    drafts.run(drafts.row(0, heads))
     assert drafts.failed == []
 
 

@@ -12,7 +12,7 @@ from lorastack.adapters.turns import QUANTUM
 from lorastack.request import HeadsUse, LoraUse
 from tests.adapters.pools import bench
 from tests.adapters.test_host import packed
-from tests.engine.test_scheduler import CHOICES, NUM_HEADS, World, make_request, make_row, plain
+from tests.engine.test_scheduler import NUM_HEADS, World, make_request, make_row, plain
 
 STEP = QUANTUM / 4  # seconds
 STACKS = st.sampled_from([(), ("a",), ("b",), ("c",), ("d",), ("a", "b"), ("c", "d")])
@@ -22,7 +22,7 @@ def load(digest: str) -> PackedAdapter:
     made = packed(digest, 1)
     if digest != "heads":
         return made
-    return replace(made, layout=replace(made.layout, num_heads=NUM_HEADS, choices=CHOICES))
+    return replace(made, layout=replace(made.layout, num_heads=NUM_HEADS))
 
 
 @settings(max_examples=50)

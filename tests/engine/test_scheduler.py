@@ -6,6 +6,7 @@ tokens were written to it, so that a stale, shared or moved page shows as a wron
 
 from __future__ import annotations
 
+import math
 import random
 import zlib
 from collections import Counter
@@ -19,10 +20,12 @@ from hypothesis import strategies as st
 from lorastack.adapters.device import DeviceAdapter
 from lorastack.config import EngineConfig
 from lorastack.engine.batch import Batch, Draft, RowResult, RowStep
+from lorastack.engine.costs import Costs
 from lorastack.engine.pace import MIN_TOKENS, Pace
 from lorastack.engine.pages import Pages
 from lorastack.engine.row import Row
 from lorastack.engine.scheduler import Scheduler
+from lorastack.engine.speculator import Speculator
 from lorastack.errors import DataLossError, InternalError
 from lorastack.layout import AdapterLayout
 from lorastack.request import (
@@ -35,12 +38,13 @@ from lorastack.request import (
     SamplingParams,
     SpeculationParams,
     StopParams,
+    TokenSource,
 )
 from lorastack.speculation.accept import accept
-from lorastack.speculation.drafted import Drafted
+from lorastack.speculation.cost import CostCurve
 
 PAGE, VOCAB, NUM_HEADS = 4, 7, 2
-CHOICES = ((0,), (0, 0), (1,))
+FLAT = [(1, 1.0), (64, 1.2)]  # a step's seconds: drafts cost next to nothing
 
 
 class NoText:
@@ -73,9 +77,7 @@ class Pool:
             return None
         self.pins.update(digests)
         heads = NUM_HEADS if any(digest.startswith("heads") for digest in digests) else 0
-        layout = AdapterLayout(
-            slots={}, scales={}, num_elements=0, itemsize=4, num_heads=heads, choices=CHOICES
-        )
+        layout = AdapterLayout(slots={}, scales={}, num_elements=0, itemsize=4, num_heads=heads)
         return tuple(
             DeviceAdapter(digest=digest, buffer=torch.empty(0), layout=layout) for digest in digests
         )
@@ -128,21 +130,17 @@ class Model:
         if step.tree is None:
             tokens = (next_token(loras, past + list(step.token_ids)),)
             return RowResult(tokens=tokens, draft=self._draft(step, past + list(step.token_ids)))
-        tree = step.tree
-
-        def path_to(node: int) -> list[int]:
-            return [] if node < 0 else [*path_to(tree.parents[node]), step.token_ids[node]]
-
+        tree, upto = step.tree, [*past, step.token_ids[0]]
         accepted = accept(
-            [Drafted(step.token_ids, tree.parents, ())],
-            lambda nodes: [next_token(loras, past + path_to(node)) for _, node, _ in nodes],
+            [tree],
+            lambda nodes: [next_token(loras, upto + tree.path_to(node)) for _, node, _ in nodes],
         )[0]
         for place, node in enumerate(accepted.path, start=1):
             self.slots[self._slot(step, step.committed + place)] = step.token_ids[node]
         now = [*past, step.token_ids[0], *accepted.tokens[:-1]]
         return RowResult(
             tokens=accepted.tokens,
-            num_accepted=len(accepted.path),
+            sources=tuple(tree.sources[node] for node in accepted.path),
             draft=self._draft(step, now),
         )
 
@@ -151,7 +149,7 @@ class Model:
         if not step.num_candidates:
             return None
         future = list(tokens)
-        draft = []
+        ids = []
         for _ in range(NUM_HEADS + 1):
             future.append(next_token(step.request.loras, future))
         for token in future[-NUM_HEADS:]:
@@ -159,8 +157,9 @@ class Model:
             best = token if self.chance.random() < 0.5 else self.chance.choice(wrong)
             rest = [other for other in range(VOCAB) if other != best]
             self.chance.shuffle(rest)
-            draft.append((best, *rest)[: step.num_candidates])
-        return Draft(tuple(draft), tuple((0.0,) * len(ranks) for ranks in draft))
+            ids.append((best, *rest)[: step.num_candidates])
+        chances = [0.5, *[0.5 / (VOCAB - 1)] * (VOCAB - 1)][: step.num_candidates]
+        return Draft(tuple(ids), (tuple(map(math.log, chances)),) * NUM_HEADS)
 
 
 def plain(request: Request, eos: int) -> list[int]:
@@ -189,7 +188,13 @@ def make_row(request: Request, submitted: float = 0.0) -> Row:
 class World:
     """A scheduler, its pages and pool, and the made-up model."""
 
-    def __init__(self, num_pages: int = 16, seed: int = 0, **config: int) -> None:
+    def __init__(
+        self,
+        num_pages: int = 16,
+        seed: int = 0,
+        cost: Sequence[tuple[int, float]] = FLAT,
+        **config: int,
+    ) -> None:
         self.chance = random.Random(seed)
         self.pages = Pages(num_pages, PAGE)
         self.pool = Pool(self.chance)
@@ -201,6 +206,7 @@ class World:
             self.pages,
             self.pool,  # type: ignore[arg-type]
             self.pace,
+            Speculator(Costs(CostCurve(cost)), limits.max_nodes, {}),
             frozenset({0}),
             lambda id, source, logprobs: GeneratedToken(id=id, source=source, logprobs=logprobs),
         )
@@ -281,7 +287,8 @@ def test_tokens_survive_everything(
         final = world.last[str(index)].final
         assert final is not None
         assert final.generated_tokens == len(expected[str(index)])
-        assert final.speculation.accepted == sum(final.speculation.accepted_by_head)
+        stats = final.speculation
+        assert stats.accepted[TokenSource.HEADS] == sum(stats.accepted_by_head)
         assert final.cached_prompt_tokens < len(prompt)
     world.assert_idle()
 
@@ -308,10 +315,10 @@ def test_a_prompt_takes_less_beside_a_row_that_decodes() -> None:
     assert sorted(len(step.token_ids) for step in batch.steps) == [1, MIN_TOKENS]
 
 
-def test_rows_share_the_drafted_tokens_of_a_step_and_many_rows_draft_none() -> None:
+def test_drafts_shrink_as_rows_come_and_end_where_tokens_cost_more() -> None:
     drafted: dict[int, set[int]] = {}
     for num_rows in (1, 2, 4, 5):
-        world = World(64, max_rows=8, max_step_nodes=4)
+        world = World(64, cost=[(1, 1.0), (5, 1.01), (6, 9.0)], max_rows=8)
         for index in range(num_rows):
             heads = HeadsUse(medusa_id="heads1", digest="heads1")
             request = make_request(str(index), [1, 2], 20, heads=heads, ignore_eos=True)
@@ -319,12 +326,12 @@ def test_rows_share_the_drafted_tokens_of_a_step_and_many_rows_draft_none() -> N
         drafted[num_rows] = set()
         while world.scheduler.num_rows:
             batch = world.step()
-            nodes = [step.tree.num_nodes - 1 for step in batch.steps if step.tree] if batch else []
-            assert sum(nodes) <= 4
             if batch and len(batch.steps) == num_rows:
+                nodes = [step.tree.num_nodes - 1 if step.tree else 0 for step in batch.steps]
+                assert sum(nodes) <= 5 - num_rows
                 drafted[num_rows] |= set(nodes)
-    assert max(drafted[1]) > max(drafted[4], default=0) == 1
-    assert drafted[5] == set()
+    assert max(drafted[1]) == 4 > max(drafted[2]) > max(drafted[4]) == 1
+    assert drafted[5] == {0}
 
 
 def test_equal_prompts_share_pages_only_with_equal_adapters() -> None:

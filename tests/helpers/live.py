@@ -25,7 +25,7 @@ from lorastack.service.server import Server
 from lorastack.v1 import generation_pb2 as pb
 
 ROOMY = EngineConfig(
-    kv_memory=64 * MIB, max_rows=8, max_step_tokens=64, max_nodes=6, max_step_nodes=48
+    kv_memory=64 * MIB, max_rows=8, max_step_tokens=64, max_nodes=6
 )
 PATIENCE = 30.0  # seconds until a wait for something that must happen gives up
 

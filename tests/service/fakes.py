@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
@@ -94,6 +95,7 @@ class FakeEngine:
     failure: LorastackError | None = None  # ends the next row
     forgotten: list[str] = field(default_factory=list)
     num_waiting: int = 0
+    heads_failures: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.rows: dict[str, FakeRow] = {}
@@ -258,7 +260,12 @@ class FakeEngine:
             prompt_tokens=len(request.prompt_ids),
             cached_prompt_tokens=0,
             generated_tokens=row.num_done,
-            speculation=SpeculationStats(steps=row.num_done, accepted_by_head=[2, 1]),
+            speculation=SpeculationStats(
+                steps=row.num_done,
+                drafted=Counter({TokenSource.HEADS: 7, TokenSource.PROMPT_LOOKUP: 4}),
+                accepted=Counter({TokenSource.HEADS: 3}),
+                accepted_by_head=[2, 1],
+            ),
             timings=Timings(queue=0.001, adapter_wait=0.0, time_to_first_token=0.002, total=0.003),
         )
         return RowEvent(request_id=request.request_id, final=final)

@@ -62,7 +62,13 @@ def test_what_a_reply_holds(client: Client, tokenizer: Tokenizer) -> None:
     assert (reply.finish_reason, reply.seed, reply.request_id) == (reply.LENGTH, 7, "my-id")
     assert reply.prompt == "hello"
     assert (reply.usage.prompt_tokens, reply.usage.generated_tokens) == (len(prompt_ids), 6)
-    assert list(reply.speculation.accepted_by_head) == [2, 1]
+    stats = reply.speculation
+    assert list(stats.accepted_by_head) == [2, 1]
+    assert (stats.drafted_tokens, stats.accepted_tokens) == (11, 3)
+    assert [(s.source, s.drafted_tokens, s.accepted_tokens) for s in stats.by_source] == [
+        (pb.Token.HEADS, 7, 3),
+        (pb.Token.PROMPT_LOOKUP, 4, 0),
+    ]
     assert reply.timings.total_ms == pytest.approx(3)
     token = reply.tokens[0]
     assert (token.id, token.source, token.logprob) == (prompt_ids[0], token.MODEL, -0.5)

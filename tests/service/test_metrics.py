@@ -60,6 +60,7 @@ def busy(fake: RunningServer, client: Client, folders: Folders) -> dict[str, str
         client.load(name)
     generate(client, lora_id="lora", medusa_id="heads")
     generate(client)
+    fake.engine.heads_failures[digests["heads"]] = 2
     return digests
 
 
@@ -109,6 +110,10 @@ def test_rows_and_tiers(fake: RunningServer, client: Client, busy: dict[str, str
     assert found["lorastack_adapter_loads_total", "disk"] == 6
     assert found["lorastack_adapter_load_seconds_total",] == 7.5
     assert found["lorastack_adapter_evictions_total",] == 8
+    assert found["lorastack_draft_tokens_total", "accepted", "heads"] == 2 * 3
+    assert found["lorastack_draft_tokens_total", "rejected", "prompt_lookup"] == 2 * 4
+    assert found["lorastack_drafted_tokens_per_step_sum",] == pytest.approx(2 * 11 / 5)
+    assert found["lorastack_tokens_per_step_sum",] == pytest.approx(2 * (1 + 3 / 5))
     fake.engine.go_on()
     list(stream)
 
@@ -121,6 +126,8 @@ def test_labels_of_an_adapter_end_with_its_stay(
     assert found["lorastack_heads_steps_total", heads] == 5
     assert found["lorastack_heads_accepted_tokens_total", heads, "0"] == 2
     assert found["lorastack_heads_accepted_tokens_total", heads, "1"] == 1
+    assert found["lorastack_heads_drafted_tokens_total", heads] == 7
+    assert found["lorastack_heads_failures_total", heads] == 2
     generate(client, lora_id="lora", medusa_id="heads")
     assert samples(fake.server.metrics)["lorastack_heads_steps_total", heads] == 10
     fake.pool.drop(heads)

@@ -97,7 +97,7 @@ def test_mistral_with_sliding_window(
     lora = write_lora(tmp_path / "lora", tiny_mistral_shapes, seed=5, rank=6)
     heads = write_heads(tmp_path / "heads", tiny_mistral_shapes.hidden_size, num_heads=3)
     reference = Reference(tiny_mistral, {"lora": lora})
-    config = EngineConfig(kv_memory=16 * MIB, max_step_tokens=40, page_size=8, max_step_nodes=256)
+    config = EngineConfig(kv_memory=16 * MIB, max_step_tokens=40, page_size=8)
     store = AdapterConfig(store=tmp_path / "store")
     with LiveServer(tiny_mistral, engine=config, adapters=store) as server:
         server.upload("lora", lora)

@@ -66,7 +66,7 @@ def server(
 ) -> Iterator[LiveServer]:
     store = AdapterConfig(store=tmp_path_factory.mktemp("real") / "store")
     # Every row drafts a whole tree, however many there are.
-    engine = EngineConfig(kv_memory=GIB, max_step_nodes=256)
+    engine = EngineConfig(kv_memory=GIB)
     with LiveServer(None, engine=engine, adapters=store) as live:
         live.upload_all({name: example_adapters / name for name in (*LORAS, *HEADS[1:])})
         yield live

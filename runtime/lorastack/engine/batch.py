@@ -9,17 +9,20 @@ from dataclasses import dataclass
 
 from lorastack.adapters.device import DeviceAdapter
 from lorastack.errors import LorastackError
-from lorastack.layout import AdapterLayout
-from lorastack.request import Request, TokenLogprobs
-from lorastack.speculation.tree import Choices, Tree, default_choices
+from lorastack.request import Request, TokenLogprobs, TokenSource
+from lorastack.sampling.processors import Processor
+from lorastack.speculation.drafted import Drafted
 
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """What a row's heads propose for its next step, best first."""
+    """What a row's heads propose, [head][rank], best first.
 
-    ids: tuple[tuple[int, ...], ...]  # [head][rank]
-    logprobs: tuple[tuple[float, ...], ...]  # beside ids; natural, over what the head chooses from
+    logprobs: natural logarithms, over what the head chooses from.
+    """
+
+    ids: tuple[tuple[int, ...], ...]
+    logprobs: tuple[tuple[float, ...], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,9 +48,10 @@ class RowStep:
     committed: int  # tokens whose KV is in the pages already
     num_generated: int  # index of the token that the first draw makes
     samples: bool  # False: a prompt chunk that is not the last
-    tree: Tree | None  # the shape of token_ids; None: a chain
+    tree: Drafted | None  # token_ids are its nodes'; None: a chain
     adapters: RowAdapters
     num_candidates: int  # tokens a head shall propose; 0: make no draft
+    processor: Processor | None = None  # None: tokens come from the model's own logits
 
     @property
     def decodes(self) -> bool:
@@ -73,15 +77,13 @@ class Batch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowResult:
-    """What a step gave a row. tokens: the accepted nodes' and the last draw, or ()."""
+    """What a step gave a row. tokens: the accepted nodes' and the last draw, or ().
+
+    sources: of the accepted nodes.
+    """
 
     tokens: tuple[int, ...] = ()
-    num_accepted: int = 0
+    sources: tuple[TokenSource, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
     draft: Draft | None = None
     error: LorastackError | None = None
-
-
-def heads_choices(layout: AdapterLayout) -> Choices:
-    """The heads' own tree, else the default one for their number."""
-    return layout.choices or default_choices(layout.num_heads)

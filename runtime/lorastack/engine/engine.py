@@ -5,18 +5,21 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 from lorastack.adapters.pool import DevicePool
 from lorastack.config import EngineConfig
+from lorastack.engine.batch import Batch
+from lorastack.engine.costs import Costs
 from lorastack.engine.pace import Pace
 from lorastack.engine.pages import Pages
 from lorastack.engine.residency import Residency
 from lorastack.engine.row import Row
 from lorastack.engine.runner import Runner
 from lorastack.engine.scheduler import Scheduler
+from lorastack.engine.speculator import Speculator
 from lorastack.errors import (
     InternalError,
     InvalidArgumentError,
@@ -26,6 +29,7 @@ from lorastack.errors import (
     UnavailableError,
 )
 from lorastack.request import GeneratedToken, Request, RowEvent, TokenLogprobs, TokenSource
+from lorastack.speculation.calibration import Calibration
 from lorastack.text.stream import TextStream
 from lorastack.text.tokenizer import Tokenizer
 
@@ -48,12 +52,15 @@ class Engine:
         tokenizer: Tokenizer,
         pages: Pages,
         pool: DevicePool,
+        costs: Costs,
+        calibrations: dict[str, Calibration],
         max_context: int,
         on_events: Callable[[list[RowEvent]], None],
         on_failure: Callable[[BaseException], None],
     ) -> None:
         self.max_context = max_context
         self.num_steps = 0
+        self.heads_failures: Counter[str] = Counter()  # by digest: steps in which they gave NaN
         self._config = config
         self._runner = runner
         self._tokenizer = tokenizer
@@ -62,8 +69,10 @@ class Engine:
         self._on_events = on_events
         self._on_failure = on_failure
         self._pace = Pace(config.max_step_tokens)
+        self._costs = costs
+        self._speculator = Speculator(costs, config.max_nodes, calibrations)
         self._scheduler = Scheduler(
-            config, pages, pool, self._pace, tokenizer.eos_ids, self._describe
+            config, pages, pool, self._pace, self._speculator, tokenizer.eos_ids, self._describe
         )
         self._residency = Residency(pool, pages, self._scheduler.uses)
         self._changed = threading.Condition()
@@ -208,16 +217,24 @@ class Engine:
             except Exception as error:
                 self._fail_step(error, [step.request.request_id for step in batch.steps])
             else:
-                self._pace.record(
-                    prompt_tokens=batch.prompt_tokens,
-                    decoding=any(step.decodes for step in batch.steps),
-                    seconds=time.monotonic() - began,
-                )
-                self._scheduler.update(results)
+                self._record(batch, time.monotonic() - began, results.draft_seconds)
+                self._note_failures(results.failed_heads)
+                self._scheduler.update(results.rows)
         self._residency.step()
         self._publish()
         if batch is None and not self._pool.blocked:
             self._rest()
+
+    def _record(self, batch: Batch, seconds: float, draft_seconds: float) -> None:
+        decoding = any(step.decodes for step in batch.steps)
+        self._pace.record(prompt_tokens=batch.prompt_tokens, decoding=decoding, seconds=seconds)
+        self._costs.record(batch, seconds, draft_seconds)
+
+    def _note_failures(self, digests: Sequence[str]) -> None:
+        for digest in digests:
+            if digest not in self.heads_failures:
+                log.error("heads %s gave NaN or infinity; their rows go on undrafted", digest)
+            self.heads_failures[digest] += 1
 
     def _fail_step(self, error: Exception, request_ids: list[str]) -> None:
         log.error("a step failed; its rows end: %s", ", ".join(request_ids), exc_info=error)

@@ -17,6 +17,7 @@ from lorastack.adapters.load import Loader
 from lorastack.adapters.pool import DevicePool
 from lorastack.adapters.registry import Registry
 from lorastack.config import EngineConfig, ModelConfig
+from lorastack.engine.costs import measure
 from lorastack.engine.engine import Engine
 from lorastack.engine.pages import Pages
 from lorastack.engine.runner import Runner
@@ -138,14 +139,16 @@ def build_engine(
             max_context,
             shapes.max_context,
         )
+    kv = KVCache(shapes, num_pages, config.page_size, decoder.dtype, decoder.device)
+    runner, pages = Runner(decoder, kv), Pages(num_pages, config.page_size)
     return Engine(
         config=config,
-        runner=Runner(
-            decoder, KVCache(shapes, num_pages, config.page_size, decoder.dtype, decoder.device)
-        ),
+        runner=runner,
         tokenizer=model.tokenizer,
-        pages=Pages(num_pages, config.page_size),
+        pages=pages,
         pool=pool,
+        costs=measure(runner, pages),
+        calibrations={},
         max_context=max_context,
         on_events=on_events,
         on_failure=on_failure,

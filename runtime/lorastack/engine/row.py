@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from lorastack.engine.batch import Draft, RowResult
@@ -11,6 +11,7 @@ from lorastack.request import (
     Final,
     FinishReason,
     GeneratedToken,
+    Matcher,
     Request,
     RowEvent,
     SpeculationStats,
@@ -18,7 +19,8 @@ from lorastack.request import (
     TokenLogprobs,
     TokenSource,
 )
-from lorastack.speculation.tree import Choices
+from lorastack.sampling.processors import Processor, needs_processor
+from lorastack.speculation.lookup import Lookup
 from lorastack.text.stream import TextStream
 
 
@@ -38,7 +40,8 @@ class Row:
     pages: list[int] = field(default_factory=list)
     page_hashes: list[bytes] = field(default_factory=list)  # of the published pages, in order
     draft: Draft | None = None
-    choices: Choices = ()  # of the heads that made the draft
+    lookup: Lookup = field(default_factory=Lookup)  # of the tokens read so far
+    found: tuple[int, tuple[int, ...]] = (0, ())  # what it proposes in this step
     parked: bool = False  # its reader is slow: keeps its pages, takes no step
     cancelled: bool = False
     num_cached: int = 0  # prompt tokens found in the prefix cache at first admission
@@ -49,10 +52,17 @@ class Row:
     first_token: float | None = None
 
     lora_digests: tuple[str, ...] = field(init=False)
+    matcher: Matcher | None = field(init=False)  # its place in its grammar
+    processor: Processor | None = field(init=False)
 
     def __post_init__(self) -> None:
-        self.tokens = list(self.request.prompt_ids)
-        self.lora_digests = tuple(use.digest for use in self.request.loras)
+        request = self.request
+        self.tokens = list(request.prompt_ids)
+        self.lora_digests = tuple(use.digest for use in request.loras)
+        self.matcher = request.grammar.matcher() if request.grammar else None
+        self.processor = None
+        if needs_processor(request.sampling, request.grammar):
+            self.processor = Processor(request.sampling, request.prompt_ids, self.matcher)
 
     @property
     def num_prompt(self) -> int:
@@ -102,6 +112,16 @@ class Row:
         self.pages, self.page_hashes, self.num_computed = [], [], 0
         self.draft = None
 
+    def look_up(self, limit: int) -> tuple[int, tuple[int, ...]]:
+        """What followed the row's last tokens earlier, see `Lookup.propose`."""
+        self.read(len(self.tokens))
+        return self.lookup.propose(limit)
+
+    def read(self, count: int) -> None:
+        """The lookup takes in the row's first `count` tokens."""
+        for token in self.tokens[self.lookup.num_tokens : count]:
+            self.lookup.push(token)
+
     def wait_for_adapters(self, now: float) -> None:
         if self.adapter_wait_start is None:
             self.adapter_wait_start = now
@@ -126,7 +146,7 @@ class Row:
         text: list[str] = []
         finish: FinishReason | None = None
         for index, token in enumerate(result.tokens):
-            source = TokenSource.HEADS if index < result.num_accepted else TokenSource.MODEL
+            source = result.sources[index] if index < len(result.sources) else TokenSource.MODEL
             logprobs = result.logprobs[index] if result.logprobs else None
             self.tokens.append(token)
             emitted.append(describe(token, source, logprobs))
@@ -142,8 +162,10 @@ class Row:
                     finish = FinishReason.LENGTH
             if finish is not None:
                 break
-        self._count_accepted(min(len(emitted), result.num_accepted))
+        self._count_accepted(result.sources[: len(emitted)])
         if finish is None:
+            if self.processor is not None:
+                self.processor.commit(result.tokens)
             return RowEvent(
                 request_id=self.request.request_id, text="".join(text), tokens=tuple(emitted)
             )
@@ -184,14 +206,15 @@ class Row:
             ),
         )
 
-    def count_step(self, num_drafted: int) -> None:
-        """A decode step that verified `num_drafted` nodes."""
+    def count_step(self, drafted: Sequence[TokenSource]) -> None:
+        """A decode step that verified nodes from these sources."""
         self.stats.steps += 1
-        self.stats.drafted += num_drafted
+        self.stats.drafted.update(drafted)
 
-    def _count_accepted(self, count: int) -> None:
+    def _count_accepted(self, sources: Sequence[TokenSource]) -> None:
+        self.stats.accepted.update(sources)
         by_head = self.stats.accepted_by_head
-        self.stats.accepted += count
-        by_head.extend([0] * (count - len(by_head)))
-        for head in range(count):
-            by_head[head] += 1
+        for head, source in enumerate(sources):
+            if source is TokenSource.HEADS:
+                by_head.extend([0] * (head + 1 - len(by_head)))
+                by_head[head] += 1

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lorastack.engine.batch import Batch, Draft, RowResult, RowStep
+from lorastack.engine.acceptance import Sampled, accept_rows
+from lorastack.engine.batch import Batch, Draft, RowResult
 from lorastack.engine.drafts import Drafter
 from lorastack.engine.stacks import Stacks
 from lorastack.errors import InternalError, Reason
@@ -17,22 +19,21 @@ from lorastack.model.context import ForwardBatch, RowSpan
 from lorastack.model.decoder import Decoder
 from lorastack.model.kv import KVCache
 from lorastack.request import TokenLogprobs
-from lorastack.sampling.sampler import draw, token_logprobs
-from lorastack.speculation.accept import Accepted, accept
+from lorastack.sampling.sampler import token_logprobs
+from lorastack.speculation.accept import Accepted
 from lorastack.speculation.drafted import Drafted
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sampled:
-    """A row that draws tokens. first_logit: its root's row in the step's logits."""
+@dataclass(frozen=True, slots=True)
+class StepResults:
+    """rows: in the order of the batch's steps. draft_seconds: of the step's, spent on heads.
 
-    index: int  # of its step in the batch
-    step: RowStep
-    first_logit: int
+    failed_heads: digests of those that gave numbers that are none.
+    """
 
-    @property
-    def num_logits(self) -> int:
-        return self.step.tree.num_nodes if self.step.tree else 1
+    rows: list[RowResult]
+    draft_seconds: float = 0.0
+    failed_heads: Sequence[str] = ()
 
 
 class Runner:
@@ -45,24 +46,26 @@ class Runner:
         self._drafter = Drafter(decoder, self._stacks)
 
     @torch.inference_mode()
-    def run(self, batch: Batch) -> list[RowResult]:
-        """One forward pass; results in the order of the batch's steps."""
+    def run(self, batch: Batch) -> StepResults:
+        """One forward pass."""
         forward, sampled = self._lay_out(batch)
         found = self._decoder.forward(forward, self._kv)
         results = [RowResult() for _ in batch.steps]
         if not sampled:
-            return results
+            return StepResults(results)
         peaks_X = found.peaks_X.tolist()
-        accepted = self._accept(sampled, found.logits_XV, found.best_X.tolist())
+        accepted = accept_rows(sampled, found.logits_XV, found.best_X.tolist())
         self._move_kv(sampled, accepted)
         last = [
             row.first_logit + (path.path or (0,))[-1]
             for row, path in zip(sampled, accepted, strict=True)
         ]
+        began = time.monotonic()
         drafts = self._drafter.draft([row.step for row in sampled], last, found.hidden_XH)
+        seconds = time.monotonic() - began
         for row, path, draft in zip(sampled, accepted, drafts, strict=True):
             results[row.index] = self._result(row, path, draft, found.logits_XV, peaks_X)
-        return results
+        return StepResults(results, seconds, self._drafter.take_failed())
 
     def _lay_out(self, batch: Batch) -> tuple[ForwardBatch, list[Sampled]]:
         """The step's tokens; wanted are the results of all nodes of a tree, of a chain's last."""
@@ -77,9 +80,9 @@ class Runner:
             parents = step.tree.parents if step.tree else None
             spans.append(RowSpan(start, end, step.page_table, step.committed, parents))
             if step.samples:
-                row = Sampled(index=index, step=step, first_logit=len(outputs))
-                sampled.append(row)
-                outputs.extend(range(end - row.num_logits, end))
+                tree = step.tree or Drafted.root(step.token_ids[-1])
+                sampled.append(Sampled(index, step, tree, len(outputs)))
+                outputs.extend(range(end - tree.num_nodes, end))
         forward = ForwardBatch(
             torch.tensor(token_ids, device=self._decoder.device),
             tuple(spans),
@@ -87,26 +90,6 @@ class Runner:
             self._stacks.segments(batch.steps, [len(step.token_ids) for step in batch.steps]),
         )
         return forward, sampled
-
-    @staticmethod
-    def _accept(sampled: list[Sampled], logits_XV: Tensor, best_X: list[int]) -> list[Accepted]:
-        """Draw at each root and descend while the draw is a drafted token."""
-
-        def draw_nodes(nodes: Sequence[tuple[int, int, int]]) -> list[int]:
-            picks = [(sampled[row], node, depth) for row, node, depth in nodes]
-            return draw(
-                logits_XV,
-                best_X,
-                [row.first_logit + node for row, node, _ in picks],
-                [row.step.request.sampling for row, _, _ in picks],
-                [row.step.num_generated + depth for row, _, depth in picks],
-            )
-
-        trees = [
-            Drafted(s.step.token_ids, s.step.tree.parents, ()) if s.step.tree else Drafted.root(0)
-            for s in sampled
-        ]
-        return accept(trees, draw_nodes)
 
     def _move_kv(self, sampled: list[Sampled], accepted: list[Accepted]) -> None:
         """The accepted path's KV behind its root's, in order."""
@@ -147,7 +130,7 @@ class Runner:
             )
         return RowResult(
             tokens=accepted.tokens,
-            num_accepted=len(accepted.path),
+            sources=tuple(row.tree.sources[node] for node in accepted.path),
             logprobs=logprobs,
             draft=draft,
         )

@@ -5,22 +5,18 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from lorastack.adapters.device import DeviceAdapter
 from lorastack.adapters.pool import DevicePool
 from lorastack.config import EngineConfig
 from lorastack.engine.admission import LOOK_AHEAD, admission_order, is_overdue
-from lorastack.engine.batch import (
-    Batch,
-    RowAdapters,
-    RowResult,
-    RowStep,
-    heads_choices,
-)
+from lorastack.engine.batch import Batch, RowAdapters, RowResult, RowStep
 from lorastack.engine.pace import Pace
 from lorastack.engine.pages import Pages, chain_hash
 from lorastack.engine.row import Row
-from lorastack.errors import DeadlineExceededError, LorastackError
+from lorastack.engine.speculator import Speculator
+from lorastack.errors import DeadlineExceededError, InternalError, LorastackError, Reason
 from lorastack.request import (
     FinishReason,
     GeneratedToken,
@@ -28,9 +24,24 @@ from lorastack.request import (
     TokenLogprobs,
     TokenSource,
 )
-from lorastack.speculation.tree import Tree
+from lorastack.speculation.drafted import Drafted
 
 Describe = Callable[[int, TokenSource, TokenLogprobs | None], GeneratedToken]
+NUM_CANDIDATES = 8  # that a head proposes
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A row's place in the step at hand, before drafts are shared out."""
+
+    row: Row
+    num_tokens: int
+    adapters: RowAdapters
+
+    @property
+    def draws(self) -> bool:
+        """Its tokens are the last without KV, so that the next one is drawn."""
+        return self.num_tokens == self.row.num_pending
 
 
 class Scheduler:
@@ -46,6 +57,7 @@ class Scheduler:
         pages: Pages,
         pool: DevicePool,
         pace: Pace,
+        speculator: Speculator,
         eos_ids: frozenset[int],
         describe: Describe,
     ) -> None:
@@ -53,13 +65,14 @@ class Scheduler:
         self._pages = pages
         self._pool = pool
         self._pace = pace
+        self._speculator = speculator
         self._eos_ids = eos_ids
         self._describe = describe
         self._waiting: deque[Row] = deque()
         self._running: list[Row] = []  # in order of admission
+        self._planned: list[Plan] = []
         self._scheduled: list[tuple[Row, RowStep]] = []
         self._events: list[RowEvent] = []
-        self._node_share = config.max_step_nodes  # a row's, in this step
 
     # -- requests in, events out ------------------------------------------------------------------
 
@@ -97,16 +110,21 @@ class Scheduler:
         """Pages, adapters and tokens for as many rows as fit; None when no row can run."""
         now = time.monotonic()
         self._end_overdue(now)
-        decoding = sum(row.num_pending == 1 and not row.parked for row in self._running)
-        self._node_share = self._config.max_step_nodes // max(decoding, 1)
-        budget = self._pace.budget(decoding=decoding > 0)
+        decoding = [row for row in self._running if row.num_pending == 1 and not row.parked]
+        self._speculator.choose_heads(decoding)
+        budget = self._pace.budget(decoding=bool(decoding))
         for row in list(self._running):
             if row.parked or row not in self._running:  # preempted by a row before it
                 continue
             budget -= self._schedule_row(row, budget, now)
         self._admit(budget, now)
-        if not self._scheduled:
+        if not self._planned:
             return None
+        plans, self._planned = self._planned, []
+        trees = self._trees(plans)
+        self._scheduled = [
+            (p.row, self._step(p, tree)) for p, tree in zip(plans, trees, strict=True)
+        ]
         # Rows of one stack side by side make one segment of each of its LoRAs.
         self._scheduled.sort(key=lambda pair: pair[1].stack)
         return Batch(steps=tuple(step for _, step in self._scheduled))
@@ -127,6 +145,8 @@ class Scheduler:
             self._events.append(event)
             if event.final is not None:
                 self._remove(row)
+            elif row.matcher is not None and row.matcher.error:
+                self._end(row, InternalError(row.matcher.error, reason=Reason.GRAMMAR_FAILED))
 
     def fail(self, error: LorastackError) -> None:
         """The step raised: its rows end, everything they held is free."""
@@ -167,13 +187,10 @@ class Scheduler:
         if num_tokens <= 0:
             self._release(adapters)  # asked for none the less: a row that does not ask loses them
             return 0
-        tree = self._tree(row) if decoding else None
-        if tree is not None and not self._grow(row, row.num_computed + tree.num_nodes):
-            tree = None
-        if tree is None and not self._make_room(row, row.num_computed + num_tokens):
+        if not self._make_room(row, row.num_computed + num_tokens):
             self._release(adapters)
             return 0
-        self._plan(row, num_tokens, tree, adapters)
+        self._planned.append(Plan(row, num_tokens, adapters))
         return 0 if decoding else num_tokens
 
     def _admit(self, budget: int, now: float) -> None:
@@ -200,7 +217,7 @@ class Scheduler:
             elif budget <= 0:
                 self._release(adapters)  # it had to ask, or it would lose its place in the queue
             elif self._start(row, adapters, budget, now):
-                budget -= len(self._scheduled[-1][1].token_ids)
+                budget -= self._planned[-1].num_tokens
                 num_slots -= 1
             else:
                 return
@@ -208,7 +225,7 @@ class Scheduler:
     def _prefetch(self, row: Row) -> None:
         """The adapters of a row that cannot start yet are brought as near as there is room."""
         self._pool.prefetch(row.lora_digests)
-        if row.request.heads is not None and self._max_nodes(row):
+        if row.request.heads is not None and self._speculator.max_nodes(row):
             self._pool.prefetch([row.request.heads.digest])
 
     def _start(self, row: Row, adapters: RowAdapters, budget: int, now: float) -> bool:
@@ -226,38 +243,49 @@ class Scheduler:
         self._waiting.remove(row)
         self._running.append(row)
         row.admit(cached + fresh, hashes, len(cached) * self._pages.page_size, now)
-        self._plan(row, min(row.num_pending, budget), None, adapters)
+        self._planned.append(Plan(row, min(row.num_pending, budget), adapters))
         return True
 
-    def _plan(self, row: Row, num_tokens: int, tree: Tree | None, adapters: RowAdapters) -> None:
-        start = row.num_computed
-        token_ids = tuple(row.tokens[start : start + num_tokens])
-        if tree is not None:
-            assert row.draft is not None
-            token_ids = tree.fill(token_ids[0], row.draft.ids)
-        samples = num_tokens == row.num_pending
-        step = RowStep(
+    def _trees(self, plans: list[Plan]) -> list[Drafted | None]:
+        """Of each plan's row, if it decodes, something is proposed, and pages are left for it."""
+        decoding = [plan.row for plan in plans if plan.row.num_pending == 1]
+        fixed_tokens = sum(plan.num_tokens for plan in plans)
+        num_drawing = sum(plan.draws for plan in plans)
+        trees = iter(self._speculator.draft(decoding, fixed_tokens, num_drawing))
+        grown = []
+        for plan in plans:
+            row = plan.row
+            tree = next(trees) if row.num_pending == 1 else None
+            fits = tree is None or self._grow(row, row.num_computed + tree.num_nodes)
+            grown.append(tree if fits else None)
+        return grown
+
+    def _step(self, plan: Plan, tree: Drafted | None) -> RowStep:
+        row, start = plan.row, plan.row.num_computed
+        chain = tuple(row.tokens[start : start + plan.num_tokens])
+        return RowStep(
             request=row.request,
-            token_ids=token_ids,
+            token_ids=chain if tree is None else tree.tokens,
             page_table=tuple(row.pages),
             committed=start,
             num_generated=row.num_generated,
-            samples=samples,
+            samples=plan.draws,
             tree=tree,
-            adapters=adapters,
-            num_candidates=self._num_candidates(row, adapters) if samples else 0,
+            adapters=plan.adapters,
+            num_candidates=NUM_CANDIDATES if plan.draws and plan.adapters.heads else 0,
+            processor=row.processor,
         )
-        self._scheduled.append((row, step))
 
     def _commit(self, row: Row, step: RowStep, result: RowResult) -> None:
         """KV of the step's own tokens and of the accepted nodes now counts as the row's."""
-        num_drafted = step.tree.num_nodes - 1 if step.tree else 0
+        drafted = step.tree.sources[1:] if step.tree else ()
         if row.num_pending == 1 and row.num_generated:
-            row.count_step(num_drafted)
-        row.num_computed += len(step.token_ids) - num_drafted + result.num_accepted
+            row.count_step(drafted)
+            self._speculator.learn(row, result)
+        row.num_computed += len(step.token_ids) - len(drafted) + len(result.sources)
         row.draft = result.draft
-        if step.adapters.heads is not None:
-            row.choices = heads_choices(step.adapters.heads.layout)
+        if self._speculator.max_nodes(row):
+            row.read(row.num_computed)
         size = self._pages.page_size
         tokens = row.tokens + list(result.tokens)
         for index in range(len(row.page_hashes), row.num_computed // size):
@@ -265,38 +293,6 @@ class Scheduler:
             page_hash = chain_hash(parent, tokens[index * size : (index + 1) * size])
             row.page_hashes.append(page_hash)
             self._pages.publish(row.pages[index], page_hash, row.lora_digests)
-
-    # -- drafts -----------------------------------------------------------------------------------
-
-    def _max_nodes(self, row: Row) -> int:
-        speculation = row.request.speculation
-        if not speculation.enabled or row.request.heads is None:
-            return 0
-        wanted = speculation.max_nodes
-        return self._config.max_nodes if wanted is None else wanted
-
-    def _tree(self, row: Row) -> Tree | None:
-        """The tree of the row's draft, cut so that no step makes more tokens than are left."""
-        max_depth = row.num_left - 1
-        if row.draft is None or max_depth < 1:
-            return None
-        max_nodes = min(self._max_nodes(row), self._node_share)
-        tree = Tree.from_choices(row.choices, max_nodes, min(max_depth, len(row.draft.ids)))
-        return tree if tree.num_nodes > 1 else None
-
-    def _num_candidates(self, row: Row, adapters: RowAdapters) -> int:
-        """How many tokens a head must propose for the next step's tree; 0: no draft is wanted.
-
-        A tree that the end of the output cuts short may reach for more siblings instead.
-        """
-        if adapters.heads is None:
-            return 0
-        layout, max_nodes = adapters.heads.layout, self._max_nodes(row)
-        choices = heads_choices(layout)
-        return max(
-            Tree.from_choices(choices, max_nodes, depth).num_candidates
-            for depth in range(1, layout.num_heads + 1)
-        )
 
     # -- adapters ---------------------------------------------------------------------------------
 
@@ -312,9 +308,7 @@ class Scheduler:
                 return None
             row.got_adapters(now)
             heads = None
-            # Of three tokens left this step makes one and the next, with a draft, two.
-            drafts = self._max_nodes(row) and self._node_share
-            if row.request.heads is not None and drafts and row.num_left > 2:
+            if row.request.heads is not None and self._speculator.wants_heads(row):
                 heads = self._acquire_heads(row.request.heads.digest, loras)
         except LorastackError as error:
             self._end(row, error=error)

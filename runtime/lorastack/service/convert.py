@@ -21,6 +21,7 @@ from lorastack.request import (
     RowEvent,
     SamplingParams,
     SpeculationParams,
+    SpeculationStats,
     StopParams,
     TokenSource,
     TypicalAcceptance,
@@ -243,12 +244,7 @@ def final_response(final: Final, prepared: Prepared) -> generation_pb2.GenerateR
             cached_prompt_tokens=final.cached_prompt_tokens,
             generated_tokens=final.generated_tokens,
         ),
-        speculation=generation_pb2.SpeculationStats(
-            steps=stats.steps,
-            drafted_tokens=stats.drafted,
-            accepted_tokens=stats.accepted,
-            accepted_by_head=stats.accepted_by_head,
-        ),
+        speculation=_speculation_stats(stats),
         adapters=_adapters_used(request),
         timings=generation_pb2.Timings(
             queue_ms=timings.queue * 1000,
@@ -257,6 +253,23 @@ def final_response(final: Final, prepared: Prepared) -> generation_pb2.GenerateR
             total_ms=timings.total * 1000,
         ),
         prompt=prepared.prompt,
+    )
+
+
+def _speculation_stats(stats: SpeculationStats) -> generation_pb2.SpeculationStats:
+    return generation_pb2.SpeculationStats(
+        steps=stats.steps,
+        drafted_tokens=stats.drafted.total(),
+        accepted_tokens=stats.accepted.total(),
+        accepted_by_head=stats.accepted_by_head,
+        by_source=[
+            generation_pb2.SourceStats(
+                source=_SOURCES[source],
+                drafted_tokens=count,
+                accepted_tokens=stats.accepted[source],
+            )
+            for source, count in stats.drafted.items()
+        ],
     )
 
 

@@ -23,10 +23,12 @@ from lorastack.adapters.registry import Registry
 from lorastack.config import AdapterConfig
 from lorastack.engine.engine import Engine
 from lorastack.errors import InvalidArgumentError
-from lorastack.request import Final, Request, SpeculationStats
+from lorastack.request import Final, Request, SpeculationStats, TokenSource
 
 # Seconds: from a warm step of a small model to the wait for a cold adapter behind others.
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+DRAFTED_BUCKETS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
+TOKENS_BUCKETS = (1.0, 1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 6.0, 10.0)
 MAX_HEADS = 1024
 PREFIX = "lorastack_"
 
@@ -44,6 +46,24 @@ class RequestMetrics:
             f"{PREFIX}adapter_lookups",
             "Ended requests with adapters, by whether they had to wait for one.",
             ["result"],
+            registry=registry,
+        )
+        self._drafts = Counter(
+            f"{PREFIX}draft_tokens",
+            "Drafted tokens by source and by whether they became output.",
+            ["source", "result"],
+            registry=registry,
+        )
+        self._drafted_a_step = Histogram(
+            f"{PREFIX}drafted_tokens_per_step",
+            "Drafted tokens a decode step, means of requests.",
+            buckets=DRAFTED_BUCKETS,
+            registry=registry,
+        )
+        self._tokens_a_step = Histogram(
+            f"{PREFIX}tokens_per_step",
+            "Tokens that a decode step gave, means of requests.",
+            buckets=TOKENS_BUCKETS,
             registry=registry,
         )
         self._first_token = Histogram(
@@ -78,6 +98,17 @@ class RequestMetrics:
             self._lookups.labels("miss" if final.timings.adapter_wait else "hit").inc()
         if request.heads is not None:
             self.heads.add(request.heads.digest, final.speculation)
+        if request.speculation.enabled:
+            self._speculated(final.speculation)
+
+    def _speculated(self, stats: SpeculationStats) -> None:
+        for source, drafted in stats.drafted.items():
+            accepted = stats.accepted[source]
+            self._drafts.labels(source.value, "accepted").inc(accepted)
+            self._drafts.labels(source.value, "rejected").inc(drafted - accepted)
+        if stats.steps:
+            self._drafted_a_step.observe(stats.drafted.total() / stats.steps)
+            self._tokens_a_step.observe(1 + stats.accepted.total() / stats.steps)
 
 
 @dataclass(slots=True)
@@ -103,7 +134,7 @@ class HeadsCounts:
                 del self._counts[next(iter(self._counts))]  # nobody scrapes: forget the oldest
             count = self._counts.setdefault(digest, HeadsCount())
             count.steps += stats.steps
-            count.drafted += stats.drafted
+            count.drafted += stats.drafted[TokenSource.HEADS]
             count.accepted_by_head.update(dict(enumerate(stats.accepted_by_head)))
 
     def keep_only(self, digests: Collection[str]) -> dict[str, HeadsCount]:
@@ -182,7 +213,8 @@ class StateCollector(Collector):
         yield _gauge("adapter_pinned", "1: kept there by LoadAdapter.", "digest", pinned)
 
     def _acceptance(self, stats: PoolStats) -> Iterator[Metric]:
-        counts = self._heads.keep_only({adapter.digest for adapter in stats.adapters})
+        on_device = {adapter.digest for adapter in stats.adapters}
+        counts = self._heads.keep_only(on_device)
         steps = {digest: count.steps for digest, count in counts.items()}
         drafted = {digest: count.drafted for digest, count in counts.items()}
         yield _counter("heads_steps", "Decode steps of rows with these heads.", "digest", steps)
@@ -196,6 +228,9 @@ class StateCollector(Collector):
             for head, tokens in count.accepted_by_head.items():
                 accepted.add_metric([digest, str(head)], tokens)
         yield accepted
+        failures = {d: n for d, n in self._engine.heads_failures.items() if d in on_device}
+        about = "Steps in which these heads gave no numbers."
+        yield _counter("heads_failures", about, "digest", failures)
 
 
 class MetricsServer:

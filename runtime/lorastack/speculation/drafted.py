@@ -51,3 +51,11 @@ class Drafted:
             if self.tokens[child] == token:
                 return child
         return None
+
+    def path_to(self, node: int) -> list[int]:
+        """Tokens behind the root's, down to the node's own."""
+        tokens = []
+        while node > 0:
+            tokens.append(self.tokens[node])
+            node = self.parents[node]
+        return tokens[::-1]

@@ -21,6 +21,11 @@ class Lookup:
         for token in tokens:
             self.push(token)
 
+    @property
+    def num_tokens(self) -> int:
+        """Pushed so far."""
+        return len(self._tokens)
+
     def push(self, token: int) -> None:
         """The row's next token."""
         tokens = self._tokens

@@ -204,17 +204,29 @@ class Usage(_message.Message):
     generated_tokens: int
     def __init__(self, prompt_tokens: _Optional[int] = ..., cached_prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ...) -> None: ...
 
+class SourceStats(_message.Message):
+    __slots__ = ("source", "drafted_tokens", "accepted_tokens")
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    DRAFTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    source: Token.Source
+    drafted_tokens: int
+    accepted_tokens: int
+    def __init__(self, source: _Optional[_Union[Token.Source, str]] = ..., drafted_tokens: _Optional[int] = ..., accepted_tokens: _Optional[int] = ...) -> None: ...
+
 class SpeculationStats(_message.Message):
-    __slots__ = ("steps", "drafted_tokens", "accepted_tokens", "accepted_by_head")
+    __slots__ = ("steps", "drafted_tokens", "accepted_tokens", "accepted_by_head", "by_source")
     STEPS_FIELD_NUMBER: _ClassVar[int]
     DRAFTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     ACCEPTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     ACCEPTED_BY_HEAD_FIELD_NUMBER: _ClassVar[int]
+    BY_SOURCE_FIELD_NUMBER: _ClassVar[int]
     steps: int
     drafted_tokens: int
     accepted_tokens: int
     accepted_by_head: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, steps: _Optional[int] = ..., drafted_tokens: _Optional[int] = ..., accepted_tokens: _Optional[int] = ..., accepted_by_head: _Optional[_Iterable[int]] = ...) -> None: ...
+    by_source: _containers.RepeatedCompositeFieldContainer[SourceStats]
+    def __init__(self, steps: _Optional[int] = ..., drafted_tokens: _Optional[int] = ..., accepted_tokens: _Optional[int] = ..., accepted_by_head: _Optional[_Iterable[int]] = ..., by_source: _Optional[_Iterable[_Union[SourceStats, _Mapping]]] = ...) -> None: ...
 
 class LoraUsed(_message.Message):
     __slots__ = ("lora_id", "digest", "scale")

@@ -1,0 +1,118 @@
+"""Which draft each row brings to a step, whose heads run for the next one, and what came of it.
+
+Drafts never change a token, so all that is decided and learnt here only moves speed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lorastack.engine.batch import RowResult
+from lorastack.engine.costs import Costs
+from lorastack.engine.row import Row
+from lorastack.speculation.budget import allot, pays
+from lorastack.speculation.calibration import Calibration
+from lorastack.speculation.candidates import Chain, Proposals, Stream, forced, looked_up
+from lorastack.speculation.drafted import Drafted
+
+MAX_CHAIN = 16  # tokens that prompt lookup or a grammar proposes
+PROBE_STEPS = 32  # a row whose heads do not pay runs them so often all the same
+NO_HEADS = ""  # stands for a digest
+
+
+class Speculator:
+    """Step thread only. calibrations: by heads digest; grows as heads are used."""
+
+    def __init__(self, costs: Costs, max_nodes: int, calibrations: dict[str, Calibration]) -> None:
+        """max_nodes: a row's, where its request does not say."""
+        self.calibrations = calibrations
+        self._costs = costs
+        self._max_nodes = max_nodes
+        self._idle: set[Row] = set()  # rows whose heads do not run in this step
+
+    def max_nodes(self, row: Row) -> int:
+        """0: the row's request wants no drafts."""
+        speculation = row.request.speculation
+        if not speculation.enabled:
+            return 0
+        return self._max_nodes if speculation.max_nodes is None else speculation.max_nodes
+
+    def choose_heads(self, rows: Sequence[Row]) -> None:
+        """Decides for which of the running rows drafting pays in the step at hand."""
+        drafting = [row for row in rows if self._has_heads(row)]
+        worths = [self._calibration(row).mean_worths for row in drafting]
+        paying = pays(worths, len(rows), len(rows), self._costs.step, self._costs.heads)
+        self._idle = {
+            row
+            for row, known, pay in zip(drafting, worths, paying, strict=True)
+            if known[0] and not pay and row.num_generated % PROBE_STEPS
+        }
+
+    def wants_heads(self, row: Row) -> bool:
+        """Whether the row's heads shall run in this step.
+
+        Of three tokens left this step makes one and the next, with a draft, two.
+        """
+        return self._has_heads(row) and row not in self._idle and row.num_left > 2
+
+    def draft(
+        self, rows: Sequence[Row], fixed_tokens: int, num_drawing: int
+    ) -> list[Drafted | None]:
+        """The trees of rows that decode; None: a row brings its last token alone.
+
+        fixed_tokens: of the whole step without trees. num_drawing: its rows that make a token.
+        """
+        streams = [self._stream(row) for row in rows]
+        drafting = [stream for stream in streams if stream is not None]
+        if not drafting:
+            return [None] * len(rows)
+        worths = [stream.worths() for stream in drafting]
+        counts = iter(allot(worths, fixed_tokens, num_drawing, self._costs.step))
+        trees: list[Drafted | None] = []
+        for row, stream in zip(rows, streams, strict=True):
+            count = next(counts) if stream is not None else 0
+            tree = None
+            if stream is not None and count:
+                tree = stream.drafted(row.tokens[-1], count)
+            if stream is not None and row.draft is not None:
+                self._calibration(row).record_worths(node.worth for node in stream.nodes)
+            trees.append(tree)
+        return trees
+
+    def learn(self, row: Row, result: RowResult) -> None:
+        """What the step at hand drew where the row's sources proposed something."""
+        calibration = self._calibration(row)
+        if row.draft is not None:
+            calibration.record_draft(row.draft.ids, row.draft.logprobs, result.tokens)
+        match, tokens = row.found
+        if tokens:
+            calibration.record_lookup(match, tokens, result.tokens)
+
+    def _stream(self, row: Row) -> Stream | None:
+        """None: nothing may be drafted, or there is nothing to."""
+        row.found = (0, ())
+        max_nodes, max_depth = self.max_nodes(row), row.num_left - 1
+        if not max_nodes or max_depth < 1:
+            return None
+        calibration = self._calibration(row)
+        limit = min(max_depth, MAX_CHAIN)
+        chains: list[Chain] = []
+        if row.matcher is not None and (tokens := row.matcher.forced(limit)):
+            chains.append(forced(tokens))
+        row.found = row.look_up(limit)
+        if row.found[1]:
+            chains.append(looked_up(*row.found, calibration))
+        draft = row.draft
+        if draft is None and not chains:
+            return None
+        proposals = Proposals(draft.ids if draft else (), draft.logprobs if draft else (), chains)
+        return Stream(proposals, calibration, max_nodes, max_depth)
+
+    def _has_heads(self, row: Row) -> bool:
+        return row.request.heads is not None and self.max_nodes(row) > 0
+
+    def _calibration(self, row: Row) -> Calibration:
+        digest = row.request.heads.digest if row.request.heads else NO_HEADS
+        if digest not in self.calibrations:
+            self.calibrations[digest] = Calibration()
+        return self.calibrations[digest]
