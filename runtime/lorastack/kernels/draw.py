@@ -136,9 +136,11 @@ def _draw_row(logits_V: Tensor, params: SamplingParams, index: int) -> int:
 
 def _typical(scaled: Tensor, weights: Tensor, enough: float, mass: float) -> Tensor:
     """Which tokens are left by top_p, whose run weighs `enough`, and by typical_p, `mass`."""
-    order = scaled.argsort(descending=True, stable=True)
-    ranked = weights[order]
-    run = order[ranked.cumsum(0) - ranked < enough]
+    run = torch.arange(len(scaled), device=scaled.device)
+    if enough < math.inf:
+        order = scaled.argsort(descending=True, stable=True)
+        ranked = weights[order]
+        run = order[ranked.cumsum(0) - ranked < enough]
     logprobs = scaled[run] - scaled[run].logsumexp(0)
     chances = logprobs.exp()
     distance = (logprobs + torch.special.entr(chances).sum()).abs()
