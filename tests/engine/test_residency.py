@@ -29,7 +29,9 @@ class World:
         self.pages = Pages(4, 4)
         self.bench = Bench(load=self._load)
         self.pool = self.bench.pool
-        self.orders = Residency(self.pool, self.pages, self.rows.__contains__)
+        self.orders = Residency(
+            self.pool, in_use=self.rows.__contains__, on_forgotten=self.pages.forget
+        )
 
     @staticmethod
     def _load(digest: str) -> PackedAdapter:

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from lorastack.adapters.learned import Learned
 from lorastack.adapters.load import Validator
 from lorastack.adapters.pool import AdapterStats, PoolStats
 from lorastack.adapters.registry import Registry
@@ -32,6 +33,7 @@ from lorastack.request import (
 from lorastack.service.dispatch import Dispatcher
 from lorastack.service.prepare import ServedModel
 from lorastack.service.server import Server
+from lorastack.speculation.calibration import Calibration
 from lorastack.text.tokenizer import Tokenizer
 
 PATIENCE = 20.0
@@ -96,6 +98,7 @@ class FakeEngine:
     forgotten: list[str] = field(default_factory=list)
     num_waiting: int = 0
     heads_failures: dict[str, int] = field(default_factory=dict)
+    learnt: dict[str, Calibration] = field(default_factory=dict)  # what `learned` will give
 
     def __post_init__(self) -> None:
         self.rows: dict[str, FakeRow] = {}
@@ -134,6 +137,12 @@ class FakeEngine:
     def forget(self, digest: str) -> None:
         self.forgotten.append(digest)
         self.pool.drop(digest)
+
+    def learned(self) -> Future[dict[str, Calibration]]:
+        done: Future[dict[str, Calibration]] = Future()
+        done.set_result(self.learnt)
+        self.learnt = {}
+        return done
 
     def _page(self, work: Callable[[], None]) -> Future[None]:
         done: Future[None] = Future()
@@ -323,6 +332,7 @@ class FakeServer:
             ),
             model=replace(served_model(tokenizer, shapes), fingerprint=fingerprint),
             registry=self.registry,
+            learned=Learned(store, self.registry.knows),
             validate=Validator(shapes=shapes, base_names=("tiny",), base_weight=_no_weight),
             dispatcher=self.dispatcher,
             **parts,

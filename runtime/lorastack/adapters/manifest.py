@@ -7,6 +7,7 @@
     ids/<id>.json               the pointer: an id's revisions, newest last ('/' as '%2F'), with
                                 their files that the digest does not cover
     default_medusa.json         the id of the default heads
+    acceptance.json             what serving taught about heads (`learned`); may be lost
     staging/<key>/<hex>         bytes of uploads that are not finished; key: hash of id and files
 
 Replacing the pointer is the only commit point: blobs and the manifest are durable before it.

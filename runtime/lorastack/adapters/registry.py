@@ -112,6 +112,10 @@ class Registry:
         """
         return self._tables.starting_with(prefix)
 
+    def knows(self, digest: str) -> bool:
+        """Whether a revision of any id has this digest."""
+        return digest in self._tables.digests
+
     def default_medusa(self) -> str:
         """The reference that `set_default_medusa` stored; "" if none."""
         return self._tables.default_medusa

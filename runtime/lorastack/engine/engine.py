@@ -74,7 +74,7 @@ class Engine:
         self._scheduler = Scheduler(
             config, pages, pool, self._pace, self._speculator, tokenizer.eos_ids, self._describe
         )
-        self._residency = Residency(pool, pages, self._scheduler.uses)
+        self._residency = Residency(pool, in_use=self._scheduler.uses, on_forgotten=self._forgotten)
         self._changed = threading.Condition()
         self._inbox: deque[Callable[[], None]] = deque()
         self._num_submitted = 0  # in the inbox, not yet with the scheduler
@@ -149,9 +149,30 @@ class Engine:
     def forget(self, digest: str) -> None:
         """The store has no id for this digest any more.
 
-        Rows that use it finish on the old bytes; then its copies and prefix-cache pages go.
+        Rows that use it finish on the old bytes; then its copies, its prefix-cache pages and what
+        was learnt about it go.
         """
         self._command(lambda: self._residency.forget(digest))
+
+    def learned(self) -> Future[dict[str, Calibration]]:
+        """Copies of what has changed since the last call, by heads digest; see `build_engine`.
+
+        After `close` they are there at once.
+        """
+        future: Future[dict[str, Calibration]] = Future()
+
+        def take() -> None:
+            if future.set_running_or_notify_cancel():
+                future.set_result(self._speculator.take_learned())
+
+        with self._changed:
+            if not self._closed:
+                self._inbox.append(take)
+                self._changed.notify()
+                return future
+        self.close()  # the thread may be about to end
+        take()
+        return future
 
     def wake(self) -> None:
         """Something the loop waits for may have happened (an adapter was loaded)."""
@@ -224,6 +245,10 @@ class Engine:
         self._publish()
         if batch is None and not self._pool.blocked:
             self._rest()
+
+    def _forgotten(self, digest: str) -> None:
+        self._pages.forget(digest)
+        self._speculator.forget(digest)
 
     def _record(self, batch: Batch, seconds: float, draft_seconds: float) -> None:
         decoding = any(step.decodes for step in batch.steps)

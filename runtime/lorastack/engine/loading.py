@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +27,7 @@ from lorastack.model.decoder import Decoder, fingerprint, load_decoder
 from lorastack.model.default import DEFAULT_MODEL_NAME, default_model
 from lorastack.model.kv import KVCache, page_nbytes
 from lorastack.request import RowEvent
+from lorastack.speculation.calibration import Calibration
 from lorastack.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -115,12 +116,14 @@ def build_engine(
     model: LoadedModel,
     config: EngineConfig,
     pool: DevicePool,
+    learned: Mapping[str, str],
     on_events: Callable[[list[RowEvent]], None],
     on_failure: Callable[[BaseException], None],
 ) -> Engine:
     """The engine on a loaded model.
 
-    Any request within `Engine.max_context` fits in its KV memory.
+    learned: what an earlier one knew about heads, by digest (`Engine.learned`, as JSON). Any
+    request within `Engine.max_context` fits in its KV memory.
     """
     decoder = model.decoder
     shapes = decoder.shapes
@@ -148,7 +151,7 @@ def build_engine(
         pages=pages,
         pool=pool,
         costs=measure(runner, pages),
-        calibrations={},
+        calibrations={digest: Calibration.from_json(text) for digest, text in learned.items()},
         max_context=max_context,
         on_events=on_events,
         on_failure=on_failure,

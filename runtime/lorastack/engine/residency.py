@@ -7,13 +7,12 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from lorastack.adapters.pool import DevicePool
-from lorastack.engine.pages import Pages
 from lorastack.errors import LorastackError
 
 
 @dataclass(slots=True, kw_only=True)
 class _Leaving:
-    """An adapter that goes when no row uses it. forgotten: its prefix pages go too."""
+    """An adapter that goes when no row uses it. forgotten: with all that is kept of it."""
 
     forgotten: bool = False
     futures: list[Future[None]] = field(default_factory=list)
@@ -22,11 +21,20 @@ class _Leaving:
 class Residency:
     """Orders that wait: a load asks the pool once a step, as a row would, until it is there."""
 
-    def __init__(self, pool: DevicePool, pages: Pages, in_use: Callable[[str], bool]) -> None:
-        """in_use: whether a row, running or not, uses this digest."""
+    def __init__(
+        self,
+        pool: DevicePool,
+        *,
+        in_use: Callable[[str], bool],
+        on_forgotten: Callable[[str], None],
+    ) -> None:
+        """in_use: whether a row, running or not, uses this digest.
+
+        on_forgotten: called when nobody does any more and `forget` was.
+        """
         self._pool = pool
-        self._pages = pages
         self._in_use = in_use
+        self._on_forgotten = on_forgotten
         self._loads: list[tuple[str, bool, Future[None]]] = []
         self._leaving: dict[str, _Leaving] = {}
 
@@ -42,7 +50,7 @@ class Residency:
         self._leaving.setdefault(digest, _Leaving()).futures.append(future)
 
     def forget(self, digest: str) -> None:
-        """As `unload`, and its prefix-cache pages go too: no request will name it again."""
+        """As `unload`, and all else that the engine keeps of it goes: no id points to it."""
         self._pool.unpin(digest)
         self._leaving.setdefault(digest, _Leaving()).forgotten = True
 
@@ -54,7 +62,7 @@ class Residency:
             if digest in wanted or self._in_use(digest) or not self._pool.drop(digest):
                 continue
             if leaving.forgotten:
-                self._pages.forget(digest)
+                self._on_forgotten(digest)
             del self._leaving[digest]
             _finish(leaving)
 

@@ -26,6 +26,7 @@ class Speculator:
     def __init__(self, costs: Costs, max_nodes: int, calibrations: dict[str, Calibration]) -> None:
         """max_nodes: a row's, where its request does not say."""
         self.calibrations = calibrations
+        self._changed: set[str] = set()  # digests of those that learnt since `take_learned`
         self._costs = costs
         self._max_nodes = max_nodes
         self._idle: set[Row] = set()  # rows whose heads do not run in this step
@@ -81,12 +82,25 @@ class Speculator:
 
     def learn(self, row: Row, result: RowResult) -> None:
         """What the step at hand drew where the row's sources proposed something."""
+        match, tokens = row.found
+        if row.draft is None and not tokens:
+            return
         calibration = self._calibration(row)
         if row.draft is not None:
             calibration.record_draft(row.draft.ids, row.draft.logprobs, result.tokens)
-        match, tokens = row.found
         if tokens:
             calibration.record_lookup(match, tokens, result.tokens)
+        self._changed.add(_digest(row))
+
+    def take_learned(self) -> dict[str, Calibration]:
+        """Copies of the calibrations that learnt something since the last call."""
+        changed, self._changed = self._changed, set()
+        return {digest: self.calibrations[digest].copy() for digest in changed}
+
+    def forget(self, digest: str) -> None:
+        """No row will use these heads again."""
+        self.calibrations.pop(digest, None)
+        self._changed.discard(digest)
 
     def _stream(self, row: Row) -> Stream | None:
         """None: nothing may be drafted, or there is nothing to."""
@@ -112,7 +126,12 @@ class Speculator:
         return row.request.heads is not None and self.max_nodes(row) > 0
 
     def _calibration(self, row: Row) -> Calibration:
-        digest = row.request.heads.digest if row.request.heads else NO_HEADS
+        digest = _digest(row)
         if digest not in self.calibrations:
             self.calibrations[digest] = Calibration()
         return self.calibrations[digest]
+
+
+def _digest(row: Row) -> str:
+    """Of its heads, or what stands for none."""
+    return row.request.heads.digest if row.request.heads else NO_HEADS

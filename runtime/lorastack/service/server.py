@@ -20,6 +20,7 @@ from prometheus_client import CollectorRegistry
 from lorastack import __version__
 from lorastack.adapters.device import Copy
 from lorastack.adapters.host import HostCache
+from lorastack.adapters.learned import Learned
 from lorastack.adapters.load import Validator
 from lorastack.adapters.loader import be_nice
 from lorastack.adapters.pool import DevicePool
@@ -32,6 +33,7 @@ from lorastack.errors import InvalidArgumentError
 from lorastack.service.adapters import AdapterService
 from lorastack.service.dispatch import Dispatcher
 from lorastack.service.generation import GenerationService
+from lorastack.service.learned import LearnedKeeper
 from lorastack.service.metrics import MetricsServer, RequestMetrics, StateCollector
 from lorastack.service.prepare import Preparer, ServedModel
 from lorastack.service.probe import probe
@@ -86,6 +88,7 @@ class Server:
         pool: DevicePool,
         host: HostCache,
         registry: Registry,
+        learned: Learned,
         validate: Validator,
         dispatcher: Dispatcher,
     ) -> None:
@@ -139,10 +142,13 @@ class Server:
             readers=self._workers,
             uploader=self._uploader,
         )
-        self._follower = (
-            StoreFollower(registry, engine) if config.adapters.read_only_store else None
-        )
-        self._following: asyncio.Task[None] | None = None
+        self._follower: StoreFollower | None = None
+        self._keeper: LearnedKeeper | None = None
+        if config.adapters.read_only_store:
+            self._follower = StoreFollower(registry, engine)
+        else:
+            self._keeper = LearnedKeeper(learned, engine, self._uploader)
+        self._background: asyncio.Task[None] | None = None  # of either
         self._metrics_server: MetricsServer | None = None
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._server: grpc.aio.Server | None = None
@@ -174,7 +180,10 @@ class Server:
             limits.device_memory, loaded.decoder.device, host, lambda: engine.wake(), copy=copy
         )
         dispatcher = Dispatcher(config.engine.max_buffered_events)
-        engine = build_engine(loaded, config.engine, pool, dispatcher.deliver, dispatcher.fail)
+        learned = Learned(limits.store, registry.knows)
+        engine = build_engine(
+            loaded, config.engine, pool, learned.texts, dispatcher.deliver, dispatcher.fail
+        )
         return cls(
             config=config,
             model=_served(loaded, engine.max_context),
@@ -182,6 +191,7 @@ class Server:
             pool=pool,
             host=host,
             registry=registry,
+            learned=learned,
             validate=Validator(
                 shapes=shapes,
                 dtype=loaded.decoder.dtype,
@@ -214,8 +224,8 @@ class Server:
         """NOT_SERVING, new calls UNAVAILABLE; running ones get `timeout` seconds, then the same."""
         began = time.monotonic()
         self._guard.draining = True
-        if self._following is not None:
-            self._following.cancel()
+        if self._background is not None:
+            self._background.cancel()
         await self._health.enter_graceful_shutdown()
         await asyncio.to_thread(self._engine.drain, timeout)
         await asyncio.to_thread(self._engine.close)
@@ -227,6 +237,8 @@ class Server:
             await asyncio.to_thread(self._metrics_server.close)
         self._pool.close()
         await asyncio.to_thread(self._transfers.close)
+        if self._keeper is not None:
+            await self._keeper.save()
         self._workers.shutdown(cancel_futures=True)
         self._uploader.shutdown(cancel_futures=True)
 
@@ -246,7 +258,9 @@ class Server:
         self._engine.start()
         await probe(self._preparer, self._dispatcher, self._workers)
         if self._follower is not None:
-            self._following = asyncio.create_task(self._follow(self._follower))
+            self._background = asyncio.create_task(self._follow(self._follower))
+        elif self._keeper is not None:
+            self._background = asyncio.create_task(self._keeper.run())
         await server.start()
         self._server = server
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)

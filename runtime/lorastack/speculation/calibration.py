@@ -44,6 +44,9 @@ class _Cells:
         self.expected = list(expected)
         self.ratios = [a / e for a, e in zip(accepted, expected, strict=True)]
 
+    def copy(self) -> _Cells:
+        return _Cells(self.accepted, self.expected)
+
     def record(self, cell: int, probability: float, *, accepted: bool) -> None:
         keep = 1.0 - probability / _MEMORY
         self.accepted[cell] = self.accepted[cell] * keep + accepted
@@ -130,6 +133,15 @@ class Calibration:
             self._worth_weights[index] += _WORTH_WEIGHT * (1 - self._worth_weights[index])
 
     # -- storage ----------------------------------------------------------------------------------
+
+    def copy(self) -> Calibration:
+        """As it is now; much cheaper than `to_json`."""
+        copied = Calibration()
+        copied._heads = [cells.copy() for cells in self._heads]
+        copied._lookup = [cells.copy() for cells in self._lookup]
+        copied._worths = self._worths.copy()
+        copied._worth_weights = self._worth_weights.copy()
+        return copied
 
     def to_json(self) -> str:
         """At most about 50 kB, for as many heads as count."""

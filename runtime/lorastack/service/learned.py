@@ -1,0 +1,43 @@
+"""Keeps in the store what the engine learns about heads."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from concurrent.futures import Executor
+
+from lorastack.adapters.learned import Learned
+from lorastack.engine.engine import Engine
+from lorastack.service.threads import run_in
+
+SAVE_SECONDS = 60.0
+
+logger = logging.getLogger(__name__)
+
+
+class LearnedKeeper:
+    """Takes it from the step thread and writes it in the thread of the store's changes."""
+
+    def __init__(self, learned: Learned, engine: Engine, writer: Executor) -> None:
+        """writer: of one thread."""
+        self._learned = learned
+        self._engine = engine
+        self._writer = writer
+
+    async def run(self) -> None:
+        """Saves now and then, until it is cancelled."""
+        while True:
+            await asyncio.sleep(SAVE_SECONDS)
+            await self.save()
+
+    async def save(self) -> None:
+        """What changed since the last call; a disk that does not take it is no failure."""
+        newer = await asyncio.wrap_future(self._engine.learned())
+
+        def write() -> None:
+            self._learned.save({digest: found.to_json() for digest, found in newer.items()})
+
+        try:
+            await run_in(self._writer, write)
+        except OSError as error:
+            logger.warning("what was learnt about heads could not be saved: %s", error)
