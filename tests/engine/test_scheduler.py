@@ -42,9 +42,9 @@ from lorastack.request import (
 )
 from lorastack.speculation.accept import accept
 from lorastack.speculation.cost import CostCurve
+from tests.helpers.costs import CheapDrafts
 
 PAGE, VOCAB, NUM_HEADS = 4, 7, 2
-FLAT = [(1, 1.0), (64, 1.2)]  # a step's seconds: drafts cost next to nothing
 
 
 class NoText:
@@ -192,7 +192,7 @@ class World:
         self,
         num_pages: int = 16,
         seed: int = 0,
-        cost: Sequence[tuple[int, float]] = FLAT,
+        costs: Costs | None = None,
         **config: int,
     ) -> None:
         self.chance = random.Random(seed)
@@ -206,7 +206,7 @@ class World:
             self.pages,
             self.pool,  # type: ignore[arg-type]
             self.pace,
-            Speculator(Costs(CostCurve(cost)), limits.max_nodes, {}),
+            Speculator(costs or CheapDrafts(), limits.max_nodes, {}),
             frozenset({0}),
             lambda id, source, logprobs: GeneratedToken(id=id, source=source, logprobs=logprobs),
         )
@@ -318,7 +318,7 @@ def test_a_prompt_takes_less_beside_a_row_that_decodes() -> None:
 def test_drafts_shrink_as_rows_come_and_end_where_tokens_cost_more() -> None:
     drafted: dict[int, set[int]] = {}
     for num_rows in (1, 2, 4, 5):
-        world = World(64, cost=[(1, 1.0), (5, 1.01), (6, 9.0)], max_rows=8)
+        world = World(64, costs=Costs(CostCurve([(1, 1.0), (5, 1.01), (6, 9.0)])), max_rows=8)
         for index in range(num_rows):
             heads = HeadsUse(medusa_id="heads1", digest="heads1")
             request = make_request(str(index), [1, 2], 20, heads=heads, ignore_eos=True)

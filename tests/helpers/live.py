@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+from unittest.mock import patch
 
 from lorastack.adapters.pool import DevicePool
 from lorastack.client import Client
@@ -20,13 +21,13 @@ from lorastack.config import (
     ServerConfig,
     ServiceConfig,
 )
+from lorastack.engine import loading
 from lorastack.engine.engine import Engine
 from lorastack.service.server import Server
 from lorastack.v1 import generation_pb2 as pb
+from tests.helpers.costs import CheapDrafts
 
-ROOMY = EngineConfig(
-    kv_memory=64 * MIB, max_rows=8, max_step_tokens=64, max_nodes=6
-)
+ROOMY = EngineConfig(kv_memory=64 * MIB, max_rows=8, max_step_tokens=64, max_nodes=6)
 PATIENCE = 30.0  # seconds until a wait for something that must happen gives up
 
 
@@ -85,7 +86,10 @@ def join(parts: Sequence[pb.GenerateStreamResponse]) -> pb.GenerateResponse:
 
 
 class LiveServer:
-    """Serves `model` (None: the default one) until closed. digests: what `upload` stored, by id."""
+    """Serves `model` (None: the default one) until closed. digests: what `upload` stored, by id.
+
+    Drafts are cheap, so that rows with heads draft on a tiny model too.
+    """
 
     def __init__(
         self,
@@ -111,7 +115,8 @@ class LiveServer:
 
     def __enter__(self) -> Self:
         self._thread.start()
-        self.server = Server.build(self._config)
+        with patch.object(loading, "measure", lambda runner, pages: CheapDrafts()):
+            self.server = Server.build(self._config)
         asyncio.run_coroutine_threadsafe(self.server.start(), self.loop).result(PATIENCE)
         self.client = Client(self.server.address)
         return self

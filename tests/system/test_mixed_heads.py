@@ -22,7 +22,7 @@ RANDOM = ("deep", "deep-own")
 def server(
     start: StartServer, tmp_path: Path, tiny_llama: Path, zoo: dict[str, Path]
 ) -> LiveServer:
-    server = start(max_rows=16, max_nodes=6, max_step_nodes=96)
+    server = start(max_rows=16, max_nodes=6)
     output_VH = load_file(tiny_llama / "model.safetensors")["model.embed_tokens.weight"]  # tied
     vocabulary, hidden = output_VH.shape
     folders = {
@@ -57,5 +57,6 @@ def test_rows_of_all_kinds_of_heads_give_what_no_heads_give(
     for (prompt, heads), reply in replies.items():
         assert reply.token_ids == replies[prompt, "none"].token_ids, (prompt, heads)
     for heads in TRAINED:
-        assert sum(replies[prompt, heads].speculation.accepted_tokens for prompt in FAMILIAR[:4])
-    assert not any(replies[prompt, "none"].speculation.drafted_tokens for prompt in FAMILIAR[:4])
+        assert sum(sum(replies[p, heads].speculation.accepted_by_head) for p in FAMILIAR[:4])
+    sources = {s.source for p in FAMILIAR[:4] for s in replies[p, "none"].speculation.by_source}
+    assert pb.Token.HEADS not in sources

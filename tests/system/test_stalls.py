@@ -183,7 +183,7 @@ def test_uploads_delay_nobody(
     """Rows run on while adapters are uploaded, validated, loaded and deleted."""
     log = StepLog(live, monkeypatch)
     steady = live.client.stream(
-        ask("steady", ignore_eos=True, max_new_tokens=1500, request_id="steady")
+        ask("steady", ignore_eos=True, max_new_tokens=1500, off=True, request_id="steady")
     )
     tokens = list(next(steady).token_ids)
     for number in range(3):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 from lorastack.engine.batch import Batch, RowAdapters, RowStep
@@ -11,8 +12,8 @@ from lorastack.request import Request, SamplingParams, StopParams, TokenSource
 from lorastack.speculation.cost import CostCurve
 from lorastack.speculation.drafted import Drafted
 
-STEP_TOKENS = (1, 4, 8, 16, 32, 64, 128)
-_RUNS, _SECONDS = 3, 0.1  # of a step; one that takes long runs less often
+STEP_TOKENS = (1, 4, 8, 16, 32, 64)
+_ROUNDS, _SECONDS = 5, 2.0  # of all sizes; after so long no further one, but two at least
 # Drafting for one row and for each more, in steps of one token; what heads take corrects it.
 _HEADS_FIRST, _HEADS_MORE = 0.15, 0.03
 
@@ -33,21 +34,25 @@ class Costs:
 
 
 def measure(runner: Runner, pages: Pages) -> Costs:
-    """Runs steps of one row's tree of several sizes, as large as the free pages hold."""
-    points = []
-    for tokens in STEP_TOKENS:
-        table = pages.allocate(pages.pages_for(tokens))
-        if table is None:
+    """Runs steps of one row's tree of several sizes, as large as the free pages hold.
+
+    In rounds, so that whatever else ran for a while does not make one size look dear.
+    """
+    sizes = [tokens for tokens in STEP_TOKENS if pages.pages_for(tokens) <= pages.num_available]
+    table = pages.allocate(pages.pages_for(sizes[-1]))
+    assert table is not None
+    batches = [Batch(steps=(_chain(tokens, table),)) for tokens in sizes]
+    least = [math.inf] * len(sizes)
+    began = time.monotonic()
+    for number in range(_ROUNDS):
+        if number >= 2 and time.monotonic() - began > _SECONDS:
             break
-        batch = Batch(steps=(_chain(tokens, table),))
-        runs: list[float] = []
-        while len(runs) < _RUNS and sum(runs) < _SECONDS:
-            began = time.monotonic()
+        for index, batch in enumerate(batches):
+            started = time.monotonic()
             runner.run(batch)
-            runs.append(time.monotonic() - began)
-        points.append((tokens, min(runs)))
-        pages.free(table)
-    return Costs(CostCurve(points))
+            least[index] = min(least[index], time.monotonic() - started)
+    pages.free(table)
+    return Costs(CostCurve(list(zip(sizes, least, strict=True))))
 
 
 def _chain(tokens: int, table: list[int]) -> RowStep:

@@ -16,7 +16,9 @@ from lorastack.speculation.candidates import Chain, Proposals, Stream, forced, l
 from lorastack.speculation.drafted import Drafted
 
 MAX_CHAIN = 16  # tokens that prompt lookup or a grammar proposes
-PROBE_STEPS = 32  # a row whose heads do not pay runs them so often all the same
+# So often heads run that do not pay, and drafts are verified that do not: what is known of their
+# worth and cost may be wrong, or have changed.
+PROBE_STEPS = 32
 NO_HEADS = ""  # stands for a digest
 
 
@@ -29,6 +31,7 @@ class Speculator:
         self._changed: set[str] = set()  # digests of those that learnt since `take_learned`
         self._costs = costs
         self._max_nodes = max_nodes
+        self._num_steps = 0  # with something to draft
         self._idle: set[Row] = set()  # rows whose heads do not run in this step
 
     def max_nodes(self, row: Row) -> int:
@@ -41,12 +44,13 @@ class Speculator:
     def choose_heads(self, rows: Sequence[Row]) -> None:
         """Decides for which of the running rows drafting pays in the step at hand."""
         drafting = [row for row in rows if self._has_heads(row)]
-        worths = [self._calibration(row).mean_worths for row in drafting]
+        known = [self._calibration(row) for row in drafting]
+        worths = [calibration.mean_worths for calibration in known]
         paying = pays(worths, len(rows), len(rows), self._costs.step, self._costs.heads)
         self._idle = {
             row
-            for row, known, pay in zip(drafting, worths, paying, strict=True)
-            if known[0] and not pay and row.num_generated % PROBE_STEPS
+            for row, calibration, pay in zip(drafting, known, paying, strict=True)
+            if not pay and calibration.familiar and row.num_generated % PROBE_STEPS
         }
 
     def wants_heads(self, row: Row) -> bool:
@@ -68,7 +72,11 @@ class Speculator:
         if not drafting:
             return [None] * len(rows)
         worths = [stream.worths() for stream in drafting]
-        counts = iter(allot(worths, fixed_tokens, num_drawing, self._costs.step))
+        allotted = allot(worths, fixed_tokens, num_drawing, self._costs.step)
+        self._num_steps += 1
+        if not any(allotted) and self._num_steps % PROBE_STEPS == 0:
+            allotted = [min(len(stream.nodes), 1) for stream in drafting]
+        counts = iter(allotted)
         trees: list[Drafted | None] = []
         for row, stream in zip(rows, streams, strict=True):
             count = next(counts) if stream is not None else 0

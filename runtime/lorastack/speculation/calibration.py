@@ -22,10 +22,13 @@ _MAX_HEADS = 64  # deeper ones count as the last
 _NUM_BINS = 8  # a bin is as wide as one natural logarithm
 _MATCHES = (2, 3, 4, 6, 10, 16)  # a match is of the last of these that it reaches
 _MAX_DEPTH = 4  # of prompt lookup; deeper tokens count as the last
-_PRIOR = 8.0  # weight of the default, in expected acceptances; a cell starts with it
+_PRIOR = 8.0  # weight of the default, in expected acceptances; a cell starts with it,
+_PRIOR_SEEN = 50.0  # or with so many candidates, if these are fewer acceptances: unsure heads learn
 _MEMORY = 400.0  # expected acceptances after which an old one counts as a third
 _WORTH_WEIGHT = 0.02  # of the newest draft
+_FAMILIAR = 1 - (1 - _WORTH_WEIGHT) ** 64  # the weight of 64 drafts
 _SURE = 0.99  # nothing is surer
+_LEAST = 1e-3  # expected acceptances of any cell
 
 # Where a cell has seen nothing: heads on held-out text of their own domain.
 _DEFAULT_RATIO = 0.9
@@ -98,7 +101,8 @@ class Calibration:
         heads = self._heads
         head = min(head, _MAX_HEADS - 1)
         while len(heads) <= head:
-            heads.append(_Cells([_PRIOR * _DEFAULT_RATIO] * _NUM_BINS, [_PRIOR] * _NUM_BINS))
+            priors = [min(_PRIOR, _PRIOR_SEEN * math.exp(-bin - 0.5)) for bin in range(_NUM_BINS)]
+            heads.append(_Cells([_DEFAULT_RATIO * prior for prior in priors], priors))
         return heads[head]
 
     # -- prompt lookup ----------------------------------------------------------------------------
@@ -116,6 +120,11 @@ class Calibration:
                 return
 
     # -- drafts -----------------------------------------------------------------------------------
+
+    @property
+    def familiar(self) -> bool:
+        """Enough drafts were recorded to tell what they are worth."""
+        return self._worth_weights[0] >= _FAMILIAR
 
     @property
     def mean_worths(self) -> tuple[float, ...]:
@@ -196,7 +205,7 @@ def _loaded(value: Any, count: int) -> _Cells:
         raise ValueError
     return _Cells(
         [_number(number, 0.0, 1e9) for number in accepted],
-        [_number(number, 1.0, 2 * _MEMORY) for number in expected],
+        [_number(number, _LEAST, 2 * _MEMORY) for number in expected],
     )
 
 
