@@ -112,6 +112,24 @@ def test_prefill_chunks_and_decode_equal_transformers(folder: Path):
     torch.testing.assert_close(torch.cat(parts), expected, **TOLERANCE)
 
 
+def test_a_float64_model_gives_float64_logits(tiny_llama: Path):
+    """For tests that leave rounding no say."""
+    decoder = load_decoder(tiny_llama, device=CPU, dtype=torch.float64, max_context=None)
+    ids = tokens(30)
+
+    def cached() -> KVCache:
+        return KVCache(decoder.shapes, NUM_PAGES, PAGE, torch.float64, CPU)
+
+    whole = run(decoder, cached(), ids, RowSpan(0, 30, shuffled_pages(), 0))
+    kv, pages = cached(), shuffled_pages(1)
+    parts = [
+        run(decoder, kv, ids[start : start + 10], RowSpan(0, 10, pages, start))
+        for start in (0, 10, 20)
+    ]
+    assert whole.dtype == torch.float64
+    torch.testing.assert_close(torch.cat(parts), whole, atol=1e-11, rtol=0)
+
+
 def test_greedy_tokens_equal_transformers(folder: Path):
     decoder, kv, pages = load(folder), None, shuffled_pages(2)
     kv = cache(decoder)

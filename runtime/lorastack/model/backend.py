@@ -50,6 +50,7 @@ class TorchBackend:
         self._rope_scale = config.rope_scale
         self._inv_freq = config.inv_freq.to(device)
         self._dtype = dtype
+        self._logits_dtype = torch.promote_types(dtype, torch.float32)
         self._num_heads = shapes.num_heads
         self._head_dim = shapes.head_dim
         self._query_size = shapes.num_heads * shapes.head_dim
@@ -69,8 +70,8 @@ class TorchBackend:
         return Outputs(hidden_XH, logits_XV, *best(logits_XV))
 
     def logits(self, hidden_XH: Tensor, lora: LoraBatch) -> Tensor:
-        """float32 [X, V] of states after the final norm. The segments index the X rows."""
-        logits_XV = linear(hidden_XH, self._weights.lm_head).float()
+        """See `Decoder.logits`."""
+        logits_XV = linear(hidden_XH, self._weights.lm_head).to(self._logits_dtype)
         add_lm_head(hidden_XH, logits_XV, lora)
         return logits_XV
 

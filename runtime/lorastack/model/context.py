@@ -29,8 +29,8 @@ class ForwardBatch:
 class Outputs:
     """What a step gives for each of the X tokens whose results were wanted.
 
-    hidden_XH: after the final norm. logits_XV: float32. peaks_X, best_X: the best logit and its
-    token, see `kernels.best`.
+    hidden_XH: after the final norm. logits_XV: see `Decoder.logits`. peaks_X, best_X: the best
+    logit and its token, see `kernels.best`.
     """
 
     hidden_XH: Tensor

@@ -55,7 +55,10 @@ class Decoder:
 
     @torch.no_grad()
     def logits(self, hidden_XH: Tensor, lora: LoraBatch) -> Tensor:
-        """float32 [X, V] of states after the final norm. The segments index the X rows."""
+        """[X, V] of states after the final norm: float32, or float64 of a float64 model.
+
+        The segments index the X rows.
+        """
         return self._backend.logits(hidden_XH, lora)
 
     @torch.no_grad()
