@@ -11,7 +11,8 @@ from pathlib import Path
 import grpc
 import pytest
 
-from lorastack.engine.batch import Batch, RowResult
+from lorastack.engine.batch import Batch
+from lorastack.engine.runner import StepResults
 from lorastack.request import RowEvent
 from lorastack.v1 import generation_pb2 as pb
 from lorastack.v1 import generation_pb2_grpc
@@ -47,7 +48,7 @@ def test_a_long_prompt_delays_nobody(live: LiveServer, monkeypatch: pytest.Monke
     step_tokens: list[int] = []
     run = live.engine._runner.run
 
-    def record(batch: Batch) -> list[RowResult]:
+    def record(batch: Batch) -> StepResults:
         step_tokens.append(sum(len(step.token_ids) for step in batch.steps))
         return run(batch)
 
@@ -183,7 +184,7 @@ def test_uploads_delay_nobody(
     """Rows run on while adapters are uploaded, validated, loaded and deleted."""
     log = StepLog(live, monkeypatch)
     steady = live.client.stream(
-        ask("steady", ignore_eos=True, max_new_tokens=1500, off=True, request_id="steady")
+        ask("steady", ignore_eos=True, max_new_tokens=6000, off=True, request_id="steady")
     )
     tokens = list(next(steady).token_ids)
     for number in range(3):
@@ -195,5 +196,5 @@ def test_uploads_delay_nobody(
     tokens += [token for part in steady for token in part.token_ids]
     assert during < log.steps["steady"][-1], "the steady row had ended"
     assert log.longest_wait("steady") <= MAX_DELAY
-    request = ask("steady", ignore_eos=True, max_new_tokens=1500)
+    request = ask("steady", ignore_eos=True, max_new_tokens=6000)
     assert tokens == list(live.client.generate(request).token_ids)
