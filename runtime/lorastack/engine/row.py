@@ -207,8 +207,11 @@ class Row:
         )
 
     def count_step(self, drafted: Sequence[TokenSource]) -> None:
-        """A decode step that verified nodes from these sources."""
-        self.stats.steps += 1
+        """A decode step that verified nodes from these sources.
+
+        One that reads a prompt's last token alone may draft, but makes the first token.
+        """
+        self.stats.steps += self.num_generated > 0
         self.stats.drafted.update(drafted)
 
     def _count_accepted(self, sources: Sequence[TokenSource]) -> None:

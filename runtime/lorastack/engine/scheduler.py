@@ -279,7 +279,7 @@ class Scheduler:
     def _commit(self, row: Row, step: RowStep, result: RowResult) -> None:
         """KV of the step's own tokens and of the accepted nodes now counts as the row's."""
         drafted = step.tree.sources[1:] if step.tree else ()
-        if row.num_pending == 1 and row.num_generated:
+        if row.num_pending == 1:
             row.count_step(drafted)
             self._speculator.learn(row, result)
         row.num_computed += len(step.token_ids) - len(drafted) + len(result.sources)
