@@ -22,6 +22,8 @@ hypothesis.settings.load_profile("lorastack")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--native-library", metavar="FILE", help="test this build of the kernels")
+    parser.addoption("--fuzz-cases", type=int, default=500, help="of tests/system/test_speculation")
+    parser.addoption("--fuzz-seed", type=int, default=0, help="of the first batch of these cases")
 
 
 def pytest_configure(config: pytest.Config) -> None:
