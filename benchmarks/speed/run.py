@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping
 from itertools import islice
+from typing import TypeVar
 
 import typer
 
@@ -16,6 +17,8 @@ from benchmarks.speed.cases import Case, Prompts
 from benchmarks.speed.engines import Engine, Ours
 from benchmarks.speed.results import AUTO, BANDWIDTH, MATHS, OFF, Results
 from benchmarks.step import bandwidth
+
+T = TypeVar("T")
 
 TREES = (4, 8, 12, 16)
 DEFAULT_NODES = 8
@@ -103,7 +106,7 @@ def say(number: int, what: str) -> None:
     typer.echo(f"round {number}: {what}", err=True)
 
 
-def rotated(engines: dict[str, Engine], by: int) -> dict[str, Engine]:
+def rotated(engines: dict[str, T], by: int) -> dict[str, T]:
     """The same in another order."""
     names = list(engines)
     by %= len(names)
