@@ -157,7 +157,7 @@ def random_lora(shapes: ModelShapes, seed: int) -> LoraWeights:
             out, size = shapes.target_shape(target)
             parts[layer, target, Part.A], parts[layer, target, Part.B] = (RANK, size), (out, RANK)
     scales = {(layer, target): 1.0 for layer, target, _ in parts}
-    layout, buffer = allocate(parts, scales, 0, (), dtype=torch.bfloat16)
+    layout, buffer = allocate(parts, scales, 0, dtype=torch.bfloat16)
     buffer.normal_(0, 0.01, generator=torch.Generator().manual_seed(seed))
     return LoraWeights.from_buffer(buffer, layout)
 

@@ -42,7 +42,6 @@ FORBIDDEN_FOREIGN: dict[str, set[str]] = {
     "client": {"torch", "transformers"},
 }
 PURE = (
-    "speculation/tree.py",
     "speculation/accept.py",
     "speculation/budget.py",
     "speculation/calibration.py",

@@ -119,7 +119,6 @@ class AdapterLayout:
     num_elements: int
     itemsize: int  # bytes an element
     num_heads: int  # Medusa heads, 0 for a plain LoRA
-    choices: tuple[tuple[int, ...], ...] = ()  # the heads' own tree, in order of worth; () for none
     draft_vocabulary: tuple[int, ...] = ()  # rising token ids that heads choose from; () for all
     version: int = LAYOUT_VERSION
 

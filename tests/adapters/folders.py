@@ -35,7 +35,6 @@ ANYTHING = ParsedAdapter(
     num_heads=0,
     num_layers=0,
     medusa_version=0,
-    choices=(),
     draft_vocabulary=(),
     scales={},
     chat_template=None,

@@ -129,12 +129,6 @@ def test_versions_that_mean_two(heads: Path, version: object) -> None:
     assert parse_folder(heads).medusa_version == 2
 
 
-def test_choices(heads: Path) -> None:
-    paths = [[0], [0, 0], [1], [0, 0, 5]]
-    edit_json(heads / HEADS_CONFIG, medusa_choices=paths)
-    assert parse_folder(heads).choices == ((0,), (0, 0), (1,), (0, 0, 5))
-
-
 LARGE = replace(SHAPES, vocab_size=20_000)
 
 
@@ -389,13 +383,6 @@ HEADS_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "no version": ({"version": None}, "no version, which means 1.* as version 2 does"),
     "version 3": ({"version": "3"}, "version = '3'"),
     "version true": ({"version": True}, "version = 'True'"),
-    "choices": ({"medusa_choices": "many"}, "medusa_choices must be a list"),
-    "choice": ({"medusa_choices": [[0], 1]}, "1 is not a path"),
-    "empty choice": ({"medusa_choices": [[]]}, "not a path"),
-    "negative choice": ({"medusa_choices": [[-1]]}, "not a path"),
-    "deep choice": ({"medusa_choices": [[0], [0, 0], [0] * 3, [0] * 4]}, "deeper than the 3 heads"),
-    "orphan choice": ({"medusa_choices": [[0], [1, 0]]}, r"\[1, 0\] lacks its prefix \[1\]"),
-    "same choice": ({"medusa_choices": [[0], [0]]}, "twice"),
 }
 
 

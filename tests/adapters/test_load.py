@@ -18,7 +18,6 @@ from torch import Tensor
 from lorastack.adapters import load
 from lorastack.adapters.formats import parse
 from lorastack.adapters.load import Loader, Validator
-from lorastack.adapters.medusa import Choices
 from lorastack.adapters.reading import fill
 from lorastack.adapters.registry import Registry
 from lorastack.errors import (
@@ -52,7 +51,6 @@ def allocate(
     shapes: Mapping[TensorKey, tuple[int, ...]],
     scales: Mapping[tuple[int, str], float],
     num_heads: int,
-    choices: Choices,
     draft_vocabulary: tuple[int, ...],
 ) -> tuple[AdapterLayout, Tensor]:
     """One tensor after the other, in float32, the last one first."""
@@ -67,7 +65,6 @@ def allocate(
         num_elements=end,
         itemsize=4,
         num_heads=num_heads,
-        choices=choices,
         draft_vocabulary=draft_vocabulary,
     )
     return layout, torch.full((end,), torch.nan)
@@ -103,7 +100,6 @@ def bundle(tmp_path: Path, medusa_version: int) -> Path:
         num_heads=2,
         num_blocks=2,
         vocab_size=SHAPES.vocab_size if medusa_version == 1 else None,
-        medusa_choices=[[0], [0, 0]],
         draft_vocabulary=range(SHAPES.vocab_size) if medusa_version == 2 else (),
     )
 
@@ -123,7 +119,6 @@ def test_from_folder_to_buffer(registry: Registry, bundle: Path, medusa_version:
     packed = loader(registry)(digest)
     assert packed.digest == digest
     assert packed.nbytes == packed.buffer.numel() * 4
-    assert packed.layout.choices == ((0,), (0, 0))
     stored = load_file(bundle / "adapter_model.safetensors")
     stored |= load_file(bundle / "medusa_lm_head.safetensors")
     entries = parse(files_of(bundle), SHAPES).tensors

@@ -28,7 +28,7 @@ FIELDS = st.sampled_from(
         *("layers_to_transform", "layers_pattern", "exclude_modules", "use_dora", "bias"),
         *("modules_to_save", "init_lora_weights", "peft_type", "task_type", "unknown_field"),
         *("base_model_name_or_path", "medusa_num_heads", "medusa_num_layers", "version"),
-        *("medusa_choices", "chat_template", "__metadata__"),
+        *("chat_template", "__metadata__"),
     ]
 )
 STRINGS = st.one_of(

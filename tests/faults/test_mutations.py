@@ -86,7 +86,7 @@ def folders(tmp_path: Path) -> list[Folder]:
             use_rslora=True,
             rank_pattern={"q_proj": 1},
         ),
-        write_heads(tmp_path / "heads", hidden, num_heads=2, medusa_choices=[[0], [0, 1]], **base),
+        write_heads(tmp_path / "heads", hidden, num_heads=2, **base),
         write_heads(tmp_path / "v1", hidden, num_heads=1, num_blocks=2, vocab_size=32),
         write_heads(
             write_lora(tmp_path / "both", SHAPES, rank=1),

@@ -76,7 +76,7 @@ def build_bench(model: Path, folder: Path) -> Bench:
     for digest, path in folders.items():
         parsed = parse({file.name: file for file in path.iterdir()}, shapes)
         heads = HEADS.get(digest, 0)
-        layout, buffer = pack(read_tensors(parsed), parsed.scales, heads, (), decoder.dtype)
+        layout, buffer = pack(read_tensors(parsed), parsed.scales, heads, decoder.dtype)
         adapters[digest] = DeviceAdapter(digest=digest, buffer=buffer, layout=layout)
     for digest, heads in HEADS.items():
         # Their drafts are scripted, so that there is nothing to hold.

@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lorastack.adapters.formats import ParsedAdapter
-from lorastack.adapters.medusa import Choices
 from lorastack.adapters.reading import DTYPES
 from lorastack.kernels.packing import allocate, view
 from lorastack.layout import EMBED, LM_HEAD, NO_LAYER, AdapterLayout, ModelShapes, Part, TensorKey
@@ -24,13 +23,12 @@ def pack(
     tensors: Mapping[TensorKey, Tensor],
     scales: Mapping[tuple[int, str], float],
     num_heads: int,
-    choices: Choices,
     dtype: torch.dtype,
     draft_vocabulary: tuple[int, ...] = (),
 ) -> tuple[AdapterLayout, Tensor]:
     """A buffer with these tensors in it."""
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    layout, buffer = allocate(shapes, scales, num_heads, choices, draft_vocabulary, dtype=dtype)
+    layout, buffer = allocate(shapes, scales, num_heads, draft_vocabulary, dtype=dtype)
     for key, tensor in tensors.items():
         view(buffer, layout, key).copy_(tensor)
     return layout, buffer
@@ -62,5 +60,5 @@ def read_weights(
                 tensors[layer, target, Part.A] = stored[a]
                 tensors[layer, target, Part.B] = stored[b]
                 scales[layer, target] = alpha / rank
-    layout, buffer = pack(tensors, scales, 0, (), dtype)
+    layout, buffer = pack(tensors, scales, 0, dtype)
     return LoraWeights.from_buffer(buffer, layout)

@@ -66,7 +66,7 @@ def adapters(draw: st.DrawFn) -> tuple[dict[TensorKey, Tensor], int]:
 @given(adapters(), st.sampled_from(DTYPES))
 def test_every_tensor_comes_back(drawn: tuple[dict[TensorKey, Tensor], int], dtype: torch.dtype):
     tensors, num_heads = drawn
-    layout, buffer = pack(tensors, {}, num_heads, (), dtype)
+    layout, buffer = pack(tensors, {}, num_heads, dtype)
     assert buffer.dtype == dtype and buffer.dim() == 1
     assert buffer.numel() == layout.num_elements
     assert buffer.nbytes == layout.nbytes
@@ -81,7 +81,7 @@ def test_runs_are_aligned_and_slots_do_not_overlap(
     drawn: tuple[dict[TensorKey, Tensor], int], dtype: torch.dtype
 ):
     tensors, num_heads = drawn
-    layout, _ = pack(tensors, {}, num_heads, (), dtype)
+    layout, _ = pack(tensors, {}, num_heads, dtype)
     end = 0
     for (layer, target, part), slot in sorted(
         layout.slots.items(), key=lambda item: item[1].offset
@@ -97,7 +97,7 @@ def test_runs_are_aligned_and_slots_do_not_overlap(
 def test_the_a_parts_of_a_group_are_one_matrix():
     targets = [(0, target) for target in reversed(LAYER_TARGETS)]
     tensors = adapter(targets, [3, 1, 4, 1, 5, 9, 2], 0)
-    layout, buffer = pack(tensors, {}, 0, (), torch.float32)
+    layout, buffer = pack(tensors, {}, 0, torch.float32)
     for group in GROUPS:
         keys = tuple((0, target, Part.A) for target in group)
         joined = torch.cat([tensors[key] for key in keys])
@@ -110,7 +110,7 @@ def test_heads_are_one_stack():
     tensors = adapter([(0, "q_proj")], [2], 3, 2, outputs=True)
     tensors[DRAFT_KEY] = torch.randn(5, 6)
     ids = (0, 1, 3, 4, 8)
-    layout, buffer = pack(tensors, {(0, "q_proj"): 2.0}, 3, ((0,), (0, 0)), torch.float32, ids)
+    layout, buffer = pack(tensors, {(0, "q_proj"): 2.0}, 3, torch.float32, ids)
     assert layout.draft_vocabulary == ids
     assert torch.equal(view(buffer, layout, DRAFT_KEY), tensors[DRAFT_KEY])
     assert layout.slots[DRAFT_KEY].offset * 4 % ALIGNMENT == 0
@@ -120,7 +120,7 @@ def test_heads_are_one_stack():
         assert torch.equal(view_run(buffer, layout, keys), joined)
         assert layout.slots[keys[0]].offset * 4 % ALIGNMENT == 0
     assert layout.num_elements >= sum(tensor.numel() for tensor in tensors.values())
-    assert (layout.num_heads, layout.choices) == (3, ((0,), (0, 0)))
+    assert layout.num_heads == 3
     assert layout.scales == {(0, "q_proj"): 2.0}
 
 
@@ -128,8 +128,8 @@ def test_equal_adapters_give_equal_bytes():
     """Padding too, though a buffer starts as whatever memory held."""
     tensors = adapter(PLACES, [3] * len(PLACES), 2)
     backwards = dict(reversed(tensors.items()))
-    _, buffer = pack(tensors, {}, 2, (), torch.bfloat16)
+    _, buffer = pack(tensors, {}, 2, torch.bfloat16)
     for value in (1, 2):
         held = [torch.full_like(buffer, value) for _ in range(50)]
         del held
-        assert torch.equal(pack(backwards, {}, 2, (), torch.bfloat16)[1], buffer)
+        assert torch.equal(pack(backwards, {}, 2, torch.bfloat16)[1], buffer)

@@ -134,7 +134,7 @@ def test_weights_are_views_of_the_buffer():
         (0, HEADS, Part.BIAS): torch.randn(8),
     }
     scales = {(2, "k_proj"): 3.0, (2, "q_proj"): 2.0}
-    layout, buffer = pack(tensors, scales, 1, (), torch.float32)
+    layout, buffer = pack(tensors, scales, 1, torch.float32)
     weights = LoraWeights.from_buffer(buffer, layout)
     assert weights.groups.keys() == {(2, 0)} and weights.embedding is None
     group = weights.groups[2, 0]

@@ -106,6 +106,18 @@ def test_it_survives_storage(seen: list[tuple[int, float, bool]]) -> None:
         assert restored.probability(head, log) == calibration.probability(head, log)
 
 
+def test_a_copy_stays_as_it_was() -> None:
+    calibration = Calibration.from_json(_used())
+    calibration.record_lookup(2, (5,), (5,))
+    calibration.record_worths([0.5])
+    copy, before = calibration.copy(), calibration.to_json()
+    assert copy.to_json() == before
+    calibration.record_draft([(1,), (2,)], [(-0.3,), (-0.6,)], (1, 3))
+    calibration.record_lookup(2, (5,), (6,))
+    calibration.record_worths([0.1])
+    assert copy.to_json() == before != calibration.to_json()
+
+
 def test_storage_is_bounded() -> None:
     calibration = Calibration()
     for head in range(5000):

@@ -38,7 +38,6 @@ class ParsedAdapter:
     num_heads: int
     num_layers: int  # blocks a head; 0 without heads
     medusa_version: int  # 0 without heads
-    choices: medusa.Choices
     draft_vocabulary: tuple[int, ...]  # of the heads; () for all tokens
     scales: Mapping[tuple[int, str], float]
     chat_template: str | None
@@ -106,7 +105,6 @@ def _combine(
         num_heads=heads.num_heads if heads else 0,
         num_layers=heads.num_layers if heads else 0,
         medusa_version=heads.version if heads else 0,
-        choices=heads.choices if heads else (),
         draft_vocabulary=heads.draft_vocabulary if heads else (),
         scales=lora.scales if lora else {},
         chat_template=template,

@@ -13,7 +13,6 @@ from torch import Tensor
 from lorastack.adapters.blobs import damaged_blob
 from lorastack.adapters.formats import ParsedAdapter, check_base, check_values, parse
 from lorastack.adapters.host import PackedAdapter
-from lorastack.adapters.medusa import Choices
 from lorastack.adapters.reading import DTYPES, fill
 from lorastack.adapters.refusal import invalid, unsupported
 from lorastack.adapters.registry import Registry
@@ -26,7 +25,6 @@ Allocate = Callable[
         Mapping[TensorKey, tuple[int, ...]],
         Mapping[tuple[int, str], float],
         int,
-        Choices,
         tuple[int, ...],
     ],
     tuple[AdapterLayout, Tensor],
@@ -143,7 +141,7 @@ class Loader:
         vocabulary = parsed.draft_vocabulary
         if vocabulary:
             shapes[DRAFT_KEY] = (len(vocabulary), self.shapes.hidden_size)
-        return self.allocate(shapes, parsed.scales, parsed.num_heads, parsed.choices, vocabulary)
+        return self.allocate(shapes, parsed.scales, parsed.num_heads, vocabulary)
 
 
 def _place(buffer: Tensor, slot: TensorSlot) -> Tensor:

@@ -38,12 +38,9 @@ HEADS_FIELD = "medusa_num_heads"
 LAYERS_FIELD = "medusa_num_layers"
 MAX_HEADS = 32
 MAX_LAYERS = 32
-MAX_CHOICES = 1024
 _TENSOR = re.compile(
     r"(?:0|[1-9]\d{0,3})\.(?:0|[1-9]\d{0,3})\.(?:linear\.weight|linear\.bias|weight)"
 )
-
-Choices = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +51,6 @@ class HeadsPart:
     num_heads: int
     num_layers: int
     version: int
-    choices: Choices  # the heads' own tree, in order of worth; () for none
     draft_vocabulary: tuple[int, ...]  # rising token ids; () for all
     tensors: Mapping[TensorKey, TensorEntry]
 
@@ -104,7 +100,6 @@ def parse_medusa(
         num_heads=num_heads,
         num_layers=num_layers,
         version=version,
-        choices=_choices(config.get("medusa_choices"), num_heads, shapes.vocab_size),
         draft_vocabulary=() if vocabulary is None else _draft_vocabulary(vocabulary, shapes),
         tensors={key: entries[name] for name, (key, _) in expected.items()},
     )
@@ -174,28 +169,3 @@ def _draft_vocabulary(path: Path, shapes: ModelShapes) -> tuple[int, ...]:
             f"{shapes.vocab_size - 1}: sort them"
         )
     return tuple(ids_N.tolist())
-
-
-def _choices(value: object, num_heads: int, vocab_size: int) -> Choices:
-    """The optional medusa_choices: distinct paths no deeper than the heads, with every prefix."""
-    if value is None:
-        return ()
-    if not isinstance(value, list) or len(value) > MAX_CHOICES:
-        raise invalid(f"medusa_choices must be a list of at most {MAX_CHOICES} paths")
-    max_rank = min(MAX_RANK, vocab_size)
-    for path in value:
-        ranks = path if isinstance(path, list) and path else [-1]
-        if not all(type(rank) is int and 0 <= rank < max_rank for rank in ranks):
-            raise invalid(
-                f"medusa_choices: {str(path)[:64]} is not a path of ranks below {max_rank}"
-            )
-        if len(path) > num_heads:
-            raise invalid(f"medusa_choices: {path} is deeper than the {num_heads} heads")
-    paths = tuple(tuple(path) for path in value)
-    known = set(paths)
-    if len(known) != len(paths):
-        raise invalid("medusa_choices names a path twice")
-    for path in paths:
-        if len(path) > 1 and path[:-1] not in known:
-            raise invalid(f"medusa_choices: {list(path)} lacks its prefix {list(path[:-1])}")
-    return paths

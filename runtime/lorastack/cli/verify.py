@@ -46,7 +46,6 @@ def verify_folder(
         "num_heads": parsed.num_heads,
         "num_layers": parsed.num_layers,
         "medusa_version": parsed.medusa_version,
-        "num_choices": len(parsed.choices),
         "draft_vocabulary": len(parsed.draft_vocabulary),
         "own_chat_template": parsed.chat_template is not None,
         "size_bytes": sum(spec.size for spec in specs),

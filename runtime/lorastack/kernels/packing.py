@@ -38,7 +38,6 @@ def allocate(
     shapes: Mapping[TensorKey, tuple[int, ...]],
     scales: Mapping[tuple[int, str], float],
     num_heads: int,
-    choices: tuple[tuple[int, ...], ...],
     draft_vocabulary: tuple[int, ...] = (),
     *,
     dtype: torch.dtype,
@@ -47,9 +46,8 @@ def allocate(
     """A buffer on the CPU for tensors of these shapes, its contents still to be written.
 
     scales: LoRA scale of every (layer, target) present; num_heads: Medusa heads, 0 for none;
-    choices: the heads' own tree; draft_vocabulary: the tokens they choose from; pinned:
-    page-locked, for copies to a CUDA device. Padding is zero already, so equal adapters give equal
-    bytes.
+    draft_vocabulary: the tokens they choose from; pinned: page-locked, for copies to a CUDA device.
+    Padding is zero already, so equal adapters give equal bytes.
     """
     slots: dict[TensorKey, TensorSlot] = {}
     padding: list[slice] = []
@@ -73,7 +71,6 @@ def allocate(
         num_elements=end,
         itemsize=dtype.itemsize,
         num_heads=num_heads,
-        choices=choices,
         draft_vocabulary=draft_vocabulary,
     )
     return layout, buffer
