@@ -43,13 +43,12 @@ class CostCurve:
 
         So nodes that are worth less than this are worth it in no number.
         """
-        here = self.seconds(tokens)
-        first = bisect_right(self._tokens, tokens)
-        slopes = [
-            (self._scale * self._seconds[index] - here) / (self._tokens[index] - tokens)
-            for index in range(first, len(self._tokens))
-        ]
-        return min([*slopes, self._last_slope()])
+        here, scale = self.seconds(tokens), self._scale
+        least = self._last_slope()
+        for index in range(bisect_right(self._tokens, tokens), len(self._tokens)):
+            slope = (scale * self._seconds[index] - here) / (self._tokens[index] - tokens)
+            least = min(least, slope)
+        return least
 
     def record(self, tokens: int, seconds: float) -> None:
         """A step of so many tokens took this long."""
@@ -73,8 +72,8 @@ class CostCurve:
     def _last_slope(self) -> float:
         if len(self._tokens) == 1:
             return 0.0
-        (low, cheap), (high, dear) = self.points[-2:]
-        return (dear - cheap) / (high - low)
+        (low, high), (cheap, dear) = self._tokens[-2:], self._seconds[-2:]
+        return self._scale * (dear - cheap) / (high - low)
 
     def _move(self, index: int, factor: float) -> None:
         """Move a point, and those along that it would overtake."""
