@@ -52,9 +52,9 @@ class _Cells:
 
     def record(self, cell: int, probability: float, *, accepted: bool) -> None:
         keep = 1.0 - probability / _MEMORY
-        self.accepted[cell] = self.accepted[cell] * keep + accepted
-        self.expected[cell] = self.expected[cell] * keep + probability
-        self.ratios[cell] = self.accepted[cell] / self.expected[cell]
+        self.accepted[cell] = right = self.accepted[cell] * keep + accepted
+        self.expected[cell] = hoped = self.expected[cell] * keep + probability
+        self.ratios[cell] = right / hoped
 
 
 class Calibration:
@@ -70,6 +70,7 @@ class Calibration:
         ]
         self._worths = [0.0] * NUM_WORTHS
         self._worth_weights = [0.0] * NUM_WORTHS
+        self._means: tuple[float, ...] | None = None  # `mean_worths`, since the last draft
 
     # -- heads ------------------------------------------------------------------------------------
 
@@ -94,8 +95,9 @@ class Calibration:
     ) -> None:
         """A step's draft ([head][rank]) and what it drew: the accepted tokens and the last."""
         for head, (tokens, logs, token) in enumerate(zip(ids, logprobs, drawn, strict=False)):
-            for candidate, logprob in zip(tokens, logs, strict=True):
-                self.record(head, logprob, candidate == token)
+            record = self._cells(head).record
+            for candidate, log in zip(tokens, logs, strict=True):
+                record(_bin(log), math.exp(log), accepted=candidate == token)
 
     def _cells(self, head: int) -> _Cells:
         heads = self._heads
@@ -129,14 +131,17 @@ class Calibration:
     @property
     def mean_worths(self) -> tuple[float, ...]:
         """Of a draft's best node, its second best, ..., non-increasing; 0 where none was seen."""
-        worths, best = [], 1.0
-        for total, weight in zip(self._worths, self._worth_weights, strict=True):
-            best = min(best, total / weight if weight else 0.0)
-            worths.append(best)
-        return tuple(worths)
+        if self._means is None:
+            worths, best = [], 1.0
+            for total, weight in zip(self._worths, self._worth_weights, strict=True):
+                best = min(best, total / weight if weight else 0.0)
+                worths.append(best)
+            self._means = tuple(worths)
+        return self._means
 
     def record_worths(self, worths: Iterable[float]) -> None:
         """Of one draft's nodes, best first, as many as were looked at."""
+        self._means = None
         for index, worth in zip(range(NUM_WORTHS), worths, strict=False):
             self._worths[index] += _WORTH_WEIGHT * (worth - self._worths[index])
             self._worth_weights[index] += _WORTH_WEIGHT * (1 - self._worth_weights[index])
@@ -186,7 +191,7 @@ class Calibration:
 
 
 def _bin(logprob: float) -> int:
-    return min(int(-logprob), _NUM_BINS - 1)
+    return int(-logprob) if logprob > -_NUM_BINS else _NUM_BINS - 1
 
 
 def _match(length: int) -> int:
