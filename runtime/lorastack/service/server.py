@@ -98,6 +98,7 @@ class Server:
         self._model = model
         self._engine = engine
         self._pool = pool
+        self._registry = registry
         self._dispatcher = dispatcher
         requests = RequestMetrics(self.metrics)
         self.metrics.register(
@@ -241,6 +242,7 @@ class Server:
             await self._keeper.save()
         self._workers.shutdown(cancel_futures=True)
         self._uploader.shutdown(cancel_futures=True)
+        self._registry.close()
 
     async def _start(self) -> None:
         loop = asyncio.get_running_loop()
