@@ -20,7 +20,7 @@ void run_top(const float* logits, int rows, int columns, int num, int64_t* place
              float* logprobs, int num_threads) {
 #pragma omp parallel for num_threads(num_threads < rows ? num_threads : rows)
   for (int row = 0; row < rows; row++)
-    top_of(logits + (size_t)row * columns, columns, num, places + (size_t)row * num,
+    top_of(logits + (size_t)row * columns, columns, num, nullptr, places + (size_t)row * num,
            logprobs + (size_t)row * num);
 }
 

@@ -2,7 +2,7 @@
 //
 // The matrices are read as they lie in the adapter, row by row: 16 rows times 16 states at a time, each
 // sum over the inputs in order. The states are packed before each phase, like matmul.h's weights: in
-// bfloat16 [K/2][16][2], in float32 [K][16].
+// bfloat16 [K/2][16][2], in float32 [K][16]. The logits are kept by state, to be looked through.
 #pragma once
 
 #include <math.h>
@@ -10,6 +10,7 @@
 #include <string.h>
 
 #include <algorithm>
+#include <memory>
 #include <vector>
 
 #include "draft.h"
@@ -29,61 +30,38 @@ struct Product {
   size_t stride;
   int outputs, count, first, step;
   int tile = 0;  // of 16 packed states, where its own begin
-  int mass = 0;  // of a tile's strips, where its own begin
+  size_t logits = 0;  // of all logits, where its own begin: [count][outputs]
 
   int tiles() const { return ceil_div(count, LANES); }
-  int strips() const { return ceil_div(outputs, LANES); }
+  int strips() const { return ceil_div(outputs, LANES); }  // of 16 rows of the matrix
 };
 
 // The products of one phase.
 template <class T>
 struct Products {
   std::vector<Product<T>> all;
-  int tiles = 0, strips = 0, masses = 0;  // strip: 16 rows of a matrix
+  int tiles = 0, strips = 0, states = 0;
+  size_t logits = 0;
 
   void add(Product<T> product) {
     if (!product.count) return;
     product.tile = tiles;
-    product.mass = masses;
+    product.logits = logits;
     tiles += product.tiles();
     strips += product.strips();
-    masses += product.tiles() * product.strips();
+    states += product.count;
+    logits += (size_t)product.count * product.outputs;
     all.push_back(product);
   }
 
-  // The product that has tile `tile` of all; `tile` becomes the product's own number of it.
-  const Product<T>& with_tile(int& tile) const {
+  // The product that has thing `index` of all; `index` becomes its number in the product.
+  template <class Count>
+  const Product<T>& find(int& index, Count&& count) const {
     const Product<T>* product = all.data();
-    for (; tile >= product->tiles(); product++) tile -= product->tiles();
-    return *product;
-  }
-
-  const Product<T>& with_strip(int& strip) const {
-    const Product<T>* product = all.data();
-    for (; strip >= product->strips(); product++) strip -= product->strips();
+    for (; index >= count(*product); product++) index -= count(*product);
     return *product;
   }
 };
-
-// What 16 states' logits of one strip come to: sum(e^logit) = total e^peak. A logit that is not finite
-// makes the total NaN.
-struct alignas(64) Mass {
-  float peak[LANES], total[LANES];
-};
-
-// e^(logit - peak) to 3e-6; NaN for a logit that is not finite. peak: not below a finite logit.
-INLINE __m512 share_512(__m512 logit, __m512 peak) {
-  const __m512 x = _mm512_mul_ps(_mm512_sub_ps(logit, peak), _mm512_set1_ps(1.44269504f));
-  const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEG_INF);
-  const __m512 f = _mm512_sub_ps(x, n);  // of minus infinity NaN
-  __m512 p = _mm512_set1_ps(0.0135341659f);  // 2^f on [0, 1], of least relative error
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.0520114712f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.241442740f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.693003833f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.00000262f));
-  // A scale of minus infinity would make NaN 0.
-  return _mm512_scalef_ps(p, _mm512_max_ps(n, _mm512_set1_ps(-200.0f)));
-}
 
 // A proposal. place: which of the outputs.
 struct Candidate {
@@ -103,28 +81,51 @@ INLINE void offer(Candidate* best, int num, Candidate found) {
   best[at] = found;
 }
 
-// For those lanes of 16 values that may be among the best of their list.
-template <class Take>
-INLINE void for_better(__m512 values, __m512 least, __mmask16 real, Take&& take) {
-  values = _mm512_max_ps(values, _mm512_set1_ps(-INFINITY));  // instead of NaN
-  unsigned better = _mm512_mask_cmp_ps_mask(real, values, least, _CMP_GE_OQ);
-  if (!better) return;
-  alignas(64) float found[LANES];
-  _mm512_store_ps(found, values);
-  for (; better; better &= better - 1) {
-    const int lane = __builtin_ctz(better);
-    take(lane, found[lane]);
-  }
+// e^(logit - peak) to 3e-6; NaN for a logit that is not finite. peak: not below a finite logit.
+INLINE __m512 share_512(__m512 logit, __m512 peak) {
+  const __m512 x = _mm512_mul_ps(_mm512_sub_ps(logit, peak), _mm512_set1_ps(1.44269504f));
+  const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEG_INF);
+  const __m512 f = _mm512_sub_ps(x, n);  // of minus infinity NaN
+  __m512 p = _mm512_set1_ps(0.0135341659f);  // 2^f on [0, 1], of least relative error
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.0520114712f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.241442740f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.693003833f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.00000262f));
+  // A scale of minus infinity would make NaN 0.
+  return _mm512_scalef_ps(p, _mm512_max_ps(n, _mm512_set1_ps(-200.0f)));
 }
 
-// The best; where there are fewer outputs, the first again. peak, total: see Mass, of all outputs.
-INLINE void write_best(const Candidate* best, int num, const int64_t* ids, float peak, float total,
-                       int64_t* out, float* logprobs) {
-  const float log_total = logf(total);
+// The `num` best of a row of logits and their log-probabilities, see draft.h. ids: of the columns, or
+// null.
+INLINE void top_of(const float* row, int columns, int num, const int64_t* ids, int64_t* out,
+                   float* logprobs) {
+  std::vector<Candidate> best(num);
+  for (int i = 0; i < columns; i += LANES) {
+    const __mmask16 real = first(columns - i);
+    const __m512 least = _mm512_set1_ps(best[num - 1].value);
+    const __m512 logits = _mm512_max_ps(_mm512_maskz_loadu_ps(real, row + i),
+                                        _mm512_set1_ps(-INFINITY));  // instead of NaN
+    unsigned better = _mm512_mask_cmp_ps_mask(real, logits, least, _CMP_GE_OQ);
+    if (!better) continue;
+    alignas(64) float found[LANES];
+    _mm512_store_ps(found, logits);
+    for (; better; better &= better - 1) {
+      const int lane = __builtin_ctz(better);
+      offer(best.data(), num, {found[lane], i + lane});
+    }
+  }
+  const __m512 peak = _mm512_set1_ps(best[0].value);
+  __m512 total = _mm512_setzero_ps();
+  for (int i = 0; i < columns; i += LANES) {
+    const __mmask16 real = first(columns - i);
+    const __m512 logits = _mm512_maskz_loadu_ps(real, row + i);
+    total = _mm512_mask_add_ps(total, real, total, share_512(logits, peak));
+  }
+  const float log_total = logf(_mm512_reduce_add_ps(total));
   for (int i = 0; i < num; i++) {
     const Candidate& found = best[i].place == INT32_MAX ? best[0] : best[i];
     out[i] = ids ? ids[found.place] : found.place;
-    logprobs[i] = found.value - peak - log_total;
+    logprobs[i] = found.value - best[0].value - log_total;
   }
 }
 
@@ -186,10 +187,8 @@ struct DraftPlan {
   Products<T> outputs;
   std::vector<Line> packed;            // tiles of the phase at hand
   std::vector<Line> spare;             // a thread's last few rows of a matrix
-  std::vector<Candidate> best;         // [threads][tiles of outputs][16][num]
-  std::vector<float> least;            // of each list
-  std::vector<Mass> masses;            // [tiles of outputs][strips]
-  size_t tile_lines, num_lists;
+  std::unique_ptr<float[]> logits;     // of each output and state
+  size_t tile_lines;
 
   DraftPlan(const lorastack_draft& draft) {
     const int size = draft.hidden;
@@ -225,10 +224,7 @@ struct DraftPlan {
     tile_lines = (size_t)size * LANES * sizeof(T) / sizeof(Line);
     packed.resize(tiles * tile_lines);
     spare.resize(draft.num_threads * tile_lines);
-    num_lists = (size_t)outputs.tiles * LANES;
-    best.resize(draft.num_threads * num_lists * draft.num);
-    least.resize(draft.num_threads * num_lists, -INFINITY);
-    masses.resize(outputs.masses);
+    logits.reset(new float[outputs.logits]);
   }
 };
 
@@ -279,11 +275,11 @@ struct Drafting {
   template <class Epilogue>
   void run_phase(const Products<T>& products, Epilogue&& epilogue) {
     member.phase(products.tiles, [&](int tile) {
-      const Product<T>& product = products.with_tile(tile);
+      const Product<T>& product = products.find(tile, [](auto& each) { return each.tiles(); });
       pack(product, tile);
     });
     member.phase(products.strips, [&](int strip) {
-      const Product<T>& product = products.with_strip(strip);
+      const Product<T>& product = products.find(strip, [](auto& each) { return each.strips(); });
       multiply(product, strip * LANES, epilogue);
     });
   }
@@ -304,68 +300,24 @@ struct Drafting {
     }
   }
 
-  // Weighs `rows` outputs from `row` on and offers them to the lists of 16 states.
-  void choose(const Product<T>& product, int row, int rows, int index, float (*sums)[LANES]) {
-    __m512 peak = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
-    for (int o = 0; o < rows; o++) peak = _mm512_max_ps(_mm512_load_ps(sums[o]), peak);
-    for (int o = 0; o < rows; o++)
-      total = _mm512_add_ps(total, share_512(_mm512_load_ps(sums[o]), peak));
-    Mass& mass = masses(product, index)[row / LANES];
-    _mm512_store_ps(mass.peak, peak);
-    _mm512_store_ps(mass.total, total);
-    const __mmask16 real = first(product.count - index * LANES);
-    const size_t list = thread * plan.num_lists + (size_t)(product.tile + index) * LANES;
-    float* const least = plan.least.data() + list;
-    const __m512i lines = _mm512_mullo_epi32(
-        _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
-        _mm512_set1_epi32(LANES));
-    unsigned better = _mm512_mask_cmp_ps_mask(real, peak, _mm512_loadu_ps(least), _CMP_GE_OQ);
-    for (; better; better &= better - 1) {
-      const int t = __builtin_ctz(better);
-      Candidate* const best = plan.best.data() + (list + t) * draft.num;
-      const __m512 column = _mm512_i32gather_ps(lines, sums[0] + t, sizeof(float));
-      for_better(column, _mm512_set1_ps(least[t]), first(rows),
-                 [&](int o, float value) { offer(best, draft.num, {value, row + o}); });
-      least[t] = best[draft.num - 1].value;
-    }
-  }
-
-  // The best of all threads' lists, for the 16 states of a tile, and the masses of all strips.
-  void merge(const Product<T>& product, int index) {
-    const Mass all = sum(product, index);
+  // `rows` logits from `row` on of 16 states.
+  void keep(const Product<T>& product, int row, int rows, int index, float (*sums)[LANES]) {
     const int begin = index * LANES, count = std::min(product.count - begin, LANES);
-    for (int t = 0; t < count; t++) {
-      const size_t list = (size_t)(product.tile + index) * LANES + t;
-      Candidate* const best = plan.best.data() + list * draft.num;
-      for (int other = 1; other < draft.num_threads; other++) {
-        const Candidate* const found = best + other * plan.num_lists * draft.num;
-        for (int i = 0; i < draft.num; i++) offer(best, draft.num, found[i]);
-      }
-      const size_t at = (product.first + (size_t)(begin + t) * product.step) * draft.num;
-      write_best(best, draft.num, product.ids, all.peak[t], all.total[t], draft.candidates + at,
-                 draft.logprobs + at);
-    }
+    __m512 columns[LANES];
+    for (int o = 0; o < LANES; o++) columns[o] = _mm512_load_ps(sums[o]);
+    transpose_16(columns);
+    for (int t = 0; t < count; t++)
+      _mm512_mask_storeu_ps(logits_of(product, begin + t) + row, first(rows), columns[t]);
   }
 
-  // In the order of strips, whoever weighed them.
-  Mass sum(const Product<T>& product, int index) {
-    const Mass* const strips = masses(product, index);
-    __m512 peak = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
-    for (int strip = 0; strip < product.strips(); strip++)
-      peak = _mm512_max_ps(_mm512_load_ps(strips[strip].peak), peak);
-    for (int strip = 0; strip < product.strips(); strip++) {
-      const __m512 scale = share_512(_mm512_load_ps(strips[strip].peak), peak);
-      total = _mm512_fmadd_ps(_mm512_load_ps(strips[strip].total), scale, total);
-    }
-    Mass all;
-    _mm512_store_ps(all.peak, peak);
-    _mm512_store_ps(all.total, total);
-    return all;
+  void choose(const Product<T>& product, int state) {
+    const size_t at = (product.first + (size_t)state * product.step) * draft.num;
+    top_of(logits_of(product, state), product.outputs, draft.num, product.ids,
+           draft.candidates + at, draft.logprobs + at);
   }
 
-  // Of each strip with tile `index`.
-  Mass* masses(const Product<T>& product, int index) {
-    return plan.masses.data() + product.mass + (size_t)index * product.strips();
+  float* logits_of(const Product<T>& product, int state) {
+    return plan.logits.get() + product.logits + (size_t)state * product.outputs;
   }
 
   void run() {
@@ -374,11 +326,12 @@ struct Drafting {
       run_phase(block, [&](const Product<T>& product, int row, int, int index,
                            float (*sums)[LANES]) { finish_block(product, row, index, sums); });
     run_phase(plan.outputs, [&](const Product<T>& product, int row, int rows, int index,
-                                float (*sums)[LANES]) { choose(product, row, rows, index, sums); });
+                                float (*sums)[LANES]) { keep(product, row, rows, index, sums); });
     end_tiles<Isa>();
-    member.phase(plan.outputs.tiles, [&](int tile) {
-      const Product<T>& product = plan.outputs.with_tile(tile);
-      merge(product, tile);
+    member.phase(plan.outputs.states, [&](int state) {
+      const Product<T>& product =
+          plan.outputs.find(state, [](auto& each) { return each.count; });
+      choose(product, state);
     });
   }
 };
@@ -394,24 +347,6 @@ void draft_with(const lorastack_draft& draft) {
     const int thread = omp_get_thread_num();
     Drafting<Isa>{draft, plan, thread, Member(team, thread)}.run();
   }
-}
-
-INLINE void top_of(const float* row, int columns, int num, int64_t* places, float* logprobs) {
-  std::vector<Candidate> best(num);
-  for (int i = 0; i < columns; i += LANES) {
-    const __mmask16 real = first(columns - i);
-    for_better(_mm512_maskz_loadu_ps(real, row + i), _mm512_set1_ps(best[num - 1].value), real,
-               [&](int lane, float value) { offer(best.data(), num, {value, i + lane}); });
-  }
-  const __m512 peak = _mm512_set1_ps(best[0].value);
-  __m512 total = _mm512_setzero_ps();
-  for (int i = 0; i < columns; i += LANES) {
-    const __mmask16 real = first(columns - i);
-    const __m512 logits = _mm512_maskz_loadu_ps(real, row + i);
-    total = _mm512_mask_add_ps(total, real, total, share_512(logits, peak));
-  }
-  write_best(best.data(), num, nullptr, best[0].value, _mm512_reduce_add_ps(total), places,
-             logprobs);
 }
 
 }  // namespace lorastack::LORASTACK_ISA
