@@ -6,8 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+from pytest import LogCaptureFixture
+from safetensors.torch import load_file, save_file
 
+from lorastack.layout import ModelShapes
 from lorastack.v1 import generation_pb2 as pb
 from tests.helpers.adapters import with_outputs, write_heads
 from tests.helpers.live import LiveServer, ask
@@ -60,3 +62,23 @@ def test_rows_of_all_kinds_of_heads_give_what_no_heads_give(
         assert sum(sum(replies[p, heads].speculation.accepted_by_head) for p in FAMILIAR[:4])
     sources = {s.source for p in FAMILIAR[:4] for s in replies[p, "none"].speculation.by_source}
     assert pb.Token.HEADS not in sources
+
+
+def test_heads_that_overflow_are_named_and_their_rows_go_on(
+    server: LiveServer, tmp_path: Path, tiny_llama_shapes: ModelShapes, caplog: LogCaptureFixture
+) -> None:
+    folder = write_heads(tmp_path / "loud", tiny_llama_shapes.hidden_size)
+    path = folder / "medusa_lm_head.safetensors"
+    save_file({name: 3e38 * tensor.sign() for name, tensor in load_file(path).items()}, path)
+    server.upload("loud", folder)
+    server.load_heads("loud")
+    for prompt in FAMILIAR[:2]:
+        plain, loud = (
+            server.client.generate(ask(prompt, heads="loud", off=off, ignore_eos=True))
+            for off in (True, False)
+        )
+        assert loud.token_ids == plain.token_ids
+        assert pb.Token.HEADS not in {each.source for each in loud.speculation.by_source}
+    digest = server.digests["loud"]
+    assert server.engine.heads_failures[digest] > 1
+    assert [digest in message for message in caplog.messages].count(True) == 1
