@@ -10,7 +10,7 @@ import torch
 
 from lorastack.adapters.device import DeviceAdapter
 from lorastack.adapters.formats import parse
-from lorastack.layout import EMBED, LAYER_TARGETS, LM_HEAD, AdapterLayout
+from lorastack.layout import EMBED, LAYER_TARGETS, LM_HEAD
 from lorastack.model.decoder import load_decoder
 from lorastack.request import (
     Grammar,
@@ -26,7 +26,7 @@ from lorastack.text.grammar import GrammarCompiler, JsonSchema, Regex
 from lorastack.text.tokenizer import Tokenizer
 from tests.helpers.adapters import write_lora
 from tests.helpers.packed import pack, read_tensors
-from tests.helpers.scripted import Bench
+from tests.helpers.scripted import Bench, scripted_heads
 
 BUNDLE = "bundle"  # a LoRA and two heads under one digest
 HEADS = {"heads-1": 1, "heads-3": 3, "heads-5": 5, BUNDLE: 2}
@@ -79,11 +79,7 @@ def build_bench(model: Path, folder: Path) -> Bench:
         layout, buffer = pack(read_tensors(parsed), parsed.scales, heads, decoder.dtype)
         adapters[digest] = DeviceAdapter(digest=digest, buffer=buffer, layout=layout)
     for digest, heads in HEADS.items():
-        # Their drafts are scripted, so that there is nothing to hold.
-        layout = AdapterLayout(slots={}, scales={}, num_elements=0, itemsize=8, num_heads=heads)
-        adapters.setdefault(
-            digest, DeviceAdapter(digest=digest, buffer=torch.empty(0), layout=layout)
-        )
+        adapters.setdefault(digest, scripted_heads(digest, heads))
     return Bench(decoder, Tokenizer.load(model), adapters)
 
 

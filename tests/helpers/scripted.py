@@ -27,6 +27,7 @@ from lorastack.engine.engine import Engine
 from lorastack.engine.pages import Pages
 from lorastack.engine.runner import Runner, StepResults
 from lorastack.errors import LorastackError
+from lorastack.layout import AdapterLayout
 from lorastack.model.decoder import Decoder
 from lorastack.model.kv import KVCache
 from lorastack.request import Final, GeneratedToken, Request, RowEvent
@@ -171,6 +172,12 @@ class ScriptedDrafter:
         return tuple(sorted(map(math.log, chances), reverse=True))
 
 
+def scripted_heads(digest: str, num_heads: int) -> DeviceAdapter:
+    """Heads for a `ScriptedDrafter`, which reads no weights."""
+    layout = AdapterLayout(slots={}, scales={}, num_elements=0, itemsize=8, num_heads=num_heads)
+    return DeviceAdapter(digest=digest, buffer=torch.empty(0), layout=layout)
+
+
 class FlakyPool:
     """Adapters that are all loaded, but not there every so often. Counts pins."""
 
@@ -255,7 +262,11 @@ class Bench:
 
         step = [(n, script.step_seconds + n * script.token_seconds) for n in (1, 64)]
         return Engine(
-            config=EngineConfig(max_rows=script.max_rows, max_step_tokens=script.max_step_tokens),
+            config=EngineConfig(
+                max_rows=script.max_rows,
+                max_queue=len(outputs),
+                max_step_tokens=script.max_step_tokens,
+            ),
             runner=ScriptedRunner(decoder, kv, script, chance, clock),
             tokenizer=self.tokenizer,
             pages=pages,

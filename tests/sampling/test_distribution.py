@@ -22,6 +22,7 @@ from lorastack.sampling.reference import processed, survivors
 from lorastack.sampling.sampler import draw, posterior
 from lorastack.speculation.accept import Accepted, Nodes, accept, accept_typical
 from lorastack.speculation.drafted import Drafted
+from tests.helpers import chi_square
 
 SIZE = 6
 PROMPT = (2, 2, 5)
@@ -141,23 +142,12 @@ def generate(model: Model, rule: Rule, count: int) -> list[tuple[int, ...]]:
 
 
 def p_value(model: Model, pairs: Sequence[tuple[int, ...]]) -> float:
-    """Of Pearson's chi-square; pairs of tokens expected fewer than 10 times are counted as one."""
-    wanted = {
-        (first, second): len(pairs) * chance * following
+    chances = {
+        (first, second): chance * following
         for first, chance in model.probabilities(()).items()
         for second, following in model.probabilities((first,)).items()
     }
-    counts = Counter(pairs)
-    if not counts.keys() <= wanted.keys():
-        return 0.0
-    cells = [(counts[pair], count) for pair, count in wanted.items() if count >= 10]
-    seen, expected = (sum(column) for column in zip(*cells, strict=True))
-    if expected < len(pairs) - 1e-6:
-        cells.append((len(pairs) - seen, len(pairs) - expected))
-    assert len(cells) >= 6
-    statistic = sum((seen - expected) ** 2 / expected for seen, expected in cells)
-    halves = torch.tensor([(len(cells) - 1) / 2, statistic / 2], dtype=torch.float64)
-    return float(torch.special.gammaincc(*halves))
+    return chi_square.p_value([(Counter(pairs), chances)])
 
 
 @pytest.mark.parametrize(
