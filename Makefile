@@ -10,7 +10,7 @@ SANITIZE := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-san
 PROTOS := $(wildcard protos/lorastack/v1/*.proto)
 PROTOC = $(PY) -m grpc_tools.protoc -Iprotos --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) $(PROTOS)
 
-.PHONY: install proto check check-native format test test-quick test-real fuzz demo bench bench-parts bench-paging peers serve clean
+.PHONY: install proto check check-native format test test-quick test-real fuzz demo bench bench-load bench-parts bench-paging peers serve clean
 
 install: $(STAMP) $(LIBRARY)
 
@@ -67,6 +67,10 @@ demo: install
 # The whole table: tokens/s beside the memory's limit and every peer of `make peers`.
 bench: install
 	$(PY) -m benchmarks.speed
+
+# What speculation gains and costs at 1 to 64 concurrent rows: a table and a plot.
+bench-load: install
+	$(PY) -m benchmarks.load
 
 bench-parts: install
 	$(PY) -m benchmarks.step

@@ -36,12 +36,12 @@ class Ours:
 
     Whole replies, as the peers give them; what streaming costs a reader is in the gaps.
 
-    max_nodes: drafted tokens a step; 0: speculation off.
+    max_nodes: drafted tokens a step at most; None: the server decides; 0: speculation off.
     """
 
     address: str
     client: Background
-    max_nodes: int
+    max_nodes: int | None = None
 
     def generate(self, job: Job) -> Done:
         rows = zip(job.prompts, job.loras, strict=True)
@@ -54,9 +54,9 @@ class Ours:
         return pb.GenerateRequest(
             token_ids=pb.TokenIds(ids=prompt),
             loras=[pb.LoraRef(lora_id=lora_id) for lora_id in loras],
-            medusa_id=HEADS if self.max_nodes else "none",
+            medusa_id="none" if self.max_nodes == 0 else HEADS,
             speculation=pb.Speculation(
-                mode=pb.AUTO if self.max_nodes else pb.OFF, max_nodes=self.max_nodes or None
+                mode=pb.OFF if self.max_nodes == 0 else pb.AUTO, max_nodes=self.max_nodes or None
             ),
             stop=pb.StopParams(max_new_tokens=new_tokens, ignore_eos=True),
         ).SerializeToString()

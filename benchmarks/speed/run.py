@@ -21,7 +21,6 @@ from benchmarks.step import bandwidth
 T = TypeVar("T")
 
 TREES = (4, 8, 12, 16)
-DEFAULT_NODES = 8
 MATHS_TOKENS = 128
 BANDWIDTH_READS = 5
 
@@ -43,7 +42,7 @@ class Run:
         self._server, self._watcher = server, watcher
         self._off = Ours(server, sender, 0)
         self._trees = {f"{AUTO} {nodes}": Ours(server, sender, nodes) for nodes in TREES}
-        self._auto = Ours(server, sender, DEFAULT_NODES)
+        self._auto = Ours(server, sender)
         self._peers, self._prompts = peers, prompts
         self.results = Results()
         self.gaps: list[latency.Gaps] = []
@@ -76,11 +75,11 @@ class Run:
         return plain | able
 
     def _maths(self, number: int) -> None:
-        """One maths question as it comes, with heads of every tree size."""
+        """One maths question as it comes, with trees as the server likes and with smaller ones."""
         say(number, MATHS)
         prompt = self._prompts.maths[number % len(self._prompts.maths)]
         job = Job([prompt], MATHS_TOKENS, [()])
-        engines: dict[str, Engine] = {OFF: self._off, **self._trees}
+        engines: dict[str, Engine] = {OFF: self._off, AUTO: self._auto, **self._trees}
         engines |= {name: peer for name, peer in self._peers.items() if name == "llama_cpp"}
         for name, engine in rotated(engines, number).items():
             done = engine.generate(job)

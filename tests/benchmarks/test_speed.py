@@ -10,7 +10,7 @@ from benchmarks.speed.cases import all_cases
 from benchmarks.speed.chart import chart
 from benchmarks.speed.engines import Reply, done
 from benchmarks.speed.latency import gaps
-from benchmarks.speed.results import BANDWIDTH, MATHS, OFF, Bar, Results, bars
+from benchmarks.speed.results import AUTO, BANDWIDTH, MATHS, OFF, Bar, Results, bars
 from lorastack.cli.traffic import Outcome
 
 
@@ -50,7 +50,7 @@ def test_ratios_are_medians_of_rounds() -> None:
 
 def test_a_bar_without_its_peer_is_not_reached_nor_missed() -> None:
     results = Results()
-    for engine, rate in ((OFF, 10.0), ("auto 4", 12.0), ("auto 8", 15.0)):
+    for engine, rate in ((OFF, 10.0), ("auto 4", 16.0), (AUTO, 15.0)):
         results.add(MATHS, engine, rate)
     results.add("base, 1 rows", OFF, 8.0)
     results.add("base, 1 rows", BANDWIDTH, 270.0)
@@ -58,7 +58,7 @@ def test_a_bar_without_its_peer_is_not_reached_nor_missed() -> None:
     reached = {bar.name: bar.row for bar in bars(results, {"p99": 1.2, "stall": 2.5})}
     assert reached["batch 1 OFF over llama.cpp"]["reached"] == "not measured"
     assert reached["batch 1 OFF of its floor"]["reached"] == "yes"
-    assert reached["maths auto 8 over OFF"]["measured"] == "1.50"
+    assert reached["maths AUTO over OFF"]["measured"] == "1.50"
     assert reached["p99 gap over median, 8 rows"]["reached"] == "yes"
     assert reached["longest gap during a long prompt"]["reached"] == "no"
     assert Bar("x", 1.0, 1.0).row["reached"] == "yes"
