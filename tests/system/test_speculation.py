@@ -102,7 +102,7 @@ def run_batch(cases: Cases, seed: int, seen: Seen) -> int:
         try:
             compare(request, alone[request.request_id], outputs[request.request_id])
         except AssertionError as error:
-            error.add_note(f"seed {seed}, {script}, {request}")
+            error.add_note(f"{request} in {script}")
             raise
         seen.add(request, outputs[request.request_id], script)
     return len(requests)
@@ -149,7 +149,11 @@ def test_drafts_change_no_token(
     monkeypatch.setattr(Row, "preempt", counted)
     num_cases, seed = 0, pytestconfig.getoption("--fuzz-seed")
     while num_cases < pytestconfig.getoption("--fuzz-cases"):
-        num_cases += run_batch(kinds[seed % len(kinds)], seed, seen)
+        try:
+            num_cases += run_batch(kinds[seed % len(kinds)], seed, seen)
+        except Exception as error:
+            error.add_note(f"again: --fuzz-seed {seed} --fuzz-cases 1")
+            raise
         seed += 1
     print(seen)  # shown when one of these is missing
     if num_cases < 400:  # one that failed, again
