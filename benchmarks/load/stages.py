@@ -31,7 +31,14 @@ from benchmarks.speed.cases import read
 from benchmarks.speed.results import AUTO, MATHS
 from examples.local_server import ADAPTERS, ADDRESS
 from lorastack.client import Client
-from lorastack.config import AdapterConfig, ModelConfig, ServerConfig, ServiceConfig, share_cores
+from lorastack.config import (
+    AdapterConfig,
+    EngineConfig,
+    ModelConfig,
+    ServerConfig,
+    ServiceConfig,
+    share_cores,
+)
 
 Clocks = dict[str, float]  # seconds by stage, and "steps"
 
@@ -42,7 +49,7 @@ ADDED = ("choose_heads", "draft trees", "accept", "_move_kv", "run heads", "lear
 
 
 def main(
-    rows: Annotated[str, typer.Option(help="Concurrent rows.")] = "1,8,32",
+    rows: Annotated[str, typer.Option(help="Concurrent rows.")] = "1,8,64",
     each: Annotated[int, typer.Option(help="Requests a row.")] = 3,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
 ) -> None:
@@ -55,6 +62,7 @@ def main(
     with tempfile.TemporaryDirectory(prefix="lorastack-") as folder:
         config = ServerConfig(
             model=ModelConfig(dtype="bfloat16", threads=threads),
+            engine=EngineConfig(max_rows=64),
             adapters=AdapterConfig(store=Path(folder, "store")),
             service=ServiceConfig(port=0),
         )
