@@ -284,7 +284,7 @@ class Scheduler:
             self._speculator.learn(row, result)
         row.num_computed += len(step.token_ids) - len(drafted) + len(result.sources)
         row.draft = result.draft
-        if self._speculator.max_nodes(row):
+        if not step.decodes and self._speculator.max_nodes(row):
             row.read(row.num_computed)
         size = self._pages.page_size
         tokens = row.tokens + list(result.tokens)

@@ -16,9 +16,10 @@ from lorastack.speculation.candidates import Chain, Proposals, Stream, forced, l
 from lorastack.speculation.drafted import Drafted
 
 MAX_CHAIN = 16  # tokens that prompt lookup or a grammar proposes
-# So often heads run that do not pay, and drafts are verified that do not: what is known of their
-# worth and cost may be wrong, or have changed.
+# So often a row's heads run that do not pay, and drafts are verified that do not: what is known of
+# their worth and cost may be wrong, or have changed.
 PROBE_STEPS = 32
+MAX_PAUSE = 16  # steps for which nobody looks for drafts, once none paid for long
 NO_HEADS = ""  # stands for a digest
 
 
@@ -31,8 +32,10 @@ class Speculator:
         self._changed: set[str] = set()  # digests of those that learnt since `take_learned`
         self._costs = costs
         self._max_nodes = max_nodes
-        self._num_steps = 0  # with something to draft
+        self._num_steps = 0
+        self._pause = self._pause_left = 0  # steps without drafts, see `draft`
         self._idle: set[Row] = set()  # rows whose heads do not run in this step
+        self._dull: set[str] = set()  # heads digests that run for no row
 
     def max_nodes(self, row: Row) -> int:
         """0: the row's request wants no drafts."""
@@ -50,15 +53,22 @@ class Speculator:
         self._idle = {
             row
             for row, calibration, pay in zip(drafting, known, paying, strict=True)
-            if not pay and calibration.familiar and row.num_generated % PROBE_STEPS
+            if not pay and calibration.familiar
         }
+        self._dull = {_digest(row) for row in self._idle}
+        self._dull -= {_digest(row) for row in drafting if row not in self._idle}
+        self._num_steps += 1
+        if self._idle and self._num_steps % PROBE_STEPS == 0:
+            self._idle.remove(next(row for row in drafting if row in self._idle))
 
     def wants_heads(self, row: Row) -> bool:
         """Whether the row's heads shall run in this step.
 
         Of three tokens left this step makes one and the next, with a draft, two.
         """
-        return self._has_heads(row) and row not in self._idle and row.num_left > 2
+        if not self._has_heads(row) or row.num_left <= 2 or row in self._idle:
+            return False
+        return row.num_generated > 0 or _digest(row) not in self._dull
 
     def draft(
         self, rows: Sequence[Row], fixed_tokens: int, num_drawing: int
@@ -66,15 +76,21 @@ class Speculator:
         """The trees of rows that decode; None: a row brings its last token alone.
 
         fixed_tokens: of the whole step without trees. num_drawing: its rows that make a token.
+
+        While nothing pays, looking for it would be all that speculation does to a step: then it is
+        done after one step, two, four and so on, but for rows whose heads ran.
         """
-        streams = [self._stream(row) for row in rows]
+        paused = self._pause_left > 0
+        self._pause_left -= paused
+        streams = [self._stream(row, paused) for row in rows]
         drafting = [stream for stream in streams if stream is not None]
         if not drafting:
             return [None] * len(rows)
         worths = [stream.worths() for stream in drafting]
         allotted = allot(worths, fixed_tokens, num_drawing, self._costs.step)
-        self._num_steps += 1
-        if not any(allotted) and self._num_steps % PROBE_STEPS == 0:
+        self._pause = 0 if any(allotted) else min(2 * self._pause + 1, MAX_PAUSE)
+        self._pause_left = self._pause
+        if self._pause and self._num_steps % PROBE_STEPS == 0:
             allotted = [min(len(stream.nodes), 1) for stream in drafting]
         counts = iter(allotted)
         trees: list[Drafted | None] = []
@@ -110,11 +126,11 @@ class Speculator:
         self.calibrations.pop(digest, None)
         self._changed.discard(digest)
 
-    def _stream(self, row: Row) -> Stream | None:
-        """None: nothing may be drafted, or there is nothing to."""
+    def _stream(self, row: Row, paused: bool) -> Stream | None:
+        """None: nothing may be drafted, or there is nothing to. paused: only if its heads ran."""
         row.found = (0, ())
         max_nodes, max_depth = self.max_nodes(row), row.num_left - 1
-        if not max_nodes or max_depth < 1:
+        if not max_nodes or max_depth < 1 or (paused and row.draft is None):
             return None
         calibration = self._calibration(row)
         limit = min(max_depth, MAX_CHAIN)
