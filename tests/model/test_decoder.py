@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from lorastack.lora.segments import LoraBatch
 from lorastack.model.context import ForwardBatch, RowSpan
 from lorastack.model.decoder import Decoder, load_decoder
-from lorastack.model.kv import KVCache
+from lorastack.model.kv import KVCache, Move
 from tests.helpers.tiny import VOCAB_SIZE, build_llama, build_mistral
 
 CPU = torch.device("cpu")
@@ -192,7 +192,7 @@ def test_accepted_path_is_moved_into_place(folder: Path):
     run(decoder, kv, prompt, RowSpan(0, 26, pages, 0))
     nodes = tokens(6, seed=8)
     run(decoder, kv, nodes, RowSpan(0, 6, pages, 26, (-1, 0, 0, 0, 2, 4)))
-    kv.move(pages, [26 + 2, 26 + 4, 26 + 5], [26 + 1, 26 + 2, 26 + 3])
+    kv.move([Move(pages, [26 + 2, 26 + 4, 26 + 5], [26 + 1, 26 + 2, 26 + 3])])
     path = [nodes[0], nodes[2], nodes[4], nodes[5]]
     (last,) = tokens(1, seed=9)
     result = run(decoder, kv, [last], RowSpan(0, 1, pages, 30))

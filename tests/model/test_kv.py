@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from lorastack.layout import ModelShapes
-from lorastack.model.kv import KVCache, page_nbytes
+from lorastack.model.kv import KVCache, Move, page_nbytes
 
 
 def filled(shapes: ModelShapes) -> KVCache:
@@ -22,19 +22,22 @@ def by_slot(data: torch.Tensor) -> torch.Tensor:
 def test_overlapping_move_reads_before_it_writes(tiny_llama_shapes: ModelShapes):
     kv = filled(tiny_llama_shapes)
     before = kv.data.clone()
-    table = [4, 1, 3]
-    kv.move(table, [5, 6, 9], [4, 5, 6])
+    table, other = [4, 1, 3], [2, 0]
+    kv.move([Move(table, [5, 6, 9], [4, 5, 6]), Move(other, [3], [1])])
     where = {slot: (table[slot // 4], slot % 4) for slot in range(12)}
-    for src, dst in ((5, 4), (6, 5), (9, 6)):
-        assert torch.equal(by_slot(kv.data)[:, *where[dst]], by_slot(before)[:, *where[src]])
+    pairs = [(where[src], where[dst]) for src, dst in ((5, 4), (6, 5), (9, 6))]
+    pairs.append(((2, 3), (2, 1)))
+    for src, dst in pairs:
+        assert torch.equal(by_slot(kv.data)[:, *dst], by_slot(before)[:, *src])
     changed = by_slot(kv.data != before).flatten(3).any(-1).any(0).nonzero().tolist()
-    assert changed == sorted(list(where[slot]) for slot in (4, 5, 6))
+    assert changed == sorted(list(dst) for _, dst in pairs)
 
 
 def test_moving_nothing(tiny_llama_shapes: ModelShapes):
     kv = filled(tiny_llama_shapes)
     before = kv.data.clone()
-    kv.move([0], [], [])
+    kv.move([])
+    kv.move([Move([0], [], [])])
     assert torch.equal(kv.data, before)
 
 

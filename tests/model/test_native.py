@@ -18,7 +18,7 @@ from lorastack.lora.weights import LoraWeights
 from lorastack.model.checkpoint import Checkpoint
 from lorastack.model.config import load_config
 from lorastack.model.decoder import Decoder, load_decoder
-from lorastack.model.kv import KVCache
+from lorastack.model.kv import KVCache, Move
 from lorastack.model.native import NativeBackend
 from tests.helpers.adapters import write_lora
 from tests.helpers.native import RowPart, Uses, lay_out, run
@@ -146,7 +146,7 @@ def test_a_rows_bits_do_not_depend_on_its_company(world: World, seed: int) -> No
             mine, path = RowPart(ids[done : done + size], done, pages, stack), list(range(size))
         results = run(world.native, world.loras, kv, [*others[:place], mine, *others[place:]])
         assert torch.equal(results[min(place, len(others))][path], alone[done : done + size])
-        kv.move(pages, [done + node for node in path], list(range(done, done + size)))
+        kv.move([Move(pages, [done + node for node in path], list(range(done, done + size)))])
         done += size
 
 

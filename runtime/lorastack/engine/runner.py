@@ -17,7 +17,7 @@ from lorastack.engine.stacks import Stacks
 from lorastack.errors import InternalError, Reason
 from lorastack.model.context import ForwardBatch, RowSpan
 from lorastack.model.decoder import Decoder
-from lorastack.model.kv import KVCache
+from lorastack.model.kv import KVCache, Move
 from lorastack.request import TokenLogprobs
 from lorastack.sampling.sampler import token_logprobs
 from lorastack.speculation.accept import Accepted
@@ -92,16 +92,16 @@ class Runner:
         return forward, sampled
 
     def _move_kv(self, sampled: list[Sampled], accepted: list[Accepted]) -> None:
-        """The accepted path's KV behind its root's, in order."""
+        """The accepted paths' KV behind their roots', in order."""
+        moves = []
         for row, path in zip(sampled, accepted, strict=True):
             places = tuple(range(1, len(path.path) + 1))
             if path.path != places:
                 step = row.step
-                self._kv.move(
-                    step.page_table,
-                    [step.committed + node for node in path.path],
-                    [step.committed + place for place in places],
-                )
+                src = [step.committed + node for node in path.path]
+                dst = [step.committed + place for place in places]
+                moves.append(Move(step.page_table, src, dst))
+        self._kv.move(moves)
 
     @staticmethod
     def _result(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,14 @@ def page_nbytes(shapes: ModelShapes, page_size: int, dtype: torch.dtype) -> int:
     """Bytes of one page over all layers."""
     per_slot = 2 * shapes.num_kv_heads * shapes.head_dim * dtype.itemsize
     return shapes.num_layers * page_size * per_slot
+
+
+class Move(NamedTuple):
+    """A row's logical slots src, and where their content goes."""
+
+    page_table: Sequence[int]
+    src: Sequence[int]
+    dst: Sequence[int]
 
 
 class KVCache:
@@ -53,19 +62,22 @@ class KVCache:
         if pages.numel():
             self.data.index_fill_(1, pages, 0)
 
-    def move(self, page_table: Sequence[int], src: Sequence[int], dst: Sequence[int]) -> None:
-        """Copy a row's logical slots src to dst, keys and values of all layers.
+    def move(self, moves: Sequence[Move]) -> None:
+        """Copy slots of rows, keys and values of all layers.
 
-        All of src is read before dst is written, so they may overlap.
+        Everything is read before anything is written, so a row's slots may overlap.
         """
-        assert len(src) == len(dst), "as many sources as destinations"
-        if not src:
+        places = [
+            (*self._place(table, src), *self._place(table, dst))
+            for table, sources, destinations in moves
+            for src, dst in zip(sources, destinations, strict=True)
+        ]
+        if not places:
             return
+        src_pages, src_slots, pages, slots = torch.tensor(places, device=self.data.device).unbind(1)
         by_slot = self.data.movedim(4, 2)  # [num_layers, num_pages, page_size, 2, ...]
-        by_slot[:, *self._places(page_table, dst)] = by_slot[:, *self._places(page_table, src)]
+        by_slot[:, pages, slots] = by_slot[:, src_pages, src_slots]
 
-    def _places(self, page_table: Sequence[int], slots: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Page and place within it of logical slots."""
-        places = [(page_table[slot // self.page_size], slot % self.page_size) for slot in slots]
-        pages, offsets = torch.tensor(places, device=self.data.device).unbind(1)
-        return pages, offsets
+    def _place(self, page_table: Sequence[int], slot: int) -> tuple[int, int]:
+        """Page and place within it of a logical slot."""
+        return page_table[slot // self.page_size], slot % self.page_size
