@@ -6,7 +6,7 @@ learnt from the steps that ran. The budget keeps the sum below `STRETCH` times t
 
 from __future__ import annotations
 
-STRETCH = 1.3  # of a step without a prompt; with the clock's noise less than twice
+STRETCH = 1.5  # of a step without a prompt; with the clock's noise less than twice
 MIN_TOKENS = 16  # a prompt always goes on
 _WEIGHT = 0.2  # of the newest step
 _FULL_WEIGHT_TOKENS = 32  # fewer prompt tokens say less about the price of one
