@@ -87,13 +87,15 @@ def send_all(address: str, requests: list[bytes]) -> list[Reply]:
 
 
 def done(replies: Sequence[Reply]) -> Done:
-    """The batch's times: its prompts end when every row has its first token. What a row had made by
-    then is taken from its own steady rate."""
+    """The batch's times: its prompts end when every row has its first token. What a row made after
+    that is taken from its own steady rate; one that had ended made nothing."""
     began = min(reply.sent for reply in replies)
     first = max(reply.first for reply in replies)
     ended = max(reply.ended for reply in replies)
     later = [
-        (r.tokens - 1) * (r.ended - first) / (r.ended - r.first) for r in replies if r.tokens > 1
+        (r.tokens - 1) * max(r.ended - first, 0.0) / (r.ended - r.first)
+        for r in replies
+        if r.tokens > 1
     ]
     return Done(first - began, ended - first, round(sum(later)), [])
 

@@ -59,5 +59,6 @@ def _request(prompt: list[int], new_tokens: int) -> pb.GenerateRequest:
     return pb.GenerateRequest(
         token_ids=pb.TokenIds(ids=prompt),
         medusa_id="none",
+        speculation=pb.Speculation(mode=pb.OFF),
         stop=pb.StopParams(max_new_tokens=new_tokens, ignore_eos=True),
     )
