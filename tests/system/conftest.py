@@ -13,9 +13,7 @@ from tests.helpers.live import ROOMY, LiveServer
 from tests.helpers.zoo import build_zoo
 
 # 22 pages for 8 rows and room for a few adapters only: rows preempt, adapters come and go.
-TIGHT = EngineConfig(
-    kv_memory=22 * 16 * KIB, max_rows=8, max_step_tokens=24, max_nodes=6
-)
+TIGHT = EngineConfig(kv_memory=22 * 16 * KIB, max_rows=8, max_step_tokens=24, max_nodes=6)
 TIGHT_ADAPTERS = 160 * KIB
 
 StartServer = Callable[..., LiveServer]
