@@ -1,7 +1,7 @@
 """What do the example heads give? Tokens a step, acceptance, and time against no drafts.
 
-Every prompt runs OFF and then AUTO with each tree size, one request at a time, through gRPC,
-greedy, with the chat template. Tokens a step leaves the prompt's own step out: (generated - 1) over
+Every prompt runs OFF and then AUTO with trees of at most so many nodes, one request at a time,
+through gRPC, greedy, with the chat template. Tokens a step leaves the prompt's own step out: (generated - 1) over
 decode steps. Speed is the median over prompts of (OFF's decode time a token) / (AUTO's), counted
 from the first token.
 
