@@ -1,9 +1,9 @@
 """What do the example heads give? Tokens a step, acceptance, and time against no drafts.
 
 Every prompt runs OFF and then AUTO with trees of at most so many nodes, one request at a time,
-through gRPC, greedy, with the chat template. Tokens a step leaves the prompt's own step out: (generated - 1) over
-decode steps. Speed is the median over prompts of (OFF's decode time a token) / (AUTO's), counted
-from the first token.
+through gRPC, greedy, with the chat template. Tokens a step leaves the prompt's own step out:
+(generated - 1) over decode steps. Speed is the median over prompts of (OFF's decode time a token) /
+(AUTO's), counted from the first token.
 
     python -m benchmarks.heads                      # prompts that come with the project
     python -m benchmarks.heads --maths my.jsonl     # {"prompt": ...} or {"question": ...} a line
