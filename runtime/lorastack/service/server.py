@@ -222,7 +222,10 @@ class Server:
             raise
 
     async def stop(self, timeout: float) -> None:
-        """NOT_SERVING, new calls UNAVAILABLE; running ones get `timeout` seconds, then the same."""
+        """NOT_SERVING, new calls UNAVAILABLE; running ones get `timeout` seconds, then the same.
+
+        May be called again.
+        """
         began = time.monotonic()
         self._guard.draining = True
         if self._background is not None:
@@ -238,8 +241,9 @@ class Server:
             await asyncio.to_thread(self._metrics_server.close)
         self._pool.close()
         await asyncio.to_thread(self._transfers.close)
-        if self._keeper is not None:
-            await self._keeper.save()
+        keeper, self._keeper = self._keeper, None
+        if keeper is not None:
+            await keeper.save()
         self._workers.shutdown(cancel_futures=True)
         self._uploader.shutdown(cancel_futures=True)
         self._registry.close()
