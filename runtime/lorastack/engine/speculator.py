@@ -78,7 +78,7 @@ class Speculator:
         fixed_tokens: of the whole step without trees. num_drawing: its rows that make a token.
 
         While nothing pays, looking for it would be all that speculation does to a step: then it is
-        done after one step, two, four and so on, but for rows whose heads ran.
+        left out for one step, three, seven and so on, but for rows whose heads ran.
         """
         paused = self._pause_left > 0
         self._pause_left -= paused

@@ -46,10 +46,20 @@ def draw(
         and native.supported(native.Isa.AVX512)
     ):
         return draw_torch(logits_XV, rows, params, indices)
-    tokens = _draw_native(logits_XV, rows, params, indices)
-    for place, wanted in enumerate(params):
-        if wanted.typical_p < 1:
-            tokens[place] = _draw_row(logits_XV[rows[place]], wanted, indices[place])
+    tokens = [0] * len(rows)
+    for draw_some, places in (
+        (_draw_native, [place for place, wanted in enumerate(params) if wanted.typical_p >= 1]),
+        (draw_torch, [place for place, wanted in enumerate(params) if wanted.typical_p < 1]),
+    ):
+        if places:
+            found = draw_some(
+                logits_XV,
+                [rows[place] for place in places],
+                [params[place] for place in places],
+                [indices[place] for place in places],
+            )
+            for place, token in zip(places, found, strict=True):
+                tokens[place] = token
     return tokens
 
 
