@@ -17,13 +17,14 @@ KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 class ModelConfig:
     """model: folder or hub id; None: the embedded default. dtype: auto or torch's name of one.
 
-    backend: auto, torch or native.
+    backend: auto, torch or native. quantize: int8 or int4 weights of the base model.
     """
 
     model: str | None = None
     device: str = "auto"
     dtype: str = "auto"
     backend: str = "auto"
+    quantize: str | None = None
     threads: int | None = None
     max_context: int | None = None  # tokens; None: the model's own
 

@@ -74,6 +74,7 @@ def load_decoder(
     dtype: torch.dtype | None,
     max_context: int | None,
     native: bool = True,
+    quantize: str | None = None,
 ) -> Decoder:
     """Load a Hugging Face folder. InvalidArgumentError names what is not supported.
 
