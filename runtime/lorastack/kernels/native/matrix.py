@@ -44,7 +44,10 @@ def pack_matrix(
     outputs, inputs = weight_OI.shape
     padded = _padded(weight_OI, 0, -inputs % PAD, 0, -outputs % PAD)
     bias = None if bias_O is None else _padded(bias_O.float(), 0, -outputs % PAD)
-    return PackedMatrix(keep(_panels(padded)), bias, padded.shape[1])
+    panels = keep(_panels(padded))
+    if weight_OI.dtype == torch.bfloat16:
+        panels = panels.unsqueeze(-1).view(torch.bfloat16)
+    return PackedMatrix(panels, bias, padded.shape[1])
 
 
 def pack_pair(
@@ -85,9 +88,7 @@ def _in_turn(halves: list[Tensor]) -> Tensor:
 
 
 def _panels(weight_OI: Tensor) -> Tensor:
-    """A view in the order of panels."""
-    outputs, inputs = weight_OI.shape
+    """A view in the order of panels; of bfloat16 as pairs in one value, which torch moves faster."""
     if weight_OI.dtype == torch.bfloat16:
-        pairs = weight_OI.view(outputs // LANES, LANES, inputs // 2, 2)
-        return pairs.transpose(1, 2)
-    return weight_OI.view(outputs // LANES, LANES, inputs).transpose(1, 2)
+        weight_OI = weight_OI.view(torch.int32)
+    return weight_OI.view(-1, LANES, weight_OI.shape[1]).transpose(1, 2)
