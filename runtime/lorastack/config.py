@@ -38,7 +38,7 @@ class EngineConfig:
     max_rows: int = 32  # running at once
     max_queue: int = 256  # waiting
     max_step_tokens: int = 256  # of prompts; fewer beside rows that decode, see engine.pace
-    max_nodes: int = 64  # drafted tokens a row and step at most, when the request does not say
+    max_nodes: int = 63  # drafted tokens a row and step at most, when the request does not say
     max_buffered_events: int = 64  # a slow reader's unread events before its row parks
 
 

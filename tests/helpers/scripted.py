@@ -131,7 +131,7 @@ class ScriptedDrafter:
         drafts: list[Draft | None] = []
         first = 0  # of the row's nodes in hidden_XH
         for step, place in zip(steps, last, strict=True):
-            depth = step.tree.depths[place - first] if step.tree else 0
+            depth = len(step.tree.path_to(place - first)) if step.tree else 0
             first += step.tree.num_nodes if step.tree else 1
             drafts.append(self._draft(step, step.num_generated + depth + 1))
         return drafts

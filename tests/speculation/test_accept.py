@@ -162,7 +162,7 @@ def test_typical_acceptance_is_medusas(pairs: list[tuple[Drafted, TypicalAccepta
         looked.extend(level)
         found = []
         for row, node, depth in level:
-            assert depth == rows[row].depths[node]
+            assert depth == len(rows[row].path_to(node))
             chances = chances_after(context_at(rows[row], node))
             children = rows[row].children[node]
             found.append((entropy_of(chances), [chances[rows[row].tokens[c]] for c in children]))

@@ -43,7 +43,7 @@ def chances(given_: Proposals, calibration: Calibration, path: Path) -> dict[int
     found: dict[int, float] = {}
     if depth < len(given_.ids):
         for token, log in zip(given_.ids[depth], given_.logprobs[depth], strict=True):
-            found[token] = calibration.probability(depth, log)
+            found[token] = calibration.probabilities(depth, (log,))[0]
     for chain in given_.chains:
         if path == tuple(chain.tokens[:depth]) and depth < len(chain.tokens):
             token, chance = chain.tokens[depth], chain.chances[depth]
@@ -107,7 +107,8 @@ def test_a_prefix_of_the_stream_is_a_tree(
     drafted = stream.drafted(7, size)
     assert drafted.num_nodes == 1 + size
     assert (drafted.tokens[0], drafted.parents[0]) == (7, -1)
-    assert list(drafted.depths[1:]) == [node.depth for node in stream.nodes[:size]]
+    depths = [len(drafted.path_to(node)) for node in range(1, 1 + size)]
+    assert depths == [node.depth for node in stream.nodes[:size]]
     for children in drafted.children:
         tokens = [drafted.tokens[child] for child in children]
         assert len(set(tokens)) == len(tokens)

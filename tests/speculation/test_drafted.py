@@ -26,7 +26,7 @@ def test_the_worked_example_of_the_formats_page() -> None:
         (7, 10, 11, 20, 21, 20), (-1, 0, 0, 1, 1, 2), (TokenSource.MODEL, *[heads] * 5)
     )
     assert drafted.num_nodes == 6
-    assert drafted.depths == (0, 1, 1, 2, 2, 2)
+    assert [drafted.path_to(node) for node in (0, 2, 5)] == [[], [11], [11, 20]]
     assert drafted.children == ((1, 2), (3, 4), (5,), (), (), ())
     assert (drafted.child(1, 20), drafted.child(2, 20), drafted.child(2, 21)) == (3, 5, None)
 
@@ -38,7 +38,7 @@ def test_derived_fields_follow_the_parents(drafted: Drafted) -> None:
         at = node
         while (at := drafted.parents[at]) >= 0:
             above.append(at)
-        assert drafted.depths[node] == len(above)
+        assert drafted.path_to(node) == [drafted.tokens[n] for n in (node, *above) if n][::-1]
         assert set(drafted.children[node]) == {
             other for other in range(drafted.num_nodes) if drafted.parents[other] == node
         }
@@ -55,6 +55,6 @@ def test_a_token_leads_to_the_child_that_carries_it(drafted: Drafted, token: int
 
 def test_a_root_alone_drafts_nothing() -> None:
     root = Drafted.root(5)
-    assert (root.num_nodes, root.depths, root.children) == (1, (0,), ((),))
+    assert (root.num_nodes, root.children) == (1, ((),))
     assert root.sources == (TokenSource.MODEL,)
     assert root.child(0, 5) is None

@@ -74,12 +74,8 @@ class Calibration:
 
     # -- heads ------------------------------------------------------------------------------------
 
-    def probability(self, head: int, logprob: float) -> float:
-        """Chance that a head's (0-based) candidate is drawn, the path before it being accepted."""
-        return self.probabilities(head, (logprob,))[0]
-
     def probabilities(self, head: int, logprobs: Sequence[float]) -> list[float]:
-        """Of several candidates of one head."""
+        """Chances that a head's (0-based) candidates are drawn, the path before being accepted."""
         ratios = self._cells(head).ratios
         return [min(math.exp(log) * ratios[_bin(log)], _SURE) for log in logprobs]
 

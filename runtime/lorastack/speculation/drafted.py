@@ -30,14 +30,6 @@ class Drafted:
         return len(self.tokens)
 
     @cached_property
-    def depths(self) -> tuple[int, ...]:
-        """Per node: its offset in position from the root, whose depth is 0."""
-        depths = [0]
-        for parent in self.parents[1:]:
-            depths.append(depths[parent] + 1)
-        return tuple(depths)
-
-    @cached_property
     def children(self) -> tuple[tuple[int, ...], ...]:
         """Per node, in the order of nodes."""
         children: list[list[int]] = [[] for _ in self.parents]
