@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,8 @@ from lorastack.layout import ModelShapes
 CONFIG_CLASSES = {"llama": "LlamaConfig", "mistral": "MistralConfig"}
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
+# Files in which tools say how they quantised the weights -> those that write them so.
+QUANTISERS = {"quantize_config.json": "GPTQ", "quant_config.json": "AWQ"}
 # What the decoder reads of a config.json, and the types it has there.
 FIELDS = {
     **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"), int),
@@ -32,6 +35,7 @@ class DecoderConfig:
     """shapes.max_context is the limit in force. window: tokens, None for full attention.
 
     inv_freq: RoPE frequencies [D / 2], float32; rope_scale multiplies cos and sin (YaRN's).
+    has_heads: Medusa heads lie beside the backbone.
     """
 
     shapes: ModelShapes
@@ -41,6 +45,7 @@ class DecoderConfig:
     mlp_bias: bool
     inv_freq: Tensor
     rope_scale: float
+    has_heads: bool = False
 
 
 def load_config(folder: Path, max_context: int | None) -> DecoderConfig:
@@ -57,6 +62,7 @@ def load_config(folder: Path, max_context: int | None) -> DecoderConfig:
         window=config.sliding_window if config.model_type == "mistral" else None,
         attention_bias=bool(getattr(config, "attention_bias", False)),
         mlp_bias=bool(getattr(config, "mlp_bias", False)),
+        has_heads="medusa_num_heads" in raw,
         **_rope(config, max_context),
     )
 
@@ -83,9 +89,7 @@ def _parse(raw: dict[str, Any], folder: Path) -> Any:
     model_type = raw.get("model_type")
     if model_type not in CONFIG_CLASSES:
         raise _unsupported(f"model type {model_type!r}", " or ".join(CONFIG_CLASSES))
-    if quantization := raw.get("quantization_config"):
-        method = quantization.get("quant_method", "unnamed")
-        raise _unsupported(f"quantization {method!r}", "float32, bfloat16 or float16 weights")
+    _refuse_quantised(raw, folder)
     config = _plain(raw) or _by_transformers(raw, folder)
     if config.hidden_act not in ("silu", "swish"):
         raise _unsupported(f"activation {config.hidden_act!r}", "silu")
@@ -95,6 +99,24 @@ def _parse(raw: dict[str, Any], folder: Path) -> Any:
             f"{config.num_key_value_heads} key-value heads evenly: correct config.json"
         )
     return config
+
+
+def _refuse_quantised(raw: dict[str, Any], folder: Path) -> None:
+    """Weights that GPTQ, AWQ and the like made; some of their tools describe them apart."""
+    if quantization := raw.get("quantization_config"):
+        named = isinstance(quantization, dict)
+        method = str(quantization.get("quant_method", "unnamed") if named else quantization)
+        where = "config.json"
+    else:
+        found = [name for name in QUANTISERS if (folder / name).is_file()]
+        if not found:
+            return
+        where, method = found[0], QUANTISERS[found[0]]
+    raise InvalidArgumentError(
+        f"{where} of {folder} says that the weights are quantised by {method[:64]}, which "
+        "is not supported: use the original checkpoint, with --quantize int8 or int4",
+        reason=Reason.UNSUPPORTED_MODEL,
+    )
 
 
 def _plain(raw: dict[str, Any]) -> Any:
@@ -118,8 +140,9 @@ def _plain(raw: dict[str, Any]) -> Any:
 
 
 def _by_transformers(raw: dict[str, Any], folder: Path) -> Any:
-    import transformers
-
+    # Where another thread (the tokenizer's) is importing it, an import statement gives the module
+    # that transformers replaces at the end of its own import.
+    transformers = import_module("transformers")
     try:
         return getattr(transformers, CONFIG_CLASSES[raw["model_type"]]).from_dict(raw)
     except (ValueError, TypeError, KeyError, StrictDataclassError) as error:

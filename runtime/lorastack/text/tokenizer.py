@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,9 +58,9 @@ class Tokenizer:
 
         Raises InvalidArgumentError if there is none, or one that has no fast form.
         """
-        # Deferred: importing it takes half a second, which the weights are read in.
-        from transformers import PreTrainedTokenizerFast
-
+        # Deferred: importing it takes half a second, which the weights are read in. By a call, as a
+        # statement gives the module that it then replaces, where another thread is importing it.
+        kind = import_module("transformers").PreTrainedTokenizerFast
         try:
             tokenizer = _from_files(folder)
         except Exception as error:  # whatever a foreign file makes the loader raise
@@ -68,7 +69,7 @@ class Tokenizer:
                 "tokenizer.json or tokenizer.model.",
                 reason=Reason.INVALID_MODEL,
             ) from error
-        if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        if not isinstance(tokenizer, kind):
             raise InvalidArgumentError(
                 f"The tokenizer in {folder} ({type(tokenizer).__name__}) has no tokenizer.json "
                 "form: convert it with transformers and add the file.",
