@@ -10,7 +10,7 @@ SANITIZE := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-san
 PROTOS := $(wildcard protos/lorastack/v1/*.proto)
 PROTOC = $(PY) -m grpc_tools.protoc -Iprotos --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) $(PROTOS)
 
-.PHONY: install proto check check-native format test test-quick test-real fuzz demo bench bench-load bench-parts bench-paging peers serve clean
+.PHONY: install proto check check-native format test test-quick test-real test-mistral fuzz demo bench bench-load bench-parts bench-paging peers serve clean
 
 install: $(STAMP) $(LIBRARY)
 
@@ -56,6 +56,11 @@ test-quick: install
 
 test-real: install
 	$(VENV)/bin/pytest -m real
+
+# `make test` runs the same on a small model. The checkpoint (14.5 GB) is made once, in the cache
+# folder; LORASTACK_MISTRAL_7B=DIR|HUB_ID runs real weights. See the folder's conftest.py.
+test-mistral: install
+	$(VENV)/bin/pytest tests/integration/mistral_7b --full-size --timeout 2400
 
 # `make test` runs 500 of these cases; a failed one names its seed, for --fuzz-seed.
 fuzz: install

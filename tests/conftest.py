@@ -24,6 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--native-library", metavar="FILE", help="test this build of the kernels")
     parser.addoption("--fuzz-cases", type=int, default=500, help="of tests/system/test_speculation")
     parser.addoption("--fuzz-seed", type=int, default=0, help="of the first batch of these cases")
+    parser.addoption("--full-size", action="store_true", help="tests/integration/mistral_7b at 7B")
 
 
 def pytest_configure(config: pytest.Config) -> None:
