@@ -60,7 +60,12 @@ def test_a_plain_model_does_without_the_imports_of_transformers(tiny_llama: Path
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
         ({"architectures": None, "model_type": "qwen2"}, "qwen2"),
         ({"hidden_act": "gelu"}, "gelu"),
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
+        (
+            {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+            "gptq.*original.*--quantize",
+        ),
+        ({"quantization_config": {"quant_method": "awq"}}, "awq"),
+        ({"quantization_config": "fp8"}, "fp8"),
         (
             {"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4, "factor": 2.0}},
             "proportional",
@@ -119,3 +124,16 @@ def test_dynamic_rope_is_that_of_the_context_in_force(tiny_llama: Path, tmp_path
     assert torch.equal(load_config(folder, 40).inv_freq, plain)
     longer = load_config(folder, 128)
     assert longer.shapes.max_context == 128 and (longer.inv_freq < plain)[1:].all()
+
+
+@pytest.mark.parametrize(
+    ("name", "method"), [("quantize_config.json", "GPTQ"), ("quant_config.json", "AWQ")]
+)
+def test_weights_that_a_file_beside_the_config_calls_quantised_are_refused(
+    tiny_llama: Path, tmp_path: Path, name: str, method: str
+):
+    folder = edited(tiny_llama, tmp_path)
+    (folder / name).write_text("{}")
+    with pytest.raises(InvalidArgumentError, match=f"{name}.*{method}.*--quantize") as error:
+        load_config(folder, None)
+    assert error.value.reason is Reason.UNSUPPORTED_MODEL

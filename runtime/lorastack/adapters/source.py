@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Generator
+from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import BinaryIO
 
 from lorastack.adapters.manifest import FileSpec
 from lorastack.adapters.refusal import invalid
+from lorastack.adapters.upload import Upload
 from lorastack.config import KIB
 from lorastack.errors import InvalidArgumentError
 
@@ -78,3 +79,24 @@ def pieces_of(file: BinaryIO, offset: int) -> Pieces:
     file.seek(offset)
     while piece := file.read(PIECE):
         yield piece
+
+
+def copy_missing(
+    files: Sequence[SourceFile], upload: Upload, report: Callable[[int, int], None]
+) -> None:
+    """Writes what the store lacks, going on behind what an earlier try left.
+
+    report: gets the bytes done and those in all; what it raises ends the copy.
+    """
+    by_sha256 = {file.spec.sha256: file for file in files}
+    done = total = sum(file.spec.size for file in by_sha256.values())
+    done -= upload.num_missing
+    report(done, total)
+    for sha256, staged in list(upload.staged.items()):
+        offset = staged
+        with closing(by_sha256[sha256].read(staged)) as pieces:
+            for piece in pieces:
+                upload.write(sha256, offset, piece)
+                offset += len(piece)
+                done += len(piece)
+                report(done, total)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import FileIO
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,12 +20,15 @@ import torch
 from torch import Tensor
 
 from lorastack.errors import InvalidArgumentError, Reason
+from lorastack.model.download import Progress
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 MAX_HEADER = 100 << 20  # bytes, the limit of the safetensors library
 FINGERPRINT_BYTES = 4096  # of a tensor's head and tail
+PIECE = 4 << 20  # bytes that are read and converted at once: they stay in the caches
+AHEAD = 256 << 20  # bytes that the system is asked to read while those before are worked on
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,16 +43,29 @@ class StoredTensor:
 
 
 class Checkpoint:
-    """tensors: by name. InvalidArgumentError when files are missing or lie about themselves."""
+    """tensors: by name; nbytes: of all of them, as stored.
 
-    def __init__(self, folder: Path) -> None:
+    InvalidArgumentError when files are missing or lie about themselves.
+    """
+
+    def __init__(self, folder: Path, progress: Progress | None = None) -> None:
+        """progress: called as tensors are read, with bytes of all that there are."""
         self.folder = folder
         self.tensors: dict[str, StoredTensor] = {}
+        self._progress = progress
+        self._num_read = 0
         for file in _files(folder):
             for name, tensor in _read_header(file).items():
                 if name in self.tensors:
                     raise _invalid(f"{name} is stored in {self.tensors[name].file} and in {file}")
                 self.tensors[name] = tensor
+                if name.endswith(".qweight"):
+                    raise InvalidArgumentError(
+                        f"{file} holds weights quantised by GPTQ or AWQ ({name}), which are not "
+                        "supported: use the original checkpoint, with --quantize int8 or int4",
+                        reason=Reason.UNSUPPORTED_MODEL,
+                    )
+        self.nbytes = sum(stored.end - stored.start for stored in self.tensors.values())
 
     def read_into(self, name: str, out: Tensor) -> None:
         """Fill `out` (its rows contiguous, any device and float dtype) with the tensor `name`.
@@ -62,18 +80,31 @@ class Checkpoint:
                 f"{name} is {stored.dtype}: only {', '.join(DTYPES)} weights are supported"
             )
         dtype = DTYPES[stored.dtype]
-        direct = out.device.type == "cpu" and out.dtype == dtype
-        target = out if direct else torch.empty(stored.shape, dtype=dtype)
+        out_X = out.view(-1)
         with stored.file.open("rb", buffering=0) as stream:
             stream.seek(stored.start)
-            buffer = memoryview(target.view(torch.uint8).numpy().data).cast("B")
-            while buffer:
-                count = stream.readinto(buffer)
-                if not count:
-                    raise _invalid(f"{stored.file} ends inside {name}")
-                buffer = buffer[count:]
-        if not direct:
-            out.copy_(target)
+            _read_ahead(stream, stored.end)
+            if out.device.type == "cpu" and out.dtype == dtype:
+                self._fill(stream, out_X, name)
+            else:
+                # In pieces: the whole would be as large as the model's largest matrix, or twice.
+                buffer_X = torch.empty(PIECE // dtype.itemsize, dtype=dtype)
+                for start in range(0, len(out_X), len(buffer_X)):
+                    part_X = out_X[start : start + len(buffer_X)]
+                    self._fill(stream, buffer_X[: len(part_X)], name)
+                    part_X.copy_(buffer_X[: len(part_X)])
+
+    def _fill(self, stream: FileIO, out_X: Tensor, name: str) -> None:
+        """The stream's next bytes into a tensor on the CPU."""
+        buffer = memoryview(out_X.view(torch.uint8).numpy().data)
+        while buffer:
+            count = stream.readinto(buffer[:PIECE])
+            if not count:
+                raise _invalid(f"{self.folder} ends inside {name}")
+            buffer = buffer[count:]
+            self._num_read += count
+            if self._progress is not None:
+                self._progress(self._num_read, self.nbytes)
 
     def digest(self) -> bytes:
         """sha256 over every tensor's name, shape, dtype and the first and last bytes it has."""
@@ -91,6 +122,11 @@ class Checkpoint:
         if name not in self.tensors:
             raise _invalid(f"{self.folder} has no tensor {name}: the checkpoint is incomplete")
         return self.tensors[name]
+
+
+def _read_ahead(stream: FileIO, position: int) -> None:
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(stream.fileno(), position, AHEAD, os.POSIX_FADV_WILLNEED)
 
 
 def _files(folder: Path) -> list[Path]:

@@ -87,6 +87,7 @@ class ServedModel:
     max_context: int
     device: str
     dtype: str
+    quantization: str
     backend: str
 
 
@@ -102,7 +103,8 @@ class Preparer:
     """Turns calls into requests. Thread-safe: grammars aside, it holds no state of its own."""
 
     def __init__(self, model: ServedModel, registry: Registry, fixed_default: str) -> None:
-        """fixed_default: id of --medusa, which wins over what the store says; "" if not given."""
+        """fixed_default: --medusa, an id or NO_HEADS, which wins over what the store says; "" if
+        not given."""
         self._model = model
         self._registry = registry
         self._fixed_default = fixed_default
@@ -157,6 +159,8 @@ class Preparer:
     @property
     def default_medusa(self) -> str:
         """The id of the server's default heads; "" if there are none."""
+        if self._fixed_default == NO_HEADS:
+            return ""
         return self._fixed_default or self._registry.default_medusa()
 
     def default_heads(self) -> HeadsUse | None:
@@ -165,6 +169,8 @@ class Preparer:
         Those of --medusa must be there. Those that the store remembers may have been made for
         another base model; then requests go without.
         """
+        if self._fixed_default == NO_HEADS:
+            return None
         if self._fixed_default:
             return self.heads(self._fixed_default)
         stored = self._registry.default_medusa()

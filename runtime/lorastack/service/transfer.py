@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack
 from typing import BinaryIO
 
 from lorastack.adapters.blobs import damaged_blob
@@ -17,8 +17,7 @@ from lorastack.adapters.loader import be_nice
 from lorastack.adapters.manifest import FileSpec, Record
 from lorastack.adapters.registry import Registry
 from lorastack.adapters.rooted import open_folder
-from lorastack.adapters.source import PIECE, Limits, SourceFile
-from lorastack.adapters.upload import Upload
+from lorastack.adapters.source import PIECE, Limits, SourceFile, copy_missing
 from lorastack.config import AdapterConfig
 from lorastack.errors import (
     InvalidArgumentError,
@@ -116,7 +115,7 @@ class Transfers:
             specs = [file.spec for file in files]
             upload = self._registry.begin_upload(request.id, specs, if_digest)
             try:
-                _copy(files, upload, progress)
+                copy_missing(files, upload, progress.report)
             except (UnavailableError, RequestCancelledError):
                 upload.suspend()  # a later pull of the same files goes on from here
                 raise
@@ -185,22 +184,6 @@ class _Progress:
         self._changed.clear()
         latest, self._latest = self._latest, None
         return latest
-
-
-def _copy(files: Sequence[SourceFile], upload: Upload, progress: _Progress) -> None:
-    """Writes what the store lacks, going on behind what an earlier try left."""
-    by_sha256 = {file.spec.sha256: file for file in files}
-    done = total = sum(file.spec.size for file in by_sha256.values())
-    done -= upload.num_missing
-    progress.report(done, total)
-    for sha256, staged in list(upload.staged.items()):
-        offset = staged
-        with closing(by_sha256[sha256].read(staged)) as pieces:
-            for piece in pieces:
-                upload.write(sha256, offset, piece)
-                offset += len(piece)
-                done += len(piece)
-                progress.report(done, total)
 
 
 def _read(file: BinaryIO, digest: hashlib._Hash) -> bytes:
