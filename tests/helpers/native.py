@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from lorastack.kernels.linear import Dense, pack_dense
 from lorastack.kernels.native.library import Isa
 from lorastack.kernels.native.matrix import PackedMatrix, pack_matrix, pack_pair
+from lorastack.kernels.quantize import Kind, head_kind
 from lorastack.layout import GROUPS, LM_HEAD, ModelShapes
 from lorastack.lora.segments import LoraBatch, Segment
 from lorastack.lora.weights import LM_HEAD_GROUP, GroupLora, LoraWeights, TargetLora
@@ -25,12 +27,17 @@ from lorastack.model.context import ForwardBatch, RowSpan
 from lorastack.model.decoder import Decoder
 from lorastack.model.kv import KVCache
 from lorastack.model.native import NativeBackend
-from lorastack.model.weights import DecoderWeights, LayerWeights, Pack
+from lorastack.model.weights import DecoderWeights, LayerWeights, Pack, Packing
 from tests.helpers.guarded import guarded, guarded_bytes
 
 CPU = torch.device("cpu")
 Form = TypeVar("Form")  # of a backend's weights
 DTYPES = {Isa.AMX: torch.bfloat16, Isa.AVX512_BF16: torch.bfloat16, Isa.AVX512: torch.float32}
+
+
+def kinds(isa: Isa) -> tuple[Kind | None, ...]:
+    """What the weights may be quantised to: nothing in float32."""
+    return (None,) if isa is Isa.AVX512 else (None, *Kind)
 
 
 class GuardedBackend(NativeBackend):
@@ -79,11 +86,25 @@ def config_of(
     )
 
 
-def twins(config: DecoderConfig, isa: Isa, seed: int, poison: float | None = None) -> Twins:
-    """Random weights. poison: a value in the embedding of token 0."""
-    dtype = DTYPES[isa]
-    native = _weights(config, dtype, seed, _packed(pack_matrix), _packed(pack_pair), poison)
-    plain = _weights(config, dtype, seed, _dense, _dense, poison)
+def twins(
+    config: DecoderConfig,
+    isa: Isa,
+    seed: int,
+    poison: float | None = None,
+    kind: Kind | None = None,
+) -> Twins:
+    """Random weights, quantised to `kind`. poison: a value in the embedding of token 0."""
+    dtype, head = DTYPES[isa], head_kind(kind)
+    packing = Packing(
+        dense=_packed(partial(pack_matrix, kind=kind)),
+        pair=_packed(partial(pack_pair, kind=kind)),
+        head=_packed(partial(pack_matrix, kind=head)),
+        copies=True,
+    )
+    dense = partial(_dense, kind)
+    plainly = Packing(dense, pair=dense, head=partial(_dense, head), copies=True)
+    native = _weights(config, dtype, dtype, seed, packing, poison)
+    plain = _weights(config, dtype, torch.float32, seed, plainly, poison)
     return Twins(
         config,
         Decoder(config.shapes, GuardedBackend(config, native, dtype, isa), CPU, dtype),
@@ -100,27 +121,31 @@ def _packed(pack: Pack[PackedMatrix]) -> Pack[PackedMatrix]:
     def packed(weight_OI: Tensor, bias_O: Tensor | None) -> PackedMatrix:
         matrix = pack(weight_OI, bias_O)
         bias = None if matrix.bias is None else guarded(matrix.bias)
-        return replace(matrix, panels=guarded(matrix.panels), bias=bias)
+        scales = None if matrix.scales is None else guarded(matrix.scales)
+        return replace(matrix, panels=guarded(matrix.panels), bias=bias, scales=scales)
 
     return packed
 
 
-def _dense(weight_OI: Tensor, bias_O: Tensor | None) -> Dense:
-    return pack_dense(weight_OI.float(), None if bias_O is None else bias_O.float())
+def _dense(kind: Kind | None, weight_OI: Tensor, bias_O: Tensor | None) -> Dense:
+    return pack_dense(weight_OI.float(), None if bias_O is None else bias_O.float(), kind=kind)
 
 
 def _weights(
     config: DecoderConfig,
     dtype: torch.dtype,
+    kept: torch.dtype,
     seed: int,
-    pack: Pack[Form],
-    pack_both: Pack[Form],
+    packing: Packing[Form],
     poison: float | None,
 ) -> DecoderWeights[Form]:
-    """The same numbers for the same seed, in whatever form `pack` makes of them."""
+    """The same numbers, of `dtype`, for the same seed, in whatever form `packing` makes of them.
+
+    kept: dtype of what is not packed.
+    """
     shapes = config.shapes
     generator = torch.Generator().manual_seed(seed)
-    kept = torch.float32 if pack is _dense else dtype
+    pack = packing.dense
 
     def vector(size: int, mean: float) -> Tensor:
         return (mean + 0.1 * torch.randn(size, generator=generator)).to(dtype)
@@ -138,7 +163,7 @@ def _weights(
             qkv=pack(*matrix(GROUPS[0], config.attention_bias)),
             o=pack(*matrix(GROUPS[1], config.attention_bias)),
             mlp_norm=guarded(vector(shapes.hidden_size, 1.0).to(kept)),
-            gate_up=pack_both(*matrix(GROUPS[2], config.mlp_bias)),
+            gate_up=packing.pair(*matrix(GROUPS[2], config.mlp_bias)),
             down=pack(*matrix(GROUPS[3], config.mlp_bias)),
         )
         for index in range(shapes.num_layers)
@@ -148,7 +173,7 @@ def _weights(
         embed_VH[0, 0] = poison
     norm = guarded(vector(shapes.hidden_size, 1.0).to(kept))
     return DecoderWeights(
-        guarded(embed_VH.to(kept)), layers, norm, pack(*matrix((LM_HEAD,), False))
+        guarded(embed_VH.to(kept)), layers, norm, packing.head(*matrix((LM_HEAD,), False))
     )
 
 

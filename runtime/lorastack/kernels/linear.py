@@ -6,6 +6,9 @@ On a CPU that oneDNN serves, W is reordered when it is packed: on 4 to 32 rows t
 as fast as a plain matmul, and in float32 a row's result hardly ever depends on the number of rows
 beside it (a plain one's does). Elsewhere W stays as it is. The plain reference is
 torch.nn.functional.linear.
+
+A quantised weight stays codes and is made whole for each call, which is slow and takes a moment's
+memory: it is the reference of the native kernels, and what serves where they do not run.
 """
 
 from __future__ import annotations
@@ -17,6 +20,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lorastack.kernels.quantize import (
+    Kind,
+    Quantised,
+    dequantise,
+    pack_nibbles,
+    quantise,
+    unpack_nibbles,
+)
+
 # The number of rows oneDNN lays a weight out for; from 8 upwards it picks one layout for all.
 PACK_ROWS = 64
 GRAIN = 1 << 15  # elements: torch copies more than these at once with its OpenMP threads
@@ -24,15 +36,29 @@ GRAIN = 1 << 15  # elements: torch copies more than these at once with its OpenM
 
 @dataclass(frozen=True, slots=True)
 class Dense:
-    """A packed weight. weight: [out, in], opaque when `reordered`; bias: [out]."""
+    """A packed weight. weight: [out, in], opaque when `reordered`; bias: [out].
+
+    scales: of a quantised weight, whose `weight` are codes, those of int4 two in a byte.
+    """
 
     weight: Tensor
     bias: Tensor | None
     reordered: bool
+    scales: Tensor | None = None
+    inputs: int = 0
 
 
-def pack_dense(weight_OI: Tensor, bias_O: Tensor | None = None) -> Dense:
-    """Lay a weight out for its device; the plain weight is not kept."""
+def pack_dense(
+    weight_OI: Tensor, bias_O: Tensor | None = None, *, kind: Kind | None = None
+) -> Dense:
+    """Lay a weight out for its device; the plain weight is not kept.
+
+    kind: quantised to it. Raises NotFiniteError then.
+    """
+    if kind is not None:
+        quantised = quantise(weight_OI, kind)
+        codes = pack_nibbles(quantised.codes) if kind is Kind.INT4 else quantised.codes
+        return Dense(codes, bias_O, False, quantised.scales, quantised.inputs)
     if not _reorders(weight_OI):
         return Dense(weight_OI, bias_O, reordered=False)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI, PACK_ROWS)
@@ -41,6 +67,8 @@ def pack_dense(weight_OI: Tensor, bias_O: Tensor | None = None) -> Dense:
 
 def linear(x_TI: Tensor, dense: Dense) -> Tensor:
     """x @ W.T + b."""
+    if dense.scales is not None:
+        return functional.linear(x_TI, plain_weight(dense).to(x_TI.dtype), dense.bias)
     if not dense.reordered:
         return functional.linear(x_TI, dense.weight, dense.bias)
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x_TI, dense.weight, dense.bias, "none", [], "")
@@ -48,7 +76,15 @@ def linear(x_TI: Tensor, dense: Dense) -> Tensor:
 
 
 def plain_weight(dense: Dense) -> Tensor:
-    """The weight that was packed, [out, in]; for a moment a copy of all of it if reordered."""
+    """The weight that was packed, [out, in]; for a moment a copy of all of it if reordered.
+
+    Of a quantised one what its codes stand for.
+    """
+    if dense.scales is not None:
+        codes = dense.weight
+        if codes.dtype == torch.uint8:
+            codes = unpack_nibbles(codes)
+        return dequantise(Quantised(codes, dense.scales, dense.inputs))
     return dense.weight.to_dense() if dense.reordered else dense.weight
 
 

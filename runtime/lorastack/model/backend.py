@@ -44,7 +44,7 @@ class TorchBackend:
     ) -> None:
         shapes = config.shapes
         self._weights = weights
-        self._tied = shapes.tie_word_embeddings
+        self._tied = shapes.tie_word_embeddings and weights.lm_head.scales is None
         self._eps = config.rms_eps
         self._window = config.window
         self._rope_scale = config.rope_scale

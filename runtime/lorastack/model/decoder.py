@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -12,15 +13,17 @@ import torch
 from torch import Tensor
 
 from lorastack.kernels.linear import pack_dense
+from lorastack.kernels.quantize import Kind, head_kind
 from lorastack.layout import ModelShapes
 from lorastack.lora.segments import LoraBatch
 from lorastack.model.backend import TorchBackend
 from lorastack.model.checkpoint import Checkpoint
 from lorastack.model.config import DecoderConfig, load_config
 from lorastack.model.context import ForwardBatch, Outputs
+from lorastack.model.download import Progress
 from lorastack.model.kv import KVCache
 from lorastack.model.native import NativeBackend, native_isa
-from lorastack.model.weights import load_weights
+from lorastack.model.weights import Packing, load_weights
 
 
 class Backend(Protocol):
@@ -34,14 +37,20 @@ class Backend(Protocol):
 
 
 class Decoder:
-    """A base model and the backend that runs it."""
+    """A base model and the backend that runs it. quantization: its weights' `Kind`, or ""."""
 
     def __init__(
-        self, shapes: ModelShapes, backend: Backend, device: torch.device, dtype: torch.dtype
+        self,
+        shapes: ModelShapes,
+        backend: Backend,
+        device: torch.device,
+        dtype: torch.dtype,
+        quantization: str = "",
     ) -> None:
         self.shapes = shapes
         self.device = device
         self.dtype = dtype
+        self.quantization = quantization
         self._backend = backend
 
     @property
@@ -75,18 +84,25 @@ def load_decoder(
     max_context: int | None,
     native: bool = True,
     quantize: str | None = None,
+    progress: Progress | None = None,
 ) -> Decoder:
     """Load a Hugging Face folder. InvalidArgumentError names what is not supported.
 
-    dtype None: bfloat16, on a CPU only where the native kernels run it, else float32. native: use
-    them where they run.
+    dtype: None for `default_dtype`. native: use the native kernels where they run. quantize: store
+    the weights as a `Kind`; the native kernels multiply them in bfloat16 only. progress: gets bytes
+    of the checkpoint.
     """
     config = load_config(path, max_context)
-    if dtype is None:
-        native_here = native and native_isa(config, torch.bfloat16, device) is not None
-        dtype = torch.bfloat16 if native_here or device.type != "cpu" else torch.float32
-    backend = _backend(Checkpoint(path), config, device, dtype, native)
-    return Decoder(config.shapes, backend, device, dtype)
+    dtype = dtype or default_dtype(config, device, native)
+    kind = None if quantize is None else Kind(quantize)
+    backend = _backend(Checkpoint(path, progress), config, device, dtype, native, kind)
+    return Decoder(config.shapes, backend, device, dtype, quantize or "")
+
+
+def default_dtype(config: DecoderConfig, device: torch.device, native: bool) -> torch.dtype:
+    """bfloat16, on a CPU only where the native kernels run it and may (`native`), else float32."""
+    native_here = native and native_isa(config, torch.bfloat16, device) is not None
+    return torch.bfloat16 if native_here or device.type != "cpu" else torch.float32
 
 
 def _backend(
@@ -95,13 +111,15 @@ def _backend(
     device: torch.device,
     dtype: torch.dtype,
     native: bool,
+    kind: Kind | None,
 ) -> Backend:
-    isa = native_isa(config, dtype, device) if native else None
+    isa = native_isa(config, dtype, device, kind) if native else None
     if isa is not None:
-        return NativeBackend.load(checkpoint, config, dtype, isa)
-    weights = load_weights(
-        checkpoint, config, device=device, dtype=dtype, pack=pack_dense, pack_pair=pack_dense
-    )
+        return NativeBackend.load(checkpoint, config, dtype, isa, kind)
+    dense = partial(pack_dense, kind=kind)
+    head = partial(pack_dense, kind=head_kind(kind))
+    packing = Packing(dense, pair=dense, head=head, copies=kind is not None)
+    weights = load_weights(checkpoint, config, device=device, dtype=dtype, packing=packing)
     return TorchBackend(config, weights, device, dtype)
 
 

@@ -22,6 +22,7 @@ from lorastack.kernels.linear import copy_rows
 from lorastack.kernels.native import library as native
 from lorastack.kernels.native.matrix import PAD, PackedMatrix, matrix_rows, pack_matrix, pack_pair
 from lorastack.kernels.native.memory import HugePages
+from lorastack.kernels.quantize import Kind, head_kind
 from lorastack.layout import GROUPS, LAYER_TARGETS
 from lorastack.lora.linear import add_embedding
 from lorastack.lora.segments import LoraBatch, Segment
@@ -30,17 +31,19 @@ from lorastack.model.checkpoint import Checkpoint
 from lorastack.model.config import DecoderConfig
 from lorastack.model.context import ForwardBatch, Outputs
 from lorastack.model.kv import KVCache
-from lorastack.model.weights import DecoderWeights, load_weights
+from lorastack.model.weights import DecoderWeights, Packing, load_weights
 
 ROWS = 32  # rows that the kernels may read at once
 FIRST_TARGET = (0, *accumulate(map(len, GROUPS)))  # of each group, in LAYER_TARGETS
 
 
 def native_isa(
-    config: DecoderConfig, dtype: torch.dtype, device: torch.device
+    config: DecoderConfig, dtype: torch.dtype, device: torch.device, kind: Kind | None = None
 ) -> native.Isa | None:
     """The instructions that would run this model here; None: none do."""
     shapes = config.shapes
+    if kind is not None and dtype != torch.bfloat16:
+        return None
     if device.type != "cpu" or shapes.hidden_size % PAD or shapes.head_dim % PAD:
         return None
     return native.isa_of(dtype)
@@ -79,16 +82,21 @@ class NativeBackend:
         config: DecoderConfig,
         dtype: torch.dtype,
         isa: native.Isa,
+        kind: Kind | None = None,
     ) -> NativeBackend:
-        """Raises what `load_weights` raises."""
+        """kind: what weights are quantised to. Raises what `load_weights` raises."""
         pages = HugePages()
         weights = load_weights(
             checkpoint,
             config,
             device=torch.device("cpu"),
             dtype=dtype,
-            pack=partial(pack_matrix, keep=pages.copy),
-            pack_pair=partial(pack_pair, keep=pages.copy),
+            packing=Packing(
+                dense=partial(pack_matrix, kind=kind, keep=pages.copy),
+                pair=partial(pack_pair, kind=kind, keep=pages.copy),
+                head=partial(pack_matrix, kind=head_kind(kind), keep=pages.copy),
+                copies=True,
+            ),
         )
         return cls(config, weights, dtype, isa)
 

@@ -5,14 +5,18 @@ q, k and v are one matrix, gate and up another: a layer is four dense calls.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from math import prod
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from lorastack.errors import InvalidArgumentError, Reason
+from lorastack.kernels.quantize import NotFiniteError
 from lorastack.model.checkpoint import Checkpoint
 from lorastack.model.config import DecoderConfig
 
@@ -21,9 +25,24 @@ MODULES = {
     "gate_proj": "mlp", "up_proj": "mlp", "down_proj": "mlp",
 }  # fmt: skip
 
+HEADS_PREFIX = "medusa_head."  # tensors of Medusa heads beside a backbone; see engine.own_heads
 
 Dense = TypeVar("Dense")  # a backend's own kind of packed weight
 Pack = Callable[[Tensor, Tensor | None], Dense]  # weight [out, in], bias [out]
+
+
+@dataclass(frozen=True, slots=True)
+class Packing(Generic[Dense]):
+    """How a backend lays weights out. pair: gate and up; head: lm_head.
+
+    copies: it keeps nothing of the weight that it is given, so that the next one is read into the
+    same memory: memory that a process touches for the first time is several times slower.
+    """
+
+    dense: Pack[Dense]
+    pair: Pack[Dense]
+    head: Pack[Dense]
+    copies: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,25 +74,25 @@ def load_weights(
     *,
     device: torch.device,
     dtype: torch.dtype,
-    pack: Pack[Dense],
-    pack_pair: Pack[Dense],
+    packing: Packing[Dense],
 ) -> DecoderWeights[Dense]:
-    """Read every tensor. pack: lays a weight out for its backend; pack_pair: gate and up.
+    """Read every tensor.
 
-    Raises InvalidArgumentError naming a tensor that is missing, misshapen or not known to this
-    decoder.
+    Raises InvalidArgumentError naming a tensor that is missing, misshapen, not known to this
+    decoder or, where it is quantised, not finite.
     """
-    reader = _Reader(checkpoint, config, device, dtype, pack, pack_pair)
+    reader = _Reader(checkpoint, config, device, dtype, packing)
     shapes = config.shapes
     embed_VH = reader.tensor("model.embed_tokens.weight", (shapes.vocab_size, shapes.hidden_size))
     layers = tuple(reader.layer(index) for index in range(shapes.num_layers))
     norm = reader.tensor("model.norm.weight", (shapes.hidden_size,))
     if shapes.tie_word_embeddings:
         reader.used.add("lm_head.weight")  # some checkpoints store the tied copy
-        lm_head = pack(embed_VH, None)
+        name, lm_head_VH = "model.embed_tokens.weight", embed_VH
     else:
-        lm_head_VH = reader.tensor("lm_head.weight", (shapes.vocab_size, shapes.hidden_size))
-        lm_head = pack(lm_head_VH, None)
+        name = "lm_head.weight"
+        lm_head_VH = reader.matrix([name], [shapes.vocab_size], shapes.hidden_size)
+    lm_head = _packed(packing.head, lm_head_VH, None, [name], [shapes.vocab_size])
     reader.refuse_unknown()
     return DecoderWeights(embed_VH, layers, norm, lm_head)
 
@@ -87,38 +106,49 @@ class _Reader(Generic[Dense]):
         config: DecoderConfig,
         device: torch.device,
         dtype: torch.dtype,
-        pack: Pack[Dense],
-        pack_pair: Pack[Dense],
+        packing: Packing[Dense],
     ) -> None:
-        self.pack = pack
-        self.pack_pair = pack_pair
+        self.packing = packing
         self.checkpoint = checkpoint
         self.config = config
         self.device = device
         self.dtype = dtype
         self.used: set[str] = set()
+        self._shared = torch.empty(0, dtype=dtype, device=device)
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        return self._joined([name], [shape[0]], shape[1:])
+        return self._read([name], [shape[0]], self._empty(shape))
+
+    def matrix(self, names: Sequence[str], rows: Sequence[int], inputs: int) -> Tensor:
+        """The named weights below each other, to be packed before the next ones are read."""
+        shape = (sum(rows), inputs)
+        if not self.packing.copies:
+            return self._read(names, rows, self._empty(shape))
+        if len(self._shared) < prod(shape):
+            del self._shared
+            self._shared = self._empty((prod(shape),))
+        return self._read(names, rows, self._shared[: prod(shape)].view(shape))
 
     def layer(self, index: int) -> LayerWeights[Dense]:
         hidden = (self.config.shapes.hidden_size,)
         prefix = f"model.layers.{index}"
         attention_bias, mlp_bias = self.config.attention_bias, self.config.mlp_bias
+        dense = self.packing.dense
         return LayerWeights(
             index=index,
             attention_norm=self.tensor(f"{prefix}.input_layernorm.weight", hidden),
-            qkv=self.pack(*self._dense(prefix, ("q_proj", "k_proj", "v_proj"), attention_bias)),
-            o=self.pack(*self._dense(prefix, ("o_proj",), attention_bias)),
+            qkv=self._dense(dense, prefix, ("q_proj", "k_proj", "v_proj"), attention_bias),
+            o=self._dense(dense, prefix, ("o_proj",), attention_bias),
             mlp_norm=self.tensor(f"{prefix}.post_attention_layernorm.weight", hidden),
-            gate_up=self.pack_pair(*self._dense(prefix, ("gate_proj", "up_proj"), mlp_bias)),
-            down=self.pack(*self._dense(prefix, ("down_proj",), mlp_bias)),
+            gate_up=self._dense(self.packing.pair, prefix, ("gate_proj", "up_proj"), mlp_bias),
+            down=self._dense(dense, prefix, ("down_proj",), mlp_bias),
         )
 
     def refuse_unknown(self) -> None:
         """A tensor nobody read would change the output in a way this decoder does not know."""
-        for name in sorted(self.checkpoint.tensors):
-            if name not in self.used and not name.endswith("rotary_emb.inv_freq"):
+        for name in sorted(self.checkpoint.tensors.keys() - self.used):
+            heads = self.config.has_heads and name.startswith(HEADS_PREFIX)
+            if not heads and not name.endswith("rotary_emb.inv_freq"):
                 raise InvalidArgumentError(
                     f"tensor {name} is not known to {self.config.shapes.architecture} "
                     "with this config.json: use the model's original checkpoint",
@@ -126,19 +156,42 @@ class _Reader(Generic[Dense]):
                 )
 
     def _dense(
-        self, prefix: str, targets: tuple[str, ...], has_bias: bool
-    ) -> tuple[Tensor, Tensor | None]:
+        self, pack: Pack[Dense], prefix: str, targets: tuple[str, ...], has_bias: bool
+    ) -> Dense:
         shapes = [self.config.shapes.target_shape(target) for target in targets]
         names = [f"{prefix}.{MODULES[target]}.{target}" for target in targets]
         rows = [shape[0] for shape in shapes]
-        weight = self._joined([f"{name}.weight" for name in names], rows, shapes[0][1:])
-        bias = self._joined([f"{name}.bias" for name in names], rows, ()) if has_bias else None
-        return weight, bias
+        weights = [f"{name}.weight" for name in names]
+        weight, bias = self.matrix(weights, rows, shapes[0][1]), None
+        if has_bias:
+            bias = self._read([f"{name}.bias" for name in names], rows, self._empty((sum(rows),)))
+        return _packed(pack, weight, bias, weights, rows)
 
-    def _joined(self, names: Sequence[str], rows: Sequence[int], rest: tuple[int, ...]) -> Tensor:
+    def _read(self, names: Sequence[str], rows: Sequence[int], out: Tensor) -> Tensor:
         """The named tensors below each other."""
-        joined = torch.empty((sum(rows), *rest), dtype=self.dtype, device=self.device)
-        for name, part in zip(names, joined.split_with_sizes(list(rows)), strict=True):
+        for name, part in zip(names, out.split_with_sizes(list(rows)), strict=True):
             self.checkpoint.read_into(name, part)
             self.used.add(name)
-        return joined
+        return out
+
+    def _empty(self, shape: tuple[int, ...]) -> Tensor:
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+
+def _packed(
+    pack: Pack[Dense],
+    weight: Tensor,
+    bias: Tensor | None,
+    names: Sequence[str],
+    rows: Sequence[int],
+) -> Dense:
+    """names, rows: of the tensors that `weight` joins, for the error."""
+    try:
+        return pack(weight, bias)
+    except NotFiniteError as error:
+        place = bisect_right(list(accumulate(rows)), error.row)
+        raise InvalidArgumentError(
+            f"tensor {names[place]} holds NaN or infinity, which cannot be quantised: use a sound "
+            "checkpoint, or leave --quantize out",
+            reason=Reason.INVALID_MODEL,
+        ) from error

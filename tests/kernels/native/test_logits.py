@@ -15,7 +15,7 @@ from lorastack.layout import ModelShapes
 from lorastack.lora.segments import LoraBatch, Segment
 from lorastack.lora.weights import LM_HEAD_GROUP, LoraWeights
 from tests.helpers.guarded import guarded
-from tests.helpers.native import Twins, config_of, random_lora, twins
+from tests.helpers.native import Twins, config_of, kinds, random_lora, twins
 
 ISAS = [
     pytest.param(isa, marks=pytest.mark.skipif(not supported(isa), reason="not on this machine"))
@@ -38,7 +38,8 @@ def head(isa: Isa, chance: random.Random) -> Twins:
         max_context=16,
         tie_word_embeddings=False,
     )
-    return twins(config_of(shapes), isa, chance.randrange(2**20))
+    seed = chance.randrange(2**20)
+    return twins(config_of(shapes), isa, seed, kind=chance.choice(kinds(isa)))
 
 
 def segments_of(loras: list[LoraWeights], rows: int, chance: random.Random) -> LoraBatch:

@@ -14,7 +14,17 @@ from lorastack.kernels.best import best_reference
 from lorastack.kernels.native.library import Isa, supported
 from lorastack.layout import ModelShapes
 from lorastack.lora.weights import LoraWeights
-from tests.helpers.native import RowPart, Twins, Uses, config_of, lay_out, random_lora, run, twins
+from tests.helpers.native import (
+    RowPart,
+    Twins,
+    Uses,
+    config_of,
+    kinds,
+    lay_out,
+    random_lora,
+    run,
+    twins,
+)
 
 ISAS = [
     pytest.param(isa, marks=pytest.mark.skipif(not supported(isa), reason="not on this machine"))
@@ -40,9 +50,8 @@ def model_of(isa: Isa, chance: random.Random, poison: float | None = None) -> Tw
     )
     window = chance.choice((None, None, 1, 7, 16, 40))
     biases = chance.random() < 0.5
-    return twins(
-        config_of(shapes, window=window, biases=biases), isa, chance.randrange(999), poison
-    )
+    config, seed = config_of(shapes, window=window, biases=biases), chance.randrange(999)
+    return twins(config, isa, seed, poison, chance.choice(kinds(isa)))
 
 
 def loras_of(model: Twins, chance: random.Random) -> tuple[list[LoraWeights], list[LoraWeights]]:

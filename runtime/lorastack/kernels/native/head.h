@@ -63,10 +63,10 @@ INLINE void expand_panels(const LoraPart<typename E::T>* parts, int count, float
 #endif
 }
 
-// lm_head on rows of final states, and its LoRAs. parts: room for one a segment.
+// lm_head on rows of final states, and its LoRAs. parts: room for one a segment; unpacked: of weights.
 template <class Isa>
 void multiply_head(const lorastack_head& head, Member& member,
-                   LoraPart<typename Isa::E::T>* parts) {
+                   LoraPart<typename Isa::E::T>* parts, typename Isa::E::T* unpacked) {
   using E = typename Isa::E;
   using T = typename E::T;
   const Listed found = list_parts(head.segments, head.num_segments, 0, 1, parts);
@@ -95,8 +95,7 @@ void multiply_head(const lorastack_head& head, Member& member,
   member.phase(ceil_div(pairs, HEAD_PAIRS), [&](int chunk) {
     const int end = (chunk + 1) * HEAD_PAIRS < pairs ? (chunk + 1) * HEAD_PAIRS : pairs;
     for (int pair = chunk * HEAD_PAIRS; pair < end; pair++)
-      matmul<Isa>(x, head.inputs, head.rows, (const T*)head.matrix.weight, head.matrix.k, pair,
-                  store);
+      matmul<Isa>(x, head.inputs, head.rows, head.matrix, pair, unpacked, store);
   });
 }
 
@@ -111,6 +110,8 @@ void logits(lorastack_head head) {
   head.scratch = shrunk.data();
   std::vector<LoraPart<typename Isa::E::T>> parts(
       (size_t)head.num_threads * (head.num_segments + 1));
+  const size_t elements = unpacked_elements(head.matrix);
+  std::vector<typename Isa::E::T> unpacked(elements * head.num_threads + LANES);
   std::vector<Counter> counters(num_counters(2, head.num_threads));
   Team team{counters.data(), head.num_threads};
 #pragma omp parallel num_threads(head.num_threads)
@@ -118,7 +119,8 @@ void logits(lorastack_head head) {
     const int thread = omp_get_thread_num();
     Member member(team, thread);
     begin_tiles<Isa>();
-    multiply_head<Isa>(head, member, &parts[(size_t)thread * (head.num_segments + 1)]);
+    multiply_head<Isa>(head, member, &parts[(size_t)thread * (head.num_segments + 1)],
+                       unpacked.data() + thread * elements);
     end_tiles<Isa>();
   }
 }

@@ -28,8 +28,11 @@ class Matrix(Structure):
     _fields_ = (
         ("weight", c_void_p),
         ("bias", c_void_p),
+        ("scales", c_void_p),
         ("panels", c_int32),
         ("k", c_int32),
+        ("kind", c_int32),
+        ("unused", c_int32),
     )
 
 

@@ -1,8 +1,9 @@
 """Weights in the order in which the native kernels read them.
 
 A panel is 16 outputs. In bfloat16 it is [K / 2][16][2], in float32 [K][16]; inputs and outputs are
-padded with zeros to multiples of 32. The plain reference of what is done with it is
-torch.nn.functional.linear on the weight that was packed.
+padded with zeros to multiples of 32. The codes of quantised weights are int8 [K][16] and, of int4,
+int32 [K / 8][16], eight inputs in one. The plain reference of what is done with it is
+torch.nn.functional.linear on the weight that was packed, dequantised where it was quantised.
 """
 
 from __future__ import annotations
@@ -15,66 +16,116 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lorastack.kernels.native.library import Matrix
+from lorastack.kernels.quantize import Kind, pack_nibbles, quantise
 
 LANES = 16
 PAD = 32  # multiple of inputs and of outputs
+_STORED = {None: 0, Kind.INT8: 1, Kind.INT4: 2}  # LORASTACK_PLAIN and so on, in step.h
 
 Keep = Callable[[Tensor], Tensor]
+_Order = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class PackedMatrix:
-    """panels: [outputs / 16, ...], opaque; bias: float32, one a padded output; inputs: padded."""
+    """panels: [outputs / 16, ...], opaque; bias: float32, one a padded output; inputs: padded.
+
+    scales: bfloat16 [outputs / 16, groups, 16] of a weight of some `kind`.
+    """
 
     panels: Tensor
     bias: Tensor | None
     inputs: int
+    kind: Kind | None = None
+    scales: Tensor | None = None
 
     @property
     def struct(self) -> Matrix:
         """Borrows the tensors."""
         bias = None if self.bias is None else self.bias.data_ptr()
-        return Matrix(self.panels.data_ptr(), bias, len(self.panels), self.inputs)
+        scales = None if self.scales is None else self.scales.data_ptr()
+        panels, stored = len(self.panels), _STORED[self.kind]
+        return Matrix(self.panels.data_ptr(), bias, scales, panels, self.inputs, stored)
 
 
 def pack_matrix(
-    weight_OI: Tensor, bias_O: Tensor | None = None, *, keep: Keep = Tensor.contiguous
+    weight_OI: Tensor,
+    bias_O: Tensor | None = None,
+    *,
+    kind: Kind | None = None,
+    keep: Keep = Tensor.contiguous,
 ) -> PackedMatrix:
-    """Outputs in their order. keep: makes the contiguous copy that is returned."""
-    outputs, inputs = weight_OI.shape
-    padded = _padded(weight_OI, 0, -inputs % PAD, 0, -outputs % PAD)
-    bias = None if bias_O is None else _padded(bias_O.float(), 0, -outputs % PAD)
-    panels = keep(_panels(padded))
-    if weight_OI.dtype == torch.bfloat16:
-        panels = panels.unsqueeze(-1).view(torch.bfloat16)
-    return PackedMatrix(panels, bias, padded.shape[1])
+    """Outputs in their order. keep: makes the contiguous copies that are returned.
+
+    kind: quantised to it. Raises NotFiniteError then.
+    """
+    return _pack(weight_OI, bias_O, _padded_rows, kind, keep)
 
 
 def pack_pair(
-    weight_OI: Tensor, bias_O: Tensor | None = None, *, keep: Keep = Tensor.contiguous
+    weight_OI: Tensor,
+    bias_O: Tensor | None = None,
+    *,
+    kind: Kind | None = None,
+    keep: Keep = Tensor.contiguous,
 ) -> PackedMatrix:
     """Two matrices below each other (gate and up): panels of the first and the second in turn.
 
     Each half is padded like inputs: what it gives fills every input of the matrix that follows.
     """
-    rows = [_padded_rows(half) for half in weight_OI.chunk(2)]
-    bias = None
-    if bias_O is not None:
-        bias = _in_turn([_padded_rows(half.float()) for half in bias_O.chunk(2)])
-    packed = pack_matrix(_in_turn(rows), keep=keep)
-    return PackedMatrix(packed.panels, bias, packed.inputs)
+    return _pack(weight_OI, bias_O, _in_turn, kind, keep)
 
 
 def matrix_rows(matrix: PackedMatrix, ids_N: Tensor) -> Tensor:
-    """Rows of the weight that `pack_matrix` packed, padding included: [N, inputs]."""
-    panels, dtype = matrix.panels, matrix.panels.dtype
-    if dtype == torch.bfloat16:
-        panels = panels.view(torch.int32).squeeze(-1)  # two inputs in one value
-    return panels[ids_N // LANES, :, ids_N % LANES].view(dtype)
+    """Rows of the weight that `pack_matrix` packed, padding included: [N, inputs].
+
+    Of an int8 weight what its codes stand for, float32.
+    """
+    assert matrix.kind is not Kind.INT4, "nobody reads rows of int4"
+    panels, panel_N, lane_N = matrix.panels, ids_N // LANES, ids_N % LANES
+    if panels.dtype == torch.bfloat16:
+        pairs = panels.view(torch.int32).squeeze(-1)
+        return pairs[panel_N, :, lane_N].view(torch.bfloat16)
+    rows = panels[panel_N, :, lane_N]
+    if matrix.scales is None:
+        return rows
+    return rows * matrix.scales[panel_N, :, lane_N].float()
 
 
-def _padded_rows(half: Tensor) -> Tensor:
-    return _padded(half, *(0, 0) * (half.dim() - 1), 0, -len(half) % PAD)
+def _pack(
+    weight_OI: Tensor, bias_O: Tensor | None, order: _Order, kind: Kind | None, keep: Keep
+) -> PackedMatrix:
+    bias = None if bias_O is None else order(bias_O.float())
+    if kind is None:
+        padded = _padded(weight_OI, 0, -weight_OI.shape[1] % PAD)
+        return PackedMatrix(_panels(order(padded), keep), bias, padded.shape[1])
+    quantised = quantise(weight_OI, kind)
+    codes = order(quantised.codes)
+    inputs = codes.shape[1]
+    if kind is Kind.INT4:  # eight inputs of an output in one value
+        codes = pack_nibbles(codes).view(torch.int32)
+    scales = keep(_transposed(order(quantised.scales)))
+    return PackedMatrix(_panels(codes, keep), bias, inputs, kind, scales)
+
+
+def _panels(rows_OI: Tensor, keep: Keep) -> Tensor:
+    if rows_OI.dtype != torch.bfloat16:
+        return keep(_transposed(rows_OI))
+    # Pairs of inputs as one value, which torch moves faster too.
+    return keep(_transposed(rows_OI.view(torch.int32))).unsqueeze(-1).view(torch.bfloat16)
+
+
+def _by_panel(rows: Tensor) -> Tensor:
+    return rows.view(-1, LANES, *rows.shape[1:])
+
+
+def _transposed(rows_OI: Tensor) -> Tensor:
+    """A view [outputs / 16, in, 16]."""
+    return _by_panel(rows_OI).transpose(1, 2)
+
+
+def _padded_rows(rows: Tensor) -> Tensor:
+    return _padded(rows, *(0, 0) * (rows.dim() - 1), 0, -len(rows) % PAD)
 
 
 def _padded(tensor: Tensor, *missing: int) -> Tensor:
@@ -82,13 +133,6 @@ def _padded(tensor: Tensor, *missing: int) -> Tensor:
     return pad(tensor, missing) if any(missing) else tensor
 
 
-def _in_turn(halves: list[Tensor]) -> Tensor:
-    panels = [half.view(-1, LANES, *half.shape[1:]) for half in halves]
+def _in_turn(rows: Tensor) -> Tensor:
+    panels = [_by_panel(_padded_rows(half)) for half in rows.chunk(2)]
     return torch.stack(panels, dim=1).flatten(0, 2)
-
-
-def _panels(weight_OI: Tensor) -> Tensor:
-    """A view in the order of panels; of bfloat16 as pairs in one value, which torch moves faster."""
-    if weight_OI.dtype == torch.bfloat16:
-        weight_OI = weight_OI.view(torch.int32)
-    return weight_OI.view(-1, LANES, weight_OI.shape[1]).transpose(1, 2)

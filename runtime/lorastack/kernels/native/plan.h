@@ -37,6 +37,7 @@ struct Token {
 template <class T>
 struct Buffers {
   T *x, *qkv, *context, *inner;
+  T* unpacked;  // a thread's, after each other: weights of a pair of panels
   float *hidden, *shrunk, *scores;
   Token* tokens;
   int32_t* tails;
@@ -46,6 +47,7 @@ struct Buffers {
   Counter* counters;
   LoraPart<T>* parts;  // per thread
   lorastack_segment* head_segments;  // over the outputs, with lm_head's targets
+  int64_t unpacked_elements;  // of a thread
   int capacity, ld_hidden, ld_qkv, ld_context, ld_inner, max_parts;
 };
 
@@ -54,6 +56,14 @@ inline int64_t num_step_counters(const lorastack_model& model, const lorastack_s
 }
 
 inline int depth_bound(const lorastack_row& row) { return row.parents ? row.end - row.start : 0; }
+
+// Of all matrices; those of the layers are alike.
+inline size_t most_unpacked(const lorastack_model& model) {
+  const lorastack_layer& layer = *model.layers;
+  return std::max({unpacked_elements(layer.qkv), unpacked_elements(layer.o),
+                   unpacked_elements(layer.gate_up), unpacked_elements(layer.down),
+                   unpacked_elements(model.head)});
+}
 
 template <class T>
 Buffers<T> lay_out(const lorastack_model& model, const lorastack_step& step, int group,
@@ -84,6 +94,8 @@ Buffers<T> lay_out(const lorastack_model& model, const lorastack_step& step, int
   b.qkv = arena.take<T>((int64_t)rows * b.ld_qkv);
   b.context = arena.take<T>((int64_t)rows * b.ld_context);
   b.inner = arena.take<T>((int64_t)rows * b.ld_inner);
+  b.unpacked_elements = (int64_t)most_unpacked(model);
+  b.unpacked = arena.take<T>(step.num_threads * b.unpacked_elements);
   b.shrunk = arena.take<float>(shrunk);
   b.scores = arena.take<float>((int64_t)step.num_threads * group * b.capacity);
   b.tokens = arena.take<Token>(step.num_tokens);

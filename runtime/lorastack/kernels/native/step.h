@@ -8,12 +8,15 @@
 extern "C" {
 
 enum { LORASTACK_AMX, LORASTACK_AVX512_BF16, LORASTACK_AVX512 };
+enum { LORASTACK_PLAIN, LORASTACK_INT8, LORASTACK_INT4 };  // how weights are stored
 
-// A packed weight. k: padded inputs; panels: even; bias: packed like the outputs, or null.
+// A packed weight. k: padded inputs; panels: even; bias: packed like the outputs, or null; scales: of
+// quantised weights, see quantised.h.
 struct lorastack_matrix {
   const void* weight;
   const float* bias;
-  int32_t panels, k;
+  const void* scales;
+  int32_t panels, k, kind, unused;
 };
 
 struct lorastack_layer {

@@ -96,11 +96,13 @@ struct Worker {
     if (num_parts) expand_panels<E>(parts, num_parts, b.shrunk, panels, row, rows);
   }
 
+  T* unpacked() { return b.unpacked + thread * b.unpacked_elements; }
+
   // A projection of all tokens, pair by pair of panels.
   template <class Epilogue>
   void project(const lorastack_matrix& matrix, const T* x, int ldx, Epilogue&& epilogue) {
     member.phase(matrix.panels / 2, [&](int pair) {
-      matmul<Isa>(x, ldx, step.num_tokens, (const T*)matrix.weight, matrix.k, pair, epilogue);
+      matmul<Isa>(x, ldx, step.num_tokens, matrix, pair, unpacked(), epilogue);
     });
   }
 
@@ -245,7 +247,7 @@ struct Worker {
     const lorastack_head head = {
         model.head,      b.head_segments,  step.out,         step.logits,  b.shrunk,
         step.num_segments, step.num_outputs, model.vocabulary, model.hidden, step.num_threads, 0};
-    multiply_head<Isa>(head, member, parts);
+    multiply_head<Isa>(head, member, parts, unpacked());
     member.phase(step.num_outputs, [&](int i) {
       best_of(step.logits + (size_t)i * model.vocabulary, model.vocabulary, step.peaks + i,
               step.best + i);

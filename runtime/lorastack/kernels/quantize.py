@@ -1,0 +1,145 @@
+"""Weights as small integers with scales, and the weight that they stand for.
+
+Contract. `quantise(weight_OI, kind)` gives codes and scales; the weight they stand for is
+code * scale, exactly, on every backend.
+
+- int8: codes -127..127, one scale an output, its largest magnitude / 127. Codes are exact in
+  bfloat16, so a product in bfloat16 multiplies by codes and its sums by the scale.
+- int4: codes -8..7, one scale for each GROUP inputs of an output. The value of the largest
+  magnitude lies near code -8, so the scale takes its sign; of a few scales the one with the least
+  squared error is kept: clipping the largest value a little often helps the others more. Scales
+  have 5 significant bits, so that code * scale has at most 8 and is exact in bfloat16.
+
+Scales are bfloat16: half a bit a weight in int4, nothing in int8. The plain reference is
+`dequantise`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+GROUP = 32  # inputs that share a scale in int4; inputs are padded to it with zeros
+_LARGEST = 127  # code of int8
+_EXTREMES = (8.8, 8.2, 7.6, 7.0)  # candidates: minus the code, unrounded, of a group's extreme
+_TINY = 2.0**-100  # scales below are 0: no product with a code is subnormal
+_CHUNK = 1 << 20  # weights that are quantised at once, so that temporaries stay in the caches
+
+
+class Kind(StrEnum):
+    """How a weight is stored."""
+
+    INT8 = "int8"
+    INT4 = "int4"
+
+
+def head_kind(kind: Kind | None) -> Kind | None:
+    """How lm_head is stored: in 8 bits even beside int4; nothing evens its errors out."""
+    return None if kind is None else Kind.INT8
+
+
+class NotFiniteError(ValueError):
+    """A weight that holds NaN or infinity. row: its first output that does."""
+
+    def __init__(self, row: int) -> None:
+        super().__init__(f"row {row} is not finite")
+        self.row = row
+
+
+@dataclass(frozen=True, slots=True)
+class Quantised:
+    """codes: int8 [out, in padded to GROUP]; scales: bfloat16 [out, 1 or in / GROUP].
+
+    inputs: without padding.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    inputs: int
+
+
+def quantise(weight_OI: Tensor, kind: Kind) -> Quantised:
+    """Codes and scales of a weight of any float dtype. Raises NotFiniteError."""
+    outputs, inputs = weight_OI.shape
+    padding = -inputs % GROUP
+    width = inputs + padding
+    codes = weight_OI.new_empty((outputs, width), dtype=torch.int8)
+    groups = 1 if kind is Kind.INT8 else width // GROUP
+    scales = weight_OI.new_empty((outputs, groups), dtype=torch.bfloat16)
+    rows = max(1, _CHUNK // width)
+    for start in range(0, outputs, rows):
+        part = slice(start, start + rows)
+        values = pad(weight_OI[part].float(), (0, padding)).view(-1, groups, width // groups)
+        found, scale = _quantised(values, kind)
+        finite = scale.isfinite().all(dim=1)
+        if not finite.all():
+            raise NotFiniteError(start + int(finite.int().argmin()))
+        codes[part], scales[part] = found.flatten(1), scale
+    return Quantised(codes, scales, inputs)
+
+
+def dequantise(weight: Quantised) -> Tensor:
+    """The weight that the codes stand for, float32 [out, in]."""
+    outputs, groups = weight.scales.shape
+    grouped = weight.codes.view(outputs, groups, -1).float()
+    return grouped.mul_(weight.scales[:, :, None].float()).flatten(1)[:, : weight.inputs]
+
+
+def pack_nibbles(codes: Tensor) -> Tensor:
+    """Two codes -8..7 in a byte, the even one below. [..., 2 n] -> uint8 [..., n]."""
+    even, odd = codes.view(*codes.shape[:-1], -1, 2).unbind(-1)
+    return (even & 15 | odd << 4).view(torch.uint8)
+
+
+def unpack_nibbles(packed: Tensor) -> Tensor:
+    """What `pack_nibbles` packed."""
+    both = packed.view(torch.int8)
+    return torch.stack((both << 4 >> 4, both >> 4), dim=-1).flatten(-2)
+
+
+def _quantised(values_OGI: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
+    """Codes as floats and bfloat16 scales [out, groups]; a scale is not finite where a value is."""
+    largest_OG = values_OGI.abs().amax(dim=2)
+    if kind is Kind.INT8:
+        scale_OG = _rounded_up(largest_OG / _LARGEST)
+        return _in_steps(values_OGI, scale_OG).round_(), scale_OG
+    negative_OG = values_OGI.amin(dim=2) == -largest_OG
+    extreme_OG = torch.where(negative_OG, -largest_OG, largest_OG)
+    best_OG = torch.full_like(largest_OG, torch.inf)
+    scale_OG = largest_OG.to(torch.bfloat16)  # of zeros; what is not finite finds no better one
+    for code in _EXTREMES:
+        tried_OG = _without_tiny(_short(extreme_OG / -code))
+        exact_OGI = _in_steps(values_OGI, tried_OG)
+        off_OGI = exact_OGI.round().clamp_(-8, 7).sub_(exact_OGI)
+        step_OG = tried_OG / largest_OG  # so that no square overflows or vanishes
+        error_OG = off_OGI.square_().sum(dim=2) * step_OG.square()
+        better_OG = error_OG < best_OG
+        best_OG = torch.where(better_OG, error_OG, best_OG)
+        scale_OG = torch.where(better_OG, tried_OG, scale_OG)
+    return _in_steps(values_OGI, scale_OG).round_().clamp_(-8, 7), scale_OG
+
+
+def _in_steps(values_OGI: Tensor, scale_OG: Tensor) -> Tensor:
+    inverse_OG = torch.where(scale_OG == 0, 0.0, 1 / scale_OG.float())
+    return values_OGI * inverse_OG[:, :, None]
+
+
+def _rounded_up(scale_OG: Tensor) -> Tensor:
+    """bfloat16 not below it, so that no code exceeds the largest."""
+    nearest = scale_OG.to(torch.bfloat16)
+    above = torch.nextafter(nearest, torch.full_like(nearest, torch.inf))
+    return _without_tiny(torch.where(nearest.float() < scale_OG, above, nearest))
+
+
+def _short(scale_OG: Tensor) -> Tensor:
+    """bfloat16 of 5 significant bits, the nearest."""
+    mantissa, exponent = torch.frexp(scale_OG)
+    return torch.ldexp((mantissa * 32).round_() / 32, exponent).to(torch.bfloat16)
+
+
+def _without_tiny(scale_OG: Tensor) -> Tensor:
+    return torch.where(scale_OG.abs() < _TINY, torch.zeros_like(scale_OG), scale_OG)
