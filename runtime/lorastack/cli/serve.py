@@ -48,6 +48,13 @@ class Backend(StrEnum):
     NATIVE = "native"
 
 
+class Quantize(StrEnum):
+    """What the base model's weights are stored as; adapters stay as they are."""
+
+    INT8 = "int8"
+    INT4 = "int4"
+
+
 class LogFormat(StrEnum):
     """On stderr."""
 
@@ -113,6 +120,15 @@ def serve(
     backend: Annotated[
         Backend, typer.Option("--backend", envvar="LORASTACK_BACKEND")
     ] = Backend.AUTO,
+    quantize: Annotated[
+        Quantize | None,
+        typer.Option(
+            "--quantize",
+            envvar="LORASTACK_QUANTIZE",
+            help="Store the base model's weights in 8 or 4 bits.",
+            show_default="as they are",
+        ),
+    ] = None,
     threads: Annotated[
         int | None,
         typer.Option("--threads", min=1, envvar="LORASTACK_THREADS", help="CPU threads of a step."),
@@ -185,6 +201,7 @@ def serve(
             device=device.value,
             dtype=dtype.value,
             backend=backend.value,
+            quantize=None if quantize is None else quantize.value,
             threads=threads,
             max_context=max_context,
         ),

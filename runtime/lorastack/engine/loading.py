@@ -67,6 +67,7 @@ def load_model(
             dtype=dtype,
             max_context=config.max_context,
             native=config.backend != "torch",
+            quantize=config.quantize,
         )
     if config.backend == "native" and not decoder.backend.startswith("native"):
         raise InvalidArgumentError(

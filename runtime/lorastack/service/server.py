@@ -308,9 +308,10 @@ class Server:
 
     def _ready_line(self) -> str:
         model = self._model
+        weights = f", weights {model.quantization}" if model.quantization else ""
         return (
             f"lorastack {__version__} serves {model.name} on {self.address} "
-            f"(backend {model.backend}, device {model.device}, dtype {model.dtype})"
+            f"(backend {model.backend}, device {model.device}, dtype {model.dtype}{weights})"
         )
 
 
@@ -338,6 +339,7 @@ def _served(loaded: LoadedModel, max_context: int) -> ServedModel:
         max_context=max_context,
         device=str(decoder.device),
         dtype=str(decoder.dtype).removeprefix("torch."),
+        quantization=decoder.quantization,
         backend=decoder.backend,
     )
 
@@ -360,4 +362,5 @@ def _model_info(model: ServedModel, config: ServerConfig) -> generation_pb2.GetM
         version=__version__,
         device=model.device,
         dtype=model.dtype,
+        quantization=model.quantization,
     )
