@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from mistral_common.protocol.instruct.messages import UserMessage
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
@@ -65,6 +65,7 @@ def test_logits_are_those_of_transformers(
 
 
 @given(TEXTS)
+@example("def add(a,  b):\n    return a   + b")  # runs of spaces
 def test_tokens_are_those_of_the_published_model(tokenizer: Tokenizer, text: str) -> None:
     theirs = MistralTokenizer.v1().instruct_tokenizer.tokenizer
     ids = tokenizer.encode(text)
