@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,8 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorastack.errors import InvalidArgumentError
+from lorastack.kernels.native.library import Isa, supported
+from lorastack.model import checkpoint
 from lorastack.model.checkpoint import Checkpoint
 from lorastack.model.decoder import fingerprint, load_decoder
 from tests.helpers.tiny import build_llama
@@ -39,15 +44,27 @@ def refused(folder: Path, words: str) -> None:
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("piece", [8, checkpoint.PIECE])
 def test_reads_into_rows_of_a_larger_tensor(
-    tmp_path: Path, stored: torch.dtype, wanted: torch.dtype
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    stored: torch.dtype,
+    wanted: torch.dtype,
+    piece: int,
 ):
+    """piece: bytes that are read and converted at once."""
+    monkeypatch.setattr(checkpoint, "PIECE", piece)
     weight = torch.randn(3, 5).to(stored)
     save_file({"other": torch.zeros(7), "weight": weight}, tmp_path / SINGLE)
     joined = torch.zeros(8, 5, dtype=wanted)
-    Checkpoint(tmp_path).read_into("weight", joined[2:5])
+    read: list[tuple[int, int]] = []
+    Checkpoint(tmp_path, lambda done, total: read.append((done, total))).read_into(
+        "weight", joined[2:5]
+    )
     assert torch.equal(joined[2:5], weight.to(wanted))
     assert not joined[:2].any() and not joined[5:].any()
+    nbytes = 15 * stored.itemsize
+    assert read == [(min(end, nbytes), nbytes + 28) for end in range(piece, nbytes + piece, piece)]
 
 
 def test_unknown_missing_and_misshapen_tensors_are_named(folder: Path):
@@ -72,6 +89,78 @@ def test_old_rotary_buffers_and_a_tied_copy_are_ignored(folder: Path):
         ),
     )
     load_decoder(folder, device=torch.device("cpu"), dtype=torch.float32, max_context=None)
+
+
+def test_heads_beside_the_backbone_are_read_by_others(folder: Path):
+    """A Medusa-2 checkpoint, which says so in its config.json."""
+    head = "medusa_head.0.0.linear.weight"
+    rewrite(folder, lambda tensors: tensors.update({head: torch.ones(64, 64)}))
+    refused(folder, f"{re.escape(head)} is not known")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"medusa_num_heads": 1}))
+    load_decoder(folder, device=torch.device("cpu"), dtype=torch.float32, max_context=None)
+
+
+def test_weights_of_gptq_and_awq_are_refused(folder: Path):
+    name = "model.layers.0.self_attn.q_proj.qweight"
+    rewrite(folder, lambda tensors: tensors.update({name: torch.ones(2, 2, dtype=torch.int32)}))
+    refused(folder, rf"GPTQ or AWQ \({re.escape(name)}\).*--quantize int8")
+
+
+PEAK = """
+import sys
+from pathlib import Path
+import torch
+from lorastack.model.decoder import load_decoder
+
+def kib(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+decoder = load_decoder(
+    Path(sys.argv[1]), device=torch.device("cpu"), dtype=torch.bfloat16, max_context=None,
+    quantize=sys.argv[2] or None,
+)
+print(kib("VmHWM") - kib("VmRSS"))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+@pytest.mark.skipif(not supported(Isa.AVX512_BF16), reason="the native kernels' memory")
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("quantize", ["", "int8", "int4"])
+def test_loading_takes_one_matrix_more_than_the_weights(
+    tmp_path: Path, stored: torch.dtype, quantize: str
+):
+    """In the dtype that is wanted: not a second copy of it, and none in the stored dtype."""
+    hidden, vocabulary, mebibyte = 1024, 24 * 1024, 1 << 20
+    write_sparse(tmp_path, hidden, vocabulary, stored)
+    command = [sys.executable, "-c", PEAK, str(tmp_path), quantize]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    matrix = hidden * vocabulary * 2
+    assert int(run.stdout) * 1024 < matrix + 24 * mebibyte
+
+
+def write_sparse(folder: Path, hidden: int, vocabulary: int, dtype: torch.dtype) -> None:
+    """A model of one layer, all zeros, that hardly takes room on the disk."""
+    config = LlamaConfig(
+        **{"hidden_size": hidden, "intermediate_size": hidden, "num_hidden_layers": 1},
+        **{"vocab_size": vocabulary, "num_attention_heads": 8, "tie_word_embeddings": False},
+        architectures=["LlamaForCausalLM"],
+    )
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    with torch.device("meta"):
+        shapes = {name: t.shape for name, t in LlamaForCausalLM(config).state_dict().items()}
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + shape.numel() * dtype.itemsize
+        kind = {torch.float32: "F32", torch.bfloat16: "BF16"}[dtype]
+        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with (folder / SINGLE).open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
 
 
 def test_other_weight_types_are_refused(folder: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -225,3 +226,24 @@ def test_an_unknown_model_is_one_line_and_no_traceback(tmp_path: Path) -> None:
     assert result.returncode == 1
     assert "BertModel" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+TALKATIVE = """
+from lorastack.cli import output
+from lorastack.cli.main import main
+
+output.NEWS_SECONDS = 0
+main()
+"""
+
+
+def test_a_start_says_in_the_log_how_far_it_is(serve: Serve) -> None:
+    """Every line of a JSON log stays JSON."""
+    process = serve("--log-format", "json", code=TALKATIVE)
+    process.signal(signal.SIGTERM)
+    _, errors = process.wait()
+    messages = [json.loads(line)["message"] for line in errors.splitlines()]
+    news = [message for message in messages if message.startswith("loading the weights: ")]
+    assert len(news) > 10
+    done, total = news[-1].removeprefix("loading the weights: ").split(" of ")
+    assert done == total

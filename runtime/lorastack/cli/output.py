@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import logging
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,11 +14,24 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TransferSpeedColumn,
+)
 
 from lorastack.config import GIB, KIB, MIB
 
+NEWS_SECONDS = 5.0  # between two lines about one thing
+
+StartupProgress = Callable[[str, int, int], None]  # what is going on; bytes done, bytes in all
+
 _WIDE = (FieldDescriptor.CPPTYPE_INT64, FieldDescriptor.CPPTYPE_UINT64)
+
+logger = logging.getLogger(__name__)
 
 
 def print_json(value: dict[str, Any]) -> None:
@@ -65,10 +80,7 @@ def short_digest(digest: str) -> str:
 @contextmanager
 def progress_bar(label: str) -> Iterator[Any]:
     """Yields progress(done, total) in bytes, drawn on stderr when that is a terminal."""
-    label_column = TextColumn("{task.description}")
-    columns = (label_column, BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    with _progress() as progress:
         task = progress.add_task(label, total=None, start=False)
 
         def update(done: int, total: int) -> None:
@@ -76,3 +88,47 @@ def progress_bar(label: str) -> Iterator[Any]:
             progress.update(task, completed=done, total=total)
 
         yield update
+
+
+@contextmanager
+def startup_bars() -> Iterator[StartupProgress]:
+    """Bars of a server's start on stderr, one after the other; between them the log has it."""
+    progress = _progress()
+    tasks: dict[str, TaskID] = {}
+
+    def update(label: str, done: int, total: int) -> None:
+        if label not in tasks:
+            tasks[label] = progress.add_task(label)
+            progress.start()
+        progress.update(tasks[label], completed=done, total=total)
+        if done == total:
+            progress.stop()
+            progress.remove_task(tasks.pop(label))
+
+    try:
+        yield update
+    finally:
+        progress.stop()
+
+
+def startup_log() -> StartupProgress:
+    """The same in the log, every few seconds."""
+    next_news = time.monotonic() + NEWS_SECONDS
+
+    def update(label: str, done: int, total: int) -> None:
+        nonlocal next_news
+        if time.monotonic() >= next_news:
+            next_news = time.monotonic() + NEWS_SECONDS
+            logger.info("%s: %s of %s", label, human_size(done), human_size(total))
+
+    return update
+
+
+def _progress() -> Progress:
+    label = TextColumn("{task.description}")
+    console = Console(stderr=True)
+    return Progress(
+        *(label, BarColumn(), DownloadColumn(), TransferSpeedColumn()),
+        console=console,
+        disable=not console.is_terminal,
+    )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from contextlib import nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +12,7 @@ from typing import Annotated
 import typer
 
 from lorastack.cli.options import BaseName, Model, Store, default_store, size
-from lorastack.cli.output import progress_bar
+from lorastack.cli.output import startup_bars, startup_log
 from lorastack.config import (
     AdapterConfig,
     EngineConfig,
@@ -68,7 +71,10 @@ def serve(
     medusa: Annotated[
         str,
         typer.Option(
-            "--medusa", metavar="ID", envvar="LORASTACK_MEDUSA", help="Default Medusa heads."
+            "--medusa",
+            metavar="ID",
+            envvar="LORASTACK_MEDUSA",
+            help="Default Medusa heads: an id, none, or what --pull-org lets the server pull.",
         ),
     ] = "",
     base_name: BaseName = None,
@@ -227,11 +233,14 @@ def serve(
         ),
     )
     share_cores()
+    bars = sys.stderr.isatty() and log_format is LogFormat.TEXT
+    if not bars:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when it is imported
     # Deferred: `--help` and the client commands must not wait for torch.
     from lorastack.service.logs import configure_logging
     from lorastack.service.server import Server
 
     configure_logging(config.service.log_format)
-    with progress_bar("fetching the default model") as progress:
+    with startup_bars() if bars else nullcontext(startup_log()) as progress:
         server = Server.build(config, progress)
     raise typer.Exit(server.run(typer.echo))

@@ -19,13 +19,18 @@ from lorastack.adapters.registry import Registry
 from lorastack.config import EngineConfig, ModelConfig
 from lorastack.engine.costs import measure
 from lorastack.engine.engine import Engine
+from lorastack.engine.memory import Demand, available_memory, check_fits
 from lorastack.engine.pages import Pages
 from lorastack.engine.runner import Runner
 from lorastack.errors import FailedPreconditionError, InvalidArgumentError, Reason
 from lorastack.kernels.packing import allocate
-from lorastack.model.decoder import Decoder, fingerprint, load_decoder
+from lorastack.kernels.quantize import Kind
+from lorastack.model.config import DecoderConfig, load_config
+from lorastack.model.decoder import Decoder, default_dtype, fingerprint, load_decoder
 from lorastack.model.default import DEFAULT_MODEL_NAME, default_model
+from lorastack.model.download import Progress as DownloadProgress
 from lorastack.model.kv import KVCache, page_nbytes
+from lorastack.model.size import weights_nbytes
 from lorastack.request import RowEvent
 from lorastack.speculation.calibration import Calibration
 from lorastack.text.tokenizer import Tokenizer
@@ -33,6 +38,8 @@ from lorastack.text.tokenizer import Tokenizer
 log = logging.getLogger(__name__)
 
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja"]
+HUB_COPIES = ["consolidated*.safetensors"]  # the same weights under other names
+Progress = Callable[[str, int, int], None]  # what is going on; bytes done, bytes in all
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,27 +54,35 @@ class LoadedModel:
 
 
 def load_model(
-    config: ModelConfig, progress: Callable[[int, int], None] | None = None
+    config: ModelConfig,
+    kv_memory: int = 0,
+    adapter_memory: int = 0,
+    progress: Progress = lambda label, done, total: None,
 ) -> LoadedModel:
     """Weights and tokenizer from a folder, a hub id, or the embedded default.
 
-    progress: (done, total) bytes while the default model is fetched. Raises InvalidArgumentError
-    for an unknown or unsupported model or device.
+    kv_memory, adapter_memory: bytes that must be there beside the weights. Raises
+    InvalidArgumentError for an unknown or unsupported model or device, FailedPreconditionError,
+    before any weight is read, for more than the device has.
     """
     device = _device(config.device)
-    dtype = _dtype(config.dtype)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    path, name = model_folder(config.model, progress)
+    path, name = model_folder(config.model, partial(progress, "fetching the default model"))
+    native = config.backend != "torch"
     with ThreadPoolExecutor(1) as beside:  # the weights: they hardly need the interpreter
         tokenizer = beside.submit(Tokenizer.load, path)
+        shown = load_config(path, config.max_context)
+        dtype = _dtype(config.dtype) or default_dtype(shown, device, native)
+        _check_memory(config, shown, dtype, device, kv_memory, adapter_memory)
         decoder = load_decoder(
             path,
             device=device,
             dtype=dtype,
             max_context=config.max_context,
-            native=config.backend != "torch",
+            native=native,
             quantize=config.quantize,
+            progress=partial(progress, "loading the weights"),
         )
     if config.backend == "native" and not decoder.backend.startswith("native"):
         raise InvalidArgumentError(
@@ -84,9 +99,24 @@ def load_model(
     )
 
 
-def model_folder(
-    model: str | None, progress: Callable[[int, int], None] | None = None
-) -> tuple[Path, str]:
+def _check_memory(
+    config: ModelConfig,
+    decoder: DecoderConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    kv_memory: int,
+    adapter_memory: int,
+) -> None:
+    available = available_memory(device)
+    if available is None:
+        return
+    sizes = {kind: weights_nbytes(decoder, dtype, kind, device) for kind in (None, *Kind)}
+    weights = sizes[None if config.quantize is None else Kind(config.quantize)]
+    smaller = {f"--quantize {kind}": size for kind, size in sizes.items() if size < weights}
+    check_fits(Demand(weights=weights, kv=kv_memory, adapters=adapter_memory), available, smaller)
+
+
+def model_folder(model: str | None, progress: DownloadProgress | None = None) -> tuple[Path, str]:
     """The folder of a model's files and the name that adapters know it by."""
     if model is None:
         return default_model(progress), DEFAULT_MODEL_NAME
@@ -94,7 +124,8 @@ def model_folder(
     if folder.is_dir():
         return folder, folder.resolve().name
     try:
-        return Path(snapshot_download(model, allow_patterns=HUB_FILES)), model
+        found = snapshot_download(model, allow_patterns=HUB_FILES, ignore_patterns=HUB_COPIES)
+        return Path(found), model
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise InvalidArgumentError(
             f"--model {model} is neither a folder nor a model the hub gives us: {error}",

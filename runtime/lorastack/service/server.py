@@ -28,7 +28,13 @@ from lorastack.adapters.registry import Registry
 from lorastack.config import MIB, ServerConfig, ServiceConfig
 from lorastack.engine.base import base_weight
 from lorastack.engine.engine import Engine
-from lorastack.engine.loading import LoadedModel, adapter_loader, build_engine, load_model
+from lorastack.engine.loading import (
+    LoadedModel,
+    Progress,
+    adapter_loader,
+    build_engine,
+    load_model,
+)
 from lorastack.errors import InvalidArgumentError
 from lorastack.service.adapters import AdapterService
 from lorastack.service.dispatch import Dispatcher
@@ -37,6 +43,7 @@ from lorastack.service.learned import LearnedKeeper
 from lorastack.service.metrics import MetricsServer, RequestMetrics, StateCollector
 from lorastack.service.prepare import Preparer, ServedModel
 from lorastack.service.probe import probe
+from lorastack.service.provision import Provision
 from lorastack.service.status import CallGuard
 from lorastack.service.store import StoreFollower, StoreWriter
 from lorastack.service.threads import run_in
@@ -158,16 +165,15 @@ class Server:
     def build(
         cls,
         config: ServerConfig,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress = lambda label, done, total: None,
         copy: Copy | None = None,
     ) -> Self:
-        """Loads the model and opens the store. progress: bytes of the default model's download.
+        """Loads the model and opens the store. progress: what takes long, and bytes of it.
 
         copy: of adapters to the device, unless its own way is meant.
         """
-        loaded = load_model(config.model, progress)
-        shapes = loaded.decoder.shapes
         limits = config.adapters
+        loaded = load_model(config.model, config.engine.kv_memory, limits.device_memory, progress)
         registry = Registry(
             limits.store,
             max_upload=limits.max_upload,
@@ -176,6 +182,17 @@ class Server:
         )
         level = logging.WARNING if registry.recovery.damaged else logging.INFO
         logger.log(level, "store %s: %s", limits.store, registry.recovery)
+        validate = Validator(
+            shapes=loaded.decoder.shapes,
+            dtype=loaded.decoder.dtype,
+            base_names=(loaded.name, loaded.path.name, *limits.base_names),
+            base_weight=partial(base_weight, loaded.path),
+        )
+        provision = Provision(
+            config=limits, model=loaded, registry=registry, validate=validate, progress=progress
+        )
+        provision.store_own_heads()
+        provision.pull_default_heads()
         host = HostCache(limits.host_memory, adapter_loader(loaded, registry))
         pool = DevicePool(
             limits.device_memory, loaded.decoder.device, host, lambda: engine.wake(), copy=copy
@@ -193,12 +210,7 @@ class Server:
             host=host,
             registry=registry,
             learned=learned,
-            validate=Validator(
-                shapes=shapes,
-                dtype=loaded.decoder.dtype,
-                base_names=(loaded.name, loaded.path.name, *limits.base_names),
-                base_weight=partial(base_weight, loaded.path),
-            ),
+            validate=validate,
             dispatcher=dispatcher,
         )
 

@@ -1,0 +1,124 @@
+"""Whether a model fits its machine, said before it is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lorastack.config import GIB, MIB
+from lorastack.errors import FailedPreconditionError, Reason
+
+LEAST_KV = 64 * MIB  # less is not worth an advice
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demand:
+    """Bytes that a server may come to need.
+
+    kv and adapters are what --kv-memory and --device-adapter-memory allow: they fill up as rows and
+    adapters come, and there must be room for that. The host's cache of adapters is not counted:
+    its limit is generous by default, and most servers never see so many adapters.
+    """
+
+    weights: int
+    kv: int
+    adapters: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.kv + self.adapters
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Bytes that weights, KV and adapters may take on a device; None where nobody says."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return host_memory()
+
+
+def host_memory(root: Path = Path("/")) -> int | None:
+    """What Linux calls available, or less where a cgroup allows less. root: of /proc and /sys."""
+    available = _table(root / "proc/meminfo").get("MemAvailable:")
+    if available is None:
+        return None
+    return min([available * 1024, *_cgroup_rooms(root)])
+
+
+def check_fits(demand: Demand, available: int, others: Mapping[str, int]) -> None:
+    """Raises FailedPreconditionError unless the demand is available, with what would be.
+
+    others: options that were not given, with the bytes of weights that they would make.
+    """
+    if demand.total <= available:
+        return
+    advice = list(_advice(demand, available, others))
+    raise FailedPreconditionError(
+        f"the weights take {_size(demand.weights)}, --kv-memory {_size(demand.kv)} and "
+        f"--device-adapter-memory {_size(demand.adapters)}, {_size(demand.total)} together, but "
+        f"{_size(available)} are available here: "
+        + (", or ".join(advice) if advice else "take a smaller model or a machine with more"),
+        reason=Reason.INVALID_MODEL,
+    )
+
+
+def _advice(demand: Demand, available: int, others: Mapping[str, int]) -> Iterator[str]:
+    """Changes that each would do alone."""
+    room = available - demand.weights
+    if (kv := room - demand.adapters) >= LEAST_KV:
+        yield f"give --kv-memory {kv // MIB}MiB"
+    if (adapters := room - demand.kv) >= LEAST_KV:
+        yield f"give --device-adapter-memory {adapters // MIB}MiB"
+    for option, weights in others.items():
+        total = weights + demand.kv + demand.adapters
+        kv = available - weights - demand.adapters
+        if total <= available:
+            yield f"{option}, which needs {_size(total)} in all"
+        elif kv >= LEAST_KV:
+            yield f"{option} with --kv-memory {kv // MIB}MiB"
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / GIB:.1f} GiB" if nbytes >= GIB else f"{nbytes / MIB:.0f} MiB"
+
+
+def _cgroup_rooms(root: Path) -> Iterator[int]:
+    """Bytes that each cgroup above this process has left; files it has in memory can go."""
+    for line in _lines(root / "proc/self/cgroup"):
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            folder, limit, usage, files = root / "sys/fs/cgroup", "memory.max", "memory.current", ""
+        elif "memory" in controllers.split(","):
+            folder, files = root / "sys/fs/cgroup/memory", "total_"
+            limit, usage = "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        # In a container the path may be the host's, and the cgroup itself stand at the top.
+        for name in ("", *path.strip("/").split("/")):
+            folder = folder / name
+            most, used = _number(folder / limit), _number(folder / usage)
+            if most is None or used is None:
+                continue
+            cached = _table(folder / "memory.stat")
+            kept = sum(cached.get(f"{files}{kind}_file", 0) for kind in ("active", "inactive"))
+            yield max(0, most - used + kept)
+
+
+def _table(path: Path) -> dict[str, int]:
+    """The lines `name number ...` of a file; {} if there is none."""
+    return {name: int(number) for name, number, *_ in map(str.split, _lines(path))}
+
+
+def _number(path: Path) -> int | None:
+    """None for no file, or "max"."""
+    text = "".join(_lines(path))
+    return int(text) if text.isdigit() else None
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []

@@ -1,0 +1,114 @@
+"""What a server puts into its store before it serves: heads of its own model, or of the hub."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Sequence
+
+from lorastack.adapters.hub import HubAddress, open_hub
+from lorastack.adapters.load import Validator
+from lorastack.adapters.manifest import adapter_digest
+from lorastack.adapters.registry import Registry
+from lorastack.adapters.source import Limits, SourceFile, copy_missing
+from lorastack.config import AdapterConfig
+from lorastack.engine.loading import LoadedModel, Progress
+from lorastack.engine.own_heads import own_heads
+from lorastack.errors import LorastackError, NotFoundError, UnavailableError
+
+log = logging.getLogger(__name__)
+
+
+class Provision:
+    """Makes uploads of the server's own, in the calling thread; nobody else uses the store yet."""
+
+    def __init__(
+        self,
+        *,
+        config: AdapterConfig,
+        model: LoadedModel,
+        registry: Registry,
+        validate: Validator,
+        progress: Progress,
+    ) -> None:
+        self._config = config
+        self._model = model
+        self._registry = registry
+        self._validate = validate
+        self._progress = progress
+
+    def store_own_heads(self) -> None:
+        """The heads that a Medusa-2 checkpoint has beside its backbone become the store's default.
+
+        Once: what was uploaded under their id since, or made the default, stays at a restart. Heads
+        that are the default but belong to another base model make way.
+        """
+        files = own_heads(self._model.path, self._model.name)
+        if not files:
+            return
+        adapter_id = own_heads_id(self._model.name)
+        if adapter_digest([file.spec for file in files]) in self._digests(adapter_id):
+            return
+        if self._config.read_only_store:
+            log.warning("the model's own heads are not in the store, which this server only reads")
+            return
+        self._store(adapter_id, files)
+        if not self._serves(self._registry.default_medusa()):
+            self._registry.set_default_medusa(adapter_id)
+
+    def pull_default_heads(self) -> None:
+        """--medusa ORG/NAME: pulled from the hub under that id if the store lacks it.
+
+        Raises NotFoundError if that organisation may not be pulled from, and what a pull raises.
+        """
+        hub_id = self._config.default_medusa
+        organisation, slash, _ = hub_id.partition("/")
+        if not slash or "@" in hub_id or self._config.read_only_store or self._digests(hub_id):
+            return
+        if organisation.casefold() not in {org.casefold() for org in self._config.pull_orgs}:
+            raise NotFoundError(
+                f"--medusa {hub_id}: the store has no such adapter; to have it pulled from the hub "
+                f"at the start, add --pull-org {organisation}",
+                adapter_id=hub_id,
+            )
+        limits = Limits(max_files=self._config.max_files, max_bytes=self._config.max_upload)
+        address = HubAddress(hub_id=hub_id)
+        with open_hub(address, self._config.pull_orgs, limits, lambda: None) as files:
+            self._store(hub_id, files)
+
+    def _store(self, adapter_id: str, files: Sequence[SourceFile]) -> None:
+        upload = self._registry.begin_upload(adapter_id, [file.spec for file in files])
+        try:
+            copy_missing(files, upload, self._report(f"storing {adapter_id}"))
+            record = upload.commit(self._validate, base_fingerprint=self._model.fingerprint)
+        except (UnavailableError, KeyboardInterrupt):
+            upload.suspend()  # the next start goes on from here
+            raise
+        except BaseException:
+            upload.abort()
+            raise
+        log.info("stored %s, %s", record.id, record.digest)
+
+    def _report(self, label: str) -> Callable[[int, int], None]:
+        return lambda done, total: self._progress(label, done, total)
+
+    def _digests(self, adapter_id: str) -> set[str]:
+        """Of all revisions of an id."""
+        try:
+            return {record.digest for record in self._registry.revisions(adapter_id)}
+        except LorastackError:  # none, or damaged: then the upload replaces it
+            return set()
+
+    def _serves(self, reference: str) -> bool:
+        """Whether it names something for this base model."""
+        try:
+            manifest = self._registry.resolve(reference).manifest
+        except LorastackError:
+            return False
+        return manifest.base_fingerprint == self._model.fingerprint
+
+
+def own_heads_id(model_name: str) -> str:
+    """The id of a model's own heads: its name, made fit to be one, and "-medusa"."""
+    cleaned = re.sub(r"[^A-Za-z0-9._-]", "-", model_name.rpartition("/")[2]).lstrip("._-")
+    return f"{cleaned[:89] or 'model'}-medusa"
