@@ -94,12 +94,15 @@ def test_serve_flags_reach_the_configuration(run: Run, monkeypatch: pytest.Monke
     monkeypatch.setattr(Server, "build", build)
     monkeypatch.setattr(logs, "configure_logging", lambda log_format: None)
     with pytest.raises(Stop):
-        run("serve", "--store", "s", "--read-only-store", "--metrics-port", "9090", *ALIASES)
+        flags = ("--read-only-store", "--metrics-port", "9090", "--quantize", "int4", *ALIASES)
+        run("serve", "--store", "s", *flags)
     with pytest.raises(Stop):
         run("serve")
     assert seen[0].adapters.read_only_store
     assert seen[0].adapters.store == Path("s")
     assert seen[0].adapters.base_names == ("org/one", "two")
     assert seen[0].service.metrics_port == 9090
+    assert seen[0].model.quantize == "int4"
     assert not seen[1].adapters.read_only_store
     assert seen[1].service.metrics_port == 0
+    assert seen[1].model.quantize is None

@@ -98,10 +98,14 @@ class LiveServer:
         engine: EngineConfig,
         adapters: AdapterConfig,
         dtype: str = "float32",
+        quantize: str | None = None,
     ) -> None:
         self._config = ServerConfig(
             model=ModelConfig(
-                model=None if model is None else str(model), device="cpu", dtype=dtype
+                model=None if model is None else str(model),
+                device="cpu",
+                dtype=dtype,
+                quantize=quantize,
             ),
             engine=engine,
             adapters=adapters,

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from lorastack.kernels.native.library import Isa, supported
+from lorastack.kernels.quantize import Kind
 from lorastack.layout import EMBED, LAYER_TARGETS, LM_HEAD
 from lorastack.lora.weights import LoraWeights
 from lorastack.model.checkpoint import Checkpoint
@@ -32,12 +35,15 @@ ISAS = [
     pytest.param(isa, marks=pytest.mark.skipif(not supported(isa), reason="not on this machine"))
     for isa in Isa
 ]
-MODELS = {
+MODELS: dict[str, tuple[Callable[..., Path], dict[str, Any]]] = {
     "llama": (build_llama, {}),
     "biases": (build_llama, {"attention_bias": True, "mlp_bias": True, "intermediate_size": 88}),
     "one-kv-head": (build_llama, {"num_key_value_heads": 1, "head_dim": 96}),
     "window": (build_mistral, {"sliding_window": 9, "head_dim": 64}),
+    "int8": (build_mistral, {"head_dim": 64}),
+    "int4": (build_llama, {"attention_bias": True, "mlp_bias": True, "intermediate_size": 88}),
 }
+KINDS = {kind.value: kind for kind in Kind}  # of the models that are named so
 LORAS = {
     "all": {"rank": 5, "targets": (*LAYER_TARGETS, LM_HEAD, EMBED)},
     "some": {"rank": 19, "targets": ("k_proj", "up_proj", "down_proj"), "seed": 2},
@@ -65,7 +71,12 @@ class World:
 @pytest.fixture(scope="module", params=MODELS)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     build, fields = MODELS[request.param]
-    return build(tmp_path_factory.mktemp(request.param), **fields)
+    folder = build(tmp_path_factory.mktemp("models") / request.param, **fields)
+    if request.param in KINDS:  # what both read must be the same for codes to be
+        file = folder / "model.safetensors"
+        rounded = {name: each.bfloat16() for name, each in load_file(file).items()}
+        save_file(rounded, file, {"format": "pt"})
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -77,11 +88,15 @@ def lora_folders(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list
 @pytest.fixture(scope="module", params=ISAS)
 def world(request: pytest.FixtureRequest, folder: Path, lora_folders: list[Path]) -> World:
     dtype, config = DTYPES[request.param], load_config(folder, None)
-    backend = NativeBackend.load(Checkpoint(folder), config, dtype, request.param)
+    kind = KINDS.get(folder.name) if dtype == torch.bfloat16 else None  # all that they multiply
+    backend = NativeBackend.load(Checkpoint(folder), config, dtype, request.param, kind)
     shapes = shapes_of(folder)
+    reference = load_decoder(
+        folder, device=CPU, dtype=torch.float32, max_context=None, native=False, quantize=kind
+    )
     return World(
         Decoder(config.shapes, backend, CPU, dtype),
-        load_decoder(folder, device=CPU, dtype=torch.float32, max_context=None, native=False),
+        reference,
         [read_weights(path, shapes, dtype) for path in lora_folders],
         [read_weights(path, shapes) for path in lora_folders],
     )

