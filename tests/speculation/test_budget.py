@@ -63,17 +63,17 @@ def test_a_dear_first_node_is_taken_for_the_sake_of_those_behind_it() -> None:
     assert allot([[0.25] * 4], 4, 4, cost) == [0]
 
 
-def test_sure_rows_get_the_nodes_and_nobody_reads_on() -> None:
+def test_sure_rows_get_the_nodes_and_nobody_reads_far_on() -> None:
     read = count()
 
     def stream() -> object:
-        for worth in (0.9, 0.8, 0.01, 0.01, 0.01):
+        for worth in (0.9, 0.8, *[0.01] * 60):
             next(read)
             yield worth
 
     cost = CostCurve([(1, 10.0), (8, 11.0)])
     assert allot([stream(), [0.02]], 2, 2, cost) == [2, 0]  # type: ignore[list-item]
-    assert next(read) == 3
+    assert next(read) < 12
 
 
 @given(st.lists(worths, max_size=5), st.integers(0, 8), curves(), st.floats(0.0, 10.0))

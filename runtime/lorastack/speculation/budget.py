@@ -12,6 +12,8 @@ from collections.abc import Iterable, Sequence
 
 from lorastack.speculation.cost import CostCurve
 
+_LOOK_EVERY = 8  # nodes after which `allot` asks whether more can be worth it
+
 
 def allot(
     streams: Sequence[Iterable[float]], fixed_tokens: int, num_rows: int, cost: CostCurve
@@ -19,7 +21,7 @@ def allot(
     """Nodes per row that make (num_rows + sum of worths) / cost.seconds(fixed_tokens + nodes) most.
 
     streams: per row, its nodes' worths, non-increasing; where one ends is the row's cap. They are
-    read no further than it takes to know. fixed_tokens: of the step without any node. num_rows:
+    read hardly further than it takes to know. fixed_tokens: of the step without any node. num_rows:
     those that get a token of their own, with a stream or without. Ties go to fewer nodes.
     """
     iterators = [iter(worths) for worths in streams]
@@ -32,7 +34,7 @@ def allot(
     while nodes:
         negative, row = nodes[0]
         # Nothing left is worth more, and no number of nodes costs less than this a node.
-        if -negative <= best_rate * cost.least_slope(tokens):
+        if len(taken) % _LOOK_EVERY == 0 and -negative <= best_rate * cost.least_slope(tokens):
             break
         taken.append(row)
         tokens += 1
