@@ -67,7 +67,7 @@ def check_fits(demand: Demand, available: int, others: Mapping[str, int]) -> Non
 def _advice(demand: Demand, available: int, others: Mapping[str, int]) -> Iterator[str]:
     """Changes that each would do alone."""
     room = available - demand.weights
-    if (kv := room - demand.adapters) >= LEAST_KV:
+    if roomy := (kv := room - demand.adapters) >= LEAST_KV:
         yield f"give --kv-memory {kv // MIB}MiB"
     if (adapters := room - demand.kv) >= LEAST_KV:
         yield f"give --device-adapter-memory {adapters // MIB}MiB"
@@ -76,7 +76,7 @@ def _advice(demand: Demand, available: int, others: Mapping[str, int]) -> Iterat
         kv = available - weights - demand.adapters
         if total <= available:
             yield f"{option}, which needs {_size(total)} in all"
-        elif kv >= LEAST_KV:
+        elif not roomy and kv >= LEAST_KV:
             yield f"{option} with --kv-memory {kv // MIB}MiB"
 
 
