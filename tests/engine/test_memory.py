@@ -160,6 +160,16 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_read(
         loading.load_model(config, kv_memory=5 * GIB // 2, adapter_memory=GIB)
 
 
+@pytest.mark.parametrize(("left", "expected"), [(9, 4 * GIB), (3, 2 * GIB)])
+def test_what_is_left_is_for_keys_and_values(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, left: int, expected: int
+) -> None:
+    monkeypatch.setattr(loading, "available_memory", lambda device: left * GIB)
+    config = ModelConfig(model=str(tiny_llama), device="cpu")
+    loaded = loading.load_model(config, kv_memory=None, adapter_memory=GIB)
+    assert loaded.kv_memory == pytest.approx(expected, rel=0.01)
+
+
 @pytest.mark.parametrize("kind", [None, *Kind])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("native", [True, False])

@@ -299,6 +299,7 @@ def served_model(tokenizer: Tokenizer, shapes: ModelShapes) -> ServedModel:
         max_context=MAX_CONTEXT,
         device="cpu",
         dtype="float32",
+        kv_memory=1 << 20,
         quantization="",
         backend="fake",
     )

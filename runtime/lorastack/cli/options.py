@@ -72,10 +72,10 @@ def default_store() -> Path:
     return Path(data) / "lorastack" / "store"
 
 
-def size(text: str) -> str:
+def size(text: str | None) -> str | None:
     """Option callback: a positive number of bytes, kept as the user wrote it."""
     try:
-        if parse_size(text) > 0:
+        if text is None or parse_size(text) > 0:
             return text
     except (ValueError, OverflowError):
         pass

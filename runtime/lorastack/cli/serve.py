@@ -160,15 +160,16 @@ def serve(
         ),
     ] = "8GiB",
     kv_memory: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--kv-memory",
             metavar="SIZE",
             callback=size,
             envvar="LORASTACK_KV_MEMORY",
             help="For keys and values of all rows.",
+            show_default="4GiB, or what is left",
         ),
-    ] = "4GiB",
+    ] = None,
     max_rows: Annotated[
         int,
         typer.Option("--max-rows", min=1, envvar="LORASTACK_MAX_ROWS", help="Rows in a batch."),
@@ -212,7 +213,9 @@ def serve(
             max_context=max_context,
         ),
         engine=EngineConfig(
-            kv_memory=parse_size(kv_memory), max_rows=max_rows, max_queue=max_queue
+            kv_memory=None if kv_memory is None else parse_size(kv_memory),
+            max_rows=max_rows,
+            max_queue=max_queue,
         ),
         adapters=AdapterConfig(
             store=default_store() if store is None else store,

@@ -16,10 +16,10 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from lorastack.adapters.load import Loader
 from lorastack.adapters.pool import DevicePool
 from lorastack.adapters.registry import Registry
-from lorastack.config import EngineConfig, ModelConfig
+from lorastack.config import MIB, EngineConfig, ModelConfig
 from lorastack.engine.costs import measure
 from lorastack.engine.engine import Engine
-from lorastack.engine.memory import Demand, available_memory, check_fits
+from lorastack.engine.memory import LEAST_KV, MOST_KV, Demand, available_memory, check_fits
 from lorastack.engine.pages import Pages
 from lorastack.engine.runner import Runner
 from lorastack.errors import FailedPreconditionError, InvalidArgumentError, Reason
@@ -44,24 +44,29 @@ Progress = Callable[[str, int, int], None]  # what is going on; bytes done, byte
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedModel:
-    """A base model in memory with its tokenizer. name: hub id, or the folder's name."""
+    """A base model in memory with its tokenizer. name: hub id, or the folder's name.
+
+    kv_memory: bytes for keys and values beside it.
+    """
 
     decoder: Decoder
     tokenizer: Tokenizer
     name: str
     path: Path
     fingerprint: str
+    kv_memory: int
 
 
 def load_model(
     config: ModelConfig,
-    kv_memory: int = 0,
-    adapter_memory: int = 0,
+    kv_memory: int | None,
+    adapter_memory: int,
     progress: Progress = lambda label, done, total: None,
 ) -> LoadedModel:
     """Weights and tokenizer from a folder, a hub id, or the embedded default.
 
-    kv_memory, adapter_memory: bytes that must be there beside the weights. Raises
+    kv_memory, adapter_memory: bytes that must be there beside the weights; None: what is left, up
+    to 4 GiB. Raises
     InvalidArgumentError for an unknown or unsupported model or device, FailedPreconditionError,
     before any weight is read, for more than the device has.
     """
@@ -74,7 +79,7 @@ def load_model(
         tokenizer = beside.submit(Tokenizer.load, path)
         shown = load_config(path, config.max_context)
         dtype = _dtype(config.dtype) or default_dtype(shown, device, native)
-        _check_memory(config, shown, dtype, device, kv_memory, adapter_memory)
+        kv_memory = _kv_memory(config, shown, dtype, device, kv_memory, adapter_memory)
         decoder = load_decoder(
             path,
             device=device,
@@ -96,24 +101,32 @@ def load_model(
         name=name,
         path=path,
         fingerprint=fingerprint(path),
+        kv_memory=kv_memory,
     )
 
 
-def _check_memory(
+def _kv_memory(
     config: ModelConfig,
     decoder: DecoderConfig,
     dtype: torch.dtype,
     device: torch.device,
-    kv_memory: int,
+    wanted: int | None,
     adapter_memory: int,
-) -> None:
+) -> int:
+    """Bytes for keys and values, if there is room for all that is to come."""
     available = available_memory(device)
     if available is None:
-        return
+        return MOST_KV if wanted is None else wanted
     sizes = {kind: weights_nbytes(decoder, dtype, kind, device) for kind in (None, *Kind)}
     weights = sizes[None if config.quantize is None else Kind(config.quantize)]
     smaller = {f"--quantize {kind}": size for kind, size in sizes.items() if size < weights}
-    check_fits(Demand(weights=weights, kv=kv_memory, adapters=adapter_memory), available, smaller)
+    kv = wanted
+    if kv is None:
+        kv = min(MOST_KV, max(LEAST_KV, available - weights - adapter_memory))
+    check_fits(Demand(weights=weights, kv=kv, adapters=adapter_memory), available, smaller)
+    if wanted is None and kv < MOST_KV:
+        log.warning("keys and values get the %d MiB that are left; --kv-memory sets it", kv // MIB)
+    return kv
 
 
 def model_folder(model: str | None, progress: DownloadProgress | None = None) -> tuple[Path, str]:
@@ -160,7 +173,7 @@ def build_engine(
     decoder = model.decoder
     shapes = decoder.shapes
     nbytes = page_nbytes(shapes, config.page_size, decoder.dtype)
-    num_pages = config.kv_memory // nbytes
+    num_pages = model.kv_memory // nbytes
     max_context = min(shapes.max_context, num_pages * config.page_size)
     if num_pages < 2:
         raise FailedPreconditionError(

@@ -12,6 +12,7 @@ from lorastack.config import GIB, MIB
 from lorastack.errors import FailedPreconditionError, Reason
 
 LEAST_KV = 64 * MIB  # less is not worth an advice
+MOST_KV = 4 * GIB  # unless more is asked for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -89,6 +89,7 @@ class ServedModel:
     dtype: str
     quantization: str
     backend: str
+    kv_memory: int  # bytes
 
 
 @dataclass(frozen=True, slots=True)

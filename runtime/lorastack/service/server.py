@@ -353,6 +353,7 @@ def _served(loaded: LoadedModel, max_context: int) -> ServedModel:
         dtype=str(decoder.dtype).removeprefix("torch."),
         quantization=decoder.quantization,
         backend=decoder.backend,
+        kv_memory=loaded.kv_memory,
     )
 
 
@@ -365,7 +366,7 @@ def _model_info(model: ServedModel, config: ServerConfig) -> generation_pb2.GetM
             max_context=model.max_context,
             max_rows=config.engine.max_rows,
             max_queue=config.engine.max_queue,
-            kv_bytes=config.engine.kv_memory,
+            kv_bytes=model.kv_memory,
             device_adapter_bytes=config.adapters.device_memory,
             host_adapter_bytes=config.adapters.host_memory,
         ),
