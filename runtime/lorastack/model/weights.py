@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lorastack.errors import InvalidArgumentError, Reason
+from lorastack.kernels.native.memory import give_back
 from lorastack.kernels.quantize import NotFiniteError
 from lorastack.model.checkpoint import Checkpoint
 from lorastack.model.config import DecoderConfig
@@ -84,7 +85,10 @@ def load_weights(
     reader = _Reader(checkpoint, config, device, dtype, packing)
     shapes = config.shapes
     embed_VH = reader.tensor("model.embed_tokens.weight", (shapes.vocab_size, shapes.hidden_size))
-    layers = tuple(reader.layer(index) for index in range(shapes.num_layers))
+    layers = []
+    for index in range(shapes.num_layers):
+        layers.append(reader.layer(index))
+        give_back()
     norm = reader.tensor("model.norm.weight", (shapes.hidden_size,))
     if shapes.tie_word_embeddings:
         reader.used.add("lm_head.weight")  # some checkpoints store the tied copy
@@ -94,7 +98,7 @@ def load_weights(
         lm_head_VH = reader.matrix([name], [shapes.vocab_size], shapes.hidden_size)
     lm_head = _packed(packing.head, lm_head_VH, None, [name], [shapes.vocab_size])
     reader.refuse_unknown()
-    return DecoderWeights(embed_VH, layers, norm, lm_head)
+    return DecoderWeights(embed_VH, tuple(layers), norm, lm_head)
 
 
 class _Reader(Generic[Dense]):

@@ -1,4 +1,4 @@
-"""Memory in huge pages for weights, which every step reads from end to end.
+"""Memory in huge pages for weights, which every step reads from end to end; giving memory back.
 
 270 MB of weights are 66,000 pages of 4 KiB but 130 of 2 MiB: the processor looks up fewer addresses
 and reads ahead further. Where the system gives no huge pages this is plain memory.
@@ -6,6 +6,7 @@ and reads ahead further. Where the system gives no huge pages this is plain memo
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 from contextlib import suppress
 
@@ -30,6 +31,16 @@ class HugePages:
             self._free = _reserve(max(nbytes, BLOCK))
         place, self._free = self._free[:nbytes], self._free[-(-nbytes // ALIGNMENT) * ALIGNMENT :]
         return place.view(source.dtype).view(source.shape).copy_(source)
+
+
+def give_back() -> None:
+    """Memory that was freed goes back to the system.
+
+    glibc keeps what lies between blocks in use, as long as nobody asks: a fifth of a 7B model in 4
+    bits, once it was quantised.
+    """
+    with suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _reserve(nbytes: int) -> Tensor:
