@@ -1,9 +1,9 @@
 """How near does Mistral-7B come to the memory's limit? At full size, with made-up weights.
 
-Steps a second of 1 and 8 rows beside the floor (the bytes of the weights over the bandwidth of this
-run), of 8 rows with 8 rank-16 LoRAs beside 8 without, loads of one of these from the disk to
-usable beside reading and copying its file, and the memory of the process when it has loaded. Rounds
-take turns; medians.
+Steps a second of 1 and 8 rows beside the floor (the bytes of the weights over the bandwidth just
+before and after), of 8 rows with 8 rank-16 LoRAs beside 8 without, loads of one of these from the
+disk to usable beside reading and copying its file, and the memory of the process when it has
+loaded. Rounds take turns; medians, of ratios too.
 
     python -m benchmarks.mistral
     python -m benchmarks.mistral --quantize int8
@@ -41,7 +41,7 @@ BASE_1, BASE_8, LORAS_8 = "1 row", "8 rows", f"8 rows, {NUM_LORAS} LoRAs of rank
 
 def main(
     quantize: Annotated[str | None, typer.Option(help="int8 or int4; bfloat16 without.")] = None,
-    rounds: Annotated[int, typer.Option(help="Of every timing, after one to warm up.")] = 3,
+    rounds: Annotated[int, typer.Option(help="Of every timing, after one to warm up.")] = 5,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
     folder: Annotated[
         Path | None, typer.Option(help="On the disk to measure.", show_default="the system's")
@@ -92,29 +92,34 @@ def measure_steps(
     names = [lora.name for lora in loras]
     cases = {BASE_1: [""], BASE_8: [""] * len(names), LORAS_8: names}
     speeds: dict[str, list[float]] = {name: [] for name in cases}
-    bandwidths = []
+    bandwidths: dict[str, list[float]] = {name: [] for name in cases}
     for number in range(rounds + 1):
-        bandwidths.append(bandwidth(5))
         for name, row_loras in cases.items():
+            before = bandwidth(5)
             slots = [[request(lora, number)] for lora in row_loras]
             rate = traffic.steady_rate(traffic.run(server.address, slots)) / len(slots)
-            speeds[name] += [rate] if number else []
+            if number:
+                speeds[name].append(rate)
+                bandwidths[name].append((before + bandwidth(5)) / 2)
     # Of bfloat16: int4 has a scale each 32 weights, and an lm_head in int8.
     share = {None: 1.0, "int8": 0.5, "int4": 0.285}[quantize]
-    floor = share * weight_bytes(MISTRAL_7B, torch.bfloat16) / statistics.median(bandwidths)
-    medians = {name: statistics.median(found) for name, found in speeds.items()}
+    nbytes = share * weight_bytes(MISTRAL_7B, torch.bfloat16)
+    floors = {name: [each / nbytes for each in found] for name, found in bandwidths.items()}
     return [
         {
             "": name,
-            "steps/s": round(rate, 3),
-            "ms": round(1000 / rate),
-            "floor ms": round(1000 * floor),
-            "of the floor": f"{floor * rate:.0%}",
-            "of 8 rows": f"{rate / medians[BASE_8]:.0%}",
-            "GB/s": round(statistics.median(bandwidths) / 1e9, 1),
+            "steps/s": round(statistics.median(rates), 3),
+            "ms": round(1000 / statistics.median(rates)),
+            "GB/s": round(statistics.median(bandwidths[name]) / 1e9, 1),
+            "of the floor": f"{_median_ratio(rates, floors[name]):.0%}",
+            "of 8 rows": f"{_median_ratio(rates, speeds[BASE_8]):.0%}",
         }
-        for name, rate in medians.items()
+        for name, rates in speeds.items()
     ]
+
+
+def _median_ratio(found: Sequence[float], beside: Sequence[float]) -> float:
+    return statistics.median(mine / theirs for mine, theirs in zip(found, beside, strict=True))
 
 
 def request(lora: str, number: int) -> bytes:
