@@ -28,7 +28,7 @@ def head(isa: Isa, chance: random.Random) -> Twins:
     """A model of which only the head matters."""
     shapes = ModelShapes(
         architecture="LlamaForCausalLM",
-        hidden_size=32 * chance.randint(1, 9),
+        hidden_size=32 * chance.choice((1, 2, 3, 4, 5, 6, 7, 8, 9, 65)),
         intermediate_size=1,
         num_layers=1,
         num_heads=1,

@@ -8,6 +8,8 @@
 
 #include <string.h>
 
+#include <initializer_list>
+
 #include "common.h"
 #include "step.h"
 
@@ -15,6 +17,7 @@ namespace lorastack::LORASTACK_ISA {
 
 constexpr int BLOCK_ROWS = 32;
 constexpr int BLOCK_COLS = 2 * LANES;
+constexpr int MANY_INPUTS = 2048;
 constexpr int PREFETCH = 1024;  // bytes ahead of the weights being read: the next tile
 
 // Sums of a block, [BLOCK_ROWS][BLOCK_COLS].
@@ -128,15 +131,24 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {};
 };
 
-// All eight tiles are 16 rows of 64 bytes. A thread calls it once before it multiplies.
+#ifdef __AMX_BF16__
+// Tiles of 64 bytes a row. rows: of X; its first 16 and their sums are tiles 4, 0 and 1, those behind
+// them 5, 2 and 3. The others have 16 rows.
+INLINE void configure_tiles(int rows) {
+  TileConfig config;
+  for (int i = 0; i < 8; i++) config.row_bytes[i] = 64, config.rows[i] = 16;
+  const int last = (rows - 1) % 16 + 1;
+  for (int i : {0, 1, 4}) config.rows[i] = rows > 16 ? 16 : last;
+  for (int i : {2, 3, 5}) config.rows[i] = last;
+  _tile_loadconfig(&config);
+}
+#endif
+
+// All eight tiles have 16 rows. A thread calls it once before it multiplies.
 template <class Isa>
 INLINE void begin_tiles() {
 #ifdef __AMX_BF16__
-  if constexpr (Isa::tiles) {
-    TileConfig config;
-    for (int i = 0; i < 8; i++) config.row_bytes[i] = 64, config.rows[i] = 16;
-    _tile_loadconfig(&config);
-  }
+  if constexpr (Isa::tiles) configure_tiles(BLOCK_ROWS);
 #endif
 }
 
@@ -188,8 +200,15 @@ template <class Isa, class T, class Source>
 INLINE void block(const T* x, size_t ldx, int rows, Source& source, int k, Block* out) {
 #ifdef __AMX_BF16__
   if constexpr (Isa::tiles) {
-    if (rows <= 16) return amx_block<false>(x, ldx, source, k, out);
-    return amx_block<true>(x, ldx, source, k, out);
+    // Where X leaves the first cache, its rows that nobody wants are not read. Setting the tiles up
+    // takes as long as a dozen of them.
+    const bool exact = k >= MANY_INPUTS && rows % 16;
+    if (exact) configure_tiles(rows);
+    if (rows <= 16)
+      amx_block<false>(x, ldx, source, k, out);
+    else
+      amx_block<true>(x, ldx, source, k, out);
+    if (exact) configure_tiles(BLOCK_ROWS);
   }
 #endif
   if constexpr (!Isa::tiles) {
