@@ -139,7 +139,7 @@ def test_loading_takes_one_matrix_more_than_the_weights(
     command = [sys.executable, "-c", PEAK, str(tmp_path), quantize]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     matrix = hidden * vocabulary * 2
-    assert int(run.stdout) * 1024 < matrix + 24 * mebibyte
+    assert int(run.stdout) * 1024 < matrix + 32 * mebibyte  # a second copy is 48
 
 
 def write_sparse(folder: Path, hidden: int, vocabulary: int, dtype: torch.dtype) -> None:
