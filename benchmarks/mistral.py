@@ -26,9 +26,11 @@ import typer
 from benchmarks.load import traffic
 from benchmarks.paging.cold_start import MISTRAL_7B, drop_cached, read
 from benchmarks.report import report
-from benchmarks.step import bandwidth, weight_bytes
+from benchmarks.step import bandwidth
 from examples.local_server import LocalServer, local_server
 from lorastack.client import Client
+from lorastack.kernels.quantize import Kind
+from lorastack.model.size import step_nbytes
 from lorastack.v1 import generation_pb2 as pb
 from tests.helpers.adapters import write_lora
 from tests.integration.mistral_7b.checkpoint import FULL, HUB_ID, synthetic
@@ -101,9 +103,7 @@ def measure_steps(
             if number:
                 speeds[name].append(rate)
                 bandwidths[name].append((before + bandwidth(5)) / 2)
-    # Of bfloat16: int4 has a scale each 32 weights, and an lm_head in int8.
-    share = {None: 1.0, "int8": 0.5, "int4": 0.285}[quantize]
-    nbytes = share * weight_bytes(MISTRAL_7B, torch.bfloat16)
+    nbytes = step_nbytes(MISTRAL_7B, torch.bfloat16, None if quantize is None else Kind(quantize))
     floors = {name: [each / nbytes for each in found] for name, found in bandwidths.items()}
     return [
         {

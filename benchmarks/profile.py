@@ -22,7 +22,7 @@ import torch
 import typer
 
 from benchmarks.report import report, seconds
-from benchmarks.step import bandwidth, weight_bytes
+from benchmarks.step import bandwidth
 from lorastack.kernels.attention import RowSpan
 from lorastack.kernels.drafts import HeadsGroup, HeadsWeights, candidates
 from lorastack.kernels.native import build
@@ -35,6 +35,7 @@ from lorastack.model.context import ForwardBatch
 from lorastack.model.decoder import Decoder, load_decoder
 from lorastack.model.default import default_model
 from lorastack.model.kv import KVCache
+from lorastack.model.size import step_nbytes
 
 CPU = torch.device("cpu")
 PAGE, RANK, NUM_LORAS = 16, 16, 8
@@ -67,7 +68,7 @@ def main(
             profile.prompt(256, past=0),
             profile.prompt(256, past=768),
         ]
-    floor = weight_bytes(decoder.shapes, torch.bfloat16) / speed
+    floor = step_nbytes(decoder.shapes, torch.bfloat16) / speed
     report(
         f"A step of {decoder.backend}, {threads} threads, ms",
         rows,

@@ -103,10 +103,7 @@ def quality(decoders: dict[str, Decoder], count: int) -> list[dict[str, object]]
     rows, base = [], torch.empty(0)
     for kind, decoder in decoders.items():
         found = [predict(decoder, ids[:CONTEXT]) for ids in texts]
-        losses, best = (
-            torch.cat([each[0] for each in found]),
-            torch.cat([each[1] for each in found]),
-        )
+        losses, best = (torch.cat(parts) for parts in zip(*found, strict=True))
         base = base if len(base) else best
         rows.append(
             {

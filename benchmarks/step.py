@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import statistics
 from functools import partial
-from math import prod
 from typing import Annotated
 
 import torch
@@ -20,11 +19,11 @@ import typer
 
 from benchmarks.report import report, seconds
 from lorastack.kernels.attention import RowSpan
-from lorastack.layout import LAYER_TARGETS, ModelShapes
 from lorastack.model.context import ForwardBatch
 from lorastack.model.decoder import Decoder, load_decoder
 from lorastack.model.default import default_model
 from lorastack.model.kv import KVCache
+from lorastack.model.size import step_nbytes
 
 PAST, PAGE = 64, 16  # tokens
 ROWS = (1, 4, 8, 16, 32)
@@ -45,7 +44,7 @@ def main(
             for native in (True, False)
         ]
         steps = {decoder.backend: Steps(decoder) for decoder in decoders}
-        floor = weight_bytes(decoders[0].shapes, dtype) / speed
+        floor = step_nbytes(decoders[0].shapes, dtype) / speed
         rows = [measure(steps, count, floor, repeats) for count in (*ROWS, CHUNK)]
         report(
             f"A step in {str(dtype).removeprefix('torch.')}, {threads} threads",
@@ -91,13 +90,6 @@ def measure(steps: dict[str, Steps], count: int, floor: float, repeats: int) -> 
     row["floor ms"] = round(1000 * floor, 2)
     row["of the floor"] = f"{floor / first:.0%}" if count != CHUNK else "-"
     return row
-
-
-def weight_bytes(shapes: ModelShapes, dtype: torch.dtype) -> int:
-    """Of the matrices that a step reads; the embedding is one of them, as lm_head."""
-    layer = sum(prod(shapes.target_shape(target)) for target in LAYER_TARGETS)
-    head = shapes.vocab_size * shapes.hidden_size
-    return (shapes.num_layers * layer + head) * dtype.itemsize
 
 
 def bandwidth(repeats: int) -> float:

@@ -31,11 +31,11 @@ from benchmarks.speed.chart import chart
 from benchmarks.speed.engines import HEADS, installed_peers
 from benchmarks.speed.results import AUTO, OFF, bars
 from benchmarks.speed.run import Run
-from benchmarks.step import weight_bytes
 from examples.local_server import ADAPTERS, local_server
 from lorastack.client import Client
 from lorastack.model.config import load_config
 from lorastack.model.default import default_model
+from lorastack.model.size import step_nbytes
 
 NUM_LORAS, RANK = 8, 16
 OUT = Path(__file__).parents[1] / "results"
@@ -65,7 +65,7 @@ def main(
         for number in range(rounds + 1):
             run.round(cases, number)
         names = {name: peer.name for name, peer in others.items()}
-    base = weight_bytes(load_config(default_model(), None).shapes, torch.bfloat16)
+    base = step_nbytes(load_config(default_model(), None).shapes, torch.bfloat16)
     for case in cases:
         if not case.is_prefill:
             run.results.set_floor(

@@ -66,9 +66,8 @@ def load_model(
     """Weights and tokenizer from a folder, a hub id, or the embedded default.
 
     kv_memory, adapter_memory: bytes that must be there beside the weights; None: what is left, up
-    to 4 GiB. Raises
-    InvalidArgumentError for an unknown or unsupported model or device, FailedPreconditionError,
-    before any weight is read, for more than the device has.
+    to 4 GiB. Raises InvalidArgumentError for an unknown or unsupported model or device,
+    FailedPreconditionError, before any weight is read, for more than the device has.
     """
     device = _device(config.device)
     if config.threads is not None:

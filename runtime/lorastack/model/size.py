@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from lorastack.kernels.quantize import GROUP, Kind, head_kind
-from lorastack.layout import LAYER_TARGETS, LM_HEAD
+from lorastack.layout import LAYER_TARGETS, LM_HEAD, ModelShapes
 from lorastack.model.config import DecoderConfig
 
 
@@ -18,12 +18,18 @@ def weights_nbytes(
     """
     shapes = config.shapes
     vocabulary = shapes.vocab_size * shapes.hidden_size
+    largest = max(vocabulary, 2 * shapes.intermediate_size * shapes.hidden_size)
+    total = step_nbytes(shapes, dtype, kind) + (vocabulary + largest) * dtype.itemsize
+    if shapes.tie_word_embeddings and kind is None and device.type != "cpu":
+        total -= vocabulary * dtype.itemsize  # lm_head is the embedding; else it is laid out again
+    return total
+
+
+def step_nbytes(shapes: ModelShapes, dtype: torch.dtype, kind: Kind | None = None) -> int:
+    """Bytes of the matrices that a step reads: all layers' and lm_head."""
     layer = sum(_stored(*shapes.target_shape(target), dtype, kind) for target in LAYER_TARGETS)
     head = _stored(*shapes.target_shape(LM_HEAD), dtype, head_kind(kind))
-    if shapes.tie_word_embeddings and kind is None and device.type != "cpu":
-        head = 0  # the embedding itself; elsewhere it is laid out once more
-    largest = max(vocabulary, 2 * shapes.intermediate_size * shapes.hidden_size)
-    return shapes.num_layers * layer + head + (vocabulary + largest) * dtype.itemsize
+    return shapes.num_layers * layer + head
 
 
 def _stored(outputs: int, inputs: int, dtype: torch.dtype, kind: Kind | None) -> int:
