@@ -3,14 +3,16 @@
     python -m tests.integration.mistral_7b.scripted ANSWERS serve ...
 
 ANSWERS: a JSON file, request id -> the tokens that it will come to; read anew in every step. Where
-a row's id is in it, what its heads proposed is replaced by a `ScriptedDrafter`'s guesses, which are
-right about half the time: random heads never are. Drafts cost nothing here, so that what is drafted
-does not depend on the machine. Verification, and whatever makes tokens, is real.
+a row's id is in it, its heads propose guesses, of which about half are accepted: random heads'
+never are. Which ones are right depends on the id and the place alone, and drafts cost nothing here,
+so that the machine hardly decides what is accepted. Verification, and whatever makes tokens, is
+real.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import random
 import sys
 from collections.abc import Sequence
@@ -22,10 +24,9 @@ from lorastack.cli.main import main
 from lorastack.engine import loading, runner
 from lorastack.engine.batch import Draft, RowStep
 from lorastack.engine.drafts import Drafter
-from lorastack.engine.stacks import Stacks
-from lorastack.model.decoder import Decoder
 from tests.helpers.costs import CheapDrafts
-from tests.helpers.scripted import Clock, Script, ScriptedDrafter
+
+RIGHT = 0.65  # of three guesses (1 + RIGHT + RIGHT**2) * RIGHT = 1.35 are accepted then
 
 
 class KnowingDrafter(Drafter):
@@ -33,23 +34,29 @@ class KnowingDrafter(Drafter):
 
     path: Path
 
-    def __init__(self, decoder: Decoder, stacks: Stacks) -> None:
-        super().__init__(decoder, stacks)
-        self._answers: dict[str, list[int]] = {}
-        script = Script(num_pages=0, answers=self._answers)
-        self._scripted = ScriptedDrafter(decoder, script, random.Random(7), Clock())
-
     def draft(
         self, steps: Sequence[RowStep], last: Sequence[int], hidden_XH: torch.Tensor
     ) -> list[Draft | None]:
         """As `Drafter.draft`."""
-        self._answers.update(json.loads(self.path.read_text()))
-        own = super().draft(steps, last, hidden_XH)
-        guessed = self._scripted.draft(steps, last, hidden_XH)
-        return [
-            guess if step.request.request_id in self._answers else mine
-            for step, mine, guess in zip(steps, own, guessed, strict=True)
-        ]
+        answers: dict[str, list[int]] = json.loads(self.path.read_text())
+        drafts = super().draft(steps, last, hidden_XH)
+        first = 0  # of the row's nodes in hidden_XH
+        for row, (step, place) in enumerate(zip(steps, last, strict=True)):
+            depth = len(step.tree.path_to(place - first)) if step.tree else 0
+            first += step.tree.num_nodes if step.tree else 1
+            answer = answers.get(step.request.request_id)
+            own = drafts[row]
+            if answer is not None and own is not None:
+                name, begin = step.request.request_id, step.num_generated + depth + 1
+                following = answer[begin : begin + len(own.ids)]
+                drafts[row] = guessed(following, random.Random(f"{name} {begin}"))
+        return drafts
+
+
+def guessed(following: Sequence[int], chance: random.Random) -> Draft:
+    """One candidate for each of the tokens; where all before it were right, it mostly is, too."""
+    ids = [(token if chance.random() < RIGHT else token ^ 1,) for token in following]
+    return Draft(tuple(ids), ((math.log(RIGHT),),) * len(ids))
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def test_a_row_in_a_batch_equals_itself_alone(deployment: Deployment) -> None:
 
 
 def test_drafts_change_no_token(deployment: Deployment) -> None:
-    """32 rows with heads that are right about half the time: more tokens a step, the same ones."""
+    """32 rows with guesses of which half are accepted: more tokens a step, the same ones."""
     plain = together(deployment.client, mixed(32, off=True))
     deployment.knows({str(index): reply.token_ids for index, reply in enumerate(plain)})
     drafted = together(deployment.client, mixed(32, off=False))
