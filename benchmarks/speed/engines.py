@@ -87,17 +87,17 @@ def send_all(address: str, requests: list[bytes]) -> list[Reply]:
 
 
 def done(replies: Sequence[Reply]) -> Done:
-    """The batch's times: its prompts end when every row has its first token. What a row made after
-    that is taken from its own steady rate; one that had ended made nothing."""
+    """The batch's times: its prompts end when every row has its first token, and it decodes until
+    one ends. What a row made in that time is taken from its own steady rate."""
     began = min(reply.sent for reply in replies)
     first = max(reply.first for reply in replies)
-    ended = max(reply.ended for reply in replies)
-    later = [
-        (r.tokens - 1) * max(r.ended - first, 0.0) / (r.ended - r.first)
-        for r in replies
-        if r.tokens > 1
+    ended = min(reply.ended for reply in replies)
+    inside = [
+        (reply.tokens - 1) * (ended - first) / (reply.ended - reply.first)
+        for reply in replies
+        if reply.tokens > 1
     ]
-    return Done(first - began, ended - first, round(sum(later)), [])
+    return Done(first - began, ended - first, round(sum(inside)), [])
 
 
 @contextmanager

@@ -18,12 +18,12 @@ def outcome(*arrivals: tuple[float, int], sent: float = 0.0) -> Outcome:
     return Outcome(sent=sent, arrivals=arrivals, steps=1)
 
 
-def test_decoding_begins_when_every_row_has_a_token() -> None:
-    early, late = Reply(0.0, 1.0, 3.0, tokens=5), Reply(0.5, 2.0, 4.0, tokens=4)
+def test_a_batch_decodes_while_all_its_rows_do() -> None:
+    early, late = Reply(0.0, 1.0, 3.0, tokens=5), Reply(0.5, 2.0, 5.0, tokens=7)
     batch = done([early, late])
     assert batch.prompt_seconds == 2.0
-    assert batch.decode_seconds == 2.0
-    assert batch.decode_tokens == 5  # half of the early row's four came before
+    assert batch.decode_seconds == 1.0
+    assert batch.decode_tokens == 4  # two of the early row's four, two of the late one's six
 
 
 def test_gaps_know_the_long_prompt() -> None:

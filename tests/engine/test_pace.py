@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorastack.engine.pace import MIN_TOKENS, STRETCH, Pace
+from lorastack.engine.pace import MIN_TOKENS, MOST_STRETCH, STRETCH, Pace, stretch
 
 seconds = st.floats(1e-4, 10.0)
 
@@ -14,7 +14,7 @@ def run(pace: Pace, step: float, token: float, *, steps: int = 40) -> list[tuple
     """Steps of a machine whose costs are what the pace assumes: (prompt tokens, seconds)."""
     found = []
     for _ in range(steps):
-        tokens = pace.budget(decoding=True)
+        tokens = pace.budget(decoding=8, waiting=1)
         found.append((tokens, step + token * tokens))
         pace.record(prompt_tokens=tokens, decoding=True, seconds=found[-1][1])
     return found
@@ -45,17 +45,35 @@ def test_it_follows_a_machine_that_changes(step: float, price: float, change: fl
 
 def test_nothing_is_held_back_alone_or_before_anything_is_known() -> None:
     pace = Pace(300)
-    assert pace.budget(decoding=True) == 300
+    assert pace.budget(decoding=1, waiting=1) == 300
     pace.record(prompt_tokens=0, decoding=True, seconds=0.01)
     pace.record(prompt_tokens=100, decoding=True, seconds=0.11)
-    assert pace.budget(decoding=False) == 300
-    assert pace.budget(decoding=True) == MIN_TOKENS
+    assert pace.budget(decoding=0, waiting=1) == 300
+    assert pace.budget(decoding=1, waiting=1) == MIN_TOKENS
 
 
 def test_a_few_tokens_at_a_prompts_end_say_little_about_the_price_of_one() -> None:
     pace = Pace(300)
     pace.record(prompt_tokens=0, decoding=True, seconds=0.1)
     pace.record(prompt_tokens=100, decoding=True, seconds=0.2)
-    before = pace.budget(decoding=True)
+    before = pace.budget(decoding=1, waiting=1)
     pace.record(prompt_tokens=1, decoding=True, seconds=0.2)
-    assert pace.budget(decoding=True) > before / 2
+    assert pace.budget(decoding=1, waiting=1) > before / 2
+
+
+@given(st.integers(1, 64), st.integers(0, 64))
+def test_the_more_rows_wait_for_each_that_decodes_the_less_is_spared(
+    decoding: int, waiting: int
+) -> None:
+    found = stretch(decoding, waiting)
+    assert STRETCH <= found <= MOST_STRETCH
+    assert found == STRETCH or waiting > decoding
+    assert found == MOST_STRETCH or stretch(decoding, max(waiting, decoding) + 1) > found
+
+
+def test_a_burst_is_read_in_larger_pieces() -> None:
+    pace = Pace(4096)
+    pace.record(prompt_tokens=0, decoding=True, seconds=0.01)
+    pace.record(prompt_tokens=1000, decoding=False, seconds=0.11)
+    pieces = [pace.budget(decoding=decoding, waiting=8 - decoding) for decoding in (7, 2, 1)]
+    assert pieces == [50, 150, 200]

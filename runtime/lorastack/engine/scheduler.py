@@ -112,7 +112,7 @@ class Scheduler:
         self._end_overdue(now)
         decoding = [row for row in self._running if row.num_pending == 1 and not row.parked]
         self._speculator.choose_heads(decoding)
-        budget = self._pace.budget(decoding=bool(decoding))
+        budget = self._pace.budget(decoding=len(decoding), waiting=self._num_unread(decoding))
         for row in list(self._running):
             if row.parked or row not in self._running:  # preempted by a row before it
                 continue
@@ -176,6 +176,11 @@ class Scheduler:
                 self._end(row, error=DeadlineExceededError("the deadline passed; allow more time"))
             elif limit is not None and now >= row.submitted + limit:
                 self._finish(row, FinishReason.TIME_LIMIT, now)
+
+    def _num_unread(self, decoding: list[Row]) -> int:
+        """Rows beside these that run, or could, and have prompt tokens left."""
+        num_active = sum(not row.parked for row in self._rows())
+        return min(num_active, self._config.max_rows) - len(decoding)
 
     def _schedule_row(self, row: Row, budget: int, now: float) -> int:
         """Plan one running row; returns how much of the prompt budget it took."""
