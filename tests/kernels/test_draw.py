@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lorastack.kernels import draw as module
-from lorastack.kernels.draw import draw, draw_torch
+from lorastack.kernels.draw import Draw, draw, draw_torch
 from lorastack.kernels.native.library import Isa, supported
 from lorastack.request import SamplingParams
 from lorastack.sampling.reference import draw_reference, survivors
 from tests.helpers.guarded import guarded
 
-Way = Callable[[Tensor, Sequence[int], Sequence[SamplingParams], Sequence[int]], list[int]]
+Way = Callable[[Tensor, Sequence[Draw]], list[int]]
 here = pytest.mark.skipif(not supported(Isa.AVX512), reason="not on this machine")
 WAYS = [pytest.param(draw_torch, id="torch"), pytest.param(draw, id="native", marks=here)]
 SEEDS = st.integers(0, 2**64 - 1)
@@ -50,11 +50,13 @@ def make_logits(seed: int, rows: int, size: int, kind: str = "normal") -> Tensor
     return logits_XV
 
 
-def expected(logits_XV: Tensor, params: Sequence[SamplingParams], indices: list[int]) -> list[int]:
-    return [
-        draw_reference(row.tolist(), wanted, index)
-        for row, wanted, index in zip(logits_XV, params, indices, strict=True)
-    ]
+def expected(logits_XV: Tensor, draws: Sequence[Draw]) -> list[int]:
+    return [draw_reference(logits_XV[row].tolist(), params, index) for row, params, index in draws]
+
+
+def many(params: SamplingParams, count: int) -> list[Draw]:
+    """The first `count` tokens, all of row 0."""
+    return [Draw(0, params, index) for index in range(count)]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -64,9 +66,8 @@ def test_draws_are_the_references(
     way: Way, seed: int, rows: list[tuple[SamplingParams, int]], size: int, kind: str
 ) -> None:
     logits_XV = guarded(make_logits(seed, len(rows), size, kind))
-    params, indices = [params for params, _ in rows], [index for _, index in rows]
-    found = way(logits_XV, range(len(rows)), params, indices)
-    assert found == expected(logits_XV, params, indices)
+    draws = [Draw(row, params, index) for row, (params, index) in enumerate(rows)]
+    assert way(logits_XV, draws) == expected(logits_XV, draws)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -76,10 +77,11 @@ def test_float64_logits_are_drawn_from_as_they_are(
 ) -> None:
     """Not as the float32 next to them: steps of 1e-9 decide."""
     logits_XV = 1 + 1e-9 * make_logits(seed, len(rows), size, kind).double()
-    params = [replace(params, temperature=1e-9 * params.temperature) for params, _ in rows]
-    indices = [index for _, index in rows]
-    found = way(guarded(logits_XV), range(len(rows)), params, indices)
-    assert found == expected(logits_XV, params, indices)
+    draws = [
+        Draw(row, replace(params, temperature=1e-9 * params.temperature), index)
+        for row, (params, index) in enumerate(rows)
+    ]
+    assert way(guarded(logits_XV), draws) == expected(logits_XV, draws)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -89,7 +91,8 @@ def test_draws_of_a_large_vocabulary_are_the_references(
     way: Way, seed: int, params: SamplingParams, kind: str
 ) -> None:
     logits_XV = guarded(make_logits(seed, 1, 9001, kind))
-    assert way(logits_XV, [0], [params], [3]) == expected(logits_XV, [params], [3])
+    draws = [Draw(0, params, 3)]
+    assert way(logits_XV, draws) == expected(logits_XV, draws)
 
 
 @here
@@ -107,9 +110,9 @@ def test_draws_of_a_large_vocabulary_are_the_references(
 )
 def test_both_ways_draw_the_same(kind: str, params: SamplingParams) -> None:
     logits_XV = make_logits(3, 200, 3001, kind)
-    every = [replace(params, seed=seed) for seed in range(200)]
-    found = draw(logits_XV, range(200), every, range(200))
-    assert found == draw_torch(logits_XV, range(200), every, range(200))
+    draws = [Draw(row, replace(params, seed=row), row) for row in range(200)]
+    found = draw(logits_XV, draws)
+    assert found == draw_torch(logits_XV, draws)
     assert len(set(found)) > 1
 
 
@@ -120,18 +123,17 @@ def test_a_row_ignores_the_others(
 ) -> None:
     """Rows may be used twice, or not at all."""
     logits_XV = make_logits(seed, 4, 300)
-    rows = data.draw(st.lists(st.integers(0, 3), min_size=len(params), max_size=len(params)))
+    draws = [
+        Draw(data.draw(st.integers(0, 3)), wanted, index) for index, wanted in enumerate(params)
+    ]
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
-        together = way(logits_XV, rows, params, range(len(params)))
-        backwards = way(logits_XV, rows[::-1], params[::-1], range(len(params))[::-1])
+        together = way(logits_XV, draws)
+        backwards = way(logits_XV, draws[::-1])
     finally:
         torch.set_num_threads(before)
-    alone = [
-        way(logits_XV[[row]], [0], [wanted], [index])[0]
-        for index, (row, wanted) in enumerate(zip(rows, params, strict=True))
-    ]
+    alone = [way(logits_XV[[row]], [Draw(0, wanted, index)])[0] for row, wanted, index in draws]
     assert together == alone == backwards[::-1]
 
 
@@ -142,7 +144,7 @@ def test_forbidden_tokens_are_never_drawn(way: Way) -> None:
     for temperature in (1.0, 1e3, 1e50, 1e300):
         for top_p, top_k in ((1.0, 0), (0.9, 0), (0.9, 5)):
             params = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k)
-            drawn = {way(logits_XV, [0], [params], [index])[0] for index in range(50)}
+            drawn = {way(logits_XV, [each])[0] for each in many(params, 50)}
             assert drawn == {3, 9}
 
 
@@ -152,9 +154,10 @@ def test_forbidden_tokens_are_never_drawn(way: Way) -> None:
 def test_a_broken_row_leaves_the_others_alone(way: Way, value: float, places: slice) -> None:
     logits_XV = make_logits(1, 3, 20)
     params = [SamplingParams(temperature=1.0, top_p=0.9, top_k=k, seed=k) for k in (5, 3, 0)]
-    whole = way(logits_XV, range(3), params, [0, 0, 0])
+    draws = [Draw(row, wanted, 0) for row, wanted in enumerate(params)]
+    whole = way(logits_XV, draws)
     logits_XV[1, places] = value
-    first, broken, last = way(logits_XV, range(3), params, [0, 0, 0])
+    first, broken, last = way(logits_XV, draws)
     assert [first, last] == [whole[0], whole[2]]
     assert 0 <= broken < 20
 
@@ -163,7 +166,8 @@ def test_a_broken_row_leaves_the_others_alone(way: Way, value: float, places: sl
 def test_temperatures_next_to_zero_are_greedy(way: Way) -> None:
     logits_XV = make_logits(2, 3, 20)
     params = [SamplingParams(temperature=t) for t in (1e-6, 1e-300, 5e-324)]
-    assert way(logits_XV, range(3), params, range(3)) == logits_XV.argmax(-1).tolist()
+    draws = [Draw(row, wanted, row) for row, wanted in enumerate(params)]
+    assert way(logits_XV, draws) == logits_XV.argmax(-1).tolist()
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -171,7 +175,7 @@ def test_equal_scores_go_to_the_first_in_rank(way: Way) -> None:
     """Beside 1e30 the noise is rounded away; the lowest of the best ids is left."""
     logits_XV = torch.tensor([[0.0, 1.0, 2.0, 2.0, 1.0, 2.0]])
     params = SamplingParams(temperature=1e-30)
-    assert {way(logits_XV, [0], [params], [index])[0] for index in range(50)} == {2}
+    assert {way(logits_XV, [each])[0] for each in many(params, 50)} == {2}
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -179,16 +183,14 @@ def test_equal_scores_go_to_the_first_in_rank(way: Way) -> None:
 def test_any_temperature_draws_among_equals(way: Way, temperature: float) -> None:
     logits_XV = torch.zeros(1, 40)
     logits_XV[0, 20:] = -1.0
-    params = [SamplingParams(temperature=temperature, top_p=0.7)] * 30
-    found = way(logits_XV, [0] * 30, params, range(30))
-    assert found == expected(logits_XV.expand(30, -1), params, list(range(30)))
+    draws = many(SamplingParams(temperature=temperature, top_p=0.7), 30)
+    assert way(logits_XV, draws) == expected(logits_XV, draws)
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_huge_temperature_makes_the_farthest_logits_equal(way: Way) -> None:
     logits_XV = torch.tensor([[3e38, -3e38, -math.inf]])
-    params = [SamplingParams(temperature=1e300)] * 30
-    assert set(way(logits_XV, [0] * 30, params, range(30))) == {0, 1}
+    assert set(way(logits_XV, many(SamplingParams(temperature=1e300), 30))) == {0, 1}
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -198,18 +200,16 @@ def test_the_border_of_top_p_is_exact(way: Way, gap: float, error: float) -> Non
     """The first token has top_p but for a trifle; that decides about the second."""
     logits_XV = torch.tensor([[0.5, 0.5 - gap]])
     gap = float(logits_XV[0, 0].double() - logits_XV[0, 1].double())
-    params = [SamplingParams(temperature=1.0, top_p=(1 + error) / (1 + math.exp(-gap)))] * 99
-    found = way(logits_XV, [0] * 99, params, range(99))
-    assert set(found) == ({0, 1} if error > 0 else {0})
+    params = SamplingParams(temperature=1.0, top_p=(1 + error) / (1 + math.exp(-gap)))
+    assert set(way(logits_XV, many(params, 99))) == ({0, 1} if error > 0 else {0})
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_rounding_of_the_logits_does_not_change_draws(way: Way) -> None:
     logits_XV = make_logits(3, 300, 1000)
     noisy_XV = logits_XV * (1 + 1e-7 * make_logits(4, 300, 1000))
-    params = [SamplingParams(temperature=1.0, seed=5)] * 300
-    every = range(300)
-    assert way(logits_XV, every, params, every) == way(noisy_XV, every, params, every)
+    draws = [Draw(row, SamplingParams(temperature=1.0, seed=5), row) for row in range(300)]
+    assert way(logits_XV, draws) == way(noisy_XV, draws)
 
 
 # 0.9999 quantiles of chi-square by degrees of freedom: one honest run in ten thousand fails, and
@@ -245,7 +245,7 @@ def probabilities_of(params: SamplingParams) -> dict[int, float]:
 
 
 def drawn(way: Way, params: SamplingParams, count: int) -> list[int]:
-    return way(LOGITS_V[None], [0] * count, [params] * count, range(count))
+    return way(LOGITS_V[None], many(params, count))
 
 
 @pytest.mark.parametrize(
@@ -282,7 +282,6 @@ def test_the_chi_square_test_catches_a_wrong_temperature(params: SamplingParams)
 @pytest.mark.parametrize("way", WAYS)
 def test_positions_are_independent_draws(way: Way) -> None:
     """Pairs of neighbouring draws follow the product distribution."""
-    params = [SamplingParams(temperature=1.0, seed=2)] * 4000
-    tokens = way(torch.zeros(1, 4), [0] * 4000, params, range(4000))
+    tokens = way(torch.zeros(1, 4), many(SamplingParams(temperature=1.0, seed=2), 4000))
     pairs = [4 * a + b for a, b in zip(tokens[::2], tokens[1::2], strict=True)]
     assert statistic(pairs, dict.fromkeys(range(16), 1 / 16)) < CHI_SQUARE_9999[15]

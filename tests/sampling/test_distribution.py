@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lorastack.kernels.best import best
+from lorastack.kernels.draw import Draw
 from lorastack.request import SamplingParams, TokenSource, TypicalAcceptance
 from lorastack.sampling.processors import Processor, needs_processor
 from lorastack.sampling.reference import processed, survivors
@@ -63,15 +64,12 @@ class Model:
             ]
 
     def draw(self, seeds: Sequence[int], contexts: Sequence[tuple[int, ...]]) -> list[int]:
-        rows = [CONTEXTS.index(context) for context in contexts]
-        return draw(
-            self._logits_XV,
-            best(self._logits_XV)[1].tolist(),
-            rows,
-            [replace(self.params, seed=seed) for seed in seeds],
-            [len(context) for context in contexts],
-            [self._processed[row] for row in rows],
-        )
+        draws = [
+            Draw(CONTEXTS.index(context), replace(self.params, seed=seed), len(context))
+            for seed, context in zip(seeds, contexts, strict=True)
+        ]
+        processed = [self._processed[each.row] for each in draws]
+        return draw(self._logits_XV, best(self._logits_XV)[1].tolist(), draws, processed)
 
     def posterior(self, context: tuple[int, ...], token: int) -> tuple[float, list[float]]:
         row = CONTEXTS.index(context)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lorastack.kernels.best import best
+from lorastack.kernels.draw import Draw
 from lorastack.request import SamplingParams
 from lorastack.sampling.reference import draw_reference
 from lorastack.sampling.sampler import draw, posterior, token_logprobs
@@ -32,33 +33,27 @@ def make_logits(seed: int, rows: int, size: int, levels: int | None) -> Tensor:
 
 @given(
     st.integers(0, 2**32),
-    st.lists(st.tuples(st.integers(0, 4), params_strategy, st.integers(0, 10**6)), max_size=6),
+    st.lists(
+        st.builds(Draw, st.integers(0, 4), params_strategy, st.integers(0, 10**6)), max_size=6
+    ),
     st.sampled_from([None, 2, 5]),
     st.sampled_from([torch.float32, torch.float64]),
     st.data(),
 )
 def test_draws_equal_the_reference(
     seed: int,
-    picks: list[tuple[int, SamplingParams, int]],
+    draws: list[Draw],
     levels: int | None,
     dtype: torch.dtype,
     data: st.DataObject,
 ) -> None:
     """Some rows have a processor, which gave them logits of their own."""
     logits_XV = make_logits(seed, 5, 20, levels).to(dtype)
-    others_XV = make_logits(seed + 1, len(picks), 20, levels).to(dtype)
-    own = [others_XV[place] if data.draw(st.booleans()) else None for place in range(len(picks))]
-    tokens = draw(
-        logits_XV,
-        best(logits_XV)[1].tolist(),
-        [row for row, _, _ in picks],
-        [params for _, params, _ in picks],
-        [index for _, _, index in picks],
-        own,
-    )
-    assert tokens == [
+    others_XV = make_logits(seed + 1, len(draws), 20, levels).to(dtype)
+    own = [other_V if data.draw(st.booleans()) else None for other_V in others_XV]
+    assert draw(logits_XV, best(logits_XV)[1].tolist(), draws, own) == [
         draw_reference((logits_XV[row] if own_V is None else own_V).tolist(), params, index)
-        for (row, params, index), own_V in zip(picks, own, strict=True)
+        for (row, params, index), own_V in zip(draws, own, strict=True)
     ]
 
 
@@ -67,7 +62,8 @@ def test_greedy_ties_go_to_the_lowest_id() -> None:
     logits_XV[1, 1999:] = 1.0
     logits_XV[2, 7] = logits_XV[2, 3999] = 2.0
     best_X = best(logits_XV)[1].tolist()
-    assert draw(logits_XV, best_X, range(3), [SamplingParams()] * 3, range(3)) == [0, 1999, 7]
+    draws = [Draw(row, SamplingParams(), row) for row in range(3)]
+    assert draw(logits_XV, best_X, draws) == [0, 1999, 7]
 
 
 @given(st.integers(0, 2**32), st.integers(0, 25), st.sampled_from([None, 3]))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lorastack.engine.batch import RowStep
+from lorastack.kernels.draw import Draw
 from lorastack.sampling.sampler import draw, posterior
 from lorastack.speculation.accept import Accepted, Nodes, accept, accept_typical
 from lorastack.speculation.drafted import Drafted
@@ -51,15 +52,13 @@ class _Nodes:
     best_X: Sequence[int]
 
     def draw(self, nodes: Nodes) -> list[int]:
-        picks = [(self.rows[row], node, depth) for row, node, depth in nodes]
-        return draw(
-            self.logits_XV,
-            self.best_X,
-            [row.first_logit + node for row, node, _ in picks],
-            [row.step.request.sampling for row, _, _ in picks],
-            [row.step.num_generated + depth for row, _, depth in picks],
-            [self._processed(row, node) for row, node, _ in picks],
-        )
+        draws, processed = [], []
+        for index, node, depth in nodes:
+            row = self.rows[index]
+            place, token_index = row.first_logit + node, row.step.num_generated + depth
+            draws.append(Draw(place, row.step.request.sampling, token_index))
+            processed.append(self._processed(row, node))
+        return draw(self.logits_XV, self.best_X, draws, processed)
 
     def look(self, nodes: Nodes) -> list[tuple[float, list[float]]]:
         """Entropy at each node, and the chances of its children's tokens."""

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,69 +30,58 @@ from lorastack.request import SamplingParams
 _SLACK = 1 - 1e-6  # for rounding of float64 sums
 
 
-def draw(
-    logits_XV: Tensor,
-    rows: Sequence[int],
-    params: Sequence[SamplingParams],
-    indices: Sequence[int],
-) -> list[int]:
-    """A token for each of `rows`, rows of logits_XV (float32 or float64, each one contiguous).
+class Draw(NamedTuple):
+    """row: of the logits. token_index: of the generated token that it makes, from 0."""
 
-    params: beside the rows, none of them greedy. indices: of the generated token that each row
-    draws, from 0; with the seed it chooses the noise. A token depends on its row alone.
+    row: int
+    params: SamplingParams
+    token_index: int
+
+
+def draw(logits_XV: Tensor, draws: Sequence[Draw]) -> list[int]:
+    """A token for each of `draws`, none of them greedy.
+
+    logits_XV: float32 or float64, each row contiguous. The seed and token_index choose the noise. A
+    token depends on its row's logits, params and token_index alone.
     """
     if not (
         logits_XV.device.type == "cpu"
         and logits_XV.dtype == torch.float32
         and native.supported(native.Isa.AVX512)
     ):
-        return draw_torch(logits_XV, rows, params, indices)
-    tokens = [0] * len(rows)
-    for draw_some, places in (
-        (_draw_native, [place for place, wanted in enumerate(params) if wanted.typical_p >= 1]),
-        (draw_torch, [place for place, wanted in enumerate(params) if wanted.typical_p < 1]),
-    ):
-        if places:
-            found = draw_some(
-                logits_XV,
-                [rows[place] for place in places],
-                [params[place] for place in places],
-                [indices[place] for place in places],
-            )
-            for place, token in zip(places, found, strict=True):
-                tokens[place] = token
-    return tokens
+        return draw_torch(logits_XV, draws)
+    plain = [each for each in draws if each.params.typical_p >= 1]
+    found = iter(_draw_native(logits_XV, plain) if plain else ())
+    return [
+        next(found) if params.typical_p >= 1 else _draw_row(logits_XV[row], params, index)
+        for row, params, index in draws
+    ]
 
 
-def _draw_native(
-    logits_XV: Tensor,
-    rows: Sequence[int],
-    params: Sequence[SamplingParams],
-    indices: Sequence[int],
-) -> list[int]:
+def _draw_native(logits_XV: Tensor, draws: Sequence[Draw]) -> list[int]:
     """Without typical_p."""
-    draws = (native.Draw * len(rows))(
+    structs = (native.Draw * len(draws))(
         *(
             native.Draw(
-                stream(wanted.seed, index),
-                wanted.temperature,
-                wanted.top_p,
-                wanted.min_p,
+                stream(params.seed, index),
+                params.temperature,
+                params.top_p,
+                params.min_p,
                 row,
-                min(wanted.top_k, logits_XV.shape[1]),
+                min(params.top_k, logits_XV.shape[1]),
             )
-            for row, wanted, index in zip(rows, params, indices, strict=True)
+            for row, params, index in draws
         )
     )
-    tokens = torch.empty(len(rows), dtype=torch.int64)
+    tokens = torch.empty(len(draws), dtype=torch.int64)
     library = native.library()
     assert library is not None
     library.lorastack_run_draws(
         logits_XV.data_ptr(),
         logits_XV.stride(0),
         logits_XV.shape[1],
-        draws,
-        len(rows),
+        structs,
+        len(draws),
         tokens.data_ptr(),
         torch.get_num_threads(),
     )
@@ -99,17 +89,9 @@ def _draw_native(
     return found
 
 
-def draw_torch(
-    logits_XV: Tensor,
-    rows: Sequence[int],
-    params: Sequence[SamplingParams],
-    indices: Sequence[int],
-) -> list[int]:
+def draw_torch(logits_XV: Tensor, draws: Sequence[Draw]) -> list[int]:
     """`draw` where there is no native kernel."""
-    return [
-        _draw_row(logits_XV[row], wanted, index)
-        for row, wanted, index in zip(rows, params, indices, strict=True)
-    ]
+    return [_draw_row(logits_XV[row], params, index) for row, params, index in draws]
 
 
 def _draw_row(logits_V: Tensor, params: SamplingParams, index: int) -> int:

@@ -15,7 +15,8 @@ from torch import Tensor
 from lorastack.kernels import drafts
 from lorastack.kernels import draw as kernel
 from lorastack.kernels.best import best
-from lorastack.request import SamplingParams, TokenLogprobs
+from lorastack.kernels.draw import Draw
+from lorastack.request import TokenLogprobs
 
 _ENTROPY_SLACK = 1e-5  # Medusa's, against the logarithm of 0
 
@@ -23,58 +24,31 @@ _ENTROPY_SLACK = 1e-5  # Medusa's, against the logarithm of 0
 def draw(
     logits_XV: Tensor,
     best_X: Sequence[int],
-    rows: Sequence[int],
-    params: Sequence[SamplingParams],
-    indices: Sequence[int],
+    draws: Sequence[Draw],
     processed: Sequence[Tensor | None] = (),
 ) -> list[int]:
-    """One token for each of `rows`, which choose among the rows of logits_XV.
+    """One token for each of `draws`.
 
-    best_X: each row's best token, see `kernels.best`; temperature 0 takes it. params, indices:
-    beside `rows`; indices of the generated token that each draws, from 0. processed: beside `rows`
-    if given, what a processor made of the row's logits, or None. A token depends on its row's
-    logits (float32 or float64), params and index alone. Non-finite logits give some id, never an
-    error.
+    best_X: each row's best token, see `kernels.best`; temperature 0 takes it. processed: beside
+    `draws` if given, what a processor made of the row's logits, or None. A token depends on its
+    row's logits (float32 or float64), params and token_index alone. Non-finite logits give some id,
+    never an error.
     """
-    own = {place: row_V for place, row_V in enumerate(processed) if row_V is not None}
-    plain = [place for place in range(len(rows)) if place not in own]
-    groups = [(plain, logits_XV, best_X, [rows[place] for place in plain])]
+    own = [row_V for row_V in processed if row_V is not None]
     if own:
-        own_XV = torch.stack(list(own.values()))
-        groups.append((list(own), own_XV, best(own_XV)[1].tolist(), list(range(len(own)))))
-    tokens = [0] * len(rows)
-    for places, from_XV, best_from, from_rows in groups:
-        found = _draw(
-            from_XV,
-            best_from,
-            from_rows,
-            [params[place] for place in places],
-            [indices[place] for place in places],
-        )
-        for place, token in zip(places, found, strict=True):
-            tokens[place] = token
-    return tokens
-
-
-def _draw(
-    logits_XV: Tensor,
-    best_X: Sequence[int],
-    rows: Sequence[int],
-    params: Sequence[SamplingParams],
-    indices: Sequence[int],
-) -> list[int]:
-    tokens = [best_X[row] for row in rows]
-    drawn = [place for place, wanted in enumerate(params) if not wanted.greedy]
-    if drawn:
-        found = kernel.draw(
-            logits_XV,
-            [rows[place] for place in drawn],
-            [params[place] for place in drawn],
-            [indices[place] for place in drawn],
-        )
-        for place, token in zip(drawn, found, strict=True):
-            tokens[place] = token
-    return tokens
+        pairs = list(zip(draws, processed, strict=True))
+        plain = [each for each, row_V in pairs if row_V is None]
+        moved = [each for each, row_V in pairs if row_V is not None]
+        moved = [Draw(row, params, index) for row, (_, params, index) in enumerate(moved)]
+        own_XV = torch.stack(own)
+        by_model = iter(draw(logits_XV, best_X, plain))
+        by_own = iter(draw(own_XV, best(own_XV)[1].tolist(), moved))
+        return [next(by_model if row_V is None else by_own) for row_V in processed]
+    sampled = [each for each in draws if not each.params.greedy]
+    if not sampled:
+        return [best_X[row] for row, _, _ in draws]
+    found = iter(kernel.draw(logits_XV, sampled))
+    return [best_X[row] if params.greedy else next(found) for row, params, _ in draws]
 
 
 def posterior(
