@@ -9,6 +9,8 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
+import torch
+
 from lorastack.adapters.pool import DevicePool
 from lorastack.config import EngineConfig
 from lorastack.engine.batch import Batch
@@ -214,6 +216,7 @@ class Engine:
 
     # -- step thread ------------------------------------------------------------------------------
 
+    @torch.inference_mode()
     def _main(self) -> None:
         try:
             while not self._closed:

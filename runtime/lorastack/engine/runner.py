@@ -45,7 +45,6 @@ class Runner:
         self._stacks = Stacks()
         self._drafter = Drafter(decoder, self._stacks)
 
-    @torch.inference_mode()
     def run(self, batch: Batch) -> StepResults:
         """One forward pass."""
         forward, sampled = self._lay_out(batch)

@@ -57,7 +57,6 @@ class Decoder:
     def backend(self) -> str:
         return self._backend.name
 
-    @torch.no_grad()
     def forward(self, batch: ForwardBatch, kv: KVCache) -> Outputs:
         """Results of the tokens that the batch asks for. Writes all its keys and values to `kv`."""
         return self._backend.forward(batch, kv)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from weakref import WeakKeyDictionary
@@ -103,8 +103,9 @@ class NativeBackend:
     def forward(self, batch: ForwardBatch, kv: KVCache) -> Outputs:
         """See `Decoder.forward`."""
         num_outputs, uses = len(batch.outputs), batch.lora.segments
+        # Views are taken before the library runs: it leaves nothing of torch in the caches.
         found = Outputs(
-            self._padded(num_outputs),
+            self._padded(num_outputs)[:num_outputs],
             torch.empty(num_outputs, self._config.shapes.vocab_size),
             torch.empty(num_outputs),
             torch.empty(num_outputs, dtype=torch.int64),
@@ -132,7 +133,7 @@ class NativeBackend:
         model = self._model(kv)
         step.scratch = self._scratch_of(self._library.lorastack_scratch_bytes(model, step))
         self._library.lorastack_forward(model, step)
-        return replace(found, hidden_XH=found.hidden_XH[:num_outputs])
+        return found
 
     def logits(self, hidden_XH: Tensor, lora: LoraBatch) -> Tensor:
         """float32 [X, V] of states after the final norm. The segments index the X rows."""
