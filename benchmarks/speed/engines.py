@@ -44,11 +44,14 @@ class Ours:
     max_nodes: int | None = None
 
     def generate(self, job: Job) -> Done:
+        if job.new_tokens > 1:  # prompts are cached, so that rows decode together, as the peers' do
+            self._send(job, 1)
+        return done(self._send(job, job.new_tokens))
+
+    def _send(self, job: Job, new_tokens: int) -> list[Reply]:
         rows = zip(job.prompts, job.loras, strict=True)
-        replies = self.client.run(
-            send_all, self.address, [self._request(*row, job.new_tokens) for row in rows]
-        )
-        return done(replies)
+        requests = [self._request(*row, new_tokens) for row in rows]
+        return self.client.run(send_all, self.address, requests)
 
     def _request(self, prompt: Sequence[int], loras: Sequence[str], new_tokens: int) -> bytes:
         return pb.GenerateRequest(
