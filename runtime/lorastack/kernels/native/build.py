@@ -26,6 +26,7 @@ _BF16 = (*_AVX512, "-mavx512bf16")
 SOURCES: dict[str, tuple[str, ...]] = {
     "dispatch.cpp": (),
     "avx512.cpp": _AVX512,
+    "quantiser.cpp": (*_AVX512, "-ffp-contract=off"),  # every operation rounds, as in torch
     "avx512_bf16.cpp": _BF16,
     "amx.cpp": (*_BF16, "-mamx-tile", "-mamx-bf16"),
 }

@@ -28,6 +28,7 @@ namespace lorastack::avx512 {
 void run_best(const float*, int, int, float*, int64_t*, int);
 void run_top(const float*, int, int, int, int64_t*, float*, int);
 void run_draws(const float*, int64_t, int, const lorastack_draw*, int, int64_t*, int);
+void run_quantise(const uint16_t*, int, int, int, int8_t*, uint16_t*, int);
 }
 
 #define DISPATCH(isa, call)                                       \
@@ -63,6 +64,11 @@ void lorastack_run_draws(const float* logits, int64_t stride, int32_t columns,
                          const lorastack_draw* draws, int32_t num_draws, int64_t* tokens,
                          int32_t num_threads) {
   lorastack::avx512::run_draws(logits, stride, columns, draws, num_draws, tokens, num_threads);
+}
+
+void lorastack_quantise(const uint16_t* weights, int32_t rows, int32_t inputs, int32_t kind,
+                        int8_t* codes, uint16_t* scales, int32_t num_threads) {
+  lorastack::avx512::run_quantise(weights, rows, inputs, kind, codes, scales, num_threads);
 }
 
 int32_t lorastack_supports(int32_t isa) {

@@ -214,6 +214,11 @@ def library() -> Any | None:
         *(c_void_p, c_int64, c_int32),
         *(POINTER(Draw), c_int32, c_void_p, c_int32),
     )
+    loaded.lorastack_quantise.restype = None
+    loaded.lorastack_quantise.argtypes = (
+        *(c_void_p, c_int32, c_int32, c_int32),
+        *(c_void_p, c_void_p, c_int32),
+    )
     loaded.lorastack_supports.restype = c_int32
     loaded.lorastack_supports.argtypes = (c_int32,)
     return loaded

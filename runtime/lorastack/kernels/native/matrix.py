@@ -16,11 +16,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lorastack.kernels.native.library import Matrix
-from lorastack.kernels.quantize import Kind, pack_nibbles, quantise
+from lorastack.kernels.quantize import STORED, Kind, pack_nibbles, quantise
 
 LANES = 16
 PAD = 32  # multiple of inputs and of outputs
-_STORED = {None: 0, Kind.INT8: 1, Kind.INT4: 2}  # LORASTACK_PLAIN and so on, in step.h
 
 Keep = Callable[[Tensor], Tensor]
 _Order = Callable[[Tensor], Tensor]
@@ -44,7 +43,7 @@ class PackedMatrix:
         """Borrows the tensors."""
         bias = None if self.bias is None else self.bias.data_ptr()
         scales = None if self.scales is None else self.scales.data_ptr()
-        panels, stored = len(self.panels), _STORED[self.kind]
+        panels, stored = len(self.panels), STORED[self.kind]
         return Matrix(self.panels.data_ptr(), bias, scales, panels, self.inputs, stored)
 
 

@@ -93,5 +93,10 @@ LORASTACK_API void lorastack_logits(const lorastack_head* head);
 // row that holds NaN gives NaN.
 LORASTACK_API void lorastack_best(const float* logits, int32_t rows, int32_t columns, float* values,
                                   int64_t* places, int32_t num_threads);
+// Weights [rows][inputs] in bfloat16, quantised to a kind: codes [rows][inputs rounded up to 32] and
+// bfloat16 scales [rows][1, or in int4 one for each 32 codes]. A scale is not finite where a weight is not.
+LORASTACK_API void lorastack_quantise(const uint16_t* weights, int32_t rows, int32_t inputs,
+                                      int32_t kind, int8_t* codes, uint16_t* scales,
+                                      int32_t num_threads);
 LORASTACK_API int32_t lorastack_supports(int32_t isa);  // 1: this machine runs it
 }
