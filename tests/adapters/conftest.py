@@ -1,4 +1,4 @@
-"""A store of its own for every test."""
+"""A store and two adapter folders of its own for every test."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from lorastack.adapters.registry import Registry
+from tests.adapters.folders import SHAPES, H
+from tests.helpers.adapters import write_heads, write_lora
 
 
 @pytest.fixture
@@ -20,3 +22,13 @@ def registry(root: Path) -> Iterator[Registry]:
     registry = Registry(root)
     yield registry
     registry.close()
+
+
+@pytest.fixture
+def lora(tmp_path: Path) -> Path:
+    return write_lora(tmp_path / "lora", SHAPES, rank=4, targets=["q_proj", "up_proj"])
+
+
+@pytest.fixture
+def heads(tmp_path: Path) -> Path:
+    return write_heads(tmp_path / "heads", H, num_heads=3)

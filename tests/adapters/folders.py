@@ -5,13 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from lorastack.adapters.formats import ParsedAdapter, parse
 from lorastack.adapters.manifest import FileSpec, Record
 from lorastack.adapters.registry import Registry, Upload
+from lorastack.errors import InvalidArgumentError, Reason
 from lorastack.layout import AdapterKind, ModelShapes
 
 SHAPES = ModelShapes(
@@ -26,6 +32,13 @@ SHAPES = ModelShapes(
     max_context=64,
     tie_word_embeddings=True,
 )
+LARGE = replace(SHAPES, vocab_size=20_000)
+H = SHAPES.hidden_size
+LORA_FILE, HEADS_FILE = "adapter_model.safetensors", "medusa_lm_head.safetensors"
+LORA_CONFIG, HEADS_CONFIG = "adapter_config.json", "config.json"
+Q_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+Q_B = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
+Edit = Callable[[dict[str, torch.Tensor]], None]
 ANYTHING = ParsedAdapter(
     kind=AdapterKind.LORA,
     base_models=(),
@@ -57,6 +70,20 @@ def parse_folder(folder: Path, shapes: ModelShapes = SHAPES) -> ParsedAdapter:
 
 def edit_json(path: Path, **fields: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def edit_tensors(path: Path, edit: Edit) -> None:
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path)
+
+
+def refused(folder: Path, named: str) -> InvalidArgumentError:
+    """named: an expression that its message matches."""
+    with pytest.raises(InvalidArgumentError, match=named) as refusal:
+        parse_folder(folder)
+    assert refusal.value.reason in (Reason.INVALID_ADAPTER, Reason.UNSUPPORTED_ADAPTER)
+    return refusal.value
 
 
 def accept(files: Mapping[str, Path]) -> ParsedAdapter:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from lorastack.engine.admission import LOOK_AHEAD, OVERDUE, PATIENCE, admission_order
 from lorastack.engine.row import Row
 from lorastack.request import HeadsUse, LoraUse
-from tests.engine.test_scheduler import World, make_request, make_row
+from tests.engine.made_up import World, make_request, make_row
 
 NOW = 100.0
 

@@ -12,7 +12,7 @@ from lorastack.adapters.turns import QUANTUM
 from lorastack.request import HeadsUse, LoraUse
 from tests.adapters.pools import bench
 from tests.adapters.test_host import packed
-from tests.engine.test_scheduler import NUM_HEADS, World, make_request, make_row, plain
+from tests.engine.made_up import NUM_HEADS, World, make_request, make_row, plain
 
 STEP = QUANTUM / 4  # seconds
 STACKS = st.sampled_from([(), ("a",), ("b",), ("c",), ("d",), ("a", "b"), ("c", "d")])

@@ -1,240 +1,26 @@
-"""The scheduler against a made-up model: whatever happens to rows, their tokens stay the same.
-
-The model's next token is a hash of the row's LoRAs and all its tokens; a KV page remembers which
-tokens were written to it, so that a stale, shared or moved page shows as a wrong token.
-"""
+"""The scheduler against a made-up model: whatever happens to rows, their tokens stay the same."""
 
 from __future__ import annotations
 
-import math
-import random
-import zlib
-from collections import Counter
-from collections.abc import Collection, Sequence
-
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorastack.adapters.device import DeviceAdapter
-from lorastack.config import EngineConfig
-from lorastack.engine.batch import Batch, Draft, RowResult, RowStep
 from lorastack.engine.costs import Costs
-from lorastack.engine.pace import MIN_TOKENS, Pace
-from lorastack.engine.pages import Pages
-from lorastack.engine.row import Row
-from lorastack.engine.scheduler import Scheduler
-from lorastack.engine.speculator import Speculator
+from lorastack.engine.pace import MIN_TOKENS
 from lorastack.errors import DataLossError, InternalError
-from lorastack.layout import AdapterLayout
 from lorastack.request import (
     FinishReason,
-    GeneratedToken,
     HeadsUse,
     LoraUse,
     Request,
-    RowEvent,
     SamplingParams,
     SpeculationParams,
     StopParams,
     TokenSource,
 )
-from lorastack.speculation.accept import accept
 from lorastack.speculation.cost import CostCurve
-from tests.helpers.costs import CheapDrafts
-
-PAGE, VOCAB, NUM_HEADS = 4, 7, 2
-
-
-class NoText:
-    """A row's text when nothing is decoded."""
-
-    match = None
-
-    def push(self, token: int) -> str:
-        return ""
-
-    def flush(self) -> str:
-        return ""
-
-
-class Pool:
-    """Counts pins; a digest is missing every so often, "broken" always fails."""
-
-    def __init__(self, chance: random.Random) -> None:
-        self.chance = chance
-        self.pins: Counter[str] = Counter()
-        self.missing: set[str] = set()
-        self.prefetched: set[str] = set()
-        self.asked: set[str] = set()
-
-    def acquire(self, digests: Sequence[str]) -> tuple[DeviceAdapter, ...] | None:
-        self.asked.update(digests)
-        if "broken" in digests:
-            raise DataLossError("broken")
-        if self.missing & set(digests) or (digests and self.chance.random() < 0.2):
-            return None
-        self.pins.update(digests)
-        heads = NUM_HEADS if any(digest.startswith("heads") for digest in digests) else 0
-        layout = AdapterLayout(slots={}, scales={}, num_elements=0, itemsize=4, num_heads=heads)
-        return tuple(
-            DeviceAdapter(digest=digest, buffer=torch.empty(0), layout=layout) for digest in digests
-        )
-
-    def try_acquire(self, digest: str) -> DeviceAdapter | None:
-        acquired = self.acquire([digest])
-        return acquired[0] if acquired else None
-
-    def prefetch(self, digests: Collection[str]) -> None:
-        self.prefetched.update(digests)
-
-    def holds(self, digests: Collection[str]) -> bool:
-        return not self.missing & set(digests)
-
-    def release(self, digests: Sequence[str]) -> None:
-        self.pins.subtract(digests)
-        assert all(count >= 0 for count in self.pins.values())
-
-
-def next_token(loras: Sequence[LoraUse], tokens: Sequence[int]) -> int:
-    return zlib.crc32(repr(([u.digest for u in loras], tuple(tokens))).encode()) % VOCAB
-
-
-class Model:
-    """A runner over pages that hold tokens instead of keys and values."""
-
-    def __init__(self, num_pages: int, chance: random.Random) -> None:
-        self.slots = [-1] * (num_pages * PAGE)
-        self.chance = chance
-
-    def run(self, batch: Batch) -> list[RowResult]:
-        written = [
-            self._slot(step, step.committed + index)
-            for step in batch.steps
-            for index in range(len(step.token_ids))
-        ]
-        assert len(written) == len(set(written)), "two rows write one slot"
-        return [self._row(step) for step in batch.steps]
-
-    def _slot(self, step: RowStep, index: int) -> int:
-        return step.page_table[index // PAGE] * PAGE + index % PAGE
-
-    def _row(self, step: RowStep) -> RowResult:
-        for index, token in enumerate(step.token_ids):
-            self.slots[self._slot(step, step.committed + index)] = token
-        if not step.samples:
-            return RowResult()
-        loras = step.request.loras
-        past = [self.slots[self._slot(step, i)] for i in range(step.committed)]
-        if step.tree is None:
-            tokens = (next_token(loras, past + list(step.token_ids)),)
-            return RowResult(tokens=tokens, draft=self._draft(step, past + list(step.token_ids)))
-        tree, upto = step.tree, [*past, step.token_ids[0]]
-        accepted = accept(
-            [tree],
-            lambda nodes: [next_token(loras, upto + tree.path_to(node)) for _, node, _ in nodes],
-        )[0]
-        for place, node in enumerate(accepted.path, start=1):
-            self.slots[self._slot(step, step.committed + place)] = step.token_ids[node]
-        now = [*past, step.token_ids[0], *accepted.tokens[:-1]]
-        return RowResult(
-            tokens=accepted.tokens,
-            sources=tuple(tree.sources[node] for node in accepted.path),
-            draft=self._draft(step, now),
-        )
-
-    def _draft(self, step: RowStep, tokens: list[int]) -> Draft | None:
-        """Candidates behind the token that `tokens` make next; right about half the time."""
-        if not step.num_candidates:
-            return None
-        future = list(tokens)
-        ids = []
-        for _ in range(NUM_HEADS + 1):
-            future.append(next_token(step.request.loras, future))
-        for token in future[-NUM_HEADS:]:
-            wrong = [other for other in range(VOCAB) if other != token]
-            best = token if self.chance.random() < 0.5 else self.chance.choice(wrong)
-            rest = [other for other in range(VOCAB) if other != best]
-            self.chance.shuffle(rest)
-            ids.append((best, *rest)[: step.num_candidates])
-        chances = [0.5, *[0.5 / (VOCAB - 1)] * (VOCAB - 1)][: step.num_candidates]
-        return Draft(tuple(ids), (tuple(map(math.log, chances)),) * NUM_HEADS)
-
-
-def plain(request: Request, eos: int) -> list[int]:
-    tokens = list(request.prompt_ids)
-    while len(tokens) - len(request.prompt_ids) < request.stop.max_new_tokens:
-        tokens.append(next_token(request.loras, tokens))
-        if tokens[-1] == eos and not request.stop.ignore_eos:
-            break
-    return tokens[len(request.prompt_ids) :]
-
-
-def make_request(name: str, prompt: Sequence[int], max_new: int, **fields: object) -> Request:
-    return Request(
-        request_id=name,
-        prompt_ids=tuple(prompt),
-        sampling=SamplingParams(),
-        stop=StopParams(max_new_tokens=max_new, ignore_eos=bool(fields.pop("ignore_eos", False))),
-        **fields,  # type: ignore[arg-type]
-    )
-
-
-def make_row(request: Request, submitted: float = 0.0) -> Row:
-    return Row(request=request, text=NoText(), submitted=submitted)  # type: ignore[arg-type]
-
-
-class World:
-    """A scheduler, its pages and pool, and the made-up model."""
-
-    def __init__(
-        self,
-        num_pages: int = 16,
-        seed: int = 0,
-        costs: Costs | None = None,
-        **config: int,
-    ) -> None:
-        self.chance = random.Random(seed)
-        self.pages = Pages(num_pages, PAGE)
-        self.pool = Pool(self.chance)
-        self.model = Model(num_pages, self.chance)
-        limits = EngineConfig(page_size=PAGE, **config)
-        self.pace = Pace(limits.max_step_tokens)
-        self.scheduler = Scheduler(
-            limits,
-            self.pages,
-            self.pool,  # type: ignore[arg-type]
-            self.pace,
-            Speculator(costs or CheapDrafts(), limits.max_nodes, {}),
-            frozenset({0}),
-            lambda id, source, logprobs: GeneratedToken(id=id, source=source, logprobs=logprobs),
-        )
-        self.tokens: dict[str, list[int]] = {}
-        self.last: dict[str, RowEvent] = {}
-
-    def step(self) -> Batch | None:
-        batch = self.scheduler.schedule()
-        if batch is not None:
-            self.scheduler.update(self.model.run(batch))
-        for event in self.scheduler.take_events():
-            assert event.request_id not in self.last, "an event after the last one"
-            self.tokens.setdefault(event.request_id, []).extend(t.id for t in event.tokens)
-            if event.final or event.error:
-                self.last[event.request_id] = event
-        return batch
-
-    def run(self, limit: int = 3000) -> None:
-        for _ in range(limit):
-            if self.scheduler.num_rows == 0:
-                return
-            self.step()
-        raise AssertionError("rows do not end")
-
-    def assert_idle(self) -> None:
-        assert self.pages.num_held == 0
-        assert not any(self.pool.pins.values())
-
+from tests.engine.made_up import World, make_request, make_row, plain
 
 requests = st.lists(
     st.tuples(
@@ -313,6 +99,24 @@ def test_a_prompt_takes_less_beside_a_row_that_decodes() -> None:
     batch = world.step()
     assert batch is not None
     assert sorted(len(step.token_ids) for step in batch.steps) == [1, MIN_TOKENS]
+
+
+@pytest.mark.parametrize("num_rows, tokens", [(1, 25), (2, 50), (3, 75), (6, 75)])
+def test_prompts_are_read_faster_where_more_rows_wait(num_rows: int, tokens: int) -> None:
+    """Of those that could run: four slots, one of them for the row that decodes."""
+    world = World(64, max_rows=4, max_step_tokens=500)
+    world.scheduler.add(make_row(make_request("short", [1], 30, ignore_eos=True)))
+    world.step()
+    world.pace.record(prompt_tokens=0, decoding=True, seconds=1.0)
+    world.pace.record(prompt_tokens=64, decoding=False, seconds=1.0 + 64 / 50)
+    for index in range(num_rows):
+        world.scheduler.add(make_row(make_request(str(index), [2, index + 1] * 30, 1)))
+    parked = make_row(make_request("parked", [1] * 60, 1))
+    parked.parked = True
+    world.scheduler.add(parked)
+    batch = world.step()
+    assert batch is not None
+    assert sum(len(step.token_ids) for step in batch.steps) == 1 + tokens
 
 
 def test_drafts_shrink_as_rows_come_and_end_where_tokens_cost_more() -> None:
