@@ -101,14 +101,14 @@ def test_a_prompt_takes_less_beside_a_row_that_decodes() -> None:
     assert sorted(len(step.token_ids) for step in batch.steps) == [1, MIN_TOKENS]
 
 
-@pytest.mark.parametrize("num_rows, tokens", [(1, 25), (2, 50), (3, 75), (6, 75)])
+@pytest.mark.parametrize("num_rows, tokens", [(1, 32), (2, 64), (3, 96), (6, 96)])
 def test_prompts_are_read_faster_where_more_rows_wait(num_rows: int, tokens: int) -> None:
     """Of those that could run: four slots, one of them for the row that decodes."""
     world = World(64, max_rows=4, max_step_tokens=500)
     world.scheduler.add(make_row(make_request("short", [1], 30, ignore_eos=True)))
     world.step()
     world.pace.record(prompt_tokens=0, decoding=True, seconds=1.0)
-    world.pace.record(prompt_tokens=64, decoding=False, seconds=1.0 + 64 / 50)
+    world.pace.record(prompt_tokens=64, decoding=False, seconds=2.0)
     for index in range(num_rows):
         world.scheduler.add(make_row(make_request(str(index), [2, index + 1] * 30, 1)))
     parked = make_row(make_request("parked", [1] * 60, 1))

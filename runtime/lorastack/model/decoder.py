@@ -61,7 +61,6 @@ class Decoder:
         """Results of the tokens that the batch asks for. Writes all its keys and values to `kv`."""
         return self._backend.forward(batch, kv)
 
-    @torch.no_grad()
     def logits(self, hidden_XH: Tensor, lora: LoraBatch) -> Tensor:
         """[X, V] of states after the final norm: float32, or float64 of a float64 model.
 
@@ -69,7 +68,6 @@ class Decoder:
         """
         return self._backend.logits(hidden_XH, lora)
 
-    @torch.no_grad()
     def head_rows(self, ids: Sequence[int], out_NH: Tensor) -> None:
         """lm_head's rows of these tokens into a tensor on the CPU. Any thread."""
         self._backend.head_rows(torch.tensor(ids), out_NH)

@@ -34,13 +34,12 @@ def draw(
     row's logits (float32 or float64), params and token_index alone. Non-finite logits give some id,
     never an error.
     """
-    own = [row_V for row_V in processed if row_V is not None]
-    if own:
-        pairs = list(zip(draws, processed, strict=True))
-        plain = [each for each, row_V in pairs if row_V is None]
-        moved = [each for each, row_V in pairs if row_V is not None]
-        moved = [Draw(row, params, index) for row, (_, params, index) in enumerate(moved)]
-        own_XV = torch.stack(own)
+    rows = [row_V for row_V in processed if row_V is not None]
+    if rows:
+        own_XV = torch.stack(rows)
+        own = [each for each, row_V in zip(draws, processed, strict=True) if row_V is not None]
+        moved = [each._replace(row=row) for row, each in enumerate(own)]
+        plain = [each for each, row_V in zip(draws, processed, strict=True) if row_V is None]
         by_model = iter(draw(logits_XV, best_X, plain))
         by_own = iter(draw(own_XV, best(own_XV)[1].tolist(), moved))
         return [next(by_model if row_V is None else by_own) for row_V in processed]
