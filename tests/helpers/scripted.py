@@ -128,13 +128,8 @@ class ScriptedDrafter:
         self, steps: Sequence[RowStep], last: Sequence[int], hidden_XH: torch.Tensor
     ) -> list[Draft | None]:
         """As `Drafter.draft`."""
-        drafts: list[Draft | None] = []
-        first = 0  # of the row's nodes in hidden_XH
-        for step, place in zip(steps, last, strict=True):
-            depth = len(step.tree.path_to(place - first)) if step.tree else 0
-            first += step.tree.num_nodes if step.tree else 1
-            drafts.append(self._draft(step, step.num_generated + depth + 1))
-        return drafts
+        places = guessed_places(steps, last)
+        return [self._draft(step, place) for step, place in zip(steps, places, strict=True)]
 
     def take_failed(self) -> list[str]:
         failed, self._failed = self._failed, []
@@ -170,6 +165,17 @@ class ScriptedDrafter:
             chances.append(left * self._chance.uniform(0.3, 0.9))
             left -= chances[-1]
         return tuple(sorted(map(math.log, chances), reverse=True))
+
+
+def guessed_places(steps: Sequence[RowStep], last: Sequence[int]) -> list[int]:
+    """For each row of a `Drafter.draft`, which of its generated tokens the first head guesses."""
+    places = []
+    first = 0  # of the row's nodes in the step's states
+    for step, node in zip(steps, last, strict=True):
+        depth = len(step.tree.path_to(node - first)) if step.tree else 0
+        first += step.tree.num_nodes if step.tree else 1
+        places.append(step.num_generated + depth + 1)
+    return places
 
 
 def scripted_heads(digest: str, num_heads: int) -> DeviceAdapter:

@@ -25,6 +25,7 @@ from lorastack.engine import loading, runner
 from lorastack.engine.batch import Draft, RowStep
 from lorastack.engine.drafts import Drafter
 from tests.helpers.costs import CheapDrafts
+from tests.helpers.scripted import guessed_places
 
 RIGHT = 0.65  # of three guesses (1 + RIGHT + RIGHT**2) * RIGHT = 1.35 are accepted then
 
@@ -40,16 +41,11 @@ class KnowingDrafter(Drafter):
         """As `Drafter.draft`."""
         answers: dict[str, list[int]] = json.loads(self.path.read_text())
         drafts = super().draft(steps, last, hidden_XH)
-        first = 0  # of the row's nodes in hidden_XH
-        for row, (step, place) in enumerate(zip(steps, last, strict=True)):
-            depth = len(step.tree.path_to(place - first)) if step.tree else 0
-            first += step.tree.num_nodes if step.tree else 1
-            answer = answers.get(step.request.request_id)
-            own = drafts[row]
-            if answer is not None and own is not None:
-                name, begin = step.request.request_id, step.num_generated + depth + 1
-                following = answer[begin : begin + len(own.ids)]
-                drafts[row] = guessed(following, random.Random(f"{name} {begin}"))
+        for row, (step, place) in enumerate(zip(steps, guessed_places(steps, last), strict=True)):
+            name, own = step.request.request_id, drafts[row]
+            if name in answers and own is not None:
+                following = answers[name][place : place + len(own.ids)]
+                drafts[row] = guessed(following, random.Random(f"{name} {place}"))
         return drafts
 
 

@@ -67,7 +67,8 @@ def test_drafts_change_no_token(deployment: Deployment) -> None:
     assert sum(reply.speculation.drafted_tokens for reply in plain) == 0
     tokens = sum(len(reply.token_ids) for reply in drafted)
     accepted = sum(sum(reply.speculation.accepted_by_head) for reply in drafted)
-    assert 0 < accepted < sum(reply.speculation.drafted_tokens for reply in drafted)
+    share = accepted / sum(reply.speculation.drafted_tokens for reply in drafted)
+    assert 0.3 < share < 0.7
     assert tokens >= 1.5 * sum(reply.speculation.steps for reply in drafted)
 
 
