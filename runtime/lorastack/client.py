@@ -32,7 +32,7 @@ from lorastack.errors import (
     ResourceExhaustedError,
     UnavailableError,
 )
-from lorastack.folders import Receiver, folder_files, new_folder
+from lorastack.folders import Receiver, adapter_files, folder_files, new_folder
 from lorastack.v1 import adapters_pb2, adapters_pb2_grpc, generation_pb2, generation_pb2_grpc
 from lorastack.v1.adapters_pb2 import Adapter
 from lorastack.v1.generation_pb2 import (
@@ -74,6 +74,13 @@ CHUNK_BYTES = 512 * KIB
 PAGE_SIZE = 1000
 # Seconds between the tries of an upload whose connection broke: a server's restart fits in.
 RETRY_DELAYS = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+# What a next try may be spared: the server made room, was not heard from, or lost what it had.
+_TRY_AGAIN = (
+    Reason.UPLOAD_INCOMPLETE,
+    Reason.STAGING_FULL,
+    Reason.TOO_MANY_TRANSFERS,
+    Reason.TRANSFER_IDLE,
+)
 # A vanished server is noticed within 40 s; long outputs with logprobs are large messages.
 CHANNEL_OPTIONS = [
     ("grpc.keepalive_time_ms", 30_000),
@@ -86,6 +93,7 @@ CHANNEL_OPTIONS = [
 ERRORS = {code: kind for kind, code in CODES.items()}
 
 Progress = Callable[[int, int], None]
+LeftOut = Callable[[Sequence[str]], None]
 
 
 class Client:
@@ -180,12 +188,36 @@ class Client:
         return list(reply.revisions)
 
     def rollback(self, adapter_id: str, digest: str, *, timeout: float | None = None) -> Adapter:
-        """Makes an earlier revision's content the newest revision. Raises NotFoundError."""
+        """Makes an earlier revision's content the newest one; 8 digits of its digest may do.
+
+        Raises NotFoundError.
+        """
         with self._errors():
             reply: Adapter = self._adapters.RollbackAdapter(
                 adapters_pb2.RollbackAdapterRequest(id=adapter_id, digest=digest), timeout=timeout
             )
         return reply
+
+    def prune_revisions(
+        self, adapter_id: str = "", *, keep: int | None = None, timeout: float | None = None
+    ) -> adapters_pb2.PruneRevisionsResponse:
+        """Removes an id's old revisions, or "" for every id's, and the bytes only they needed.
+
+        keep: how many stay of each; None: as many as the server keeps anyway. Raises NotFoundError.
+        """
+        request = adapters_pb2.PruneRevisionsRequest(id=adapter_id, keep=keep)
+        with self._errors():
+            reply: adapters_pb2.PruneRevisionsResponse = self._adapters.PruneRevisions(
+                request, timeout=timeout
+            )
+        return reply
+
+    def disk_usage(self, *, timeout: float | None = None) -> tuple[int, int]:
+        """Bytes on the server's disk: of all adapters and revisions, and of unfinished uploads."""
+        request = adapters_pb2.ListAdaptersRequest(page_size=1)
+        with self._errors():
+            page = self._adapters.ListAdapters(request, timeout=timeout)
+        return page.stored_bytes, page.staging_bytes
 
     def load(self, adapter_id: str, *, pin: bool = False, timeout: float | None = None) -> Adapter:
         """Brings an adapter onto the device and waits until it is there. pin: until `unload`.
@@ -228,18 +260,22 @@ class Client:
         if_digest: str | None = None,
         accept_base: bool = False,
         progress: Progress | None = None,
+        left_out: LeftOut | None = None,
     ) -> Adapter:
-        """Stores a folder's files under an id; files that the server has are not sent again.
+        """Stores a folder's adapter under an id; files that the server has are not sent again.
 
-        When the connection breaks, or a deletion takes what it counted on, it tries again after
-        RETRY_DELAYS, from the bytes that arrived.
+        When the connection breaks, the server has no room for now, or a deletion takes what it
+        counted on, it tries again after RETRY_DELAYS, from the bytes that arrived.
         if_digest: "" wants the id to be new, a digest wants it to point there, None replaces; after
         a lost answer this may refuse an upload that has succeeded. accept_base: although its config
-        names another base model. progress: called with (bytes there, bytes in all). Hidden files
-        and sub-folders stay out. Raises InvalidArgumentError for a folder without files, and what
-        the server raises.
+        names another base model. progress: called with (bytes there, bytes in all). left_out:
+        called with the names of what is not part of the adapter and stays here: checkpoints,
+        optimizer states and other pickles, logs, hidden files. Raises InvalidArgumentError for a
+        folder without weights that may be sent, and what the server raises.
         """
-        paths = folder_files(folder)
+        paths, others = adapter_files(folder)
+        if others and left_out is not None:
+            left_out(others)
         specs = [_file_spec(path) for path in paths]
         header = adapters_pb2.UploadHeader(
             id=adapter_id, files=specs, if_digest=if_digest, accept_base=accept_base
@@ -258,8 +294,8 @@ class Client:
             except UnavailableError:
                 if not planned or delay is None:  # nobody was there to begin with, or comes back
                     raise
-            except AbortedError as error:  # what was stored when it was planned may be deleted
-                if error.reason is not Reason.UPLOAD_INCOMPLETE or delay is None:
+            except (AbortedError, ResourceExhaustedError) as error:
+                if error.reason not in _TRY_AGAIN or delay is None:
                     raise
             time.sleep(delay)
         raise AssertionError("the last try returns or raises")
@@ -275,12 +311,13 @@ class Client:
         if_digest: str | None = None,
         accept_base: bool = False,
         progress: Progress | None = None,
+        left_out: LeftOut | None = None,
     ) -> Adapter:
         """Lets the server fetch an adapter: from a hub, or from a folder of its own machine.
 
         One of hub_id (organisation/name, at a revision, with a token if it is private) and folder.
-        if_digest and accept_base as in `upload`; progress: called with (bytes there, bytes in all).
-        Raises PermissionDeniedError if the server does not pull from there, UnavailableError if the
+        if_digest, accept_base and left_out as in `upload`; progress: called with (bytes there,
+        bytes in all). Raises PermissionDeniedError if the server does not pull from there, UnavailableError if the
         hub fails, and what an upload raises.
         """
         request = adapters_pb2.PullAdapterRequest(
@@ -298,6 +335,8 @@ class Client:
         for reply in self._parts(self._adapters.PullAdapter(request)):
             if progress is not None:
                 progress(reply.done_bytes, reply.total_bytes)
+        if reply.left_out and left_out is not None:
+            left_out(reply.left_out)
         return reply.adapter
 
     def download(

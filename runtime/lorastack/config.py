@@ -51,6 +51,9 @@ class AdapterConfig:
     host_memory: int = 8 * GIB
     max_upload: int = 4 * GIB
     max_files: int = 64
+    max_staged: int = 8 * GIB  # of unfinished uploads, all together
+    transfer_idle: float = 60.0  # seconds that an upload or a download may wait for its caller
+    keep_revisions: int = 16  # of each id
     default_medusa: str = ""
     read_only_store: bool = False  # another process writes it, or nobody can
     base_names: tuple[str, ...] = ()  # what else adapters may call the base model

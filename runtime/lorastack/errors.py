@@ -24,6 +24,9 @@ class Reason(StrEnum):
     DIGEST_MISMATCH = "DIGEST_MISMATCH"
     UPLOAD_TAKEN_OVER = "UPLOAD_TAKEN_OVER"
     UPLOAD_INCOMPLETE = "UPLOAD_INCOMPLETE"
+    STAGING_FULL = "STAGING_FULL"
+    TOO_MANY_TRANSFERS = "TOO_MANY_TRANSFERS"
+    TRANSFER_IDLE = "TRANSFER_IDLE"
     BASE_MODEL_DIFFERS = "BASE_MODEL_DIFFERS"
     ADAPTER_TOO_LARGE = "ADAPTER_TOO_LARGE"
     REQUEST_TOO_LARGE = "REQUEST_TOO_LARGE"
@@ -82,8 +85,8 @@ class AlreadyExistsError(LorastackError):
 
 
 class AbortedError(LorastackError):
-    """ABORTED: an upload's `if_digest` no longer holds, another upload took over its bytes, or it
-    did not bring all that the store needs by then."""
+    """ABORTED: an upload's `if_digest` no longer holds, another upload took over its bytes, it did
+    not bring all that the store needs by then, or a transfer's caller was idle for too long."""
 
     default_reason = Reason.DIGEST_MISMATCH
 

@@ -1,4 +1,4 @@
-"""Adapter folders on a client's machine: which files are sent, how received ones are written."""
+"""Folders of adapters: which of their files are sent, and how received ones are written."""
 
 from __future__ import annotations
 
@@ -6,21 +6,143 @@ import errno
 import hashlib
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-from lorastack.errors import DataLossError, FailedPreconditionError, InvalidArgumentError, Reason
+from lorastack.errors import (
+    DataLossError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    LorastackError,
+    Reason,
+)
+
+# What an adapter is made of: weights, configs, tokenizer files and templates, and words about it.
+_KEPT = (".json", ".jinja", ".md", ".safetensors")
+_PICKLES = (".pt", ".bin", ".pth")
+# What trainers save beside the weights, by the start of its name; an adapter does not need it.
+_TRAINER_STATE = (
+    *("optimizer", "scheduler", "scaler", "rng_state", "random_states", "training_args"),
+    "trainer_state",
+)
+_RESULTS = "_results.json"  # train_results.json, all_results.json
+_CONFIG = "adapter_config.json"
+_HEADS = "medusa_lm_head.safetensors"
+_MAX_NAMED = 64  # files that were left out; the others are counted
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """The names in a folder. files: what belongs to the adapter. left_out: all else, to be named.
+
+    Both are sorted; names of folders end in a slash.
+    """
+
+    files: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+
+def choose(names: Iterable[str], where: str, files_in: Callable[[str], Collection[str]]) -> Choice:
+    """Tells an adapter's files from what trainers, tools and systems leave beside them.
+
+    names: a folder's, those of its own folders with a slash at their end; files_in: what one of
+    those holds, so that a refusal can say which hold adapters. Raises InvalidArgumentError if no
+    weights are there that may be sent.
+    """
+    shown = sorted(names)
+    files = [name for name in shown if belongs(name)]
+    left_out = [name for name in shown if not belongs(name)]
+    if not any(name.endswith(".safetensors") for name in files):
+        remedy = _remedy(left_out, files_in) or _has(files, left_out)
+        raise InvalidArgumentError(
+            f"{where} holds no *.safetensors file{remedy}", reason=Reason.INVALID_ADAPTER
+        )
+    return Choice(files=tuple(files), left_out=named(left_out))
+
+
+def named(names: Sequence[str]) -> tuple[str, ...]:
+    """The names that fit into a message."""
+    shown = tuple(map(_printable, names[:_MAX_NAMED]))
+    return shown if len(names) <= _MAX_NAMED else (*shown, f"and {len(names) - _MAX_NAMED} more")
+
+
+def adapter_files(folder: Path) -> tuple[list[Path], list[str]]:
+    """What an upload of a folder sends, sorted by name, and the names of what it leaves out.
+
+    Raises InvalidArgumentError for what is no folder of an adapter.
+    """
+    chosen = choose(_names(folder), str(folder), lambda name: _names(folder / name))
+    paths = [folder / name for name in chosen.files]
+    for path in paths:
+        if not path.is_file():  # a pipe would never end
+            raise InvalidArgumentError(f"{path} is not a regular file: take it out of the folder")
+    return paths, list(chosen.left_out)
 
 
 def folder_files(folder: Path) -> list[Path]:
-    """The files of an adapter's folder, sorted by name. Raises InvalidArgumentError."""
-    if not folder.is_dir():
-        raise InvalidArgumentError(f"{folder} is not a folder; name the one that holds the adapter")
-    paths = [p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")]
+    """All files of a folder but hidden ones, sorted by name. Raises InvalidArgumentError."""
+    paths = [folder / name for name in _names(folder) if not name.startswith(".")]
+    paths = [path for path in paths if path.is_file()]
     if not paths:
         raise InvalidArgumentError(f"{folder} holds no files; name the folder of an adapter")
     return sorted(paths)
+
+
+def _names(folder: Path) -> list[str]:
+    if not folder.is_dir():
+        raise InvalidArgumentError(f"{folder} is not a folder; name the one that holds the adapter")
+    return [f"{path.name}/" if path.is_dir() else path.name for path in folder.iterdir()]
+
+
+def belongs(name: str) -> bool:
+    """Whether a file is part of an adapter, by its name."""
+    return (
+        name.endswith(_KEPT)
+        and not name.startswith((".", *_TRAINER_STATE))
+        and not name.endswith(_RESULTS)
+    )
+
+
+def is_pickled_weights(name: str) -> bool:
+    """Whether a file holds an adapter's weights in a form that is never sent, by its name."""
+    return name.endswith(_PICKLES) and not name.startswith((".", *_TRAINER_STATE))
+
+
+def _remedy(left_out: Sequence[str], files_in: Callable[[str], Collection[str]]) -> str:
+    """What to do about a folder without weights; "" if nothing in it tells."""
+    pickles = [name for name in left_out if is_pickled_weights(name)]
+    if pickles:
+        shown = ", ".join(map(_printable, pickles[:4]))
+        return (
+            f" but {shown}: pickles are never sent; `lorastack adapters convert DIR NEW` writes "
+            "them as safetensors into a new folder, upload that"
+        )
+    folders = [name for name in left_out if name.endswith("/") and not name.startswith(".")]
+    inner = [name.rstrip("/") for name in folders[:_MAX_NAMED] if _is_adapter(name, files_in)]
+    if inner:
+        shown = ", ".join(map(_printable, inner[:8]))
+        return f" itself, but folders that look like adapters: name one of them ({shown})"
+    return ""
+
+
+def _is_adapter(name: str, files_in: Callable[[str], Collection[str]]) -> bool:
+    """Whether a folder in the folder is probably an adapter's."""
+    try:
+        return not {_CONFIG, _HEADS}.isdisjoint(files_in(name))
+    except (OSError, LorastackError):
+        return False
+
+
+def _has(files: Sequence[str], left_out: Sequence[str]) -> str:
+    shown = ", ".join(map(_printable, sorted([*files, *left_out])[:8]))
+    return f" (it has: {shown or 'no files'}); name the folder that holds an adapter's weights"
+
+
+def _printable(name: str) -> str:
+    """A name that any terminal and any message can hold."""
+    return "".join(letter if letter.isprintable() else "?" for letter in name)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -15,10 +16,11 @@ _DAMAGED = 0  # mtime of a blob that was found damaged: a mark that survives a r
 
 
 class BlobStore:
-    """Immutable blobs in one flat folder."""
+    """Immutable blobs in one flat folder, changed by one thread at a time."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._held: Counter[str] = Counter()
 
     def path(self, sha256: str) -> Path:
         return self._folder / sha256
@@ -56,13 +58,26 @@ class BlobStore:
                     os.utime(path, ns=(_DAMAGED, _DAMAGED))
             raise damaged_blob(spec, digest)
 
-    def keep_only(self, referenced: set[str]) -> int:
-        """Removes all other blobs; their number."""
+    def hold(self, names: Iterable[str]) -> None:
+        """Keeps these blobs whatever `keep_only` is told, until they are released."""
+        self._held.update(names)
+
+    def release(self, names: Iterable[str]) -> None:
+        """As often as they were held."""
+        self._held.subtract(names)
+        self._held = +self._held
+
+    def keep_only(self, referenced: set[str]) -> tuple[int, int]:
+        """Removes all other blobs; (their number, their bytes)."""
         with os.scandir(self._folder) as found:
-            orphans = [entry.path for entry in found if entry.name not in referenced]
-        for orphan in orphans:
-            os.unlink(orphan)
-        return len(orphans)
+            orphans = [
+                (entry.path, entry.stat().st_size)
+                for entry in found
+                if entry.name not in referenced and entry.name not in self._held
+            ]
+        for path, _ in orphans:
+            os.unlink(path)
+        return len(orphans), sum(size for _, size in orphans)
 
 
 def damaged_blob(spec: FileSpec, digest: str) -> DataLossError:

@@ -27,9 +27,9 @@ from lorastack.adapters.source import (
     Alive,
     Limits,
     Pieces,
+    Source,
     SourceFile,
     check_limits,
-    choose,
     describe,
     pieces_of,
 )
@@ -42,6 +42,7 @@ from lorastack.errors import (
     Reason,
     UnavailableError,
 )
+from lorastack.folders import Choice, choose
 
 TIMEOUT = 10.0  # seconds without a byte; a stopping server waits so long for its pulls at most
 IN_MEMORY = MIB  # bytes of a small file before it goes to a temporary one
@@ -81,7 +82,7 @@ def check_hub_id(hub_id: str) -> None:
 @contextmanager
 def open_hub(
     address: HubAddress, organisations: Collection[str], limits: Limits, alive: Alive
-) -> Iterator[list[SourceFile]]:
+) -> Iterator[Source]:
     """The files of an adapter at the commit that the revision names now.
 
     Files that the hub keeps in large-file storage come with their sha256, so they are fetched when
@@ -96,15 +97,17 @@ def open_hub(
         )
     # A repository that moved is answered from its new place.
     _check_organisation(info.id, organisations)
-    found = {file.rfilename: file for file in info.siblings or () if "/" not in file.rfilename}
-    chosen = [found[name] for name in choose(found, address.hub_id)]
+    found = {file.rfilename: file for file in info.siblings or ()}
+    choice = _choose(found, address.hub_id)
+    chosen = [found[name] for name in choice.files]
     check_limits([_size(file, address) for file in chosen], limits, address.hub_id)
     # Pinned to the commit: files of two commits are never mixed.
     commit = HubAddress(
         hub_id=address.hub_id, revision=info.sha or address.revision, token=address.token
     )
     with ExitStack() as open_files:
-        yield [_source_file(file, commit, open_files, alive) for file in chosen]
+        files = [_source_file(file, commit, open_files, alive) for file in chosen]
+        yield Source(files=files, left_out=choice.left_out)
 
 
 def push_folder(
@@ -126,6 +129,17 @@ def push_folder(
     return commit.commit_url
 
 
+def _choose(paths: Collection[str], hub_id: str) -> Choice:
+    """An adapter's files among a repository's paths, which name its folders' files too."""
+    inner: dict[str, list[str]] = {}
+    for path in paths:
+        folder, slash, name = path.partition("/")
+        if slash:
+            inner.setdefault(folder + slash, []).append(name)
+    top = [path for path in paths if "/" not in path]
+    return choose([*top, *inner], hub_id, lambda name: inner[name])
+
+
 def _source_file(
     file: RepoSibling, address: HubAddress, open_files: ExitStack, alive: Alive
 ) -> SourceFile:
@@ -137,7 +151,7 @@ def _source_file(
     copy = cast(BinaryIO, temporary)
     with disk_full_is_exhaustion():
         spec = describe(name, size, _copied(remote(0), copy), alive)
-    return SourceFile(spec=spec, read=partial(pieces_of, copy))
+    return SourceFile(spec=spec, read=partial(pieces_of, copy, size))
 
 
 def _fetch(address: HubAddress, name: str, size: int, offset: int) -> Pieces:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -160,6 +161,18 @@ class Pointer:
     @property
     def newest(self) -> Revision:
         return self.revisions[-1]
+
+    @classmethod
+    def after(
+        cls, old: Pointer | None, adapter_id: str, digest: str, other_files: tuple[FileSpec, ...]
+    ) -> Pointer:
+        """An id's pointer once this is its newest content. old: what it has been."""
+        revision = Revision(
+            revision=1, digest=digest, created_at=time.time(), other_files=other_files
+        )
+        if old is None:
+            return cls(id=adapter_id, revisions=(revision,))
+        return old.with_revision(revision)
 
     def with_revision(self, revision: Revision) -> Pointer:
         """A new newest revision; its number is set here.

@@ -7,7 +7,6 @@ but look-ups block on the disk, so an event loop runs them in threads; any threa
 from __future__ import annotations
 
 import os
-import time
 import weakref
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -16,13 +15,12 @@ from threading import Lock
 
 from lorastack.adapters.blobs import BlobStore
 from lorastack.adapters.durable import disk_full_is_exhaustion, replace_file, sync_folder
-from lorastack.adapters.ids import check_id, file_name, is_digest
+from lorastack.adapters.ids import check_id, file_name
 from lorastack.adapters.manifest import (
     FileSpec,
     Manifest,
     Pointer,
     Record,
-    Revision,
     check_files,
     in_digest,
 )
@@ -34,19 +32,19 @@ from lorastack.adapters.opening import (
     prepare_store,
     write_default,
 )
-from lorastack.adapters.staging import Staging, expire_staging, staged_sizes, staging_key
+from lorastack.adapters.retention import Pruned, num_revisions, shortened
+from lorastack.adapters.staging import StagingArea, staging_key
 from lorastack.adapters.tables import manifest_name
 from lorastack.adapters.upload import Upload, Validate
 from lorastack.config import GIB
 from lorastack.errors import (
     DataLossError,
     FailedPreconditionError,
-    InvalidArgumentError,
     NotFoundError,
     Reason,
 )
 
-__all__ = ["Record", "Recovery", "Registry", "Upload", "Validate"]
+__all__ = ["Pruned", "Record", "Recovery", "Registry", "Upload", "Validate"]
 
 
 class Registry:
@@ -58,16 +56,18 @@ class Registry:
         *,
         max_upload: int = 4 * GIB,
         max_files: int = 64,
+        max_staged: int = 8 * GIB,
         read_only: bool = False,
     ) -> None:
-        """Opens or creates the store. max_upload: bytes of all files of one adapter.
+        """Opens or creates the store. max_upload: bytes of all files of one adapter; max_staged:
+        of all unfinished uploads, of which a caller has half, or as much as one adapter may need.
 
         read_only: writes nothing and takes no lock, so another process may write; `refresh` takes
         in its changes. Raises FailedPreconditionError if another process writes the store, another
         version wrote it, or it cannot be written.
         """
         self._root = root
-        self._max_upload = max_upload
+        self._max_upload = min(max_upload, max_staged)
         self._max_files = max_files
         self._read_only = read_only
         self._blobs = BlobStore(root / "blobs" / "sha256")
@@ -75,8 +75,12 @@ class Registry:
         # changed in place: looking an id up waits for nobody.
         self._writing = Lock()
         self._uploads: dict[str, Upload] = {}  # by staging key
-        locks = () if read_only else (lock_store(root),)
-        self.close = weakref.finalize(self, _close_all, locks)
+        self._staging = StagingArea(
+            root / "staging",
+            max_bytes=max_staged,
+            max_bytes_per_caller=max(max_staged // 2, self._max_upload),
+        )
+        self.close = weakref.finalize(self, _close, None if read_only else lock_store(root))
         if read_only:
             check_format(root)
         else:
@@ -119,6 +123,29 @@ class Registry:
     def default_medusa(self) -> str:
         """The reference that `set_default_medusa` stored; "" if none."""
         return self._tables.default_medusa
+
+    def stored_bytes(self) -> int:
+        """On the disk, of all revisions of all ids; what several share counts once."""
+        return sum(self._tables.blobs.values())
+
+    def staging_bytes(self) -> int:
+        """On the disk, of all unfinished uploads."""
+        return self._staging.num_bytes
+
+    def hold(self, reference: str) -> Record:
+        """As `resolve`; its files stay until `release`, unless another process deletes them."""
+        with self._writing:
+            record = self._tables.resolve(reference)
+            self._blobs.hold(spec.sha256 for spec in record.files)
+            return record
+
+    def release(self, record: Record) -> None:
+        """Ends what `hold` began; files that nothing needs any more go."""
+        held = [spec.sha256 for spec in record.files]
+        with self._writing:
+            self._blobs.release(held)
+            if not self._read_only and not self._tables.blobs.keys() >= {*held}:
+                self._drop_blobs()
 
     def files(self, digest: str) -> dict[str, Path]:
         """Name of a file that the digest covers -> path of its bytes. Raises NotFoundError."""
@@ -172,39 +199,38 @@ class Registry:
         Raises InvalidArgumentError or FailedPreconditionError.
         """
         self._check_writable()
-        check_id(adapter_id)
-        check_files(files, max_files=self._max_files, max_bytes=self._max_upload)
+        self._check(adapter_id, files)
         needed = self._missing(files)
-        sizes = staged_sizes(self._staging_folder(staging_key(adapter_id, files)), needed)
+        sizes = self._staging.sizes(staging_key(adapter_id, files), needed)
         return tuple((spec, sizes[spec.sha256]) for spec in needed)
 
     def begin_upload(
-        self, adapter_id: str, files: Sequence[FileSpec], if_digest: str | None = None
+        self,
+        adapter_id: str,
+        files: Sequence[FileSpec],
+        if_digest: str | None = None,
+        *,
+        sender: str = "",
     ) -> Upload:
         """Starts an upload, or goes on with a suspended one; the caller ends it.
 
-        if_digest: see `Tables.check_condition`. An upload of the same files under the same id that
-        has not ended is suspended. Raises InvalidArgumentError, AlreadyExistsError, AbortedError
-        or FailedPreconditionError.
+        if_digest: see `Tables.check_condition`; sender: whose share of the room for unfinished
+        uploads it takes. An upload of the same files under the same id that has not ended is
+        suspended. Raises InvalidArgumentError, AlreadyExistsError, AbortedError or
+        FailedPreconditionError.
         """
-        check_id(adapter_id)
-        check_files(files, max_files=self._max_files, max_bytes=self._max_upload)
-        if if_digest and not is_digest(if_digest):
-            raise InvalidArgumentError(
-                f"if_digest {if_digest[:80]!r} is not sha256:<64 hex digits>"
-            )
+        self._check(adapter_id, files)
         key = staging_key(adapter_id, files)
         while True:
             with self._changing():
                 self._tables.check_condition(adapter_id, if_digest)
                 older = self._uploads.get(key)
                 if older is None:
-                    expire_staging(self._root / "staging", self._uploads.keys() | {key})
                     upload = Upload(
                         adapter_id=adapter_id,
                         files=tuple(files),
                         if_digest=if_digest,
-                        staging=Staging(self._staging_folder(key), self._missing(files)),
+                        staging=self._staging.open(key, self._missing(files), sender),
                         blobs=self._blobs,
                         publish=self._publish,
                         forget=self._forget,
@@ -212,6 +238,14 @@ class Registry:
                     self._uploads[key] = upload
                     return upload
             older.suspend()  # outside, as it may have to wait for its commit
+
+    def expire_uploads(self) -> int:
+        """Removes those that nobody went on with for a day; their number."""
+        return self._staging.expire()
+
+    def _check(self, adapter_id: str, files: Sequence[FileSpec]) -> None:
+        check_id(adapter_id)
+        check_files(files, max_files=self._max_files, max_bytes=self._max_upload)
 
     def _missing(self, files: Sequence[FileSpec]) -> tuple[FileSpec, ...]:
         """Those of the files whose bytes must travel.
@@ -227,17 +261,13 @@ class Registry:
             if listed.get(spec.sha256) != spec.size or not self._blobs.has(spec)
         )
 
-    def _staging_folder(self, key: str) -> Path:
-        return self._root / "staging" / key
-
     def _publish(self, upload: Upload, manifest: Manifest) -> Record:
         """Makes a checked upload visible. Replacing the pointer file is the commit point."""
         with self._changing():
             self._tables.check_condition(upload.id, upload.if_digest)
             self._blobs.adopt(upload.staging.paths())
-            replace_file(
-                self._root / "manifests" / manifest_name(manifest.digest), manifest.to_bytes()
-            )
+            path = self._root / "manifests" / manifest_name(manifest.digest)
+            replace_file(path, manifest.to_bytes())
             self._tables = self._tables.with_manifest(manifest)
             others = tuple(spec for spec in upload.files if not in_digest(spec.name))
             return self._point(upload.id, manifest.digest, others)
@@ -249,13 +279,32 @@ class Registry:
     # -- changes ----------------------------------------------------------------------------------
 
     def rollback(self, adapter_id: str, digest: str) -> Record:
-        """Makes an earlier revision's content the newest one.
+        """Makes an earlier revision's content the newest one; digest: see `Tables.find`.
 
-        Raises NotFoundError if the id never had it; DataLossError; FailedPreconditionError.
+        Raises NotFoundError if the id does not have it; InvalidArgumentError; DataLossError;
+        FailedPreconditionError.
         """
         with self._changing():
-            record = self._tables.resolve(f"{adapter_id}@{digest}")
-            return self._point(adapter_id, digest, record.other_files)
+            record = self._tables.find(adapter_id, digest)
+            return self._point(adapter_id, record.digest, record.other_files)
+
+    def prune(self, keep: int, adapter_id: str = "", *, in_use: Collection[str] = ()) -> Pruned:
+        """Removes old revisions, and what they alone needed; see `shortened`.
+
+        Raises NotFoundError, DataLossError or FailedPreconditionError.
+        """
+        with self._changing():
+            before = self._tables
+            shorter = shortened(before, keep, adapter_id, in_use)
+            for name, pointer in shorter.items():
+                replace_file(self._root / "ids" / file_name(name), pointer.to_bytes())
+            self._tables = before.with_fewer_revisions(shorter)
+            num_bytes = self._collect(in_use)[2] if shorter or not adapter_id else 0
+            return Pruned(
+                num_revisions=num_revisions(before) - num_revisions(self._tables),
+                num_bytes=num_bytes,
+                digests=before.digests - self._tables.digests,
+            )
 
     def set_default_medusa(self, reference: str) -> None:
         """Stores which heads requests get that name none; "": no heads.
@@ -275,11 +324,9 @@ class Registry:
         Raises NotFoundError or FailedPreconditionError.
         """
         with self._changing():
-            name = file_name(adapter_id)
-            known = adapter_id in self._tables.pointers
-            if not known and name not in self._tables.damaged_pointers:
+            if not self._tables.has_pointer(adapter_id):
                 raise NotFoundError(f"no adapter {adapter_id[:300]!r}", adapter_id=adapter_id)
-            (self._root / "ids" / name).unlink()
+            (self._root / "ids" / file_name(adapter_id)).unlink()
             sync_folder(self._root / "ids")
             self._tables = self._tables.without_pointer(adapter_id)
             self._collect(in_use)
@@ -287,13 +334,7 @@ class Registry:
     def _point(self, adapter_id: str, digest: str, other_files: tuple[FileSpec, ...]) -> Record:
         """Makes a stored digest the newest revision of an id."""
         old = self._tables.pointers.get(adapter_id)
-        revision = Revision(
-            revision=1, digest=digest, created_at=time.time(), other_files=other_files
-        )
-        if old is None:
-            pointer = Pointer(id=adapter_id, revisions=(revision,))
-        else:
-            pointer = old.with_revision(revision)
+        pointer = Pointer.after(old, adapter_id, digest, other_files)
         replace_file(self._root / "ids" / file_name(adapter_id), pointer.to_bytes())
         self._tables = self._tables.with_pointer(pointer)
         return self._tables.record(adapter_id, pointer.newest)
@@ -322,12 +363,11 @@ class Registry:
                 raise
 
     def _recover(self) -> Recovery:
-        tables = self._tables
-        damaged = tuple(sorted(tables.damaged_pointers | tables.damaged_manifests))
+        damaged = self._tables.damaged
         if self._read_only:
             return Recovery(damaged=damaged)
-        expired, kept = expire_staging(self._root / "staging", ())
-        manifests, blobs = self._collect(())
+        expired, kept = self._staging.recover()
+        manifests, blobs, _ = self._collect(())
         return Recovery(
             expired_uploads=expired,
             kept_uploads=kept,
@@ -336,25 +376,25 @@ class Registry:
             damaged=damaged,
         )
 
-    def _collect(self, in_use: Collection[str]) -> tuple[int, int]:
-        """Removes manifests and blobs without a pointer; (manifests, blobs)."""
+    def _collect(self, in_use: Collection[str]) -> tuple[int, int, int]:
+        """Removes manifests and blobs without a pointer; (manifests, blobs, bytes of blobs)."""
         before = self._tables
         if before.damaged_pointers:  # they may have pointed to anything
-            return 0, 0
+            return 0, 0, 0
         self._tables = before.with_manifests_of(before.digests.union(in_use))
         orphans = before.manifest_names() - self._tables.manifest_names()
         for name in orphans:
             (self._root / "manifests" / name).unlink(missing_ok=True)
-        return len(orphans), self._drop_blobs()
+        return len(orphans), *self._drop_blobs()
 
-    def _drop_blobs(self) -> int:
-        """Removes blobs that neither a manifest nor a running upload names; their number."""
-        if self._tables.damaged_pointers or self._tables.damaged_manifests:
-            return 0
+    def _drop_blobs(self) -> tuple[int, int]:
+        """Removes blobs that nothing names, running uploads neither; (their number, bytes)."""
+        if self._tables.damaged:
+            return 0, 0
         arriving = {spec.sha256 for upload in self._uploads.values() for spec in upload.files}
         return self._blobs.keep_only(self._tables.stored_blobs() | arriving)
 
 
-def _close_all(handles: Sequence[int]) -> None:
-    for handle in handles:
-        os.close(handle)
+def _close(lock: int | None) -> None:
+    if lock is not None:
+        os.close(lock)

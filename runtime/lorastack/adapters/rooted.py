@@ -7,34 +7,36 @@ stay under the roots work (the Hugging Face cache is made of them).
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
 from lorastack.adapters.source import (
     Alive,
     Limits,
+    Pieces,
+    Source,
     SourceFile,
     check_limits,
-    choose,
+    check_number,
     describe,
     pieces_of,
 )
 from lorastack.errors import InvalidArgumentError, NotFoundError, PermissionDeniedError
+from lorastack.folders import choose
 
+MAX_ENTRIES = 10_000  # of a folder; more are not looked at
 # O_NONBLOCK: opening a pipe must not wait for its writer.
 _FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
-@contextmanager
-def open_folder(
-    folder: str, roots: Sequence[Path], limits: Limits, alive: Alive
-) -> Iterator[list[SourceFile]]:
-    """The files of an adapter's folder, readable until the context ends.
+def find_files(folder: str, roots: Sequence[Path], limits: Limits, alive: Alive) -> Source:
+    """The files of an adapter's folder. One is open at a time, while it is described or read.
 
     Raises InvalidArgumentError for a path that is not absolute, a folder without weights or one
     beyond the limits; PermissionDeniedError for what lies outside the roots, whether it exists or
@@ -45,33 +47,56 @@ def open_folder(
             f"the folder {folder[:200]!r} must be an absolute path of the server's machine",
             field="folder",
         )
-    with ExitStack() as open_files:
-        handle = _open(folder, roots, os.O_DIRECTORY)
-        try:
-            names = os.listdir(handle)
-        finally:
-            os.close(handle)
-        opened = {
-            name: open_files.enter_context(_open_file(os.path.join(folder, name), roots))
-            for name in choose(names, folder)
-        }
-        sizes = {name: os.fstat(file.fileno()).st_size for name, file in opened.items()}
-        check_limits(sizes.values(), limits, folder)
-        yield [
-            SourceFile(
-                spec=describe(name, sizes[name], pieces_of(file, 0), alive),
-                read=partial(pieces_of, file),
-            )
-            for name, file in opened.items()
-        ]
+    chosen = choose(
+        _names(folder, roots), folder, lambda name: _names(os.path.join(folder, name), roots)
+    )
+    check_number(len(chosen.files), limits, folder)
+    sizes = {}
+    for name in chosen.files:
+        with _open_file(os.path.join(folder, name), roots) as file:
+            sizes[name] = os.fstat(file.fileno()).st_size
+    check_limits(sizes.values(), limits, folder)
+    files = []
+    for name, size in sizes.items():
+        read = partial(_pieces, os.path.join(folder, name), roots, size)
+        files.append(SourceFile(spec=describe(name, size, read(0), alive), read=read))
+    return Source(files=files, left_out=chosen.left_out)
+
+
+def _names(folder: str, roots: Sequence[Path]) -> list[str]:
+    """What a folder holds, folders with a slash at the end; at most MAX_ENTRIES."""
+    handle = _open(folder, roots, os.O_DIRECTORY)
+    try:
+        with os.scandir(handle) as entries:
+            # Links are not followed here: what they lead to may be none of the caller's business.
+            found = [
+                f"{entry.name}/" if entry.is_dir(follow_symlinks=False) else entry.name
+                for entry in islice(entries, MAX_ENTRIES + 1)
+            ]
+    finally:
+        os.close(handle)
+    if len(found) > MAX_ENTRIES:
+        raise InvalidArgumentError(
+            f"{folder} holds more than {MAX_ENTRIES} files: put the adapter's into one of their own"
+        )
+    return found
+
+
+def _pieces(path: str, roots: Sequence[Path], size: int, offset: int) -> Pieces:
+    with _open_file(path, roots) as file:
+        yield from pieces_of(file, size, offset)
 
 
 def _open_file(path: str, roots: Sequence[Path]) -> BinaryIO:
     handle = _open(path, roots, 0)
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
-        raise InvalidArgumentError(f"{path} is not a regular file: take it out of the folder")
+        raise _not_regular(path)
     return os.fdopen(handle, "rb")
+
+
+def _not_regular(path: str) -> InvalidArgumentError:
+    return InvalidArgumentError(f"{path} is not a regular file: take it out of the folder")
 
 
 def _open(path: str, roots: Sequence[Path], flags: int) -> int:
@@ -91,6 +116,8 @@ def _open(path: str, roots: Sequence[Path], flags: int) -> int:
             f"{path[:200]}: {error.strerror} on the server's machine", folder=path
         ) from error
     except OSError as error:  # no permission, or a link that was not there a moment ago
+        if error.errno == errno.ENXIO:  # a socket
+            raise _not_regular(path) from error
         raise PermissionDeniedError(
             f"the server cannot read {path[:200]} ({error.strerror}); make it readable for it",
             folder=path,

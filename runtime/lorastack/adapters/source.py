@@ -9,13 +9,11 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from lorastack.adapters.manifest import FileSpec
-from lorastack.adapters.refusal import invalid
 from lorastack.adapters.upload import Upload
 from lorastack.config import KIB
 from lorastack.errors import InvalidArgumentError
 
 PIECE = 512 * KIB  # bytes read from a disk at a time
-_NEEDED = (".json", ".safetensors", ".jinja")
 
 Pieces = Generator[bytes, None, None]  # close it when not all are read: a connection may be behind
 Alive = Callable[[], None]  # called between pieces; raises when nobody wants the files any more
@@ -30,28 +28,19 @@ class SourceFile:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """The files of one adapter. left_out: names of what lies beside them and is not taken."""
+
+    files: Sequence[SourceFile]
+    left_out: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
     """What one adapter may have; checked before its bytes are read."""
 
     max_files: int
     max_bytes: int
-
-
-def choose(names: Collection[str], where: str) -> list[str]:
-    """Those of a folder's plain file names that belong to an adapter, sorted.
-
-    Weights, configs, templates and the README; not the optimizer states, pickles and logs that
-    trainers leave beside them. Raises InvalidArgumentError if no weights are there.
-    """
-    shown = sorted(name for name in names if not name.startswith("."))
-    chosen = [name for name in shown if name.endswith(_NEEDED) or name == "README.md"]
-    if not any(name.endswith(".safetensors") for name in chosen):
-        others = ", ".join(shown[:8])
-        raise invalid(
-            f"{where} holds no *.safetensors file (it has: {others or 'no files'}); `lorastack "
-            "adapters convert` turns .pt and .bin files into safetensors before an upload"
-        )
-    return chosen
 
 
 def check_limits(sizes: Collection[int], limits: Limits, where: str) -> None:
@@ -64,20 +53,32 @@ def check_limits(sizes: Collection[int], limits: Limits, where: str) -> None:
         )
 
 
+def check_number(num_files: int, limits: Limits, where: str) -> None:
+    """As `check_limits`, before anything is known about the sizes."""
+    check_limits([0] * num_files, limits, where)
+
+
 def describe(name: str, size: int, pieces: Pieces, alive: Alive) -> FileSpec:
-    """The spec of a file by its bytes; all pieces are read."""
-    digest = hashlib.sha256()
+    """The spec of a file by its bytes; all pieces are read.
+
+    Raises InvalidArgumentError if they are not as many as they were a moment ago.
+    """
+    digest, found = hashlib.sha256(), 0
     with closing(pieces):
         for piece in pieces:
             digest.update(piece)
+            found += len(piece)
             alive()
+    if found != size:
+        raise InvalidArgumentError(f"{name} changed while it was read: try again when it is whole")
     return FileSpec(name=name, size=size, sha256=digest.hexdigest())
 
 
-def pieces_of(file: BinaryIO, offset: int) -> Pieces:
-    """The bytes of an open file from an offset on."""
+def pieces_of(file: BinaryIO, size: int, offset: int) -> Pieces:
+    """The bytes of an open file from an offset on, up to this size: it may still grow."""
     file.seek(offset)
-    while piece := file.read(PIECE):
+    while piece := file.read(min(PIECE, size - offset)):
+        offset += len(piece)
         yield piece
 
 

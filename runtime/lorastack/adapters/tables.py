@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
-from lorastack.adapters.ids import file_name, split_reference
+from lorastack.adapters.ids import file_name, is_digest, split_reference
 from lorastack.adapters.manifest import FileSpec, Manifest, Pointer, Record, Revision
-from lorastack.errors import AbortedError, AlreadyExistsError, DataLossError, NotFoundError
+from lorastack.errors import (
+    AbortedError,
+    AlreadyExistsError,
+    DataLossError,
+    InvalidArgumentError,
+    NotFoundError,
+)
+
+MIN_DIGITS = 8  # of a digest's start: fewer may be another revision's by chance
+_DIGITS = re.compile(rf"[0-9a-f]{{{MIN_DIGITS},64}}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +67,15 @@ class Tables:
             blobs=_blobs(pointers, manifests),
         )
 
+    @property
+    def damaged(self) -> tuple[str, ...]:
+        """Names of the files that cannot be read."""
+        return tuple(sorted(self.damaged_pointers | self.damaged_manifests))
+
+    def has_pointer(self, adapter_id: str) -> bool:
+        """Whether there is one, be it damaged."""
+        return adapter_id in self.pointers or file_name(adapter_id) in self.damaged_pointers
+
     def starting_with(self, prefix: str) -> list[Record]:
         """Those of `newest` whose id starts with the prefix."""
         first = bisect_left(self.newest, prefix, key=lambda record: record.id)
@@ -70,29 +89,47 @@ class Tables:
         Raises NotFoundError naming it; DataLossError if its pointer or manifest is damaged.
         """
         adapter_id, digest = split_reference(reference)
-        pointer = self._pointer(adapter_id)
-        for revision in reversed(pointer.revisions) if pointer else ():
+        pointer = self._known_pointer(adapter_id)
+        for revision in reversed(pointer.revisions):
             if digest is None or revision.digest == digest:
                 return self.record(adapter_id, revision)
-        raise NotFoundError(
-            f"no adapter {reference[:300]!r}: `lorastack adapters list` shows the stored ones",
-            adapter_id=reference[:300],
-        )
+        raise _no_revision(adapter_id, f"{digest}")
+
+    def find(self, adapter_id: str, start: str) -> Record:
+        """The revision of an id whose digest starts so; start: with or without "sha256:".
+
+        Raises InvalidArgumentError for a start that is too short or fits several, and as `resolve`.
+        """
+        digits = start.removeprefix("sha256:")
+        if not _DIGITS.fullmatch(digits):
+            raise InvalidArgumentError(
+                f"{start[:80]!r} is not a digest: write sha256: and its 64 digits, or at least the "
+                f"first {MIN_DIGITS}; `lorastack adapters revisions {adapter_id[:300]}` lists them",
+                field="digest",
+            )
+        pointer = self._known_pointer(adapter_id)
+        found = {
+            revision.digest: revision
+            for revision in pointer.revisions
+            if revision.digest.startswith(f"sha256:{digits}")
+        }
+        if not found:
+            raise _no_revision(adapter_id, start)
+        if len(found) > 1:
+            raise InvalidArgumentError(
+                f"{start!r} fits {len(found)} revisions of {adapter_id!r}: write more digits",
+                field="digest",
+            )
+        return self.record(adapter_id, *found.values())
 
     def revisions(self, adapter_id: str) -> list[Record]:
         """All revisions of an id, newest first; without those whose manifest is damaged.
 
         Raises NotFoundError, or DataLossError if the pointer is damaged.
         """
-        pointer = self._pointer(adapter_id)
-        if pointer is None:
-            raise NotFoundError(
-                f"no adapter {adapter_id[:300]!r}: `lorastack adapters list` shows the stored ones",
-                adapter_id=adapter_id[:300],
-            )
         return [
             self.record(adapter_id, revision)
-            for revision in reversed(pointer.revisions)
+            for revision in reversed(self._known_pointer(adapter_id).revisions)
             if revision.digest in self.manifests
         ]
 
@@ -117,8 +154,12 @@ class Tables:
     def check_condition(self, adapter_id: str, if_digest: str | None) -> None:
         """An upload's. None: anything goes; "": the id must be new; else it must point there.
 
-        Raises AlreadyExistsError or AbortedError.
+        Raises InvalidArgumentError, AlreadyExistsError or AbortedError.
         """
+        if if_digest and not is_digest(if_digest):
+            raise InvalidArgumentError(
+                f"if_digest {if_digest[:80]!r} is not sha256:<64 hex digits>"
+            )
         pointer = self.pointers.get(adapter_id)
         if if_digest is None:
             return
@@ -181,6 +222,18 @@ class Tables:
             blobs=_blobs(pointers, self.manifests),
         )
 
+    def with_fewer_revisions(self, shorter: Mapping[str, Pointer]) -> Tables:
+        """shorter: by id, pointers that lost some of their older revisions."""
+        if not shorter:
+            return self
+        pointers = {**self.pointers, **shorter}
+        return replace(
+            self,
+            pointers=pointers,
+            digests=_digests(pointers),
+            blobs=_blobs(pointers, self.manifests),
+        )
+
     def with_manifests_of(self, digests: Collection[str]) -> Tables:
         """Without all other manifests."""
         names = {manifest_name(digest) for digest in digests}
@@ -212,14 +265,28 @@ class Tables:
         last = bisect_right(self.newest, adapter_id, key=lambda known: known.id)
         return (*self.newest[:first], *record, *self.newest[last:])
 
-    def _pointer(self, adapter_id: str) -> Pointer | None:
+    def _known_pointer(self, adapter_id: str) -> Pointer:
+        """Raises NotFoundError, or DataLossError if it is damaged."""
         pointer = self.pointers.get(adapter_id)
-        if pointer is None and file_name(adapter_id) in self.damaged_pointers:
+        if pointer is not None:
+            return pointer
+        if file_name(adapter_id) in self.damaged_pointers:
             raise DataLossError(
                 f"the store's record of adapter {adapter_id!r} is damaged: upload it again",
                 adapter_id=adapter_id,
             )
-        return pointer
+        raise NotFoundError(
+            f"no adapter {adapter_id[:300]!r}: `lorastack adapters list` shows the stored ones",
+            adapter_id=adapter_id[:300],
+        )
+
+
+def _no_revision(adapter_id: str, digest: str) -> NotFoundError:
+    return NotFoundError(
+        f"adapter {adapter_id!r} has no revision {digest[:80]!r}: `lorastack adapters revisions "
+        f"{adapter_id}` lists those that it has",
+        adapter_id=adapter_id,
+    )
 
 
 def _digests(pointers: Mapping[str, Pointer]) -> frozenset[str]:

@@ -132,8 +132,7 @@ class Upload:
         if self._ended:
             return
         self._ended = True
-        if not keep:
-            self.staging.remove()
+        self.staging.close(keep=keep)
         self._forget(self)
 
     def _path(self, spec: FileSpec) -> Path:

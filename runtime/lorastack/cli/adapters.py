@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -49,7 +50,12 @@ def upload(
     """Store a PEFT LoRA, Medusa heads, or a bundle of both under an id."""
     with Client(server) as client, progress_bar(f"uploading {adapter_id}") as progress:
         adapter = client.upload(
-            folder, adapter_id, if_digest=if_digest, accept_base=accept_base, progress=progress
+            folder,
+            adapter_id,
+            if_digest=if_digest,
+            accept_base=accept_base,
+            progress=progress,
+            left_out=say_left_out,
         )
     show_stored(adapter, as_json)
 
@@ -63,8 +69,10 @@ def list_adapters(
     """List all stored adapters."""
     with Client(server) as client:
         found = client.list_adapters(prefix)
+        stored, staging = client.disk_usage()
     if as_json:
-        print_json({"adapters": [to_dict(adapter) for adapter in found]})
+        adapters = [to_dict(adapter) for adapter in found]
+        print_json({"adapters": adapters, "stored_bytes": stored, "staging_bytes": staging})
         return
     table = Table("id", "kind", "rank", "heads", "size", "where", "digest", box=None)
     for adapter in found:
@@ -78,6 +86,7 @@ def list_adapters(
             short_digest(adapter.digest),
         )
     Console().print(table)
+    typer.echo(f"{human_size(stored)} on the server's disk, with older revisions", err=True)
 
 
 @adapters.command()
@@ -110,9 +119,36 @@ def rollback(
     server: Server = DEFAULT_SERVER,
     as_json: Json = False,
 ) -> None:
-    """Make an earlier revision's content the newest revision."""
+    """Make an earlier revision's content the newest; the first 8 digits of its digest may do."""
     with Client(server) as client:
         show_adapter(client.rollback(adapter_id, digest), as_json)
+
+
+@adapters.command()
+def prune(
+    adapter_id: Annotated[
+        str, typer.Argument(metavar="[ID]", help="Left out: every adapter.", show_default=False)
+    ] = "",
+    keep: Annotated[
+        int | None,
+        typer.Option(
+            "--keep",
+            min=1,
+            help="Newest revisions to keep of each.",
+            show_default="as many as the server keeps anyway",
+        ),
+    ] = None,
+    server: Server = DEFAULT_SERVER,
+    as_json: Json = False,
+) -> None:
+    """Remove old revisions and free their bytes. What running requests or pins use stays."""
+    with Client(server) as client:
+        pruned = client.prune_revisions(adapter_id, keep=keep)
+    if as_json:
+        print_json(to_dict(pruned))
+    else:
+        freed = human_size(pruned.freed_bytes)
+        typer.echo(f"removed {pruned.removed_revisions} revisions, freed {freed}")
 
 
 @adapters.command()
@@ -213,6 +249,11 @@ def fsck(
             f"{len(report.staged)} unfinished uploads"
         )
     raise typer.Exit(1 if report.damaged else 0)
+
+
+def say_left_out(names: Sequence[str]) -> None:
+    """One line about what lies beside an adapter and is no part of it."""
+    typer.echo(f"left out, as an adapter does not need it: {', '.join(names)}", err=True)
 
 
 def show_stored(adapter: Adapter, as_json: bool) -> None:

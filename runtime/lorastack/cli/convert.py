@@ -11,12 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lorastack.errors import InvalidArgumentError, Reason
-from lorastack.folders import folder_files, new_folder
-
-_PICKLES = (".pt", ".bin", ".pth")
-_KEPT = (".json", ".jinja", ".md", ".safetensors")
-# What trainers save beside the weights; an adapter does not need it.
-_TRAINER_STATE = ("optimizer", "scheduler", "scaler", "rng_state", "training_args")
+from lorastack.folders import belongs, folder_files, is_pickled_weights, new_folder
 
 
 def convert_folder(source: Path, target: Path) -> tuple[dict[str, str], list[str]]:
@@ -28,17 +23,18 @@ def convert_folder(source: Path, target: Path) -> tuple[dict[str, str], list[str
     for a target that is not empty.
     """
     paths = folder_files(source)
-    kept = [path for path in paths if path.suffix in _KEPT]
+    kept = [path for path in paths if belongs(path.name)]
     names = {path.name for path in kept}
     weights = {
         path: f"{path.stem}.safetensors"
         for path in paths
-        if path.suffix in _PICKLES
-        and not path.stem.startswith(_TRAINER_STATE)
-        and f"{path.stem}.safetensors" not in names
+        if is_pickled_weights(path.name) and f"{path.stem}.safetensors" not in names
     }
     if not weights:
-        raise _refused(f"{source} holds no .pt or .bin weights that lack a .safetensors file")
+        why = f"{source} holds no .pt or .bin weights that lack a .safetensors file"
+        if any(name.endswith(".safetensors") for name in names):
+            why += ": it can be uploaded as it is"
+        raise _refused(why)
     if len(set(weights.values())) < len(weights):
         files = ", ".join(path.name for path in weights)
         raise _refused(f"two of {files} would become the same file: take one out")

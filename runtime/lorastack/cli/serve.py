@@ -23,7 +23,7 @@ from lorastack.config import (
     share_cores,
 )
 
-_ENGINE, _SERVICE = EngineConfig(), ServiceConfig()
+_ENGINE, _SERVICE, _ADAPTERS = EngineConfig(), ServiceConfig(), AdapterConfig(store=Path())
 
 
 class Device(StrEnum):
@@ -106,6 +106,35 @@ def serve(
             help="Serve a store that another server writes, or that cannot be written.",
         ),
     ] = False,
+    keep_revisions: Annotated[
+        int,
+        typer.Option(
+            "--keep-revisions",
+            min=1,
+            envvar="LORASTACK_KEEP_REVISIONS",
+            help="Revisions to keep of each adapter; what is in use stays beside them.",
+        ),
+    ] = _ADAPTERS.keep_revisions,
+    max_staged: Annotated[
+        str,
+        typer.Option(
+            "--max-staged",
+            metavar="SIZE",
+            callback=size,
+            envvar="LORASTACK_MAX_STAGED",
+            help="Disk for all unfinished uploads together.",
+        ),
+    ] = "8GiB",
+    transfer_idle: Annotated[
+        float,
+        typer.Option(
+            "--transfer-idle",
+            metavar="SECONDS",
+            min=1,
+            envvar="LORASTACK_TRANSFER_IDLE",
+            help="How long an upload or a download may wait for its caller.",
+        ),
+    ] = _ADAPTERS.transfer_idle,
     host: Annotated[str, typer.Option("--host", envvar="LORASTACK_HOST")] = _SERVICE.host,
     port: Annotated[
         int,
@@ -221,6 +250,9 @@ def serve(
             store=default_store() if store is None else store,
             device_memory=parse_size(device_adapter_memory),
             host_memory=parse_size(host_adapter_memory),
+            max_staged=parse_size(max_staged),
+            transfer_idle=transfer_idle,
+            keep_revisions=keep_revisions,
             default_medusa=medusa,
             read_only_store=read_only_store,
             base_names=tuple(base_name or ()),

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from lorastack.cli.adapters import AcceptBase, Id, show_stored
+from lorastack.cli.adapters import AcceptBase, Id, say_left_out, show_stored
 from lorastack.cli.options import DEFAULT_SERVER, IfDigest, Json, Server
 from lorastack.cli.output import print_json, progress_bar
 from lorastack.client import Client
@@ -72,6 +72,7 @@ def pull(
             if_digest=if_digest,
             accept_base=accept_base,
             progress=progress,
+            left_out=say_left_out,
         )
     show_stored(adapter, as_json)
 

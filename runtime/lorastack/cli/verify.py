@@ -8,9 +8,9 @@ from pathlib import Path
 
 from lorastack.adapters.load import Validator
 from lorastack.adapters.manifest import adapter_digest, file_spec
-from lorastack.client import folder_files
 from lorastack.engine.base import base_weight, model_shapes
 from lorastack.engine.loading import model_folder
+from lorastack.folders import adapter_files
 
 
 def verify_folder(
@@ -26,7 +26,7 @@ def verify_folder(
     base_names: what else adapters may call the model; accept_base: they may call it anything.
     Raises InvalidArgumentError or FailedPreconditionError as an upload would.
     """
-    paths = folder_files(folder)
+    paths, left_out = adapter_files(folder)
     base, name = model_folder(model, progress)
     validate = Validator(
         shapes=model_shapes(base),
@@ -49,4 +49,5 @@ def verify_folder(
         "draft_vocabulary": len(parsed.draft_vocabulary),
         "own_chat_template": parsed.chat_template is not None,
         "size_bytes": sum(spec.size for spec in specs),
+        "left_out": left_out,
     }

@@ -23,6 +23,7 @@ from lorastack.errors import (
 )
 from lorastack.service import convert
 from lorastack.service.dispatch import Dispatcher
+from lorastack.service.places import caller_of
 from lorastack.service.prepare import Preparer
 from lorastack.service.status import CallGuard, Context, new_request_id
 from lorastack.service.store import StoreWriter
@@ -42,6 +43,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         *,
         registry: Registry,
         writer: StoreWriter,
+        uploads: Uploads,
         transfers: Transfers,
         engine: Engine,
         pool: DevicePool,
@@ -63,9 +65,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         self._guard = guard
         self._readers = readers
         self._uploader = uploader
-        self._uploads = Uploads(
-            registry=registry, writer=writer, readers=readers, uploader=uploader
-        )
+        self._uploads = uploads
 
     # -- into the store and out of it -------------------------------------------------------------
 
@@ -79,7 +79,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         self, request_iterator: AsyncIterator[adapters_pb2.UploadAdapterRequest], context: Context
     ) -> adapters_pb2.Adapter:
         async with self._guard("UploadAdapter", context, new_request_id()):
-            return self._message(await self._uploads.receive(request_iterator))
+            return self._message(await self._uploads.receive(request_iterator, caller_of(context)))
 
     async def DeleteAdapter(
         self, request: adapters_pb2.DeleteAdapterRequest, context: Context
@@ -90,22 +90,27 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         return adapters_pb2.DeleteAdapterResponse()
 
     async def PullAdapter(self, request: adapters_pb2.PullAdapterRequest, context: Context) -> None:
+        caller = caller_of(context)
         async with (
             self._guard("PullAdapter", context, new_request_id()),
-            aclosing(self._transfers.pull(request, self._message)) as parts,
+            self._transfers.pulls.take(caller) as place,
+            aclosing(self._transfers.pull(request, caller, self._message)) as parts,
         ):
             async for part in parts:
-                await context.write(part)
+                await place.waits(context.write(part))
+                place.passed(part.ByteSize())
 
     async def DownloadAdapter(
         self, request: adapters_pb2.DownloadAdapterRequest, context: Context
     ) -> None:
         async with (
             self._guard("DownloadAdapter", context, new_request_id()),
+            self._transfers.downloads.take(caller_of(context)) as place,
             aclosing(self._transfers.download(request)) as parts,
         ):
             async for part in parts:
-                await context.write(part)
+                await place.waits(context.write(part))
+                place.passed(part.ByteSize())
 
     # -- what is stored ---------------------------------------------------------------------------
 
@@ -128,6 +133,8 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
             return adapters_pb2.ListAdaptersResponse(
                 adapters=await run_in(self._readers, self._messages, page, self._usage()),
                 next_page_token=_page_token(page[-1].id) if end < len(found) else "",
+                stored_bytes=self._registry.stored_bytes(),
+                staging_bytes=self._registry.staging_bytes(),
             )
 
     async def ListRevisions(
@@ -145,6 +152,20 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
             rollback = self._writer.rollback
             record = await run_in(self._uploader, rollback, request.id, request.digest)
             return self._message(record)
+
+    async def PruneRevisions(
+        self, request: adapters_pb2.PruneRevisionsRequest, context: Context
+    ) -> adapters_pb2.PruneRevisionsResponse:
+        async with self._guard("PruneRevisions", context, new_request_id()):
+            keep = request.keep if request.HasField("keep") else None
+            if keep == 0:
+                raise InvalidArgumentError(
+                    "keep must be at least 1: an id always has a newest revision", field="keep"
+                )
+            pruned = await run_in(self._uploader, self._writer.prune, request.id, keep)
+            return adapters_pb2.PruneRevisionsResponse(
+                removed_revisions=pruned.num_revisions, freed_bytes=pruned.num_bytes
+            )
 
     # -- what is in memory ------------------------------------------------------------------------
 

@@ -113,8 +113,9 @@ class Dispatcher:
             self._loop.call_soon_threadsafe(self._route, held)
 
     def digests_in_use(self) -> Counter[str]:
-        """LoRA and heads digest -> requests that have not ended."""
-        requests = [stream.request for stream in self._streams.values() if stream.request]
+        """LoRA and heads digest -> requests that have not ended. For any thread."""
+        streams = list(self._streams.values())  # one step of the interpreter
+        requests = [stream.request for stream in streams if stream.request]
         return Counter(
             use.digest for request in requests for use in (*request.loras, request.heads) if use
         )

@@ -73,8 +73,8 @@ class Provision:
             )
         limits = Limits(max_files=self._config.max_files, max_bytes=self._config.max_upload)
         address = HubAddress(hub_id=hub_id)
-        with open_hub(address, self._config.pull_orgs, limits, lambda: None) as files:
-            self._store(hub_id, files)
+        with open_hub(address, self._config.pull_orgs, limits, lambda: None) as source:
+            self._store(hub_id, source.files)
 
     def _store(self, adapter_id: str, files: Sequence[SourceFile]) -> None:
         upload = self._registry.begin_upload(adapter_id, [file.spec for file in files])

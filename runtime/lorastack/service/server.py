@@ -45,9 +45,10 @@ from lorastack.service.prepare import Preparer, ServedModel
 from lorastack.service.probe import probe
 from lorastack.service.provision import Provision
 from lorastack.service.status import CallGuard
-from lorastack.service.store import StoreFollower, StoreWriter
+from lorastack.service.store import StoreFollower, StoreWriter, needed_digests
 from lorastack.service.threads import run_in
 from lorastack.service.transfer import Transfers
+from lorastack.service.uploads import Uploads
 from lorastack.v1 import adapters_pb2, generation_pb2
 from lorastack.v1.adapters_pb2_grpc import add_AdapterServiceServicer_to_server as add_adapters
 from lorastack.v1.generation_pb2_grpc import (
@@ -132,7 +133,19 @@ class Server:
             workers=self._workers,
         )
         writer = StoreWriter(
-            registry=registry, engine=engine, validate=validate, fingerprint=model.fingerprint
+            registry=registry,
+            engine=engine,
+            validate=validate,
+            fingerprint=model.fingerprint,
+            keep_revisions=config.adapters.keep_revisions,
+            needed=partial(needed_digests, dispatcher, pool, self._preparer),
+        )
+        self._uploads = Uploads(
+            registry=registry,
+            writer=writer,
+            readers=self._workers,
+            uploader=self._uploader,
+            idle=config.adapters.transfer_idle,
         )
         self._transfers = Transfers(
             config=config.adapters, registry=registry, writer=writer, uploader=self._uploader
@@ -140,6 +153,7 @@ class Server:
         self._adapters = AdapterService(
             registry=registry,
             writer=writer,
+            uploads=self._uploads,
             transfers=self._transfers,
             engine=engine,
             pool=pool,
@@ -156,7 +170,7 @@ class Server:
             self._follower = StoreFollower(registry, engine)
         else:
             self._keeper = LearnedKeeper(learned, engine, self._uploader)
-        self._background: asyncio.Task[None] | None = None  # of either
+        self._background: list[asyncio.Task[None]] = []
         self._metrics_server: MetricsServer | None = None
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._server: grpc.aio.Server | None = None
@@ -178,6 +192,7 @@ class Server:
             limits.store,
             max_upload=limits.max_upload,
             max_files=limits.max_files,
+            max_staged=limits.max_staged,
             read_only=limits.read_only_store,
         )
         level = logging.WARNING if registry.recovery.damaged else logging.INFO
@@ -240,8 +255,8 @@ class Server:
         """
         began = time.monotonic()
         self._guard.draining = True
-        if self._background is not None:
-            self._background.cancel()
+        for task in self._background:
+            task.cancel()
         await self._health.enter_graceful_shutdown()
         await asyncio.to_thread(self._engine.drain, timeout)
         await asyncio.to_thread(self._engine.close)
@@ -276,9 +291,10 @@ class Server:
         self._engine.start()
         await probe(self._preparer, self._dispatcher, self._workers)
         if self._follower is not None:
-            self._background = asyncio.create_task(self._follow(self._follower))
+            self._background.append(asyncio.create_task(self._follow(self._follower)))
         elif self._keeper is not None:
-            self._background = asyncio.create_task(self._keeper.run())
+            self._background.append(asyncio.create_task(self._keeper.run()))
+        self._background.append(asyncio.create_task(self._uploads.expire()))
         await server.start()
         self._server = server
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)

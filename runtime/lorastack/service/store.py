@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import logging
+from collections.abc import Callable, Collection
 from functools import partial
 
+from lorastack.adapters.ids import split_reference
 from lorastack.adapters.load import Validator
 from lorastack.adapters.manifest import Record
-from lorastack.adapters.registry import Registry
+from lorastack.adapters.pool import DevicePool
+from lorastack.adapters.registry import Pruned, Registry
 from lorastack.adapters.upload import Upload
 from lorastack.engine.engine import Engine
-from lorastack.errors import DataLossError, NotFoundError
+from lorastack.errors import DataLossError, LorastackError, NotFoundError
+from lorastack.service.dispatch import Dispatcher
+from lorastack.service.prepare import Preparer
+
+logger = logging.getLogger(__name__)
 
 
 class StoreWriter:
@@ -20,13 +27,24 @@ class StoreWriter:
     """
 
     def __init__(
-        self, *, registry: Registry, engine: Engine, validate: Validator, fingerprint: str
+        self,
+        *,
+        registry: Registry,
+        engine: Engine,
+        validate: Validator,
+        fingerprint: str,
+        keep_revisions: int,
+        needed: Callable[[], Collection[str]],
     ) -> None:
-        """fingerprint: of the base model that `validate` compares with."""
+        """fingerprint: of the base model that `validate` compares with. keep_revisions: of each id;
+        needed: digests that stay beside them, as rows or pins may load them again. For any thread.
+        """
         self._registry = registry
         self._engine = engine
         self._validate = validate
         self._fingerprint = fingerprint
+        self._keep_revisions = keep_revisions
+        self._needed = needed
 
     def commit(self, upload: Upload, *, accept_base: bool) -> Record:
         """Validates and publishes an upload. Raises what is wrong with it."""
@@ -34,6 +52,7 @@ class StoreWriter:
         validate = partial(self._validate, accept_base=accept_base)
         record = upload.commit(validate, base_fingerprint=self._fingerprint)
         self._forget(replaced)
+        self._prune_quietly(upload.id)
         return record
 
     def rollback(self, adapter_id: str, digest: str) -> Record:
@@ -41,7 +60,19 @@ class StoreWriter:
         replaced = self._newest(adapter_id)
         record = self._registry.rollback(adapter_id, digest)
         self._forget(replaced)
+        self._prune_quietly(adapter_id)
         return record
+
+    def prune(self, adapter_id: str, keep: int | None) -> Pruned:
+        """Removes old revisions of an id, or "" for every id's. Raises NotFoundError.
+
+        keep: how many stay of each; None: as many as the server keeps anyway.
+        """
+        keep = self._keep_revisions if keep is None else keep
+        pruned = self._registry.prune(keep, adapter_id, in_use=self._needed())
+        for digest in pruned.digests:
+            self._engine.forget(digest)
+        return pruned
 
     def delete(self, adapter_id: str, in_use: Collection[str]) -> None:
         """Removes an id. in_use: digests of requests that have not ended. Raises NotFoundError."""
@@ -51,6 +82,13 @@ class StoreWriter:
             digests = set()
         self._registry.delete(adapter_id, in_use=in_use)
         self._forget(digests)
+
+    def _prune_quietly(self, adapter_id: str) -> None:
+        """The change itself has succeeded; what could not be removed goes another time."""
+        try:
+            self.prune(adapter_id, None)
+        except (LorastackError, OSError):
+            logger.warning("old revisions of %s could not be removed", adapter_id, exc_info=True)
 
     def _newest(self, adapter_id: str) -> set[str]:
         try:
@@ -84,3 +122,10 @@ class StoreFollower:
 def _newest_digests(registry: Registry) -> set[str]:
     """What the ids point to."""
     return {record.digest for record in registry.list()}
+
+
+def needed_digests(dispatcher: Dispatcher, pool: DevicePool, preparer: Preparer) -> set[str]:
+    """What requests that have not ended, pins and default heads may load from the disk again."""
+    pinned = {adapter.digest for adapter in pool.stats().adapters if adapter.pinned}
+    _, default = split_reference(preparer.default_medusa)
+    return {*dispatcher.digests_in_use(), *pinned, *([default] if default else [])}

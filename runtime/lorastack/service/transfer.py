@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import AsyncGenerator, Callable
-from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack
-from typing import BinaryIO
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, aclosing, nullcontext
 
 from lorastack.adapters.blobs import damaged_blob
 from lorastack.adapters.hub import HubAddress, open_hub
@@ -16,20 +15,25 @@ from lorastack.adapters.ids import check_id
 from lorastack.adapters.loader import be_nice
 from lorastack.adapters.manifest import FileSpec, Record
 from lorastack.adapters.registry import Registry
-from lorastack.adapters.rooted import open_folder
-from lorastack.adapters.source import PIECE, Limits, SourceFile, copy_missing
+from lorastack.adapters.rooted import find_files
+from lorastack.adapters.source import PIECE, Limits, Source, copy_missing
 from lorastack.config import AdapterConfig
 from lorastack.errors import (
     InvalidArgumentError,
     NotFoundError,
+    Reason,
     RequestCancelledError,
+    ResourceExhaustedError,
     UnavailableError,
 )
+from lorastack.service.places import Places
 from lorastack.service.store import StoreWriter
 from lorastack.service.threads import run_in
 from lorastack.v1 import adapters_pb2
 
 NUM_PULLERS = 2  # pulls at a time; others wait for their turn
+PULLS, PULLS_PER_CALLER = 64, 32  # waiting ones too
+DOWNLOADS, DOWNLOADS_PER_CALLER = 256, 128  # at a time
 NEWS_INTERVAL = 0.1  # seconds between two messages of progress
 
 Describe = Callable[[Record], adapters_pb2.Adapter]
@@ -55,6 +59,12 @@ class Transfers:
         self._registry = registry
         self._writer = writer
         self._uploader = uploader
+        # For as long as an answer is written, which is for its caller to read.
+        idle = config.transfer_idle
+        self.pulls = Places("pull", together=PULLS, per_caller=PULLS_PER_CALLER, idle=idle)
+        self.downloads = Places(
+            "download", together=DOWNLOADS, per_caller=DOWNLOADS_PER_CALLER, idle=idle
+        )
         self._pullers = ThreadPoolExecutor(NUM_PULLERS, "lorastack-pull", initializer=be_nice)
 
     def close(self) -> None:
@@ -62,27 +72,27 @@ class Transfers:
         self._pullers.shutdown(cancel_futures=True)
 
     async def pull(
-        self, request: adapters_pb2.PullAdapterRequest, describe: Describe
+        self, request: adapters_pb2.PullAdapterRequest, caller: str, describe: Describe
     ) -> AsyncGenerator[adapters_pb2.PullAdapterResponse, None]:
         """Progress as it changes, then one message with the adapter. Closing it ends the pull.
 
         Raises what the source refuses and what an upload of the same files raises.
         """
         progress = _Progress(asyncio.get_running_loop())
-        pulling = self._pullers.submit(self._pull, request, progress)
+        pulling = self._pullers.submit(self._pull, request, caller, progress)
         pulling.add_done_callback(progress.wake)
         try:
             while not pulling.done():
                 if (latest := await progress.next()) is not None:
                     done, total = latest
                     yield adapters_pb2.PullAdapterResponse(done_bytes=done, total_bytes=total)
-            record = await asyncio.wrap_future(pulling)
+            record, left_out = await asyncio.wrap_future(pulling)
         finally:
             progress.cancelled = True
             pulling.cancel()
         size = record.size_bytes
         yield adapters_pb2.PullAdapterResponse(
-            done_bytes=size, total_bytes=size, adapter=describe(record)
+            done_bytes=size, total_bytes=size, adapter=describe(record), left_out=left_out
         )
 
     async def download(
@@ -92,42 +102,73 @@ class Transfers:
 
         Raises NotFoundError, and DataLossError if the stored bytes are not what they were.
         """
-        record = await run_in(self._uploader, self._registry.resolve, request.id)
-        with ExitStack() as open_files:
-            # All at once: a deletion from now on changes nothing.
-            files = await run_in(self._uploader, self._open_stored, record, open_files)
-            for spec, file in zip(record.files, files, strict=True):
+        # From here on a deletion of the id, or a new revision, changes nothing.
+        holding = self._uploader.submit(self._registry.hold, request.id)
+        try:
+            record = await asyncio.wrap_future(holding)
+            for spec in record.files:
                 yield adapters_pb2.DownloadAdapterResponse(
                     file=adapters_pb2.FileSpec(name=spec.name, size=spec.size, sha256=spec.sha256)
                 )
-                digest = hashlib.sha256()
-                while data := await run_in(self._uploader, _read, file, digest):
-                    yield adapters_pb2.DownloadAdapterResponse(data=data)
-                if digest.hexdigest() != spec.sha256:
-                    # Says so itself, unless an upload healed it by now.
-                    await run_in(self._uploader, self._registry.verify_file, spec, record.digest)
-                    raise damaged_blob(spec, record.digest)
+                async with aclosing(self._bytes_of(record, spec)) as parts:
+                    async for data in parts:
+                        yield adapters_pb2.DownloadAdapterResponse(data=data)
+        finally:
+            self._uploader.submit(self._release, holding)
 
-    def _pull(self, request: adapters_pb2.PullAdapterRequest, progress: _Progress) -> Record:
+    async def _bytes_of(self, record: Record, spec: FileSpec) -> AsyncGenerator[bytes, None]:
+        """Raises DataLossError if they are not what they were, NotFoundError if they are gone."""
+        digest, offset = hashlib.sha256(), 0
+        while data := await run_in(self._uploader, self._read, record, spec, offset):
+            digest.update(data)
+            offset += len(data)
+            yield data
+        if digest.hexdigest() != spec.sha256:
+            # Says so itself, unless an upload healed it by now.
+            await run_in(self._uploader, self._registry.verify_file, spec, record.digest)
+            raise damaged_blob(spec, record.digest)
+
+    def _read(self, record: Record, spec: FileSpec, offset: int) -> bytes:
+        """The next piece of a stored file, which is open only here: its caller may never read."""
+        try:
+            with self._registry.path(spec).open("rb") as file:
+                file.seek(offset)
+                return file.read(PIECE)
+        except FileNotFoundError:
+            self._registry.verify_file(spec, record.digest)  # says whether it was deleted or lost
+            raise NotFoundError(f"adapter {record.id!r} was replaced; ask again") from None
+
+    def _release(self, holding: Future[Record]) -> None:
+        if not holding.cancelled() and holding.exception() is None:
+            self._registry.release(holding.result())
+
+    def _pull(
+        self, request: adapters_pb2.PullAdapterRequest, caller: str, progress: _Progress
+    ) -> tuple[Record, Sequence[str]]:
+        """The stored adapter, and what was left where it came from."""
         check_id(request.id)
         if_digest = request.if_digest if request.HasField("if_digest") else None
-        with self._source(request, progress.check) as files:
-            specs = [file.spec for file in files]
-            upload = self._registry.begin_upload(request.id, specs, if_digest)
+        with self._source(request, progress.check) as source:
+            specs = [file.spec for file in source.files]
+            upload = self._registry.begin_upload(request.id, specs, if_digest, sender=caller)
             try:
-                copy_missing(files, upload, progress.report)
-            except (UnavailableError, RequestCancelledError):
-                upload.suspend()  # a later pull of the same files goes on from here
+                copy_missing(source.files, upload, progress.report)
+            except (UnavailableError, RequestCancelledError, ResourceExhaustedError) as error:
+                # A later pull of the same files goes on from here; a full disk is not kept full.
+                if error.reason is Reason.STORE_FULL:
+                    upload.abort()
+                upload.suspend()
                 raise
             except BaseException:
                 upload.abort()
                 raise
             commit = self._writer.commit
-            return self._uploader.submit(commit, upload, accept_base=request.accept_base).result()
+            committing = self._uploader.submit(commit, upload, accept_base=request.accept_base)
+            return committing.result(), source.left_out
 
     def _source(
         self, request: adapters_pb2.PullAdapterRequest, alive: Callable[[], None]
-    ) -> AbstractContextManager[list[SourceFile]]:
+    ) -> AbstractContextManager[Source]:
         source = request.WhichOneof("source")
         if source == "hub_id":
             address = HubAddress(
@@ -137,18 +178,8 @@ class Transfers:
         if source == "folder":
             if request.revision or request.token:
                 raise InvalidArgumentError("revision and token belong to a hub_id, not to a folder")
-            return open_folder(request.folder, self._roots, self._limits, alive)
+            return nullcontext(find_files(request.folder, self._roots, self._limits, alive))
         raise InvalidArgumentError("a pull names a hub_id or a folder", field="source")
-
-    def _open_stored(self, record: Record, open_files: ExitStack) -> list[BinaryIO]:
-        return [open_files.enter_context(self._open_file(record, spec)) for spec in record.files]
-
-    def _open_file(self, record: Record, spec: FileSpec) -> BinaryIO:
-        try:
-            return self._registry.path(spec).open("rb")
-        except FileNotFoundError:
-            self._registry.verify_file(spec, record.digest)  # says whether it was deleted or lost
-            raise NotFoundError(f"adapter {record.id!r} was replaced; ask again") from None
 
 
 class _Progress:
@@ -184,9 +215,3 @@ class _Progress:
         self._changed.clear()
         latest, self._latest = self._latest, None
         return latest
-
-
-def _read(file: BinaryIO, digest: hashlib._Hash) -> bytes:
-    data = file.read(PIECE)
-    digest.update(data)
-    return data

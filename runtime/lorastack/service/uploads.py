@@ -1,12 +1,14 @@
 """PlanUpload and UploadAdapter: a stream of chunks becomes a stored adapter, or a rest to resume.
 
-An upload that ends early (a broken connection, a stream cut short) is suspended: its bytes wait for
-the caller's next try. One that breaks the rules is aborted and leaves nothing.
+An upload that ends early (a broken connection, a stream cut short, no room for its bytes, a caller
+who sends none) is suspended: its bytes wait for the caller's next try. One that breaks the rules is
+aborted and leaves nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor, Future
 
@@ -17,23 +19,46 @@ from lorastack.adapters.upload import Upload
 from lorastack.config import MIB
 from lorastack.errors import AbortedError, InvalidArgumentError, LorastackError, Reason
 from lorastack.service import convert
+from lorastack.service.places import Place, Places
 from lorastack.service.store import StoreWriter
 from lorastack.service.threads import run_in
 from lorastack.v1 import adapters_pb2
 
 MAX_CHUNK = MIB
+UPLOADS, UPLOADS_PER_CALLER = 512, 256  # at a time
+EXPIRE_INTERVAL = 60.0  # seconds between two looks for uploads that nobody went on with
+_RESUMABLE = (Reason.STAGING_FULL, Reason.UPLOAD_INCOMPLETE)
+
+logger = logging.getLogger(__name__)
 
 
 class Uploads:
     """readers run the plan; uploader is one thread of low priority for bytes and validation."""
 
     def __init__(
-        self, *, registry: Registry, writer: StoreWriter, readers: Executor, uploader: Executor
+        self,
+        *,
+        registry: Registry,
+        writer: StoreWriter,
+        readers: Executor,
+        uploader: Executor,
+        idle: float,
     ) -> None:
+        """idle: seconds that an upload may wait for its caller."""
         self._registry = registry
         self._writer = writer
         self._readers = readers
         self._uploader = uploader
+        self._places = Places("upload", together=UPLOADS, per_caller=UPLOADS_PER_CALLER, idle=idle)
+
+    async def expire(self) -> None:
+        """Removes, now and then, what nobody went on with; until it is cancelled."""
+        while True:
+            await asyncio.sleep(EXPIRE_INTERVAL)
+            try:
+                await run_in(self._uploader, self._registry.expire_uploads)
+            except Exception:
+                logger.exception("unfinished uploads could not be removed")
 
     async def plan(
         self, request: adapters_pb2.PlanUploadRequest
@@ -44,9 +69,20 @@ class Uploads:
         needed = await run_in(self._readers, self._registry.plan_upload, request.id, files)
         return convert.needed_blobs(needed)
 
-    async def receive(self, messages: AsyncIterator[adapters_pb2.UploadAdapterRequest]) -> Record:
+    async def receive(
+        self, messages: AsyncIterator[adapters_pb2.UploadAdapterRequest], caller: str
+    ) -> Record:
         """Takes a header, then chunks until the stream ends, and commits. Raises what is wrong."""
-        first = await anext(messages, None)
+        async with self._places.take(caller) as place:
+            return await self._receive(messages, caller, place)
+
+    async def _receive(
+        self,
+        messages: AsyncIterator[adapters_pb2.UploadAdapterRequest],
+        caller: str,
+        place: Place,
+    ) -> Record:
+        first = await place.waits(anext(messages, None))
         if first is None or first.WhichOneof("part") != "header":
             raise InvalidArgumentError("an upload starts with a header of id and files")
         header = first.header
@@ -55,14 +91,16 @@ class Uploads:
             header.id,
             convert.file_specs(header.files),
             header.if_digest if header.HasField("if_digest") else None,
+            sender=caller,
         )
         end = Upload.suspend
         try:
             upload = await asyncio.wrap_future(opening)
             try:
-                await self._write_all(upload, messages)
-            except LorastackError:
-                end = Upload.abort
+                await self._write_all(upload, messages, place)
+            except LorastackError as error:
+                if error.reason not in _RESUMABLE:
+                    end = Upload.abort
                 raise
             if upload.num_missing:
                 # Perhaps a deletion took what was stored when the caller planned.
@@ -81,9 +119,12 @@ class Uploads:
             self._uploader.submit(_end, opening, end)
 
     async def _write_all(
-        self, upload: Upload, messages: AsyncIterator[adapters_pb2.UploadAdapterRequest]
+        self,
+        upload: Upload,
+        messages: AsyncIterator[adapters_pb2.UploadAdapterRequest],
+        place: Place,
     ) -> None:
-        async for message in messages:
+        while (message := await place.waits(anext(messages, None))) is not None:
             if message.WhichOneof("part") != "chunk":
                 raise InvalidArgumentError("after an upload's header come chunks only")
             chunk = message.chunk
@@ -91,6 +132,7 @@ class Uploads:
                 raise InvalidArgumentError(
                     f"a chunk of {len(chunk.data)} bytes; send at most {MAX_CHUNK} at a time"
                 )
+            place.passed(len(chunk.data))
             await run_in(self._uploader, upload.write, chunk.sha256, chunk.offset, chunk.data)
 
 

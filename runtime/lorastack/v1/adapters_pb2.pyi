@@ -153,14 +153,16 @@ class PullAdapterRequest(_message.Message):
     def __init__(self, id: _Optional[str] = ..., hub_id: _Optional[str] = ..., folder: _Optional[str] = ..., revision: _Optional[str] = ..., token: _Optional[str] = ..., if_digest: _Optional[str] = ..., accept_base: _Optional[bool] = ...) -> None: ...
 
 class PullAdapterResponse(_message.Message):
-    __slots__ = ("done_bytes", "total_bytes", "adapter")
+    __slots__ = ("done_bytes", "total_bytes", "adapter", "left_out")
     DONE_BYTES_FIELD_NUMBER: _ClassVar[int]
     TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    LEFT_OUT_FIELD_NUMBER: _ClassVar[int]
     done_bytes: int
     total_bytes: int
     adapter: Adapter
-    def __init__(self, done_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., adapter: _Optional[_Union[Adapter, _Mapping]] = ...) -> None: ...
+    left_out: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, done_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., adapter: _Optional[_Union[Adapter, _Mapping]] = ..., left_out: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class DownloadAdapterRequest(_message.Message):
     __slots__ = ("id",)
@@ -193,12 +195,16 @@ class ListAdaptersRequest(_message.Message):
     def __init__(self, page_size: _Optional[int] = ..., page_token: _Optional[str] = ..., id_prefix: _Optional[str] = ...) -> None: ...
 
 class ListAdaptersResponse(_message.Message):
-    __slots__ = ("adapters", "next_page_token")
+    __slots__ = ("adapters", "next_page_token", "stored_bytes", "staging_bytes")
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    STORED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    STAGING_BYTES_FIELD_NUMBER: _ClassVar[int]
     adapters: _containers.RepeatedCompositeFieldContainer[Adapter]
     next_page_token: str
-    def __init__(self, adapters: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
+    stored_bytes: int
+    staging_bytes: int
+    def __init__(self, adapters: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ..., next_page_token: _Optional[str] = ..., stored_bytes: _Optional[int] = ..., staging_bytes: _Optional[int] = ...) -> None: ...
 
 class ListRevisionsRequest(_message.Message):
     __slots__ = ("id",)
@@ -219,6 +225,22 @@ class RollbackAdapterRequest(_message.Message):
     id: str
     digest: str
     def __init__(self, id: _Optional[str] = ..., digest: _Optional[str] = ...) -> None: ...
+
+class PruneRevisionsRequest(_message.Message):
+    __slots__ = ("id", "keep")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    KEEP_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    keep: int
+    def __init__(self, id: _Optional[str] = ..., keep: _Optional[int] = ...) -> None: ...
+
+class PruneRevisionsResponse(_message.Message):
+    __slots__ = ("removed_revisions", "freed_bytes")
+    REMOVED_REVISIONS_FIELD_NUMBER: _ClassVar[int]
+    FREED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    removed_revisions: int
+    freed_bytes: int
+    def __init__(self, removed_revisions: _Optional[int] = ..., freed_bytes: _Optional[int] = ...) -> None: ...
 
 class DeleteAdapterRequest(_message.Message):
     __slots__ = ("id",)

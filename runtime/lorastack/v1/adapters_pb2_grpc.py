@@ -74,6 +74,11 @@ class AdapterServiceStub:
                 request_serializer=lorastack_dot_v1_dot_adapters__pb2.RollbackAdapterRequest.SerializeToString,
                 response_deserializer=lorastack_dot_v1_dot_adapters__pb2.Adapter.FromString,
                 _registered_method=True)
+        self.PruneRevisions = channel.unary_unary(
+                '/lorastack.v1.AdapterService/PruneRevisions',
+                request_serializer=lorastack_dot_v1_dot_adapters__pb2.PruneRevisionsRequest.SerializeToString,
+                response_deserializer=lorastack_dot_v1_dot_adapters__pb2.PruneRevisionsResponse.FromString,
+                _registered_method=True)
         self.DeleteAdapter = channel.unary_unary(
                 '/lorastack.v1.AdapterService/DeleteAdapter',
                 request_serializer=lorastack_dot_v1_dot_adapters__pb2.DeleteAdapterRequest.SerializeToString,
@@ -149,6 +154,13 @@ class AdapterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PruneRevisions(self, request, context):
+        """Removes old revisions and the bytes that only they needed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DeleteAdapter(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -215,6 +227,11 @@ def add_AdapterServiceServicer_to_server(servicer, server):
                     servicer.RollbackAdapter,
                     request_deserializer=lorastack_dot_v1_dot_adapters__pb2.RollbackAdapterRequest.FromString,
                     response_serializer=lorastack_dot_v1_dot_adapters__pb2.Adapter.SerializeToString,
+            ),
+            'PruneRevisions': grpc.unary_unary_rpc_method_handler(
+                    servicer.PruneRevisions,
+                    request_deserializer=lorastack_dot_v1_dot_adapters__pb2.PruneRevisionsRequest.FromString,
+                    response_serializer=lorastack_dot_v1_dot_adapters__pb2.PruneRevisionsResponse.SerializeToString,
             ),
             'DeleteAdapter': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteAdapter,
@@ -453,6 +470,33 @@ class AdapterService:
             '/lorastack.v1.AdapterService/RollbackAdapter',
             lorastack_dot_v1_dot_adapters__pb2.RollbackAdapterRequest.SerializeToString,
             lorastack_dot_v1_dot_adapters__pb2.Adapter.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PruneRevisions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorastack.v1.AdapterService/PruneRevisions',
+            lorastack_dot_v1_dot_adapters__pb2.PruneRevisionsRequest.SerializeToString,
+            lorastack_dot_v1_dot_adapters__pb2.PruneRevisionsResponse.FromString,
             options,
             channel_credentials,
             insecure,

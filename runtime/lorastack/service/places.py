@@ -1,0 +1,142 @@
+"""How many transfers run at once, of everybody and of one caller, and how long one may stand still.
+
+Until callers have keys, a caller is an address: everybody behind one proxy is one caller.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import time
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager
+from typing import TypeVar
+from urllib.parse import unquote
+
+from lorastack.config import KIB
+from lorastack.errors import AbortedError, Reason, ResourceExhaustedError
+from lorastack.service.status import Context
+
+STALLED = 10.0  # seconds of waiting for PACE bytes, after which a transfer makes way for a new one
+PACE = 64 * KIB
+RETRY_SECONDS = 5.0  # what a caller is told when all places are taken
+
+T = TypeVar("T")
+
+
+def caller_of(context: Context) -> str:
+    """Who calls, as well as it is known: the address without its port; of IPv6 the network."""
+    kind, _, rest = unquote(context.peer()).partition(":")
+    address = rest.rpartition(":")[0].strip("[]").partition("%")[0]
+    if kind == "ipv6":
+        try:
+            return f"ipv6:{ipaddress.ip_network((address, 64), strict=False)}"
+        except ValueError:
+            pass
+    return f"{kind}:{address}"
+
+
+class Place:
+    """One transfer's. It tells when it waits for its caller, and what has passed."""
+
+    def __init__(self, caller: str, idle: float) -> None:
+        self.caller = caller
+        self.displaced = False
+        self.limit = asyncio.timeout(None)
+        self._idle = idle
+        self._silent = 0.0  # seconds waited since the last byte
+        self._stalled = 0.0  # since the last PACE bytes
+        self._num_bytes = 0
+        self._since: float | None = None  # time.monotonic() since which it waits
+
+    async def waits(self, answer: Awaitable[T]) -> T:
+        """Waits for the caller. Only such time counts, not what the server takes itself."""
+        self._since = time.monotonic()
+        self.limit.reschedule(asyncio.get_running_loop().time() + self._idle - self._silent)
+        found = await answer
+        waited, self._since = time.monotonic() - self._since, None
+        self._silent += waited
+        self._stalled += waited
+        self.limit.reschedule(None)
+        return found
+
+    def passed(self, num_bytes: int) -> None:
+        """Bytes have come or gone."""
+        if num_bytes:
+            self._silent = 0.0
+        self._num_bytes += num_bytes
+        if self._num_bytes >= PACE:
+            self._num_bytes, self._stalled = 0, 0.0
+
+    def stalled(self) -> float:
+        """Seconds it has waited for PACE bytes; 0 if it does not wait for its caller now."""
+        return 0.0 if self._since is None else self._stalled + time.monotonic() - self._since
+
+    def displace(self) -> None:
+        """Ends it, so that another transfer has the place."""
+        if not self.limit.expired():  # else it is on its way out already
+            self.displaced = True
+            self.limit.reschedule(asyncio.get_running_loop().time())
+
+
+class Places:
+    """For one kind of transfer. Used on the event loop."""
+
+    def __init__(self, kind: str, *, together: int, per_caller: int, idle: float) -> None:
+        """kind: for people. idle: seconds that one may wait for its caller without a byte."""
+        self._kind = kind
+        self._together = together
+        self._per_caller = per_caller
+        self._idle = idle
+        self._taken: list[Place] = []
+
+    @asynccontextmanager
+    async def take(self, caller: str) -> AsyncIterator[Place]:
+        """A place for the block, which ends when its caller is idle for too long.
+
+        Raises ResourceExhaustedError when there is none, or another transfer needs this one, which
+        has stalled; AbortedError for an idle caller.
+        """
+        self._make_way(caller)
+        place = Place(caller, self._idle)
+        self._taken.append(place)
+        try:
+            async with place.limit:
+                yield place
+        except TimeoutError:
+            if not place.limit.expired():
+                raise
+            raise self._ended(place) from None
+        finally:
+            if place in self._taken:
+                self._taken.remove(place)
+
+    def _make_way(self, caller: str) -> None:
+        theirs = [place for place in self._taken if place.caller == caller]
+        if len(theirs) >= self._per_caller:
+            self._displace(theirs, f"{self._per_caller} {self._kind}s of your address run already")
+        if len(self._taken) >= self._together:
+            self._displace(self._taken, f"{self._together} {self._kind}s run already")
+
+    def _displace(self, places: list[Place], why: str) -> None:
+        slowest = max(places, key=Place.stalled)
+        if slowest.stalled() < STALLED:
+            raise ResourceExhaustedError(
+                f"{why}: try again when one has ended",
+                reason=Reason.TOO_MANY_TRANSFERS,
+                retry_after=RETRY_SECONDS,
+            )
+        slowest.displace()
+        self._taken.remove(slowest)
+
+    def _ended(self, place: Place) -> AbortedError | ResourceExhaustedError:
+        if place.displaced:
+            return ResourceExhaustedError(
+                f"this {self._kind} stood still and made way for another one: try again",
+                reason=Reason.TOO_MANY_TRANSFERS,
+                retry_after=RETRY_SECONDS,
+            )
+        return AbortedError(
+            f"this {self._kind} waited {self._idle:g} seconds for its caller: try again",
+            reason=Reason.TRANSFER_IDLE,
+        )
