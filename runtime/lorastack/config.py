@@ -6,11 +6,15 @@ A constructor is given its own part, never the whole.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 
-KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
+_UNITS = {"": 1, "B": 1, "KiB": KIB, "MiB": MIB, "GiB": GIB, "TiB": TIB}
+_SIZE = re.compile(r"(?P<number>[0-9]{1,20}(\.[0-9]{1,20})?)(?P<unit>[KMGT]iB|B|)", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,9 +106,14 @@ def share_cores() -> None:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of "512MiB", "2GiB", "64KiB" or a plain number. Raises ValueError on anything else."""
-    units = {"KiB": KIB, "MiB": MIB, "GiB": GIB, "B": 1}
-    for unit, factor in units.items():
-        if text.endswith(unit):
-            return int(float(text.removesuffix(unit)) * factor)
-    return int(text)
+    """Bytes of "512MiB", "1.5GiB", "64KiB", "2TiB" or a plain number.
+
+    Raises ValueError on anything else, and on more than an address space holds.
+    """
+    match = _SIZE.fullmatch(text)
+    if match is None or ("." in text and match["unit"] in ("", "B")):
+        raise ValueError(f"{text!r} is not a size")
+    nbytes = Decimal(match["number"]) * _UNITS[match["unit"]]  # a float is not exact beyond 2**53
+    if nbytes >= 1 << 63:
+        raise ValueError(f"{text!r} is more than an address space holds")
+    return int(nbytes)

@@ -18,6 +18,8 @@ from lorastack.adapters.manifest import FORMAT, Manifest, Pointer
 from lorastack.adapters.tables import Tables, manifest_name
 from lorastack.errors import FailedPreconditionError, Reason
 
+# Something else is there, or in the way to it.
+_NO_FOLDER = (errno.EEXIST, errno.ENOTDIR, errno.ENOENT, errno.ELOOP, errno.ENAMETOOLONG)
 _DEFAULT_MEDUSA = "default_medusa.json"
 # A folder that changed a moment ago may change once more within the same tick of its clock.
 _SETTLED_NS = 2_000_000_000
@@ -28,12 +30,18 @@ ParsedT = TypeVar("ParsedT")
 def lock_store(root: Path) -> int:
     """The descriptor that holds the store's lock until it is closed.
 
-    Raises FailedPreconditionError if another process has it, or the folder cannot be written.
+    Raises FailedPreconditionError if another process has it, the folder cannot be written, or there
+    can be none.
     """
     try:
         root.mkdir(parents=True, exist_ok=True)
         handle = os.open(root / "LOCK", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
+        if error.errno in _NO_FOLDER:
+            raise FailedPreconditionError(
+                f"there can be no store at {root} ({error.strerror}): choose another --store",
+                reason=Reason.STORE_FORMAT,
+            ) from error
         if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
             raise
         raise FailedPreconditionError(

@@ -8,12 +8,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from lorastack.adapters.fsck import check_store
 from lorastack.cli.options import (
-    DEFAULT_SERVER,
     BaseName,
     IfDigest,
     Json,
@@ -21,19 +18,38 @@ from lorastack.cli.options import (
     Server,
     Store,
     default_store,
+    path,
 )
-from lorastack.cli.output import human_size, print_json, progress_bar, short_digest, to_dict
-from lorastack.client import Adapter, Client
+from lorastack.cli.output import (
+    human_size,
+    one_line,
+    print_json,
+    print_table,
+    progress_bar,
+    short_digest,
+    to_dict,
+)
+from lorastack.client import DEFAULT_SERVER, Adapter, Client
+from lorastack.errors import InvalidArgumentError, NotFoundError
 
-adapters = typer.Typer(help="Upload, list, show, delete and verify adapters.", no_args_is_help=True)
+adapters = typer.Typer(help="Upload, list, show, delete and verify adapters.")
 
 Folder = Annotated[
-    Path, typer.Argument(metavar="DIR", help="The adapter's folder.", show_default=False)
+    Path,
+    typer.Argument(metavar="DIR", parser=path, help="The adapter's folder.", show_default=False),
 ]
 AcceptBase = Annotated[
     bool, typer.Option("--accept-base", help="Although its config names another base model.")
 ]
 Id = Annotated[str, typer.Argument(metavar="ID", help="The adapter's id.", show_default=False)]
+
+
+@adapters.callback(invoke_without_command=True)
+def top(context: typer.Context) -> None:
+    """Upload, list, show, delete and verify adapters."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help(), err=True)
+        raise typer.Exit(2)
 
 
 @adapters.command()
@@ -69,23 +85,23 @@ def list_adapters(
     """List all stored adapters."""
     with Client(server) as client:
         found = client.list_adapters(prefix)
-        stored, staging = client.disk_usage()
+        stored, _ = client.disk_usage()
     if as_json:
-        adapters = [to_dict(adapter) for adapter in found]
-        print_json({"adapters": adapters, "stored_bytes": stored, "staging_bytes": staging})
+        print_json({"adapters": [to_dict(adapter) for adapter in found]})
         return
-    table = Table("id", "kind", "rank", "heads", "size", "where", "digest", box=None)
-    for adapter in found:
-        table.add_row(
+    rows = [
+        (
             adapter.id,
             _kind(adapter),
-            str(adapter.rank or ""),
-            str(adapter.num_heads or ""),
+            adapter.rank or "",
+            adapter.num_heads or "",
             human_size(adapter.size_bytes),
             Adapter.Residency.Name(adapter.residency).lower(),
             short_digest(adapter.digest),
         )
-    Console().print(table)
+        for adapter in found
+    ]
+    print_table(("id", "kind", "rank", "heads", "size", "where", "digest"), rows)
     typer.echo(f"{human_size(stored)} on the server's disk, with older revisions", err=True)
 
 
@@ -104,24 +120,37 @@ def revisions(adapter_id: Id, server: Server = DEFAULT_SERVER, as_json: Json = F
     if as_json:
         print_json({"revisions": [to_dict(adapter) for adapter in found]})
         return
-    table = Table("revision", "created", "kind", "size", "digest", box=None)
-    for adapter in found:
-        created = f"{adapter.created_at.ToDatetime():%Y-%m-%d %H:%M:%S}"
-        size = human_size(adapter.size_bytes)
-        table.add_row(str(adapter.revision), created, _kind(adapter), size, adapter.digest)
-    Console().print(table)
+    rows = [
+        (
+            adapter.revision,
+            f"{adapter.created_at.ToDatetime():%Y-%m-%d %H:%M:%S}",
+            _kind(adapter),
+            human_size(adapter.size_bytes),
+            adapter.digest,
+        )
+        for adapter in found
+    ]
+    print_table(("revision", "created", "kind", "size", "digest"), rows)
 
 
 @adapters.command()
 def rollback(
     adapter_id: Id,
-    digest: Annotated[str, typer.Argument(metavar="DIGEST", show_default=False)],
+    digest: Annotated[
+        str,
+        typer.Argument(
+            metavar="DIGEST",
+            help="As `revisions` shows it; its first digits do.",
+            show_default=False,
+        ),
+    ],
     server: Server = DEFAULT_SERVER,
     as_json: Json = False,
 ) -> None:
-    """Make an earlier revision's content the newest; the first 8 digits of its digest may do."""
+    """Make an earlier revision's content the newest revision."""
     with Client(server) as client:
-        show_adapter(client.rollback(adapter_id, digest), as_json)
+        whole = _whole_digest(client, adapter_id, digest)
+        show_adapter(client.rollback(adapter_id, whole), as_json)
 
 
 @adapters.command()
@@ -192,7 +221,7 @@ def default(
     if as_json:
         print_json(found)
     else:
-        typer.echo(" ".join(found.values()) if found["medusa_id"] else "none")
+        typer.echo(one_line(" ".join(found.values())) if found["medusa_id"] else "none")
 
 
 @adapters.command()
@@ -241,7 +270,8 @@ def fsck(
     else:
         for damage in report.damaged:
             used_by = ", ".join(f"{use.file} of {use.id}@{use.digest}" for use in damage.used_by)
-            typer.echo(f"damaged: {damage.path}: {damage.problem}; used by {used_by or 'unknown'}")
+            line = f"damaged: {damage.path}: {damage.problem}; used by {used_by or 'unknown'}"
+            typer.echo(one_line(line))
         typer.echo(
             f"{report.num_adapters} adapters, {report.num_revisions} revisions, "
             f"{report.num_blobs} blobs of {human_size(report.size_bytes)}: "
@@ -253,7 +283,24 @@ def fsck(
 
 def say_left_out(names: Sequence[str]) -> None:
     """One line about what lies beside an adapter and is no part of it."""
-    typer.echo(f"left out, as an adapter does not need it: {', '.join(names)}", err=True)
+    line = f"left out, as an adapter does not need it: {', '.join(names)}"
+    typer.echo(one_line(line), err=True)
+
+
+def _whole_digest(client: Client, adapter_id: str, start: str) -> str:
+    """The digest of the one revision of an id that starts so.
+
+    Raises NotFoundError, or InvalidArgumentError if several do.
+    """
+    start = start.removeprefix("sha256:")
+    digests = {revision.digest for revision in client.list_revisions(adapter_id)}
+    found = [digest for digest in digests if start and digest.startswith(f"sha256:{start}")]
+    shows = f"`lorastack adapters revisions {adapter_id}` shows them"
+    if not found:
+        raise NotFoundError(f"no revision of {adapter_id} has the digest {start!r}: {shows}")
+    if len(found) > 1:
+        raise InvalidArgumentError(f"{len(found)} digests of {adapter_id} start so: {shows}")
+    return found[0]
 
 
 def show_stored(adapter: Adapter, as_json: bool) -> None:
@@ -273,8 +320,7 @@ def show_adapter(adapter: Adapter, as_json: bool) -> None:
     if as_json:
         print_json(fields)
     else:
-        size = human_size(adapter.size_bytes)
-        _print_fields({**fields, "kind": _kind(adapter), "size_bytes": size})
+        _print_fields({**fields, "kind": _kind(adapter)})
 
 
 def _kind(adapter: Adapter) -> str:
@@ -286,5 +332,10 @@ def _print_fields(fields: dict[str, object]) -> None:
     shown = {name: value for name, value in fields.items() if value not in ("", 0, [], None)}
     width = max(map(len, shown))
     for name, value in shown.items():
-        text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-        typer.echo(f"{name:<{width}}  {text}")
+        if isinstance(value, list):
+            text = ", ".join(map(str, value))
+        elif isinstance(value, int) and name.endswith("_bytes"):
+            text = human_size(value)
+        else:
+            text = str(value)
+        typer.echo(f"{name:<{width}}  {one_line(text)}")

@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from lorastack.cli.options import DEFAULT_SERVER, Json, Server
-from lorastack.cli.output import print_json
+from lorastack.cli.options import UINT32, Json, Server
+from lorastack.cli.output import one_line, print_json, print_table
 from lorastack.cli.traffic import Outcome, percentile, send
 from lorastack.client import (
+    DEFAULT_SERVER,
     OFF,
     ChatMessage,
     ChatMessages,
     Client,
     GenerateRequest,
+    GetModelInfoResponse,
     Speculation,
     StopParams,
     TokenIds,
@@ -30,8 +30,11 @@ from lorastack.client import (
 
 FILLER = "The quick brown fox jumps over the lazy dog while the clock on the old tower strikes."
 HEADINGS = (
-    "at once", "requests", "tokens/s", "first ms", "p99", "gap ms", "p99", "tokens a step"
+    "at once", "requests", "tokens/s", "first ms", "first p99", "gap ms", "gap p99", "tokens/step"
 )  # fmt: skip
+
+# Of GetModelInfo, in --json.
+MEASURED = ("base_model", "device", "backend", "dtype", "quantization", "threads", "version")
 
 
 def bench(
@@ -39,10 +42,13 @@ def bench(
         str, typer.Option("--concurrency", metavar="N,N,...", help="Requests at once, in turn.")
     ] = "1,8,32",
     requests: Annotated[
-        int, typer.Option("--requests", min=1, help="For each concurrency, at least as many.")
+        int,
+        typer.Option(
+            "--requests", min=1, metavar="N", help="For each concurrency, at least as many."
+        ),
     ] = 32,
     prompt_tokens: Annotated[
-        int, typer.Option("--prompt-tokens", min=1, help="Of made-up prompts.")
+        int, typer.Option("--prompt-tokens", min=1, metavar="N", help="Of made-up prompts.")
     ] = 64,
     prompts: Annotated[
         Path | None,
@@ -55,7 +61,14 @@ def bench(
         ),
     ] = None,
     max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", min=1, help="Every request makes as many.")
+        int,
+        typer.Option(
+            "--max-new-tokens",
+            min=1,
+            max=UINT32,
+            metavar="N",
+            help="Every request makes as many.",
+        ),
     ] = 64,
     lora: Annotated[
         list[str] | None,
@@ -68,7 +81,11 @@ def bench(
     server: Server = DEFAULT_SERVER,
     as_json: Json = False,
 ) -> None:
-    """Measure a running server: tokens a second, time to the first token, gaps between tokens."""
+    """Measure a running server.
+
+    Tokens a second, milliseconds to the first token and between tokens: median and p99. One
+    request warms the server up and does not count.
+    """
     levels = _levels(concurrency)
     template = GenerateRequest(
         medusa_id=medusa,
@@ -85,12 +102,20 @@ def bench(
             batch = list(islice(stream, max(requests, level)))
             rows.append(summarise(level, send(client, batch, level)))
     if as_json:
-        print_json({"server": server, "backend": info.backend, "dtype": info.dtype, "rows": rows})
+        measured = {name: getattr(info, name) for name in MEASURED}
+        print_json({"server": server, **measured, "rows": rows})
     else:
-        table = Table(*HEADINGS)
-        for row in rows:
-            table.add_row(*map(str, row.values()))
-        Console().print(table)
+        typer.echo(f"{_what(info)}, after one request to warm up\n")
+        print_table(HEADINGS, [list(row.values()) for row in rows])
+
+
+def _what(info: GetModelInfoResponse) -> str:
+    """The model and what runs it."""
+    dtype = info.quantization or info.dtype
+    threads = f", {info.threads} threads" if info.threads else ""
+    return one_line(
+        f"{info.base_model} in {dtype} on {info.device}, backend {info.backend}{threads}"
+    )
 
 
 def summarise(concurrency: int, outcomes: list[Outcome]) -> dict[str, Any]:

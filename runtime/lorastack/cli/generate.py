@@ -2,31 +2,49 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from typing import Annotated
 
 import typer
 
-from lorastack.cli.options import DEFAULT_SERVER, Json, Server
-from lorastack.cli.output import print_json, short_digest, to_dict
+from lorastack.cli.inputs import lora_ref, response_format, set_input
+from lorastack.cli.options import UINT32, UINT64, Json, Server
+from lorastack.cli.output import one_line, print_json, short_digest, shown, to_dict
 from lorastack.client import (
+    DEFAULT_SERVER,
     OFF,
     Client,
     GenerateRequest,
     GenerateResponse,
-    LoraRef,
+    OutputParams,
     SamplingParams,
     Speculation,
     StopParams,
+    Token,
 )
 
-# ID[:SCALE]; a revision (ID@sha256:...) has a colon of its own.
-_LORA = re.compile(r"(?P<id>[^:@]+(?:@sha256:[^:]+)?)(?::(?P<scale>[^:]+))?")
+MAX_NEW_TOKENS = 512  # a first prompt should not run for minutes
+RETRIES = 5  # while the server's queue is full
 
 
 def generate(
-    prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from stdin.")],
+    prompt: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="PROMPT", help="The prompt; - reads it from stdin.", show_default=False
+        ),
+    ] = None,
+    messages: Annotated[
+        str,
+        typer.Option(
+            "--messages",
+            metavar="FILE",
+            help='Instead: a JSON list of {"role", "content"}, a conversation; - is stdin.',
+        ),
+    ] = "",
+    token_ids: Annotated[
+        str, typer.Option("--token-ids", metavar="N,N,...", help="Instead: the prompt's tokens.")
+    ] = "",
     lora: Annotated[
         list[str] | None,
         typer.Option("--lora", metavar="ID[:SCALE]", help="A LoRA; repeat it for a stack."),
@@ -47,57 +65,122 @@ def generate(
         str, typer.Option("--system", metavar="TEXT", help="A system message; implies --chat.")
     ] = "",
     temperature: Annotated[float, typer.Option("--temperature", help="0: greedy.")] = 0.0,
-    top_k: Annotated[int, typer.Option("--top-k", min=0, help="0: no limit.")] = 0,
-    top_p: Annotated[float, typer.Option("--top-p")] = 1.0,
+    top_k: Annotated[
+        int, typer.Option("--top-k", min=0, max=UINT32, help="0: no limit.", metavar="N")
+    ] = 0,
+    top_p: Annotated[float, typer.Option("--top-p", help="1: no limit.")] = 1.0,
+    min_p: Annotated[float, typer.Option("--min-p", help="0: no limit.")] = 0.0,
+    repetition_penalty: Annotated[
+        float, typer.Option("--repetition-penalty", help="1: none.")
+    ] = 1.0,
+    frequency_penalty: Annotated[float, typer.Option("--frequency-penalty", help="0: none.")] = 0.0,
+    presence_penalty: Annotated[float, typer.Option("--presence-penalty", help="0: none.")] = 0.0,
     seed: Annotated[
-        int | None, typer.Option("--seed", min=0, help="Default: the server draws one.")
+        int | None,
+        typer.Option(
+            "--seed", min=0, max=UINT64, metavar="N", help="Default: the server draws one."
+        ),
     ] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option("--max-new-tokens", help="Default: up to the context.")
-    ] = None,
+        int,
+        typer.Option(
+            "--max-new-tokens",
+            min=0,
+            max=UINT32,
+            metavar="N",
+            help="0: as many as the context has room for.",
+        ),
+    ] = MAX_NEW_TOKENS,
     stop: Annotated[
         list[str] | None, typer.Option("--stop", metavar="TEXT", help="Stop sequence; repeatable.")
     ] = None,
+    json_schema: Annotated[
+        str,
+        typer.Option(
+            "--json-schema", metavar="FILE|TEXT", help="Text that fits this schema: JSON."
+        ),
+    ] = "",
+    regex: Annotated[
+        str, typer.Option("--regex", metavar="REGEX", help="Text that matches as a whole.")
+    ] = "",
+    logprobs: Annotated[
+        bool, typer.Option("--logprobs", help="Log probabilities of the tokens, to stderr.")
+    ] = False,
+    top_logprobs: Annotated[
+        int,
+        typer.Option(
+            "--top-logprobs",
+            min=0,
+            max=UINT32,
+            metavar="N",
+            help="And of as many likely ones; implies --logprobs.",
+        ),
+    ] = 0,
     no_speculation: Annotated[
         bool, typer.Option("--no-speculation", help="One token a step; the tokens are the same.")
     ] = False,
     max_nodes: Annotated[
-        int | None, typer.Option("--max-nodes", min=0, help="Drafted tokens a step at most.")
+        int | None,
+        typer.Option(
+            "--max-nodes", min=0, max=UINT32, metavar="N", help="Drafted tokens a step at most."
+        ),
+    ] = None,
+    timeout: Annotated[
+        float | None,
+        typer.Option("--timeout", metavar="SECONDS", help="The call's deadline. Default: none."),
     ] = None,
     server: Server = DEFAULT_SERVER,
     as_json: Json = False,
 ) -> None:
     """Generate text, streamed to stdout; a summary goes to stderr."""
+    if timeout is not None and not 0 < timeout < float("inf"):
+        raise typer.BadParameter("it is not a number above 0", param_hint="--timeout")
     request = GenerateRequest(
-        loras=[_lora_ref(text) for text in lora or ()],
+        loras=[lora_ref(text) for text in lora or ()],
         medusa_id=medusa,
         speculation=Speculation(mode=OFF if no_speculation else None, max_nodes=max_nodes),
-        sampling=SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed),
-        stop=StopParams(max_new_tokens=max_new_tokens, stop_sequences=stop or ()),
+        sampling=SamplingParams(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            frequency_penalty=frequency_penalty,
+            presence_penalty=presence_penalty,
+            seed=seed,
+        ),
+        stop=StopParams(max_new_tokens=max_new_tokens or None, stop_sequences=stop or ()),
+        output=OutputParams(logprobs=logprobs or top_logprobs > 0, top_logprobs=top_logprobs),
+        response_format=response_format(json_schema, regex),
     )
-    if prompt == "-":
-        prompt = sys.stdin.read()
-    if chat or system:
-        if system:
-            request.chat.messages.add(role="system", content=system)
-        request.chat.messages.add(role="user", content=prompt)
-    else:
-        request.prompt = prompt
-    with Client(server) as client:
+    set_input(
+        request,
+        prompt=prompt,
+        messages=messages,
+        token_ids=token_ids,
+        chat=chat,
+        system=system,
+    )
+    with Client(server, retries=RETRIES) as client:
         if as_json:
-            print_json(to_dict(client.generate(request)))
+            print_json(to_dict(client.generate(request, timeout=timeout)))
         else:
-            _stream(client, request)
+            _stream(client, request, timeout)
 
 
-def _stream(client: Client, request: GenerateRequest) -> None:
-    final = GenerateResponse()
-    for part in client.stream(request):
-        typer.echo(part.text, nl=False)
-        sys.stdout.flush()
+def _stream(client: Client, request: GenerateRequest, timeout: float | None) -> None:
+    """Text to stdout as it comes; log probabilities, if asked for, and the summary to stderr."""
+    final, tokens = GenerateResponse(), list[Token]()
+    foreign = sys.stdout.isatty()  # a file gets the text as it is
+    for part in client.stream(request, timeout=timeout):
+        typer.echo(shown(part.text) if foreign else part.text, nl=False)
+        tokens.extend(token for token in part.tokens if token.HasField("logprob"))
         if part.HasField("final"):
             final = part.final
     typer.echo()
+    for token in tokens:
+        top = "".join(f"  {other.logprob:.3f} {other.text!r}" for other in token.top)
+        typer.echo(f"{token.logprob:.3f} {token.text!r}{top and ' of'}{top}", err=True)
     typer.echo(_summary(final), err=True)
 
 
@@ -117,17 +200,4 @@ def _summary(final: GenerateResponse) -> str:
     if final.adapters.medusa_id:
         heads = final.adapters
         parts.append(f"heads {heads.medusa_id} {short_digest(heads.medusa_digest)}")
-    return f"[{', '.join(parts)}]"
-
-
-def _lora_ref(text: str) -> LoraRef:
-    match = _LORA.fullmatch(text)
-    try:
-        if match is None:
-            raise ValueError(text)
-        scale = match["scale"]
-        return LoraRef(lora_id=match["id"], scale=None if scale is None else float(scale))
-    except ValueError:
-        raise typer.BadParameter(
-            f"{text!r} is not ID or ID:SCALE, such as lora-gsm8k:0.5", param_hint="--lora"
-        ) from None
+    return one_line(f"[{', '.join(parts)}]")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -12,15 +14,18 @@ from lorastack import __version__
 from lorastack.cli.adapters import adapters
 from lorastack.cli.bench import bench
 from lorastack.cli.generate import generate
+from lorastack.cli.output import one_line
 from lorastack.cli.serve import serve
 from lorastack.cli.transfer import convert, export, pull, push
 from lorastack.errors import LorastackError
 
+TRACEBACK = "LORASTACK_TRACEBACK"  # set: an error that nobody foresaw shows where it came from
+
 app = typer.Typer(
     name="lorastack",
     help="One base model, many LoRA adapters and Medusa heads, chosen per request.",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # rich's boxes cut names at 80 columns and give flags a value
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(serve)
@@ -37,23 +42,74 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def top(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
     ] = False,
 ) -> None:
     """One base model, many LoRA adapters and Medusa heads, chosen per request."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help(), err=True)
+        raise typer.Exit(2)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point. Exit codes: 0, 1 for a failure (one line on stderr), 2 for wrong usage."""
+    """Entry point. Exit codes: 0; 1 for a failure and 2 for wrong usage, each with one line on
+    stderr; 130 after Ctrl-C.
+
+    arguments: for a caller in Python, who gets an error that nobody foresaw as it is.
+    """
+    # What fails comes back as a status; gRPC's own lines beside it help nobody.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files need not be text of any encoding
+            stream.reconfigure(errors="backslashreplace")
+    if arguments is not None:
+        sys.exit(_run(list(arguments)))
     try:
-        app(args=None if arguments is None else list(arguments), prog_name="lorastack")
-    except LorastackError as error:
-        typer.echo(f"lorastack: {' '.join(error.message.split())}", err=True)
+        sys.exit(_run(sys.argv[1:]))
+    except Exception as error:
+        if os.environ.get(TRACEBACK):
+            raise
+        _say(f"a bug, please report it: {type(error).__name__}: {error} ({TRACEBACK}=1 says more)")
         sys.exit(1)
+
+
+def _run(arguments: list[str]) -> int:
+    """The exit code; what went wrong has been said."""
+    try:
+        code = app(args=arguments, prog_name="lorastack", standalone_mode=False)
+        sys.stdout.flush()  # a closed pipe shows here, not when the interpreter ends
+        return int(code or 0)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        return _pipe_closed()
+    except typer.TyperException as error:
+        where = getattr(getattr(error, "ctx", None), "command_path", "lorastack")
+        _say(f"{error.format_message().rstrip('.')}; see `{where} --help`")
+        return error.exit_code
+    except UnicodeEncodeError as error:
+        _say(f"{error.object!r} is not valid UTF-8")
+        return 2
+    except LorastackError as error:
+        _say(error.message)
+    except OSError as error:
+        _say(f"{error.filename or 'the system'}: {error.strerror or error}")
+    return 1
+
+
+def _say(message: str) -> None:
+    typer.echo(f"lorastack: {one_line(message)}", err=True)
+
+
+def _pipe_closed() -> int:
+    """Whoever read our output has enough of it. What is still buffered goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1
 
 
 if __name__ == "__main__":

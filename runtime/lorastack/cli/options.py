@@ -8,13 +8,45 @@ from typing import Annotated
 
 import typer
 
-from lorastack.client import DEFAULT_SERVER
+from lorastack.client import check_server
 from lorastack.config import parse_size
+from lorastack.errors import InvalidArgumentError
+
+
+def _server(text: str) -> str:
+    try:
+        check_server(text)
+    except InvalidArgumentError as error:
+        raise typer.BadParameter(error.message) from None
+    return text
+
+
+def not_empty(text: str | None) -> str | None:
+    """Option callback: an empty name is an unset shell variable, which is not what was meant."""
+    if text == "":
+        raise typer.BadParameter("it is empty; leave the option out for its default")
+    return text
+
+
+def path(text: str) -> Path:
+    """Option parser; `Path("")` would be the current folder."""
+    if not text or "\0" in text:
+        raise typer.BadParameter("it is empty, or no path at all; the current folder is .")
+    return Path(text)
+
 
 Server = Annotated[
     str,
-    typer.Option("--server", metavar="HOST:PORT", envvar="LORASTACK_SERVER", help="Which server."),
+    typer.Option(
+        "--server",
+        metavar="HOST:PORT",
+        callback=_server,
+        envvar="LORASTACK_SERVER",
+        help="Which server.",
+    ),
 ]
+UINT32, UINT64 = (1 << 32) - 1, (1 << 64) - 1  # the largest of the API's numbers
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 IfDigest = Annotated[
     str | None,
@@ -29,6 +61,7 @@ Model = Annotated[
     typer.Option(
         "--model",
         metavar="PATH|HUB_ID",
+        callback=not_empty,
         envvar="LORASTACK_MODEL",
         help="Base model; without it the embedded SmolLM2-135M-Instruct.",
     ),
@@ -47,22 +80,11 @@ Store = Annotated[
     typer.Option(
         "--store",
         metavar="DIR",
+        parser=path,
         envvar="LORASTACK_STORE",
         help="Where adapters are kept.",
         show_default="~/.local/share/lorastack/store",
     ),
-]
-
-__all__ = [
-    "DEFAULT_SERVER",
-    "BaseName",
-    "IfDigest",
-    "Json",
-    "Model",
-    "Server",
-    "Store",
-    "default_store",
-    "size",
 ]
 
 
@@ -77,6 +99,8 @@ def size(text: str | None) -> str | None:
     try:
         if text is None or parse_size(text) > 0:
             return text
-    except (ValueError, OverflowError):
+    except ValueError:
         pass
-    raise typer.BadParameter(f"{text!r} is not a size; write 512MiB, 2GiB or a number of bytes")
+    raise typer.BadParameter(
+        f"{text!r} is not a size; write 512MiB, 1.5GiB, 2TiB or a number of bytes"
+    )

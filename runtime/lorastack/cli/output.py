@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,7 +24,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from lorastack.config import GIB, KIB, MIB
+from lorastack.config import GIB, KIB, MIB, TIB
 
 NEWS_SECONDS = 5.0  # between two lines about one thing
 
@@ -31,12 +32,43 @@ StartupProgress = Callable[[str, int, int], None]  # what is going on; bytes don
 
 _WIDE = (FieldDescriptor.CPPTYPE_INT64, FieldDescriptor.CPPTYPE_UINT64)
 
+# What JSON leaves as it is although a terminal may act on it.
+_CONTROLS = re.compile("[\x7f-\x9f\u2028\u2029]")
+
 logger = logging.getLogger(__name__)
 
 
 def print_json(value: dict[str, Any]) -> None:
     """One JSON document on stdout."""
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    typer.echo(_CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text))
+
+
+def one_line(text: str) -> str:
+    """Foreign text as one line that a terminal only shows: what does not print is escaped."""
+    return "".join(map(_escaped, " ".join(text.split())))
+
+
+def shown(text: str) -> str:
+    """Generated text for a terminal: its lines and tabs as they are, control characters escaped."""
+    return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda match: _escaped(match[0]), text)
+
+
+def _escaped(char: str) -> str:
+    return char if char.isprintable() else char.encode("unicode_escape").decode()
+
+
+def print_table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Aligned columns, numbers to the right. Never cut: a terminal wraps what is too wide."""
+    cells = [[one_line(str(value)) for value in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(headings, *cells, strict=True)]
+    numbers = [all(isinstance(row[i], int | float) for row in rows) for i in range(len(headings))]
+    for row in (headings, *cells):
+        parts = zip(row, widths, numbers, strict=True)
+        line = "  ".join(
+            text.rjust(width) if right else text.ljust(width) for text, width, right in parts
+        )
+        typer.echo(line.rstrip())
 
 
 def to_dict(message: Message) -> dict[str, Any]:
@@ -66,7 +98,7 @@ def _widen(fields: dict[str, Any], descriptor: Any) -> None:
 
 def human_size(num_bytes: int) -> str:
     """1.5 MiB and the like."""
-    for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
+    for unit, name in ((TIB, "TiB"), (GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
         if num_bytes >= unit:
             return f"{num_bytes / unit:.1f} {name}"
     return f"{num_bytes} B"

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from lorastack.cli.options import BaseName, Model, Store, default_store, size
+from lorastack.cli.options import BaseName, Model, Store, default_store, not_empty, size
 from lorastack.cli.output import startup_bars, startup_log
 from lorastack.config import (
     AdapterConfig,
@@ -24,6 +24,9 @@ from lorastack.config import (
 )
 
 _ENGINE, _SERVICE, _ADAPTERS = EngineConfig(), ServiceConfig(), AdapterConfig(store=Path())
+INT32 = (1 << 31) - 1
+MOST_THREADS = 1024
+LONGEST_DRAIN = 86_400.0
 
 
 class Device(StrEnum):
@@ -65,6 +68,13 @@ class LogFormat(StrEnum):
     JSON = "json"
 
 
+def _roots(folders: list[Path] | None) -> list[Path] | None:
+    """Option callback: "" would let clients read the folder that the server happens to be in."""
+    if Path() in (folders or ()):
+        raise typer.BadParameter("it is empty, or the current folder; write the folder's path")
+    return folders
+
+
 def serve(
     model: Model = None,
     store: Store = None,
@@ -95,6 +105,7 @@ def serve(
             envvar="LORASTACK_PULL_ROOT",
             exists=True,
             file_okay=False,
+            callback=_roots,
             help="Let clients pull from folders under this one. May be repeated.",
         ),
     ] = None,
@@ -135,10 +146,26 @@ def serve(
             help="How long an upload or a download may wait for its caller.",
         ),
     ] = _ADAPTERS.transfer_idle,
-    host: Annotated[str, typer.Option("--host", envvar="LORASTACK_HOST")] = _SERVICE.host,
+    host: Annotated[
+        str,
+        typer.Option(
+            "--host",
+            metavar="ADDRESS",
+            callback=not_empty,
+            envvar="LORASTACK_HOST",
+            help="Listen there; whoever reaches it may do everything, see docs/security.md.",
+        ),
+    ] = _SERVICE.host,
     port: Annotated[
         int,
-        typer.Option("--port", min=0, max=65535, envvar="LORASTACK_PORT", help="0: any free one."),
+        typer.Option(
+            "--port",
+            min=0,
+            max=65535,
+            metavar="N",
+            envvar="LORASTACK_PORT",
+            help="0: any free one.",
+        ),
     ] = _SERVICE.port,
     metrics_port: Annotated[
         int,
@@ -146,6 +173,7 @@ def serve(
             "--metrics-port",
             min=0,
             max=65535,
+            metavar="N",
             envvar="LORASTACK_METRICS_PORT",
             help="Prometheus metrics over HTTP; 0: none.",
         ),
@@ -166,7 +194,14 @@ def serve(
     ] = None,
     threads: Annotated[
         int | None,
-        typer.Option("--threads", min=1, envvar="LORASTACK_THREADS", help="CPU threads of a step."),
+        typer.Option(
+            "--threads",
+            min=1,
+            max=MOST_THREADS,
+            metavar="N",
+            envvar="LORASTACK_THREADS",
+            help="CPU threads of a step.",
+        ),
     ] = None,
     device_adapter_memory: Annotated[
         str,
@@ -201,17 +236,33 @@ def serve(
     ] = None,
     max_rows: Annotated[
         int,
-        typer.Option("--max-rows", min=1, envvar="LORASTACK_MAX_ROWS", help="Rows in a batch."),
+        typer.Option(
+            "--max-rows",
+            min=1,
+            max=INT32,
+            metavar="N",
+            envvar="LORASTACK_MAX_ROWS",
+            help="Rows in a batch.",
+        ),
     ] = _ENGINE.max_rows,
     max_queue: Annotated[
         int,
-        typer.Option("--max-queue", min=1, envvar="LORASTACK_MAX_QUEUE", help="Waiting requests."),
+        typer.Option(
+            "--max-queue",
+            min=1,
+            max=INT32,
+            metavar="N",
+            envvar="LORASTACK_MAX_QUEUE",
+            help="Waiting requests.",
+        ),
     ] = _ENGINE.max_queue,
     max_context: Annotated[
         int | None,
         typer.Option(
             "--max-context",
             min=2,
+            max=INT32,
+            metavar="N",
             envvar="LORASTACK_MAX_CONTEXT",
             help="Tokens of a prompt and its output together.",
             show_default="the model's",
@@ -222,6 +273,8 @@ def serve(
         typer.Option(
             "--drain-timeout",
             min=0,
+            max=LONGEST_DRAIN,
+            metavar="SECONDS",
             envvar="LORASTACK_DRAIN_TIMEOUT",
             help="Seconds that running requests get on SIGTERM.",
         ),

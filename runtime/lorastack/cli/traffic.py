@@ -49,7 +49,12 @@ def send(client: Client, requests: Sequence[GenerateRequest], concurrency: int) 
     Every request must make a token. Raises what the client raises, once the others have ended.
     """
     with ThreadPoolExecutor(concurrency) as pool:
-        return list(pool.map(partial(stream, client), requests))
+        try:
+            return list(pool.map(partial(stream, client), requests))
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            client.close()  # which ends the calls that the pool's threads wait for
+            raise
 
 
 def stream(client: Client, request: GenerateRequest) -> Outcome:

@@ -10,13 +10,13 @@ from typing import Annotated
 import typer
 
 from lorastack.cli.adapters import AcceptBase, Id, say_left_out, show_stored
-from lorastack.cli.options import DEFAULT_SERVER, IfDigest, Json, Server
-from lorastack.cli.output import print_json, progress_bar
-from lorastack.client import Client
+from lorastack.cli.options import IfDigest, Json, Server, path
+from lorastack.cli.output import one_line, print_json, progress_bar
+from lorastack.client import DEFAULT_SERVER, Client
 
 NewFolder = Annotated[
     Path,
-    typer.Argument(metavar="DIR", help="A new or empty folder.", show_default=False),
+    typer.Argument(metavar="DIR", parser=path, help="A new or empty folder.", show_default=False),
 ]
 TokenEnv = Annotated[
     str | None,
@@ -30,7 +30,13 @@ TokenEnv = Annotated[
 
 
 def pull(
-    adapter_id: Id,
+    adapter_id: Annotated[
+        str | None, typer.Argument(metavar="ID", help="As --id.", show_default=False)
+    ] = None,
+    option_id: Annotated[
+        str | None,
+        typer.Option("--id", metavar="ID", help="[namespace/]name.", show_default=False),
+    ] = None,
     hub: Annotated[
         str, typer.Option("--hub", metavar="ORG/NAME", help="From the hub.", show_default=False)
     ] = "",
@@ -61,6 +67,9 @@ def pull(
     """Let the server fetch an adapter itself, from the hub or from a folder of its machine."""
     if bool(hub) == bool(folder):
         raise typer.BadParameter("name one of --hub and --folder")
+    if (adapter_id is None) == (option_id is None):
+        raise typer.BadParameter("name the adapter's id once, by --id ID or as the argument")
+    adapter_id = adapter_id or option_id or ""
     token = _token(token_env) or ""
     with Client(server) as client, progress_bar(f"pulling {adapter_id}") as progress:
         adapter = client.pull(
@@ -86,7 +95,7 @@ def export(
     if as_json:
         print_json({"id": adapter.id, "digest": adapter.digest, "folder": str(folder)})
     else:
-        typer.echo(f"{adapter.id} {adapter.digest} is in {folder}")
+        typer.echo(one_line(f"{adapter.id} {adapter.digest} is in {folder}"))
 
 
 def push(
@@ -114,14 +123,17 @@ def push(
     if as_json:
         print_json({"id": adapter.id, "digest": adapter.digest, "hub_id": hub_id, "url": url})
     else:
-        typer.echo(f"{adapter.id} {adapter.digest} is at {url}")
+        typer.echo(one_line(f"{adapter.id} {adapter.digest} is at {url}"))
 
 
 def convert(
     source: Annotated[
         Path,
         typer.Argument(
-            metavar="SRC", help="A folder with .pt or .bin weights.", show_default=False
+            metavar="SRC",
+            parser=path,
+            help="A folder with .pt or .bin weights.",
+            show_default=False,
         ),
     ],
     folder: NewFolder,
@@ -136,9 +148,9 @@ def convert(
         print_json({"folder": str(folder), "converted": converted, "left_out": left_out})
         return
     for old, new in converted.items():
-        typer.echo(f"{old} -> {folder / new}")
+        typer.echo(one_line(f"{old} -> {folder / new}"))
     if left_out:
-        typer.echo(f"left out: {', '.join(left_out)}", err=True)
+        typer.echo(one_line(f"left out: {', '.join(left_out)}"), err=True)
 
 
 def _token(variable: str | None) -> str | None:
@@ -147,5 +159,7 @@ def _token(variable: str | None) -> str | None:
         return None
     token = os.environ.get(variable, "").strip()
     if not token:
-        raise typer.BadParameter(f"the environment variable {variable} is not set")
+        raise typer.BadParameter(
+            f"the environment variable {variable!r} is not set", param_hint="--token-env"
+        )
     return token

@@ -23,6 +23,7 @@ from lorastack.engine.memory import LEAST_KV, MOST_KV, Demand, available_memory,
 from lorastack.engine.pages import Pages
 from lorastack.engine.runner import Runner
 from lorastack.errors import FailedPreconditionError, InvalidArgumentError, Reason
+from lorastack.kernels.native.library import library, missing
 from lorastack.kernels.packing import allocate
 from lorastack.kernels.quantize import Kind
 from lorastack.model.config import DecoderConfig, load_config
@@ -46,7 +47,7 @@ Progress = Callable[[str, int, int], None]  # what is going on; bytes done, byte
 class LoadedModel:
     """A base model in memory with its tokenizer. name: hub id, or the folder's name.
 
-    kv_memory: bytes for keys and values beside it.
+    kv_memory: bytes for keys and values beside it. threads: of the CPU, in a step.
     """
 
     decoder: Decoder
@@ -55,6 +56,7 @@ class LoadedModel:
     path: Path
     fingerprint: str
     kv_memory: int
+    threads: int
 
 
 def load_model(
@@ -88,12 +90,15 @@ def load_model(
             quantize=config.quantize,
             progress=partial(progress, "loading the weights"),
         )
-    if config.backend == "native" and not decoder.backend.startswith("native"):
-        raise InvalidArgumentError(
-            f"--backend native: no native kernels run {name} in {decoder.dtype} here; build them "
-            "with `python -m lorastack.kernels.native.build`, or leave --backend out",
-            reason=Reason.INVALID_MODEL,
-        )
+    if native and device.type == "cpu" and not decoder.backend.startswith("native"):
+        why = missing(decoder.dtype) or f"no native kernels run {name} with these options"
+        if config.backend == "native":
+            raise InvalidArgumentError(
+                f"--backend native: {why}; or leave --backend out", reason=Reason.INVALID_MODEL
+            )
+        if library() is not None:  # which says so itself
+            dtype_name = str(decoder.dtype).removeprefix("torch.")
+            log.warning("%s: steps run in plain torch (%s), which is slower", why, dtype_name)
     return LoadedModel(
         decoder=decoder,
         tokenizer=tokenizer.result(),
@@ -101,6 +106,7 @@ def load_model(
         path=path,
         fingerprint=fingerprint(path),
         kv_memory=kv_memory,
+        threads=torch.get_num_threads(),
     )
 
 

@@ -90,6 +90,7 @@ class ServedModel:
     quantization: str
     backend: str
     kv_memory: int  # bytes
+    threads: int = 0  # of the CPU, in a step; 0: unknown
 
 
 @dataclass(frozen=True, slots=True)

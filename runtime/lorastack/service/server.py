@@ -25,7 +25,7 @@ from lorastack.adapters.load import Validator
 from lorastack.adapters.loader import be_nice
 from lorastack.adapters.pool import DevicePool
 from lorastack.adapters.registry import Registry
-from lorastack.config import MIB, ServerConfig, ServiceConfig
+from lorastack.config import MIB, ServerConfig
 from lorastack.engine.base import base_weight
 from lorastack.engine.engine import Engine
 from lorastack.engine.loading import (
@@ -35,11 +35,11 @@ from lorastack.engine.loading import (
     build_engine,
     load_model,
 )
-from lorastack.errors import InvalidArgumentError
 from lorastack.service.adapters import AdapterService
 from lorastack.service.dispatch import Dispatcher
 from lorastack.service.generation import GenerationService
 from lorastack.service.learned import LearnedKeeper
+from lorastack.service.listen import Ports
 from lorastack.service.metrics import MetricsServer, RequestMetrics, StateCollector
 from lorastack.service.prepare import Preparer, ServedModel
 from lorastack.service.probe import probe
@@ -99,10 +99,13 @@ class Server:
         learned: Learned,
         validate: Validator,
         dispatcher: Dispatcher,
+        ports: Ports | None = None,
     ) -> None:
+        """ports: reserved already; they are closed with the server."""
         self.address = ""  # host:port, once started
         self.metrics = CollectorRegistry()
         self._config = config.service
+        self._ports = ports
         self._model = model
         self._engine = engine
         self._pool = pool
@@ -184,10 +187,21 @@ class Server:
     ) -> Self:
         """Loads the model and opens the store. progress: what takes long, and bytes of it.
 
-        copy: of adapters to the device, unless its own way is meant.
+        copy: of adapters to the device, unless its own way is meant. Ports and the store come
+        first, so that what is wrong with them is told before a model loads.
         """
+        ports = Ports(config.service)
+        try:
+            return cls._build(config, ports, progress, copy)
+        except BaseException:
+            ports.close()
+            raise
+
+    @classmethod
+    def _build(
+        cls, config: ServerConfig, ports: Ports, progress: Progress, copy: Copy | None
+    ) -> Self:
         limits = config.adapters
-        loaded = load_model(config.model, config.engine.kv_memory, limits.device_memory, progress)
         registry = Registry(
             limits.store,
             max_upload=limits.max_upload,
@@ -197,6 +211,7 @@ class Server:
         )
         level = logging.WARNING if registry.recovery.damaged else logging.INFO
         logger.log(level, "store %s: %s", limits.store, registry.recovery)
+        loaded = load_model(config.model, config.engine.kv_memory, limits.device_memory, progress)
         validate = Validator(
             shapes=loaded.decoder.shapes,
             dtype=loaded.decoder.dtype,
@@ -227,6 +242,7 @@ class Server:
             learned=learned,
             validate=validate,
             dispatcher=dispatcher,
+            ports=ports,
         )
 
     def run(self, on_ready: Callable[[str], None]) -> int:
@@ -264,6 +280,8 @@ class Server:
         await self._guard.idle(max(left, STOP_GRACE))
         if self._server is not None:
             await self._server.stop(STOP_GRACE)
+        if self._ports is not None:
+            self._ports.close()
         if self._metrics_server is not None:
             await asyncio.to_thread(self._metrics_server.close)
         self._pool.close()
@@ -284,7 +302,7 @@ class Server:
         names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-        self.address = _listen(server, self._config)
+        self.address = (self._ports or Ports(self._config)).listen(server)
         if port := self._config.metrics_port:
             self._metrics_server = MetricsServer(self._config.host, port, self.metrics)
         self._dispatcher.attach(self._engine, loop)
@@ -343,20 +361,6 @@ class Server:
         )
 
 
-def _listen(server: grpc.aio.Server, config: ServiceConfig) -> str:
-    host = f"[{config.host}]" if ":" in config.host else config.host
-    try:
-        port = server.add_insecure_port(f"{host}:{config.port}")
-    except RuntimeError:
-        port = 0
-    if port == 0:
-        raise InvalidArgumentError(
-            f"cannot listen on {host}:{config.port}: taken, or not an address of this machine; "
-            "choose another --host or --port"
-        )
-    return f"{host}:{port}"
-
-
 def _served(loaded: LoadedModel, max_context: int) -> ServedModel:
     decoder = loaded.decoder
     return ServedModel(
@@ -370,6 +374,7 @@ def _served(loaded: LoadedModel, max_context: int) -> ServedModel:
         quantization=decoder.quantization,
         backend=decoder.backend,
         kv_memory=loaded.kv_memory,
+        threads=loaded.threads,
     )
 
 
@@ -392,4 +397,5 @@ def _model_info(model: ServedModel, config: ServerConfig) -> generation_pb2.GetM
         device=model.device,
         dtype=model.dtype,
         quantization=model.quantization,
+        threads=model.threads,
     )

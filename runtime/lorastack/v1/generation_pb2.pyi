@@ -355,7 +355,7 @@ class Limits(_message.Message):
     def __init__(self, max_context: _Optional[int] = ..., max_rows: _Optional[int] = ..., max_queue: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., device_adapter_bytes: _Optional[int] = ..., host_adapter_bytes: _Optional[int] = ...) -> None: ...
 
 class GetModelInfoResponse(_message.Message):
-    __slots__ = ("base_model", "fingerprint", "tokenizer_digest", "limits", "default_medusa_id", "default_medusa_digest", "backend", "features", "version", "device", "dtype", "quantization")
+    __slots__ = ("base_model", "fingerprint", "tokenizer_digest", "limits", "default_medusa_id", "default_medusa_digest", "backend", "features", "version", "device", "dtype", "quantization", "threads")
     BASE_MODEL_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     TOKENIZER_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -368,6 +368,7 @@ class GetModelInfoResponse(_message.Message):
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     QUANTIZATION_FIELD_NUMBER: _ClassVar[int]
+    THREADS_FIELD_NUMBER: _ClassVar[int]
     base_model: str
     fingerprint: str
     tokenizer_digest: str
@@ -380,4 +381,5 @@ class GetModelInfoResponse(_message.Message):
     device: str
     dtype: str
     quantization: str
-    def __init__(self, base_model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., tokenizer_digest: _Optional[str] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., default_medusa_id: _Optional[str] = ..., default_medusa_digest: _Optional[str] = ..., backend: _Optional[str] = ..., features: _Optional[_Iterable[str]] = ..., version: _Optional[str] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., quantization: _Optional[str] = ...) -> None: ...
+    threads: int
+    def __init__(self, base_model: _Optional[str] = ..., fingerprint: _Optional[str] = ..., tokenizer_digest: _Optional[str] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., default_medusa_id: _Optional[str] = ..., default_medusa_digest: _Optional[str] = ..., backend: _Optional[str] = ..., features: _Optional[_Iterable[str]] = ..., version: _Optional[str] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., quantization: _Optional[str] = ..., threads: _Optional[int] = ...) -> None: ...

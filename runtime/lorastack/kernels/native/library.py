@@ -238,3 +238,19 @@ def isa_of(dtype: torch.dtype) -> Isa | None:
         torch.float32: (Isa.AVX512,),
     }.get(dtype, ())
     return next((isa for isa in wanted if supported(isa)), None)
+
+
+def missing(dtype: torch.dtype) -> str:
+    """Why `isa_of` finds nothing for a dtype, with the remedy if there is one; "" if it does."""
+    if isa_of(dtype) is not None:
+        return ""
+    if library() is None:
+        return (
+            "the native library is not built; build it with "
+            "`python -m lorastack.kernels.native.build`"
+        )
+    if not supported(Isa.AVX512):
+        return "this CPU lacks AVX512"
+    if dtype == torch.bfloat16:
+        return "this CPU lacks AMX and AVX512-BF16, so native steps need --dtype float32"
+    return f"there are no native kernels for {str(dtype).removeprefix('torch.')}"

@@ -1,37 +1,38 @@
-"""A typed, synchronous client: generate, stream, upload. Needs neither torch nor transformers.
+"""A typed client: generate, stream, upload. Needs neither torch nor transformers.
 
     with Client() as client:
         print(client.generate(GenerateRequest(prompt="Hello", lora_id="lora-gsm8k")).text)
 
 Requests and replies are the messages of lorastack.v1; those that callers build or read most are
 names of this module too. A failed call raises the class of
-lorastack.errors that belongs to its status, with the server's reason and metadata.
+lorastack.errors that belongs to its status, with the server's reason and metadata. `AsyncClient`
+is the same for asyncio, for generation alone.
 """
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import grpc
-from google.rpc import error_details_pb2  # type: ignore[import-untyped]
-from grpc_status import rpc_status
 
-from lorastack.codes import CODES
-from lorastack.config import KIB, MIB
-from lorastack.errors import (
-    AbortedError,
-    InternalError,
-    LorastackError,
-    Reason,
-    ResourceExhaustedError,
-    UnavailableError,
+from lorastack.client.asynchronous import AsyncClient
+from lorastack.client.calls import (
+    CHANNEL_OPTIONS,
+    DEFAULT_SERVER,
+    ERRORS,
+    Patience,
+    check_server,
+    to_error,
 )
+from lorastack.client.uploading import Progress, file_spec, upload_messages
+from lorastack.config import KIB
+from lorastack.errors import AbortedError, Reason, ResourceExhaustedError, UnavailableError
 from lorastack.folders import Receiver, adapter_files, folder_files, new_folder
 from lorastack.v1 import adapters_pb2, adapters_pb2_grpc, generation_pb2, generation_pb2_grpc
 from lorastack.v1.adapters_pb2 import Adapter
@@ -41,10 +42,15 @@ from lorastack.v1.generation_pb2 import (
     ChatMessages,
     GenerateRequest,
     GenerateResponse,
+    GenerateStreamResponse,
+    GetModelInfoResponse,
     LoraRef,
+    OutputParams,
+    ResponseFormat,
     SamplingParams,
     Speculation,
     StopParams,
+    Token,
     TokenIds,
     TokenizeRequest,
 )
@@ -54,22 +60,28 @@ __all__ = [
     "ERRORS",
     "OFF",
     "Adapter",
+    "AsyncClient",
     "ChatMessage",
     "ChatMessages",
     "Client",
     "GenerateRequest",
     "GenerateResponse",
+    "GenerateStreamResponse",
+    "GetModelInfoResponse",
     "LoraRef",
+    "OutputParams",
+    "ResponseFormat",
     "SamplingParams",
     "Speculation",
     "StopParams",
+    "Token",
     "TokenIds",
     "TokenizeRequest",
+    "check_server",
     "folder_files",
     "to_error",
 ]
 
-DEFAULT_SERVER = "127.0.0.1:50051"
 CHUNK_BYTES = 512 * KIB
 PAGE_SIZE = 1000
 # Seconds between the tries of an upload whose connection broke: a server's restart fits in.
@@ -81,18 +93,7 @@ _TRY_AGAIN = (
     Reason.TOO_MANY_TRANSFERS,
     Reason.TRANSFER_IDLE,
 )
-# A vanished server is noticed within 40 s; long outputs with logprobs are large messages.
-CHANNEL_OPTIONS = [
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.max_receive_message_length", 256 * MIB),
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 2_000),
-]
 
-ERRORS = {code: kind for kind, code in CODES.items()}
-
-Progress = Callable[[int, int], None]
 LeftOut = Callable[[Sequence[str]], None]
 
 
@@ -102,8 +103,15 @@ class Client:
     timeout: seconds, the gRPC deadline of a call; None waits as long as it takes.
     """
 
-    def __init__(self, server: str = DEFAULT_SERVER) -> None:
+    def __init__(self, server: str = DEFAULT_SERVER, *, retries: int = 0) -> None:
+        """retries: how often a request that finds the server's queue full is sent again, each time
+        after the seconds that the server asks for and within the call's timeout.
+
+        Raises InvalidArgumentError for an address that cannot be one. Connects at the first call.
+        """
+        check_server(server)
         self._server = server
+        self._retries = retries
         self._channel = grpc.insecure_channel(server, options=CHANNEL_OPTIONS)
         # Generated stubs are untyped; every method below names the type of its reply.
         self._generation: Any = generation_pb2_grpc.GenerationServiceStub(self._channel)  # type: ignore[no-untyped-call]
@@ -128,74 +136,62 @@ class Client:
         self, request: GenerateRequest, *, timeout: float | None = None
     ) -> GenerateResponse:
         """The whole reply at once."""
-        with self._errors():
-            reply: GenerateResponse = self._generation.Generate(request, timeout=timeout)
+        reply: GenerateResponse = self._call(self._generation.Generate, request, timeout)
         return reply
 
     def stream(
         self, request: GenerateRequest, *, timeout: float | None = None
-    ) -> Iterator[generation_pb2.GenerateStreamResponse]:
+    ) -> Iterator[GenerateStreamResponse]:
         """The reply as it is made, its last message with `final`. Closing the iterator cancels."""
-        call = self._generation.GenerateStream(request, timeout=timeout)
-        return self._parts(call)
+        patience = Patience(self._retries, timeout)
+        begin = partial(self._generation.GenerateStream, request)
+        return self._retried(begin, begin(timeout=patience.left()), patience)
 
     def tokenize(self, request: TokenizeRequest, *, timeout: float | None = None) -> list[int]:
         """The token ids that Generate would run."""
-        with self._errors():
-            return list(self._generation.Tokenize(request, timeout=timeout).token_ids)
+        return list(self._call(self._generation.Tokenize, request, timeout).token_ids)
 
-    def model_info(self, *, timeout: float | None = None) -> generation_pb2.GetModelInfoResponse:
+    def model_info(self, *, timeout: float | None = None) -> GetModelInfoResponse:
         """What the server serves, and its limits."""
-        with self._errors():
-            reply: generation_pb2.GetModelInfoResponse = self._generation.GetModelInfo(
-                generation_pb2.GetModelInfoRequest(), timeout=timeout
-            )
+        reply: GetModelInfoResponse = self._call(
+            self._generation.GetModelInfo, generation_pb2.GetModelInfoRequest(), timeout
+        )
         return reply
 
     def get_adapter(self, adapter_id: str, *, timeout: float | None = None) -> Adapter:
         """One adapter; `id@sha256:...` names a revision. Raises NotFoundError."""
-        with self._errors():
-            reply: Adapter = self._adapters.GetAdapter(
-                adapters_pb2.GetAdapterRequest(id=adapter_id), timeout=timeout
-            )
+        request = adapters_pb2.GetAdapterRequest(id=adapter_id)
+        reply: Adapter = self._call(self._adapters.GetAdapter, request, timeout)
         return reply
 
     def list_adapters(self, prefix: str = "", *, timeout: float | None = None) -> list[Adapter]:
         """All adapters whose id starts with prefix, by id; timeout counts per page."""
         adapters: list[Adapter] = []
         request = adapters_pb2.ListAdaptersRequest(page_size=PAGE_SIZE, id_prefix=prefix)
-        with self._errors():
-            while True:
-                page = self._adapters.ListAdapters(request, timeout=timeout)
-                adapters.extend(page.adapters)
-                if not page.next_page_token:
-                    return adapters
-                request.page_token = page.next_page_token
+        while True:
+            page = self._call(self._adapters.ListAdapters, request, timeout)
+            adapters.extend(page.adapters)
+            if not page.next_page_token:
+                return adapters
+            request.page_token = page.next_page_token
 
     def delete_adapter(self, adapter_id: str, *, timeout: float | None = None) -> None:
         """Raises NotFoundError."""
-        with self._errors():
-            self._adapters.DeleteAdapter(
-                adapters_pb2.DeleteAdapterRequest(id=adapter_id), timeout=timeout
-            )
+        request = adapters_pb2.DeleteAdapterRequest(id=adapter_id)
+        self._call(self._adapters.DeleteAdapter, request, timeout)
 
     def list_revisions(self, adapter_id: str, *, timeout: float | None = None) -> list[Adapter]:
         """An id's revisions, newest first. Raises NotFoundError."""
-        with self._errors():
-            reply = self._adapters.ListRevisions(
-                adapters_pb2.ListRevisionsRequest(id=adapter_id), timeout=timeout
-            )
-        return list(reply.revisions)
+        request = adapters_pb2.ListRevisionsRequest(id=adapter_id)
+        return list(self._call(self._adapters.ListRevisions, request, timeout).revisions)
 
     def rollback(self, adapter_id: str, digest: str, *, timeout: float | None = None) -> Adapter:
         """Makes an earlier revision's content the newest one; 8 digits of its digest may do.
 
         Raises NotFoundError.
         """
-        with self._errors():
-            reply: Adapter = self._adapters.RollbackAdapter(
-                adapters_pb2.RollbackAdapterRequest(id=adapter_id, digest=digest), timeout=timeout
-            )
+        request = adapters_pb2.RollbackAdapterRequest(id=adapter_id, digest=digest)
+        reply: Adapter = self._call(self._adapters.RollbackAdapter, request, timeout)
         return reply
 
     def prune_revisions(
@@ -206,17 +202,14 @@ class Client:
         keep: how many stay of each; None: as many as the server keeps anyway. Raises NotFoundError.
         """
         request = adapters_pb2.PruneRevisionsRequest(id=adapter_id, keep=keep)
-        with self._errors():
-            reply: adapters_pb2.PruneRevisionsResponse = self._adapters.PruneRevisions(
-                request, timeout=timeout
-            )
+        reply: adapters_pb2.PruneRevisionsResponse
+        reply = self._call(self._adapters.PruneRevisions, request, timeout)
         return reply
 
     def disk_usage(self, *, timeout: float | None = None) -> tuple[int, int]:
         """Bytes on the server's disk: of all adapters and revisions, and of unfinished uploads."""
         request = adapters_pb2.ListAdaptersRequest(page_size=1)
-        with self._errors():
-            page = self._adapters.ListAdapters(request, timeout=timeout)
+        page = self._call(self._adapters.ListAdapters, request, timeout)
         return page.stored_bytes, page.staging_bytes
 
     def load(self, adapter_id: str, *, pin: bool = False, timeout: float | None = None) -> Adapter:
@@ -225,18 +218,14 @@ class Client:
         Raises FailedPreconditionError if it can never fit, ResourceExhaustedError naming the pinned
         adapters that are in its way.
         """
-        with self._errors():
-            reply: Adapter = self._adapters.LoadAdapter(
-                adapters_pb2.LoadAdapterRequest(id=adapter_id, pin=pin), timeout=timeout
-            )
+        request = adapters_pb2.LoadAdapterRequest(id=adapter_id, pin=pin)
+        reply: Adapter = self._call(self._adapters.LoadAdapter, request, timeout)
         return reply
 
     def unload(self, adapter_id: str, *, timeout: float | None = None) -> Adapter:
         """Takes an adapter's pin and its copies in memory; running requests keep theirs."""
-        with self._errors():
-            reply: Adapter = self._adapters.UnloadAdapter(
-                adapters_pb2.UnloadAdapterRequest(id=adapter_id), timeout=timeout
-            )
+        request = adapters_pb2.UnloadAdapterRequest(id=adapter_id)
+        reply: Adapter = self._call(self._adapters.UnloadAdapter, request, timeout)
         return reply
 
     def set_default_medusa(
@@ -246,10 +235,10 @@ class Client:
 
         Raises FailedPreconditionError if the server was started with --medusa.
         """
-        with self._errors():
-            reply: adapters_pb2.SetDefaultMedusaResponse = self._adapters.SetDefaultMedusa(
-                adapters_pb2.SetDefaultMedusaRequest(medusa_id=medusa_id), timeout=timeout
-            )
+        request = adapters_pb2.SetDefaultMedusaRequest(medusa_id=medusa_id)
+        reply: adapters_pb2.SetDefaultMedusaResponse = self._call(
+            self._adapters.SetDefaultMedusa, request, timeout
+        )
         return reply
 
     def upload(
@@ -276,7 +265,7 @@ class Client:
         paths, others = adapter_files(folder)
         if others and left_out is not None:
             left_out(others)
-        specs = [_file_spec(path) for path in paths]
+        specs = [file_spec(path) for path in paths]
         header = adapters_pb2.UploadHeader(
             id=adapter_id, files=specs, if_digest=if_digest, accept_base=accept_base
         )
@@ -289,7 +278,9 @@ class Client:
                     plan = self._adapters.PlanUpload(request)
                     planned = True
                     needed = [(by_sha256[blob.sha256], blob) for blob in plan.needed]
-                    reply: Adapter = self._adapters.UploadAdapter(_upload(header, needed, progress))
+                    reply: Adapter = self._adapters.UploadAdapter(
+                        upload_messages(header, needed, CHUNK_BYTES, progress)
+                    )
                     return reply
             except UnavailableError:
                 if not planned or delay is None:  # nobody was there to begin with, or comes back
@@ -317,8 +308,8 @@ class Client:
 
         One of hub_id (organisation/name, at a revision, with a token if it is private) and folder.
         if_digest, accept_base and left_out as in `upload`; progress: called with (bytes there,
-        bytes in all). Raises PermissionDeniedError if the server does not pull from there, UnavailableError if the
-        hub fails, and what an upload raises.
+        bytes in all). Raises PermissionDeniedError if the server does not pull from there,
+        UnavailableError if the hub fails, and what an upload raises.
         """
         request = adapters_pb2.PullAdapterRequest(
             id=adapter_id,
@@ -364,7 +355,34 @@ class Client:
             receiver.end()
         return adapter
 
-    def _parts(self, call: Any) -> Iterator[Any]:
+    def _call(self, method: Any, request: Any, timeout: float | None) -> Any:
+        patience = Patience(self._retries, timeout)
+        while True:
+            try:
+                with self._errors():
+                    return method(request, timeout=patience.left())
+            except ResourceExhaustedError as error:
+                delay = patience.delay(error)
+            time.sleep(delay)
+
+    def _retried(self, begin: Callable[..., Any], call: Any, patience: Patience) -> Iterator[Any]:
+        """The call's messages; until there is one, it may be begun again."""
+        while True:
+            begun = False
+            try:
+                with closing(self._parts(call)) as parts:
+                    for part in parts:
+                        begun = True
+                        yield part
+                return
+            except ResourceExhaustedError as error:
+                if begun:
+                    raise
+                delay = patience.delay(error)
+            time.sleep(delay)
+            call = begin(timeout=patience.left())
+
+    def _parts(self, call: Any) -> Generator[Any]:
         """A server stream's messages; the call ends with the iterator."""
         try:
             with self._errors():
@@ -378,52 +396,3 @@ class Client:
             yield
         except grpc.RpcError as error:
             raise to_error(error, self._server) from None
-
-
-def to_error(error: grpc.RpcError, server: str) -> LorastackError:
-    """Our class for a failed call; reason and metadata are the server's where it sent them."""
-    call = cast(grpc.Call, error)
-    code, details = call.code(), call.details() or ""
-    info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
-    status = rpc_status.from_call(call)
-    for detail in status.details if status is not None else ():
-        _ = detail.Unpack(info) or detail.Unpack(retry)
-    if code is grpc.StatusCode.UNAVAILABLE and not info.reason:
-        details = (
-            f"no answer from {server} ({details}); start one with `lorastack serve` or name "
-            "another with --server"
-        )
-    ours = ERRORS.get(code, InternalError)(details or code.name)
-    ours.metadata.update(info.metadata)
-    if info.reason in Reason.__members__:
-        ours.reason = Reason[info.reason]
-    if isinstance(ours, ResourceExhaustedError) and retry.HasField("retry_delay"):
-        ours.retry_after = retry.retry_delay.seconds + retry.retry_delay.nanos / 1e9
-    return ours
-
-
-def _file_spec(path: Path) -> adapters_pb2.FileSpec:
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return adapters_pb2.FileSpec(name=path.name, size=path.stat().st_size, sha256=sha256)
-
-
-def _upload(
-    header: adapters_pb2.UploadHeader,
-    needed: Sequence[tuple[Path, adapters_pb2.NeededBlob]],
-    progress: Progress | None,
-) -> Iterator[adapters_pb2.UploadAdapterRequest]:
-    yield adapters_pb2.UploadAdapterRequest(header=header)
-    total = sum(path.stat().st_size for path, _ in needed)
-    done = sum(blob.offset for _, blob in needed)
-    for path, blob in needed:
-        offset = blob.offset
-        with path.open("rb") as file:
-            file.seek(offset)
-            while data := file.read(CHUNK_BYTES):
-                chunk = adapters_pb2.UploadChunk(sha256=blob.sha256, offset=offset, data=data)
-                yield adapters_pb2.UploadAdapterRequest(chunk=chunk)
-                offset += len(data)
-                done += len(data)
-                if progress is not None:
-                    progress(done, total)

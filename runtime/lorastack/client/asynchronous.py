@@ -1,0 +1,118 @@
+"""The client for asyncio: generation. What moves adapters about is for `Client`, in a thread."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+
+from lorastack.client.calls import (
+    CHANNEL_OPTIONS,
+    DEFAULT_SERVER,
+    Patience,
+    check_server,
+    to_error,
+)
+from lorastack.errors import ResourceExhaustedError
+from lorastack.v1 import generation_pb2, generation_pb2_grpc
+
+
+class AsyncClient:
+    """As `Client`, for one event loop. Make it where the loop runs.
+
+    Cancelling the task that waits for a call cancels the call.
+    """
+
+    def __init__(self, server: str = DEFAULT_SERVER, *, retries: int = 0) -> None:
+        """See `Client`."""
+        check_server(server)
+        self._server = server
+        self._retries = retries
+        self._channel = grpc.aio.insecure_channel(server, options=CHANNEL_OPTIONS)
+        self._generation: Any = generation_pb2_grpc.GenerationServiceStub(self._channel)  # type: ignore[no-untyped-call]
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Ends running calls too."""
+        await self._channel.close(None)
+
+    async def generate(
+        self, request: generation_pb2.GenerateRequest, *, timeout: float | None = None
+    ) -> generation_pb2.GenerateResponse:
+        """The whole reply at once."""
+        reply: generation_pb2.GenerateResponse = await self._call(
+            self._generation.Generate, request, timeout
+        )
+        return reply
+
+    async def stream(
+        self, request: generation_pb2.GenerateRequest, *, timeout: float | None = None
+    ) -> AsyncIterator[generation_pb2.GenerateStreamResponse]:
+        """The reply as it is made, its last message with `final`.
+
+        `aclose()` of the iterator cancels the call; leaving the loop over it does so when Python
+        collects it, so wrap it in `contextlib.aclosing` to be sure when.
+        """
+        patience = Patience(self._retries, timeout)
+        while True:
+            call, begun = self._generation.GenerateStream(request, timeout=patience.left()), False
+            try:
+                with self._errors():
+                    async for part in call:
+                        begun = True
+                        yield part
+                return
+            except ResourceExhaustedError as error:
+                if begun:
+                    raise
+                delay = patience.delay(error)
+            finally:
+                call.cancel()
+            await asyncio.sleep(delay)
+
+    async def tokenize(
+        self, request: generation_pb2.TokenizeRequest, *, timeout: float | None = None
+    ) -> list[int]:
+        """The token ids that Generate would run."""
+        reply = await self._call(self._generation.Tokenize, request, timeout)
+        return list(reply.token_ids)
+
+    async def model_info(
+        self, *, timeout: float | None = None
+    ) -> generation_pb2.GetModelInfoResponse:
+        """What the server serves, and its limits."""
+        reply: generation_pb2.GetModelInfoResponse = await self._call(
+            self._generation.GetModelInfo, generation_pb2.GetModelInfoRequest(), timeout
+        )
+        return reply
+
+    async def _call(self, method: Any, request: Any, timeout: float | None) -> Any:
+        patience = Patience(self._retries, timeout)
+        while True:
+            try:
+                with self._errors():
+                    return await method(request, timeout=patience.left())
+            except ResourceExhaustedError as error:
+                delay = patience.delay(error)
+            await asyncio.sleep(delay)
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except grpc.RpcError as error:
+            raise to_error(error, self._server) from None
