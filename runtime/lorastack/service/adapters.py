@@ -40,6 +40,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     def __init__(
         self,
         *,
+        max_files: int,
         registry: Registry,
         writer: StoreWriter,
         transfers: Transfers,
@@ -64,7 +65,11 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         self._readers = readers
         self._uploader = uploader
         self._uploads = Uploads(
-            registry=registry, writer=writer, readers=readers, uploader=uploader
+            max_files=max_files,
+            registry=registry,
+            writer=writer,
+            readers=readers,
+            uploader=uploader,
         )
 
     # -- into the store and out of it -------------------------------------------------------------

@@ -14,7 +14,7 @@ from typing import Self
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2
 from prometheus_client import CollectorRegistry
 
 from lorastack import __version__
@@ -25,7 +25,7 @@ from lorastack.adapters.load import Validator
 from lorastack.adapters.loader import be_nice
 from lorastack.adapters.pool import DevicePool
 from lorastack.adapters.registry import Registry
-from lorastack.config import MIB, ServerConfig, ServiceConfig
+from lorastack.config import ServerConfig
 from lorastack.engine.base import base_weight
 from lorastack.engine.engine import Engine
 from lorastack.engine.loading import (
@@ -35,11 +35,13 @@ from lorastack.engine.loading import (
     build_engine,
     load_model,
 )
-from lorastack.errors import InvalidArgumentError
 from lorastack.service.adapters import AdapterService
 from lorastack.service.dispatch import Dispatcher
+from lorastack.service.door import Door
 from lorastack.service.generation import GenerationService
 from lorastack.service.learned import LearnedKeeper
+from lorastack.service.limits import Lengths
+from lorastack.service.listener import listen, make_server, raise_file_limit
 from lorastack.service.metrics import MetricsServer, RequestMetrics, StateCollector
 from lorastack.service.prepare import Preparer, ServedModel
 from lorastack.service.probe import probe
@@ -48,6 +50,7 @@ from lorastack.service.status import CallGuard
 from lorastack.service.store import StoreFollower, StoreWriter
 from lorastack.service.threads import run_in
 from lorastack.service.transfer import Transfers
+from lorastack.service.wire import request_readers
 from lorastack.v1 import adapters_pb2, generation_pb2
 from lorastack.v1.adapters_pb2_grpc import add_AdapterServiceServicer_to_server as add_adapters
 from lorastack.v1.generation_pb2_grpc import (
@@ -62,20 +65,15 @@ NUM_WORKERS = 4  # tokenising and registry look-ups
 REFRESH_SECONDS = 2.0  # how old a read-only store's view may be
 STOP_GRACE = 2.0  # seconds for handlers to send what the engine has ended
 SERVICES = tuple(
-    descriptor.services_by_name[name].full_name
-    for descriptor, name in (
-        (generation_pb2.DESCRIPTOR, "GenerationService"),
-        (adapters_pb2.DESCRIPTOR, "AdapterService"),
-    )
+    service.full_name
+    for file in (generation_pb2.DESCRIPTOR, adapters_pb2.DESCRIPTOR)
+    for service in file.services_by_name.values()
 )
-OPTIONS = [
-    ("grpc.so_reuseport", 0),  # a second server on the port is an error, not a coin toss
-    ("grpc.max_receive_message_length", 16 * MIB),
-    # A client that vanished without a word is noticed within 40 s, and its rows end.
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-]
+FILES = (  # of all services that there are
+    *(generation_pb2.DESCRIPTOR, adapters_pb2.DESCRIPTOR),
+    *(health_pb2.DESCRIPTOR, reflection_pb2.DESCRIPTOR),
+)
+OTHER_CALLS = 256  # at once, beside those that wait or run in the engine
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +117,9 @@ class Server:
             )
         )
         self._guard = CallGuard(requests.call_ended)
+        self._lengths = Lengths(max_context=model.max_context, max_files=config.adapters.max_files)
+        # Parked rows are in the engine beside those that run or wait.
+        self._max_calls = 2 * (config.engine.max_rows + config.engine.max_queue) + OTHER_CALLS
         self._workers = ThreadPoolExecutor(NUM_WORKERS, "lorastack-edge")
         self._uploader = ThreadPoolExecutor(1, "lorastack-upload", initializer=be_nice)
         self._preparer = Preparer(model, registry, config.adapters.default_medusa)
@@ -138,6 +139,7 @@ class Server:
             config=config.adapters, registry=registry, writer=writer, uploader=self._uploader
         )
         self._adapters = AdapterService(
+            max_files=config.adapters.max_files,
             registry=registry,
             writer=writer,
             transfers=self._transfers,
@@ -262,14 +264,21 @@ class Server:
 
     async def _start(self) -> None:
         loop = asyncio.get_running_loop()
-        server = grpc.aio.server(options=OPTIONS)
+        readers = request_readers(FILES, self._lengths)
+        door = Door(self._guard, readers, own="/lorastack.", max_calls=self._max_calls)
+        server = make_server(
+            [door],
+            max_message_bytes=self._lengths.message_bytes,
+            max_streams=self._max_calls,
+            max_files=raise_file_limit(),
+        )
         add_generation(self._generation, server)  # type: ignore[no-untyped-call]
         add_adapters(self._adapters, server)  # type: ignore[no-untyped-call]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-        self.address = _listen(server, self._config)
+        self.address = listen(server, self._config)
         if port := self._config.metrics_port:
             self._metrics_server = MetricsServer(self._config.host, port, self.metrics)
         self._dispatcher.attach(self._engine, loop)
@@ -325,20 +334,6 @@ class Server:
             f"lorastack {__version__} serves {model.name} on {self.address} "
             f"(backend {model.backend}, device {model.device}, dtype {model.dtype}{weights})"
         )
-
-
-def _listen(server: grpc.aio.Server, config: ServiceConfig) -> str:
-    host = f"[{config.host}]" if ":" in config.host else config.host
-    try:
-        port = server.add_insecure_port(f"{host}:{config.port}")
-    except RuntimeError:
-        port = 0
-    if port == 0:
-        raise InvalidArgumentError(
-            f"cannot listen on {host}:{config.port}: taken, or not an address of this machine; "
-            "choose another --host or --port"
-        )
-    return f"{host}:{port}"
 
 
 def _served(loaded: LoadedModel, max_context: int) -> ServedModel:

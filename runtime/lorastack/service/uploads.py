@@ -14,22 +14,27 @@ from lorastack.adapters.ids import check_id
 from lorastack.adapters.manifest import Record
 from lorastack.adapters.registry import Registry
 from lorastack.adapters.upload import Upload
-from lorastack.config import MIB
 from lorastack.errors import AbortedError, InvalidArgumentError, LorastackError, Reason
 from lorastack.service import convert
+from lorastack.service.limits import MAX_CHUNK
 from lorastack.service.store import StoreWriter
 from lorastack.service.threads import run_in
 from lorastack.v1 import adapters_pb2
-
-MAX_CHUNK = MIB
 
 
 class Uploads:
     """readers run the plan; uploader is one thread of low priority for bytes and validation."""
 
     def __init__(
-        self, *, registry: Registry, writer: StoreWriter, readers: Executor, uploader: Executor
+        self,
+        *,
+        max_files: int,
+        registry: Registry,
+        writer: StoreWriter,
+        readers: Executor,
+        uploader: Executor,
     ) -> None:
+        self._max_files = max_files
         self._registry = registry
         self._writer = writer
         self._readers = readers
@@ -40,7 +45,7 @@ class Uploads:
     ) -> adapters_pb2.PlanUploadResponse:
         """Raises InvalidArgumentError."""
         check_id(request.id)
-        files = convert.file_specs(request.files)
+        files = convert.file_specs(request.files, "files", self._max_files)
         needed = await run_in(self._readers, self._registry.plan_upload, request.id, files)
         return convert.needed_blobs(needed)
 
@@ -53,7 +58,7 @@ class Uploads:
         opening = self._uploader.submit(
             self._registry.begin_upload,
             header.id,
-            convert.file_specs(header.files),
+            convert.file_specs(header.files, "header.files", self._max_files),
             header.if_digest if header.HasField("if_digest") else None,
         )
         end = Upload.suspend
