@@ -34,7 +34,13 @@ from lorastack.adapters.opening import (
     prepare_store,
     write_default,
 )
-from lorastack.adapters.staging import Staging, expire_staging, staged_sizes, staging_key
+from lorastack.adapters.staging import (
+    Staging,
+    expire_staging,
+    staged_sizes,
+    staging_bytes,
+    staging_key,
+)
 from lorastack.adapters.tables import manifest_name
 from lorastack.adapters.upload import Upload, Validate
 from lorastack.config import GIB
@@ -115,6 +121,10 @@ class Registry:
     def knows(self, digest: str) -> bool:
         """Whether a revision of any id has this digest."""
         return digest in self._tables.digests
+
+    def staging_bytes(self) -> int:
+        """Bytes of unfinished uploads."""
+        return staging_bytes(self._root / "staging")
 
     def default_medusa(self) -> str:
         """The reference that `set_default_medusa` stored; "" if none."""

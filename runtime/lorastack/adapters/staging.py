@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from lorastack.adapters.durable import disk_full_is_exhaustion, hash_file
@@ -25,6 +26,15 @@ def staging_key(adapter_id: str, files: Sequence[FileSpec]) -> str:
 def staged_sizes(folder: Path, needed: Iterable[FileSpec]) -> dict[str, int]:
     """sha256 -> how many bytes of it are here; the folder need not exist."""
     return {spec.sha256: _staged_size(folder / spec.sha256, spec.size) for spec in needed}
+
+
+def staging_bytes(root: Path) -> int:
+    """Bytes of all unfinished uploads."""
+    total = 0
+    for path in root.rglob("*"):
+        with suppress(OSError):  # it may have just gone
+            total += path.stat().st_size if path.is_file() else 0
+    return total
 
 
 def expire_staging(root: Path, in_use: Collection[str]) -> tuple[int, int]:

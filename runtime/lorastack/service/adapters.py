@@ -24,7 +24,7 @@ from lorastack.errors import (
 from lorastack.service import convert
 from lorastack.service.dispatch import Dispatcher
 from lorastack.service.prepare import Preparer
-from lorastack.service.status import CallGuard, Context, new_request_id
+from lorastack.service.status import CallGuard, Context, Notes, new_request_id
 from lorastack.service.store import StoreWriter
 from lorastack.service.threads import run_in
 from lorastack.service.transfer import Transfers
@@ -83,32 +83,37 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     async def UploadAdapter(
         self, request_iterator: AsyncIterator[adapters_pb2.UploadAdapterRequest], context: Context
     ) -> adapters_pb2.Adapter:
-        async with self._guard("UploadAdapter", context, new_request_id()):
-            return self._message(await self._uploads.receive(request_iterator))
+        async with self._guard("UploadAdapter", context, new_request_id()) as notes:
+            return self._noted(notes, await self._uploads.receive(request_iterator, notes))
 
     async def DeleteAdapter(
         self, request: adapters_pb2.DeleteAdapterRequest, context: Context
     ) -> adapters_pb2.DeleteAdapterResponse:
-        async with self._guard("DeleteAdapter", context, new_request_id()):
+        async with self._guard("DeleteAdapter", context, new_request_id()) as notes:
+            notes["adapter"] = request.id
             in_use = self._dispatcher.digests_in_use()
             await run_in(self._uploader, self._delete, request.id, in_use)
         return adapters_pb2.DeleteAdapterResponse()
 
     async def PullAdapter(self, request: adapters_pb2.PullAdapterRequest, context: Context) -> None:
         async with (
-            self._guard("PullAdapter", context, new_request_id()),
+            self._guard("PullAdapter", context, new_request_id()) as notes,
             aclosing(self._transfers.pull(request, self._message)) as parts,
         ):
+            notes["adapter"], notes["source"] = request.id, request.hub_id or request.folder
             async for part in parts:
+                if part.HasField("adapter"):
+                    notes["digest"] = part.adapter.digest
                 await context.write(part)
 
     async def DownloadAdapter(
         self, request: adapters_pb2.DownloadAdapterRequest, context: Context
     ) -> None:
         async with (
-            self._guard("DownloadAdapter", context, new_request_id()),
+            self._guard("DownloadAdapter", context, new_request_id()) as notes,
             aclosing(self._transfers.download(request)) as parts,
         ):
+            notes["adapter"] = request.id
             async for part in parts:
                 await context.write(part)
 
@@ -146,38 +151,45 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     async def RollbackAdapter(
         self, request: adapters_pb2.RollbackAdapterRequest, context: Context
     ) -> adapters_pb2.Adapter:
-        async with self._guard("RollbackAdapter", context, new_request_id()):
+        async with self._guard("RollbackAdapter", context, new_request_id()) as notes:
+            notes["adapter"] = request.id
             rollback = self._writer.rollback
+            notes["digest"] = request.digest
             record = await run_in(self._uploader, rollback, request.id, request.digest)
-            return self._message(record)
+            return self._noted(notes, record)
 
     # -- what is in memory ------------------------------------------------------------------------
 
     async def LoadAdapter(
         self, request: adapters_pb2.LoadAdapterRequest, context: Context
     ) -> adapters_pb2.Adapter:
-        async with self._guard("LoadAdapter", context, new_request_id()):
+        async with self._guard("LoadAdapter", context, new_request_id()) as notes:
+            notes["adapter"] = request.id
+            notes["pin"] = request.pin
             record = await run_in(self._readers, self._preparer.servable, request.id)
             try:
                 await asyncio.wrap_future(self._engine.load(record.digest, request.pin))
             except LorastackError as error:
                 raise self._preparer.with_ids(error) from None
-            return self._message(record)
+            return self._noted(notes, record)
 
     async def UnloadAdapter(
         self, request: adapters_pb2.UnloadAdapterRequest, context: Context
     ) -> adapters_pb2.Adapter:
-        async with self._guard("UnloadAdapter", context, new_request_id()):
+        async with self._guard("UnloadAdapter", context, new_request_id()) as notes:
+            notes["adapter"] = request.id
             record = await run_in(self._readers, self._registry.resolve, request.id)
             await asyncio.wrap_future(self._engine.unload(record.digest))
-            return self._message(record)
+            return self._noted(notes, record)
 
     async def SetDefaultMedusa(
         self, request: adapters_pb2.SetDefaultMedusaRequest, context: Context
     ) -> adapters_pb2.SetDefaultMedusaResponse:
-        async with self._guard("SetDefaultMedusa", context, new_request_id()):
+        async with self._guard("SetDefaultMedusa", context, new_request_id()) as notes:
+            notes["adapter"] = request.medusa_id
             set_default = self._preparer.set_default_medusa
             heads = await run_in(self._uploader, set_default, request.medusa_id)
+            notes["digest"] = heads.digest if heads else ""
             return adapters_pb2.SetDefaultMedusaResponse(
                 medusa_id=heads.medusa_id if heads else "",
                 medusa_digest=heads.digest if heads else "",
@@ -192,6 +204,11 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
                 adapter_id=adapter_id,
             )
         self._writer.delete(adapter_id, in_use)
+
+    def _noted(self, notes: Notes, record: Record) -> adapters_pb2.Adapter:
+        """Its message; the log says which bytes the id stands for now."""
+        notes["adapter"], notes["digest"] = record.id, record.digest
+        return self._message(record)
 
     def _message(self, record: Record) -> adapters_pb2.Adapter:
         return self._messages([record], self._usage())[0]

@@ -32,7 +32,7 @@ MAX_OTHER_CALLS = 64  # at once, of each method of health and reflection
 Method = Callable[[AsyncIterator[Any], Context], Awaitable[Any]]
 
 
-class Door(grpc.aio.ServerInterceptor):
+class Door(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     """readers: by full method name ("/package.Service/Method"), of all methods."""
 
     def __init__(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import resource
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import grpc
 from grpc._cython import cygrpc
@@ -30,7 +30,7 @@ def raise_file_limit() -> int:
 
 
 def make_server(
-    interceptors: Sequence[grpc.aio.ServerInterceptor],
+    interceptors: Sequence[grpc.aio.ServerInterceptor[Any, Any]],
     *,
     max_message_bytes: int,
     max_streams: int,
@@ -38,7 +38,7 @@ def make_server(
 ) -> grpc.aio.Server:
     """max_streams: of a connection. max_files: descriptors that this process may open."""
     connections = min(MAX_CONNECTIONS, max(max_files - RESERVED_FILES, max_files // 2))
-    return _Server(
+    server: Any = _Server(
         interceptors,
         {
             "grpc.so_reuseport": 0,  # a second server on the port is an error, not a coin toss
@@ -60,6 +60,7 @@ def make_server(
             "grpc.http2.min_ping_interval_without_data_ms": 10_000,
         },
     )
+    return cast(grpc.aio.Server, server)
 
 
 def listen(server: grpc.aio.Server, config: ServiceConfig) -> str:
@@ -77,9 +78,11 @@ def listen(server: grpc.aio.Server, config: ServiceConfig) -> str:
     return f"{host}:{port}"
 
 
-class _Server(_server.Server):  # type: ignore[misc]
+class _Server(_server.Server):
     def __init__(
-        self, interceptors: Sequence[grpc.aio.ServerInterceptor], options: Mapping[str, int]
+        self,
+        interceptors: Sequence[grpc.aio.ServerInterceptor[Any, Any]],
+        options: Mapping[str, int],
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._server = _Core(self._loop, None, (), interceptors, tuple(options.items()), None)

@@ -23,6 +23,7 @@ from lorastack.adapters.host import HostCache
 from lorastack.adapters.learned import Learned
 from lorastack.adapters.load import Validator
 from lorastack.adapters.loader import be_nice
+from lorastack.adapters.opening import Recovery
 from lorastack.adapters.pool import DevicePool
 from lorastack.adapters.registry import Registry
 from lorastack.config import ServerConfig
@@ -42,10 +43,11 @@ from lorastack.service.generation import GenerationService
 from lorastack.service.learned import LearnedKeeper
 from lorastack.service.limits import Lengths
 from lorastack.service.listener import listen, make_server, raise_file_limit
-from lorastack.service.metrics import MetricsServer, RequestMetrics, StateCollector
+from lorastack.service.metrics import RequestMetrics, StateCollector
 from lorastack.service.prepare import Preparer, ServedModel
 from lorastack.service.probe import probe
 from lorastack.service.provision import Provision
+from lorastack.service.scrape import MetricsServer
 from lorastack.service.status import CallGuard
 from lorastack.service.store import StoreFollower, StoreWriter
 from lorastack.service.threads import run_in
@@ -114,8 +116,10 @@ class Server:
                 registry=registry,
                 heads=requests.heads,
                 config=config.adapters,
+                info=_info(model),
             )
         )
+        self._requests = requests
         self._guard = CallGuard(requests.call_ended)
         self._lengths = Lengths(max_context=model.max_context, max_files=config.adapters.max_files)
         # Parked rows are in the engine beside those that run or wait.
@@ -158,7 +162,7 @@ class Server:
             self._follower = StoreFollower(registry, engine)
         else:
             self._keeper = LearnedKeeper(learned, engine, self._uploader)
-        self._background: asyncio.Task[None] | None = None  # of either
+        self._background: list[asyncio.Task[None]] = []
         self._metrics_server: MetricsServer | None = None
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._server: grpc.aio.Server | None = None
@@ -175,6 +179,8 @@ class Server:
         copy: of adapters to the device, unless its own way is meant.
         """
         limits = config.adapters
+        model = config.model.model or "the default model"
+        logger.info("lorastack %s: model %s, store %s", __version__, model, limits.store)
         loaded = load_model(config.model, config.engine.kv_memory, limits.device_memory, progress)
         registry = Registry(
             limits.store,
@@ -182,8 +188,9 @@ class Server:
             max_files=limits.max_files,
             read_only=limits.read_only_store,
         )
-        level = logging.WARNING if registry.recovery.damaged else logging.INFO
-        logger.log(level, "store %s: %s", limits.store, registry.recovery)
+        if registry.recovery != Recovery(damaged=()):
+            level = logging.WARNING if registry.recovery.damaged else logging.INFO
+            logger.log(level, "store %s: %s", limits.store, registry.recovery)
         validate = Validator(
             shapes=loaded.decoder.shapes,
             dtype=loaded.decoder.dtype,
@@ -242,8 +249,8 @@ class Server:
         """
         began = time.monotonic()
         self._guard.draining = True
-        if self._background is not None:
-            self._background.cancel()
+        for task in self._background:
+            task.cancel()
         await self._health.enter_graceful_shutdown()
         await asyncio.to_thread(self._engine.drain, timeout)
         await asyncio.to_thread(self._engine.close)
@@ -284,10 +291,11 @@ class Server:
         self._dispatcher.attach(self._engine, loop)
         self._engine.start()
         await probe(self._preparer, self._dispatcher, self._workers)
+        self._background.append(loop.create_task(self._requests.watch_loop()))
         if self._follower is not None:
-            self._background = asyncio.create_task(self._follow(self._follower))
+            self._background.append(loop.create_task(self._follow(self._follower)))
         elif self._keeper is not None:
-            self._background = asyncio.create_task(self._keeper.run())
+            self._background.append(loop.create_task(self._keeper.run()))
         await server.start()
         self._server = server
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
@@ -350,6 +358,21 @@ def _served(loaded: LoadedModel, max_context: int) -> ServedModel:
         backend=decoder.backend,
         kv_memory=loaded.kv_memory,
     )
+
+
+def _info(model: ServedModel) -> dict[str, dict[str, str]]:
+    """What the metrics say about this process once and for all."""
+    return {
+        "build": {"version": __version__},
+        "model": {
+            "model": model.name,
+            "fingerprint": model.fingerprint,
+            "backend": model.backend,
+            "device": model.device,
+            "dtype": model.dtype,
+            "quantization": model.quantization,
+        },
+    }
 
 
 def _model_info(model: ServedModel, config: ServerConfig) -> generation_pb2.GetModelInfoResponse:

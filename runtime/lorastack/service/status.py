@@ -169,10 +169,11 @@ class _Call:
                 "request_id": self.request_id,
                 "peer": self.context.peer(),
                 "rpc": self.rpc,
-                **self.notes,
+                **{key: _cut(str(value), MAX_METADATA_BYTES) for key, value in self.notes.items()},
                 "ms": round((time.monotonic() - self.began) * 1000, 1),
             }
-            logger.log(level, "%s %s", self.rpc, outcome, extra=extra, exc_info=exc_info)
+            line = f"{self.rpc} {_cut(outcome, MAX_MESSAGE_BYTES)}"
+            logger.log(level, "%s", line, extra=extra, exc_info=exc_info)
 
 
 class _Refusals:

@@ -17,6 +17,7 @@ from lorastack.adapters.upload import Upload
 from lorastack.errors import AbortedError, InvalidArgumentError, LorastackError, Reason
 from lorastack.service import convert
 from lorastack.service.limits import MAX_CHUNK
+from lorastack.service.status import Notes
 from lorastack.service.store import StoreWriter
 from lorastack.service.threads import run_in
 from lorastack.v1 import adapters_pb2
@@ -49,12 +50,18 @@ class Uploads:
         needed = await run_in(self._readers, self._registry.plan_upload, request.id, files)
         return convert.needed_blobs(needed)
 
-    async def receive(self, messages: AsyncIterator[adapters_pb2.UploadAdapterRequest]) -> Record:
-        """Takes a header, then chunks until the stream ends, and commits. Raises what is wrong."""
+    async def receive(
+        self, messages: AsyncIterator[adapters_pb2.UploadAdapterRequest], notes: Notes
+    ) -> Record:
+        """Takes a header, then chunks until the stream ends, and commits. Raises what is wrong.
+
+        notes: for the log, whose adapter it is.
+        """
         first = await anext(messages, None)
         if first is None or first.WhichOneof("part") != "header":
             raise InvalidArgumentError("an upload starts with a header of id and files")
         header = first.header
+        notes["adapter"] = header.id
         opening = self._uploader.submit(
             self._registry.begin_upload,
             header.id,
