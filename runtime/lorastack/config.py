@@ -73,6 +73,7 @@ class ServiceConfig:
     port: int = 50051
     drain_timeout: float = 30.0  # seconds
     log_format: str = "text"
+    log_level: str = "info"  # debug, info, warning, error
     metrics_port: int = 0  # 0: no metrics endpoint
 
 

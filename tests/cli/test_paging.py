@@ -92,7 +92,7 @@ def test_serve_flags_reach_the_configuration(run: Run, monkeypatch: pytest.Monke
         raise Stop
 
     monkeypatch.setattr(Server, "build", build)
-    monkeypatch.setattr(logs, "configure_logging", lambda log_format: None)
+    monkeypatch.setattr(logs, "configure_logging", lambda log_format, level: None)
     with pytest.raises(Stop):
         flags = ("--read-only-store", "--metrics-port", "9090", "--quantize", "int4", *ALIASES)
         run("serve", "--store", "s", *flags)

@@ -97,6 +97,8 @@ class FakeEngine:
     failure: LorastackError | None = None  # ends the next row
     forgotten: list[str] = field(default_factory=list)
     num_waiting: int = 0
+    num_parked: int = 0
+    num_preemptions: int = 0
     heads_failures: dict[str, int] = field(default_factory=dict)
     learnt: dict[str, Calibration] = field(default_factory=dict)  # what `learned` will give
 
@@ -127,6 +129,10 @@ class FakeEngine:
     @property
     def num_rows(self) -> int:
         return len(self.rows)
+
+    @property
+    def num_pages(self) -> dict[str, int]:
+        return {"held": 3, "cached": 2, "free": 1}
 
     def load(self, digest: str, pin: bool) -> Future[None]:
         return self._page(lambda: self.pool.put(digest, pinned=pin))

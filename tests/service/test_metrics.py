@@ -21,7 +21,7 @@ from tests.service.conftest import StartFake
 from tests.service.fakes import RunningServer
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "metrics.md"
-ROW = re.compile(r"\| `(lorastack_\w+)` \| (\w+) \| ([^|]*)\|")
+ROW = re.compile(r"\| `((?:lorastack|process)_\w+)` \| (\w+) \| ([^|]*)\|")
 
 Folders = dict[str, Path]
 Samples = dict[tuple[str, ...], float]

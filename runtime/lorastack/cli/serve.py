@@ -68,6 +68,15 @@ class LogFormat(StrEnum):
     JSON = "json"
 
 
+class LogLevel(StrEnum):
+    """The least that is logged; debug has a line for every call that only looks."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
 def _roots(folders: list[Path] | None) -> list[Path] | None:
     """Option callback: "" would let clients read the folder that the server happens to be in."""
     if Path() in (folders or ()):
@@ -282,6 +291,9 @@ def serve(
     log_format: Annotated[
         LogFormat, typer.Option("--log-format", envvar="LORASTACK_LOG_FORMAT")
     ] = LogFormat.TEXT,
+    log_level: Annotated[
+        LogLevel, typer.Option("--log-level", envvar="LORASTACK_LOG_LEVEL")
+    ] = LogLevel.INFO,
 ) -> None:
     """Serve a base model with its adapters over gRPC."""
     config = ServerConfig(
@@ -317,6 +329,7 @@ def serve(
             port=port,
             drain_timeout=drain_timeout,
             log_format=log_format.value,
+            log_level=log_level.value,
             metrics_port=metrics_port,
         ),
     )
@@ -324,11 +337,13 @@ def serve(
     bars = sys.stderr.isatty() and log_format is LogFormat.TEXT
     if not bars:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when it is imported
+    # Before grpc is imported: it writes lines of its own that any caller can cause.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     # Deferred: `--help` and the client commands must not wait for torch.
     from lorastack.service.logs import configure_logging
     from lorastack.service.server import Server
 
-    configure_logging(config.service.log_format)
+    configure_logging(config.service.log_format, config.service.log_level)
     with startup_bars() if bars else nullcontext(startup_log()) as progress:
         server = Server.build(config, progress)
     raise typer.Exit(server.run(typer.echo))

@@ -82,6 +82,7 @@ class Engine:
         self._num_submitted = 0  # in the inbox, not yet with the scheduler
         self._num_rows = 0  # with the scheduler, as of its last step
         self._num_waiting = 0
+        self._num_parked = 0
         self._woken = False
         self._draining = False
         self._closed = False
@@ -195,8 +196,25 @@ class Engine:
             return self._num_submitted + self._num_waiting
 
     @property
+    def num_parked(self) -> int:
+        """Of these, the ones whose readers do not read."""
+        with self._changed:
+            return self._num_parked
+
+    @property
+    def num_preemptions(self) -> int:
+        """Since the start: rows that gave up their pages."""
+        return self._scheduler.num_preemptions
+
+    @property
     def num_pages_held(self) -> int:
         return self._pages.num_held
+
+    @property
+    def num_pages(self) -> dict[str, int]:
+        """KV pages: held by rows, cached for later ones, free. A step may change them meanwhile."""
+        held, cached = self._pages.num_held, self._pages.num_cached
+        return {"held": held, "cached": cached, "free": self._pages.num_pages - held - cached}
 
     def drain(self, timeout: float) -> bool:
         """Refuse new requests and wait up to `timeout` seconds for the others; True: all ended."""
@@ -290,6 +308,7 @@ class Engine:
 
     def _count(self) -> None:
         self._num_rows, self._num_waiting = self._scheduler.num_rows, self._scheduler.num_waiting
+        self._num_parked = self._scheduler.num_parked
 
     def _rest(self) -> None:
         """Sleep until a command, a loaded adapter or the next deadline."""

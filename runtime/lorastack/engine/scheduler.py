@@ -61,6 +61,7 @@ class Scheduler:
         eos_ids: frozenset[int],
         describe: Describe,
     ) -> None:
+        self.num_preemptions = 0
         self._config = config
         self._pages = pages
         self._pool = pool
@@ -98,6 +99,10 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         return len(self._waiting)
+
+    @property
+    def num_parked(self) -> int:
+        return sum(row.parked for row in self._rows())
 
     def wake_time(self) -> float | None:
         """When the next deadline or time limit falls due."""
@@ -367,6 +372,7 @@ class Scheduler:
 
     def _preempt(self, row: Row) -> None:
         """Back to the head of the queue, pages given up; its tokens stay and are computed again."""
+        self.num_preemptions += 1
         self._running.remove(row)
         self._pages.free(row.pages)
         row.preempt()

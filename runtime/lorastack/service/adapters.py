@@ -25,7 +25,7 @@ from lorastack.service import convert
 from lorastack.service.dispatch import Dispatcher
 from lorastack.service.places import caller_of
 from lorastack.service.prepare import Preparer
-from lorastack.service.status import CallGuard, Context, new_request_id
+from lorastack.service.status import CallGuard, Context, Notes, new_request_id
 from lorastack.service.store import StoreWriter
 from lorastack.service.threads import run_in
 from lorastack.service.transfer import Transfers
@@ -78,13 +78,16 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     async def UploadAdapter(
         self, request_iterator: AsyncIterator[adapters_pb2.UploadAdapterRequest], context: Context
     ) -> adapters_pb2.Adapter:
-        async with self._guard("UploadAdapter", context, new_request_id()):
-            return self._message(await self._uploads.receive(request_iterator, caller_of(context)))
+        async with self._guard("UploadAdapter", context, new_request_id()) as notes:
+            return self._noted(
+                notes, await self._uploads.receive(request_iterator, caller_of(context), notes)
+            )
 
     async def DeleteAdapter(
         self, request: adapters_pb2.DeleteAdapterRequest, context: Context
     ) -> adapters_pb2.DeleteAdapterResponse:
-        async with self._guard("DeleteAdapter", context, new_request_id()):
+        async with self._guard("DeleteAdapter", context, new_request_id()) as notes:
+            notes["adapter"] = request.id
             in_use = self._dispatcher.digests_in_use()
             await run_in(self._uploader, self._delete, request.id, in_use)
         return adapters_pb2.DeleteAdapterResponse()
@@ -92,11 +95,14 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     async def PullAdapter(self, request: adapters_pb2.PullAdapterRequest, context: Context) -> None:
         caller = caller_of(context)
         async with (
-            self._guard("PullAdapter", context, new_request_id()),
+            self._guard("PullAdapter", context, new_request_id()) as notes,
             self._transfers.pulls.take(caller) as place,
             aclosing(self._transfers.pull(request, caller, self._message)) as parts,
         ):
+            notes["adapter"], notes["source"] = request.id, request.hub_id or request.folder
             async for part in parts:
+                if part.HasField("adapter"):
+                    notes["digest"] = part.adapter.digest
                 await place.waits(context.write(part))
                 place.passed(part.ByteSize())
 
@@ -104,10 +110,11 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         self, request: adapters_pb2.DownloadAdapterRequest, context: Context
     ) -> None:
         async with (
-            self._guard("DownloadAdapter", context, new_request_id()),
+            self._guard("DownloadAdapter", context, new_request_id()) as notes,
             self._transfers.downloads.take(caller_of(context)) as place,
             aclosing(self._transfers.download(request)) as parts,
         ):
+            notes["adapter"] = request.id
             async for part in parts:
                 await place.waits(context.write(part))
                 place.passed(part.ByteSize())
@@ -148,21 +155,25 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     async def RollbackAdapter(
         self, request: adapters_pb2.RollbackAdapterRequest, context: Context
     ) -> adapters_pb2.Adapter:
-        async with self._guard("RollbackAdapter", context, new_request_id()):
+        async with self._guard("RollbackAdapter", context, new_request_id()) as notes:
+            notes["adapter"] = request.id
             rollback = self._writer.rollback
+            notes["digest"] = request.digest
             record = await run_in(self._uploader, rollback, request.id, request.digest)
-            return self._message(record)
+            return self._noted(notes, record)
 
     async def PruneRevisions(
         self, request: adapters_pb2.PruneRevisionsRequest, context: Context
     ) -> adapters_pb2.PruneRevisionsResponse:
-        async with self._guard("PruneRevisions", context, new_request_id()):
+        async with self._guard("PruneRevisions", context, new_request_id()) as notes:
             keep = request.keep if request.HasField("keep") else None
             if keep == 0:
                 raise InvalidArgumentError(
                     "keep must be at least 1: an id always has a newest revision", field="keep"
                 )
+            notes["adapter"] = request.id or "all"
             pruned = await run_in(self._uploader, self._writer.prune, request.id, keep)
+            notes["removed"] = pruned.num_revisions
             return adapters_pb2.PruneRevisionsResponse(
                 removed_revisions=pruned.num_revisions, freed_bytes=pruned.num_bytes
             )
@@ -172,28 +183,33 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     async def LoadAdapter(
         self, request: adapters_pb2.LoadAdapterRequest, context: Context
     ) -> adapters_pb2.Adapter:
-        async with self._guard("LoadAdapter", context, new_request_id()):
+        async with self._guard("LoadAdapter", context, new_request_id()) as notes:
+            notes["adapter"] = request.id
+            notes["pin"] = request.pin
             record = await run_in(self._readers, self._preparer.servable, request.id)
             try:
                 await asyncio.wrap_future(self._engine.load(record.digest, request.pin))
             except LorastackError as error:
                 raise self._preparer.with_ids(error) from None
-            return self._message(record)
+            return self._noted(notes, record)
 
     async def UnloadAdapter(
         self, request: adapters_pb2.UnloadAdapterRequest, context: Context
     ) -> adapters_pb2.Adapter:
-        async with self._guard("UnloadAdapter", context, new_request_id()):
+        async with self._guard("UnloadAdapter", context, new_request_id()) as notes:
+            notes["adapter"] = request.id
             record = await run_in(self._readers, self._registry.resolve, request.id)
             await asyncio.wrap_future(self._engine.unload(record.digest))
-            return self._message(record)
+            return self._noted(notes, record)
 
     async def SetDefaultMedusa(
         self, request: adapters_pb2.SetDefaultMedusaRequest, context: Context
     ) -> adapters_pb2.SetDefaultMedusaResponse:
-        async with self._guard("SetDefaultMedusa", context, new_request_id()):
+        async with self._guard("SetDefaultMedusa", context, new_request_id()) as notes:
+            notes["adapter"] = request.medusa_id
             set_default = self._preparer.set_default_medusa
             heads = await run_in(self._uploader, set_default, request.medusa_id)
+            notes["digest"] = heads.digest if heads else ""
             return adapters_pb2.SetDefaultMedusaResponse(
                 medusa_id=heads.medusa_id if heads else "",
                 medusa_digest=heads.digest if heads else "",
@@ -208,6 +224,11 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
                 adapter_id=adapter_id,
             )
         self._writer.delete(adapter_id, in_use)
+
+    def _noted(self, notes: Notes, record: Record) -> adapters_pb2.Adapter:
+        """Its message; the log says which bytes the id stands for now."""
+        notes["adapter"], notes["digest"] = record.id, record.digest
+        return self._message(record)
 
     def _message(self, record: Record) -> adapters_pb2.Adapter:
         return self._messages([record], self._usage())[0]

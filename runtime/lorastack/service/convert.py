@@ -102,7 +102,9 @@ def prompt_input(
             limits.check_prompt_ids(ids, model.vocab_size, model.max_context)
             return Ids(tuple(ids))
         case "chat":
-            messages = tuple((entry.role, entry.content) for entry in message.chat.messages)
+            given = message.chat.messages
+            limits.check_length(given, "chat.messages", limits.MAX_MESSAGES)
+            messages = tuple((entry.role, entry.content) for entry in given)
             limits.check_messages(messages)
             return Chat(messages)
         case _:
@@ -124,6 +126,7 @@ def _loras(message: generation_pb2.GenerateRequest) -> tuple[tuple[str, float], 
         rule = "empty when lora_id is set; put all LoRAs into loras"
         limits.check(not message.loras, "loras", rule)
         return ((message.lora_id, 1.0),)
+    limits.check_length(message.loras, "loras", limits.MAX_LORAS)
     loras = tuple(
         (ref.lora_id, ref.scale if ref.HasField("scale") else 1.0) for ref in message.loras
     )
@@ -132,6 +135,8 @@ def _loras(message: generation_pb2.GenerateRequest) -> tuple[tuple[str, float], 
 
 
 def _sampling(message: generation_pb2.SamplingParams, vocab_size: int) -> SamplingParams:
+    biases, longest = message.logit_bias, limits.MAX_LOGIT_BIASES
+    limits.check_length(biases, "sampling.logit_bias", longest)
     penalty = message.repetition_penalty if message.HasField("repetition_penalty") else 1.0
     params = SamplingParams(
         temperature=message.temperature,
@@ -142,7 +147,7 @@ def _sampling(message: generation_pb2.SamplingParams, vocab_size: int) -> Sampli
         repetition_penalty=penalty,
         frequency_penalty=message.frequency_penalty,
         presence_penalty=message.presence_penalty,
-        logit_bias=tuple(sorted(message.logit_bias.items())),
+        logit_bias=tuple(sorted(biases.items())),
         seed=message.seed,
     )
     limits.check_sampling(params, vocab_size)
@@ -151,11 +156,14 @@ def _sampling(message: generation_pb2.SamplingParams, vocab_size: int) -> Sampli
 
 def _stop(message: generation_pb2.StopParams, vocab_size: int) -> StopParams:
     """max_new_tokens is left to `prepare`, which knows the prompt's length."""
+    sequences, ids = message.stop_sequences, message.stop_token_ids
+    limits.check_length(sequences, "stop.stop_sequences", limits.MAX_STOP_SEQUENCES)
+    limits.check_length(ids, "stop.stop_token_ids", limits.MAX_STOP_TOKEN_IDS)
     limited = message.HasField("time_limit_ms")
     params = StopParams(
         max_new_tokens=0,
-        stop_sequences=tuple(message.stop_sequences),
-        stop_token_ids=frozenset(message.stop_token_ids),
+        stop_sequences=tuple(sequences),
+        stop_token_ids=frozenset(ids),
         ignore_eos=message.ignore_eos,
         time_limit=message.time_limit_ms / 1000 if limited else None,
     )
@@ -296,8 +304,11 @@ def _token(token: GeneratedToken, tokenizer: Tokenizer) -> generation_pb2.Token:
     return message
 
 
-def file_specs(messages: Iterable[adapters_pb2.FileSpec]) -> list[FileSpec]:
+def file_specs(
+    messages: Sequence[adapters_pb2.FileSpec], field: str, max_files: int
+) -> list[FileSpec]:
     """The files of an upload, as announced; the registry checks them."""
+    limits.check_length(messages, field, max_files)
     return [FileSpec(name=m.name, size=m.size, sha256=m.sha256) for m in messages]
 
 

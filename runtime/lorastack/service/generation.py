@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
@@ -12,10 +11,8 @@ from lorastack.service import convert, limits
 from lorastack.service.dispatch import Dispatcher
 from lorastack.service.metrics import RequestMetrics
 from lorastack.service.prepare import Preparer, ServedModel
-from lorastack.service.status import CallGuard, Context, new_request_id
+from lorastack.service.status import CallGuard, Context, Notes, new_request_id
 from lorastack.v1 import generation_pb2, generation_pb2_grpc
-
-logger = logging.getLogger(__name__)
 
 Write = Callable[[generation_pb2.GenerateStreamResponse], Awaitable[None]]
 
@@ -51,16 +48,16 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             parts.append(part)
 
         request_id = _request_id(request)
-        async with self._guard("Generate", context, request_id):
-            final = await self._run(request, request_id, context, keep, whole=True)
+        async with self._guard("Generate", context, request_id) as notes:
+            final = await self._run(request, request_id, context, notes, keep, whole=True)
         return convert.joined(parts, final)
 
     async def GenerateStream(
         self, request: generation_pb2.GenerateRequest, context: Context
     ) -> None:
         request_id = _request_id(request)
-        async with self._guard("GenerateStream", context, request_id):
-            final = await self._run(request, request_id, context, context.write)
+        async with self._guard("GenerateStream", context, request_id) as notes:
+            final = await self._run(request, request_id, context, notes, context.write)
             await context.write(generation_pb2.GenerateStreamResponse(final=final))
 
     async def Tokenize(
@@ -92,6 +89,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         message: generation_pb2.GenerateRequest,
         request_id: str,
         context: Context,
+        notes: Notes,
         write: Write,
         *,
         whole: bool = False,
@@ -103,10 +101,14 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         remaining = context.time_remaining()
         deadline = None if remaining is None else time.monotonic() + remaining
         call = convert.generate_call(message, request_id, self._model)
+        notes["loras"] = ",".join(lora_id for lora_id, _ in call.loras)
+        notes["heads"] = call.medusa_id
         async with self._dispatcher.open(request_id, whole=whole) as stream:
             prepared = await asyncio.get_running_loop().run_in_executor(
                 self._workers, self._preparer.prepare, call, deadline
             )
+            heads = prepared.request.heads
+            notes["heads"] = "" if heads is None else heads.medusa_id
             stream.submit(prepared.request)
             while True:
                 events = await stream.take()
@@ -119,13 +121,10 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                 if (final := events[-1].final) is not None:
                     break
         self._metrics.row_ended(prepared.request, final)
-        logger.info(
-            "%s after %d + %d tokens",
-            final.finish_reason,
-            final.prompt_tokens,
-            final.generated_tokens,
-            extra={"request_id": request_id, "total_ms": round(final.timings.total * 1000, 1)},
-        )
+        notes["finish"] = final.finish_reason
+        notes["prompt_tokens"] = final.prompt_tokens
+        notes["cached_tokens"] = final.cached_prompt_tokens
+        notes["tokens"] = final.generated_tokens
         return convert.final_response(final, prepared)
 
 

@@ -1,15 +1,18 @@
 """The rules that the values of a request must follow; each refusal names its field.
 
 Documented caps: 63 drafted tokens a step, 20 top logprobs, 16 LoRAs, 16 stop sequences of 256
-characters, 1,024 stop token ids, 1,024 biased ids.
+characters, 1,024 stop token ids, 1,024 biased ids, 1,024 chat messages. Lengths come first: they
+are checked in the bytes (`service.wire`), and again before a list is read.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Sequence, Sized
+from dataclasses import dataclass
 
+from lorastack.config import KIB, MIB
 from lorastack.errors import InvalidArgumentError, Reason
 from lorastack.request import SamplingParams, StopParams, TypicalAcceptance
 from lorastack.text.grammar import JsonSchema, Regex
@@ -22,10 +25,74 @@ MAX_STOP_SEQUENCE_CHARS = 256
 MAX_STOP_TOKEN_IDS = 1024
 MAX_LOGIT_BIASES = 1024
 MAX_LOGIT_BIAS = 100.0
+MAX_MESSAGES = 1024  # of a chat
 MAX_PENALTY = 2.0  # of frequency and presence
 MAX_SCHEMA_CHARS = 65_536
 MAX_REGEX_CHARS = 8_192
+MAX_CHUNK = MIB  # of an upload
+# No text holds so many bytes a token on average; in megabytes it is also what one call may cost.
+TEXT_BYTES_A_TOKEN = 64
+MIN_MESSAGE_BYTES = 4 * MIB
+NAMES_BYTES = 16 * KIB  # of requests that hold ids, digests, paths and numbers
+FILE_SPEC_BYTES = KIB
 REQUEST_ID = re.compile(r"[!-~]{1,128}")  # printable ASCII: it goes into logs and trailers
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """How long a request and its lists may be."""
+
+    max_context: int
+    max_files: int
+
+    @property
+    def message_bytes(self) -> int:
+        """What the server receives at all, for any call."""
+        return max(MIN_MESSAGE_BYTES, TEXT_BYTES_A_TOKEN * self.max_context)
+
+    def request_bytes(self, name: str) -> int:
+        """Of one message, by its protobuf name."""
+        header = NAMES_BYTES + FILE_SPEC_BYTES * self.max_files
+        match name:
+            case "GenerateRequest" | "TokenizeRequest":
+                return self.message_bytes
+            case "UploadAdapterRequest":
+                return max(MAX_CHUNK + KIB, header)
+            case "PlanUploadRequest":
+                return header
+        return NAMES_BYTES
+
+    def longest(self, path: str) -> int:
+        """Of one list, by its place in a request. KeyError: nobody has thought about it yet."""
+        return {
+            "chat.messages": MAX_MESSAGES,
+            "files": self.max_files,
+            "header.files": self.max_files,
+            "loras": MAX_LORAS,
+            "sampling.logit_bias": MAX_LOGIT_BIASES,
+            "stop.stop_sequences": MAX_STOP_SEQUENCES,
+            "stop.stop_token_ids": MAX_STOP_TOKEN_IDS,
+            "token_ids.ids": self.max_context,
+        }[path]
+
+
+def too_long(path: str, longest: int) -> InvalidArgumentError:
+    """The error for a list that is longer than `Lengths.longest` says."""
+    if path == "token_ids.ids":
+        return InvalidArgumentError(
+            f"token_ids holds more ids than the context, {longest}; shorten it",
+            reason=Reason.REQUEST_TOO_LARGE,
+            field="token_ids",
+        )
+    if path in ("files", "header.files"):
+        return InvalidArgumentError(f"an adapter has 1 to {longest} files, not more", field=path)
+    return InvalidArgumentError(f"{path} must be at most {longest} long", field=path)
+
+
+def check_length(given: Sized, path: str, longest: int) -> None:
+    """Before anything is made of a list."""
+    if len(given) > longest:
+        raise too_long(path, longest)
 
 
 def check(ok: bool, field: str, rule: str, value: object = None) -> None:
@@ -59,6 +126,7 @@ def check_prompt_ids(ids: Sequence[int], vocab_size: int, max_context: int) -> N
 def check_messages(messages: Sequence[tuple[str, str]]) -> None:
     """(role, content) pairs; which roles may follow each other is the template's business."""
     check(len(messages) > 0, "chat.messages", "at least one message")
+    check_length(messages, "chat.messages", MAX_MESSAGES)
     check(all(role for role, _ in messages), "chat.messages.role", "set on every message")
 
 

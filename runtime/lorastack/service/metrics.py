@@ -6,15 +6,17 @@ somebody scrapes. Adapters have labels only while they are on the device.
 
 from __future__ import annotations
 
+import asyncio
 import threading
+import time
 from collections import Counter as Counts
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 import grpc
-from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_server
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from lorastack.adapters.host import HostCache
@@ -22,11 +24,12 @@ from lorastack.adapters.pool import DevicePool, PoolStats
 from lorastack.adapters.registry import Registry
 from lorastack.config import AdapterConfig
 from lorastack.engine.engine import Engine
-from lorastack.errors import InvalidArgumentError
 from lorastack.request import Final, Request, SpeculationStats, TokenSource
 
 # Seconds: from a warm step of a small model to the wait for a cold adapter behind others.
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+LAG_INTERVAL = 0.25  # seconds
 DRAFTED_BUCKETS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 TOKENS_BUCKETS = (1.0, 1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 6.0, 10.0)
 MAX_HEADS = 1024
@@ -38,6 +41,7 @@ class RequestMetrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.heads = HeadsCounts()
+        ProcessCollector(registry=registry)
         self._requests = Counter(
             f"{PREFIX}requests", "Calls by RPC and status.", ["rpc", "code"], registry=registry
         )
@@ -72,6 +76,30 @@ class RequestMetrics:
             buckets=BUCKETS,
             registry=registry,
         )
+        self._token_interval = Histogram(
+            f"{PREFIX}time_per_output_token_seconds",
+            "From the first token to the end by tokens in between, means of requests.",
+            buckets=TOKEN_BUCKETS,
+            registry=registry,
+        )
+        self._queue = Histogram(
+            f"{PREFIX}queue_seconds",
+            "From submission to the row's first step.",
+            buckets=BUCKETS,
+            registry=registry,
+        )
+        self._total = Histogram(
+            f"{PREFIX}request_seconds",
+            "From submission to the end.",
+            buckets=(*BUCKETS, 120.0, 300.0, 600.0),
+            registry=registry,
+        )
+        self._loop_lag = Histogram(
+            f"{PREFIX}event_loop_lag_seconds",
+            "How late the event loop gets to a timer.",
+            buckets=TOKEN_BUCKETS,
+            registry=registry,
+        )
         self._adapter_wait = Histogram(
             f"{PREFIX}adapter_wait_seconds",
             "Waiting for LoRAs to be on the device, of requests that have any.",
@@ -91,15 +119,28 @@ class RequestMetrics:
         """A request ended in tokens."""
         self._tokens.labels("prompt").inc(final.prompt_tokens)
         self._tokens.labels("cached_prompt").inc(final.cached_prompt_tokens)
-        if final.generated_tokens:
-            self._first_token.observe(final.timings.time_to_first_token)
+        timings, num_tokens = final.timings, final.generated_tokens
+        self._queue.observe(timings.queue)
+        self._total.observe(timings.total)
+        if num_tokens:
+            self._first_token.observe(timings.time_to_first_token)
+        if num_tokens > 1:
+            decoding = timings.total - timings.time_to_first_token
+            self._token_interval.observe(decoding / (num_tokens - 1))
         if request.loras:
-            self._adapter_wait.observe(final.timings.adapter_wait)
-            self._lookups.labels("miss" if final.timings.adapter_wait else "hit").inc()
+            self._adapter_wait.observe(timings.adapter_wait)
+            self._lookups.labels("miss" if timings.adapter_wait else "hit").inc()
         if request.heads is not None:
             self.heads.add(request.heads.digest, final.speculation)
         if request.speculation.enabled:
             self._speculated(final.speculation)
+
+    async def watch_loop(self) -> None:
+        """Measures the event loop that it runs on, until it is cancelled."""
+        while True:
+            due = time.monotonic() + LAG_INTERVAL
+            await asyncio.sleep(LAG_INTERVAL)
+            self._loop_lag.observe(max(time.monotonic() - due, 0.0))
 
     def _speculated(self, stats: SpeculationStats) -> None:
         for source, drafted in stats.drafted.items():
@@ -159,7 +200,10 @@ class StateCollector(Collector):
         registry: Registry,
         heads: HeadsCounts,
         config: AdapterConfig,
+        info: Mapping[str, Mapping[str, str]],
     ) -> None:
+        """info: what does not change while the process runs, by the metric that shows it."""
+        self._info = info
         self._engine = engine
         self._pool = pool
         self._host = host
@@ -170,7 +214,10 @@ class StateCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """One family a metric; called by prometheus_client, from its server's thread."""
         stats = self._pool.stats()
+        for name, labels in self._info.items():
+            yield InfoMetricFamily(f"{PREFIX}{name}", "What runs.", dict(labels))
         yield from self._rows(stats)
+        yield from self._pages()
         yield from self._tiers(stats)
         yield from self._paging(stats)
         yield from self._residents(stats)
@@ -180,8 +227,16 @@ class StateCollector(Collector):
         num_waiting = self._engine.num_waiting
         rows = {"waiting": num_waiting, "running": max(self._engine.num_rows - num_waiting, 0)}
         yield _gauge("rows", "Requests in the engine.", "state", rows)
+        about = "Of these, rows whose readers do not read."
+        yield _gauge("parked_rows", about, value=self._engine.num_parked)
+        about = "Rows that gave their pages to others and run again."
+        yield _counter("preemptions", about, value=self._engine.num_preemptions)
         about = "Sets of LoRAs that rows wait for."
         yield _gauge("adapter_sets_waiting", about, value=stats.num_waiting)
+
+    def _pages(self) -> Iterator[Metric]:
+        pages = self._engine.num_pages
+        yield _gauge("kv_pages", "Pages of the KV cache.", "state", pages)
 
     def _tiers(self, stats: PoolStats) -> Iterator[Metric]:
         tiers = {
@@ -195,6 +250,8 @@ class StateCollector(Collector):
         yield _gauge("adapters", "Adapters in a tier.", "tier", counts)
         yield _gauge("adapter_bytes", "Bytes of the adapters in a tier.", "tier", nbytes)
         yield _gauge("adapter_budget_bytes", "Bytes that they may take.", "tier", budgets)
+        about = "Bytes of unfinished uploads."
+        yield _gauge("staging_bytes", about, value=self._registry.staging_bytes())
 
     def _paging(self, stats: PoolStats) -> Iterator[Metric]:
         loads = {"host": stats.host_hits, "disk": stats.disk_loads}
@@ -231,24 +288,6 @@ class StateCollector(Collector):
         failures = {d: n for d, n in self._engine.heads_failures.items() if d in on_device}
         about = "Steps in which these heads gave no numbers."
         yield _counter("heads_failures", about, "digest", failures)
-
-
-class MetricsServer:
-    """The scrape endpoint, on a thread of its own."""
-
-    def __init__(self, host: str, port: int, registry: CollectorRegistry) -> None:
-        """Raises InvalidArgumentError when the address cannot be had."""
-        try:
-            self._server, self._thread = start_http_server(port, host, registry)
-        except OSError as error:
-            raise InvalidArgumentError(
-                f"cannot listen on {host}:{port} ({error.strerror}): choose another --metrics-port"
-            ) from error
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
 
 
 def _family(

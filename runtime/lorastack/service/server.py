@@ -14,7 +14,7 @@ from typing import Self
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2
 from prometheus_client import CollectorRegistry
 
 from lorastack import __version__
@@ -23,9 +23,10 @@ from lorastack.adapters.host import HostCache
 from lorastack.adapters.learned import Learned
 from lorastack.adapters.load import Validator
 from lorastack.adapters.loader import be_nice
+from lorastack.adapters.opening import Recovery
 from lorastack.adapters.pool import DevicePool
 from lorastack.adapters.registry import Registry
-from lorastack.config import MIB, ServerConfig
+from lorastack.config import ServerConfig
 from lorastack.engine.base import base_weight
 from lorastack.engine.engine import Engine
 from lorastack.engine.loading import (
@@ -37,18 +38,23 @@ from lorastack.engine.loading import (
 )
 from lorastack.service.adapters import AdapterService
 from lorastack.service.dispatch import Dispatcher
+from lorastack.service.door import Door
 from lorastack.service.generation import GenerationService
 from lorastack.service.learned import LearnedKeeper
+from lorastack.service.limits import Lengths
 from lorastack.service.listen import Ports
-from lorastack.service.metrics import MetricsServer, RequestMetrics, StateCollector
+from lorastack.service.listener import make_server, raise_file_limit
+from lorastack.service.metrics import RequestMetrics, StateCollector
 from lorastack.service.prepare import Preparer, ServedModel
 from lorastack.service.probe import probe
 from lorastack.service.provision import Provision
+from lorastack.service.scrape import MetricsServer
 from lorastack.service.status import CallGuard
 from lorastack.service.store import StoreFollower, StoreWriter, needed_digests
 from lorastack.service.threads import run_in
 from lorastack.service.transfer import Transfers
 from lorastack.service.uploads import Uploads
+from lorastack.service.wire import request_readers
 from lorastack.v1 import adapters_pb2, generation_pb2
 from lorastack.v1.adapters_pb2_grpc import add_AdapterServiceServicer_to_server as add_adapters
 from lorastack.v1.generation_pb2_grpc import (
@@ -63,20 +69,15 @@ NUM_WORKERS = 4  # tokenising and registry look-ups
 REFRESH_SECONDS = 2.0  # how old a read-only store's view may be
 STOP_GRACE = 2.0  # seconds for handlers to send what the engine has ended
 SERVICES = tuple(
-    descriptor.services_by_name[name].full_name
-    for descriptor, name in (
-        (generation_pb2.DESCRIPTOR, "GenerationService"),
-        (adapters_pb2.DESCRIPTOR, "AdapterService"),
-    )
+    service.full_name
+    for file in (generation_pb2.DESCRIPTOR, adapters_pb2.DESCRIPTOR)
+    for service in file.services_by_name.values()
 )
-OPTIONS = [
-    ("grpc.so_reuseport", 0),  # a second server on the port is an error, not a coin toss
-    ("grpc.max_receive_message_length", 16 * MIB),
-    # A client that vanished without a word is noticed within 40 s, and its rows end.
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-]
+FILES = (  # of all services that there are
+    *(generation_pb2.DESCRIPTOR, adapters_pb2.DESCRIPTOR),
+    *(health_pb2.DESCRIPTOR, reflection_pb2.DESCRIPTOR),
+)
+OTHER_CALLS = 256  # at once, beside those that wait or run in the engine
 
 logger = logging.getLogger(__name__)
 
@@ -120,9 +121,14 @@ class Server:
                 registry=registry,
                 heads=requests.heads,
                 config=config.adapters,
+                info=_info(model),
             )
         )
+        self._requests = requests
         self._guard = CallGuard(requests.call_ended)
+        self._lengths = Lengths(max_context=model.max_context, max_files=config.adapters.max_files)
+        # Parked rows are in the engine beside those that run or wait.
+        self._max_calls = 2 * (config.engine.max_rows + config.engine.max_queue) + OTHER_CALLS
         self._workers = ThreadPoolExecutor(NUM_WORKERS, "lorastack-edge")
         self._uploader = ThreadPoolExecutor(1, "lorastack-upload", initializer=be_nice)
         self._preparer = Preparer(model, registry, config.adapters.default_medusa)
@@ -144,6 +150,7 @@ class Server:
             needed=partial(needed_digests, dispatcher, pool, self._preparer),
         )
         self._uploads = Uploads(
+            max_files=config.adapters.max_files,
             registry=registry,
             writer=writer,
             readers=self._workers,
@@ -202,6 +209,8 @@ class Server:
         cls, config: ServerConfig, ports: Ports, progress: Progress, copy: Copy | None
     ) -> Self:
         limits = config.adapters
+        model = config.model.model or "the default model"
+        logger.info("lorastack %s: model %s, store %s", __version__, model, limits.store)
         registry = Registry(
             limits.store,
             max_upload=limits.max_upload,
@@ -209,8 +218,9 @@ class Server:
             max_staged=limits.max_staged,
             read_only=limits.read_only_store,
         )
-        level = logging.WARNING if registry.recovery.damaged else logging.INFO
-        logger.log(level, "store %s: %s", limits.store, registry.recovery)
+        if registry.recovery != Recovery(damaged=()):
+            level = logging.WARNING if registry.recovery.damaged else logging.INFO
+            logger.log(level, "store %s: %s", limits.store, registry.recovery)
         loaded = load_model(config.model, config.engine.kv_memory, limits.device_memory, progress)
         validate = Validator(
             shapes=loaded.decoder.shapes,
@@ -295,7 +305,14 @@ class Server:
 
     async def _start(self) -> None:
         loop = asyncio.get_running_loop()
-        server = grpc.aio.server(options=OPTIONS)
+        readers = request_readers(FILES, self._lengths)
+        door = Door(self._guard, readers, own="/lorastack.", max_calls=self._max_calls)
+        server = make_server(
+            [door],
+            max_message_bytes=self._lengths.message_bytes,
+            max_streams=self._max_calls,
+            max_files=raise_file_limit(),
+        )
         add_generation(self._generation, server)  # type: ignore[no-untyped-call]
         add_adapters(self._adapters, server)  # type: ignore[no-untyped-call]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
@@ -308,11 +325,12 @@ class Server:
         self._dispatcher.attach(self._engine, loop)
         self._engine.start()
         await probe(self._preparer, self._dispatcher, self._workers)
+        self._background.append(loop.create_task(self._requests.watch_loop()))
         if self._follower is not None:
-            self._background.append(asyncio.create_task(self._follow(self._follower)))
+            self._background.append(loop.create_task(self._follow(self._follower)))
         elif self._keeper is not None:
-            self._background.append(asyncio.create_task(self._keeper.run()))
-        self._background.append(asyncio.create_task(self._uploads.expire()))
+            self._background.append(loop.create_task(self._keeper.run()))
+        self._background.append(loop.create_task(self._uploads.expire()))
         await server.start()
         self._server = server
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
@@ -376,6 +394,21 @@ def _served(loaded: LoadedModel, max_context: int) -> ServedModel:
         kv_memory=loaded.kv_memory,
         threads=loaded.threads,
     )
+
+
+def _info(model: ServedModel) -> dict[str, dict[str, str]]:
+    """What the metrics say about this process once and for all."""
+    return {
+        "build": {"version": __version__},
+        "model": {
+            "model": model.name,
+            "fingerprint": model.fingerprint,
+            "backend": model.backend,
+            "device": model.device,
+            "dtype": model.dtype,
+            "quantization": model.quantization,
+        },
+    }
 
 
 def _model_info(model: ServedModel, config: ServerConfig) -> generation_pb2.GetModelInfoResponse:

@@ -2,16 +2,21 @@
 
 Every status carries google.rpc.ErrorInfo (domain "lorastack", a stable reason, request_id among
 its metadata); RESOURCE_EXHAUSTED also carries RetryInfo. Anything unexpected becomes INTERNAL, is
-logged with its traceback, and shows the caller nothing but the request id.
+logged with its traceback, and shows the caller nothing but the request id. A caller who has gone is
+CANCELLED, whatever we were doing for it.
+
+Calls leave a line in the log each: all that fail or change something, and those of generation.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 import uuid
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -26,17 +31,21 @@ from lorastack.errors import (
     ResourceExhaustedError,
     UnavailableError,
 )
+from lorastack.service.printable import printable
 
 DOMAIN = "lorastack"
 # Statuses travel in HTTP/2 trailers, which receivers cap at 8 KiB; percent-encoding triples bytes.
 MAX_MESSAGE_BYTES = 1024
 MAX_METADATA_BYTES = 256
 DEFAULT_RETRY_SECONDS = 1.0
+MAX_REFUSALS = 100  # lines a second; callers must not fill the log
 
 logger = logging.getLogger(__name__)
 
 # The aio context is generic over the messages of its RPC, which do not matter here.
 Context = grpc.aio.ServicerContext[Any, Any]
+# What a call's line in the log says beside its name and outcome: adapters, tokens, times.
+Notes = dict[str, object]
 
 
 def new_request_id() -> str:
@@ -67,6 +76,15 @@ def to_status(error: LorastackError, request_id: str) -> status_pb2.Status:
     )
 
 
+@contextmanager
+def call_is_over() -> Iterator[None]:
+    """Around what sends: grpc's error about a call that its caller left becomes CancelledError."""
+    try:
+        yield
+    except grpc.aio.InternalError:  # ExecuteBatchError among them, which is not public
+        raise asyncio.CancelledError from None
+
+
 class CallGuard:
     """Wraps the body of every RPC. draining: new calls are refused, running ones go on."""
 
@@ -77,6 +95,7 @@ class CallGuard:
         self._num_calls = 0
         self._idle = asyncio.Event()
         self._idle.set()
+        self._refusals = _Refusals()
 
     async def idle(self, timeout: float) -> None:
         """Waits until no call runs, for at most `timeout` seconds."""
@@ -84,8 +103,13 @@ class CallGuard:
             await asyncio.wait_for(self._idle.wait(), timeout)
 
     @asynccontextmanager
-    async def __call__(self, rpc: str, context: Context, request_id: str) -> AsyncIterator[None]:
-        """Turns whatever the body raises into a status. Cancellation passes through."""
+    async def __call__(self, rpc: str, context: Context, request_id: str) -> AsyncIterator[Notes]:
+        """Turns whatever the body raises into a status. Cancellation passes through.
+
+        The body fills the notes; a call that ends well without any is not worth a line.
+        """
+        notes: Notes = {}
+        call = _Call(rpc, context, request_id, notes, time.monotonic())
         self._num_calls += 1
         self._idle.clear()
         try:
@@ -93,36 +117,84 @@ class CallGuard:
                 raise UnavailableError(
                     "the server is shutting down; send the request to another one"
                 )
-            yield
+            with call_is_over():
+                yield notes
             self._on_end(rpc, grpc.StatusCode.OK)
+            call.log(logging.INFO if notes else logging.DEBUG, "OK")
         except LorastackError as error:
-            level = logging.ERROR if isinstance(error, InternalError) else logging.INFO
-            logger.log(
-                level, "%s: %s", error.reason, error.message, extra={"request_id": request_id}
-            )
-            await self._abort(rpc, context, error, request_id)
+            code = code_of(error)
+            if isinstance(error, InternalError):
+                call.log(logging.ERROR, f"{code.name}: {error.reason}: {error.message}")
+            elif self._refusals.may_log():
+                call.log(logging.INFO, f"{code.name}: {error.reason}: {error.message}")
+            await self._abort(call, error)
         except asyncio.CancelledError:
             self._on_end(rpc, grpc.StatusCode.CANCELLED)
+            if self._refusals.may_log():
+                call.log(logging.INFO, "CANCELLED")
             raise
         except (grpc.aio.AbortError, grpc.aio.UsageError):
             raise
         except Exception:
-            logger.exception("unexpected error", extra={"request_id": request_id})
+            call.log(logging.ERROR, "INTERNAL: unexpected error", exc_info=True)
             bug = InternalError(
                 f"the server failed on request {request_id}; its log says why, please report it"
             )
-            await self._abort(rpc, context, bug, request_id)
+            await self._abort(call, bug)
         finally:
             self._num_calls -= 1
             if self._num_calls == 0:
                 self._idle.set()
 
-    async def _abort(
-        self, rpc: str, context: Context, error: LorastackError, request_id: str
-    ) -> None:
-        self._on_end(rpc, code_of(error))
-        status = rpc_status.to_status(to_status(error, request_id))
-        await context.abort(status.code, status.details, status.trailing_metadata)
+    async def _abort(self, call: _Call, error: LorastackError) -> None:
+        self._on_end(call.rpc, code_of(error))
+        status = rpc_status.to_status(to_status(error, call.request_id))
+        with call_is_over():
+            await call.context.abort(status.code, status.details, status.trailing_metadata)
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What a line about a call says."""
+
+    rpc: str
+    context: Context
+    request_id: str
+    notes: Notes
+    began: float  # time.monotonic()
+
+    def log(self, level: int, outcome: str, *, exc_info: bool = False) -> None:
+        if logger.isEnabledFor(level):
+            extra = {
+                "request_id": self.request_id,
+                "peer": self.context.peer(),
+                "rpc": self.rpc,
+                **{key: _cut(str(value), MAX_METADATA_BYTES) for key, value in self.notes.items()},
+                "ms": round((time.monotonic() - self.began) * 1000, 1),
+            }
+            line = f"{self.rpc} {_cut(outcome, MAX_MESSAGE_BYTES)}"
+            logger.log(level, "%s", line, extra=extra, exc_info=exc_info)
+
+
+class _Refusals:
+    """How many lines a second callers get who are refused or leave. The rest is counted."""
+
+    def __init__(self) -> None:
+        self._second = 0.0  # time.monotonic()
+        self._num_logged = 0
+        self._num_left_out = 0
+
+    def may_log(self) -> bool:
+        now = time.monotonic()
+        if now - self._second >= 1.0:
+            if self._num_left_out:
+                logger.warning("%d more calls were refused or cancelled", self._num_left_out)
+            self._second, self._num_logged, self._num_left_out = now, 0, 0
+        if self._num_logged == MAX_REFUSALS:
+            self._num_left_out += 1
+            return False
+        self._num_logged += 1
+        return True
 
 
 def _pack(message: Any) -> any_pb2.Any:
@@ -132,7 +204,9 @@ def _pack(message: Any) -> any_pb2.Any:
 
 
 def _cut(text: str, limit: int) -> str:
-    raw = text.encode("utf-8", "replace")
+    """At most so many bytes, and printable: callers show it, proxies log it."""
+    text = printable(text[:limit])
+    raw = text.encode()
     if len(raw) <= limit:
         return text
     return raw[: limit - 3].decode("utf-8", "ignore") + "..."

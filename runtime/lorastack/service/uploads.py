@@ -16,15 +16,15 @@ from lorastack.adapters.ids import check_id
 from lorastack.adapters.manifest import Record
 from lorastack.adapters.registry import Registry
 from lorastack.adapters.upload import Upload
-from lorastack.config import MIB
 from lorastack.errors import AbortedError, InvalidArgumentError, LorastackError, Reason
 from lorastack.service import convert
+from lorastack.service.limits import MAX_CHUNK
 from lorastack.service.places import Place, Places
+from lorastack.service.status import Notes
 from lorastack.service.store import StoreWriter
 from lorastack.service.threads import run_in
 from lorastack.v1 import adapters_pb2
 
-MAX_CHUNK = MIB
 UPLOADS, UPLOADS_PER_CALLER = 512, 256  # at a time
 EXPIRE_INTERVAL = 60.0  # seconds between two looks for uploads that nobody went on with
 _RESUMABLE = (Reason.STAGING_FULL, Reason.UPLOAD_INCOMPLETE)
@@ -38,6 +38,7 @@ class Uploads:
     def __init__(
         self,
         *,
+        max_files: int,
         registry: Registry,
         writer: StoreWriter,
         readers: Executor,
@@ -45,6 +46,7 @@ class Uploads:
         idle: float,
     ) -> None:
         """idle: seconds that an upload may wait for its caller."""
+        self._max_files = max_files
         self._registry = registry
         self._writer = writer
         self._readers = readers
@@ -65,31 +67,39 @@ class Uploads:
     ) -> adapters_pb2.PlanUploadResponse:
         """Raises InvalidArgumentError."""
         check_id(request.id)
-        files = convert.file_specs(request.files)
+        files = convert.file_specs(request.files, "files", self._max_files)
         needed = await run_in(self._readers, self._registry.plan_upload, request.id, files)
         return convert.needed_blobs(needed)
 
     async def receive(
-        self, messages: AsyncIterator[adapters_pb2.UploadAdapterRequest], caller: str
+        self,
+        messages: AsyncIterator[adapters_pb2.UploadAdapterRequest],
+        caller: str,
+        notes: Notes,
     ) -> Record:
-        """Takes a header, then chunks until the stream ends, and commits. Raises what is wrong."""
+        """Takes a header, then chunks until the stream ends, and commits. Raises what is wrong.
+
+        notes: for the log, whose adapter it is.
+        """
         async with self._places.take(caller) as place:
-            return await self._receive(messages, caller, place)
+            return await self._receive(messages, caller, place, notes)
 
     async def _receive(
         self,
         messages: AsyncIterator[adapters_pb2.UploadAdapterRequest],
         caller: str,
         place: Place,
+        notes: Notes,
     ) -> Record:
         first = await place.waits(anext(messages, None))
         if first is None or first.WhichOneof("part") != "header":
             raise InvalidArgumentError("an upload starts with a header of id and files")
         header = first.header
+        notes["adapter"] = header.id
         opening = self._uploader.submit(
             self._registry.begin_upload,
             header.id,
-            convert.file_specs(header.files),
+            convert.file_specs(header.files, "header.files", self._max_files),
             header.if_digest if header.HasField("if_digest") else None,
             sender=caller,
         )

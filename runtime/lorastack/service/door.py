@@ -1,0 +1,146 @@
+"""What every call passes before its method sees it: bounds on calls, and its bytes read.
+
+Messages are read one at a time, and the event loop turns between two of them, so that streams go
+on however many large requests come in at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import suppress
+from typing import Any
+
+import grpc
+
+from lorastack.errors import (
+    DeadlineExceededError,
+    InvalidArgumentError,
+    LorastackError,
+    Reason,
+    ResourceExhaustedError,
+)
+from lorastack.service.status import CallGuard, Context, call_is_over, new_request_id
+from lorastack.service.wire import RequestReader
+
+SILENCE = 60.0  # seconds that a call may take to send its first message
+MAX_OTHER_CALLS = 64  # at once, of each method of health and reflection
+
+# grpc.aio's kinds of methods, as one: messages in, at most one message out, or written.
+Method = Callable[[AsyncIterator[Any], Context], Awaitable[Any]]
+
+
+class Door(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
+    """readers: by full method name ("/package.Service/Method"), of all methods."""
+
+    def __init__(
+        self, guard: CallGuard, readers: Mapping[str, RequestReader], *, own: str, max_calls: int
+    ) -> None:
+        """own: how names of our services begin; these methods share max_calls."""
+        self._guard = guard
+        self._readers = readers
+        self._own = own
+        self._max_calls = max_calls
+        self._num_calls: Counter[str] = Counter()
+        self._turn = asyncio.Lock()
+
+    async def intercept_service(
+        self,
+        continuation: Callable[
+            [grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]
+        ],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        """The same method, as one that gets a stream of bytes."""
+        handler: Any = await continuation(handler_call_details)
+        name = handler_call_details.method
+        if handler.response_streaming:
+            make = grpc.stream_stream_rpc_method_handler
+            inner = handler.stream_stream if handler.request_streaming else handler.unary_stream
+        else:
+            make = grpc.stream_unary_rpc_method_handler
+            inner = handler.stream_unary if handler.request_streaming else handler.unary_unary
+        if inspect.isasyncgenfunction(inner):
+            inner = _written(inner)
+        if not handler.request_streaming:
+            inner = _first(inner)
+        return make(self._entered(name, inner), response_serializer=handler.response_serializer)
+
+    def _entered(self, name: str, method: Method) -> Method:
+        async def enter(raw: AsyncIterator[bytes], context: Context) -> Any:
+            own = name.startswith(self._own)
+            group, most = (self._own, self._max_calls) if own else (name, MAX_OTHER_CALLS)
+            self._num_calls[group] += 1
+            try:
+                if self._num_calls[group] > most:
+                    raise ResourceExhaustedError(
+                        f"{most} calls are running already; try again later",
+                        reason=Reason.TOO_MANY_CALLS,
+                    )
+                with call_is_over():
+                    return await method(self._messages(name, raw, context), context)
+            except LorastackError as error:  # none of a method's own, which its guard has had
+                async with self._guard(name.rpartition("/")[2], context, new_request_id()):
+                    raise error
+            finally:
+                self._num_calls[group] -= 1
+
+        return enter
+
+    async def _messages(
+        self, name: str, stream: AsyncIterator[bytes], context: Context
+    ) -> AsyncIterator[Any]:
+        reader = self._readers[name]
+        silence: float | None = SILENCE
+        while True:
+            try:
+                async with asyncio.timeout(silence):
+                    raw = await anext(stream, None)
+            except TimeoutError:
+                raise DeadlineExceededError(
+                    f"no message came for {SILENCE:g} seconds; send it with the call"
+                ) from None
+            if raw is None:
+                await _check_half_closed(context)
+                return
+            async with self._turn:
+                message = reader.read(raw)
+                del raw
+                await asyncio.sleep(0)
+            yield message
+            if name.startswith(self._own):
+                silence = None  # an upload minds its own silence
+
+
+async def _check_half_closed(context: Context) -> None:
+    """Raises CancelledError if a stream has ended because its call has.
+
+    grpc shows both as the stream's end; only where the caller still listens something can be sent.
+    Where we have replied already, the next reply will tell.
+    """
+    with call_is_over(), suppress(grpc.aio.UsageError):
+        await context.send_initial_metadata(())
+
+
+def _first(method: Callable[[Any, Context], Awaitable[Any]]) -> Method:
+    """A method of one message as one of a stream."""
+
+    async def call(messages: AsyncIterator[Any], context: Context) -> Any:
+        message = await anext(messages, None)
+        if message is None:
+            raise InvalidArgumentError("the call ended without a message; send one")
+        return await method(message, context)
+
+    return call
+
+
+def _written(method: Callable[[Any, Context], AsyncIterator[Any]]) -> Method:
+    """A method that yields its replies as one that writes them."""
+
+    async def call(messages: AsyncIterator[Any], context: Context) -> None:
+        async for reply in method(messages, context):
+            await context.write(reply)
+
+    return call
