@@ -306,9 +306,9 @@ class Server:
     async def _start(self) -> None:
         loop = asyncio.get_running_loop()
         readers = request_readers(FILES, self._lengths)
-        door = Door(self._guard, readers, own="/lorastack.", max_calls=self._max_calls)
+        self._door = Door(self._guard, readers, own="/lorastack.", max_calls=self._max_calls)
         server = make_server(
-            [door],
+            [self._door],
             max_message_bytes=self._lengths.message_bytes,
             max_streams=self._max_calls,
             max_files=raise_file_limit(),

@@ -169,7 +169,7 @@ class _Call:
                 "request_id": self.request_id,
                 "peer": self.context.peer(),
                 "rpc": self.rpc,
-                **{key: _cut(str(value), MAX_METADATA_BYTES) for key, value in self.notes.items()},
+                **{key: _noted(value) for key, value in self.notes.items()},
                 "ms": round((time.monotonic() - self.began) * 1000, 1),
             }
             line = f"{self.rpc} {_cut(outcome, MAX_MESSAGE_BYTES)}"
@@ -201,6 +201,10 @@ def _pack(message: Any) -> any_pb2.Any:
     packed = any_pb2.Any()
     packed.Pack(message)
     return packed
+
+
+def _noted(value: object) -> object:
+    return _cut(value, MAX_METADATA_BYTES) if isinstance(value, str) else value
 
 
 def _cut(text: str, limit: int) -> str:
