@@ -6,7 +6,6 @@ Layout and traps: PEFT's save format, `base_model.model.{module}.lora_A.weight [
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -86,7 +86,7 @@ class Engine:
         self._on_failure = on_failure
         self._pace = Pace(config.max_step_tokens)
         self._costs = costs
-        self._speculator = Speculator(costs, config.max_nodes, calibrations)
+        self._speculator = Speculator(costs, config.max_nodes, config.max_step_tokens, calibrations)
         self._scheduler = Scheduler(
             config, pages, pool, self._pace, self._speculator, tokenizer.eos_ids, self._describe
         )
@@ -121,7 +121,7 @@ class Engine:
                 reason=Reason.REQUEST_TOO_LARGE,
             )
         ids = request.prompt_ids
-        if ids and not (0 <= min(ids) and max(ids) < self._vocab_size):
+        if ids and (min(ids) < 0 or max(ids) >= self._vocab_size):
             raise InvalidArgumentError(
                 f"the prompt holds a token id that the model lacks: it has {self._vocab_size}, and "
                 "ids count from 0"

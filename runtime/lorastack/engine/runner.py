@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lorastack.engine.acceptance import Sampled, accept_rows
-from lorastack.engine.batch import Batch, Draft, RowResult
+from lorastack.engine.batch import Batch, Draft, RowResult, RowStep
 from lorastack.engine.drafts import Drafter
 from lorastack.engine.stacks import Stacks
 from lorastack.errors import InternalError, InvalidArgumentError, LorastackError, Reason

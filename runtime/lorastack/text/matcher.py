@@ -12,6 +12,8 @@ from lorastack.text.allowance import Allowance
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
+MAX_CAUSE_CHARS = 300
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -121,17 +123,16 @@ class RowMatcher:
         except BaseException as failure:  # its panics are no Exceptions
             if isinstance(failure, KeyboardInterrupt):
                 raise
-            return self._give_up(str(failure))
-        if self._inner.is_error():
-            return self._give_up(self._inner.get_error())
-        if self._allowance.used_up:
-            return self._give_up("it takes too long to follow; use a simpler one")
-        return answer
-
-    def _give_up(self, cause: str) -> None:
-        self.error = (
-            "the grammar could not be followed any further: " + cause.partition("\n")[0][:300]
-        )
+            answer, cause = None, str(failure) or type(failure).__name__
+        else:
+            cause = self._inner.get_error() if self._inner.is_error() else ""
+            if not cause and self._allowance.used_up:
+                cause = "it takes too long to follow; use a simpler one"
+        if not cause:
+            return answer
+        cause = cause.partition("\n")[0][:MAX_CAUSE_CHARS]
+        self.error = f"the grammar could not be followed any further: {cause}"
+        return None
 
 
 def bitmask(ids: Collection[int], vocab_size: int) -> bytes:
