@@ -41,9 +41,13 @@ class EngineConfig:
     page_size: int = 16  # tokens
     max_rows: int = 32  # running at once
     max_queue: int = 256  # waiting
-    max_step_tokens: int = 256  # of prompts; fewer beside rows that decode, see engine.pace
+    # Of all rows: the last one of each that decodes, then prompts (see engine.pace), then drafts.
+    # Rows that decode always run, and beside them one token of a prompt.
+    max_step_tokens: int = 256
     max_nodes: int = 63  # drafted tokens a row and step at most, when the request does not say
     max_buffered_events: int = 64  # a slow reader's unread events before its row parks
+    max_parked: int = 256  # replies that wait for their readers; of more, the longest waiting ends
+    reader_timeout: float = 60.0  # seconds for which a reader may take nothing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -87,7 +87,7 @@ class Matcher(Protocol):
     `mask` allows may be sought or committed; end tokens are allowed for ever once one was taken.
     """
 
-    error: str  # why the grammar had to be given up, its end tokens being all it allows; else ""
+    error: str  # why the grammar had to be given up, so that nothing may come any more; else ""
 
     def seek(self, path: Sequence[int]) -> None:
         """To the committed tokens and `path` behind them, from any other path."""
@@ -98,7 +98,7 @@ class Matcher(Protocol):
         ...
 
     def mask(self) -> bytes:
-        """Which tokens may come next: token i is bit i % 8 of byte i // 8; never none.
+        """Which tokens may come next: token i is bit i % 8 of byte i // 8; none beside an `error`.
 
         ceil(V / 32) words of 4 bytes. The end tokens are among them where the text may end.
         """

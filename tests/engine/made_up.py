@@ -16,11 +16,13 @@ import torch
 
 from lorastack.adapters.device import DeviceAdapter
 from lorastack.config import EngineConfig
+from lorastack.engine.apart import run_apart
 from lorastack.engine.batch import Batch, Draft, RowResult, RowStep
 from lorastack.engine.costs import Costs
 from lorastack.engine.pace import Pace
 from lorastack.engine.pages import Pages
 from lorastack.engine.row import Row
+from lorastack.engine.runner import StepResults
 from lorastack.engine.scheduler import Scheduler
 from lorastack.engine.speculator import Speculator
 from lorastack.errors import DataLossError
@@ -198,7 +200,7 @@ class World:
             self.pages,
             self.pool,  # type: ignore[arg-type]
             self.pace,
-            Speculator(costs or CheapDrafts(), limits.max_nodes, {}),
+            Speculator(costs or CheapDrafts(), limits.max_nodes, limits.max_step_tokens, {}),
             frozenset({0}),
             lambda id, source, logprobs: GeneratedToken(id=id, source=source, logprobs=logprobs),
         )
@@ -208,7 +210,8 @@ class World:
     def step(self) -> Batch | None:
         batch = self.scheduler.schedule()
         if batch is not None:
-            self.scheduler.update(self.model.run(batch))
+            results = run_apart(lambda part: StepResults(self.model.run(part)), batch)
+            self.scheduler.update(results.rows)
         for event in self.scheduler.take_events():
             assert event.request_id not in self.last, "an event after the last one"
             self.tokens.setdefault(event.request_id, []).extend(t.id for t in event.tokens)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from lorastack.engine.pace import MIN_TOKENS, MOST_STRETCH, STRETCH, Pace, stretch
 
+DECODING = 8
 seconds = st.floats(1e-4, 10.0)
 
 
@@ -14,7 +15,7 @@ def run(pace: Pace, step: float, token: float, *, steps: int = 40) -> list[tuple
     """Steps of a machine whose costs are what the pace assumes: (prompt tokens, seconds)."""
     found = []
     for _ in range(steps):
-        tokens = pace.budget(decoding=8, waiting=1)
+        tokens = pace.budget(decoding=DECODING, waiting=1)
         found.append((tokens, step + token * tokens))
         pace.record(prompt_tokens=tokens, decoding=True, seconds=found[-1][1])
     return found
@@ -24,7 +25,7 @@ def run(pace: Pace, step: float, token: float, *, steps: int = 40) -> list[tuple
 def test_a_prompt_stretches_a_step_to_the_limit_and_always_goes_on(
     step: float, token: float, most: int
 ) -> None:
-    pace = Pace(most)
+    pace = Pace(most + DECODING)
     pace.record(prompt_tokens=0, decoding=True, seconds=step)
     pace.record(prompt_tokens=most, decoding=False, seconds=step + most * token)
     for tokens, took in run(pace, step, token):
@@ -45,7 +46,7 @@ def test_it_follows_a_machine_that_changes(step: float, price: float, change: fl
 
 def test_nothing_is_held_back_alone_or_before_anything_is_known() -> None:
     pace = Pace(300)
-    assert pace.budget(decoding=1, waiting=1) == 300
+    assert pace.budget(decoding=1, waiting=1) == 299
     pace.record(prompt_tokens=0, decoding=True, seconds=0.01)
     pace.record(prompt_tokens=100, decoding=True, seconds=0.11)
     assert pace.budget(decoding=0, waiting=1) == 300
@@ -77,3 +78,16 @@ def test_a_burst_is_read_in_larger_pieces() -> None:
     pace.record(prompt_tokens=1000, decoding=False, seconds=0.11)
     pieces = [pace.budget(decoding=decoding, waiting=8 - decoding) for decoding in (7, 2, 1)]
     assert pieces == [50, 150, 200]
+
+
+@given(st.integers(1, 99), st.integers(0, 99), st.integers(0, 9), st.booleans())
+def test_a_step_holds_so_many_tokens_and_always_one_of_a_prompt(
+    most: int, decoding: int, waiting: int, known: bool
+) -> None:
+    pace = Pace(most)
+    if known:
+        pace.record(prompt_tokens=0, decoding=True, seconds=0.01)
+        pace.record(prompt_tokens=9, decoding=True, seconds=0.02)
+    tokens = pace.budget(decoding=decoding, waiting=waiting)
+    assert tokens >= 1
+    assert tokens == 1 or tokens + decoding <= most

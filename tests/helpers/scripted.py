@@ -280,6 +280,7 @@ class Bench:
             costs=Costs(CostCurve(step)),
             calibrations={},
             max_context=script.num_pages * script.page_size,
+            vocab_size=decoder.shapes.vocab_size,
             on_events=on_events,
             on_failure=on_failure,
         )

@@ -326,7 +326,9 @@ class FakeServer:
         **adapters: Any,
     ) -> None:
         """adapters: more of AdapterConfig."""
-        self.dispatcher = Dispatcher(max_buffered)
+        self.dispatcher = Dispatcher(
+            max_buffered=max_buffered, max_parked=256, reader_timeout=PATIENCE
+        )
         self.pool, self.host = FakePool(), FakeHost()
         self.engine = FakeEngine(tokenizer, self._deliver, self.dispatcher.fail, self.pool)
         config = AdapterConfig(store=store, **adapters)

@@ -22,6 +22,7 @@ from lorastack.request import (
     Timings,
 )
 from lorastack.service.dispatch import Dispatcher
+from tests.helpers.live import PATIENCE
 
 FINAL = Final(
     finish_reason=FinishReason.LENGTH,
@@ -79,7 +80,7 @@ def run(
 ) -> None:
     async def main() -> None:
         recorder = engine or Recorder()
-        dispatcher = Dispatcher(max_buffered=3)
+        dispatcher = Dispatcher(max_buffered=3, max_parked=2, reader_timeout=PATIENCE)
         dispatcher.attach(recorder, asyncio.get_running_loop())
         await test(dispatcher, recorder)
         assert dispatcher._streams == {}
@@ -266,7 +267,7 @@ def test_digests_in_use_are_counted_until_the_row_ends() -> None:
 
 def test_events_after_the_loop_is_gone_are_dropped() -> None:
     loop = asyncio.new_event_loop()
-    dispatcher = Dispatcher(3)
+    dispatcher = Dispatcher(max_buffered=3, max_parked=2, reader_timeout=PATIENCE)
     dispatcher.attach(Recorder(), loop)
     loop.close()
     dispatcher.deliver([event("a")])

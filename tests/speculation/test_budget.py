@@ -23,15 +23,17 @@ def rate(
     return gain / cost.seconds(fixed + sum(counts))
 
 
-@given(st.lists(worths, max_size=3), st.integers(0, 8), curves())
+@given(st.lists(worths, max_size=3), st.integers(0, 8), curves(), st.integers(0, 12))
 def test_no_other_numbers_of_nodes_give_more(
-    rows: list[list[float]], fixed: int, cost: CostCurve
+    rows: list[list[float]], fixed: int, cost: CostCurve, most: int
 ) -> None:
     num_rows = len(rows) + 1
-    counts = allot(rows, fixed, num_rows, cost)
+    counts = allot(rows, fixed, num_rows, cost, most)
+    assert sum(counts) <= most
     best = max(
         rate(rows, list(other), fixed, num_rows, cost)
         for other in product(*[range(len(row) + 1) for row in rows])
+        if sum(other) <= most
     )
     assert rate(rows, counts, fixed, num_rows, cost) == pytest.approx(best, rel=1e-12)
 

@@ -312,7 +312,7 @@ def test_a_grammar_that_grows_too_complex_ends_its_row() -> None:
     (brace,) = tokenizer_of("bytes").encode_part("{")
     matcher.commit([brace])
     assert "items" in matcher.error
-    assert allowed(matcher) == sorted(tokenizer_of("bytes").eos_ids)
+    assert allowed(matcher) == []
     assert matcher.finished
     assert matcher.forced(3) == ()
 
@@ -370,7 +370,7 @@ def test_text_without_tokens_is_refused() -> None:
     matcher.commit([0])
     assert (allowed(matcher), matcher.finished) == ([0], False)
     matcher.commit([0])
-    assert (allowed(matcher), matcher.finished) == ([1], True)
+    assert (allowed(matcher), matcher.finished) == ([], True)
     assert matcher.error
 
 

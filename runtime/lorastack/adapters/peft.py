@@ -6,7 +6,6 @@ Layout and traps: PEFT's save format, `base_model.model.{module}.lora_A.weight [
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from lorastack.adapters.tensorfile import TensorEntry
 from lorastack.layout import EMBED, LM_HEAD, ModelShapes, Part, TensorKey
 
 CONFIG_NAME = "adapter_config.json"
+MAX_ALPHA = 1e6  # with scales of requests bounded too, what they make is far from infinite
 MAX_TEXT = 1024  # characters of a name in a config, which every listing repeats
 # PEFT's choice for Llama and Mistral when a config names no targets.
 _DEFAULT_TARGETS = frozenset({"q_proj", "v_proj"})
@@ -208,8 +208,11 @@ def _rank(value: object, field: str) -> int:
 
 
 def _alpha(value: object, field: str) -> float:
-    if type(value) not in (int, float) or not math.isfinite(alpha := float(str(value))):
-        raise invalid(f"{field[:64]} = {str(value)[:64]} is not a finite number")
+    if type(value) not in (int, float) or not abs(alpha := float(str(value))) <= MAX_ALPHA:
+        raise invalid(
+            f"{field[:64]} = {str(value)[:64]} is not a number between -{MAX_ALPHA:g} and "
+            f"{MAX_ALPHA:g}"
+        )
     return alpha
 
 

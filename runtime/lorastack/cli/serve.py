@@ -265,6 +265,24 @@ def serve(
             help="Waiting requests.",
         ),
     ] = _ENGINE.max_queue,
+    max_parked: Annotated[
+        int,
+        typer.Option(
+            "--max-parked",
+            min=1,
+            envvar="LORASTACK_MAX_PARKED",
+            help="Replies that wait for readers who do not read.",
+        ),
+    ] = _ENGINE.max_parked,
+    reader_timeout: Annotated[
+        float,
+        typer.Option(
+            "--reader-timeout",
+            min=0.001,
+            envvar="LORASTACK_READER_TIMEOUT",
+            help="Seconds for which a reader may take nothing.",
+        ),
+    ] = _ENGINE.reader_timeout,
     max_context: Annotated[
         int | None,
         typer.Option(
@@ -310,6 +328,8 @@ def serve(
             kv_memory=None if kv_memory is None else parse_size(kv_memory),
             max_rows=max_rows,
             max_queue=max_queue,
+            max_parked=max_parked,
+            reader_timeout=reader_timeout,
         ),
         adapters=AdapterConfig(
             store=default_store() if store is None else store,

@@ -79,7 +79,7 @@ class Batch:
 class RowResult:
     """What a step gave a row. tokens: the accepted nodes' and the last draw, or ().
 
-    sources: of the accepted nodes.
+    sources: of the accepted nodes. error: ends the row, behind the tokens if there are any.
     """
 
     tokens: tuple[int, ...] = ()

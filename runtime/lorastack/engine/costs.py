@@ -57,6 +57,15 @@ def measure(runner: Runner, pages: Pages) -> Costs:
     return Costs(CostCurve(list(zip(sizes, least, strict=True))))
 
 
+def try_step(runner: Runner, pages: Pages) -> None:
+    """Runs a step that needs nobody's values, if there is a page for it; raises what it raises."""
+    if (table := pages.allocate(1)) is not None:
+        try:
+            runner.run(Batch(steps=(_chain(1, table),)))
+        finally:
+            pages.free(table)
+
+
 def _chain(tokens: int, table: list[int]) -> RowStep:
     """A decoding row with a tree of one path."""
     request = Request(

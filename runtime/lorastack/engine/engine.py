@@ -8,13 +8,15 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from typing import Any, NamedTuple
 
 import torch
 
 from lorastack.adapters.pool import DevicePool
 from lorastack.config import EngineConfig
+from lorastack.engine.apart import run_apart
 from lorastack.engine.batch import Batch
-from lorastack.engine.costs import Costs
+from lorastack.engine.costs import Costs, try_step
 from lorastack.engine.pace import Pace
 from lorastack.engine.pages import Pages
 from lorastack.engine.residency import Residency
@@ -37,6 +39,16 @@ from lorastack.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
+MAX_FAULTS = 3  # that no row caused, without a row that got on in between
+LONGEST_REST = 3600.0  # seconds; what a condition can wait for is bounded
+
+
+class _Command(NamedTuple):
+    """What the step thread shall do, and who wants to know."""
+
+    call: Callable[[], None]
+    future: Future[Any] | None = None
+
 
 class Engine:
     """Thread-safe door to the step loop.
@@ -57,12 +69,14 @@ class Engine:
         costs: Costs,
         calibrations: dict[str, Calibration],
         max_context: int,
+        vocab_size: int,
         on_events: Callable[[list[RowEvent]], None],
         on_failure: Callable[[BaseException], None],
     ) -> None:
         self.max_context = max_context
         self.num_steps = 0
         self.heads_failures: Counter[str] = Counter()  # by digest: steps in which they gave NaN
+        self._vocab_size = vocab_size
         self._config = config
         self._runner = runner
         self._tokenizer = tokenizer
@@ -72,13 +86,15 @@ class Engine:
         self._on_failure = on_failure
         self._pace = Pace(config.max_step_tokens)
         self._costs = costs
-        self._speculator = Speculator(costs, config.max_nodes, calibrations)
+        self._speculator = Speculator(costs, config.max_nodes, config.max_step_tokens, calibrations)
         self._scheduler = Scheduler(
             config, pages, pool, self._pace, self._speculator, tokenizer.eos_ids, self._describe
         )
         self._residency = Residency(pool, in_use=self._scheduler.uses, on_forgotten=self._forgotten)
         self._changed = threading.Condition()
-        self._inbox: deque[Callable[[], None]] = deque()
+        self._inbox: deque[_Command] = deque()
+        self._unsent: list[RowEvent] = []
+        self._num_faults = 0
         self._num_submitted = 0  # in the inbox, not yet with the scheduler
         self._num_rows = 0  # with the scheduler, as of its last step
         self._num_waiting = 0
@@ -105,6 +121,12 @@ class Engine:
                 f"{self.max_context}; shorten one of them",
                 reason=Reason.REQUEST_TOO_LARGE,
             )
+        ids = request.prompt_ids
+        if ids and (min(ids) < 0 or max(ids) >= self._vocab_size):
+            raise InvalidArgumentError(
+                f"the prompt holds a token id that the model lacks: it has {self._vocab_size}, and "
+                "ids count from 0"
+            )
         row = Row(
             request=request,
             text=TextStream(self._tokenizer, request.stop.stop_sequences),
@@ -119,7 +141,7 @@ class Engine:
                     retry_after=1.0,
                 )
             self._num_submitted += 1
-            self._inbox.append(lambda: self._scheduler.add(row))
+            self._inbox.append(_Command(lambda: self._scheduler.add(row)))
             self._changed.notify()
 
     def cancel(self, request_id: str) -> None:
@@ -170,7 +192,7 @@ class Engine:
 
         with self._changed:
             if not self._closed:
-                self._inbox.append(take)
+                self._inbox.append(_Command(take, future))
                 self._changed.notify()
                 return future
         self.close()  # the thread may be about to end
@@ -221,7 +243,8 @@ class Engine:
         with self._changed:
             self._draining = True
             return self._changed.wait_for(
-                lambda: self._closed or self._num_submitted + self._num_rows == 0, timeout
+                lambda: self._closed or self._num_submitted + self._num_rows == 0,
+                min(timeout, threading.TIMEOUT_MAX),
             )
 
     def close(self) -> None:
@@ -238,14 +261,19 @@ class Engine:
     def _main(self) -> None:
         try:
             while not self._closed:
-                self._step()
+                try:
+                    self._step()
+                except Exception as error:
+                    self._start_over(error)
             self._end_all(UnavailableError("the server shut down; send the request again"))
         except BaseException as error:
             log.critical("the step loop cannot go on", exc_info=error)
             with self._changed:
                 self._closed = True
-            self._end_all(InternalError("the server failed; its log says why"))
-            self._on_failure(error)
+            try:
+                self._end_all(InternalError("the server failed; its log says why"))
+            finally:
+                self._on_failure(error)
 
     def _step(self) -> None:
         self._take_inbox()
@@ -253,19 +281,35 @@ class Engine:
         batch = self._scheduler.schedule()
         if batch is not None:
             self.num_steps += 1
-            began = time.monotonic()
-            try:
-                results = self._runner.run(batch)
-            except Exception as error:
-                self._fail_step(error, [step.request.request_id for step in batch.steps])
-            else:
-                self._record(batch, time.monotonic() - began, results.draft_seconds)
-                self._note_failures(results.failed_heads)
-                self._scheduler.update(results.rows)
+            self._run(batch)
         self._residency.step()
         self._publish()
         if batch is None and not self._pool.blocked:
             self._rest()
+
+    def _run(self, batch: Batch) -> None:
+        began = time.monotonic()
+        results = run_apart(self._runner.run, batch)
+        if results.whole:
+            self._record(batch, time.monotonic() - began, results.draft_seconds)
+        self._note_failures(results.failed_heads)
+        self._scheduler.update(results.rows)
+        if not results.whole and all(row.error is not None for row in results.rows):
+            try_step(self._runner, self._pages)  # is it these rows, or the device?
+        self._num_faults = 0
+
+    def _start_over(self, error: Exception) -> None:
+        """After a fault that no row alone caused: all rows end, and the loop goes on.
+
+        Raises the error when that has not helped.
+        """
+        self._num_faults += 1
+        if self._num_faults > MAX_FAULTS:
+            raise error
+        log.error("the step loop failed; all rows end, and it goes on", exc_info=error)
+        self._scheduler.end_all(
+            InternalError("the server failed; its log says why", reason=Reason.STEP_FAILED)
+        )
 
     def _forgotten(self, digest: str) -> None:
         self._pages.forget(digest)
@@ -282,26 +326,19 @@ class Engine:
                 log.error("heads %s gave NaN or infinity; their rows go on undrafted", digest)
             self.heads_failures[digest] += 1
 
-    def _fail_step(self, error: Exception, request_ids: list[str]) -> None:
-        log.error("a step failed; its rows end: %s", ", ".join(request_ids), exc_info=error)
-        self._scheduler.fail(
-            InternalError(
-                "the step that ran this request failed; the server's log says why",
-                reason=Reason.STEP_FAILED,
-            )
-        )
-
     def _take_inbox(self) -> None:
         with self._changed:
             commands, self._inbox = self._inbox, deque()
             for command in commands:
-                command()
+                _carry_out(command)
             self._num_submitted = 0
             self._count()
 
     def _publish(self) -> None:
-        if events := self._scheduler.take_events():
-            self._on_events(events)
+        self._unsent += self._scheduler.take_events()
+        if self._unsent:
+            self._on_events(self._unsent)
+            self._unsent = []
         with self._changed:
             self._count()
             self._changed.notify_all()
@@ -313,7 +350,9 @@ class Engine:
     def _rest(self) -> None:
         """Sleep until a command, a loaded adapter or the next deadline."""
         wake_time = self._scheduler.wake_time()
-        timeout = None if wake_time is None else max(wake_time - time.monotonic(), 0.0)
+        timeout = None
+        if wake_time is not None:
+            timeout = min(max(wake_time - time.monotonic(), 0.0), LONGEST_REST)
         with self._changed:
             if not (self._woken or self._inbox or self._closed):
                 self._changed.wait(timeout)
@@ -338,7 +377,7 @@ class Engine:
         """Has the step thread run it. Too late for that, `future` says so."""
         with self._changed:
             if not self._closed:
-                self._inbox.append(command)
+                self._inbox.append(_Command(command, future))
                 self._changed.notify()
             elif future is not None:
                 future.set_exception(UnavailableError("the server is shutting down"))
@@ -353,3 +392,13 @@ class Engine:
             text=self._tokenizer.token_text(token_id),
             logprobs=logprobs,
         )
+
+
+def _carry_out(command: _Command) -> None:
+    """One that fails is nobody's but its own."""
+    try:
+        command.call()
+    except Exception as error:
+        log.error("an order to the engine failed", exc_info=error)
+        if command.future is not None and not command.future.done():
+            command.future.set_exception(InternalError("the server failed; its log says why"))

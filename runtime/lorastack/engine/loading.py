@@ -203,6 +203,7 @@ def build_engine(
         costs=measure(runner, pages),
         calibrations={digest: Calibration.from_json(text) for digest, text in learned.items()},
         max_context=max_context,
+        vocab_size=shapes.vocab_size,
         on_events=on_events,
         on_failure=on_failure,
     )

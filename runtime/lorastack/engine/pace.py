@@ -10,13 +10,13 @@ from __future__ import annotations
 
 STRETCH = 1.5  # of a step without a prompt; with the clock's noise less than twice
 MOST_STRETCH = 3.0  # however many rows wait
-MIN_TOKENS = 16  # a prompt always goes on
+MIN_TOKENS = 16  # a prompt always goes on: by so many where there is room
 _WEIGHT = 0.2  # of the newest step
 _FULL_WEIGHT_TOKENS = 32  # fewer prompt tokens say less about the price of one
 
 
 class Pace:
-    """Not thread-safe. max_tokens: of prompts in any step."""
+    """Not thread-safe. max_tokens: of any step, those of rows that decode included."""
 
     def __init__(self, max_tokens: int) -> None:
         self._max_tokens = max_tokens
@@ -29,10 +29,11 @@ class Pace:
         decoding: rows that make a token in it. waiting: rows with prompt tokens left. Nothing is
         held back before a step without a prompt was seen.
         """
+        most = max(self._max_tokens - decoding, 1)
         if not decoding or self._step is None or not self._token:
-            return self._max_tokens
+            return most
         affordable = int((stretch(decoding, waiting) - 1) * self._step / self._token)
-        return max(MIN_TOKENS, min(affordable, self._max_tokens))
+        return min(max(MIN_TOKENS, affordable), most)
 
     def record(self, *, prompt_tokens: int, decoding: bool, seconds: float) -> None:
         """What a step took. prompt_tokens: of all its rows."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from lorastack.adapters.pool import DevicePool
-from lorastack.errors import LorastackError
+from lorastack.errors import InternalError, LorastackError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -61,10 +64,12 @@ class Residency:
         for digest, leaving in list(self._leaving.items()):
             if digest in wanted or self._in_use(digest) or not self._pool.drop(digest):
                 continue
-            if leaving.forgotten:
-                self._on_forgotten(digest)
             del self._leaving[digest]
-            _finish(leaving)
+            try:
+                if leaving.forgotten:
+                    self._on_forgotten(digest)
+            finally:
+                _finish(leaving)
 
     def end(self, error: LorastackError) -> None:
         """Whoever still waits gets `error`."""
@@ -82,7 +87,10 @@ class Residency:
         try:
             if self._pool.acquire([digest]) is None:
                 return False
-        except LorastackError as error:
+        except Exception as error:
+            if not isinstance(error, LorastackError):
+                log.error("loading %s failed", digest, exc_info=error)
+                error = InternalError("the server failed to load it; its log says why")
             if future.set_running_or_notify_cancel():
                 future.set_exception(error)
             return True

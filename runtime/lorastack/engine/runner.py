@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from lorastack.engine.acceptance import Sampled, accept_rows
-from lorastack.engine.batch import Batch, Draft, RowResult
+from lorastack.engine.batch import Batch, Draft, RowResult, RowStep
 from lorastack.engine.drafts import Drafter
 from lorastack.engine.stacks import Stacks
-from lorastack.errors import InternalError, Reason
+from lorastack.errors import InternalError, InvalidArgumentError, LorastackError, Reason
 from lorastack.model.context import ForwardBatch, RowSpan
 from lorastack.model.decoder import Decoder
 from lorastack.model.kv import KVCache, Move
-from lorastack.request import TokenLogprobs
-from lorastack.sampling.sampler import token_logprobs
+from lorastack.request import Request, TokenLogprobs
+from lorastack.sampling.sampler import NO_TOKEN, token_logprobs
 from lorastack.speculation.accept import Accepted
 from lorastack.speculation.drafted import Drafted
 
@@ -28,12 +28,13 @@ from lorastack.speculation.drafted import Drafted
 class StepResults:
     """rows: in the order of the batch's steps. draft_seconds: of the step's, spent on heads.
 
-    failed_heads: digests of those that gave numbers that are none.
+    failed_heads: digests of those that gave numbers that are none. whole: all rows ran at once.
     """
 
     rows: list[RowResult]
     draft_seconds: float = 0.0
     failed_heads: Sequence[str] = ()
+    whole: bool = True
 
 
 class Runner:
@@ -110,26 +111,56 @@ class Runner:
         logits_XV: Tensor,
         peaks_X: list[float],
     ) -> RowResult:
-        nodes = [row.first_logit, *(row.first_logit + node for node in accepted.path)]
-        request = row.step.request
-        if not all(math.isfinite(peaks_X[node]) for node in nodes):
-            names = ", ".join(use.lora_id for use in request.loras) or "the base model"
-            return RowResult(
-                error=InternalError(
-                    f"the model gave non-finite logits with {names}; check the adapter's values "
-                    "and the scale, or use a wider --dtype",
-                    reason=Reason.NON_FINITE_LOGITS,
-                )
-            )
+        request, places = row.step.request, (0, *accepted.path)
+        nodes = [row.first_logit + node for node in places]
+        tokens = accepted.tokens
+        error: LorastackError | None = None
+        for count, (node, token) in enumerate(zip(nodes, tokens, strict=True)):
+            if not math.isfinite(peaks_X[node]):
+                error = _non_finite(request)
+            elif token == NO_TOKEN:
+                error = _no_token(row.step)
+            if error is not None:
+                # What came before is what the row would have without drafts.
+                nodes, tokens = nodes[:count], tokens[:count]
+                break
         logprobs: tuple[TokenLogprobs, ...] = ()
         if request.num_logprobs is not None:
             logprobs = tuple(
                 token_logprobs(logits_XV[node], token, request.num_logprobs)
-                for node, token in zip(nodes, accepted.tokens, strict=True)
+                for node, token in zip(nodes, tokens, strict=True)
             )
         return RowResult(
-            tokens=accepted.tokens,
-            sources=tuple(row.tree.sources[node] for node in accepted.path),
+            tokens=tokens,
+            sources=tuple(row.tree.sources[node] for node in accepted.path[: len(tokens)]),
             logprobs=logprobs,
             draft=draft,
+            error=error,
         )
+
+
+def _non_finite(request: Request) -> InternalError:
+    return InternalError(
+        f"the model gave non-finite logits with {_loras(request)}; check the adapter's values and "
+        "the scale, or use a wider --dtype",
+        reason=Reason.NON_FINITE_LOGITS,
+    )
+
+
+def _no_token(step: RowStep) -> InvalidArgumentError:
+    """Why nothing could be drawn from finite logits once the row's processor had been there."""
+    if step.processor is not None and step.processor.error:
+        return InvalidArgumentError(
+            f"response_format: {step.processor.error}",
+            reason=Reason.GRAMMAR_FAILED,
+            field="response_format",
+        )
+    return InvalidArgumentError(
+        "no token is left to draw: with the request's response_format, biases and penalties no "
+        f"logit of {_loras(step.request)} is finite; choose milder ones",
+        reason=Reason.NON_FINITE_LOGITS,
+    )
+
+
+def _loras(request: Request) -> str:
+    return ", ".join(use.lora_id for use in request.loras) or "the base model"

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
-from lorastack.adapters.device import DeviceAdapter
 from lorastack.adapters.pool import DevicePool
 from lorastack.config import EngineConfig
 from lorastack.engine.admission import LOOK_AHEAD, admission_order, is_overdue
 from lorastack.engine.batch import Batch, RowAdapters, RowResult, RowStep
+from lorastack.engine.holds import Holds
 from lorastack.engine.pace import Pace
-from lorastack.engine.pages import Pages, chain_hash
+from lorastack.engine.pages import Pages
 from lorastack.engine.row import Row
 from lorastack.engine.speculator import Speculator
 from lorastack.errors import DeadlineExceededError, InternalError, LorastackError, Reason
@@ -28,6 +30,8 @@ from lorastack.speculation.drafted import Drafted
 
 Describe = Callable[[int, TokenSource, TokenLogprobs | None], GeneratedToken]
 NUM_CANDIDATES = 8  # that a head proposes
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +51,11 @@ class Plan:
 class Scheduler:
     """Waiting and running rows.
 
-    A step is schedule() -> Batch, the runner's work, then update() or fail(). Adapters are pinned
-    from schedule to update: a pin's quantum is one step, so a row that does not run holds none.
+    A step is schedule() -> Batch, the runner's work, then update(). Adapters are pinned from
+    schedule to update: a pin's quantum is one step, so a row that does not run holds none.
+
+    What one row makes raise ends that row. Anything else leaves a state from which `end_all` frees
+    everything.
     """
 
     def __init__(
@@ -63,8 +70,8 @@ class Scheduler:
     ) -> None:
         self.num_preemptions = 0
         self._config = config
-        self._pages = pages
         self._pool = pool
+        self._holds = Holds(pages, pool)
         self._pace = pace
         self._speculator = speculator
         self._eos_ids = eos_ids
@@ -98,7 +105,8 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        """Those whose readers read: a parked row that gave up its pages waits for nothing here."""
+        return sum(not row.parked for row in self._waiting)
 
     @property
     def num_parked(self) -> int:
@@ -116,12 +124,14 @@ class Scheduler:
         now = time.monotonic()
         self._end_overdue(now)
         decoding = [row for row in self._running if row.num_pending == 1 and not row.parked]
-        self._speculator.choose_heads(decoding)
+        with _advisory():
+            self._speculator.choose_heads(decoding)
         budget = self._pace.budget(decoding=len(decoding), waiting=self._num_unread(decoding))
         for row in list(self._running):
             if row.parked or row not in self._running:  # preempted by a row before it
                 continue
-            budget -= self._schedule_row(row, budget, now)
+            with self._blaming(row):
+                budget -= self._schedule_row(row, budget, now)
         self._admit(budget, now)
         if not self._planned:
             return None
@@ -139,32 +149,15 @@ class Scheduler:
         now = time.monotonic()
         scheduled, self._scheduled = self._scheduled, []
         for (row, step), result in zip(scheduled, results, strict=True):
-            self._release(step.adapters)
-            if result.error is not None:
-                self._end(row, error=result.error)
-                continue
-            self._commit(row, step, result)
-            if not step.samples:
-                continue
-            event = row.append(result, self._eos_ids, self._describe, now)
-            self._events.append(event)
-            if event.final is not None:
-                self._remove(row)
-            elif row.matcher is not None and row.matcher.error:
-                self._end(row, InternalError(row.matcher.error, reason=Reason.GRAMMAR_FAILED))
-
-    def fail(self, error: LorastackError) -> None:
-        """The step raised: its rows end, everything they held is free."""
-        scheduled, self._scheduled = self._scheduled, []
-        for row, step in scheduled:
-            self._release(step.adapters)
-            self._end(row, error=error)
+            self._holds.unpin(row)
+            with self._blaming(row):
+                self._take_in(row, step, result, now)
 
     def end_all(self, error: LorastackError) -> None:
-        """Every row ends with `error`."""
-        self.fail(error)
+        """Every row ends with `error`, and what it held is free."""
+        self._planned, self._scheduled = [], []
         for row in list(self._rows()):
-            self._end(row, error=error)
+            self._end(row, error)
 
     # -- inside -----------------------------------------------------------------------------------
 
@@ -172,15 +165,36 @@ class Scheduler:
         yield from self._running
         yield from self._waiting
 
+    @contextmanager
+    def _blaming(self, row: Row) -> Iterator[None]:
+        """What the block raises ends this row, and no other."""
+        try:
+            yield
+        except LorastackError as error:
+            self._end(row, error)
+        except Exception as error:
+            log.error("request %s failed", row.request.request_id, exc_info=error)
+            self._end(
+                row,
+                InternalError(
+                    "the server failed on this request; its log says why",
+                    reason=Reason.STEP_FAILED,
+                ),
+            )
+
     def _end_overdue(self, now: float) -> None:
         for row in list(self._rows()):
-            limit, deadline = row.request.stop.time_limit, row.request.deadline
-            if row.cancelled:
-                self._finish(row, FinishReason.CANCELLED, now)
-            elif deadline is not None and now >= deadline:
-                self._end(row, error=DeadlineExceededError("the deadline passed; allow more time"))
-            elif limit is not None and now >= row.submitted + limit:
-                self._finish(row, FinishReason.TIME_LIMIT, now)
+            with self._blaming(row):
+                self._end_if_overdue(row, now)
+
+    def _end_if_overdue(self, row: Row, now: float) -> None:
+        limit, deadline = row.request.stop.time_limit, row.request.deadline
+        if row.cancelled:
+            self._finish(row, FinishReason.CANCELLED, now)
+        elif deadline is not None and now >= deadline:
+            raise DeadlineExceededError("the deadline passed; allow more time")
+        elif limit is not None and now >= row.submitted + limit:
+            self._finish(row, FinishReason.TIME_LIMIT, now)
 
     def _num_unread(self, decoding: list[Row]) -> int:
         """Rows beside these that run, or could, and have prompt tokens left."""
@@ -191,14 +205,12 @@ class Scheduler:
         """Plan one running row; returns how much of the prompt budget it took."""
         decoding = row.num_pending == 1
         num_tokens = 1 if decoding else min(row.num_pending, budget)
-        adapters = self._acquire(row, now)
+        adapters = self._pin(row, now)
         if adapters is None:
             return 0
-        if num_tokens <= 0:
-            self._release(adapters)  # asked for none the less: a row that does not ask loses them
-            return 0
-        if not self._make_room(row, row.num_computed + num_tokens):
-            self._release(adapters)
+        # A row without budget has asked none the less: one that does not ask loses its adapters.
+        if num_tokens <= 0 or not self._make_room(row, row.num_computed + num_tokens):
+            self._holds.unpin(row)
             return 0
         self._planned.append(Plan(row, num_tokens, adapters))
         return 0 if decoding else num_tokens
@@ -217,15 +229,18 @@ class Scheduler:
             may_ask = num_asking < num_slots or self._pool.holds(row.lora_digests)
             if num_slots <= 0 or not may_ask:
                 if place < LOOK_AHEAD:
-                    self._prefetch(row)
+                    with self._blaming(row):
+                        self._prefetch(row)
                 continue
-            adapters = self._acquire(row, now)
+            adapters: RowAdapters | None = None
+            with self._blaming(row):
+                adapters = self._pin(row, now)
             if adapters is None and is_overdue(row, now):
                 num_slots -= 1
             elif adapters is None:
                 num_asking += 1
             elif budget <= 0:
-                self._release(adapters)  # it had to ask, or it would lose its place in the queue
+                self._holds.unpin(row)  # it had to ask, or it would lose its place in the queue
             elif self._start(row, adapters, budget, now):
                 budget -= self._planned[-1].num_tokens
                 num_slots -= 1
@@ -242,17 +257,11 @@ class Scheduler:
         """Plan a waiting row's first chunk; False: not enough pages."""
         if not self._has_slot():
             self._preempt_parked()
-        cached, hashes = self._pages.match(row.kv_root, row.tokens)
-        missing = self._pages.pages_for(len(row.tokens)) - len(cached)
-        while (fresh := self._pages.allocate(missing)) is None and self._preempt_parked():
-            pass
-        if fresh is None:
-            self._pages.free(cached)
-            self._release(adapters)
+        if not self._holds.begin(row, now, self._preempt_parked):
+            self._holds.unpin(row)
             return False
         self._waiting.remove(row)
         self._running.append(row)
-        row.admit(cached + fresh, hashes, len(cached) * self._pages.page_size, now)
         self._planned.append(Plan(row, min(row.num_pending, budget), adapters))
         return True
 
@@ -261,12 +270,15 @@ class Scheduler:
         decoding = [plan.row for plan in plans if plan.row.num_pending == 1]
         fixed_tokens = sum(plan.num_tokens for plan in plans)
         num_drawing = sum(plan.draws for plan in plans)
-        trees = iter(self._speculator.draft(decoding, fixed_tokens, num_drawing))
+        trees: dict[Row, Drafted | None] = {}
+        with _advisory():
+            drafted = self._speculator.draft(decoding, fixed_tokens, num_drawing)
+            trees = dict(zip(decoding, drafted, strict=True))
         grown = []
         for plan in plans:
             row = plan.row
-            tree = next(trees) if row.num_pending == 1 else None
-            fits = tree is None or self._grow(row, row.num_computed + tree.num_nodes)
+            tree = trees.get(row)
+            fits = tree is None or self._holds.grow(row, row.num_computed + tree.num_nodes)
             grown.append(tree if fits else None)
         return grown
 
@@ -286,72 +298,46 @@ class Scheduler:
             processor=row.processor,
         )
 
+    def _take_in(self, row: Row, step: RowStep, result: RowResult, now: float) -> None:
+        """What a step gave a row. An error ends it behind the tokens that came before."""
+        self._commit(row, step, result)
+        if result.tokens:
+            event = row.append(result, self._eos_ids, self._describe, now)
+            if event.final is not None:
+                self._remove(row)
+            self._events.append(event)
+            if event.final is not None:
+                return
+        if result.error is not None:
+            raise result.error
+
     def _commit(self, row: Row, step: RowStep, result: RowResult) -> None:
         """KV of the step's own tokens and of the accepted nodes now counts as the row's."""
         drafted = step.tree.sources[1:] if step.tree else ()
         if row.num_pending == 1:
             row.count_step(drafted)
-            self._speculator.learn(row, result)
+            with _advisory():
+                self._speculator.learn(row, result)
+        if result.error is not None:
+            return
         row.num_computed += len(step.token_ids) - len(drafted) + len(result.sources)
         row.draft = result.draft
         if not step.decodes and self._speculator.max_nodes(row):
             row.read(row.num_computed)
-        size = self._pages.page_size
-        tokens = row.tokens + list(result.tokens)
-        for index in range(len(row.page_hashes), row.num_computed // size):
-            parent = row.page_hashes[-1] if row.page_hashes else row.kv_root
-            page_hash = chain_hash(parent, tokens[index * size : (index + 1) * size])
-            row.page_hashes.append(page_hash)
-            self._pages.publish(row.pages[index], page_hash, row.lora_digests)
+        self._holds.publish(row, result.tokens)
 
-    # -- adapters ---------------------------------------------------------------------------------
+    def _pin(self, row: Row, now: float) -> RowAdapters | None:
+        """See `Holds.pin`."""
+        return self._holds.pin(row, now, heads=self._speculator.wants_heads(row))
 
-    def _acquire(self, row: Row, now: float) -> RowAdapters | None:
-        """The row's LoRAs, all of them, and its heads if they are on the device; None: not now.
-
-        A row never waits for heads: it goes on undrafted while they load.
-        """
-        try:
-            loras = self._pool.acquire(row.lora_digests)
-            if loras is None:
-                row.wait_for_adapters(now)
-                return None
-            row.got_adapters(now)
-            heads = None
-            if row.request.heads is not None and self._speculator.wants_heads(row):
-                heads = self._acquire_heads(row.request.heads.digest, loras)
-        except LorastackError as error:
-            self._end(row, error=error)
-            return None
-        return RowAdapters(loras=loras, heads=heads)
-
-    def _acquire_heads(self, digest: str, loras: tuple[DeviceAdapter, ...]) -> DeviceAdapter | None:
-        try:
-            return self._pool.try_acquire(digest)
-        except LorastackError:
-            self._pool.release([lora.digest for lora in loras])
-            raise
-
-    def _release(self, adapters: RowAdapters) -> None:
-        self._pool.release(adapters.digests)
-
-    # -- pages ------------------------------------------------------------------------------------
-
-    def _grow(self, row: Row, num_slots: int) -> bool:
-        """Pages for `num_slots` tokens, if that many are available."""
-        missing = self._pages.pages_for(num_slots) - len(row.pages)
-        fresh = self._pages.allocate(max(missing, 0))
-        if fresh is None:
-            return False
-        row.pages.extend(fresh)
-        return True
+    # -- room -------------------------------------------------------------------------------------
 
     def _make_room(self, row: Row, num_slots: int) -> bool:
         """Pages for `num_slots` tokens, taken from later rows if need be; False: it had to yield.
 
         Rows are planned from the oldest, so that a victim, parked or younger, has no step planned.
         """
-        while not self._grow(row, num_slots):
+        while not self._holds.grow(row, num_slots):
             if self._preempt_parked():
                 continue
             victim = self._running[-1]
@@ -374,15 +360,16 @@ class Scheduler:
         """Back to the head of the queue, pages given up; its tokens stay and are computed again."""
         self.num_preemptions += 1
         self._running.remove(row)
-        self._pages.free(row.pages)
+        self._holds.free(row)
         row.preempt()
         self._waiting.appendleft(row)
 
     # -- ends -------------------------------------------------------------------------------------
 
     def _finish(self, row: Row, reason: FinishReason, now: float) -> None:
-        self._events.append(row.finish(reason, now))
+        event = row.finish(reason, now)
         self._remove(row)
+        self._events.append(event)
 
     def _end(self, row: Row, error: LorastackError) -> None:
         self._events.append(RowEvent(request_id=row.request.request_id, error=error))
@@ -391,7 +378,15 @@ class Scheduler:
     def _remove(self, row: Row) -> None:
         if row in self._running:
             self._running.remove(row)
-        else:
+        elif row in self._waiting:
             self._waiting.remove(row)
-        self._pages.free(row.pages)
-        row.pages = []
+        self._holds.free(row)
+
+
+@contextmanager
+def _advisory() -> Iterator[None]:
+    """Drafts never change a token: a fault of theirs costs the step speed and nothing else."""
+    try:
+        yield
+    except Exception:
+        log.exception("drafting failed; the step goes on without")

@@ -26,12 +26,19 @@ NO_HEADS = ""  # stands for a digest
 class Speculator:
     """Step thread only. calibrations: by heads digest; grows as heads are used."""
 
-    def __init__(self, costs: Costs, max_nodes: int, calibrations: dict[str, Calibration]) -> None:
-        """max_nodes: a row's, where its request does not say."""
+    def __init__(
+        self,
+        costs: Costs,
+        max_nodes: int,
+        max_step_tokens: int,
+        calibrations: dict[str, Calibration],
+    ) -> None:
+        """max_nodes: a row's, where its request does not say. max_step_tokens: of all rows."""
         self.calibrations = calibrations
         self._changed: set[str] = set()  # digests of those that learnt since `take_learned`
         self._costs = costs
         self._max_nodes = max_nodes
+        self._max_step_tokens = max_step_tokens
         self._num_steps = 0
         self._pause = self._pause_left = 0  # steps without drafts, see `draft`
         self._idle: set[Row] = set()  # rows whose heads do not run in this step
@@ -49,7 +56,8 @@ class Speculator:
         drafting = [row for row in rows if self._has_heads(row)]
         known = [self._calibration(row) for row in drafting]
         worths = [calibration.mean_worths for calibration in known]
-        paying = pays(worths, len(rows), len(rows), self._costs.step, self._costs.heads)
+        room = self._room(len(rows))
+        paying = pays(worths, len(rows), len(rows), self._costs.step, self._costs.heads, room)
         self._idle = {
             row
             for row, calibration, pay in zip(drafting, known, paying, strict=True)
@@ -87,10 +95,11 @@ class Speculator:
         if not drafting:
             return [None] * len(rows)
         worths = [stream.worths() for stream in drafting]
-        allotted = allot(worths, fixed_tokens, num_drawing, self._costs.step)
+        room = self._room(fixed_tokens)
+        allotted = allot(worths, fixed_tokens, num_drawing, self._costs.step, room)
         self._pause = 0 if any(allotted) else min(2 * self._pause + 1, MAX_PAUSE)
         self._pause_left = self._pause
-        if self._pause and self._num_steps % PROBE_STEPS == 0:
+        if self._pause and self._num_steps % PROBE_STEPS == 0 and len(drafting) <= room:
             allotted = [min(len(stream.nodes), 1) for stream in drafting]
         counts = iter(allotted)
         trees: list[Drafted | None] = []
@@ -145,6 +154,10 @@ class Speculator:
             return None
         proposals = Proposals(draft.ids if draft else (), draft.logprobs if draft else (), chains)
         return Stream(proposals, calibration, max_nodes, max_depth)
+
+    def _room(self, fixed_tokens: int) -> int:
+        """For drafted nodes in a step with so many tokens besides."""
+        return max(self._max_step_tokens - fixed_tokens, 0)
 
     def _has_heads(self, row: Row) -> bool:
         return row.request.heads is not None and self.max_nodes(row) > 0

@@ -7,16 +7,19 @@ Contract. For each segment and each of its targets
 in place, where A_t is the target's rank slice of the segment's fused A. Segments may come in any
 order, be empty, differ in rank, leave tokens out (the base model's rows) and overlap (a stack: the
 updates add up, in the order given). Nothing is padded. x and all A and B have one dtype; an output
-may have another (lm_head's is float32). An output's rows may be strided, its columns must not be.
+may have another (lm_head's is float32). An output's rows may be strided, its columns must not be. A
+scale that the output's dtype cannot hold is infinite, so that its own tokens alone are not finite.
 
 Source: the batched LoRA of Punica (SGMV), with plain slices for indices.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -49,10 +52,16 @@ def segmented_lora(x_TI: Tensor, outs: Sequence[Tensor], segments: Iterable[Kern
         for target in segment.targets:
             out_TO = outs[target.index][segment.start : segment.end]
             part_TR = shrunk_TR[:, target.rank]
+            scale = held(target.scale, out_TO.dtype)
             if out_TO.dtype == part_TR.dtype:
-                out_TO.addmm_(part_TR, target.b_OR.t(), alpha=target.scale)
+                out_TO.addmm_(part_TR, target.b_OR.t(), alpha=scale)
             else:
-                out_TO.add_(part_TR @ target.b_OR.t(), alpha=target.scale)
+                out_TO.add_(part_TR @ target.b_OR.t(), alpha=scale)
+
+
+def held(scale: float, dtype: torch.dtype) -> float:
+    """The scale, or infinity of its sign where the dtype cannot hold it: torch would raise."""
+    return scale if abs(scale) <= torch.finfo(dtype).max else math.copysign(math.inf, scale)
 
 
 def segmented_lora_reference(

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from lorastack.kernels.segmented_lora import KernelSegment, SegmentTarget, segmented_lora
+from lorastack.kernels.segmented_lora import KernelSegment, SegmentTarget, held, segmented_lora
 from lorastack.lora.segments import LoraBatch
 from lorastack.lora.weights import LM_HEAD_GROUP
 
@@ -38,7 +38,8 @@ def add_embedding(token_ids_T: Tensor, hidden_TH: Tensor, lora: LoraBatch) -> No
         # Not a matmul, whose bits may depend on the number of tokens.
         a_TR = weights.a_RV.t()[token_ids_T[tokens]].float()
         delta_TH = (a_TR[:, None] * weights.b_HR.float()).sum(-1)
-        hidden_TH[tokens].add_(delta_TH, alpha=weights.scale * segment.scale)
+        scale = held(weights.scale * segment.scale, hidden_TH.dtype)
+        hidden_TH[tokens].add_(delta_TH, alpha=scale)
 
 
 def _kernel_segments(lora: LoraBatch, key: tuple[int, int]) -> Iterator[KernelSegment]:

@@ -52,9 +52,16 @@ class Processor:
             logits_V.index_add_(0, ids, biases)
         if self._tally is not None:
             self._tally.push(path)
-            self._penalise(logits_V, self._tally)
-            self._tally.pop(path)
+            try:
+                self._penalise(logits_V, self._tally)
+            finally:
+                self._tally.pop(path)
         return logits_V
+
+    @property
+    def error(self) -> str:
+        """Why the row's grammar had to be given up, so that no token is left; else ""."""
+        return "" if self._matcher is None else self._matcher.error
 
     def commit(self, tokens: Sequence[int]) -> None:
         """These tokens are now part of the row, and of what follows the grammar."""

@@ -7,6 +7,7 @@ of the tokens that they leave is drawn.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -18,6 +19,7 @@ from lorastack.kernels.best import best
 from lorastack.kernels.draw import Draw
 from lorastack.request import TokenLogprobs
 
+NO_TOKEN = -1  # in place of an id
 _ENTROPY_SLACK = 1e-5  # Medusa's, against the logarithm of 0
 
 
@@ -30,24 +32,33 @@ def draw(
     """One token for each of `draws`.
 
     best_X: each row's best token, see `kernels.best`; temperature 0 takes it. processed: beside
-    `draws` if given, what a processor made of the row's logits, or None. A token depends on its
-    row's logits (float32 or float64), params and token_index alone. Non-finite logits give some id,
-    never an error.
+    `draws` if given, what a processor made of the row's logits, or None; NO_TOKEN where that has no
+    finite best: every token is forbidden, or some logit is too large or NaN. A token depends on its
+    row's logits (float32 or float64), params and token_index alone. A model's own logits that are
+    not finite give some id, never an error.
     """
     rows = [row_V for row_V in processed if row_V is not None]
     if rows:
         own_XV = torch.stack(rows)
         own = [each for each, row_V in zip(draws, processed, strict=True) if row_V is not None]
-        moved = [each._replace(row=row) for row, each in enumerate(own)]
         plain = [each for each, row_V in zip(draws, processed, strict=True) if row_V is None]
         by_model = iter(draw(logits_XV, best_X, plain))
-        by_own = iter(draw(own_XV, best(own_XV)[1].tolist(), moved))
+        by_own = iter(_draw_processed(own_XV, own))
         return [next(by_model if row_V is None else by_own) for row_V in processed]
     sampled = [each for each in draws if not each.params.greedy]
     if not sampled:
         return [best_X[row] for row, _, _ in draws]
     found = iter(kernel.draw(logits_XV, sampled))
     return [best_X[row] if params.greedy else next(found) for row, params, _ in draws]
+
+
+def _draw_processed(logits_XV: Tensor, draws: Sequence[Draw]) -> list[int]:
+    """A token, or NO_TOKEN, for each of the rows."""
+    peaks_X, best_X = (each_X.tolist() for each_X in best(logits_XV))
+    sound = [row for row, peak in enumerate(peaks_X) if math.isfinite(peak)]
+    moved = [draws[row]._replace(row=row) for row in sound]
+    found = dict(zip(sound, draw(logits_XV, best_X, moved), strict=True))
+    return [found.get(row, NO_TOKEN) for row in range(len(draws))]
 
 
 def posterior(

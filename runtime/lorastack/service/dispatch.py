@@ -2,19 +2,23 @@
 
 `Dispatcher.deliver` runs in the step thread and does nothing but one call_soon_threadsafe, and that
 only for a step that somebody waits for; all other state belongs to the event loop. A reader that
-falls behind parks its own row only.
+falls behind parks its own row only, and one that takes nothing for long loses it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Protocol
 
-from lorastack.errors import InvalidArgumentError
+from lorastack.errors import InvalidArgumentError, Reason, ResourceExhaustedError
 from lorastack.request import Request, RowEvent
+from lorastack.service.readers import WaitingReaders
+
+logger = logging.getLogger(__name__)
 
 
 class Rows(Protocol):
@@ -33,10 +37,18 @@ class RowStream:
     all at once, when the row has ended.
     """
 
-    def __init__(self, request_id: str, engine: Rows, max_buffered: int | None) -> None:
-        self._id = request_id
+    def __init__(
+        self,
+        request_id: str,
+        engine: Rows,
+        max_buffered: int | None,
+        waiting: WaitingReaders[RowStream],
+    ) -> None:
+        self.request_id = request_id
         self._engine = engine
         self._max_buffered = max_buffered
+        self._waiting = waiting
+        self._too_slow = False
         self._buffer: list[RowEvent] = []
         self._filled = asyncio.Event()
         self._parked = False
@@ -56,8 +68,34 @@ class RowStream:
         self._filled.clear()
         if self._parked:
             self._parked = False
-            self._engine.resume(self._id)
+            self._engine.resume(self.request_id)
         return events
+
+    async def hand_over(self, writing: Awaitable[None]) -> None:
+        """Waits until the reader has taken a part of the reply.
+
+        Raises ResourceExhaustedError READER_TOO_SLOW when that took too long. No status can
+        overtake the part, so it comes when the reader goes on; the row ended before: `give_up`.
+        """
+        self._waiting.add(self)
+        try:
+            await writing
+        finally:
+            self._waiting.remove(self)
+        if self._too_slow:
+            raise ResourceExhaustedError(
+                "the reply was not read for too long, or too many others were not either, and the "
+                "request was ended; read it as it comes",
+                reason=Reason.READER_TOO_SLOW,
+            )
+
+    def give_up(self) -> None:
+        """The reader takes nothing: its row ends, and what waits for it is dropped."""
+        logger.info("its reader takes nothing; it ends", extra={"request_id": self.request_id})
+        self._too_slow = self.abandoned = True
+        self._buffer.clear()
+        if not self.ended.is_set():
+            self._engine.cancel(self.request_id)
 
     def push(self, event: RowEvent) -> None:
         """Adds an event; parks the row when its reader has left too many unread."""
@@ -74,7 +112,7 @@ class RowStream:
             self._filled.set()
             if not self._parked and len(self._buffer) >= self._max_buffered:
                 self._parked = True
-                self._engine.park(self._id)
+                self._engine.park(self.request_id)
 
     def close(self) -> None:
         """The reader leaves: a row that still runs is cancelled and its events dropped."""
@@ -83,14 +121,16 @@ class RowStream:
         elif not self.ended.is_set():
             self.abandoned = True
             self._buffer.clear()
-            self._engine.cancel(self._id)
+            self._engine.cancel(self.request_id)
 
 
 class Dispatcher:
     """Routes events to their streams. Give `deliver` and `fail` to the engine, then attach it."""
 
-    def __init__(self, max_buffered: int) -> None:
+    def __init__(self, *, max_buffered: int, max_parked: int, reader_timeout: float) -> None:
+        """See `EngineConfig`."""
         self._max_buffered = max_buffered
+        self._waiting = WaitingReaders[RowStream](max_parked, reader_timeout, self._give_up)
         self._streams: dict[str, RowStream] = {}
         self._whole: set[str] = set()  # requests whose readers want everything at the end
         self._held: list[RowEvent] = []  # step thread: what nobody waits for yet
@@ -143,7 +183,8 @@ class Dispatcher:
                 )
             await old.ended.wait()
         assert self._engine is not None, "attach() comes before the first request"
-        stream = RowStream(request_id, self._engine, None if whole else self._max_buffered)
+        max_buffered = None if whole else self._max_buffered
+        stream = RowStream(request_id, self._engine, max_buffered, self._waiting)
         self._streams[request_id] = stream
         if whole:
             self._whole.add(request_id)
@@ -152,8 +193,7 @@ class Dispatcher:
         finally:
             self._whole.discard(request_id)
             stream.close()
-            if stream.ended.is_set():
-                self._streams.pop(request_id, None)
+            self._drop_if_ended(stream)
 
     def _route(self, events: Sequence[RowEvent]) -> None:
         for event in events:
@@ -161,5 +201,14 @@ class Dispatcher:
             if stream is None:
                 continue
             stream.push(event)
-            if stream.abandoned and stream.ended.is_set():
-                del self._streams[event.request_id]
+            if stream.abandoned:
+                self._drop_if_ended(stream)
+
+    def _give_up(self, stream: RowStream) -> None:
+        stream.give_up()
+        self._drop_if_ended(stream)
+
+    def _drop_if_ended(self, stream: RowStream) -> None:
+        """Another stream may have its id by now."""
+        if stream.ended.is_set() and self._streams.get(stream.request_id) is stream:
+            del self._streams[stream.request_id]

@@ -14,6 +14,8 @@ from lorastack.service.prepare import Preparer, ServedModel
 from lorastack.service.status import CallGuard, Context, Notes, new_request_id
 from lorastack.v1 import generation_pb2, generation_pb2_grpc
 
+LONGEST_DEADLINE = 366 * 86_400.0  # seconds; one further off is none
+
 Write = Callable[[generation_pb2.GenerateStreamResponse], Awaitable[None]]
 
 
@@ -99,7 +101,9 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         whole: `write` gets everything at the end.
         """
         remaining = context.time_remaining()
-        deadline = None if remaining is None else time.monotonic() + remaining
+        deadline = None
+        if remaining is not None and remaining < LONGEST_DEADLINE:
+            deadline = time.monotonic() + remaining
         call = convert.generate_call(message, request_id, self._model)
         notes["loras"] = ",".join(lora_id for lora_id, _ in call.loras)
         notes["heads"] = call.medusa_id
@@ -115,7 +119,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                 part = convert.stream_part(events, self._model.tokenizer)
                 self._metrics.generated(len(part.token_ids))
                 if part.token_ids or part.text:
-                    await write(part)
+                    await stream.hand_over(write(part))
                 if (error := events[-1].error) is not None:
                     raise self._preparer.with_ids(error)
                 if (final := events[-1].final) is not None:

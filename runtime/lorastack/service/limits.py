@@ -1,8 +1,9 @@
 """The rules that the values of a request must follow; each refusal names its field.
 
 Documented caps: 63 drafted tokens a step, 20 top logprobs, 16 LoRAs, 16 stop sequences of 256
-characters, 1,024 stop token ids, 1,024 biased ids, 1,024 chat messages. Lengths come first: they
-are checked in the bytes (`service.wire`), and again before a list is read.
+characters, 1,024 stop token ids, 1,024 biased ids, 1,024 chat messages, repetition_penalty 0.01 to
+100, LoRA scales of up to a million either way. Lengths come first: they are checked in the bytes
+(`service.wire`), and again before a list is read.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from lorastack.text.grammar import JsonSchema, Regex
 MAX_NODES = 63  # drafted tokens a step
 MAX_TOP_LOGPROBS = 20
 MAX_LORAS = 16
+MAX_LORA_SCALE = 1e6  # either way; adapters' alpha is bounded likewise when they are stored
 MAX_STOP_SEQUENCES = 16
 MAX_STOP_SEQUENCE_CHARS = 256
 MAX_STOP_TOKEN_IDS = 1024
@@ -27,6 +29,7 @@ MAX_LOGIT_BIASES = 1024
 MAX_LOGIT_BIAS = 100.0
 MAX_MESSAGES = 1024  # of a chat
 MAX_PENALTY = 2.0  # of frequency and presence
+MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.01, 100.0
 MAX_SCHEMA_CHARS = 65_536
 MAX_REGEX_CHARS = 8_192
 MAX_CHUNK = MIB  # of an upload
@@ -135,7 +138,8 @@ def check_loras(loras: Sequence[tuple[str, float]]) -> None:
     check(len(loras) <= MAX_LORAS, "loras", f"at most {MAX_LORAS} long", len(loras))
     for lora_id, scale in loras:
         check(lora_id != "", "loras.lora_id", "set in every entry")
-        check(math.isfinite(scale), "loras.scale", "a finite number", scale)
+        rule = f"between {-MAX_LORA_SCALE:.0f} and {MAX_LORA_SCALE:.0f}"
+        check(abs(scale) <= MAX_LORA_SCALE, "loras.scale", rule, scale)
     names = [lora_id for lora_id, _ in loras]
     check(len(set(names)) == len(names), "loras", "without duplicates", ", ".join(names))
 
@@ -153,8 +157,9 @@ def check_sampling(params: SamplingParams, vocab_size: int) -> None:
     check(0 <= min_p <= 1, "sampling.min_p", "between 0 and 1", min_p)
     typical_p, rule = params.typical_p, "above 0 and at most 1 (unset: no limit)"
     check(0 < typical_p <= 1, "sampling.typical_p", rule, typical_p)
-    penalty, rule = params.repetition_penalty, "a finite number above 0 (1: none)"
-    check(0 < penalty < math.inf, "sampling.repetition_penalty", rule, penalty)
+    penalty, rule = params.repetition_penalty, "between 0.01 and 100 (1: none)"
+    sane = MIN_REPETITION_PENALTY <= penalty <= MAX_REPETITION_PENALTY
+    check(sane, "sampling.repetition_penalty", rule, penalty)
     for name in ("frequency_penalty", "presence_penalty"):
         penalty = getattr(params, name)
         rule = f"between {-MAX_PENALTY:g} and {MAX_PENALTY:g}"

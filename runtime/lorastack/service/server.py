@@ -237,7 +237,11 @@ class Server:
         pool = DevicePool(
             limits.device_memory, loaded.decoder.device, host, lambda: engine.wake(), copy=copy
         )
-        dispatcher = Dispatcher(config.engine.max_buffered_events)
+        dispatcher = Dispatcher(
+            max_buffered=config.engine.max_buffered_events,
+            max_parked=config.engine.max_parked,
+            reader_timeout=config.engine.reader_timeout,
+        )
         learned = Learned(limits.store, registry.knows)
         engine = build_engine(
             loaded, config.engine, pool, learned.texts, dispatcher.deliver, dispatcher.fail

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable, Sequence
+from math import inf
 
 from lorastack.speculation.cost import CostCurve
 
@@ -16,9 +17,15 @@ _LOOK_EVERY = 8  # nodes after which `allot` asks whether more can be worth it
 
 
 def allot(
-    streams: Sequence[Iterable[float]], fixed_tokens: int, num_rows: int, cost: CostCurve
+    streams: Sequence[Iterable[float]],
+    fixed_tokens: int,
+    num_rows: int,
+    cost: CostCurve,
+    max_nodes: float = inf,
 ) -> list[int]:
     """Nodes per row that make (num_rows + sum of worths) / cost.seconds(fixed_tokens + nodes) most.
+
+    At most `max_nodes` together.
 
     streams: per row, its nodes' worths, non-increasing; where one ends is the row's cap. They are
     read hardly further than it takes to know. fixed_tokens: of the step without any node. num_rows:
@@ -31,7 +38,7 @@ def allot(
     best_rate = gain / cost.seconds(tokens)
     taken: list[int] = []  # rows, a node each
     best = 0
-    while nodes:
+    while nodes and len(taken) < max_nodes:
         negative, row = nodes[0]
         # Nothing left is worth more, and no number of nodes costs less than this a node.
         if len(taken) % _LOOK_EVERY == 0 and -negative <= best_rate * cost.least_slope(tokens):
@@ -55,6 +62,7 @@ def pays(
     num_rows: int,
     cost: CostCurve,
     heads_cost: CostCurve,
+    max_nodes: float = inf,
 ) -> list[bool]:
     """For which rows running the heads makes the most tokens a second.
 
@@ -62,7 +70,7 @@ def pays(
     seconds of drafting over the number of rows that do. The rest as in `allot`. Rows are taken in
     order of what their nodes add less what these cost at the rate without heads.
     """
-    counts = allot(worths, fixed_tokens, num_rows, cost)
+    counts = allot(worths, fixed_tokens, num_rows, cost, max_nodes)
     alone = cost.seconds(fixed_tokens)
     price = (cost.seconds(fixed_tokens + sum(counts)) - alone) / max(sum(counts), 1)
     gains = [sum(row[:count]) for row, count in zip(worths, counts, strict=True)]

@@ -3,28 +3,46 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING
+import time
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
+
+from lorastack.text.allowance import Allowance
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
+
+MAX_CAUSE_CHARS = 300
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class CompiledGrammar:
     """A grammar that its rows share; see request.Grammar."""
 
-    def __init__(self, start: LLMatcher, end_ids: frozenset[int], vocab_size: int) -> None:
-        """start: at the beginning of the text; it stays there. vocab_size: the model's outputs."""
+    def __init__(
+        self,
+        start: LLMatcher,
+        end_ids: frozenset[int],
+        vocab_size: int,
+        clock: Callable[[], float] = time.thread_time,
+    ) -> None:
+        """start: at the beginning of the text; it stays there. vocab_size: the model's outputs.
+
+        clock: see `Allowance`.
+        """
         self._start = start
         self._copying = threading.Lock()
         self._end_ids = end_ids
         self._only_ends = bitmask(end_ids, vocab_size)
+        self._clock = clock
 
     def matcher(self) -> RowMatcher:
         """A fresh one, in microseconds."""
         with self._copying:  # llguidance's objects refuse two threads at once
             copy = self._start.deep_copy()
-        return RowMatcher(copy, self._end_ids, self._only_ends)
+        return RowMatcher(copy, self._end_ids, self._only_ends, Allowance(self._clock))
 
 
 class RowMatcher:
@@ -34,11 +52,14 @@ class RowMatcher:
     its own way, so it is not given any.
     """
 
-    def __init__(self, inner: LLMatcher, end_ids: frozenset[int], only_ends: bytes) -> None:
+    def __init__(
+        self, inner: LLMatcher, end_ids: frozenset[int], only_ends: bytes, allowance: Allowance
+    ) -> None:
         self.error = ""
         self._inner = inner
         self._end_ids = end_ids
         self._only_ends = only_ends
+        self._allowance = allowance
         self._path: tuple[int, ...] = ()  # behind the committed tokens, before an end token
         self._ended = False  # an end token follows `_path`
         self._has_ended = False  # one was committed
@@ -52,45 +73,66 @@ class RowMatcher:
         if self.error:
             return
         if dropped := len(self._path) - common:
-            self._inner.rollback(dropped)
-        num_taken = self._inner.try_consume_tokens(text[common:])
+            self._ask(self._inner.rollback, dropped)
+        num_taken = self._ask(self._inner.try_consume_tokens, text[common:]) or 0
         self._path = tuple(text[: common + num_taken])
-        if num_taken < len(text) - common and not self._gave_up():
+        if num_taken < len(text) - common and not self.error:
             raise ValueError(f"token {text[len(self._path)]} does not follow the grammar")
 
     def commit(self, tokens: Sequence[int]) -> None:
         self.seek(tokens)
         self._has_ended = self._ended
         self._path = ()
+        self._allowance.add(len(tokens))
 
     def mask(self) -> bytes:
-        if self.finished:
-            return self._only_ends
+        mask = None
+        if not self.error:
+            if self._is_at_end():
+                return self._only_ends
+            mask = self._ask(self._inner.compute_bitmask)
         # llguidance gives room for one more word at times.
-        mask = self._inner.compute_bitmask()[: len(self._only_ends)]
-        return self._only_ends if self._gave_up() else mask
+        return bytes(len(self._only_ends)) if mask is None else mask[: len(self._only_ends)]
 
     def forced(self, limit: int) -> tuple[int, ...]:
         self.seek(())
         if self.finished:
             return ()
-        tokens = self._inner.compute_ff_tokens()
-        return () if self._gave_up() else tuple(tokens[:limit])
+        return tuple((self._ask(self._inner.compute_ff_tokens) or [])[:limit])
 
     @property
     def finished(self) -> bool:
-        return self._ended or bool(self.error) or self._inner.is_stopped()
+        return bool(self.error) or self._is_at_end()
+
+    def _is_at_end(self) -> bool:
+        return self._ended or self._inner.is_stopped()
 
     def _before_end(self, path: Sequence[int]) -> list[int]:
         length = next((i for i, token in enumerate(path) if token in self._end_ids), len(path))
         return list(path[:length])
 
-    def _gave_up(self) -> bool:
-        """llguidance hit one of its limits, or the vocabulary's, and does not come back from it."""
-        if self._inner.is_error():
-            cause = self._inner.get_error().partition("\n")[0]
-            self.error = f"the grammar could not be followed any further: {cause}"
-        return bool(self.error)
+    def _ask(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+        """What llguidance answers; None, and `error` says why, where the grammar is given up.
+
+        It hit one of its limits, or the vocabulary's, and does not come back from that, or it took
+        more time than the row has.
+        """
+        try:
+            with self._allowance.spending():
+                answer = call(*args, **kwargs)
+        except BaseException as failure:  # its panics are no Exceptions
+            if isinstance(failure, KeyboardInterrupt):
+                raise
+            answer, cause = None, str(failure) or type(failure).__name__
+        else:
+            cause = self._inner.get_error() if self._inner.is_error() else ""
+            if not cause and self._allowance.used_up:
+                cause = "it takes too long to follow; use a simpler one"
+        if not cause:
+            return answer
+        cause = cause.partition("\n")[0][:MAX_CAUSE_CHARS]
+        self.error = f"the grammar could not be followed any further: {cause}"
+        return None
 
 
 def bitmask(ids: Collection[int], vocab_size: int) -> bytes:

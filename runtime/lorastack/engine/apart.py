@@ -1,0 +1,45 @@
+"""A step whose rows cannot hurt each other: one that makes it raise is found and ends alone."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from lorastack.engine.batch import Batch, RowResult
+from lorastack.engine.runner import StepResults
+from lorastack.errors import InternalError, Reason
+
+log = logging.getLogger(__name__)
+
+
+def run_apart(run: Callable[[Batch], StepResults], batch: Batch) -> StepResults:
+    """`run(batch)`; where that raises, each half by itself, and so on.
+
+    Rows whose steps fail alone have the error STEP_FAILED. A step may be run again: it writes the
+    same keys and values to the same places, and draws depend on their positions alone.
+    """
+    try:
+        return run(batch)
+    except Exception as error:
+        steps = batch.steps
+        if len(steps) == 1:
+            request_id = steps[0].request.request_id
+            log.error("a step failed; request %s ends", request_id, exc_info=error)
+            return StepResults([_failed()], whole=False)
+    middle = len(steps) // 2
+    halves = [run_apart(run, Batch(steps=part)) for part in (steps[:middle], steps[middle:])]
+    return StepResults(
+        rows=[row for half in halves for row in half.rows],
+        draft_seconds=sum(half.draft_seconds for half in halves),
+        failed_heads=[digest for half in halves for digest in half.failed_heads],
+        whole=False,
+    )
+
+
+def _failed() -> RowResult:
+    return RowResult(
+        error=InternalError(
+            "the step that ran this request failed; the server's log says why",
+            reason=Reason.STEP_FAILED,
+        )
+    )

@@ -1,0 +1,82 @@
+"""What rows hold: KV pages, and adapters pinned for a step. Whatever ends a row frees all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from lorastack.adapters.pool import DevicePool
+from lorastack.engine.batch import RowAdapters
+from lorastack.engine.pages import Pages, chain_hash
+from lorastack.engine.row import Row
+
+
+class Holds:
+    """Step thread only. Pins are kept by row, so that they are given back exactly once."""
+
+    def __init__(self, pages: Pages, pool: DevicePool) -> None:
+        self._pages = pages
+        self._pool = pool
+        self._pinned: dict[Row, list[str]] = {}
+
+    def pin(self, row: Row, now: float, *, heads: bool) -> RowAdapters | None:
+        """The row's LoRAs, all of them, and its heads if they are on the device; None: not now.
+
+        heads: whether it wants them. A row never waits for heads: it goes on undrafted while they
+        load. Raises what the pool raises; what was pinned by then is the row's until `unpin`.
+        """
+        loras = self._pool.acquire(row.lora_digests)
+        if loras is None:
+            row.wait_for_adapters(now)
+            return None
+        pinned = self._pinned[row] = list(row.lora_digests)
+        row.got_adapters(now)
+        adapter = None
+        if heads and row.request.heads is not None:
+            adapter = self._pool.try_acquire(row.request.heads.digest)
+            if adapter is not None:
+                pinned.append(adapter.digest)
+        return RowAdapters(loras=loras, heads=adapter)
+
+    def unpin(self, row: Row) -> None:
+        """Its step is over, or it takes none."""
+        if digests := self._pinned.pop(row, None):
+            self._pool.release(digests)
+
+    def begin(self, row: Row, now: float, make_room: Callable[[], bool]) -> bool:
+        """Pages for all of the row's tokens, those of a cached prefix among them; False: too few.
+
+        make_room: frees some pages that others hold; False: there are none.
+        """
+        cached, hashes = self._pages.match(row.kv_root, row.tokens)
+        missing = self._pages.pages_for(len(row.tokens)) - len(cached)
+        while (fresh := self._pages.allocate(missing)) is None:
+            if not make_room():
+                self._pages.free(cached)
+                return False
+        row.admit(cached + fresh, hashes, len(cached) * self._pages.page_size, now)
+        return True
+
+    def grow(self, row: Row, num_slots: int) -> bool:
+        """Pages for `num_slots` tokens, if that many are available."""
+        missing = self._pages.pages_for(num_slots) - len(row.pages)
+        fresh = self._pages.allocate(max(missing, 0))
+        if fresh is None:
+            return False
+        row.pages.extend(fresh)
+        return True
+
+    def publish(self, row: Row, new_tokens: Sequence[int]) -> None:
+        """Offers the row's full pages to later rows. new_tokens: behind `row.tokens`."""
+        size = self._pages.page_size
+        tokens = row.tokens + list(new_tokens)
+        for index in range(len(row.page_hashes), row.num_computed // size):
+            parent = row.page_hashes[-1] if row.page_hashes else row.kv_root
+            page_hash = chain_hash(parent, tokens[index * size : (index + 1) * size])
+            row.page_hashes.append(page_hash)
+            self._pages.publish(row.pages[index], page_hash, row.lora_digests)
+
+    def free(self, row: Row) -> None:
+        """Everything that the row holds."""
+        self.unpin(row)
+        pages, row.pages = row.pages, []
+        self._pages.free(pages)

@@ -1,0 +1,47 @@
+"""Readers that keep a part of their reply waiting: how many may, and for how long."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Hashable
+from typing import Generic, TypeVar
+
+T = TypeVar("T", bound=Hashable)
+
+
+class WaitingReaders(Generic[T]):
+    """Event loop only. One timer for all of them: parts mostly go out at once."""
+
+    def __init__(self, most: int, patience: float, on_late: Callable[[T], None]) -> None:
+        """on_late: called for whoever waits for longer than `patience` seconds, and for the one
+        that has waited longest when there are more than `most`; it counts no more."""
+        self._most = most
+        self._patience = patience
+        self._on_late = on_late
+        self._since: dict[T, float] = {}  # in order of time
+        self._timer: asyncio.TimerHandle | None = None
+
+    def add(self, reader: T) -> None:
+        loop = asyncio.get_running_loop()
+        self._since[reader] = loop.time()
+        if len(self._since) > self._most:
+            self._give_up(next(iter(self._since)))
+        if self._timer is None:
+            self._timer = loop.call_later(self._patience, self._look)
+
+    def remove(self, reader: T) -> None:
+        """It reads, or it left."""
+        self._since.pop(reader, None)
+
+    def _look(self) -> None:
+        loop, self._timer = asyncio.get_running_loop(), None
+        late = [r for r, since in self._since.items() if since + self._patience <= loop.time()]
+        for reader in late:
+            self._give_up(reader)
+        if self._since:
+            oldest = next(iter(self._since.values()))
+            self._timer = loop.call_at(oldest + self._patience, self._look)
+
+    def _give_up(self, reader: T) -> None:
+        del self._since[reader]
+        self._on_late(reader)

@@ -1,0 +1,190 @@
+"""What one row makes raise, wherever in a step, ends that row: the others get their tokens."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Collection
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lorastack.engine.apart import run_apart
+from lorastack.engine.batch import Batch, RowResult
+from lorastack.engine.row import Row
+from lorastack.engine.runner import StepResults
+from lorastack.errors import InternalError, LorastackError, Reason
+from lorastack.request import HeadsUse, LoraUse, Request
+from tests.engine.made_up import Model, World, make_request, make_row, plain
+
+LORA, HEADS = LoraUse(lora_id="a", digest="a"), HeadsUse(medusa_id="h", digest="heads1")
+
+
+def requests(num: int) -> list[Request]:
+    """With and without adapters, of several lengths."""
+    return [
+        make_request(
+            str(index),
+            [1 + index % 2] * (3 + 2 * index),
+            12,
+            ignore_eos=True,
+            loras=(LORA,) if index % 3 == 0 else (),
+            heads=HEADS if index % 2 == 0 else None,
+        )
+        for index in range(num)
+    ]
+
+
+class FaultyModel(Model):
+    """Raises, having written all keys and values, whenever one of the guilty is in the batch."""
+
+    def __init__(self, num_pages: int, chance: random.Random, guilty: Collection[str]) -> None:
+        super().__init__(num_pages, chance)
+        self._guilty = guilty
+        self.num_runs = 0
+
+    def run(self, batch: Batch) -> list[RowResult]:
+        results = super().run(batch)
+        self.num_runs += 1
+        if any(step.request.request_id in self._guilty and step.samples for step in batch.steps):
+            raise RuntimeError("boom")
+        return results
+
+
+def check(world: World, asked: list[Request], guilty: Collection[str]) -> None:
+    """The guilty ended STEP_FAILED, the rest as ever, and nothing is held."""
+    world.run()
+    for request in asked:
+        last = world.last[request.request_id]
+        if request.request_id in guilty:
+            assert isinstance(last.error, InternalError)
+            assert last.error.reason is Reason.STEP_FAILED
+            assert "boom" not in last.error.message
+        else:
+            assert world.tokens[request.request_id] == plain(request, eos=-1)
+    world.assert_idle()
+
+
+@given(st.integers(1, 9), st.sets(st.integers(0, 8)), st.integers(0, 2**16))
+def test_rows_that_make_a_step_fail_end_and_no_others(num: int, bad: set[int], seed: int) -> None:
+    guilty = {str(index) for index in bad}
+    world = World(64, seed, max_rows=9)
+    world.model = FaultyModel(64, world.chance, guilty)
+    asked = requests(num)
+    for request in asked:
+        world.scheduler.add(make_row(request))
+    check(world, asked, guilty & {request.request_id for request in asked})
+
+
+def test_one_bad_row_among_many_is_found_in_few_runs() -> None:
+    chance = random.Random(0)
+    world = World(128, max_rows=32, max_step_tokens=512)
+    world.pool.acquire([])
+    for request in requests(1) + [make_request(str(n), [1, 2], 9) for n in range(1, 32)]:
+        world.scheduler.add(make_row(request))
+    batch = None
+    while batch is None or len(batch.steps) < 32:
+        batch = world.scheduler.schedule()
+        assert batch is not None
+        if len(batch.steps) < 32:
+            world.scheduler.update(world.model.run(batch))
+    model = FaultyModel(128, chance, {"17"})
+    results = run_apart(lambda part: StepResults(model.run(part)), batch)
+    failed = [s for s, row in zip(batch.steps, results.rows, strict=True) if row.error]
+    assert [step.request.request_id for step in failed] == ["17"]
+    assert not results.whole
+    assert model.num_runs == 1 + 2 * 5
+
+
+def explode(*args: object, **kwargs: object) -> None:
+    raise ValueError("boom")
+
+
+def in_text(world: World, row: Row, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(row, "text", type("Text", (), {"match": None, "push": explode})())
+
+
+def in_its_tokens(world: World, row: Row, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(row, "processor", type("Processor", (), {"commit": explode})())
+
+
+def in_its_deadline(world: World, row: Row, patch: pytest.MonkeyPatch) -> None:
+    row.submitted = "never"  # type: ignore[assignment]
+    object.__setattr__(row.request.stop, "time_limit", 1.0)
+
+
+def in_its_pages(world: World, row: Row, patch: pytest.MonkeyPatch) -> None:
+    publish = world.scheduler._holds.publish
+    patch.setattr(
+        world.scheduler._holds,
+        "publish",
+        lambda other, tokens: explode() if other is row else publish(other, tokens),
+    )
+
+
+@pytest.mark.parametrize("spoil", [in_text, in_its_tokens, in_its_deadline, in_its_pages])
+def test_a_row_that_fails_between_steps_ends_alone(
+    spoil: Callable[[World, Row, pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World(64, max_rows=5)
+    asked = requests(5)
+    rows = [make_row(request) for request in asked]
+    for row in rows:
+        world.scheduler.add(row)
+    world.step()
+    spoil(world, rows[2], monkeypatch)
+    check(world, asked, {"2"})
+
+
+@pytest.mark.parametrize("digest", ["a", "heads1"])
+def test_an_adapter_whose_acquisition_raises_ends_its_rows_alone(
+    digest: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World(64, max_rows=5)
+    acquire = world.pool.acquire
+    monkeypatch.setattr(
+        world.pool,
+        "acquire",
+        lambda digests: explode() if digest in digests else acquire(digests),
+    )
+    asked = requests(5)
+    for request in asked:
+        world.scheduler.add(make_row(request))
+    uses = {"a": {"0", "3"}, "heads1": {"0", "2", "4"}}
+    check(world, asked, uses[digest])
+
+
+@pytest.mark.parametrize("part", ["choose_heads", "draft", "learn"])
+def test_a_fault_in_drafting_costs_no_token(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(64, max_rows=5)
+    monkeypatch.setattr(world.scheduler._speculator, part, explode)
+    asked = requests(5)
+    for request in asked:
+        world.scheduler.add(make_row(request))
+    check(world, asked, set())
+
+
+@pytest.mark.parametrize("raising", ["draft", "_step", None])
+def test_whatever_stops_a_schedule_everything_can_be_freed(
+    raising: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it stops between taking adapters or pages and planning with them."""
+    world = World(64, max_rows=5)
+    for request in requests(6):
+        world.scheduler.add(make_row(request))
+    world.step()
+    if raising == "draft":
+        monkeypatch.setattr(world.scheduler, "_trees", explode)
+    elif raising:
+        monkeypatch.setattr(world.scheduler, raising, explode)
+    try:
+        while world.scheduler.schedule() is None:
+            pass
+    except ValueError:
+        assert raising
+    error: LorastackError = InternalError("all end")
+    world.scheduler.end_all(error)
+    events = world.scheduler.take_events()
+    assert [event.error for event in events] == [error] * 6
+    assert world.scheduler.num_rows == 0
+    world.assert_idle()
