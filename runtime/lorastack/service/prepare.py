@@ -21,6 +21,7 @@ from lorastack.errors import (
     ResourceExhaustedError,
 )
 from lorastack.request import (
+    Grammar,
     HeadsUse,
     LoraUse,
     Request,
@@ -131,7 +132,7 @@ class Preparer:
             heads=heads if call.speculation.enabled else None,
             num_logprobs=call.num_logprobs,
             deadline=deadline,
-            grammar=None if wanted is None else self._grammars.compile(wanted),
+            grammar=None if wanted is None else self._grammar(wanted, prompt_ids),
         )
         return Prepared(request, self._prompt_text(call, prompt_ids) if call.return_prompt else "")
 
@@ -243,6 +244,10 @@ class Preparer:
         if not prompt_ids:
             raise InvalidArgumentError("the prompt holds no tokens; send at least one")
         return prompt_ids
+
+    def _grammar(self, wanted: JsonSchema | Regex, prompt_ids: tuple[int, ...]) -> Grammar:
+        num_dropped = self._model.tokenizer.joiner(prompt_ids).num_dropped
+        return self._grammars.compile(wanted, num_dropped)
 
     def _record(self, adapter_id: str, field: str) -> Record:
         if adapter_id in RESERVED_IDS:

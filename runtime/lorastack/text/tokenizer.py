@@ -130,9 +130,12 @@ class Tokenizer:
         entry: str | None = self._backend.id_to_token(token_id)
         return entry
 
-    def joiner(self) -> Joiner:
-        """A fresh joiner of `token` entries."""
-        return self._make_joiner()
+    def joiner(self, prompt_ids: Sequence[int] = ()) -> Joiner:
+        """A fresh joiner of `token` entries, behind a prompt; reads only the prompt's end."""
+        joiner = self._make_joiner()
+        before = map(self.token, reversed(prompt_ids))
+        joiner.follow(token for token in before if token is not None)
+        return joiner
 
     def token_text(self, token_id: int) -> str:
         """A token by itself, special ones by name, for display."""
