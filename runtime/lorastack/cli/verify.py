@@ -10,7 +10,7 @@ from lorastack.adapters.load import Validator
 from lorastack.adapters.manifest import adapter_digest, file_spec
 from lorastack.client import folder_files
 from lorastack.engine.base import base_weight, model_shapes
-from lorastack.engine.loading import model_folder
+from lorastack.engine.folder import model_folder
 
 
 def verify_folder(

@@ -243,7 +243,18 @@ class Preparer:
                 prompt_ids = tuple(tokenizer.chat(messages, template))
         if not prompt_ids:
             raise InvalidArgumentError("the prompt holds no tokens; send at least one")
+        self._check_known(prompt_ids)
         return prompt_ids
+
+    def _check_known(self, prompt_ids: tuple[int, ...]) -> None:
+        """Tokenizers may have tokens behind the model's last one, which no row can run."""
+        if (last := max(prompt_ids)) >= self._model.vocab_size:
+            text = self._model.tokenizer.token_text(last)
+            raise InvalidArgumentError(
+                f"the prompt holds the token {text!r} (id {last}), which the model does not have: "
+                f"it has {self._model.vocab_size} tokens; leave it out",
+                field="input",
+            )
 
     def _grammar(self, wanted: JsonSchema | Regex, prompt_ids: tuple[int, ...]) -> Grammar:
         num_dropped = self._model.tokenizer.joiner(prompt_ids).num_dropped
