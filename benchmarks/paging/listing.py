@@ -26,7 +26,7 @@ from lorastack.adapters.registry import Registry
 from lorastack.client import Client
 from lorastack.config import GIB
 from lorastack.engine.base import base_weight, model_shapes
-from lorastack.engine.loading import model_folder
+from lorastack.engine.folder import model_folder
 from lorastack.model.decoder import fingerprint
 
 

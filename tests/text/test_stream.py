@@ -1,11 +1,16 @@
+import base64
 import functools
+import json
 import time
 from collections.abc import Iterator, Sequence
+from importlib.resources import files
 from itertools import chain
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, decoders, models
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
@@ -15,6 +20,7 @@ from lorastack.text.stream import Detokenizer, StopMatcher, TextStream
 from lorastack.text.tokenizer import Tokenizer
 from tests.helpers.tiny import build_tokenizer
 
+MISTRAL_COMMON = Path(str(files("mistral_common"))) / "data"
 LLAMA = (decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse())
 WORDS = ["▁", "▁▁", "▁a", "a", "b", "▁the", "é", "中", "▁中", "<", "0", "a▁b", "▁▁x"]
 
@@ -36,13 +42,35 @@ def make_tokenizer(name: str) -> Tokenizer:
         "no strip": lambda: spaces_backend(decoders.Sequence([*LLAMA])),
         "metaspace": lambda: spaces_backend(decoders.Metaspace()),
         "metaspace never": lambda: spaces_backend(decoders.Metaspace(prepend_scheme="never")),
+        "mistral v1": mistral_backend,
+        "tekken": tekken_backend,
     }[name]()
     backend.add_tokens([AddedToken("a tool▁", special=False), AddedToken("<0xE4>x", special=False)])
     backend.add_special_tokens([AddedToken("</s>", special=True), AddedToken("<s>", special=True)])
     return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend), frozenset(), "")
 
 
+def mistral_backend() -> Backend:
+    """The SentencePiece vocabulary of Mistral 7B. Merges are left out: nothing here encodes."""
+    pieces = SentencePieceProcessor(model_file=str(MISTRAL_COMMON / "tokenizer.model.v1"))
+    vocab = {pieces.id_to_piece(index): index for index in range(len(pieces))}
+    backend = Backend(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
+    backend.decoder = decoders.Sequence([*LLAMA, decoders.Strip(" ", 1, 0)])
+    return backend
+
+
+def tekken_backend() -> Backend:
+    """The byte-level vocabulary of Mistral Nemo, its special tokens and merges left out."""
+    entries = json.loads((MISTRAL_COMMON / "tekken_240718.json").read_text())["vocab"]
+    tokens = (base64.b64decode(entry["token_bytes"]) for entry in entries[:30_000])
+    vocab = {"".join(map(byte_char, token)): index for index, token in enumerate(tokens)}
+    backend = Backend(models.BPE(vocab, []))
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
 NAMES = ["bytes", "llama", "strip two", "no strip", "metaspace", "metaspace never"]
+REAL = ["mistral v1", "tekken"]
 
 
 @st.composite
@@ -72,6 +100,7 @@ def ids_of(tokenizer: Tokenizer) -> st.SearchStrategy[list[int]]:
     return st.lists(st.one_of(parts), max_size=10).map(lambda lists: list(chain(*lists)))
 
 
+@functools.cache
 def byte_char(byte: int) -> str:
     from lorastack.text.joiner import _BYTE_OF
 
@@ -90,6 +119,114 @@ def test_joined_pushes_are_the_decoded_whole(name: str, data: st.DataObject) -> 
     assert "".join(pieces) + detokenizer.flush() == whole
     hf = tokenizer._hf.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     assert hf == whole
+
+
+def hf_decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    text = tokenizer._hf.decode(list(ids), skip_special_tokens=True)
+    assert isinstance(text, str)
+    return text
+
+
+def check_output_text(tokenizer: Tokenizer, data: st.DataObject) -> None:
+    """Any prompt, any output, any cut of it: transformers' text of both without the prompt's."""
+    ids = data.draw(ids_of(tokenizer))
+    seam = data.draw(st.integers(0, len(ids)))
+    prompt, output = ids[:seam], ids[seam:]
+    detokenizer = Detokenizer(tokenizer, prompt)
+    pieces = [detokenizer.push(output[cut]) for cut in data.draw(cuts(len(output)))]
+    text = "".join(pieces) + detokenizer.flush()
+    before, whole = hf_decode(tokenizer, prompt), hf_decode(tokenizer, ids)
+    if whole.startswith(before):
+        assert text == whole[len(before) :]
+        return
+    # The output completes the prompt's last character, or breaks its last run of byte tokens.
+    assert whole.endswith(text)
+    joiner = tokenizer.joiner()
+    entries = [entry for index in output if (entry := tokenizer.token(index)) is not None]
+    assert len(text) <= sum(len(joiner.raw(entry)) for entry in entries)
+    finished = before.rstrip("\ufffd")
+    if whole.startswith(finished):
+        assert len(whole) - len(text) >= len(finished)
+
+
+@pytest.mark.parametrize("name", NAMES + REAL)
+@settings(max_examples=300)
+@given(data=st.data())
+def test_the_text_of_an_output_is_that_of_all_less_the_prompts(
+    name: str, data: st.DataObject
+) -> None:
+    check_output_text(make_tokenizer(name), data)
+
+
+@pytest.mark.real
+@settings(max_examples=300)
+@given(data=st.data())
+def test_the_text_of_an_output_of_the_default_model(smollm: Path, data: st.DataObject) -> None:
+    check_output_text(_loaded(smollm), data)
+
+
+_loaded = functools.cache(Tokenizer.load)
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt", "output", "text"),
+    [
+        ("llama", ["▁a"], ["▁the"], " the"),
+        ("llama", ["<s>"], ["▁the"], "the"),  # nothing stands before it
+        ("llama", ["▁a", "</s>", "<s>"], ["▁the"], " the"),
+        ("llama", ["▁"], ["▁the"], " the"),
+        ("strip two", ["▁"], ["▁▁x"], " x"),
+        ("llama", ["<0x20>"], ["▁the"], " the"),
+        ("llama", ["▁a"], [], ""),
+        ("llama", ["b", "<0xE4>", "<0xB8>"], ["<0xAD>", "a"], "中a"),
+        ("llama", ["b", "<0x61>", "<0xE4>", "<0xB8>"], ["<0xAD>"], "中"),
+        ("llama", ["b", "<0xE4>", "<0xB8>"], ["▁the"], " the"),
+        ("llama", ["b", "<0xE4>"], ["<0xB8>", "a"], "\ufffda"),
+        ("llama", ["b", "<0x61>"], ["<0xE4>", "a"], "\ufffda"),
+        ("metaspace", ["▁a"], ["▁the"], " the"),
+        ("metaspace", ["<s>"], ["▁the"], "the"),
+    ],
+)
+def test_what_stands_at_the_seam(
+    name: str, prompt: list[str], output: list[str], text: str
+) -> None:
+    tokenizer = make_tokenizer(name)
+    prompt_ids, ids = ([id_of(tokenizer, token) for token in side] for side in (prompt, output))
+    assert "".join(stream(tokenizer, ids, [], prompt_ids)) == text
+
+
+def test_a_byte_level_prompt_that_ends_inside_a_character() -> None:
+    tokenizer = make_tokenizer("bytes")
+    *prompt, last = tokenizer.encode("secret 中")
+    (a,) = tokenizer.encode_part("a")
+    assert "".join(stream(tokenizer, [last, a], [], prompt)) == "中a"
+    assert "".join(stream(tokenizer, [a, a], [], prompt)) == "aa"
+    assert "".join(stream(tokenizer, [], [], prompt)) == ""
+
+
+def test_a_stop_sequence_may_begin_the_output_and_never_in_the_prompt() -> None:
+    tokenizer = make_tokenizer("llama")
+    a, the = (id_of(tokenizer, token) for token in ("▁a", "▁the"))
+    text = TextStream(tokenizer, [" the"], [a])
+    assert (text.push(the), text.match) == ("", " the")
+    text = TextStream(tokenizer, ["a the"], [a])
+    assert (text.push(the) + text.flush(), text.match) == (" the", None)
+
+
+def test_only_the_end_of_a_prompt_is_read() -> None:
+    read: list[int] = []
+
+    class Prompt(tuple[int, ...]):
+        def __reversed__(self) -> Iterator[int]:
+            for token in super().__reversed__():
+                read.append(token)
+                yield token
+
+    for name, token in (("bytes", "a"), ("llama", "▁a"), ("metaspace", "▁a")):
+        tokenizer = make_tokenizer(name)
+        read.clear()
+        Detokenizer(tokenizer, Prompt([id_of(tokenizer, token)] * 1000))
+        assert len(read) <= 3
 
 
 @settings(deadline=None)
@@ -192,8 +329,10 @@ def test_long_sequences_cost_no_more() -> None:
     assert time.perf_counter() - start < 10
 
 
-def stream(tokenizer: Tokenizer, ids: Sequence[int], stops: Sequence[str]) -> Iterator[str]:
-    text = TextStream(tokenizer, stops)
+def stream(
+    tokenizer: Tokenizer, ids: Sequence[int], stops: Sequence[str], prompt: Sequence[int] = ()
+) -> Iterator[str]:
+    text = TextStream(tokenizer, stops, prompt)
     for token in ids:
         yield text.push(token)
         if text.match is not None:

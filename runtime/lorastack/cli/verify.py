@@ -9,7 +9,7 @@ from pathlib import Path
 from lorastack.adapters.load import Validator
 from lorastack.adapters.manifest import adapter_digest, file_spec
 from lorastack.engine.base import base_weight, model_shapes
-from lorastack.engine.loading import model_folder
+from lorastack.engine.folder import model_folder
 from lorastack.folders import adapter_files
 
 

@@ -20,13 +20,13 @@ def model_shapes(folder: Path) -> ModelShapes:
 
 
 def base_weight(folder: Path, name: str) -> Tensor:
-    """A tensor in its stored dtype, on the CPU; a tied lm_head is the embedding.
+    """A tensor in its stored dtype, on the CPU; tied, lm_head and embedding stand for each other.
 
     Raises InvalidArgumentError when the checkpoint lacks it.
     """
     checkpoint = Checkpoint(folder)
-    if name == _LM_HEAD and name not in checkpoint.tensors:
-        name = _EMBED
+    if name not in checkpoint.tensors:
+        name = {_LM_HEAD: _EMBED, _EMBED: _LM_HEAD}.get(name, name)
     stored = checkpoint.tensors.get(name)
     shape, dtype = (stored.shape, stored.dtype) if stored is not None else ((), "")
     tensor = torch.empty(shape, dtype=DTYPES.get(dtype, torch.float32))

@@ -129,7 +129,7 @@ class Engine:
             )
         row = Row(
             request=request,
-            text=TextStream(self._tokenizer, request.stop.stop_sequences),
+            text=TextStream(self._tokenizer, request.stop.stop_sequences, request.prompt_ids),
             submitted=time.monotonic(),
         )
         with self._changed:

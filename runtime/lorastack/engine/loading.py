@@ -10,8 +10,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from lorastack.adapters.load import Loader
 from lorastack.adapters.pool import DevicePool
@@ -19,6 +17,7 @@ from lorastack.adapters.registry import Registry
 from lorastack.config import MIB, EngineConfig, ModelConfig
 from lorastack.engine.costs import measure
 from lorastack.engine.engine import Engine
+from lorastack.engine.folder import model_folder
 from lorastack.engine.memory import LEAST_KV, MOST_KV, Demand, available_memory, check_fits
 from lorastack.engine.pages import Pages
 from lorastack.engine.runner import Runner
@@ -28,8 +27,6 @@ from lorastack.kernels.packing import allocate
 from lorastack.kernels.quantize import Kind
 from lorastack.model.config import DecoderConfig, load_config
 from lorastack.model.decoder import Decoder, default_dtype, fingerprint, load_decoder
-from lorastack.model.default import DEFAULT_MODEL_NAME, default_model
-from lorastack.model.download import Progress as DownloadProgress
 from lorastack.model.kv import KVCache, page_nbytes
 from lorastack.model.size import weights_nbytes
 from lorastack.request import RowEvent
@@ -38,8 +35,6 @@ from lorastack.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja"]
-HUB_COPIES = ["consolidated*.safetensors"]  # the same weights under other names
 Progress = Callable[[str, int, int], None]  # what is going on; bytes done, bytes in all
 
 
@@ -99,6 +94,7 @@ def load_model(
         if library() is not None:  # which says so itself
             dtype_name = str(decoder.dtype).removeprefix("torch.")
             log.warning("%s: steps run in plain torch (%s), which is slower", why, dtype_name)
+    _warn_of_unknown_tokens(tokenizer.result(), decoder.shapes.vocab_size)
     return LoadedModel(
         decoder=decoder,
         tokenizer=tokenizer.result(),
@@ -134,21 +130,15 @@ def _kv_memory(
     return kv
 
 
-def model_folder(model: str | None, progress: DownloadProgress | None = None) -> tuple[Path, str]:
-    """The folder of a model's files and the name that adapters know it by."""
-    if model is None:
-        return default_model(progress), DEFAULT_MODEL_NAME
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return folder, folder.resolve().name
-    try:
-        found = snapshot_download(model, allow_patterns=HUB_FILES, ignore_patterns=HUB_COPIES)
-        return Path(found), model
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise InvalidArgumentError(
-            f"--model {model} is neither a folder nor a model the hub gives us: {error}",
-            reason=Reason.INVALID_MODEL,
-        ) from error
+def _warn_of_unknown_tokens(tokenizer: Tokenizer, vocab_size: int) -> None:
+    if (beyond := tokenizer.vocab_size - vocab_size) > 0:
+        log.warning(
+            "the tokenizer has ids up to %d, the model %d tokens: prompts with one of the %d "
+            "beyond are refused",
+            tokenizer.vocab_size - 1,
+            vocab_size,
+            beyond,
+        )
 
 
 def adapter_loader(model: LoadedModel, registry: Registry) -> Loader:

@@ -91,7 +91,10 @@ class TorchBackend:
             device=self._inv_freq.device,
         )
         kv.clear(plan.fresh_pages)
-        angle_TF = plan.positions_T[:, None].float() * self._inv_freq
+        positions_T, inv_freq = plan.positions_T, self._inv_freq
+        if inv_freq.dim() == 2:  # its rows belong to positions
+            inv_freq = inv_freq[positions_T]
+        angle_TF = positions_T[:, None].float() * inv_freq
         cos_TF, sin_TF = angle_TF.cos(), angle_TF.sin()
         cos_T1D = torch.cat((cos_TF, cos_TF), dim=-1).mul_(self._rope_scale)[:, None]
         sin_T1D = torch.cat((-sin_TF, sin_TF), dim=-1).mul_(self._rope_scale)[:, None]

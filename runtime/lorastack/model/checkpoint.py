@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lorastack.errors import InvalidArgumentError, Reason
 from lorastack.model.download import Progress
+from lorastack.modelfiles import check, invalid, one_line, read_object, shown
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -57,7 +58,7 @@ class Checkpoint:
         for file in _files(folder):
             for name, tensor in _read_header(file).items():
                 if name in self.tensors:
-                    raise _invalid(f"{name} is stored in {self.tensors[name].file} and in {file}")
+                    raise invalid(f"{name} is stored in {self.tensors[name].file} and in {file}")
                 self.tensors[name] = tensor
                 if name.endswith(".qweight"):
                     raise InvalidArgumentError(
@@ -74,9 +75,9 @@ class Checkpoint:
         """
         stored = self._find(name)
         if stored.shape != tuple(out.shape):
-            raise _invalid(f"{name} has shape {stored.shape}, config.json wants {tuple(out.shape)}")
+            raise invalid(f"{name} has shape {stored.shape}, config.json wants {tuple(out.shape)}")
         if stored.dtype not in DTYPES:
-            raise _invalid(
+            raise invalid(
                 f"{name} is {stored.dtype}: only {', '.join(DTYPES)} weights are supported"
             )
         dtype = DTYPES[stored.dtype]
@@ -100,11 +101,25 @@ class Checkpoint:
         while buffer:
             count = stream.readinto(buffer[:PIECE])
             if not count:
-                raise _invalid(f"{self.folder} ends inside {name}")
+                raise invalid(f"{self.folder} ends inside {name}")
             buffer = buffer[count:]
             self._num_read += count
             if self._progress is not None:
                 self._progress(self._num_read, self.nbytes)
+
+    def equal(self, name: str, other: str) -> bool:
+        """Whether two tensors are stored with the same shape, dtype and bytes."""
+        one, two = self._find(name), self._find(other)
+        if (one.shape, one.dtype) != (two.shape, two.dtype):
+            return False
+        with one.file.open("rb") as stream, two.file.open("rb") as second:
+            stream.seek(one.start)
+            second.seek(two.start)
+            for start in range(one.start, one.end, PIECE):
+                size = min(PIECE, one.end - start)
+                if stream.read(size) != second.read(size):
+                    return False
+        return True
 
     def digest(self) -> bytes:
         """sha256 over every tensor's name, shape, dtype and the first and last bytes it has."""
@@ -120,7 +135,7 @@ class Checkpoint:
 
     def _find(self, name: str) -> StoredTensor:
         if name not in self.tensors:
-            raise _invalid(f"{self.folder} has no tensor {name}: the checkpoint is incomplete")
+            raise invalid(f"{self.folder} has no tensor {name}: the checkpoint is incomplete")
         return self.tensors[name]
 
 
@@ -133,17 +148,22 @@ def _files(folder: Path) -> list[Path]:
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     if (folder / INDEX).is_file():
-        index = _json((folder / INDEX).read_bytes(), folder / INDEX)
-        names = sorted(
-            {str(name) for name in _mapping(index.get("weight_map"), folder / INDEX).values()}
-        )
-        for name in names:
-            if Path(name).name != name or not (folder / name).is_file():
-                raise _invalid(f"{folder / INDEX} names {name}, which is not a file of {folder}")
-        return [folder / name for name in names]
+        return _shards(folder, read_object(folder / INDEX).get("weight_map"))
     others = [path.name for suffix in ("bin", "pt", "pth") for path in folder.glob(f"*.{suffix}")]
     hint = f"; {others[0]} is a pickle: convert it to safetensors" if others else ""
-    raise _invalid(f"{folder} has neither {SINGLE} nor {INDEX}{hint}")
+    raise invalid(f"{folder} has neither {SINGLE} nor {INDEX}{hint}")
+
+
+def _shards(folder: Path, weight_map: object) -> list[Path]:
+    """The files that the index names. weight_map: {tensor: file}."""
+    path, rule = folder / INDEX, "an object that names a file for each tensor"
+    check(isinstance(weight_map, dict) and weight_map != {}, path, "weight_map", rule, weight_map)
+    assert isinstance(weight_map, dict)
+    there = {entry.name for entry in folder.iterdir() if entry.is_file()}
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or name not in there:
+            raise invalid(f"{path} names {shown(name)} for {tensor}: no such file in {folder}")
+    return [folder / name for name in sorted(set(weight_map.values()))]
 
 
 def _read_header(file: Path) -> dict[str, StoredTensor]:
@@ -157,13 +177,13 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
         try:
             dtype, shape = str(entry["dtype"]), tuple(int(n) for n in entry["shape"])
             start, end = (base + int(offset) for offset in entry["data_offsets"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise _invalid(f"{file}: the header entry of {name} is malformed") from error
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise invalid(f"{file}: the header entry of {name} is malformed") from error
         known = DTYPES.get(dtype)
         if not base <= start <= end <= size or (
             known is not None and prod(shape) * known.itemsize != end - start
         ):
-            raise _invalid(
+            raise invalid(
                 f"{file}: {name} {shape} {dtype} does not fit its place; is it truncated?"
             )
         tensors[name] = StoredTensor(file, dtype, shape, start, end)
@@ -173,22 +193,15 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
 def _header(stream: BinaryIO, file: Path) -> tuple[int, Mapping[str, Any]]:
     length = int.from_bytes(stream.read(8), "little")
     if length > MAX_HEADER:
-        raise _invalid(f"{file} is not a safetensors file: its header would be {length} bytes")
+        raise invalid(f"{file} is not a safetensors file: its header would be {length} bytes")
     return 8 + length, _json(stream.read(length), file)
 
 
 def _json(data: bytes, file: Path) -> Mapping[str, Any]:
     try:
-        return _mapping(json.loads(data), file)
-    except ValueError as error:
-        raise _invalid(f"{file} has no valid JSON: {error}") from error
-
-
-def _mapping(value: object, file: Path) -> Mapping[str, Any]:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise invalid(f"{file} has no valid JSON: {one_line(error)}") from error
     if not isinstance(value, dict):
-        raise _invalid(f"{file} does not hold the JSON object it should")
+        raise invalid(f"{file} does not hold the JSON object it should")
     return value
-
-
-def _invalid(message: str) -> InvalidArgumentError:
-    return InvalidArgumentError(message, reason=Reason.INVALID_MODEL)

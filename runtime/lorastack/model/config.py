@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
 from lorastack.errors import InvalidArgumentError, Reason
 from lorastack.layout import ModelShapes
+from lorastack.model.rope import MAX_LENGTH, check_rope, context_limit, frequencies, unsupported
+from lorastack.modelfiles import (
+    MAX_INT,
+    check,
+    invalid,
+    is_int,
+    is_number,
+    one_line,
+    read_object,
+    shown,
+)
 
 CONFIG_CLASSES = {"llama": "LlamaConfig", "mistral": "MistralConfig"}
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
-ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 # Files in which tools say how they quantised the weights -> those that write them so.
 QUANTISERS = {"quantize_config.json": "GPTQ", "quant_config.json": "AWQ"}
 # What the decoder reads of a config.json, and the types it has there.
@@ -28,13 +36,16 @@ FIELDS = {
     **dict.fromkeys(("attention_bias", "mlp_bias", "tie_word_embeddings"), bool),
     **{"max_position_embeddings": int, "rms_norm_eps": float, "hidden_act": str},
 }
+# Fields of the type above that may be null as well: then they follow from others.
+OPTIONAL = ("num_key_value_heads", "head_dim", "sliding_window")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderConfig:
     """shapes.max_context is the limit in force. window: tokens, None for full attention.
 
-    inv_freq: RoPE frequencies [D / 2], float32; rope_scale multiplies cos and sin (YaRN's).
+    inv_freq: RoPE frequencies [D / 2], float32; for dynamic scaling [max_context, D / 2], a row for
+    each position. rope_scale multiplies cos and sin (YaRN's).
     has_heads: Medusa heads lie beside the backbone.
     """
 
@@ -54,51 +65,73 @@ def load_config(folder: Path, max_context: int | None) -> DecoderConfig:
     Raises InvalidArgumentError: no such file, an unsupported architecture, activation, RoPE variant
     or quantization, or a max_context beyond what the model was made for.
     """
-    raw = _read(folder)
-    config = _parse(raw, folder)
-    return DecoderConfig(
-        shapes=_shapes(config, max_context),
-        rms_eps=config.rms_norm_eps,
-        window=config.sliding_window if config.model_type == "mistral" else None,
-        attention_bias=bool(getattr(config, "attention_bias", False)),
-        mlp_bias=bool(getattr(config, "mlp_bias", False)),
-        has_heads="medusa_num_heads" in raw,
-        **_rope(config, max_context),
-    )
-
-
-def _read(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise _invalid(f"{folder} has no config.json: give a Hugging Face model folder") from None
-    except (OSError, ValueError) as error:
-        raise _invalid(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise _invalid(f"{path} is not a JSON object")
-    return raw
+    if not path.exists():
+        raise invalid(f"{folder} has no config.json: give a Hugging Face model folder")
+    raw = read_object(path)
+    config = _parse(raw, folder)
+    shapes = _shapes(config, max_context)
+    inv_freq, rope_scale = frequencies(config, shapes.max_context, path)
+    # transformers' Mistral has no biases, whatever its config.json says.
+    is_llama = config.model_type == "llama"
+    return DecoderConfig(
+        shapes=shapes,
+        rms_eps=config.rms_norm_eps,
+        window=None if is_llama else config.sliding_window,
+        attention_bias=is_llama and config.attention_bias,
+        mlp_bias=is_llama and config.mlp_bias,
+        has_heads="medusa_num_heads" in raw,
+        inv_freq=inv_freq,
+        rope_scale=rope_scale,
+    )
 
 
 def _parse(raw: dict[str, Any], folder: Path) -> Any:
     """The fields of a supported model's config, by transformers' names."""
-    names = raw.get("architectures") or []
-    for name in names:
+    path = folder / "config.json"
+    names = raw.get("architectures")
+    is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    check(names is None or is_list, path, "architectures", "a list of names or null", names)
+    for name in names or []:
         if name not in ARCHITECTURES:
-            raise _unsupported(f"architecture {name}", " or ".join(ARCHITECTURES))
+            raise unsupported(f"architecture {name[:64]}", " or ".join(ARCHITECTURES))
     model_type = raw.get("model_type")
-    if model_type not in CONFIG_CLASSES:
-        raise _unsupported(f"model type {model_type!r}", " or ".join(CONFIG_CLASSES))
+    if not isinstance(model_type, str) or model_type not in CONFIG_CLASSES:
+        raise unsupported(f"model type {shown(model_type)}", " or ".join(CONFIG_CLASSES))
     _refuse_quantised(raw, folder)
-    config = _plain(raw) or _by_transformers(raw, folder)
+    _check_fields(raw, path)
+    check_rope(raw, path)
+    config = _plain(raw) or _by_transformers(raw, path)
     if config.hidden_act not in ("silu", "swish"):
-        raise _unsupported(f"activation {config.hidden_act!r}", "silu")
+        raise unsupported(f"activation {shown(config.hidden_act)}", "silu")
     if config.num_attention_heads % config.num_key_value_heads:
-        raise _invalid(
+        raise invalid(
             f"{config.num_attention_heads} attention heads cannot share "
-            f"{config.num_key_value_heads} key-value heads evenly: correct config.json"
+            f"{config.num_key_value_heads} key-value heads evenly: correct {path}"
         )
+    size, rule = config.head_dim, "even and above 2 (unset: hidden_size / num_attention_heads)"
+    check(size > 2 and size % 2 == 0, path, "head_dim", rule, size)
     return config
+
+
+def _check_fields(raw: Mapping[str, Any], path: Path) -> None:
+    """What the decoder reads, as it stands. Raises InvalidArgumentError naming the field."""
+    fields = FIELDS if raw["model_type"] == "llama" else {**FIELDS, "sliding_window": int}
+    for name, kind in fields.items():
+        if name not in raw or (raw[name] is None and name in OPTIONAL):
+            continue
+        value = raw[name]
+        if kind is int:
+            most = MAX_LENGTH if name == "max_position_embeddings" else MAX_INT
+            ok = is_int(value) and 0 < value <= most
+            check(ok, path, name, f"a whole number, 1 to {most}", value)
+        elif kind is float:
+            check(is_number(value) and value >= 0, path, name, "a number of at least 0", value)
+        else:
+            rule = "true or false" if kind is bool else "a name"
+            check(isinstance(value, kind), path, name, rule, value)
+    if raw.get("per_layer_config"):
+        raise unsupported("per_layer_config", "the same sizes in every layer")
 
 
 def _refuse_quantised(raw: dict[str, Any], folder: Path) -> None:
@@ -139,20 +172,20 @@ def _plain(raw: dict[str, Any]) -> Any:
     return SimpleNamespace(**raw)
 
 
-def _by_transformers(raw: dict[str, Any], folder: Path) -> Any:
+def _by_transformers(raw: dict[str, Any], path: Path) -> Any:
     # Where another thread (the tokenizer's) is importing it, an import statement gives the module
     # that transformers replaces at the end of its own import.
     transformers = import_module("transformers")
     try:
         return getattr(transformers, CONFIG_CLASSES[raw["model_type"]]).from_dict(raw)
-    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
-        raise _invalid(f"{folder / 'config.json'} is not valid: {error}") from error
+    except Exception as error:  # whatever a foreign file makes it raise
+        raise invalid(f"{path} is not valid: {one_line(error)}") from error
 
 
 def _shapes(config: Any, max_context: int | None) -> ModelShapes:
-    limit = _context_limit(config)
+    limit = context_limit(config)
     if max_context is not None and not 0 < max_context <= limit:
-        raise _invalid(
+        raise invalid(
             f"max_context {max_context} is not in 1..{limit}, what the model was made for"
         )
     return ModelShapes(
@@ -164,41 +197,6 @@ def _shapes(config: Any, max_context: int | None) -> ModelShapes:
         num_kv_heads=config.num_key_value_heads,
         head_dim=config.head_dim,
         vocab_size=config.vocab_size,
-        max_context=max_context or config.max_position_embeddings,
-        tie_word_embeddings=bool(config.tie_word_embeddings),
+        max_context=max_context or limit,
+        tie_word_embeddings=config.tie_word_embeddings,
     )
-
-
-def _context_limit(config: Any) -> int:
-    """Linear and dynamic scaling state the length before scaling, the others the one after it."""
-    rope = config.rope_parameters
-    stretch = rope["factor"] if rope["rope_type"] in ("linear", "dynamic") else 1
-    return int(config.max_position_embeddings * stretch)
-
-
-def _rope(config: Any, max_context: int | None) -> dict[str, Any]:
-    rope = config.rope_parameters
-    kind = rope["rope_type"]
-    if kind not in ROPE_TYPES:
-        raise _unsupported(f"RoPE type {kind!r}", ", ".join(ROPE_TYPES))
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise _unsupported("partial_rotary_factor other than 1", "RoPE over the whole head")
-    if kind == "default":
-        exponent = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
-        return {"inv_freq": 1.0 / rope["rope_theta"] ** exponent, "rope_scale": 1.0}
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    # transformers lets dynamic scaling follow the longest text of a batch: a row would depend on
-    # others. Here it is fixed: the one for a text as long as the context limit in force.
-    inv_freq, scale = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), seq_len=max_context)
-    return {"inv_freq": inv_freq, "rope_scale": float(scale)}
-
-
-def _unsupported(what: str, supported: str) -> InvalidArgumentError:
-    return InvalidArgumentError(
-        f"{what} is not supported: use a model with {supported}", reason=Reason.UNSUPPORTED_MODEL
-    )
-
-
-def _invalid(message: str) -> InvalidArgumentError:
-    return InvalidArgumentError(message, reason=Reason.INVALID_MODEL)

@@ -23,7 +23,7 @@ from lorastack.model.context import ForwardBatch, Outputs
 from lorastack.model.download import Progress
 from lorastack.model.kv import KVCache
 from lorastack.model.native import NativeBackend, native_isa
-from lorastack.model.weights import Packing, load_weights
+from lorastack.model.weights import Packing, load_weights, untie
 
 
 class Backend(Protocol):
@@ -90,9 +90,11 @@ def load_decoder(
     of the checkpoint.
     """
     config = load_config(path, max_context)
+    checkpoint = Checkpoint(path, progress)
+    config = untie(config, checkpoint)
     dtype = dtype or default_dtype(config, device, native)
     kind = None if quantize is None else Kind(quantize)
-    backend = _backend(Checkpoint(path, progress), config, device, dtype, native, kind)
+    backend = _backend(checkpoint, config, device, dtype, native, kind)
     return Decoder(config.shapes, backend, device, dtype, quantize or "")
 
 

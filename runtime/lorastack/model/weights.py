@@ -5,9 +5,10 @@ q, k and v are one matrix, gate and up another: a layer is four dense calls.
 
 from __future__ import annotations
 
+import logging
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import prod
 from typing import Generic, TypeVar
@@ -26,7 +27,10 @@ MODULES = {
     "gate_proj": "mlp", "up_proj": "mlp", "down_proj": "mlp",
 }  # fmt: skip
 
+EMBED, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 HEADS_PREFIX = "medusa_head."  # tensors of Medusa heads beside a backbone; see engine.own_heads
+
+log = logging.getLogger(__name__)
 
 Dense = TypeVar("Dense")  # a backend's own kind of packed weight
 Pack = Callable[[Tensor, Tensor | None], Dense]  # weight [out, in], bias [out]
@@ -69,6 +73,20 @@ class DecoderWeights(Generic[Dense]):
     lm_head: Dense
 
 
+def untie(config: DecoderConfig, checkpoint: Checkpoint) -> DecoderConfig:
+    """As transformers does: a stored lm_head that differs from the embedding is used, whatever
+    tie_word_embeddings says."""
+    tied = config.shapes.tie_word_embeddings and {EMBED, LM_HEAD} <= checkpoint.tensors.keys()
+    if not tied or checkpoint.equal(EMBED, LM_HEAD):
+        return config
+    log.warning(
+        "%s: config.json ties lm_head to the embedding, but the checkpoint's lm_head differs: the "
+        "stored one is used; set tie_word_embeddings to false",
+        checkpoint.folder,
+    )
+    return replace(config, shapes=replace(config.shapes, tie_word_embeddings=False))
+
+
 def load_weights(
     checkpoint: Checkpoint,
     config: DecoderConfig,
@@ -84,17 +102,18 @@ def load_weights(
     """
     reader = _Reader(checkpoint, config, device, dtype, packing)
     shapes = config.shapes
-    embed_VH = reader.tensor("model.embed_tokens.weight", (shapes.vocab_size, shapes.hidden_size))
+    embedding = LM_HEAD if shapes.tie_word_embeddings and EMBED not in checkpoint.tensors else EMBED
+    embed_VH = reader.tensor(embedding, (shapes.vocab_size, shapes.hidden_size))
     layers = []
     for index in range(shapes.num_layers):
         layers.append(reader.layer(index))
         give_back()
     norm = reader.tensor("model.norm.weight", (shapes.hidden_size,))
     if shapes.tie_word_embeddings:
-        reader.used.add("lm_head.weight")  # some checkpoints store the tied copy
-        name, lm_head_VH = "model.embed_tokens.weight", embed_VH
+        reader.used.add(LM_HEAD)  # some checkpoints store the tied copy
+        name, lm_head_VH = embedding, embed_VH
     else:
-        name = "lm_head.weight"
+        name = LM_HEAD
         lm_head_VH = reader.matrix([name], [shapes.vocab_size], shapes.hidden_size)
     lm_head = _packed(packing.head, lm_head_VH, None, [name], [shapes.vocab_size])
     reader.refuse_unknown()

@@ -21,6 +21,7 @@ from lorastack.errors import (
     ResourceExhaustedError,
 )
 from lorastack.request import (
+    Grammar,
     HeadsUse,
     LoraUse,
     Request,
@@ -132,7 +133,7 @@ class Preparer:
             heads=heads if call.speculation.enabled else None,
             num_logprobs=call.num_logprobs,
             deadline=deadline,
-            grammar=None if wanted is None else self._grammars.compile(wanted),
+            grammar=None if wanted is None else self._grammar(wanted, prompt_ids),
         )
         return Prepared(request, self._prompt_text(call, prompt_ids) if call.return_prompt else "")
 
@@ -243,7 +244,22 @@ class Preparer:
                 prompt_ids = tuple(tokenizer.chat(messages, template))
         if not prompt_ids:
             raise InvalidArgumentError("the prompt holds no tokens; send at least one")
+        self._check_known(prompt_ids)
         return prompt_ids
+
+    def _check_known(self, prompt_ids: tuple[int, ...]) -> None:
+        """Tokenizers may have tokens behind the model's last one, which no row can run."""
+        if (last := max(prompt_ids)) >= self._model.vocab_size:
+            text = self._model.tokenizer.token_text(last)
+            raise InvalidArgumentError(
+                f"the prompt holds the token {text!r} (id {last}), which the model does not have: "
+                f"it has {self._model.vocab_size} tokens; leave it out",
+                field="input",
+            )
+
+    def _grammar(self, wanted: JsonSchema | Regex, prompt_ids: tuple[int, ...]) -> Grammar:
+        num_dropped = self._model.tokenizer.joiner(prompt_ids).num_dropped
+        return self._grammars.compile(wanted, num_dropped)
 
     def _record(self, adapter_id: str, field: str) -> Record:
         if adapter_id in RESERVED_IDS:

@@ -62,26 +62,29 @@ class GrammarCompiler:
         self._building = threading.Lock()
         self._vocabulary: Vocabulary | None = None  # built when the first grammar is asked for
         self._keeping = threading.Lock()
-        self._kept: OrderedDict[JsonSchema | Regex, Grammar] = OrderedDict()
+        self._kept: OrderedDict[tuple[JsonSchema | Regex, int], Grammar] = OrderedDict()
 
-    def compile(self, wanted: JsonSchema | Regex) -> Grammar:
+    def compile(self, wanted: JsonSchema | Regex, num_dropped: int = 0) -> Grammar:
         """Blocks for milliseconds, a second at most.
+
+        num_dropped: spaces that the text loses at its beginning (`Joiner.num_dropped` behind the
+        prompt).
 
         Raises InvalidArgumentError for what is malformed (saying where), not supported, too complex
         or without any text that follows it; FailedPreconditionError if the model cannot end a text.
         """
         with self._keeping:
-            if (grammar := self._kept.get(wanted)) is not None:
-                self._kept.move_to_end(wanted)
+            if (grammar := self._kept.get((wanted, num_dropped))) is not None:
+                self._kept.move_to_end((wanted, num_dropped))
                 return grammar
         vocabulary = self._built()
-        start = _start(vocabulary, wanted, self._tokenizer.joiner().num_dropped)
+        start = _start(vocabulary, wanted, num_dropped)
         grammar = CompiledGrammar(start, self._end_ids, self._vocab_size)
         with self._keeping:
-            self._kept[wanted] = grammar
-            num_chars = sum(len(kept.text) for kept in self._kept)
+            self._kept[wanted, num_dropped] = grammar
+            num_chars = sum(len(kept.text) for kept, _ in self._kept)
             while len(self._kept) > MAX_KEPT or num_chars > MAX_KEPT_CHARS:
-                oldest, _ = self._kept.popitem(last=False)
+                (oldest, _), _ = self._kept.popitem(last=False)
                 num_chars -= len(oldest.text)
         return grammar
 
@@ -100,7 +103,7 @@ class GrammarCompiler:
 
 
 def _start(vocabulary: Vocabulary, wanted: JsonSchema | Regex, num_dropped: int) -> LLMatcher:
-    """llguidance before the first token. num_dropped: spaces that texts lose when joined."""
+    """llguidance before the first token. num_dropped: spaces that its text loses."""
     # Deferred, as in `Vocabulary`.
     from llguidance import LLMatcher
 

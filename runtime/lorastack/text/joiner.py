@@ -3,13 +3,19 @@
 A tokenizer.json says it as a chain of decoders over the whole list of tokens. Two families are
 known here, those of Llama and Mistral models; each has a joiner whose pieces, put together, are
 what the chain gives for the whole list.
+
+A joiner may stand behind a prompt: then its pieces are the text of prompt and output together
+without the prompt's own, which they begin with. It differs from the end of the prompt's own in one
+case: a prompt that ends inside a character shows U+FFFD there. If the output completes the
+character, it is the output's; the prompt's other characters never are.
 """
 
 from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any, Protocol
 
 from lorastack.errors import InvalidArgumentError, Reason
@@ -19,12 +25,19 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class Joiner(Protocol):
-    """The text of one growing list of tokens. Work a token does not grow with the list.
+    """The text of one growing list of tokens. Work a token does not grow with the list."""
 
-    num_dropped: so many spaces at its beginning are left out.
-    """
+    @property
+    def num_dropped(self) -> int:
+        """So many spaces at the beginning are left out; none behind a prompt with text."""
+        ...
 
-    num_dropped: int
+    def follow(self, before: Iterable[str]) -> None:
+        """Stand behind a prompt of these tokens, its last one first; as few as needed are read.
+
+        Called once, before all else.
+        """
+        ...
 
     def push(self, token: str) -> str:
         """What has become certain with this token: whole characters only."""
@@ -109,12 +122,28 @@ class ByteLevelJoiner:
 
     def __init__(self) -> None:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._marked = False  # the prompt shows U+FFFD for the bytes that are held
+
+    def follow(self, before: Iterable[str]) -> None:
+        held = b""
+        for token in before:
+            held = _token_bytes(token) + held
+            if len(held) >= 3:  # all that an unfinished character may have
+                break
+        self._utf8.decode(held[-3:])
+        self._marked = self._utf8.getstate()[0] != b""
 
     def push(self, token: str) -> str:
-        return self._utf8.decode(_token_bytes(token))
+        return self._unmarked(self._utf8.decode(_token_bytes(token)))
 
     def flush(self) -> str:
-        return self._utf8.decode(b"", final=True)
+        return self._unmarked(self._utf8.decode(b"", final=True))
+
+    def _unmarked(self, text: str) -> str:
+        if self._marked and text:
+            self._marked = False
+            return text.removeprefix(UNKNOWN_CHARACTER)
+        return text
 
     def alone(self, token: str) -> str:
         return _token_bytes(token).decode("utf-8", "replace")
@@ -146,24 +175,43 @@ class SpacesJoiner:
         drops_first: bool = False,
         has_bytes: bool = False,
     ) -> None:
-        self.num_dropped = strip or int(drops_first)
         self._replacements = replacements
         self._strip = strip
         self._drops = drops_first
         self._has_bytes = has_bytes
         self._run = bytearray()
+        self._num_given = 0  # bytes of the run that are the prompt's
+        self._given = ""  # what the prompt shows for them
+
+    @property
+    def num_dropped(self) -> int:
+        return int(self._drops) or _left(self._strip, _run_text(self._run))
+
+    def follow(self, before: Iterable[str]) -> None:
+        tokens = iter(before)
+        run = bytearray()
+        for token in tokens:
+            byte = self._byte(token)
+            if byte is None:
+                self._drops = False
+                self._take_spaces(map(self.alone, chain((token,), tokens)))
+                break
+            run.append(byte)
+        self._run = run[::-1]
+        self._num_given = len(run)
+        self._given = _stripped(_run_text(self._run), self._strip)
 
     def push(self, token: str) -> str:
         byte = self._byte(token)
         if byte is not None:
             self._run.append(byte)
             return ""
-        text = self._end_run() + self._replaced(token, drop=self._drops)
+        text = self._end_run() + self._taken(self._replaced(token, drop=self._drops))
         self._drops = False
-        return self._stripped(text)
+        return text
 
     def flush(self) -> str:
-        return self._stripped(self._end_run())
+        return self._end_run()
 
     def alone(self, token: str) -> str:
         byte = self._byte(token)
@@ -180,21 +228,53 @@ class SpacesJoiner:
         return int(found[1], 16) if found else None
 
     def _end_run(self) -> str:
-        run, self._run = self._run, bytearray()
-        try:
-            return run.decode()
-        except UnicodeDecodeError:
-            return UNKNOWN_CHARACTER * len(run)
+        """The text of the run, without what the prompt shows of it."""
+        run, given, num_given = self._run, self._given, self._num_given
+        if not run:
+            return ""
+        self._run, self._given, self._num_given = bytearray(), "", 0
+        whole = _run_text(run)
+        text = self._taken(whole)
+        if text.startswith(given):
+            return text[len(given) :]
+        # The output's bytes change what the prompt's are: these were unfinished, or are no longer.
+        if whole == UNKNOWN_CHARACTER * len(run):
+            return whole[num_given:]
+        return whole[len(run[:num_given].decode(errors="ignore")) :]
 
     def _replaced(self, token: str, *, drop: bool) -> str:
         for mark, content in self._replacements:
             token = token.replace(mark, "" if drop else content)
         return token
 
-    def _stripped(self, text: str) -> str:
-        if not self._strip or not text:
+    def _taken(self, text: str) -> str:
+        """The text's next part, without spaces at its beginning that are still to be left out."""
+        if not self._strip:
             return text
-        spaces = len(text) - len(text.lstrip(" "))
-        cut = min(self._strip, spaces)
-        self._strip = self._strip - cut if spaces == len(text) else 0
-        return text[cut:]
+        taken = _stripped(text, self._strip)
+        self._take_spaces((text,))
+        return taken
+
+    def _take_spaces(self, texts: Iterable[str]) -> None:
+        """Some parts of the text, in any order, use up the spaces that are to be left out."""
+        for text in texts if self._strip else ():
+            self._strip = _left(self._strip, text)
+            if not self._strip:
+                return
+
+
+def _run_text(run: bytearray) -> str:
+    try:
+        return run.decode()
+    except UnicodeDecodeError:
+        return UNKNOWN_CHARACTER * len(run)
+
+
+def _left(limit: int, text: str) -> int:
+    """How many spaces are still to be left out behind this text."""
+    return 0 if text.strip(" ") else max(0, limit - len(text))
+
+
+def _stripped(text: str, limit: int) -> str:
+    """Without its first `limit` spaces, or as many as it has."""
+    return text[min(limit, len(text) - len(text.lstrip(" "))) :]

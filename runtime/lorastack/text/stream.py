@@ -10,12 +10,13 @@ from lorastack.text.tokenizer import Tokenizer
 class Detokenizer:
     """Incremental `Tokenizer.decode`: joined pushes and flush are the text of all ids.
 
+    Behind a prompt they are the text of prompt and output, less the prompt's (see `text.joiner`).
     Special tokens give no text. A push costs the same however long the text is.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._joiner = tokenizer.joiner()
+        self._joiner = tokenizer.joiner(prompt_ids)
 
     def push(self, token_ids: Iterable[int]) -> str:
         """New text: whole characters only."""
@@ -95,9 +96,12 @@ class TextStream:
     match: the stop sequence that ended the text, None while it goes on.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop_sequences: Sequence[str]) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, stop_sequences: Sequence[str], prompt_ids: Sequence[int] = ()
+    ) -> None:
+        """Stop sequences are looked for in the output alone."""
         self.match: str | None = None
-        self._detokenizer = Detokenizer(tokenizer)
+        self._detokenizer = Detokenizer(tokenizer, prompt_ids)
         self._matcher = StopMatcher(stop_sequences)
 
     def push(self, token_id: int) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorastack.errors import InvalidArgumentError, Reason
+from lorastack.modelfiles import check, invalid, is_int, is_number, one_line, read_object, token_ids
 from lorastack.text.joiner import Joiner, joiner_factory
 
 if TYPE_CHECKING:
@@ -28,6 +29,56 @@ FILES = (
 )
 # Names of the class that takes tokenizer.json as it is.
 PLAIN_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
+# What tokenizer_config.json may hold, where transformers would fail on anything else or take it
+# for something else.
+_SWITCH = (lambda value: isinstance(value, bool), "true, false or null")
+_TOKEN = (
+    lambda value: isinstance(value, str) or _is_added_token(value),
+    "a token, an object with its content, or null",
+)
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "tokenizer_class": (lambda value: isinstance(value, str), "a name or null"),
+    "auto_map": (lambda value: isinstance(value, dict), "an object or null"),
+    "model_max_length": (
+        lambda value: is_number(value) or (is_int(value) and value > 0),  # 10**30: no limit
+        "a number or null",
+    ),
+    "chat_template": (lambda value: _is_template(value), "a template, named templates or null"),
+    "added_tokens_decoder": (
+        lambda value: (
+            isinstance(value, dict)
+            and all(key.isdecimal() and _is_added_token(token) for key, token in value.items())
+        ),
+        "an object of token ids and tokens, or null",
+    ),
+    "additional_special_tokens": (
+        lambda value: isinstance(value, list) and all(map(_TOKEN[0], value)),
+        "a list of tokens or null",
+    ),
+    "extra_special_tokens": (
+        lambda value: isinstance(value, list | dict),
+        "a list, an object, or null",
+    ),
+    **{f"{name}_token": _TOKEN for name in ("bos", "eos", "unk", "pad", "sep", "cls", "mask")},
+    **dict.fromkeys(("add_bos_token", "add_eos_token", "add_prefix_space", "legacy"), _SWITCH),
+    **dict.fromkeys(("clean_up_tokenization_spaces", "use_default_system_prompt"), _SWITCH),
+}
+
+
+def _is_added_token(value: object) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("content"), str)
+
+
+def _is_template(value: object) -> bool:
+    """One, or a list of {name, template}."""
+    if not isinstance(value, list):
+        return isinstance(value, str)
+    texts = [
+        entry.get(key) if isinstance(entry, dict) else None
+        for entry in value
+        for key in ("name", "template")
+    ]
+    return all(isinstance(text, str) for text in texts)
 
 
 class Tokenizer:
@@ -61,13 +112,15 @@ class Tokenizer:
         # Deferred: importing it takes half a second, which the weights are read in. By a call, as a
         # statement gives the module that it then replaces, where another thread is importing it.
         kind = import_module("transformers").PreTrainedTokenizerFast
+        config, eos_ids = _configured(folder)
+        declared = _declared(folder)
         try:
-            tokenizer = _from_files(folder)
+            tokenizer = _from_files(folder, config, declared)
         except Exception as error:  # whatever a foreign file makes the loader raise
-            raise InvalidArgumentError(
-                f"No tokenizer could be loaded from {folder}: {error}. The folder needs "
-                "tokenizer.json or tokenizer.model.",
-                reason=Reason.INVALID_MODEL,
+            found = ", ".join(name for name in FILES if (folder / name).exists())
+            raise invalid(
+                f"No tokenizer could be loaded from {folder}: {one_line(error)}. The folder needs "
+                f"a sound tokenizer.json or tokenizer.model; it has {found or 'neither'}."
             ) from error
         if not isinstance(tokenizer, kind):
             raise InvalidArgumentError(
@@ -75,9 +128,13 @@ class Tokenizer:
                 "form: convert it with transformers and add the file.",
                 reason=Reason.UNSUPPORTED_MODEL,
             )
-        eos_ids = set(_configured_eos(folder))
-        if tokenizer.eos_token_id is not None:
-            eos_ids.add(tokenizer.eos_token_id)
+        if not len(tokenizer):
+            raise invalid(f"{folder / 'tokenizer.json'} has no tokens")
+        # Beyond the model's vocabulary it never comes.
+        own = tokenizer.eos_token_id
+        size = config.get("vocab_size")
+        if own is not None and not (is_int(size) and own >= size):
+            eos_ids |= {own}
         return Tokenizer(tokenizer, frozenset(eos_ids), _digest(folder))
 
     def encode(self, text: str) -> list[int]:
@@ -130,9 +187,12 @@ class Tokenizer:
         entry: str | None = self._backend.id_to_token(token_id)
         return entry
 
-    def joiner(self) -> Joiner:
-        """A fresh joiner of `token` entries."""
-        return self._make_joiner()
+    def joiner(self, prompt_ids: Sequence[int] = ()) -> Joiner:
+        """A fresh joiner of `token` entries, behind a prompt; reads only the prompt's end."""
+        joiner = self._make_joiner()
+        before = map(self.token, reversed(prompt_ids))
+        joiner.follow(token for token in before if token is not None)
+        return joiner
 
     def token_text(self, token_id: int) -> str:
         """A token by itself, special ones by name, for display."""
@@ -145,37 +205,41 @@ class Tokenizer:
         return token_id in self._special_ids
 
 
-def _from_files(folder: Path) -> Any:
+def _declared(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json. Raises InvalidArgumentError naming a field of the wrong type."""
+    path = folder / "tokenizer_config.json"
+    declared = read_object(path)
+    for name, (is_valid, rule) in _RULES.items():
+        value = declared.get(name)
+        check(value is None or is_valid(value), path, name, rule, value)
+    return declared
+
+
+def _from_files(folder: Path, config: Mapping[str, Any], declared: Mapping[str, Any]) -> Any:
     """What AutoTokenizer gives. Its imports take a second, so it is asked only if it may choose."""
     from transformers import PreTrainedTokenizerFast
 
-    declared = _json_object(folder / "tokenizer_config.json")
     plain = declared.get("tokenizer_class") in PLAIN_CLASSES and "auto_map" not in declared
-    if plain and _json_object(folder / "config.json").get("model_type") == "llama":
+    if plain and config.get("model_type") == "llama":
         return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
-def _json_object(path: Path) -> dict[str, Any]:
-    """Empty for a file that is missing."""
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
-
-
-def _configured_eos(folder: Path) -> Iterator[int]:
+def _configured(folder: Path) -> tuple[dict[str, Any], set[int]]:
+    """config.json and the ids that end a text by it and by generation_config.json."""
+    config = read_object(folder / "config.json")
+    size = config.get("vocab_size")
+    eos_ids: set[int] = set()
     for name in ("generation_config.json", "config.json"):
         path = folder / name
-        if not path.exists():
-            continue
-        try:
-            config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise InvalidArgumentError(
-                f"{path} is not JSON: {error}", reason=Reason.INVALID_MODEL
-            ) from error
-        eos = config.get("eos_token_id")
-        yield from eos if isinstance(eos, list) else [] if eos is None else [eos]
+        found = token_ids(path, read_object(path), "eos_token_id")
+        if is_int(size):
+            rule = f"below vocab_size, {size}"
+            check(all(index < size for index in found), path, "eos_token_id", rule, found)
+        eos_ids |= set(found)
+    return config, eos_ids
 
 
 def _digest(folder: Path) -> str:

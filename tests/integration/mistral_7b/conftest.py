@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from lorastack.config import MIB
-from lorastack.engine.loading import model_folder
+from lorastack.engine.folder import model_folder
 from lorastack.kernels.native.library import Isa, supported
 from lorastack.layout import ModelShapes
 from lorastack.model.config import load_config

@@ -1,0 +1,137 @@
+"""Rotary position embeddings: what a config.json says about them, and how far they reach."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorastack.errors import InvalidArgumentError, Reason
+from lorastack.modelfiles import check, invalid, is_int, is_number, one_line, shown
+
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
+MAX_LENGTH = 1 << 24  # tokens
+FIELDS = ("rope_parameters", "rope_scaling")  # transformers' name, and the older one
+
+
+def _optional(rule: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or rule(value)
+
+
+def _positive(value: Any) -> bool:
+    return is_number(value) and value > 0
+
+
+def _length(value: Any) -> bool:
+    return is_int(value) and 0 < value <= MAX_LENGTH
+
+
+# Of an entry: whether a value may be, and what it must be.
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "rope_type": (lambda value: isinstance(value, str), "a name"),
+    "type": (lambda value: isinstance(value, str), "a name"),
+    "rope_theta": (_positive, "a finite number above 0"),
+    # YaRN alone does without: transformers then takes the ratio of the two lengths.
+    "factor": (_optional(lambda value: is_number(value) and value >= 1), "a number of at least 1"),
+    "original_max_position_embeddings": (_length, f"a number of tokens, 1 to {MAX_LENGTH}"),
+    "low_freq_factor": (_positive, "a finite number above 0"),
+    "high_freq_factor": (_positive, "a finite number above 0"),
+    "attention_factor": (_optional(_positive), "a finite number above 0, or null"),
+    "beta_fast": (_optional(_positive), "a finite number above 0, or null"),
+    "beta_slow": (_optional(_positive), "a finite number above 0, or null"),
+    "mscale": (_optional(is_number), "a finite number or null"),
+    "mscale_all_dim": (_optional(is_number), "a finite number or null"),
+    "truncate": (lambda value: isinstance(value, bool), "true or false"),
+    "partial_rotary_factor": (_optional(is_number), "a finite number or null"),
+}
+_OUTSIDE = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+
+
+def check_rope(raw: Mapping[str, Any], path: Path) -> None:
+    """The values of config.json as they stand. Raises InvalidArgumentError naming the field."""
+    for name in _OUTSIDE:
+        _check(raw, name, path, name)
+    for field in FIELDS:
+        entries = raw.get(field)
+        if entries is None:
+            continue
+        check(isinstance(entries, dict), path, field, "an object or null", entries)
+        for name in _RULES:
+            _check(entries, name, path, f"{field}.{name}")
+
+
+def _check(entries: Mapping[str, Any], name: str, path: Path, field: str) -> None:
+    if name in entries:
+        is_valid, rule = _RULES[name]
+        check(is_valid(entries[name]), path, field, rule, entries[name])
+
+
+def context_limit(config: Any) -> int:
+    """Tokens that the model was made for.
+
+    Linear and dynamic scaling state the length before scaling, YaRN may state either and names the
+    one before apart; llama3's is the one after it.
+    """
+    rope = config.rope_parameters
+    length, factor = config.max_position_embeddings, rope.get("factor")
+    if factor is None or rope.get("rope_type") not in ("linear", "dynamic", "yarn"):
+        return int(length)
+    if rope["rope_type"] == "yarn":
+        length = rope["original_max_position_embeddings"]
+    return min(int(length * factor), MAX_LENGTH)
+
+
+def frequencies(config: Any, max_context: int, path: Path) -> tuple[Tensor, float]:
+    """(inv_freq, what multiplies cos and sin), see `DecoderConfig`. Raises InvalidArgumentError."""
+    rope = config.rope_parameters
+    kind = rope.get("rope_type")
+    if kind not in ROPE_TYPES:
+        raise unsupported(f"RoPE type {shown(kind)}", ", ".join(ROPE_TYPES))
+    if rope.get("partial_rotary_factor") not in (None, 1):
+        raise unsupported("partial_rotary_factor other than 1", "RoPE over the whole head")
+    try:
+        inv_freq, scale = _computed(config, kind, max_context)
+    except (ArithmeticError, TypeError, ValueError, KeyError) as error:
+        raise invalid(
+            f"{path}: no frequencies follow from rope_parameters: {one_line(error)}"
+        ) from error
+    sound = bool(inv_freq.isfinite().all()) and is_number(scale)
+    check(sound, path, "rope_parameters", "values that give finite frequencies", rope)
+    return inv_freq, float(scale)
+
+
+def _computed(config: Any, kind: str, max_context: int) -> tuple[Tensor, float]:
+    rope, size = config.rope_parameters, config.head_dim
+    exponent_F = torch.arange(0, size, 2, dtype=torch.int64).float() / size
+    if kind == "default":
+        return 1.0 / rope["rope_theta"] ** exponent_F, 1.0
+    if kind == "dynamic":
+        return _dynamic(config, max_context, exponent_F), 1.0
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    inv_freq_F, scale = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+    return inv_freq_F, float(scale)
+
+
+def _dynamic(config: Any, max_context: int, exponent_F: Tensor) -> Tensor:
+    """[P, F]: at each position, the frequencies of a text that ends there.
+
+    So transformers turns each token that it generates. It turns a prompt beyond the length before
+    scaling by that of the whole prompt, where a row would depend on how its prompt is cut.
+    """
+    rope, size = config.rope_parameters, config.head_dim
+    before, factor = config.max_position_embeddings, rope["factor"]
+    length_P = torch.arange(1, max_context + 1).clamp(min=before).double()
+    growth_P = (factor * length_P / before - (factor - 1)) ** (size / (size - 2))
+    base_P1 = (rope["rope_theta"] * growth_P)[:, None].float()
+    inv_freq_PF: Tensor = 1.0 / base_P1**exponent_F
+    return inv_freq_PF
+
+
+def unsupported(what: str, supported: str) -> InvalidArgumentError:
+    return InvalidArgumentError(
+        f"{what} is not supported: use a model with {supported}", reason=Reason.UNSUPPORTED_MODEL
+    )

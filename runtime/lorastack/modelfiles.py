@@ -1,0 +1,73 @@
+"""The JSON files of a model's folder: values checked, refusals that name file and field."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from lorastack.errors import InvalidArgumentError, Reason
+
+MAX_SHOWN = 60  # characters of a value in a message
+MAX_INT = 2**31 - 1  # of counts, sizes and token ids
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A file's JSON object; empty if there is no such file.
+
+    Raises InvalidArgumentError for a file that cannot be read, is not JSON or no object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise invalid(f"{path} cannot be read as JSON: {one_line(error)}") from error
+    if not isinstance(value, dict):
+        raise invalid(f"{path} must hold a JSON object, not {shown(value)}")
+    return value
+
+
+def check(ok: bool, path: Path, field: str, rule: str, value: object) -> None:
+    """Raises InvalidArgumentError: `field` of `path` must be `rule`."""
+    if not ok:
+        raise invalid(f"{path}: {field} must be {rule}, not {shown(value)}")
+
+
+def token_ids(path: Path, config: Mapping[str, Any], field: str) -> list[int]:
+    """An id, a list of ids or nothing."""
+    value = config.get(field)
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    rule = "a token id, a list of token ids or null"
+    check(all(is_int(index) and 0 <= index <= MAX_INT for index in ids), path, field, rule, value)
+    return ids
+
+
+def is_int(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """Finite."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return math.isfinite(value) if isinstance(value, float) else abs(value) <= MAX_INT
+
+
+def shown(value: object) -> str:
+    try:
+        text = json.dumps(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, a deep nest
+        return f"such a {type(value).__name__}"
+    return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """An error's message as part of a line."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
+def invalid(message: str) -> InvalidArgumentError:
+    return InvalidArgumentError(message, reason=Reason.INVALID_MODEL)
