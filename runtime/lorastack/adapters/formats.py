@@ -7,15 +7,16 @@ without a meaning is refused.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from lorastack.adapters import medusa, peft
+from lorastack.adapters.base_names import Same, same_model
 from lorastack.adapters.jsonfile import read_object, read_text
 from lorastack.adapters.refusal import invalid
 from lorastack.adapters.tensorfile import TensorEntry, check_finite, read_header
-from lorastack.errors import FailedPreconditionError, Reason
+from lorastack.errors import FailedPreconditionError, InvalidArgumentError, Reason
 from lorastack.layout import AdapterKind, ModelShapes, TensorKey
 
 MAX_CONFIG = 4 << 20  # bytes of one JSON file
@@ -43,6 +44,7 @@ class ParsedAdapter:
     chat_template: str | None
     tensors: Mapping[TensorKey, TensorEntry]
     base_copies: Mapping[str, TensorEntry]  # base tensor name -> the folder's copy of it
+    warnings: tuple[str, ...] = ()  # what its owner should know
 
     @property
     def base_model(self) -> str:
@@ -50,10 +52,14 @@ class ParsedAdapter:
         return self.base_models[0] if self.base_models else ""
 
 
-def parse(files: Mapping[str, Path], shapes: ModelShapes) -> ParsedAdapter:
+def parse(
+    files: Mapping[str, Path], shapes: ModelShapes, scales: Sequence[float] | None = None
+) -> ParsedAdapter:
     """A folder, given as file name -> where its bytes are.
 
-    Raises InvalidArgumentError naming the file, field, or tensor with both shapes.
+    scales: those that an earlier call found for the same files, in the order of (layer, target);
+    then no pattern is matched and no template read. Raises InvalidArgumentError naming the file,
+    field, or tensor with both shapes.
     """
     _check_names(files)
     lora_config = _config(files, peft.CONFIG_NAME)
@@ -80,13 +86,17 @@ def parse(files: Mapping[str, Path], shapes: ModelShapes) -> ParsedAdapter:
             f"{medusa.VOCABULARY_NAME} belongs to Medusa heads, but there is no "
             f"{medusa.CONFIG_NAME} with {medusa.HEADS_FIELD}: leave it out"
         )
-    lora = peft.parse_peft(lora_config, lora_entries, shapes) if lora_config is not None else None
+    lora = (
+        peft.parse_peft(lora_config, lora_entries, shapes, scales)
+        if lora_config is not None
+        else None
+    )
     heads = (
         medusa.parse_medusa(heads_config, heads_entries, vocabulary, shapes)
         if heads_config is not None
         else None
     )
-    return _combine(lora, heads, chat_template(files))
+    return _combine(lora, heads, chat_template(files) if scales is None else None)
 
 
 def _combine(
@@ -113,16 +123,19 @@ def _combine(
     )
 
 
-def check_base(parsed: ParsedAdapter, base_names: Collection[str], *, accept: bool = False) -> None:
-    """Raises FailedPreconditionError when the folder names another base model than the server's.
+def check_base(
+    parsed: ParsedAdapter, base_names: Collection[str], *, accept: bool = False
+) -> tuple[str, ...]:
+    """Warnings about the name that the folder has for its base model.
 
-    base_names: what the server's model is called (hub id, folder, aliases). Names are equal when
-    their last path component is, in any case: trainers write local folders and mirrors there. A
-    folder that names no base passes; its shapes were checked anyway. accept: any name passes.
+    base_names: what the server's model is called (hub id, folder, aliases); `base_names.same_model`
+    says which names mean the same. A folder that names no base passes; its shapes were checked
+    anyway. accept: any name passes. Raises FailedPreconditionError when it is another model's.
     """
-    served = {_last(name) for name in base_names}
+    warnings = []
     for name in parsed.base_models:
-        if not accept and _last(name) not in served:
+        same = same_model(name, base_names)
+        if same is Same.NO and not accept:
             raise FailedPreconditionError(
                 f"the adapter was made for {name}, but this server runs "
                 f"{' or '.join(base_names)}: if that is the same model, upload with --accept-base, "
@@ -130,10 +143,12 @@ def check_base(parsed: ParsedAdapter, base_names: Collection[str], *, accept: bo
                 reason=Reason.BASE_MODEL_DIFFERS,
                 base_model=name,
             )
-
-
-def _last(name: str) -> str:
-    return name.rstrip("/").rpartition("/")[2].casefold()
+        if same is Same.PERHAPS and not accept:
+            warnings.append(
+                f"its config calls the base model {name[:200]}, which does not say whether it is "
+                "the server's: only shapes were checked"
+            )
+    return tuple(warnings)
 
 
 def check_values(parsed: ParsedAdapter) -> None:
@@ -201,12 +216,23 @@ def chat_template(files: Mapping[str, Path]) -> str | None:
     config = _config(files, TOKENIZER_CONFIG_NAME) or {}
     template = config.get("chat_template")
     if isinstance(template, list):  # several named ones
-        named = {item.get("name"): item.get("template") for item in template if _is_table(item)}
-        template = named.get("default")
+        named = dict(map(_named_template, template))
+        return named.get("default")
     if template is not None and not isinstance(template, str):
-        raise invalid(f"chat_template of {TOKENIZER_CONFIG_NAME} must be a string")
+        raise _not_text()
     return template
 
 
-def _is_table(item: object) -> bool:
-    return isinstance(item, dict)
+def _named_template(item: object) -> tuple[str, str]:
+    fields = item if isinstance(item, dict) else {}
+    name, template = fields.get("name"), fields.get("template")
+    if not isinstance(name, str) or not isinstance(template, str):
+        raise _not_text()
+    return name, template
+
+
+def _not_text() -> InvalidArgumentError:
+    return invalid(
+        f"chat_template of {TOKENIZER_CONFIG_NAME} must be text, or a list of tables with a name "
+        "and a template, which are text"
+    )

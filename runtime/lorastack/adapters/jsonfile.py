@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import NoReturn
 from lorastack.adapters.refusal import invalid
 
 MAX_OBJECTS = 1 << 14
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def read_text(path: Path, name: str, max_bytes: int) -> str:
@@ -33,8 +35,25 @@ def read_object(path: Path, name: str, max_bytes: int) -> dict[str, object]:
 def parse_object(text: str, name: str) -> dict[str, object]:
     """A JSON object. Refuses what parsers disagree on: duplicate keys, NaN, Infinity.
 
-    Also refuses more objects than any adapter needs, before they have cost time.
+    Also refuses text that cannot be encoded (lone surrogates), and more objects than any adapter
+    needs, before they have cost time.
     """
+    value = _parse(text, 0, name, whole=True)
+    if not isinstance(value, dict):
+        raise invalid(f"{name} must hold a JSON object")
+    return value
+
+
+def parse_first(text: str, key: str, name: str) -> object:
+    """The value behind the first mention of a key; None without one.
+
+    For large files whose writers put it first: the rest is not read. Raises as `parse_object`.
+    """
+    found = re.search(rf'"{re.escape(key)}"\s*:\s*', text)
+    return _parse(text, found.end(), name, whole=False) if found else None
+
+
+def _parse(text: str, start: int, name: str, *, whole: bool) -> object:
     num_objects = count()
 
     def unique(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
@@ -50,10 +69,17 @@ def parse_object(text: str, name: str) -> dict[str, object]:
     def no_constant(constant: str) -> NoReturn:
         raise invalid(f"{name} contains {constant}, which is not JSON")
 
+    decoder = json.JSONDecoder(object_pairs_hook=unique, parse_constant=no_constant)
     try:
-        value = json.loads(text, object_pairs_hook=unique, parse_constant=no_constant)
+        if whole:
+            value = decoder.decode(text)
+        else:
+            value, end = decoder.raw_decode(text, start)
+            text = text[start:end]
+        if _SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise invalid(f"{name} holds half a surrogate pair, which is no character") from error
     except (ValueError, RecursionError) as error:
         raise invalid(f"{name} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise invalid(f"{name} must hold a JSON object")
     return value

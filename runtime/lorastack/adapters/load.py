@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,8 +17,17 @@ from lorastack.adapters.reading import DTYPES, fill
 from lorastack.adapters.refusal import invalid, unsupported
 from lorastack.adapters.registry import Registry
 from lorastack.adapters.tensorfile import TensorEntry, pieces
+from lorastack.adapters.tokens import TokenId, check_tokens
 from lorastack.errors import InvalidArgumentError
-from lorastack.layout import DRAFT_KEY, AdapterLayout, ModelShapes, TensorKey, TensorSlot
+from lorastack.layout import (
+    DRAFT_KEY,
+    EMBED,
+    LM_HEAD,
+    AdapterLayout,
+    ModelShapes,
+    TensorKey,
+    TensorSlot,
+)
 
 Allocate = Callable[
     [
@@ -38,13 +47,15 @@ class Validator:
 
     base_names: what the server's model is called, aliases too. base_weight: base tensor name
     (model.embed_tokens.weight, lm_head.weight) -> that tensor, to compare copies that PEFT saved.
-    dtype: what the server computes with, and adapters are converted to.
+    dtype: what the server computes with, and adapters are converted to. base_token: a token's id in
+    the base model's tokenizer, None if it has none; without, tokenizer files are not looked at.
     """
 
     shapes: ModelShapes
     base_names: tuple[str, ...]
     base_weight: Callable[[str], Tensor]
     dtype: torch.dtype = torch.float32
+    base_token: TokenId | None = None
 
     def __call__(self, files: Mapping[str, Path], *, accept_base: bool = False) -> ParsedAdapter:
         """accept_base: another base model's name is no objection.
@@ -52,13 +63,25 @@ class Validator:
         Raises InvalidArgumentError or FailedPreconditionError.
         """
         parsed = parse(files, self.shapes)
-        check_base(parsed, self.base_names, accept=accept_base)
+        warnings = check_base(parsed, self.base_names, accept=accept_base)
+        if self.base_token is not None:
+            warnings += check_tokens(
+                files,
+                self.base_token,
+                template=parsed.chat_template,
+                trained_rows=self._trained_rows(parsed),
+            )
         check_values(parsed)
         for entry in parsed.tensors.values():
             _check_fits(entry, self.dtype)
         for name, entry in parsed.base_copies.items():
             _check_copy(name, entry, self.base_weight(name))
-        return parsed
+        return replace(parsed, warnings=warnings)
+
+    def _trained_rows(self, parsed: ParsedAdapter) -> int:
+        """Rows of the vocabulary that the LoRA adapts."""
+        adapts = any(target in (EMBED, LM_HEAD) for _, target in parsed.scales)
+        return self.shapes.vocab_size if adapts else 0
 
 
 def _check_fits(entry: TensorEntry, dtype: torch.dtype) -> None:
@@ -117,7 +140,7 @@ class Loader:
         manifest = self.registry.manifest(digest)  # once: an upload may replace it meanwhile
         files = {spec.name: self.registry.path(spec) for spec in manifest.files}
         try:
-            parsed = parse(files, self.shapes)
+            parsed = parse(files, self.shapes, manifest.module_scales)
             layout, buffer = self._allocate(parsed)
             places = [
                 (entry, _place(buffer, layout.slots[key])) for key, entry in parsed.tensors.items()

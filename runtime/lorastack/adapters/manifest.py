@@ -21,6 +21,8 @@ import re
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import groupby
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from lorastack.layout import AdapterKind
 
 FORMAT = "lorastack-store 1\n"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_MAX_RUN = 1 << 16  # modules
 _CONFIG_SUFFIXES = (".json", ".jinja")
 
 
@@ -113,17 +116,34 @@ class Manifest:
     num_heads: int
     num_layers: int
     medusa_version: int
+    # (scale, how many modules in a row have it), modules by layer and target; empty without a LoRA,
+    # and in manifests of versions that did not write it down.
+    scales: tuple[tuple[float, int], ...] = ()
+    warnings: tuple[str, ...] = ()  # what its owner should know
+
+    @property
+    def module_scales(self) -> list[float] | None:
+        """The scale of every module that has a LoRA, by layer and target; None: not known."""
+        return [scale for scale, count in self.scales for _ in range(count)] or None
 
     def to_bytes(self) -> bytes:
-        return _dump(asdict(self))
+        """With a hash of the rest: a load trusts the scales."""
+        fields = asdict(self)
+        return _dump({**fields, "check": _check(fields)})
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Manifest:
         """Raises ValueError, KeyError or TypeError for a damaged file."""
         fields = json.loads(data)
+        check = fields.pop("check", None)
+        # Older versions wrote neither a check nor scales.
+        if (check is not None or "scales" in fields) and check != _check(fields):
+            raise ValueError("the manifest's check does not fit its other fields")
         fields["files"] = tuple(FileSpec(**spec) for spec in fields["files"])
         fields["kind"] = AdapterKind(fields["kind"])
         fields["target_modules"] = tuple(fields["target_modules"])
+        fields["warnings"] = tuple(fields.get("warnings", ()))
+        fields["scales"] = tuple(_run(run) for run in fields.get("scales", ()))
         manifest = cls(**fields)
         if adapter_digest(manifest.files) != manifest.digest:
             raise ValueError("the manifest's files do not give its digest")
@@ -221,6 +241,23 @@ class Record:
     @property
     def size_bytes(self) -> int:
         return sum(spec.size for spec in self.files)
+
+
+def runs(scales: Iterable[float]) -> tuple[tuple[float, int], ...]:
+    """As a manifest writes them: most adapters have one scale for all modules."""
+    return tuple((scale, len(list(same))) for scale, same in groupby(scales))
+
+
+def _run(fields: Any) -> tuple[float, int]:
+    """From parsed JSON. Raises ValueError or TypeError."""
+    scale, count = fields
+    if not isfinite(scale) or not 0 < count <= _MAX_RUN:
+        raise ValueError("not a scale of so many modules")
+    return float(scale), int(count)
+
+
+def _check(fields: dict[str, object]) -> str:
+    return hashlib.sha256(_dump(fields)).hexdigest()
 
 
 def _dump(fields: dict[str, object]) -> bytes:

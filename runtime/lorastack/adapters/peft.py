@@ -7,11 +7,12 @@ Layout and traps: PEFT's save format, `base_model.model.{module}.lora_A.weight [
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from lorastack.adapters.fields import check_fields
 from lorastack.adapters.refusal import invalid, unsupported
-from lorastack.adapters.targets import TargetRules, module_names
+from lorastack.adapters.targets import Adapted, TargetRules, module_names
 from lorastack.adapters.tensorfile import TensorEntry
 from lorastack.layout import EMBED, LM_HEAD, ModelShapes, Part, TensorKey
 
@@ -20,45 +21,11 @@ MAX_ALPHA = 1e6  # with scales of requests bounded too, what they make is far fr
 MAX_TEXT = 1024  # characters of a name in a config, which every listing repeats
 # PEFT's choice for Llama and Mistral when a config names no targets.
 _DEFAULT_TARGETS = frozenset({"q_proj", "v_proj"})
-# Initialisations that leave the base weights as they are.
-_HARMLESS_INITS = ("gaussian", "orthogonal", "eva", "mica")
-# Read below, or without effect on a saved adapter's output.
-_HONOURED = frozenset(
-    {
-        "r",
-        "lora_alpha",
-        "use_rslora",
-        "rank_pattern",
-        "alpha_pattern",
-        "target_modules",
-        "exclude_modules",
-        "layers_to_transform",
-        "layers_pattern",
-        "init_lora_weights",
-        "peft_type",
-        "task_type",
-        "base_model_name_or_path",
-    }
-)
-_WITHOUT_EFFECT = frozenset(
-    {
-        "auto_mapping",
-        "inference_mode",
-        "lora_dropout",
-        "peft_version",
-        "revision",
-        "eva_config",
-        "megatron_core",
-        "qalora_group_size",
-    }
-)
-# Fields of LoraConfig whose default is not null, false or empty.
-_DEFAULTS: dict[str, object] = {"bias": "none"}
 
 _TENSOR = re.compile(
     r"base_model\.model\.(?P<module>.+?)\."
     r"(?P<part>lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B"
-    r"|base_layer\.weight|weight)"
+    r"|base_layer\.weight|weight|lora_velora_embed)"
 )
 
 
@@ -80,42 +47,77 @@ def is_peft_tensor(name: str) -> bool:
 
 
 def parse_peft(
-    config: Mapping[str, object], entries: Mapping[str, TensorEntry], shapes: ModelShapes
+    config: Mapping[str, object],
+    entries: Mapping[str, TensorEntry],
+    shapes: ModelShapes,
+    scales: Sequence[float] | None = None,
 ) -> LoraPart:
     """The LoRA of a PEFT folder. `entries`: its PEFT tensors by name.
 
-    Raises InvalidArgumentError naming the field, or the tensor and both shapes.
+    scales: what an earlier call found for the same folder, in the order of (layer, target); no
+    pattern is matched then. Raises InvalidArgumentError naming the field, or the tensor and both
+    shapes.
     """
-    rules = _rules(config)
     modules = module_names(shapes)
+    alpha = _alpha(config.get("lora_alpha", 8), "lora_alpha")
+    adapted = _resolved(config, alpha, shapes) if scales is None else None
     found, base_copies = _sort_tensors(entries, modules, shapes)
-    expected = {module for module in modules if rules.matches(module)}
-    if not expected:
-        raise invalid(f"target_modules of {CONFIG_NAME} match no module of the base model")
-    if strangers := sorted(found.keys() - expected):
+    if adapted is None:
+        adapted = _known(found, modules, scales or ())
+    if strangers := sorted(found.keys() - adapted.keys()):
         raise invalid(f"{CONFIG_NAME} does not target {strangers[0]}, but tensors adapt it")
     tensors: dict[TensorKey, TensorEntry] = {}
-    scales: dict[tuple[int, str], float] = {}
-    for module in sorted(expected):
+    for module in sorted(adapted):
         layer, target = modules[module]
         out_size, in_size = shapes.target_shape(target)
-        rank = rules.rank_of(module)
+        rank = adapted[module].rank
         for part, shape in ((Part.A, (rank, in_size)), (Part.B, (out_size, rank))):
             entry = found.get(module, {}).get(part)
             if entry is None:
                 raise invalid(f"{CONFIG_NAME} targets {module}, but its lora_{part} is missing")
             _check_shape(entry, shape)
             tensors[layer, target, part] = entry
-        scales[layer, target] = rules.scale_of(module)
+    by_place = {modules[module]: how.scale for module, how in adapted.items()}
     return LoraPart(
         base_model=text_field(config, "base_model_name_or_path"),
-        rank=max(rules.rank_of(module) for module in expected),
-        alpha=rules.alpha,
-        target_modules=tuple(sorted({target for _, target in scales})),
-        scales=scales,
+        rank=max(how.rank for how in adapted.values()),
+        alpha=alpha,
+        target_modules=tuple(sorted({target for _, target in by_place})),
+        scales=dict(sorted(by_place.items())),
         tensors=tensors,
         base_copies=base_copies,
     )
+
+
+def _resolved(
+    config: Mapping[str, object], alpha: float, shapes: ModelShapes
+) -> dict[str, Adapted]:
+    """By the config's own words: module -> how it is adapted."""
+    check_fields(config, CONFIG_NAME)
+    adapted = _rules(config, alpha).resolve(module_names(shapes))
+    if not adapted:
+        raise invalid(f"target_modules of {CONFIG_NAME} match no module of the base model")
+    tied = shapes.tie_word_embeddings and adapted.keys() & {"lm_head", "model.embed_tokens"}
+    if tied and _flag(config, "ensure_weight_tying"):
+        raise unsupported(
+            f"ensure_weight_tying = True in {CONFIG_NAME} is not supported for {min(tied)}"
+        )
+    return adapted
+
+
+def _known(
+    found: Mapping[str, Mapping[Part, TensorEntry]],
+    modules: Mapping[str, tuple[int, str]],
+    scales: Sequence[float],
+) -> dict[str, Adapted]:
+    """As resolved before. Ranks are what the tensors have."""
+    if not scales or len(found) != len(scales):
+        raise invalid(f"{len(found)} modules have a LoRA, but {len(scales)} scales are known")
+    adapted = {}
+    for module, scale in zip(sorted(found, key=modules.__getitem__), scales, strict=True):
+        shape = found[module][Part.A].shape if Part.A in found[module] else ()
+        adapted[module] = Adapted(shape[0] if shape else 0, scale)
+    return adapted
 
 
 def _sort_tensors(
@@ -132,6 +134,8 @@ def _sort_tensors(
                 "lora_embedding_B)"
             )
         module, part = match["module"], match["part"]
+        if part == "lora_velora_embed":
+            continue  # VeLoRA's backward pass alone reads it
         place = modules.get(module)
         if place is None:
             raise invalid(
@@ -162,24 +166,8 @@ def _check_shape(entry: TensorEntry, shape: tuple[int, ...]) -> None:
         )
 
 
-def _rules(config: Mapping[str, object]) -> TargetRules:
-    """The config as rules. Any field that we cannot honour is refused by name."""
-    if config.get("peft_type") != "LORA":
-        shown = str(config.get("peft_type"))[:64]
-        raise unsupported(f"peft_type is {shown!r}; only LORA is supported")
-    if config.get("task_type") not in (None, "CAUSAL_LM"):
-        shown = str(config["task_type"])[:64]
-        raise unsupported(f"task_type is {shown!r}; only CAUSAL_LM is supported")
-    init = config.get("init_lora_weights", True)
-    if not isinstance(init, bool) and init is not None and init not in _HARMLESS_INITS:
-        raise unsupported(
-            f"init_lora_weights is {str(init)[:64]!r}, which changes the base model's weights: "
-            "convert the adapter with PEFT's path_initial_model_for_weight_conversion"
-        )
-    for name, value in config.items():
-        if name in _HONOURED or name in _WITHOUT_EFFECT or _is_default(name, value):
-            continue
-        raise unsupported(f"{name[:64]} = {str(value)[:64]!r} in {CONFIG_NAME} is not supported")
+def _rules(config: Mapping[str, object], alpha: float) -> TargetRules:
+    """The fields that choose modules, ranks and scales. alpha: lora_alpha."""
     targets = _names(config, "target_modules")
     layers = _layers(config)
     if isinstance(targets, str) and layers is not None:
@@ -190,15 +178,11 @@ def _rules(config: Mapping[str, object]) -> TargetRules:
         layers_to_transform=layers,
         layers_pattern=_layers_pattern(config),
         rank=_rank(config.get("r", 8), "r"),
-        alpha=_alpha(config.get("lora_alpha", 8), "lora_alpha"),
+        alpha=alpha,
         rank_pattern={key: _rank(value, key) for key, value in _table(config, "rank_pattern")},
         alpha_pattern={key: _alpha(value, key) for key, value in _table(config, "alpha_pattern")},
         use_rslora=_flag(config, "use_rslora"),
     )
-
-
-def _is_default(name: str, value: object) -> bool:
-    return value == _DEFAULTS.get(name) or value is False or value in ([], {}, "")
 
 
 def _rank(value: object, field: str) -> int:
@@ -218,7 +202,7 @@ def _alpha(value: object, field: str) -> float:
 
 def _flag(config: Mapping[str, object], field: str) -> bool:
     value = config.get(field)
-    if value not in (None, True, False):
+    if value is not None and not isinstance(value, bool):
         raise invalid(f"{field} must be true or false")
     return value is True
 
@@ -266,4 +250,6 @@ def text_field(config: Mapping[str, object], field: str) -> str:
         raise invalid(f"{field} must be a string")
     if len(value or "") > MAX_TEXT:
         raise invalid(f"{field} is longer than {MAX_TEXT} characters")
+    if value and not value.isprintable():
+        raise invalid(f"{field} holds what cannot be printed: {value[:64]!r}")
     return value or ""

@@ -1,25 +1,31 @@
 """Which modules a PEFT config adapts, and with which scale: PEFT's own matching rules.
 
 Source: peft 0.21 `check_target_module_exists`, `get_pattern_key` and `LoraLayer.update_layer`,
-compared with the real package in tests/adapters/test_peft_parity.py. Patterns come from uploads, so
-they run in the `regex` package, which can be stopped; the standard one can hang for years.
+compared with the real package in tests/adapters/test_peft_parity.py.
 """
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
 
-import regex
-
+from lorastack.adapters.patterns import Names
 from lorastack.adapters.refusal import invalid
 from lorastack.layout import EMBED, GROUPS, LM_HEAD, NO_LAYER, ModelShapes
 
-MAX_PATTERN = 4096  # characters
-MATCH_SECONDS = 5.0  # for all patterns of one config together
+MAX_PATTERNS = 1024  # of one field; PEFT's EVA writes one for each of a model's projections
 _MLP = (*GROUPS[2], *GROUPS[3])
+
+ValueT = TypeVar("ValueT", int, float)
+
+
+class Adapted(NamedTuple):
+    """How one module is adapted."""
+
+    rank: int
+    scale: float
 
 
 def module_names(shapes: ModelShapes) -> dict[str, tuple[int, str]]:
@@ -31,29 +37,6 @@ def module_names(shapes: ModelShapes) -> dict[str, tuple[int, str]]:
                 block = "mlp" if target in _MLP else "self_attn"
                 names[f"model.layers.{layer}.{block}.{target}"] = (layer, target)
     return names
-
-
-class Matcher:
-    """Matches patterns of one config within one allowance of time."""
-
-    def __init__(self) -> None:
-        self._deadline = time.monotonic() + MATCH_SECONDS
-        self._compiled: dict[str, regex.Pattern[str]] = {}
-
-    def fullmatch(self, pattern: str, text: str, field_name: str) -> regex.Match[str] | None:
-        """`re.fullmatch`. Raises InvalidArgumentError for a bad or endless pattern."""
-        try:
-            compiled = self._compiled.get(pattern)
-            if compiled is None:
-                if len(pattern) > MAX_PATTERN:
-                    raise invalid(f"{field_name} has a pattern longer than {MAX_PATTERN}")
-                compiled = self._compiled[pattern] = regex.compile(pattern)
-            left = max(self._deadline - time.monotonic(), 1e-3)
-            return compiled.fullmatch(text, timeout=left, concurrent=True)
-        except TimeoutError as error:
-            raise invalid(f"{field_name}: matching {pattern[:64]!r} takes too long") from error
-        except (regex.error, RecursionError, OverflowError) as error:
-            raise invalid(f"{field_name} has the bad pattern {pattern[:64]!r}: {error}") from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,57 +52,70 @@ class TargetRules:
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
     use_rslora: bool
-    matcher: Matcher = field(default_factory=Matcher)
 
-    def matches(self, module: str) -> bool:
-        """True if PEFT would wrap this module (its name without `base_model.model.`)."""
-        if self.exclude_modules and self._named(self.exclude_modules, module, "exclude_modules"):
-            return False
-        if isinstance(self.target_modules, str):
-            if self.target_modules.lower() == "all-linear":
-                return module.startswith("model.layers.")
-            return self._named(self.target_modules, module, "target_modules")
-        if module in self.target_modules:
-            return True  # PEFT asks layers_to_transform about suffixes only
-        return self._named(self.target_modules, module, "target_modules") and self._layer_is_on(
-            module
-        )
+    def resolve(self, modules: Mapping[str, tuple[int, str]]) -> dict[str, Adapted]:
+        """Those of the modules that PEFT would wrap (names without `base_model.model.`).
 
-    def _named(self, names: frozenset[str] | str, module: str, field_name: str) -> bool:
-        if isinstance(names, str):
-            return self.matcher.fullmatch(names, module, field_name) is not None
-        return any(suffix in names for suffix in _suffixes(module))
+        Raises InvalidArgumentError for a bad pattern, too many, or ones that take too long.
+        """
+        names = Names(modules)
+        ranks = _by_pattern(names, self.rank_pattern, "rank_pattern")
+        alphas = _by_pattern(names, self.alpha_pattern, "alpha_pattern")
+        adapted = {}
+        for module in names.listed(self._targeted(names, modules)):
+            rank = ranks.get(module, self.rank)
+            scale = alphas.get(module, self.alpha) / (math.sqrt(rank) if self.use_rslora else rank)
+            adapted[module] = Adapted(rank, scale)
+        return adapted
 
-    def _layer_is_on(self, module: str) -> bool:
-        if self.layers_to_transform is None:
-            return True
-        patterns = [rf"(?:^|.*?\.){pattern}" for pattern in self.layers_pattern] or [r".*?\.[^.]*"]
-        for pattern in patterns:
-            full = rf"{pattern}\.(?P<idx>\d+)\..*"
-            if match := self.matcher.fullmatch(full, module, "layers_pattern"):
-                index = match["idx"]  # None if the pattern's own alternatives left it out
-                return index is not None and int(index) in self.layers_to_transform
-        return False
+    def _targeted(self, names: Names, modules: Mapping[str, tuple[int, str]]) -> int:
+        excluded = _named(names, modules, self.exclude_modules, "exclude_modules")
+        targets = self.target_modules
+        if isinstance(targets, str) and targets.lower() == "all-linear":
+            found = names.chosen(name for name in modules if name.startswith("model.layers."))
+        else:
+            found = _named(names, modules, targets, "target_modules")
+            if self.layers_to_transform is not None:
+                # PEFT asks layers_to_transform about suffixes only.
+                found &= self._layers(names, modules) | names.chosen(targets)
+        return found & ~excluded
 
-    def rank_of(self, module: str) -> int:
-        key = self._pattern_key(self.rank_pattern, module, "rank_pattern")
-        return self.rank_pattern.get(key, self.rank)
+    def _layers(self, names: Names, modules: Mapping[str, tuple[int, str]]) -> int:
+        """The modules of the layers to transform; a name has one number, its layer's."""
+        _check_number(self.layers_pattern, "layers_pattern")
+        layers = self.layers_to_transform or ()
+        found = names.chosen(name for name, (layer, _) in modules.items() if layer in layers)
+        named = 0
+        for pattern in self.layers_pattern:
+            full = rf"(?:^|.*?\.){pattern}\.\d+\..*"
+            named |= names.full_matches(full, "layers_pattern")
+        return found & named if self.layers_pattern else found
 
-    def alpha_of(self, module: str) -> float:
-        key = self._pattern_key(self.alpha_pattern, module, "alpha_pattern")
-        return self.alpha_pattern.get(key, self.alpha)
 
-    def scale_of(self, module: str) -> float:
-        """alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA."""
-        rank = self.rank_of(module)
-        return self.alpha_of(module) / (math.sqrt(rank) if self.use_rslora else rank)
+def _by_pattern(names: Names, patterns: Mapping[str, ValueT], field: str) -> dict[str, ValueT]:
+    """Module -> the value of the first pattern that matches its name or a suffix of it."""
+    _check_number(patterns, field)
+    found: dict[str, ValueT] = {}
+    left = names.everything
+    for pattern, value in patterns.items():
+        matching = names.suffix_matches(pattern, field) & left
+        left ^= matching
+        found |= dict.fromkeys(names.listed(matching), value)
+    return found
 
-    def _pattern_key(self, patterns: Iterable[str], module: str, field_name: str) -> str:
-        """The first pattern that matches the module's name or a suffix of it."""
-        for pattern in patterns:
-            if self.matcher.fullmatch(rf"(.*\.)?({pattern})", module, field_name):
-                return pattern
-        return module
+
+def _named(names: Names, modules: Iterable[str], wanted: frozenset[str] | str, field: str) -> int:
+    """The modules that a pattern matches, or that have one of these names or suffixes."""
+    if isinstance(wanted, str):
+        return names.full_matches(wanted, field) if wanted else 0
+    return names.chosen(
+        module for module in modules if any(suffix in wanted for suffix in _suffixes(module))
+    )
+
+
+def _check_number(patterns: Sequence[str] | Mapping[str, object], field: str) -> None:
+    if len(patterns) > MAX_PATTERNS:
+        raise invalid(f"{field} has {len(patterns)} patterns; at most {MAX_PATTERNS} are read")
 
 
 def _suffixes(module: str) -> Sequence[str]:

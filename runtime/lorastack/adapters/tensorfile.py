@@ -96,6 +96,8 @@ def _entry(
     """One header entry, checked in itself. start: where the file's data begins."""
     if len(name) > MAX_NAME:
         raise invalid(f"{file}: tensor name {name[:64]}... is longer than {MAX_NAME} characters")
+    if not name.isprintable():
+        raise invalid(f"{file}: tensor name {name[:64]!r} holds what cannot be printed")
     if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
         raise invalid(f"{file}: tensor {name} must have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]

@@ -8,7 +8,14 @@ from threading import Lock
 
 from lorastack.adapters.blobs import BlobStore
 from lorastack.adapters.formats import ParsedAdapter
-from lorastack.adapters.manifest import FileSpec, Manifest, Record, adapter_digest, in_digest
+from lorastack.adapters.manifest import (
+    FileSpec,
+    Manifest,
+    Record,
+    adapter_digest,
+    in_digest,
+    runs,
+)
 from lorastack.adapters.staging import Staging
 from lorastack.errors import AbortedError, InvalidArgumentError, Reason
 
@@ -118,6 +125,8 @@ class Upload:
             num_heads=parsed.num_heads,
             num_layers=parsed.num_layers,
             medusa_version=parsed.medusa_version,
+            scales=runs(parsed.scales.values()),
+            warnings=parsed.warnings,
         )
 
     def _check_open(self) -> None:

@@ -311,6 +311,8 @@ def show_stored(adapter: Adapter, as_json: bool) -> None:
             "server's",
             err=True,
         )
+    for warning in adapter.warnings:
+        typer.echo(f"warning: {warning}", err=True)
     show_adapter(adapter, as_json)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from lorastack.adapters.load import Validator
@@ -11,6 +11,7 @@ from lorastack.adapters.manifest import adapter_digest, file_spec
 from lorastack.engine.base import base_weight, model_shapes
 from lorastack.engine.folder import model_folder
 from lorastack.folders import adapter_files
+from lorastack.text.tokenizer import Tokenizer
 
 
 def verify_folder(
@@ -28,10 +29,12 @@ def verify_folder(
     """
     paths, left_out = adapter_files(folder)
     base, name = model_folder(model, progress)
+    tokenizer = cache(lambda: Tokenizer.load(base))  # few folders bring tokens to compare
     validate = Validator(
         shapes=model_shapes(base),
         base_names=(name, base.name, *base_names),
         base_weight=partial(base_weight, base),
+        base_token=lambda token: tokenizer().token_id(token),
     )
     parsed = validate({path.name: path for path in paths}, accept_base=accept_base)
     specs = [file_spec(path) for path in paths]
@@ -48,6 +51,7 @@ def verify_folder(
         "medusa_version": parsed.medusa_version,
         "draft_vocabulary": len(parsed.draft_vocabulary),
         "own_chat_template": parsed.chat_template is not None,
+        "warnings": list(parsed.warnings),
         "size_bytes": sum(spec.size for spec in specs),
         "left_out": left_out,
     }

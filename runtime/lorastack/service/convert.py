@@ -335,6 +335,7 @@ def adapter(record: Record, *, compatible: bool, usage: AdapterUsage) -> adapter
         num_heads=manifest.num_heads,
         num_layers=manifest.num_layers,
         medusa_version=manifest.medusa_version,
+        warnings=manifest.warnings,
         size_bytes=record.size_bytes,
         # As a mapping: making a message of it takes a third of a listing's time.
         created_at={"seconds": seconds, "nanos": int((record.created_at - seconds) * 1e9)},

@@ -227,6 +227,7 @@ class Server:
             dtype=loaded.decoder.dtype,
             base_names=(loaded.name, loaded.path.name, *limits.base_names),
             base_weight=partial(base_weight, loaded.path),
+            base_token=loaded.tokenizer.token_id,
         )
         provision = Provision(
             config=limits, model=loaded, registry=registry, validate=validate, progress=progress

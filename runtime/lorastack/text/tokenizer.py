@@ -194,6 +194,11 @@ class Tokenizer:
         joiner.follow(token for token in before if token is not None)
         return joiner
 
+    def token_id(self, token: str) -> int | None:
+        """The id of a vocabulary entry or added token; None if there is none."""
+        token_id: int | None = self._backend.token_to_id(token)
+        return token_id
+
     def token_text(self, token_id: int) -> str:
         """A token by itself, special ones by name, for display."""
         entry: str | None = self._backend.id_to_token(token_id)

@@ -11,7 +11,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Adapter(_message.Message):
-    __slots__ = ("id", "digest", "revision", "kind", "base_model", "compatible", "rank", "alpha", "target_modules", "num_heads", "num_layers", "medusa_version", "size_bytes", "created_at", "residency", "pinned", "device_bytes", "in_flight", "last_used_at")
+    __slots__ = ("id", "digest", "revision", "kind", "base_model", "compatible", "rank", "alpha", "target_modules", "num_heads", "num_layers", "medusa_version", "size_bytes", "created_at", "residency", "pinned", "device_bytes", "in_flight", "last_used_at", "warnings")
     class Kind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         KIND_UNSPECIFIED: _ClassVar[Adapter.Kind]
@@ -51,6 +51,7 @@ class Adapter(_message.Message):
     DEVICE_BYTES_FIELD_NUMBER: _ClassVar[int]
     IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
     LAST_USED_AT_FIELD_NUMBER: _ClassVar[int]
+    WARNINGS_FIELD_NUMBER: _ClassVar[int]
     id: str
     digest: str
     revision: int
@@ -70,7 +71,8 @@ class Adapter(_message.Message):
     device_bytes: int
     in_flight: int
     last_used_at: _timestamp_pb2.Timestamp
-    def __init__(self, id: _Optional[str] = ..., digest: _Optional[str] = ..., revision: _Optional[int] = ..., kind: _Optional[_Union[Adapter.Kind, str]] = ..., base_model: _Optional[str] = ..., compatible: _Optional[bool] = ..., rank: _Optional[int] = ..., alpha: _Optional[float] = ..., target_modules: _Optional[_Iterable[str]] = ..., num_heads: _Optional[int] = ..., num_layers: _Optional[int] = ..., medusa_version: _Optional[int] = ..., size_bytes: _Optional[int] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., residency: _Optional[_Union[Adapter.Residency, str]] = ..., pinned: _Optional[bool] = ..., device_bytes: _Optional[int] = ..., in_flight: _Optional[int] = ..., last_used_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    warnings: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, id: _Optional[str] = ..., digest: _Optional[str] = ..., revision: _Optional[int] = ..., kind: _Optional[_Union[Adapter.Kind, str]] = ..., base_model: _Optional[str] = ..., compatible: _Optional[bool] = ..., rank: _Optional[int] = ..., alpha: _Optional[float] = ..., target_modules: _Optional[_Iterable[str]] = ..., num_heads: _Optional[int] = ..., num_layers: _Optional[int] = ..., medusa_version: _Optional[int] = ..., size_bytes: _Optional[int] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., residency: _Optional[_Union[Adapter.Residency, str]] = ..., pinned: _Optional[bool] = ..., device_bytes: _Optional[int] = ..., in_flight: _Optional[int] = ..., last_used_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., warnings: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class FileSpec(_message.Message):
     __slots__ = ("name", "size", "sha256")
