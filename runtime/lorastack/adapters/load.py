@@ -38,13 +38,15 @@ class Validator:
 
     base_names: what the server's model is called, aliases too. base_weight: base tensor name
     (model.embed_tokens.weight, lm_head.weight) -> that tensor, to compare copies that PEFT saved.
-    dtype: what the server computes with, and adapters are converted to.
+    dtype: what the server computes with, and adapters are converted to. check_template: compiles a
+    chat template; raises what is wrong with it.
     """
 
     shapes: ModelShapes
     base_names: tuple[str, ...]
     base_weight: Callable[[str], Tensor]
     dtype: torch.dtype = torch.float32
+    check_template: Callable[[str], None] | None = None
 
     def __call__(self, files: Mapping[str, Path], *, accept_base: bool = False) -> ParsedAdapter:
         """accept_base: another base model's name is no objection.
@@ -54,6 +56,8 @@ class Validator:
         parsed = parse(files, self.shapes)
         check_base(parsed, self.base_names, accept=accept_base)
         check_values(parsed)
+        if parsed.chat_template is not None and self.check_template is not None:
+            self.check_template(parsed.chat_template)
         for entry in parsed.tensors.values():
             _check_fits(entry, self.dtype)
         for name, entry in parsed.base_copies.items():

@@ -10,6 +10,7 @@ from concurrent.futures import Executor
 
 from lorastack.service import convert, limits
 from lorastack.service.dispatch import Dispatcher
+from lorastack.service.intake import Intake
 from lorastack.service.metrics import RequestMetrics
 from lorastack.service.prepare import Preparer, ServedModel
 from lorastack.service.status import CallGuard, Context, new_request_id
@@ -29,6 +30,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         model: ServedModel,
         info: generation_pb2.GetModelInfoResponse,
         preparer: Preparer,
+        intake: Intake,
         dispatcher: Dispatcher,
         guard: CallGuard,
         metrics: RequestMetrics,
@@ -37,6 +39,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         self._model = model
         self._info = info
         self._preparer = preparer
+        self._intake = intake
         self._dispatcher = dispatcher
         self._guard = guard
         self._metrics = metrics
@@ -66,13 +69,9 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     async def Tokenize(
         self, request: generation_pb2.TokenizeRequest, context: Context
     ) -> generation_pb2.TokenizeResponse:
-        def encode() -> tuple[int, ...]:
-            given = convert.prompt_input(request, self._model)
-            records = [self._preparer.lora(request.lora_id)] if request.lora_id else []
-            return self._preparer.encode(given, records)
-
         async with self._guard("Tokenize", context, new_request_id()):
-            ids = await asyncio.get_running_loop().run_in_executor(self._workers, encode)
+            given = convert.prompt_input(request, self._model)
+            ids = await self._intake.encode(given, request.lora_id, context.peer())
         return generation_pb2.TokenizeResponse(token_ids=ids)
 
     async def GetModelInfo(
@@ -104,9 +103,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         deadline = None if remaining is None else time.monotonic() + remaining
         call = convert.generate_call(message, request_id, self._model)
         async with self._dispatcher.open(request_id, whole=whole) as stream:
-            prepared = await asyncio.get_running_loop().run_in_executor(
-                self._workers, self._preparer.prepare, call, deadline
-            )
+            prepared = await self._intake.prepare(call, deadline, context.peer())
             stream.submit(prepared.request)
             while True:
                 events = await stream.take()

@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import Self
 
@@ -39,6 +40,7 @@ from lorastack.errors import InvalidArgumentError
 from lorastack.service.adapters import AdapterService
 from lorastack.service.dispatch import Dispatcher
 from lorastack.service.generation import GenerationService
+from lorastack.service.intake import Intake
 from lorastack.service.learned import LearnedKeeper
 from lorastack.service.metrics import MetricsServer, RequestMetrics, StateCollector
 from lorastack.service.prepare import Preparer, ServedModel
@@ -48,6 +50,7 @@ from lorastack.service.status import CallGuard
 from lorastack.service.store import StoreFollower, StoreWriter
 from lorastack.service.threads import run_in
 from lorastack.service.transfer import Transfers
+from lorastack.service.untrusted import Untrusted
 from lorastack.v1 import adapters_pb2, generation_pb2
 from lorastack.v1.adapters_pb2_grpc import add_AdapterServiceServicer_to_server as add_adapters
 from lorastack.v1.generation_pb2_grpc import (
@@ -122,17 +125,22 @@ class Server:
         self._workers = ThreadPoolExecutor(NUM_WORKERS, "lorastack-edge")
         self._uploader = ThreadPoolExecutor(1, "lorastack-upload", initializer=be_nice)
         self._preparer = Preparer(model, registry, config.adapters.default_medusa)
+        self._untrusted = Untrusted(model.tokenizer, self._preparer.grammars, model.max_text)
         self._generation = GenerationService(
             model=model,
             info=_model_info(model, config),
             preparer=self._preparer,
+            intake=Intake(self._preparer, self._untrusted, self._workers),
             dispatcher=dispatcher,
             guard=self._guard,
             metrics=requests,
             workers=self._workers,
         )
         writer = StoreWriter(
-            registry=registry, engine=engine, validate=validate, fingerprint=model.fingerprint
+            registry=registry,
+            engine=engine,
+            validate=replace(validate, check_template=self._untrusted.check_template),
+            fingerprint=model.fingerprint,
         )
         self._transfers = Transfers(
             config=config.adapters, registry=registry, writer=writer, uploader=self._uploader
@@ -245,6 +253,7 @@ class Server:
         await self._health.enter_graceful_shutdown()
         await asyncio.to_thread(self._engine.drain, timeout)
         await asyncio.to_thread(self._engine.close)
+        await self._untrusted.close()
         left = timeout - (time.monotonic() - began)
         await self._guard.idle(max(left, STOP_GRACE))
         if self._server is not None:
@@ -273,6 +282,7 @@ class Server:
         if port := self._config.metrics_port:
             self._metrics_server = MetricsServer(self._config.host, port, self.metrics)
         self._dispatcher.attach(self._engine, loop)
+        self._untrusted.attach(loop)
         self._engine.start()
         await probe(self._preparer, self._dispatcher, self._workers)
         if self._follower is not None:
