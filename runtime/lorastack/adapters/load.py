@@ -49,6 +49,7 @@ class Validator:
     (model.embed_tokens.weight, lm_head.weight) -> that tensor, to compare copies that PEFT saved.
     dtype: what the server computes with, and adapters are converted to. base_token: a token's id in
     the base model's tokenizer, None if it has none; without, tokenizer files are not looked at.
+    check_template: compiles a chat template; raises what is wrong with it.
     """
 
     shapes: ModelShapes
@@ -56,6 +57,7 @@ class Validator:
     base_weight: Callable[[str], Tensor]
     dtype: torch.dtype = torch.float32
     base_token: TokenId | None = None
+    check_template: Callable[[str], None] | None = None
 
     def __call__(self, files: Mapping[str, Path], *, accept_base: bool = False) -> ParsedAdapter:
         """accept_base: another base model's name is no objection.
@@ -72,6 +74,8 @@ class Validator:
                 trained_rows=self._trained_rows(parsed),
             )
         check_values(parsed)
+        if parsed.chat_template is not None and self.check_template is not None:
+            self.check_template(parsed.chat_template)
         for entry in parsed.tensors.values():
             _check_fits(entry, self.dtype)
         for name, entry in parsed.base_copies.items():

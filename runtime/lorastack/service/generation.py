@@ -9,6 +9,7 @@ from concurrent.futures import Executor
 
 from lorastack.service import convert, limits
 from lorastack.service.dispatch import Dispatcher
+from lorastack.service.intake import Intake
 from lorastack.service.metrics import RequestMetrics
 from lorastack.service.prepare import Preparer, ServedModel
 from lorastack.service.status import CallGuard, Context, Notes, new_request_id
@@ -28,6 +29,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         model: ServedModel,
         info: generation_pb2.GetModelInfoResponse,
         preparer: Preparer,
+        intake: Intake,
         dispatcher: Dispatcher,
         guard: CallGuard,
         metrics: RequestMetrics,
@@ -36,6 +38,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         self._model = model
         self._info = info
         self._preparer = preparer
+        self._intake = intake
         self._dispatcher = dispatcher
         self._guard = guard
         self._metrics = metrics
@@ -65,13 +68,9 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     async def Tokenize(
         self, request: generation_pb2.TokenizeRequest, context: Context
     ) -> generation_pb2.TokenizeResponse:
-        def encode() -> tuple[int, ...]:
-            given = convert.prompt_input(request, self._model)
-            records = [self._preparer.lora(request.lora_id)] if request.lora_id else []
-            return self._preparer.encode(given, records)
-
         async with self._guard("Tokenize", context, new_request_id()):
-            ids = await asyncio.get_running_loop().run_in_executor(self._workers, encode)
+            given = convert.prompt_input(request, self._model)
+            ids = await self._intake.encode(given, request.lora_id, context.peer())
         return generation_pb2.TokenizeResponse(token_ids=ids)
 
     async def GetModelInfo(
@@ -108,9 +107,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         notes["loras"] = ",".join(lora_id for lora_id, _ in call.loras)
         notes["heads"] = call.medusa_id
         async with self._dispatcher.open(request_id, whole=whole) as stream:
-            prepared = await asyncio.get_running_loop().run_in_executor(
-                self._workers, self._preparer.prepare, call, deadline
-            )
+            prepared = await self._intake.prepare(call, deadline, context.peer())
             heads = prepared.request.heads
             notes["heads"] = "" if heads is None else heads.medusa_id
             stream.submit(prepared.request)

@@ -1,7 +1,7 @@
 """From a validated call to the engine's Request: ids to digests, text to tokens.
 
 Everything here blocks (tokeniser, registry files, grammars) and runs in a worker thread, once a
-request.
+request. Nothing here runs what a caller wrote: `service.intake` has that done before.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import logging
 import secrets
 from dataclasses import dataclass, replace
 
-from lorastack.adapters.formats import chat_template
 from lorastack.adapters.manifest import Record
 from lorastack.adapters.registry import Registry
 from lorastack.errors import (
@@ -29,10 +28,12 @@ from lorastack.request import (
     SpeculationParams,
     StopParams,
 )
+from lorastack.service.templates import OwnTemplates
 from lorastack.text.grammar import GrammarCompiler, JsonSchema, Regex
 from lorastack.text.tokenizer import Tokenizer
 
 NO_HEADS = "none"
+TEXT_SLACK = 1024  # bytes beyond what fills the context: a tokenizer may drop some
 RESERVED_IDS = frozenset({NO_HEADS, "base", "default"})
 
 logger = logging.getLogger(__name__)
@@ -59,12 +60,19 @@ class Chat:
     messages: tuple[tuple[str, str], ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A conversation that an adapter's own chat template has made text of."""
+
+    text: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateCall:
     """A GenerateRequest whose fields are each valid; filled by service.convert."""
 
     request_id: str
-    input: Text | Ids | Chat
+    input: Text | Ids | Chat | Rendered
     loras: tuple[tuple[str, float], ...]  # (id, scale)
     medusa_id: str
     sampling: SamplingParams
@@ -93,6 +101,11 @@ class ServedModel:
     kv_memory: int  # bytes
     threads: int = 0  # of the CPU, in a step; 0: unknown
 
+    @property
+    def max_text(self) -> int:
+        """Bytes of text: more cannot fit the context, however long its tokens are."""
+        return self.max_context * self.tokenizer.longest_token + TEXT_SLACK
+
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
@@ -111,13 +124,19 @@ class Preparer:
         self._model = model
         self._registry = registry
         self._fixed_default = fixed_default
-        self._grammars = GrammarCompiler(model.tokenizer, model.vocab_size)
+        self._templates = OwnTemplates(registry, model.tokenizer.chat_template)
+        self.grammars = GrammarCompiler(model.tokenizer, model.vocab_size)
 
-    def prepare(self, call: GenerateCall, deadline: float | None) -> Prepared:
-        """deadline: time.monotonic() seconds. Raises the user's errors."""
+    def prepare(
+        self, call: GenerateCall, deadline: float | None, grammar_bytes: int = 0
+    ) -> Prepared:
+        """deadline: time.monotonic() seconds. grammar_bytes: as the grammar's trial found.
+
+        Raises the user's errors.
+        """
         records = [self.lora(lora_id) for lora_id, _ in call.loras]
         heads = self._heads(call.medusa_id, records)
-        prompt_ids = self.encode(call.input, records)
+        prompt_ids = self.encode(call.input)
         sampling = call.sampling
         if not call.seeded and not sampling.greedy:
             sampling = replace(sampling, seed=secrets.randbits(64))
@@ -133,7 +152,7 @@ class Preparer:
             heads=heads if call.speculation.enabled else None,
             num_logprobs=call.num_logprobs,
             deadline=deadline,
-            grammar=None if wanted is None else self._grammar(wanted, prompt_ids),
+            grammar=None if wanted is None else self._grammar(wanted, prompt_ids, grammar_bytes),
         )
         return Prepared(request, self._prompt_text(call, prompt_ids) if call.return_prompt else "")
 
@@ -229,19 +248,38 @@ class Preparer:
             digests=error.metadata["digests"],
         )
 
-    def encode(self, given: Text | Ids | Chat, records: list[Record]) -> tuple[int, ...]:
-        """The ids that the model runs; a single LoRA's own chat template wins over the model's."""
+    def own_template(self, lora_id: str) -> str | None:
+        """A LoRA's own chat template; None if the model's serves for it too.
+
+        Raises NotFoundError and the like.
+        """
+        return self._templates.of(self.lora(lora_id).digest)
+
+    def check_length(self, num_bytes: int, field: str) -> None:
+        """Raises InvalidArgumentError for text that cannot fit the context, unread."""
+        if num_bytes > self._model.max_text:
+            raise InvalidArgumentError(
+                f"{field} holds {num_bytes} bytes of text, and more than {self._model.max_text} "
+                f"never fit the context of {self._model.max_context} tokens; shorten it",
+                reason=Reason.REQUEST_TOO_LARGE,
+                field=field,
+                max_context=str(self._model.max_context),
+            )
+
+    def encode(self, given: Text | Ids | Chat | Rendered) -> tuple[int, ...]:
+        """The ids that the model runs. A chat becomes text by the model's own template here."""
         tokenizer = self._model.tokenizer
         match given:
             case Ids(ids):
                 prompt_ids = ids
             case Text(text):
+                self.check_length(len(text.encode()), "prompt")
                 prompt_ids = tuple(tokenizer.encode(text))
             case Chat(messages):
-                template = None
-                if len(records) == 1:
-                    template = chat_template(self._registry.files(records[0].digest))
-                prompt_ids = tuple(tokenizer.chat(messages, template))
+                return self.encode(Rendered(tokenizer.render(messages)))
+            case Rendered(text):
+                self.check_length(len(text.encode()), "chat")
+                prompt_ids = tuple(tokenizer.encode_part(text))
         if not prompt_ids:
             raise InvalidArgumentError("the prompt holds no tokens; send at least one")
         self._check_known(prompt_ids)
@@ -257,9 +295,11 @@ class Preparer:
                 field="input",
             )
 
-    def _grammar(self, wanted: JsonSchema | Regex, prompt_ids: tuple[int, ...]) -> Grammar:
+    def _grammar(
+        self, wanted: JsonSchema | Regex, prompt_ids: tuple[int, ...], num_bytes: int
+    ) -> Grammar:
         num_dropped = self._model.tokenizer.joiner(prompt_ids).num_dropped
-        return self._grammars.compile(wanted, num_dropped)
+        return self.grammars.compile(wanted, num_dropped, num_bytes)
 
     def _record(self, adapter_id: str, field: str) -> Record:
         if adapter_id in RESERVED_IDS:

@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import Self
 
@@ -40,6 +41,7 @@ from lorastack.service.adapters import AdapterService
 from lorastack.service.dispatch import Dispatcher
 from lorastack.service.door import Door
 from lorastack.service.generation import GenerationService
+from lorastack.service.intake import Intake
 from lorastack.service.learned import LearnedKeeper
 from lorastack.service.limits import Lengths
 from lorastack.service.listen import Ports
@@ -53,6 +55,7 @@ from lorastack.service.status import CallGuard
 from lorastack.service.store import StoreFollower, StoreWriter, needed_digests
 from lorastack.service.threads import run_in
 from lorastack.service.transfer import Transfers
+from lorastack.service.untrusted import Untrusted
 from lorastack.service.uploads import Uploads
 from lorastack.service.wire import request_readers
 from lorastack.v1 import adapters_pb2, generation_pb2
@@ -132,10 +135,12 @@ class Server:
         self._workers = ThreadPoolExecutor(NUM_WORKERS, "lorastack-edge")
         self._uploader = ThreadPoolExecutor(1, "lorastack-upload", initializer=be_nice)
         self._preparer = Preparer(model, registry, config.adapters.default_medusa)
+        self._untrusted = Untrusted(model.tokenizer, self._preparer.grammars, model.max_text)
         self._generation = GenerationService(
             model=model,
             info=_model_info(model, config),
             preparer=self._preparer,
+            intake=Intake(self._preparer, self._untrusted, self._workers),
             dispatcher=dispatcher,
             guard=self._guard,
             metrics=requests,
@@ -144,7 +149,7 @@ class Server:
         writer = StoreWriter(
             registry=registry,
             engine=engine,
-            validate=validate,
+            validate=replace(validate, check_template=self._untrusted.check_template),
             fingerprint=model.fingerprint,
             keep_revisions=config.adapters.keep_revisions,
             needed=partial(needed_digests, dispatcher, pool, self._preparer),
@@ -291,6 +296,7 @@ class Server:
         await self._health.enter_graceful_shutdown()
         await asyncio.to_thread(self._engine.drain, timeout)
         await asyncio.to_thread(self._engine.close)
+        await self._untrusted.close()
         left = timeout - (time.monotonic() - began)
         await self._guard.idle(max(left, STOP_GRACE))
         if self._server is not None:
@@ -328,6 +334,7 @@ class Server:
         if port := self._config.metrics_port:
             self._metrics_server = MetricsServer(self._config.host, port, self.metrics)
         self._dispatcher.attach(self._engine, loop)
+        self._untrusted.attach(loop)
         self._engine.start()
         await probe(self._preparer, self._dispatcher, self._workers)
         self._background.append(loop.create_task(self._requests.watch_loop()))

@@ -14,20 +14,36 @@ import re
 import threading
 from bisect import bisect_left
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, NoReturn
+from weakref import WeakKeyDictionary
 
-from lorastack.errors import FailedPreconditionError, InvalidArgumentError, Reason
+from lorastack.config import GIB, MIB
+from lorastack.errors import (
+    FailedPreconditionError,
+    InvalidArgumentError,
+    Reason,
+    ResourceExhaustedError,
+)
 from lorastack.request import Grammar
 from lorastack.text.matcher import CompiledGrammar
 from lorastack.text.tokenizer import Tokenizer
-from lorastack.text.vocabulary import Vocabulary
+from lorastack.text.vocabulary import Vocabulary, token_bytes
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
 MAX_KEPT = 64  # compiled grammars
 MAX_KEPT_CHARS = 1 << 20  # of their texts
+MAX_KEPT_BYTES = 256 * MIB  # of themselves
+MAX_BYTES = GIB  # of all that are kept or belong to a request
+# What a mask may cost once a row is under way: a tenth of a second at worst. Objects of 200
+# optional properties, enumerations of 1,000 and words in any script need less than half.
+INITIAL_FUEL = 200_000
+STEP_FUEL = 20_000
+MAX_STEP_ITEMS = 10_000
+MAX_LEXER_STATES = 20_000
 MAX_MESSAGE_CHARS = 300
 # How llguidance shows a mistake in an expression: a caret under its first character.
 _MISTAKE = re.compile(r"regex parse error:\n    (.*)\n    (?P<before> *)\^.*\nerror: (?P<what>.*)")
@@ -52,7 +68,10 @@ class Regex:
 
 
 class GrammarCompiler:
-    """Compiles grammars for one model and keeps the last ones. For any thread."""
+    """Compiles grammars for one model and keeps the last ones. For any thread.
+
+    What callers write is compiled here only after a trial (`text.trial`) in another process.
+    """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         """vocab_size: the model's outputs; those that the tokenizer lacks are never allowed."""
@@ -62,33 +81,19 @@ class GrammarCompiler:
         self._building = threading.Lock()
         self._vocabulary: Vocabulary | None = None  # built when the first grammar is asked for
         self._keeping = threading.Lock()
-        self._kept: OrderedDict[tuple[JsonSchema | Regex, int], Grammar] = OrderedDict()
+        self._kept: OrderedDict[tuple[JsonSchema | Regex, int], CompiledGrammar] = OrderedDict()
+        # Bytes of all that a request or we still hold.
+        self._sizes: WeakKeyDictionary[CompiledGrammar, int] = WeakKeyDictionary()
 
-    def compile(self, wanted: JsonSchema | Regex, num_dropped: int = 0) -> Grammar:
-        """Blocks for milliseconds, a second at most.
-
-        num_dropped: spaces that the text loses at its beginning (`Joiner.num_dropped` behind the
-        prompt).
-
-        Raises InvalidArgumentError for what is malformed (saying where), not supported, too complex
-        or without any text that follows it; FailedPreconditionError if the model cannot end a text.
-        """
+    def kept(self, wanted: JsonSchema | Regex, num_dropped: int = 0) -> Grammar | None:
+        """The grammar, if it is among the last that were asked for. num_dropped: see `compile`."""
         with self._keeping:
             if (grammar := self._kept.get((wanted, num_dropped))) is not None:
                 self._kept.move_to_end((wanted, num_dropped))
-                return grammar
-        vocabulary = self._built()
-        start = _start(vocabulary, wanted, num_dropped)
-        grammar = CompiledGrammar(start, self._end_ids, self._vocab_size)
-        with self._keeping:
-            self._kept[wanted, num_dropped] = grammar
-            num_chars = sum(len(kept.text) for kept, _ in self._kept)
-            while len(self._kept) > MAX_KEPT or num_chars > MAX_KEPT_CHARS:
-                (oldest, _), _ = self._kept.popitem(last=False)
-                num_chars -= len(oldest.text)
-        return grammar
+            return grammar
 
-    def _built(self) -> Vocabulary:
+    def check_model(self) -> None:
+        """Raises FailedPreconditionError if the model cannot end a text."""
         if not self._end_ids:
             raise FailedPreconditionError(
                 "response_format needs a model with an end token, and this one's files name none; "
@@ -96,25 +101,92 @@ class GrammarCompiler:
                 reason=Reason.UNSUPPORTED_MODEL,
                 field="response_format",
             )
+
+    def compile(
+        self, wanted: JsonSchema | Regex, num_dropped: int = 0, num_bytes: int = 0
+    ) -> Grammar:
+        """num_dropped: spaces that the text loses at its beginning (`Joiner.num_dropped` behind
+        the prompt). num_bytes: what the grammar takes, as its trial found.
+
+        Raises InvalidArgumentError for what is malformed (saying where), not supported, too complex
+        or without any text that follows it; ResourceExhaustedError while requests hold too large
+        ones; FailedPreconditionError as `check_model`.
+        """
+        if (kept := self.kept(wanted, num_dropped)) is not None:
+            return kept
+        self._check_room(wanted, num_bytes)
+        start = compile_start(self._built(), wanted, num_dropped)
+        grammar = CompiledGrammar(start, self._end_ids, self._vocab_size)
+        with self._keeping:
+            self._kept[wanted, num_dropped] = grammar
+            self._sizes[grammar] = num_bytes
+            while self._too_many():
+                self._kept.popitem(last=False)
+        return grammar
+
+    def trial_setup(self) -> dict[str, object]:
+        """What `trial.vocabulary_of` makes our vocabulary of again, elsewhere: JSON."""
+        tokens = token_bytes(self._tokenizer, self._end_ids, self._vocab_size)
+        return {
+            "tokens": [token.decode("latin-1") for token in tokens],
+            "end_ids": sorted(self._end_ids),
+            "tokenizer": self._tokenizer.to_json(),
+            "num_dropped": self._tokenizer.joiner().num_dropped,
+        }
+
+    def _check_room(self, wanted: JsonSchema | Regex, num_bytes: int) -> None:
+        with self._keeping:
+            while self._kept and sum(self._sizes.values()) + num_bytes > MAX_BYTES:
+                self._kept.popitem(last=False)
+            if sum(self._sizes.values()) + num_bytes > MAX_BYTES:
+                raise ResourceExhaustedError(
+                    f"{wanted.field} needs {num_bytes >> 20} MiB, and the grammars of running "
+                    "requests leave no room for it; try again later, or with a simpler one",
+                    field=wanted.field,
+                )
+
+    def _too_many(self) -> bool:
+        """Of the kept ones, by number, text or size."""
+        num_chars = sum(len(wanted.text) for wanted, _ in self._kept)
+        num_bytes = sum(self._sizes[grammar] for grammar in self._kept.values())
+        too_large = num_chars > MAX_KEPT_CHARS or num_bytes > MAX_KEPT_BYTES
+        return len(self._kept) > MAX_KEPT or too_large
+
+    def _built(self) -> Vocabulary:
+        self.check_model()
         with self._building:
             if self._vocabulary is None:
-                self._vocabulary = Vocabulary(self._tokenizer, self._end_ids, self._vocab_size)
+                self._vocabulary = Vocabulary(
+                    token_bytes(self._tokenizer, self._end_ids, self._vocab_size),
+                    self._end_ids,
+                    self._tokenizer.encode_part,
+                    self._tokenizer.joiner().num_dropped,
+                )
             return self._vocabulary
 
 
-def _start(vocabulary: Vocabulary, wanted: JsonSchema | Regex, num_dropped: int) -> LLMatcher:
-    """llguidance before the first token. num_dropped: spaces that its text loses."""
+def compile_start(
+    vocabulary: Vocabulary,
+    wanted: JsonSchema | Regex,
+    num_dropped: int = 0,
+    take_mask: Callable[[LLMatcher], bytes] | None = None,
+) -> LLMatcher:
+    """llguidance before the first token. num_dropped: spaces that its text loses. take_mask: how
+    its first mask is taken, which is part of it. Raises InvalidArgumentError."""
     # Deferred, as in `Vocabulary`.
     from llguidance import LLMatcher
 
+    take_mask = take_mask or LLMatcher.compute_bitmask
     if isinstance(wanted, JsonSchema):
-        return _checked(vocabulary, wanted, _schema_grammar(wanted))
+        return _checked(vocabulary, wanted, _schema_grammar(wanted), take_mask)
     if _ends_in_escape(wanted.text):
-        _refuse(wanted, f"an escape without its character at character {len(wanted.text)}")
-    start = _checked(vocabulary, wanted, LLMatcher.grammar_from_regex(wanted.text))
+        refuse(wanted, f"an escape without its character at character {len(wanted.text)}")
+    grammar = LLMatcher.grammar_from_regex(wanted.text)
+    start = _checked(vocabulary, wanted, grammar, take_mask)
     if num_dropped and _may_begin_with_space(start, vocabulary):
         spaced = " " * num_dropped + f"(?:{wanted.text})"
-        start = _checked(vocabulary, wanted, LLMatcher.grammar_from_regex(spaced))
+        grammar = LLMatcher.grammar_from_regex(spaced)
+        start = _checked(vocabulary, wanted, grammar, take_mask)
     return start
 
 
@@ -127,26 +199,43 @@ def _schema_grammar(schema: JsonSchema) -> str:
             defaults={"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "},
         )
     except ValueError as error:
-        _refuse(schema, str(error))
+        refuse(schema, str(error))
 
 
-def _checked(vocabulary: Vocabulary, wanted: JsonSchema | Regex, grammar: str) -> LLMatcher:
+def _checked(
+    vocabulary: Vocabulary,
+    wanted: JsonSchema | Regex,
+    grammar: str,
+    take_mask: Callable[[LLMatcher], bytes],
+) -> LLMatcher:
     """grammar: in llguidance's form. Raises InvalidArgumentError."""
     from llguidance import LLMatcher, LLParserLimits
 
-    limits = LLParserLimits(verbose_errors=False)
+    limits = LLParserLimits(
+        initial_lexer_fuel=INITIAL_FUEL,
+        step_lexer_fuel=STEP_FUEL,
+        step_max_items=MAX_STEP_ITEMS,
+        max_lexer_states=MAX_LEXER_STATES,
+        verbose_errors=False,
+    )
     start = LLMatcher(vocabulary.llguidance, grammar, log_level=0, limits=limits)
     if start.is_error():
-        _refuse(wanted, _mistake(start.get_error(), wanted))
+        refuse(wanted, _mistake(start.get_error(), wanted))
     # Not every contradiction is found before it is asked for a token.
-    if not any(start.compute_bitmask()) or start.is_error():
-        _refuse(wanted, "no text of this model's tokens follows it, or it is too complex")
+    if not any(take_mask(start)) or start.is_error():
+        refuse(wanted, "no text of this model's tokens follows it, or it is too complex")
     return start
 
 
-def _refuse(wanted: JsonSchema | Regex, cause: str) -> NoReturn:
+def refusal(wanted: JsonSchema | Regex, cause: str) -> str:
+    """What the caller hears."""
+    return f"{wanted.field} must be {wanted.rule}: {cause}"
+
+
+def refuse(wanted: JsonSchema | Regex, cause: str) -> NoReturn:
+    """Raises InvalidArgumentError for what was asked for, saying why."""
     raise InvalidArgumentError(
-        f"{wanted.field} must be {wanted.rule}: {cause[:MAX_MESSAGE_CHARS]}",
+        refusal(wanted, cause[:MAX_MESSAGE_CHARS]),
         reason=Reason.INVALID_GRAMMAR,
         field=wanted.field,
     )

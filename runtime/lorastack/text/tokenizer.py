@@ -86,6 +86,7 @@ class Tokenizer:
 
     eos_ids: ids that end a text, by generation_config.json, config.json and the tokenizer.
     digest: "sha256:..." over the tokenizer's files. vocab_size: ids below it may have a token.
+    longest_token: bytes of text that one token stands for, at most.
     """
 
     def __init__(
@@ -100,7 +101,9 @@ class Tokenizer:
         self._special_ids = frozenset(
             token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
         )
-        self.vocab_size: int = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+        vocab = self._backend.get_vocab(with_added_tokens=True)
+        self.vocab_size: int = max(vocab.values()) + 1
+        self.longest_token = max(len(token.encode()) for token in vocab)
         self._make_joiner = joiner_factory(json.loads(self._backend.to_str())["decoder"])
 
     @staticmethod
@@ -145,15 +148,36 @@ class Tokenizer:
         """Ids with nothing added but what the tokenizer puts before every text."""
         return self._encode(text, add_special_tokens=False)
 
-    def chat(self, messages: Sequence[tuple[str, str]], template: str | None = None) -> list[int]:
+    @property
+    def chat_template(self) -> str | None:
+        """The model's own, Jinja."""
+        template = self._hf.chat_template
+        return template.get("default") if isinstance(template, dict) else template
+
+    @property
+    def template_variables(self) -> dict[str, str]:
+        """What templates may use beside the messages: the special tokens by name."""
+        return dict(self._hf.special_tokens_map)
+
+    def to_json(self) -> str:
+        """The whole tokenizer in the `tokenizers` library's form."""
+        return str(self._backend.to_str())
+
+    def chat(self, messages: Sequence[tuple[str, str]]) -> list[int]:
         """Ids of a conversation, (role, content) each, ready for the assistant's next message.
 
-        template: Jinja, run in transformers' sandbox; None: the model's own. Raises
-        InvalidArgumentError if there is no template or it fails, as many do on roles out of order.
+        Raises InvalidArgumentError as `render` does.
+        """
+        return self.encode_part(self.render(messages))
+
+    def render(self, messages: Sequence[tuple[str, str]]) -> str:
+        """A conversation as text, by the model's own template, which is trusted.
+
+        Raises InvalidArgumentError if there is none or it fails, as many do on roles out of order.
         """
         if not messages:
             raise InvalidArgumentError("The chat has no messages: send at least one.")
-        if template is None and not self._hf.chat_template:
+        if not self._hf.chat_template:
             raise InvalidArgumentError(
                 "The model has no chat template: send a prompt instead of chat messages, or use a "
                 "LoRA whose folder has chat_template.jinja."
@@ -161,14 +185,11 @@ class Tokenizer:
         conversation = [{"role": role, "content": content} for role, content in messages]
         try:
             text = self._hf.apply_chat_template(
-                conversation, chat_template=template, tokenize=False, add_generation_prompt=True
+                conversation, tokenize=False, add_generation_prompt=True
             )
-        except Exception as error:  # a template is foreign code and may raise anything
-            raise InvalidArgumentError(
-                f"The chat template refused the messages: {error}. Check the order of the roles, "
-                "or send a prompt."
-            ) from error
-        return self._encode(str(text), add_special_tokens=False)
+        except Exception as error:  # whatever a template makes Jinja raise
+            raise InvalidArgumentError(template_refusal(str(error))) from error
+        return str(text)
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         # The batch form releases the interpreter lock, the single one does not.
@@ -218,6 +239,14 @@ def _declared(folder: Path) -> dict[str, Any]:
         value = declared.get(name)
         check(value is None or is_valid(value), path, name, rule, value)
     return declared
+
+
+def template_refusal(cause: str) -> str:
+    """What a caller hears whose messages a chat template does not take."""
+    return (
+        f"The chat template refused the messages: {cause}. Check the order of the roles, or send a "
+        "prompt."
+    )
 
 
 def _from_files(folder: Path, config: Mapping[str, Any], declared: Mapping[str, Any]) -> Any:

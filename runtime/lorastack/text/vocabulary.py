@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
 from lorastack.text.tokenizer import Tokenizer
@@ -25,16 +26,22 @@ class Vocabulary:
     bos_token_id = None
     special_token_ids = ()
 
-    def __init__(self, tokenizer: Tokenizer, end_ids: frozenset[int], vocab_size: int) -> None:
-        """end_ids: at least one. vocab_size: outputs of the model."""
+    def __init__(
+        self,
+        tokens: Sequence[bytes],
+        end_ids: Collection[int],
+        encode: Callable[[str], list[int]],
+        num_dropped: int,
+    ) -> None:
+        """end_ids: at least one. encode: as `Tokenizer.encode_part`. num_dropped: spaces that a
+        text loses at its beginning, at most."""
         # Deferred: only servers that are asked for structured output load it.
         from llguidance import LLTokenizer, TokenizerWrapper
 
-        joiner = tokenizer.joiner()
-        entries = [None if i in end_ids else tokenizer.token(i) for i in range(vocab_size)]
-        self.tokens = [b"" if entry is None else joiner.raw(entry) for entry in entries]
+        self.tokens = tokens
+        self.num_dropped = num_dropped
         self.eos_token_id = min(end_ids)
-        self._tokenizer = tokenizer
+        self._encode = encode
         self.llguidance: LLTokenizer = LLTokenizer(
             TokenizerWrapper(self), eos_token=sorted(end_ids)
         )
@@ -45,7 +52,7 @@ class Vocabulary:
         Text that names a special token or an added one is cut into characters instead.
         """
         text = data.decode()
-        encode = self._tokenizer.encode_part
+        encode = self._encode
         ids = encode(text)
         if self._spells(ids, data):
             return ids
@@ -60,3 +67,10 @@ class Vocabulary:
     def _spells(self, ids: list[int], data: bytes) -> bool:
         known = all(index < len(self.tokens) for index in ids)
         return known and b"".join(self.tokens[index] for index in ids) == data
+
+
+def token_bytes(tokenizer: Tokenizer, end_ids: Collection[int], vocab_size: int) -> list[bytes]:
+    """`Vocabulary.tokens` of a model with `vocab_size` outputs."""
+    joiner = tokenizer.joiner()
+    entries = [None if i in end_ids else tokenizer.token(i) for i in range(vocab_size)]
+    return [b"" if entry is None else joiner.raw(entry) for entry in entries]

@@ -1,0 +1,219 @@
+"""The server's side of the worker processes: a job in, its result out, and no thread waits.
+
+Workers are started when first needed and replaced when they die.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lorastack.errors import Reason, UnavailableError
+from lorastack.sandbox.turns import Turns
+from lorastack.sandbox.wire import CANCEL, JOB, PREFIX, SETUP, Job, Outcome, setup_bytes
+
+NUM_WORKERS = 2
+MAX_WAITING = 256
+# Libraries that start threads of their own would keep a worker from forking.
+SINGLE_THREADED = {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+logger = logging.getLogger(__name__)
+
+Setup = Callable[[], Mapping[str, Any]]
+
+
+class JobError(Exception):
+    """A job that gave no result. message: the task's own words, if it has any."""
+
+    def __init__(self, outcome: Outcome, message: str) -> None:
+        super().__init__(f"{outcome.name}: {message}")
+        self.outcome = outcome
+        self.message = message
+
+
+class Pool:
+    """Runs jobs in worker processes, callers in turn. Event loop only.
+
+    setups: by task, what its workers are told before their first job; called in a thread.
+    """
+
+    def __init__(
+        self,
+        setups: Mapping[str, Setup],
+        *,
+        num_workers: int = NUM_WORKERS,
+        max_waiting: int = MAX_WAITING,
+    ) -> None:
+        self._setups = setups
+        self._seats = [_Seat() for _ in range(num_workers)]
+        self._turns = Turns(self._seats, max_waiting)
+        self._serving: set[asyncio.Task[bytes]] = set()
+        self._closed = False
+
+    @property
+    def num_running(self) -> int:
+        """Jobs that a worker has."""
+        return len(self._serving)
+
+    @property
+    def num_waiting(self) -> int:
+        return self._turns.num_waiting
+
+    @property
+    def pids(self) -> list[int]:
+        """Of the workers that run."""
+        return [seat.process.pid for seat in self._seats if seat.process and seat.alive]
+
+    async def run(
+        self, job: Job, caller: str, known: Callable[[], bytes | None] | None = None
+    ) -> bytes:
+        """The job's result. Whoever is cancelled here frees the worker at once.
+
+        known: asked when a worker is free; a result that somebody else's job gave meanwhile.
+        Raises JobError, ResourceExhaustedError if too many wait, UnavailableError if the worker
+        died or the server ends.
+        """
+        if self._closed:
+            raise _shutting_down()
+        seat = await self._turns.take(caller)
+        try:
+            result = known() if known is not None else None
+        except BaseException:
+            self._turns.give(seat)
+            raise
+        if result is not None:
+            self._turns.give(seat)
+            return result
+        serving = asyncio.create_task(self._serve(seat, job))
+        self._serving.add(serving)
+        serving.add_done_callback(self._served)
+        try:
+            return await asyncio.shield(serving)
+        except asyncio.CancelledError:
+            seat.cancel()
+            raise
+
+    async def close(self) -> None:
+        """Ends the workers; whoever waits gets UnavailableError."""
+        self._closed = True
+        self._turns.fail(_shutting_down())
+        for seat in self._seats:
+            seat.end()
+        if self._serving:
+            await asyncio.wait(self._serving)
+
+    async def _serve(self, seat: _Seat, job: Job) -> bytes:
+        try:
+            if not seat.alive:
+                await seat.start()
+            if job.task not in seat.prepared:
+                given = await asyncio.to_thread(self._setups[job.task])
+                await seat.send(SETUP, setup_bytes(job.task, given))
+                seat.prepared.add(job.task)
+            outcome, payload = await seat.ask(job)
+        except (OSError, EOFError) as error:  # the worker is gone
+            seat.end()
+            if self._closed:
+                raise _shutting_down() from error
+            logger.warning("a worker process ended and is replaced")
+            raise UnavailableError(
+                "the worker process that had this request ended; send the request again",
+                reason=Reason.WORKER_ENDED,
+            ) from error
+        finally:
+            seat.free()
+            if self._closed:
+                seat.end()
+            self._turns.give(seat)
+        if outcome is not Outcome.DONE:
+            raise JobError(outcome, payload.decode("utf-8", "replace"))
+        return payload
+
+    def _served(self, serving: asyncio.Task[bytes]) -> None:
+        self._serving.discard(serving)
+        if not serving.cancelled():
+            serving.exception()  # its caller may have gone
+
+
+class _Seat:
+    """One worker process, or none yet. prepared: the tasks that it was told about."""
+
+    def __init__(self) -> None:
+        self.process: subprocess.Popen[bytes] | None = None
+        self.prepared: set[str] = set()
+        self._busy = False
+        self._abandoned = False
+        self._reader: asyncio.StreamReader | None = None
+        self._writer: asyncio.StreamWriter | None = None
+
+    @property
+    def alive(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    async def start(self) -> None:
+        """In place of one that died."""
+        self.end()
+        ours, theirs = socket.socketpair()
+        self._reader, self._writer = await asyncio.open_unix_connection(sock=ours)
+        with theirs:
+            self.process = await asyncio.to_thread(_start_process, theirs)
+
+    async def ask(self, job: Job) -> tuple[Outcome, bytes]:
+        """Runs a job, unless its caller has gone already."""
+        assert self._reader is not None
+        if self._abandoned:
+            return Outcome.CANCELLED, b""
+        self._busy = True
+        await self.send(JOB, job.to_bytes())
+        length, kind = PREFIX.unpack(await self._reader.readexactly(PREFIX.size))
+        return Outcome(kind), await self._reader.readexactly(length)
+
+    async def send(self, kind: int, payload: bytes) -> None:
+        assert self._writer is not None
+        self._writer.write(PREFIX.pack(len(payload), kind) + payload)
+        await self._writer.drain()
+
+    def cancel(self) -> None:
+        """The caller has gone."""
+        self._abandoned = True
+        if self._busy and self._writer is not None:
+            self._writer.write(PREFIX.pack(0, CANCEL))
+
+    def free(self) -> None:
+        """For the next job."""
+        self._busy = self._abandoned = False
+
+    def end(self) -> None:
+        """Its child ends with it."""
+        if self._writer is not None:
+            self._writer.close()
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+        self.process = self._reader = self._writer = None
+        self.prepared = set()
+
+
+def _start_process(theirs: socket.socket) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", "lorastack.sandbox.worker"],
+        stdin=theirs.fileno(),
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, **SINGLE_THREADED},
+        start_new_session=True,  # a terminal's Ctrl-C is for the server
+    )
+
+
+def _shutting_down() -> UnavailableError:
+    return UnavailableError("the server is shutting down; send the request to another one")

@@ -1,0 +1,82 @@
+"""Few seats, many callers: whoever waits is served in turn with the other callers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict, deque
+from collections.abc import Iterable
+from typing import Generic, TypeVar
+
+from lorastack.errors import LorastackError, ResourceExhaustedError
+
+T = TypeVar("T")
+
+
+class Turns(Generic[T]):
+    """Hands out seats, round robin by caller. Event loop only.
+
+    When more wait than may, those of the caller with most places in the queue are refused, so that
+    nobody can fill it for the others.
+    """
+
+    def __init__(self, seats: Iterable[T], max_waiting: int) -> None:
+        self._free = deque(seats)
+        self._max_waiting = max_waiting
+        self._waiting: OrderedDict[str, deque[asyncio.Future[T]]] = OrderedDict()
+
+    @property
+    def num_waiting(self) -> int:
+        return sum(map(len, self._waiting.values()))
+
+    async def take(self, caller: str) -> T:
+        """A seat, to be given back. Raises ResourceExhaustedError if too many wait."""
+        if self._free:
+            return self._free.popleft()
+        if self.num_waiting >= self._max_waiting:
+            self._make_room(caller)
+        place: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(caller, deque()).append(place)
+        try:
+            return await place
+        except asyncio.CancelledError:
+            if place.cancelled():
+                self._leave(caller, place)
+            elif place.exception() is None:  # it was given in the same moment
+                self.give(place.result())
+            raise
+
+    def give(self, seat: T) -> None:
+        """Back, for whoever is next."""
+        if not self._waiting:
+            self._free.append(seat)
+            return
+        caller, places = self._waiting.popitem(last=False)
+        places.popleft().set_result(seat)
+        if places:
+            self._waiting[caller] = places  # behind the others
+
+    def fail(self, error: LorastackError) -> None:
+        """Ends all waiting."""
+        waiting, self._waiting = self._waiting, OrderedDict()
+        for places in waiting.values():
+            for place in places:
+                place.set_exception(error)
+
+    def _make_room(self, caller: str) -> None:
+        error = ResourceExhaustedError(
+            f"{self._max_waiting} calls wait already for work that takes long (grammars, chat "
+            "templates of adapters, long texts); try again later"
+        )
+        greedy = max(self._waiting, key=lambda name: len(self._waiting[name]))
+        if len(self._waiting[greedy]) <= len(self._waiting.get(caller, ())) + 1:
+            raise error
+        place = self._waiting[greedy][-1]
+        self._leave(greedy, place)
+        place.set_exception(error)
+
+    def _leave(self, caller: str, place: asyncio.Future[T]) -> None:
+        places = self._waiting.get(caller)
+        if places is not None and place in places:
+            places.remove(place)
+            if not places:
+                del self._waiting[caller]

@@ -1,0 +1,98 @@
+"""From a call to the engine's Request without a thread that waits.
+
+What callers write that is a program goes to worker processes, awaited; texts that take long go to
+few of the edge's threads at a time, callers in turn; whoever gives up leaves every queue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import Executor
+from contextlib import suppress
+from dataclasses import replace
+from typing import TypeVar
+
+from lorastack.sandbox.turns import Turns
+from lorastack.service.prepare import Chat, GenerateCall, Ids, Prepared, Preparer, Rendered, Text
+from lorastack.service.threads import run_in
+from lorastack.service.untrusted import Untrusted
+
+LONG_TEXT = 64 << 10  # bytes; a fifth of a second, where tokenising is slow
+NUM_LONG = 2  # of the edge's threads
+MAX_WAITING = 256
+
+T = TypeVar("T")
+Given = Text | Ids | Chat | Rendered
+
+
+class Intake:
+    """Event loop only. workers: the edge's threads, more than NUM_LONG."""
+
+    def __init__(self, preparer: Preparer, untrusted: Untrusted, workers: Executor) -> None:
+        self._preparer = preparer
+        self._untrusted = untrusted
+        self._workers = workers
+        self._long = Turns(range(NUM_LONG), MAX_WAITING)
+
+    async def prepare(self, call: GenerateCall, deadline: float | None, caller: str) -> Prepared:
+        """caller: whose turn it is, of those that wait. deadline: time.monotonic() seconds.
+
+        Raises the user's errors.
+        """
+        lora_id = call.loras[0][0] if len(call.loras) == 1 else ""
+        given = await self._rendered(call.input, lora_id, caller)
+        wanted, grammar_bytes = call.response_format, 0
+        is_long = _num_bytes(given) > LONG_TEXT
+        if wanted is not None and self._preparer.grammars.kept(wanted) is None:
+            grammar_bytes = await self._untrusted.admit(wanted, caller)
+            is_long = True
+
+        def work() -> Prepared:
+            return self._preparer.prepare(replace(call, input=given), deadline, grammar_bytes)
+
+        return await self._run(work, is_long, caller)
+
+    async def encode(self, given: Given, lora_id: str, caller: str) -> tuple[int, ...]:
+        """The ids that the model would run. Raises the user's errors."""
+        if lora_id:
+            await run_in(self._workers, self._preparer.lora, lora_id)
+        given = await self._rendered(given, lora_id, caller)
+        is_long = _num_bytes(given) > LONG_TEXT
+        return await self._run(lambda: self._preparer.encode(given), is_long, caller)
+
+    async def _rendered(self, given: Given, lora_id: str, caller: str) -> Given:
+        """A single LoRA's own chat template wins over the model's."""
+        field = "prompt" if isinstance(given, Text) else "chat"
+        self._preparer.check_length(_num_bytes(given), field)
+        if not isinstance(given, Chat) or not lora_id:
+            return given
+        template = await run_in(self._workers, self._preparer.own_template, lora_id)
+        if template is None:
+            return given
+        return Rendered(await self._untrusted.render(template, given.messages, caller))
+
+    async def _run(self, work: Callable[[], T], is_long: bool, caller: str) -> T:
+        """In a thread. A long one keeps its seat until it has ended, wanted or not."""
+        if not is_long:
+            return await run_in(self._workers, work)
+        seat = await self._long.take(caller)
+        loop = asyncio.get_running_loop()
+
+        def leave(_: object) -> None:
+            with suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(self._long.give, seat)
+
+        working = self._workers.submit(work)
+        working.add_done_callback(leave)
+        return await asyncio.wrap_future(working)
+
+
+def _num_bytes(given: Given) -> int:
+    """Of text, in UTF-8."""
+    match given:
+        case Text(text) | Rendered(text):
+            return len(text.encode())
+        case Chat(messages):
+            return sum(len(part.encode()) for message in messages for part in message)
+    return 0

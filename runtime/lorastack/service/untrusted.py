@@ -1,0 +1,174 @@
+"""What callers write that is a program, run in worker processes: chat templates and grammars."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections import OrderedDict
+from dataclasses import replace
+from typing import NoReturn
+
+from lorastack.config import MIB
+from lorastack.errors import InternalError, InvalidArgumentError, Reason, ResourceExhaustedError
+from lorastack.sandbox.pool import JobError, Pool
+from lorastack.sandbox.tasks import GRAMMAR, TEMPLATE, template_body
+from lorastack.sandbox.wire import Job, Limits, Outcome
+from lorastack.text.grammar import GrammarCompiler, JsonSchema, Regex, refuse
+from lorastack.text.tokenizer import Tokenizer, template_refusal
+from lorastack.text.trial import trial_body
+
+TEMPLATE_LIMITS = Limits(cpu=1.0, wall=20.0, memory=256 * MIB, output=0)  # output: the text's
+GRAMMAR_LIMITS = Limits(cpu=1.0, wall=20.0, memory=128 * MIB, output=4096)
+MAX_VERDICTS = 1024
+UPLOADER = "an upload"  # as a caller
+UPLOAD_PATIENCE = 60.0  # seconds
+
+Wanted = JsonSchema | Regex
+
+
+class Untrusted:
+    """Event loop only, `check_template` aside."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        grammars: GrammarCompiler,
+        max_text: int,
+        *,
+        template_limits: Limits = TEMPLATE_LIMITS,
+        grammar_limits: Limits = GRAMMAR_LIMITS,
+    ) -> None:
+        """max_text: bytes that a template may give."""
+        self._models_own = tokenizer.chat_template
+        self._grammars = grammars
+        self._template_limits = replace(template_limits, output=max_text)
+        self._grammar_limits = grammar_limits
+        self._loop: asyncio.AbstractEventLoop | None = None
+        # By the hash of a grammar's text: the bytes that it takes, or why it was refused.
+        self._verdicts: OrderedDict[bytes, int | str] = OrderedDict()
+        self.pool = Pool(
+            {
+                TEMPLATE: lambda: {"variables": tokenizer.template_variables},
+                GRAMMAR: grammars.trial_setup,
+            }
+        )
+
+    def attach(self, loop: asyncio.AbstractEventLoop) -> None:
+        """The loop that serves, for `check_template`."""
+        self._loop = loop
+
+    async def close(self) -> None:
+        await self.pool.close()
+
+    async def render(
+        self, template: str, messages: tuple[tuple[str, str], ...], caller: str
+    ) -> str:
+        """A conversation as text. Raises InvalidArgumentError, and what `Pool.run` raises."""
+        return (await self._run_template(template, messages, caller)).decode()
+
+    def check_template(self, template: str) -> None:
+        """Compiles it. From any thread but the loop's. Raises as `render` does."""
+        if template == self._models_own:
+            return
+        assert self._loop is not None, "attach() comes first"
+        checking = asyncio.run_coroutine_threadsafe(
+            self._run_template(template, None, UPLOADER), self._loop
+        )
+        try:
+            checking.result(UPLOAD_PATIENCE)
+        except TimeoutError:
+            checking.cancel()
+            raise ResourceExhaustedError(
+                "too many chats wait to be rendered, so the upload's chat template could not be "
+                "checked; try again later"
+            ) from None
+
+    async def admit(self, wanted: Wanted, caller: str) -> int:
+        """Tries a grammar out; what passes may be compiled here. The bytes that it takes.
+
+        Raises InvalidArgumentError, and what `Pool.run` raises.
+        """
+        self._grammars.check_model()
+        key = hashlib.sha256(trial_body(wanted)).digest()
+        job = Job(task=GRAMMAR, body=trial_body(wanted), limits=self._grammar_limits)
+
+        def known() -> bytes | None:
+            """As of a trial that ended while this one waited."""
+            if (verdict := self._verdicts.get(key)) is None:
+                return None
+            self._verdicts.move_to_end(key)
+            if isinstance(verdict, str):
+                refuse(wanted, verdict)
+            return str(verdict).encode()
+
+        try:
+            num_bytes = int(known() or await self.pool.run(job, caller, known))
+        except JobError as error:
+            cause = self._why_not(error)
+            self._remember(key, cause)
+            refuse(wanted, cause)
+        self._remember(key, num_bytes)
+        return num_bytes
+
+    async def _run_template(
+        self, template: str, messages: tuple[tuple[str, str], ...] | None, caller: str
+    ) -> bytes:
+        job = Job(
+            task=TEMPLATE, body=template_body(template, messages), limits=self._template_limits
+        )
+        try:
+            return await self.pool.run(job, caller)
+        except JobError as error:
+            if messages is None and error.outcome is Outcome.REFUSED:
+                raise InvalidArgumentError(
+                    f"chat_template cannot be compiled: {error.message}; repair it, or leave it "
+                    "out to use the model's",
+                    reason=Reason.INVALID_ADAPTER,
+                ) from None
+            self._refuse_template(error)
+
+    def _refuse_template(self, error: JobError) -> NoReturn:
+        limits = self._template_limits
+        match error.outcome:
+            case Outcome.REFUSED:
+                raise InvalidArgumentError(template_refusal(error.message)) from None
+            case Outcome.TOO_SLOW:
+                cause = f"takes more than {limits.cpu:g} s of processor time"
+            case Outcome.TOO_MUCH_MEMORY:
+                cause = f"takes more than {limits.memory / MIB:g} MiB of memory"
+            case Outcome.TOO_LONG:
+                cause = f"gives more than {limits.output} bytes of text"
+            case Outcome.CRASHED:
+                cause = "nests too deep"
+            case _:
+                raise _not_the_callers(error) from None
+        raise InvalidArgumentError(
+            f"The chat template of the LoRA {cause}: shorten the chat, send a prompt, or repair "
+            "the template."
+        ) from None
+
+    def _why_not(self, error: JobError) -> str:
+        match error.outcome:
+            case Outcome.REFUSED:
+                return error.message
+            case Outcome.TOO_SLOW:
+                return f"it takes too long to compile, more than {self._grammar_limits.cpu:g} s"
+            case Outcome.TOO_MUCH_MEMORY:
+                megabytes = self._grammar_limits.memory / MIB
+                return f"it takes too much memory to compile, more than {megabytes:g} MiB"
+            case Outcome.CRASHED:
+                return "it is too complex, or nests too deep"
+        raise _not_the_callers(error) from None
+
+    def _remember(self, key: bytes, verdict: int | str) -> None:
+        self._verdicts[key] = verdict
+        if len(self._verdicts) > MAX_VERDICTS:
+            self._verdicts.popitem(last=False)
+
+
+def _not_the_callers(error: JobError) -> Exception:
+    if error.outcome is Outcome.TOO_LATE:
+        return ResourceExhaustedError(
+            "the server is too busy to run chat templates or compile grammars; try again later"
+        )
+    return InternalError(f"a worker process gave up on a request: {error}")

@@ -1,0 +1,180 @@
+"""A grammar tried out where it can do no harm: compiled, then followed for some tokens.
+
+Runs in a worker process, which ends what takes too much time, memory or stack. What passes here is
+compiled in the server.
+"""
+
+from __future__ import annotations
+
+import random
+import resource
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from lorastack.errors import InvalidArgumentError
+from lorastack.text.grammar import JsonSchema, Regex, compile_start, refusal, refuse
+from lorastack.text.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
+T = TypeVar("T")
+
+MAX_SECONDS = 0.05  # of processor time, for one mask and whatever else a step asks for
+WALK_SECONDS = 0.2  # then the grammar has been followed far enough
+NUM_STEPS = 40  # of each walk
+NUM_PICKS = 16
+# What ends or separates the parts of most texts; the rest of them is mostly letters.
+STRUCTURE = b'",:{}[]0123456789.- \n'
+
+
+def trial_body(wanted: JsonSchema | Regex) -> bytes:
+    """A trial's job, as `run` reads it."""
+    return wanted.field.encode() + b"\n" + wanted.text.encode()
+
+
+def run(body: bytes, vocabulary: Vocabulary) -> tuple[int, str]:
+    """A trial's job: the bytes that the grammar takes, and why it is refused, if it is."""
+    wanted = _wanted_of(body)
+    try:
+        return try_out(vocabulary, wanted), ""
+    except InvalidArgumentError as error:
+        return 0, error.message.removeprefix(refusal(wanted, ""))
+
+
+def _wanted_of(body: bytes) -> JsonSchema | Regex:
+    field, _, text = body.decode().partition("\n")
+    return JsonSchema(text) if field == JsonSchema.field else Regex(text)
+
+
+def vocabulary_of(setup: Mapping[str, Any]) -> Vocabulary:
+    """setup: what `GrammarCompiler.trial_setup` gives."""
+    from tokenizers import Tokenizer as Backend
+
+    backend = Backend.from_str(setup["tokenizer"])
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = backend.encode(text, add_special_tokens=False).ids
+        return ids
+
+    tokens = [token.encode("latin-1") for token in setup["tokens"]]
+    return Vocabulary(tokens, setup["end_ids"], encode, setup["num_dropped"])
+
+
+def try_out(
+    vocabulary: Vocabulary, wanted: JsonSchema | Regex, max_seconds: float = MAX_SECONDS
+) -> int:
+    """The bytes that the grammar takes. Raises InvalidArgumentError.
+
+    max_seconds: for each mask, as the step that waits for it delays all rows.
+    """
+    before = _resident()
+    clock = _Clock(wanted, max_seconds)
+    start = compile_start(vocabulary, wanted, vocabulary.num_dropped, clock.mask)
+    began = time.process_time()
+    for pick in (_any_of, _short_of, _long_of):
+        walk = _Walk(vocabulary, start.deep_copy(), pick, clock)
+        for _ in range(NUM_STEPS):
+            if time.process_time() - began > WALK_SECONDS or not walk.step():
+                break
+        if walk.error:
+            refuse(wanted, f"it is too complex: {walk.error}")
+        del walk
+    num_bytes = max(_resident() - before, 0)
+    del start  # what is nested deep is freed in the same depth
+    return num_bytes
+
+
+Pick = Callable[[Sequence[int], Vocabulary], int]
+
+
+def _any_of(ids: Sequence[int], vocabulary: Vocabulary) -> int:
+    return ids[0]
+
+
+def _short_of(ids: Sequence[int], vocabulary: Vocabulary) -> int:
+    """Ends the part of the text that it stands in, if it can."""
+    return min(
+        ids, key=lambda i: (vocabulary.tokens[i][:1] not in STRUCTURE, len(vocabulary.tokens[i]))
+    )
+
+
+def _long_of(ids: Sequence[int], vocabulary: Vocabulary) -> int:
+    return max(ids, key=lambda i: len(vocabulary.tokens[i]))
+
+
+class _Clock:
+    """Refuses what takes too long."""
+
+    def __init__(self, wanted: JsonSchema | Regex, max_seconds: float) -> None:
+        self._wanted = wanted
+        self._max_seconds = max_seconds
+
+    def mask(self, matcher: LLMatcher) -> bytes:
+        return self.timed(matcher.compute_bitmask)
+
+    def timed(self, call: Callable[[], T]) -> T:
+        began = time.process_time()
+        result = call()
+        if (took := time.process_time() - began) > self._max_seconds:
+            refuse(
+                self._wanted,
+                f"its masks take too long: {took * 1000:.0f} ms for one token, at most "
+                f"{self._max_seconds * 1000:.0f}",
+            )
+        return result
+
+
+class _Walk:
+    """One text that follows the grammar, token by token."""
+
+    def __init__(
+        self, vocabulary: Vocabulary, matcher: LLMatcher, pick: Pick, clock: _Clock
+    ) -> None:
+        self._vocabulary = vocabulary
+        self._matcher = matcher
+        self._pick = pick
+        self._clock = clock
+        self._chance = random.Random(0)
+        # One token of each structural beginning: a mask of many is mostly letters.
+        firsts = {token[:1]: i for i, token in enumerate(vocabulary.tokens) if len(token) == 1}
+        self._structure = [i for first, i in firsts.items() if first in STRUCTURE]
+
+    @property
+    def error(self) -> str:
+        return self._matcher.get_error().partition("\n")[0] if self._matcher.is_error() else ""
+
+    def step(self) -> bool:
+        """One token, after those that are forced. False at the end of the text."""
+        matcher, timed = self._matcher, self._clock.timed
+        if forced := timed(matcher.compute_ff_tokens):
+            timed(lambda: matcher.consume_tokens(forced))
+        if matcher.is_stopped():
+            return False
+        choices = self._allowed(self._clock.mask(matcher))
+        if not choices:
+            return False
+        token = self._pick(choices, self._vocabulary)
+        timed(lambda: matcher.consume_token(token))
+        return not matcher.is_stopped()
+
+    def _allowed(self, mask: bytes) -> list[int]:
+        """Some of the tokens of a mask, end tokens aside."""
+        tokens, chance = self._vocabulary.tokens, self._chance
+
+        def fits(index: int) -> bool:
+            return bool(mask[index // 8] >> index % 8 & 1 and tokens[index])
+
+        tried = [chance.randrange(len(tokens)) for _ in range(NUM_PICKS)]
+        found = [index for index in (*tried, *self._structure) if fits(index)]
+        if found:
+            return found
+        place = next((i for i, byte in enumerate(mask) if byte), 0) * 8
+        return [i for i in range(place, min(place + 8, len(tokens))) if fits(i)]
+
+
+def _resident() -> int:
+    """Bytes."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
