@@ -30,14 +30,9 @@ from lorastack.adapters.registry import Registry
 from lorastack.config import ServerConfig
 from lorastack.engine.base import base_weight
 from lorastack.engine.engine import Engine
-from lorastack.engine.loading import (
-    LoadedModel,
-    Progress,
-    adapter_loader,
-    build_engine,
-    load_model,
-)
+from lorastack.engine.loading import Progress, adapter_loader, build_engine, load_model
 from lorastack.service.adapters import AdapterService
+from lorastack.service.describe import labels, model_info, ready_line, served
 from lorastack.service.dispatch import Dispatcher
 from lorastack.service.door import Door
 from lorastack.service.generation import GenerationService
@@ -64,10 +59,6 @@ from lorastack.v1.generation_pb2_grpc import (
     add_GenerationServiceServicer_to_server as add_generation,
 )
 
-FEATURES = (
-    *("chat", "lora", "lora_stack", "logprobs", "medusa", "medusa_tree"),
-    *("response_format", "return_prompt", "sampling", "seed", "stop_sequences", "time_limit"),
-)
 NUM_WORKERS = 4  # tokenising and registry look-ups
 REFRESH_SECONDS = 2.0  # how old a read-only store's view may be
 STOP_GRACE = 2.0  # seconds for handlers to send what the engine has ended
@@ -124,7 +115,7 @@ class Server:
                 registry=registry,
                 heads=requests.heads,
                 config=config.adapters,
-                info=_info(model),
+                info=labels(model),
             )
         )
         self._requests = requests
@@ -138,7 +129,7 @@ class Server:
         self._untrusted = Untrusted(model.tokenizer, self._preparer.grammars, model.max_text)
         self._generation = GenerationService(
             model=model,
-            info=_model_info(model, config),
+            info=model_info(model, config),
             preparer=self._preparer,
             intake=Intake(self._preparer, self._untrusted, self._workers),
             dispatcher=dispatcher,
@@ -254,7 +245,7 @@ class Server:
         )
         return cls(
             config=config,
-            model=_served(loaded, engine.max_context),
+            model=served(loaded, engine.max_context),
             engine=engine,
             pool=pool,
             host=host,
@@ -360,7 +351,7 @@ class Server:
             loop.add_signal_handler(number, ask, number)
         await self.start()
         gc.freeze()  # a full collection walks all of torch and holds up a step for 0.1 s
-        on_ready(self._ready_line())
+        on_ready(ready_line(self._model, self.address))
         events = (asked.wait(), self._dispatcher.failed.wait())
         waiting = [asyncio.ensure_future(event) for event in events]
         await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
@@ -381,66 +372,3 @@ class Server:
     async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
         for name in (health.OVERALL_HEALTH, *SERVICES):
             await self._health.set(name, status)
-
-    def _ready_line(self) -> str:
-        model = self._model
-        weights = f", weights {model.quantization}" if model.quantization else ""
-        return (
-            f"lorastack {__version__} serves {model.name} on {self.address} "
-            f"(backend {model.backend}, device {model.device}, dtype {model.dtype}{weights})"
-        )
-
-
-def _served(loaded: LoadedModel, max_context: int) -> ServedModel:
-    decoder = loaded.decoder
-    return ServedModel(
-        name=loaded.name,
-        fingerprint=loaded.fingerprint,
-        tokenizer=loaded.tokenizer,
-        vocab_size=decoder.shapes.vocab_size,
-        max_context=max_context,
-        device=str(decoder.device),
-        dtype=str(decoder.dtype).removeprefix("torch."),
-        quantization=decoder.quantization,
-        backend=decoder.backend,
-        kv_memory=loaded.kv_memory,
-        threads=loaded.threads,
-    )
-
-
-def _info(model: ServedModel) -> dict[str, dict[str, str]]:
-    """What the metrics say about this process once and for all."""
-    return {
-        "build": {"version": __version__},
-        "model": {
-            "model": model.name,
-            "fingerprint": model.fingerprint,
-            "backend": model.backend,
-            "device": model.device,
-            "dtype": model.dtype,
-            "quantization": model.quantization,
-        },
-    }
-
-
-def _model_info(model: ServedModel, config: ServerConfig) -> generation_pb2.GetModelInfoResponse:
-    return generation_pb2.GetModelInfoResponse(
-        base_model=model.name,
-        fingerprint=model.fingerprint,
-        tokenizer_digest=model.tokenizer.digest,
-        limits=generation_pb2.Limits(
-            max_context=model.max_context,
-            max_rows=config.engine.max_rows,
-            max_queue=config.engine.max_queue,
-            kv_bytes=model.kv_memory,
-            device_adapter_bytes=config.adapters.device_memory,
-            host_adapter_bytes=config.adapters.host_memory,
-        ),
-        backend=model.backend,
-        features=FEATURES,
-        version=__version__,
-        device=model.device,
-        dtype=model.dtype,
-        quantization=model.quantization,
-        threads=model.threads,
-    )

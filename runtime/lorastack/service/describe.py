@@ -1,0 +1,78 @@
+"""What a server says of itself: to the edge, to callers, to metrics, and to whoever started it."""
+
+from __future__ import annotations
+
+from lorastack import __version__
+from lorastack.config import ServerConfig
+from lorastack.engine.loading import LoadedModel
+from lorastack.service.prepare import ServedModel
+from lorastack.v1 import generation_pb2
+
+FEATURES = (
+    *("chat", "lora", "lora_stack", "logprobs", "medusa", "medusa_tree"),
+    *("response_format", "return_prompt", "sampling", "seed", "stop_sequences", "time_limit"),
+)
+
+
+def served(loaded: LoadedModel, max_context: int) -> ServedModel:
+    decoder = loaded.decoder
+    return ServedModel(
+        name=loaded.name,
+        fingerprint=loaded.fingerprint,
+        tokenizer=loaded.tokenizer,
+        vocab_size=decoder.shapes.vocab_size,
+        max_context=max_context,
+        device=str(decoder.device),
+        dtype=str(decoder.dtype).removeprefix("torch."),
+        quantization=decoder.quantization,
+        backend=decoder.backend,
+        kv_memory=loaded.kv_memory,
+        threads=loaded.threads,
+    )
+
+
+def labels(model: ServedModel) -> dict[str, dict[str, str]]:
+    """What the metrics say about this process once and for all."""
+    return {
+        "build": {"version": __version__},
+        "model": {
+            "model": model.name,
+            "fingerprint": model.fingerprint,
+            "backend": model.backend,
+            "device": model.device,
+            "dtype": model.dtype,
+            "quantization": model.quantization,
+        },
+    }
+
+
+def model_info(model: ServedModel, config: ServerConfig) -> generation_pb2.GetModelInfoResponse:
+    return generation_pb2.GetModelInfoResponse(
+        base_model=model.name,
+        fingerprint=model.fingerprint,
+        tokenizer_digest=model.tokenizer.digest,
+        limits=generation_pb2.Limits(
+            max_context=model.max_context,
+            max_rows=config.engine.max_rows,
+            max_queue=config.engine.max_queue,
+            kv_bytes=model.kv_memory,
+            device_adapter_bytes=config.adapters.device_memory,
+            host_adapter_bytes=config.adapters.host_memory,
+        ),
+        backend=model.backend,
+        features=FEATURES,
+        version=__version__,
+        device=model.device,
+        dtype=model.dtype,
+        quantization=model.quantization,
+        threads=model.threads,
+    )
+
+
+def ready_line(model: ServedModel, address: str) -> str:
+    """For people, when Generate works."""
+    weights = f", weights {model.quantization}" if model.quantization else ""
+    return (
+        f"lorastack {__version__} serves {model.name} on {address} "
+        f"(backend {model.backend}, device {model.device}, dtype {model.dtype}{weights})"
+    )
