@@ -33,6 +33,17 @@ def digest_of(data: Contents) -> str:
     return adapter_digest(specs_of(data))
 
 
+def kept(revisions: list[Contents], keep: int) -> list[Contents]:
+    """Which of an id's revisions stay: repeated contents go first, then the oldest."""
+    left = list(enumerate(revisions))
+    for again in (True, False):
+        for index, data in list(left)[:-1]:
+            later = {digest_of(other) for at, other in left if at > index}
+            if len(left) > keep and (not again or digest_of(data) in later):
+                left.remove((index, data))
+    return [data for _, data in left]
+
+
 class Store(RuleBasedStateMachine):
     @initialize()
     def open(self) -> None:
@@ -63,6 +74,16 @@ class Store(RuleBasedStateMachine):
                 older.abort()
         self.open_uploads = [u for u in self.open_uploads if u[:2] != (adapter_id, data)]
         self.suspended = [s for s in self.suspended if s[:2] != (adapter_id, data)]
+
+    def _suspended(self, *uploads: tuple[str, Contents, Upload]) -> None:
+        """Those without a byte leave nothing."""
+        found = ((name, data, dict(upload.staged)) for name, data, upload in uploads)
+        self.suspended += [upload for upload in found if any(upload[2].values())]
+
+    def _on_disk(self) -> int:
+        """Bytes of unfinished uploads."""
+        running = sum(sum(upload.staged.values()) for *_, upload in self.open_uploads)
+        return running + sum(sum(sizes.values()) for *_, sizes in self.suspended)
 
     @rule(adapter_id=IDS, data=CONTENTS)
     def upload(self, adapter_id: str, data: Contents) -> None:
@@ -95,7 +116,7 @@ class Store(RuleBasedStateMachine):
             self._stored(adapter_id, data)
         elif how is Upload.suspend:
             upload.suspend()
-            self.suspended.append((adapter_id, data, dict(upload.staged)))
+            self._suspended((adapter_id, data, upload))
         else:
             upload.abort()
 
@@ -110,6 +131,19 @@ class Store(RuleBasedStateMachine):
             with pytest.raises(NotFoundError):
                 self.registry.rollback(adapter_id, digest)
 
+    @rule(keep=st.integers(1, 3), adapter_id=st.sampled_from(["", "a", "b"]))
+    def prune(self, keep: int, adapter_id: str) -> None:
+        if adapter_id and adapter_id not in self.model:
+            with pytest.raises(NotFoundError):
+                self.registry.prune(keep, adapter_id)
+            return
+        before = self.registry.stored_bytes()
+        pruned = self.registry.prune(keep, adapter_id)
+        for name in [adapter_id] if adapter_id else self.model:
+            self.model[name] = kept(self.model[name], keep)
+        if not self.open_uploads:
+            assert pruned.num_bytes >= before - self.registry.stored_bytes()
+
     @rule(adapter_id=IDS)
     def delete(self, adapter_id: str) -> None:
         if adapter_id in self.model:
@@ -122,7 +156,7 @@ class Store(RuleBasedStateMachine):
     @rule()
     def restart(self) -> None:
         self.registry.close()
-        self.suspended += [(name, data, dict(u.staged)) for name, data, u in self.open_uploads]
+        self._suspended(*self.open_uploads)
         self.open_uploads.clear()
         self.registry = Registry(self.root)
         assert self.registry.recovery.damaged == ()
@@ -137,7 +171,6 @@ class Store(RuleBasedStateMachine):
         found = {record.id: record for record in self.registry.list()}
         assert found.keys() == self.model.keys()
         for adapter_id, revisions in self.model.items():
-            assert found[adapter_id].revision == len(revisions)
             digests = [digest_of(data) for data in revisions]
             known = self.registry.revisions(adapter_id)
             assert [record.digest for record in reversed(known)] == digests
@@ -145,7 +178,10 @@ class Store(RuleBasedStateMachine):
                 assert contents(self.registry, f"{adapter_id}@{digest}") == data
         report = check_store(self.root, lambda done, total: None)
         assert report.damaged == ()
-        assert len(staged(self.root)) == len(self.open_uploads) + len(self.suspended)
+        begun = [upload for *_, upload in self.open_uploads if any(upload.staged.values())]
+        assert len(staged(self.root)) == len(begun) + len(self.suspended)
+        assert self.registry.staging_bytes() == self._on_disk()
+        assert self.registry.stored_bytes() == report.size_bytes
         if not self.open_uploads:
             assert all(path.startswith("blobs") for path in report.orphans)
 
