@@ -172,8 +172,8 @@ ACTIONS = st.tuples(
 )
 
 
-@given(actions=st.lists(ACTIONS, max_size=30), room=st.integers(SIZE, 4 * SIZE))
-@settings(max_examples=60, deadline=None)
+@given(actions=st.lists(ACTIONS, max_size=20), room=st.integers(SIZE, 4 * SIZE))
+@settings(max_examples=20, deadline=None)
 def test_bounds_hold_and_counts_are_true(
     tmp_path_factory: pytest.TempPathFactory,
     actions: list[tuple[str, str, int, str]],
