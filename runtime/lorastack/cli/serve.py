@@ -337,8 +337,6 @@ def serve(
     bars = sys.stderr.isatty() and log_format is LogFormat.TEXT
     if not bars:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when it is imported
-    # Before grpc is imported: it writes lines of its own that any caller can cause.
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     # Deferred: `--help` and the client commands must not wait for torch.
     from lorastack.service.logs import configure_logging
     from lorastack.service.server import Server

@@ -38,6 +38,7 @@ DOMAIN = "lorastack"
 MAX_MESSAGE_BYTES = 1024
 MAX_METADATA_BYTES = 256
 DEFAULT_RETRY_SECONDS = 1.0
+ABORT_SECONDS = 2.0  # that a call waits for its status to be sent
 MAX_REFUSALS = 100  # lines a second; callers must not fill the log
 
 logger = logging.getLogger(__name__)
@@ -150,7 +151,13 @@ class CallGuard:
         self._on_end(call.rpc, code_of(error))
         status = rpc_status.to_status(to_status(error, call.request_id))
         with call_is_over():
-            await call.context.abort(status.code, status.details, status.trailing_metadata)
+            try:
+                async with asyncio.timeout(ABORT_SECONDS):
+                    await call.context.abort(status.code, status.details, status.trailing_metadata)
+            except TimeoutError:
+                # It waits behind what the caller has not read, and will be sent after that; the
+                # call is over for us.
+                raise asyncio.CancelledError from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +176,7 @@ class _Call:
                 "request_id": self.request_id,
                 "peer": self.context.peer(),
                 "rpc": self.rpc,
-                **{key: _cut(str(value), MAX_METADATA_BYTES) for key, value in self.notes.items()},
+                **{key: _noted(value) for key, value in self.notes.items()},
                 "ms": round((time.monotonic() - self.began) * 1000, 1),
             }
             line = f"{self.rpc} {_cut(outcome, MAX_MESSAGE_BYTES)}"
@@ -201,6 +208,10 @@ def _pack(message: Any) -> any_pb2.Any:
     packed = any_pb2.Any()
     packed.Pack(message)
     return packed
+
+
+def _noted(value: object) -> object:
+    return _cut(value, MAX_METADATA_BYTES) if isinstance(value, str) else value
 
 
 def _cut(text: str, limit: int) -> str:
