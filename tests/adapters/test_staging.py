@@ -140,6 +140,25 @@ def test_uploads_of_a_byte_do_not_push_out_large_ones(
     assert "z" in {record.id for record in registry.list()}
 
 
+def test_bounds_hold_for_what_an_earlier_run_left(
+    registry: Registry, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other bounds may have held then, and older versions left folders of empty files."""
+    for name in "abcdef":
+        begin(registry, name, 30 if name == "c" else 50).suspend()
+    (root / "staging" / "empty").mkdir()
+    (root / "staging" / "empty" / sha256(b"")).touch()
+    monkeypatch.setattr(staging, "MAX_WAITING", 5)
+    registry = reopen(registry, root)
+    assert (registry.recovery.kept_uploads, registry.recovery.expired_uploads) == (5, 2)
+    assert [here(registry, name) for name in "abcdef"] == [50, 50, 0, 50, 50, 50]
+    registry.close()
+    registry = Registry(root, max_upload=SIZE, max_staged=120)
+    assert registry.recovery.kept_uploads == 2
+    assert registry.staging_bytes() == 100
+    registry.close()
+
+
 def test_their_number_is_the_busiest_callers_to_reduce(
     registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -144,12 +144,8 @@ class StagingArea:
         while len(waiting := dict(self._waiting())) > MAX_WAITING:
             callers = Counter(upload.caller for upload in waiting.values())
             most = callers.most_common(1)[0][0]
-            theirs = sorted(
-                (key for key in waiting if waiting[key].caller == most),
-                key=lambda key: _worth(waiting[key]),
-            )
-            for key in theirs[: 1 + (len(waiting) - MAX_WAITING) // len(callers)]:
-                self._drop(key)
+            theirs = [key for key in waiting if waiting[key].caller == most]
+            self._drop(min(theirs, key=lambda key: _worth(waiting[key])))
 
     def _make_room(self, caller: str | None = None) -> None:
         """Drops the oldest waiting upload: a caller's, or of those who hold the most."""
