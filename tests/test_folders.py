@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorastack.errors import DataLossError, FailedPreconditionError, InvalidArgumentError
-from lorastack.folders import Receiver, new_folder
+from lorastack.folders import Receiver, adapter_files, choose, new_folder
 
 
 def sha256(data: bytes) -> str:
@@ -56,6 +57,49 @@ def test_what_is_there_is_not_overwritten(tmp_path: Path) -> None:
         (late / "mine").write_text("mine")
     assert names(tmp_path) == ["file", "full", "late"]
     assert names(late) == ["mine"]
+
+
+def test_a_folder_of_an_adapter(tmp_path: Path) -> None:
+    """Weights, configs, templates and words; all else stays and is named."""
+    sent = ["README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja"]
+    left = [".git/", "adapter_model.bin", "events.out", "optimizer.bin", "zero_to_fp32.py"]
+    for name in (*sent, *left):
+        (tmp_path / name).mkdir() if name.endswith("/") else (tmp_path / name).write_text("x")
+    paths, others = adapter_files(tmp_path)
+    assert [path.name for path in paths] == sent
+    assert others == left
+    (tmp_path / "adapter_model.safetensors").unlink()
+    with pytest.raises(InvalidArgumentError, match=r"adapter_model.bin.*adapters convert"):
+        adapter_files(tmp_path)
+    (tmp_path / "adapter_model.bin").unlink()
+    with pytest.raises(InvalidArgumentError, match=r"it has: \.git/, README\.md"):
+        adapter_files(tmp_path)
+    os.mkfifo(tmp_path / "adapter_model.safetensors")  # opening it would wait for ever
+    with pytest.raises(InvalidArgumentError, match="not a regular file"):
+        adapter_files(tmp_path)
+
+
+def test_a_folder_of_folders(tmp_path: Path) -> None:
+    for name in ("checkpoint-10", "checkpoint-5", "heads", "runs"):
+        (tmp_path / name).mkdir()
+    for name in ("checkpoint-10", "checkpoint-5"):
+        (tmp_path / name / "adapter_config.json").write_text("{}")
+    (tmp_path / "heads" / "medusa_lm_head.safetensors").write_text("")
+    named = r"\(checkpoint-10, checkpoint-5, heads\)"
+    with pytest.raises(InvalidArgumentError, match=named):
+        adapter_files(tmp_path)
+
+
+@given(names=st.lists(st.text(min_size=1)), data=st.data())
+def test_names_are_told_apart_and_can_be_sent(names: list[str], data: st.DataObject) -> None:
+    """Every name is either of the adapter or left out, and those named fit into any message."""
+    names = [*{*names, "w.safetensors"}]
+    choice = choose(names, "here", lambda name: ())
+    left = [name for name in names if name not in choice.files]
+    assert not any(name.endswith((".pt", ".bin", ".pth", ".pkl", "/")) for name in choice.files)
+    assert len(choice.left_out) == min(len(left), 65)
+    assert all(name.isprintable() for name in choice.left_out)
+    "".join(choice.left_out).encode()
 
 
 @given(files=st.dictionaries(st.sampled_from("abcdef"), st.lists(st.binary(max_size=9))))

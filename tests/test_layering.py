@@ -174,6 +174,7 @@ def test_only_convert_knows_protobuf_and_our_types() -> None:
         ["-c", "import lorastack.client"],
         ["-m", "lorastack.cli.main", "--help"],
         ["-m", "lorastack.cli.main", "serve", "--help"],
+        ["-m", "lorastack", "generate", "--help"],
         ["-m", "lorastack.cli.main", "adapters", "list", "--server", "127.0.0.1:1"],
         ["-m", "lorastack.cli.main", "generate", "hello", "--server", "127.0.0.1:1"],
         ["-m", "lorastack.cli.main", "bench", "--server", "127.0.0.1:1"],

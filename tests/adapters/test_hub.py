@@ -58,9 +58,9 @@ def pull(
 ) -> dict[str, bytes]:
     """Name -> bytes of everything, read as a pull would."""
     address = HubAddress(hub_id=hub_id, revision=revision, token=token)
-    with open_hub(address, organisations, limits, alive) as files:
-        found = {file.spec.name: b"".join(file.read(0)) for file in files}
-        for file in files:
+    with open_hub(address, organisations, limits, alive) as source:
+        found = {file.spec.name: b"".join(file.read(0)) for file in source.files}
+        for file in source.files:
             assert file.spec.sha256 == hashlib.sha256(found[file.spec.name]).hexdigest()
             assert file.spec.size == len(found[file.spec.name])
     return found
@@ -83,20 +83,33 @@ def test_what_an_adapter_needs_is_fetched_once(hub: FakeHub, large: bool) -> Non
 
 def test_reading_goes_on_from_an_offset(hub: FakeHub) -> None:
     hub.add("acme/lora", FILES)
-    with open_hub(HubAddress(hub_id="acme/lora"), ["acme"], ROOMY, alive) as files:
-        for file in files:
+    with open_hub(HubAddress(hub_id="acme/lora"), ["acme"], ROOMY, alive) as source:
+        for file in source.files:
             whole = FILES[file.spec.name]
             for offset in (0, 1, len(whole) // 2, len(whole) - 1):
                 assert b"".join(file.read(offset)) == whole[offset:]
     assert ("adapter_model.safetensors", f"bytes={len(WEIGHTS) // 2}-") in hub.transfers
 
 
+def test_what_is_left_out_is_named(hub: FakeHub) -> None:
+    hub.add("acme/lora", FILES | CLUTTER)
+    with open_hub(HubAddress(hub_id="acme/lora"), ["acme"], ROOMY, alive) as source:
+        assert source.left_out == (
+            *(".gitattributes", "adapter_model.bin", "checkpoint-500/", "optimizer.pt"),
+            "trainer.py",
+        )
+    hub.add("acme/pickled", CLUTTER)
+    assert "adapters convert" in refusal(InvalidArgumentError, "acme/pickled").message
+    hub.add("acme/deep", {f"{name}/adapter_config.json": b"{}" for name in ("a", "b")})
+    assert "(a, b)" in refusal(InvalidArgumentError, "acme/deep").message
+
+
 def test_all_files_are_of_one_commit(hub: FakeHub) -> None:
     repo = hub.add("acme/lora", FILES)
     changed = FILES | {"adapter_model.safetensors": b"later"}
-    with open_hub(HubAddress(hub_id="acme/lora"), ["acme"], ROOMY, alive) as files:
+    with open_hub(HubAddress(hub_id="acme/lora"), ["acme"], ROOMY, alive) as source:
         repo.commit(changed)
-        assert {file.spec.name: b"".join(file.read(0)) for file in files} == FILES
+        assert {file.spec.name: b"".join(file.read(0)) for file in source.files} == FILES
     assert pull() == changed
 
 
@@ -215,8 +228,8 @@ def test_no_more_is_read_than_was_announced(hub: FakeHub) -> None:
     hub.add("acme/lora", FILES)
     name = "adapter_model.safetensors"
     hub.misreported[name] = 1000
-    with open_hub(HubAddress(hub_id="acme/lora"), ["acme"], ROOMY, alive) as files:
-        weights = next(file for file in files if file.spec.name == name)
+    with open_hub(HubAddress(hub_id="acme/lora"), ["acme"], ROOMY, alive) as source:
+        weights = next(file for file in source.files if file.spec.name == name)
         got = []
         with pytest.raises(UnavailableError, match=name):
             got += weights.read(0)

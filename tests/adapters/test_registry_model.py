@@ -33,6 +33,17 @@ def digest_of(data: Contents) -> str:
     return adapter_digest(specs_of(data))
 
 
+def kept(revisions: list[Contents], keep: int) -> list[Contents]:
+    """Which of an id's revisions stay: repeated contents go first, then the oldest."""
+    left = list(enumerate(revisions))
+    for again in (True, False):
+        for index, data in list(left)[:-1]:
+            later = {digest_of(other) for at, other in left if at > index}
+            if len(left) > keep and (not again or digest_of(data) in later):
+                left.remove((index, data))
+    return [data for _, data in left]
+
+
 class Store(RuleBasedStateMachine):
     @initialize()
     def open(self) -> None:
@@ -110,6 +121,19 @@ class Store(RuleBasedStateMachine):
             with pytest.raises(NotFoundError):
                 self.registry.rollback(adapter_id, digest)
 
+    @rule(keep=st.integers(1, 3), adapter_id=st.sampled_from(["", "a", "b"]))
+    def prune(self, keep: int, adapter_id: str) -> None:
+        if adapter_id and adapter_id not in self.model:
+            with pytest.raises(NotFoundError):
+                self.registry.prune(keep, adapter_id)
+            return
+        before = self.registry.stored_bytes()
+        pruned = self.registry.prune(keep, adapter_id)
+        for name in [adapter_id] if adapter_id else self.model:
+            self.model[name] = kept(self.model[name], keep)
+        if not self.open_uploads:
+            assert pruned.num_bytes >= before - self.registry.stored_bytes()
+
     @rule(adapter_id=IDS)
     def delete(self, adapter_id: str) -> None:
         if adapter_id in self.model:
@@ -126,7 +150,7 @@ class Store(RuleBasedStateMachine):
         self.open_uploads.clear()
         self.registry = Registry(self.root)
         assert self.registry.recovery.damaged == ()
-        assert self.registry.recovery.kept_uploads == len(self.suspended)
+        assert self.registry.recovery.kept_uploads == len(staged(self.root))
 
     @invariant()
     def agrees(self) -> None:
@@ -137,7 +161,6 @@ class Store(RuleBasedStateMachine):
         found = {record.id: record for record in self.registry.list()}
         assert found.keys() == self.model.keys()
         for adapter_id, revisions in self.model.items():
-            assert found[adapter_id].revision == len(revisions)
             digests = [digest_of(data) for data in revisions]
             known = self.registry.revisions(adapter_id)
             assert [record.digest for record in reversed(known)] == digests
@@ -145,7 +168,11 @@ class Store(RuleBasedStateMachine):
                 assert contents(self.registry, f"{adapter_id}@{digest}") == data
         report = check_store(self.root, lambda done, total: None)
         assert report.damaged == ()
-        assert len(staged(self.root)) == len(self.open_uploads) + len(self.suspended)
+        # Those without a byte leave nothing on the disk.
+        assert len(staged(self.root)) <= len(self.open_uploads) + len(self.suspended)
+        on_disk = sum(path.stat().st_size for path in (self.root / "staging").glob("*/*"))
+        assert self.registry.staging_bytes() == on_disk
+        assert self.registry.stored_bytes() == report.size_bytes
         if not self.open_uploads:
             assert all(path.startswith("blobs") for path in report.orphans)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+from contextlib import chdir
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorastack.adapters import rooted
-from lorastack.adapters.rooted import open_folder
+from lorastack.adapters.rooted import find_files
 from lorastack.adapters.source import Limits
 from lorastack.errors import (
     InvalidArgumentError,
@@ -42,8 +44,8 @@ def alive() -> None:
 
 
 def read(folder: Path | str, *roots: Path, limits: Limits = ROOMY) -> dict[str, bytes]:
-    with open_folder(str(folder), roots, limits, alive) as files:
-        return {file.spec.name: b"".join(file.read(0)) for file in files}
+    source = find_files(str(folder), roots, limits, alive)
+    return {file.spec.name: b"".join(file.read(0)) for file in source.files}
 
 
 def refusal(kind: type[LorastackError], folder: Path | str, *roots: Path) -> LorastackError:
@@ -60,9 +62,10 @@ def test_a_folder_is_read(root: Path, tmp_path: Path) -> None:
     assert read(root / "lora", tmp_path / "outside", root) == FILES
     assert read(root / "lora", root / "lora") == FILES  # the root itself is the adapter
     assert read(f"{root}/x/../lora/.", root) == FILES
-    with open_folder(str(root / "lora"), [root], ROOMY, alive) as files:
-        weights = next(file for file in files if file.spec.size > 2)
-        assert b"".join(weights.read(1_000_000)) == FILES[weights.spec.name][1_000_000:]
+    source = find_files(str(root / "lora"), [root], ROOMY, alive)
+    assert source.left_out == (".hidden.json", "checkpoint-5/", "optimizer.pt")
+    weights = next(file for file in source.files if file.spec.size > 2)
+    assert b"".join(weights.read(1_000_000)) == FILES[weights.spec.name][1_000_000:]
 
 
 def test_outside_is_refused_whether_it_is_there_or_not(root: Path, tmp_path: Path) -> None:
@@ -136,10 +139,10 @@ def test_a_parent_swapped_for_a_link_is_not_followed(
     """The folder is checked, then replaced before its files are opened."""
     honest = rooted.choose
 
-    def swap_then_choose(names: list[str], where: str) -> list[str]:
+    def swap_then_choose(names: list[str], where: str, files_in: object) -> object:
         (root / "lora").rename(root / "kept")
         (root / "lora").symlink_to(tmp_path / "outside")
-        return honest(names, where)
+        return honest(names, where, files_in)
 
     monkeypatch.setattr(rooted, "choose", swap_then_choose)
     refusal(LorastackError, root / "lora", root)
@@ -158,10 +161,73 @@ def test_what_is_not_there(root: Path) -> None:
 
 def test_only_regular_files(root: Path) -> None:
     (root / "lora" / "folder.json").mkdir()
-    refusal(InvalidArgumentError, root / "lora", root)
-    (root / "lora" / "folder.json").rmdir()
+    assert find_files(str(root / "lora"), [root], ROOMY, alive).left_out == ("folder.json/",)
     os.mkfifo(root / "lora" / "pipe.json")  # opening it must not wait for a writer
-    refusal(InvalidArgumentError, root / "lora", root)
+    assert "pipe.json" in refusal(InvalidArgumentError, root / "lora", root).message
+    (root / "lora" / "pipe.json").unlink()
+    with socket.socket(socket.AF_UNIX) as listener, chdir(root / "lora"):  # paths are short there
+        listener.bind("socket.json")
+        assert "socket.json" in refusal(InvalidArgumentError, root / "lora", root).message
+
+
+def test_files_are_counted_before_any_is_opened(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(20):
+        (root / "lora" / f"{number}.json").write_bytes(b"{}")
+    with monkeypatch.context() as patch:
+        patch.setattr(rooted, "_open_file", None)
+        assert "22 files" in refusal(InvalidArgumentError, root / "lora", root).message
+    monkeypatch.setattr(rooted, "MAX_ENTRIES", 21)
+    assert "more than 21" in refusal(InvalidArgumentError, root / "lora", root).message
+
+
+def test_one_file_is_open_at_a_time(root: Path) -> None:
+    def num_open() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    before, counts = num_open(), []
+    source = find_files(str(root / "lora"), [root], ROOMY, lambda: counts.append(num_open()))
+    assert set(counts) == {before + 1}
+    assert num_open() == before
+    pieces = source.files[0].read(0)
+    next(pieces)
+    assert num_open() == before + 1
+    pieces.close()
+    assert num_open() == before
+
+
+def test_a_file_that_grows_while_it_is_read(root: Path) -> None:
+    """What it had when it was found is what is taken, and what changes is not taken at all."""
+    weights = root / "lora" / "adapter_model.safetensors"
+
+    def grow() -> None:
+        with weights.open("ab") as file:
+            file.write(b"more" * 200_000)
+
+    source = find_files(str(root / "lora"), [root], ROOMY, grow)
+    found = {file.spec.name: b"".join(file.read(0)) for file in source.files}
+    assert found == FILES
+    honest = weights.read_bytes()
+
+    def shrink() -> None:
+        weights.write_bytes(honest[:10])
+
+    with pytest.raises(InvalidArgumentError, match="changed"):
+        find_files(str(root / "lora"), [root], ROOMY, shrink)
+
+
+def test_a_folder_of_folders_names_those_with_adapters(root: Path, tmp_path: Path) -> None:
+    top = root / "out"
+    for name in ("checkpoint-5", "checkpoint-10"):
+        write(top / name, FILES)
+    (top / "runs").mkdir()
+    write(tmp_path / "outside" / "in", FILES)
+    (top / "link").symlink_to(tmp_path / "outside" / "in")  # not looked into
+    message = refusal(InvalidArgumentError, top, root).message
+    assert "(checkpoint-10, checkpoint-5)" in message
+    (top / "adapter_model.bin").write_bytes(b"PK")
+    assert "adapters convert" in refusal(InvalidArgumentError, top, root).message
 
 
 def test_limits_hold_before_anything_is_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -255,7 +255,9 @@ def test_after_a_failed_write_memory_says_what_the_disk_says(tmp_path: Path, wha
 def test_recovery_reports_and_clears(root: Path) -> None:
     registry = Registry(root)
     store(registry, "a", ONE)
-    kept = registry.begin_upload("b", specs_of(TWO)).staging.path("").name
+    upload = registry.begin_upload("b", specs_of(TWO))
+    upload.write(specs_of(TWO)[1].sha256, 0, b"2")
+    kept = upload.staging.path("").name
     expired = root / "staging" / "0"
     expired.mkdir()
     os.utime(expired, (0, 0))

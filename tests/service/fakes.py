@@ -308,6 +308,7 @@ def served_model(tokenizer: Tokenizer, shapes: ModelShapes) -> ServedModel:
         kv_memory=1 << 20,
         quantization="",
         backend="fake",
+        threads=3,
     )
 
 

@@ -22,6 +22,7 @@ from lorastack.layout import ModelShapes
 from lorastack.text.tokenizer import Tokenizer
 from lorastack.v1 import generation_pb2 as pb
 from lorastack.v1 import generation_pb2_grpc
+from tests.helpers.http2 import RawConnection, enveloped
 from tests.service.conftest import StartFake
 from tests.service.fakes import PATIENCE, FakeServer, RunningServer
 
@@ -164,3 +165,18 @@ def test_no_thread_is_left(whole: FakeServer) -> None:
     whole.server.run(lambda line: os.kill(os.getpid(), signal.SIGTERM))
     left = set(threading.enumerate()) - before
     assert not [thread for thread in left if thread.name.startswith(("lorastack", "fake"))]
+
+
+def test_a_watcher_that_does_not_read_holds_up_nobody(fake: RunningServer) -> None:
+    with RawConnection(fake.address, window=0) as silent, grpc.insecure_channel(fake.address) as ch:
+        silent.call("/grpc.health.v1.Health/Watch", enveloped(b""))
+        stub = health_pb2_grpc.HealthStub(ch)
+        watch = stub.Watch(health_pb2.HealthCheckRequest())
+        assert next(watch).status == SERVING
+        listed = stub.List(health_pb2.HealthListRequest()).statuses
+        assert {status.status for status in listed.values()} == {SERVING}
+        with pytest.raises(grpc.RpcError) as unknown:
+            stub.Check(health_pb2.HealthCheckRequest(service="nobody"))
+        assert unknown.value.code() is grpc.StatusCode.NOT_FOUND
+        fake.stop()
+        assert next(watch).status == NOT_SERVING

@@ -11,8 +11,10 @@ import grpc
 import pytest
 
 from lorastack.adapters.staging import Staging
-from lorastack.client import Client
+from lorastack.client import Client, to_error
+from lorastack.config import MIB
 from lorastack.errors import (
+    AbortedError,
     AlreadyExistsError,
     DataLossError,
     FailedPreconditionError,
@@ -24,6 +26,8 @@ from lorastack.errors import (
     ResourceExhaustedError,
     UnavailableError,
 )
+from lorastack.layout import ModelShapes
+from lorastack.service import status
 from lorastack.v1 import adapters_pb2 as ab
 from lorastack.v1 import adapters_pb2_grpc
 from tests.helpers.adapters import write_lora
@@ -246,6 +250,73 @@ def test_a_deletion_does_not_break_a_download(
     assert b"".join(part.data for part in parts) == b"".join(
         path.read_bytes() for path in sorted(folders["lora"].iterdir())
     )
+
+
+def test_an_unread_download_holds_no_files_and_ends(
+    start_fake: StartFake, tmp_path: Path, shapes: ModelShapes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(status, "ABORT_SECONDS", 0.05)
+    folder = write_lora(tmp_path / "large", shapes, rank=64)
+    for number in range(24):  # more bytes than gRPC takes in
+        (folder / f"{number}.md").write_bytes(os.urandom(MIB))
+    fake = start_fake(transfer_idle=0.5)
+    blobs = str(fake.registry._root / "blobs")
+
+    def open_blobs() -> list[str]:
+        links = (os.path.realpath(path) for path in Path("/proc/self/fd").iterdir())
+        return [link for link in links if link.startswith(blobs)]
+
+    downloads = fake.server._transfers.downloads
+    with Client(fake.address) as client, grpc.insecure_channel(fake.address) as channel:
+        digest = client.upload(folder, "x").digest
+        stub = adapters_pb2_grpc.AdapterServiceStub(channel)
+        call = stub.DownloadAdapter(ab.DownloadAdapterRequest(id="x"))
+        assert next(call).file.name
+        wait_until(lambda: any(place.stalled() for place in downloads._taken), "nobody reads")
+        assert open_blobs() == []
+        client.delete_adapter("x")  # its bytes stay for as long as the download lasts
+        assert client.disk_usage() == (0, 0)
+        assert len(os.listdir(blobs + "/sha256")) == 26
+        wait_until(lambda: not downloads._taken, "it is ended")
+        wait_until(lambda: not os.listdir(blobs + "/sha256"), "its bytes go")
+        # Its status waits behind what was not read, but no call of ours does.
+        wait_until(lambda: fake.server._guard._num_calls == 0, "the call is over")
+        with pytest.raises(grpc.RpcError) as caught:
+            list(call)
+        error = to_error(caught.value, fake.address)
+        assert (type(error), error.reason) == (AbortedError, Reason.TRANSFER_IDLE)
+        assert client.upload(folder, "y").digest == digest
+
+
+def test_what_is_left_out_is_named(
+    client: Client, folders: Folders, fake: RunningServer, tmp_path: Path
+) -> None:
+    """A folder as a trainer leaves it, uploaded and pulled: the same adapter."""
+    folder = folders["lora"].parent / "trained"
+    shutil.copytree(folders["lora"], folder)
+    (folder / "README.md").write_text("# mine")
+    (folder / "tokenizer.json").write_text("{}")
+    left = [
+        *(".DS_Store", "adapter_model.bin", "all_results.json", "checkpoint-5/", "global_step7/"),
+        *("optimizer.pt", "rng_state.pth", "runs/", "scheduler.pt", "trainer_state.json"),
+        "training_args.bin",
+    ]
+    for name in left:
+        (folder / name).mkdir() if name.endswith("/") else (folder / name).write_bytes(b"PK")
+    (folder / "checkpoint-5" / "adapter_config.json").write_text("{}")
+    told: list[list[str]] = []
+    uploaded = client.upload(folder, "x", left_out=lambda names: told.append(list(names)))
+    pulled = client.pull("y", folder=str(folder), left_out=lambda names: told.append(list(names)))
+    assert told == [left, left]
+    assert uploaded.digest == pulled.digest
+    client.download("x", tmp_path / "out")
+    assert sorted(contents(tmp_path / "out")) == [
+        *("README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json"),
+    ]
+    quiet: list[object] = []
+    client.upload(folders["lora"], "z", left_out=quiet.append)
+    assert quiet == []
+    shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])

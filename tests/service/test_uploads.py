@@ -12,22 +12,27 @@ import grpc
 import pytest
 
 from lorastack import client as client_module
+from lorastack.adapters.staging import Staging
 from lorastack.client import Client, to_error
 from lorastack.errors import (
     AbortedError,
     FailedPreconditionError,
     InvalidArgumentError,
     LorastackError,
+    NotFoundError,
     Reason,
+    ResourceExhaustedError,
     UnavailableError,
 )
 from lorastack.layout import ModelShapes
+from lorastack.service import places
 from lorastack.v1 import adapters_pb2 as ab
 from lorastack.v1 import adapters_pb2_grpc
 from tests.helpers.adapters import write_lora
 from tests.helpers.live import wait_until
 from tests.helpers.proxy import CuttingProxy
-from tests.service.fakes import RunningServer
+from tests.service.conftest import StartFake
+from tests.service.fakes import PATIENCE, RunningServer
 
 Folders = dict[str, Path]
 
@@ -300,6 +305,115 @@ def test_the_client_sends_what_was_deleted_since_its_plan(
     monkeypatch.setattr(client._adapters, "PlanUpload", plan_and_lose)
     digest = client.upload(folders["lora"], "x").digest
     fake.registry.verify(digest)
+
+
+def test_a_silent_upload_ends_and_its_bytes_wait(
+    start_fake: StartFake,
+    folders: Folders,
+    short: tuple[list[ab.UploadAdapterRequest], dict[str, int]],
+) -> None:
+    """Whoever comes back goes on; meanwhile nothing is held for it but the bytes."""
+    fake, (parts, sizes) = start_fake(transfer_idle=0.5), short
+    ended = threading.Event()
+
+    def messages() -> Iterator[ab.UploadAdapterRequest]:
+        yield from parts
+        ended.wait(PATIENCE)
+
+    with grpc.insecure_channel(fake.address) as channel, Client(fake.address) as client:
+        stub = adapters_pb2_grpc.AdapterServiceStub(channel)
+        error = refusal(fake, stub.UploadAdapter, messages())
+        ended.set()
+        assert type(error) is AbortedError
+        assert error.reason is Reason.TRANSFER_IDLE
+        assert planned(stub, folders["lora"]) == sizes
+        assert client.upload(folders["lora"], "x").revision == 1
+        assert staged(fake) == []
+
+
+def test_header_only_uploads_leave_nothing(
+    client: Client,
+    folders: Folders,
+    stub: adapters_pb2_grpc.AdapterServiceStub,
+    fake: RunningServer,
+) -> None:
+    for number in range(20):
+        header = messages_of(folders["lora"], f"x{number}")[0]
+        assert refusal(fake, stub.UploadAdapter, iter([header])).reason is Reason.UPLOAD_INCOMPLETE
+    assert staged(fake) == []
+    assert fake.registry._uploads == {}
+    assert fake.registry.staging_bytes() == 0
+
+
+def test_an_honest_upload_beside_a_flood(
+    fake: RunningServer,
+    folders: Folders,
+    stub: adapters_pb2_grpc.AdapterServiceStub,
+    monkeypatch: pytest.MonkeyPatch,
+    short: tuple[list[ab.UploadAdapterRequest], dict[str, int]],
+) -> None:
+    """All places are taken by uploads that stand still: the one that stood longest makes way."""
+    monkeypatch.setattr(places, "STALLED", 0.0)
+    fake.server._uploads._places._per_caller = 4
+    error = refusal(fake, stub.UploadAdapter, iter(short[0]))
+    assert error.reason is Reason.UPLOAD_INCOMPLETE
+    over = threading.Event()
+
+    def messages(number: int) -> Iterator[ab.UploadAdapterRequest]:
+        yield messages_of(folders["lora"], f"flood{number}")[0]
+        over.wait(PATIENCE)
+
+    calls = [stub.UploadAdapter.future(messages(number)) for number in range(4)]
+    wait_until(lambda: len(fake.registry._uploads) == 4, "all have begun")
+    assert planned(stub, folders["lora"]) == short[1]
+    with Client(fake.address) as client:
+        assert client.upload(folders["lora"], "x").revision == 1
+    wait_until(lambda: any(call.done() for call in calls), "one of them made way")
+    over.set()
+    codes = {call.code() for call in calls}
+    assert codes == {grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.ABORTED}
+
+
+@pytest.mark.usefixtures("impatient")
+def test_the_client_goes_on_when_there_is_room(
+    client: Client, fake: RunningServer, folders: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusals = [Reason.STAGING_FULL, Reason.TOO_MANY_TRANSFERS]
+    honest = Staging.write
+
+    def write(staging: Staging, sha256: str, offset: int, data: bytes) -> None:
+        if refusals:
+            raise ResourceExhaustedError("later", reason=refusals.pop())
+        honest(staging, sha256, offset, data)
+
+    monkeypatch.setattr(Staging, "write", write)
+    assert client.upload(folders["lora"], "x").revision == 1
+    assert refusals == []
+
+
+def test_old_revisions_go(start_fake: StartFake, folders: Folders) -> None:
+    """But not what requests and pins use."""
+    fake = start_fake(keep_revisions=2)
+    with Client(fake.address) as client:
+        first = client.upload(folders["lora"], "x")
+        second = client.upload(folders["other"], "x")
+        assert client.load(f"x@{first.digest}", pin=True).pinned
+        for _ in range(5):
+            client.upload(folders["bundle"], "x")
+            client.rollback("x", second.digest.removeprefix("sha256:")[:8])
+        found = {revision.digest for revision in client.list_revisions("x")}
+        assert found == {first.digest, second.digest, client.upload(folders["bundle"], "y").digest}
+        client.unload(f"x@{first.digest}")
+        stored, _ = client.disk_usage()
+        pruned = client.prune_revisions("x", keep=1)
+        assert pruned.removed_revisions == len(found) - 1
+        assert client.disk_usage()[0] == stored - pruned.freed_bytes < stored
+        assert [r.digest for r in client.list_revisions("x")] == [second.digest]
+        assert first.digest in fake.engine.forgotten
+        with pytest.raises(NotFoundError, match="adapters revisions x"):
+            client.get_adapter(f"x@{first.digest}")
+        with pytest.raises(InvalidArgumentError, match="at least 1"):
+            client.prune_revisions(keep=0)
 
 
 def test_another_base_models_name(client: Client, folders: Folders, tmp_path: Path) -> None:

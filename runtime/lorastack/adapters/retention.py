@@ -47,18 +47,14 @@ def num_revisions(tables: Tables) -> int:
 
 
 def _keeping(pointer: Pointer, keep: int, needed: Collection[str]) -> Pointer:
-    """With at most so many revisions, the newest ones, and those of needed digests.
+    """With at most so many revisions, the newest ones, and beside them those of needed digests.
 
     A content that is there once more, further on, goes first: nobody loses anything by that.
     """
+    keep = max(keep, 1)
     last = {revision.digest: revision for revision in pointer.revisions}
-    repeated = [old for old in pointer.revisions if last[old.digest] is not old]
-    others = [
-        old
-        for old in pointer.revisions[:-1]
-        if last[old.digest] is old and old.digest not in needed
-    ]
-    num_dropped = max(len(pointer.revisions) - max(keep, 1), 0)
-    dropped = {old.revision for old in (repeated + others)[:num_dropped]}
-    kept = tuple(known for known in pointer.revisions if known.revision not in dropped)
-    return replace(pointer, revisions=kept)
+    repeated = [old.revision for old in pointer.revisions if last[old.digest] is not old]
+    dropped = set(repeated[: max(len(pointer.revisions) - keep, 0)])
+    left = [known for known in pointer.revisions if known.revision not in dropped]
+    kept = [old for old in left[:-keep] if old.digest in needed] + left[-keep:]
+    return replace(pointer, revisions=tuple(kept))

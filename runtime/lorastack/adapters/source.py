@@ -45,17 +45,21 @@ class Limits:
 
 def check_limits(sizes: Collection[int], limits: Limits, where: str) -> None:
     """Raises InvalidArgumentError when these are too many files or bytes."""
-    num_files, num_bytes = len(sizes), sum(sizes)
-    if num_files > limits.max_files or num_bytes > limits.max_bytes:
+    check_number(len(sizes), limits, where)
+    if (num_bytes := sum(sizes)) > limits.max_bytes:
         raise InvalidArgumentError(
-            f"{where} has {num_files} files of {num_bytes} bytes that an adapter could need; at "
-            f"most {limits.max_files} files of {limits.max_bytes} bytes are accepted"
+            f"{where} has {num_bytes} bytes that an adapter could need; at most "
+            f"{limits.max_bytes} are accepted"
         )
 
 
 def check_number(num_files: int, limits: Limits, where: str) -> None:
-    """As `check_limits`, before anything is known about the sizes."""
-    check_limits([0] * num_files, limits, where)
+    """Raises InvalidArgumentError when these are too many files."""
+    if num_files > limits.max_files:
+        raise InvalidArgumentError(
+            f"{where} has {num_files} files that an adapter could need; at most "
+            f"{limits.max_files} are accepted: take out what does not belong to it"
+        )
 
 
 def describe(name: str, size: int, pieces: Pieces, alive: Alive) -> FileSpec:

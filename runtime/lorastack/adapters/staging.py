@@ -63,12 +63,18 @@ class StagingArea:
         return self._num_bytes
 
     def recover(self) -> tuple[int, int]:
-        """Takes in what an earlier run left; (uploads that expired, uploads kept). Once."""
+        """Takes in what an earlier run left; (uploads removed, uploads kept). Once."""
         for folder in list(self._root.iterdir()):
             num_bytes, changed_at = _found(folder)
             self._staged[folder.name] = _Staged("", 0, changed_at, running=False)
             self._add(folder.name, num_bytes)
-        return self.expire(), len(self._staged)
+        found = len(self._staged)
+        self.expire()
+        with self._lock:
+            self._reduce()
+            while self._num_bytes > self._max_bytes:
+                self._make_room()
+        return found - len(self._staged), len(self._staged)
 
     def sizes(self, key: str, needed: Iterable[FileSpec]) -> dict[str, int]:
         """sha256 -> how many bytes of it an upload has here."""
@@ -99,19 +105,18 @@ class StagingArea:
             if not keep:
                 self._drop(key)
                 return
-            # What is dropped for their number is what is sent again the soonest.
-            if len(waiting := dict(self._waiting())) > MAX_WAITING:
-                callers = Counter(upload.caller for upload in waiting.values())
-                most = callers.most_common(1)[0][0]
-                theirs = [key for key in waiting if waiting[key].caller == most]
-                self._drop(min(theirs, key=lambda key: _worth(waiting[key])))
+            self._reduce()
 
     def expire(self) -> int:
-        """Drops the uploads nobody went on with for long; their number."""
+        """Drops the uploads nobody went on with for long, or that have no bytes; their number."""
         with self._lock:
             before = time.time() - STAGING_EXPIRES
             waiting = dict(self._waiting())
-            old = [key for key in waiting if waiting[key].changed_at <= before]
+            old = [
+                key
+                for key, upload in waiting.items()
+                if upload.changed_at <= before or not upload.num_bytes
+            ]
             for key in old:
                 self._drop(key)
             return len(old)
@@ -133,6 +138,14 @@ class StagingArea:
                 self._staged[key] = _Staged(caller, 0, 0.0, running=True)
             self._staged[key].changed_at = time.time()
             self._add(key, num_bytes)
+
+    def _reduce(self) -> None:
+        """Drops what is sent again the soonest, of who has the most, while too many wait."""
+        while len(waiting := dict(self._waiting())) > MAX_WAITING:
+            callers = Counter(upload.caller for upload in waiting.values())
+            most = callers.most_common(1)[0][0]
+            theirs = [key for key in waiting if waiting[key].caller == most]
+            self._drop(min(theirs, key=lambda key: _worth(waiting[key])))
 
     def _make_room(self, caller: str | None = None) -> None:
         """Drops the oldest waiting upload: a caller's, or of those who hold the most."""

@@ -89,11 +89,11 @@ class Tables:
         Raises NotFoundError naming it; DataLossError if its pointer or manifest is damaged.
         """
         adapter_id, digest = split_reference(reference)
-        pointer = self._known_pointer(adapter_id)
+        pointer = self._known_pointer(adapter_id, reference)
         for revision in reversed(pointer.revisions):
             if digest is None or revision.digest == digest:
                 return self.record(adapter_id, revision)
-        raise _no_revision(adapter_id, f"{digest}")
+        raise _no_revision(adapter_id, reference)
 
     def find(self, adapter_id: str, start: str) -> Record:
         """The revision of an id whose digest starts so; start: with or without "sha256:".
@@ -114,7 +114,7 @@ class Tables:
             if revision.digest.startswith(f"sha256:{digits}")
         }
         if not found:
-            raise _no_revision(adapter_id, start)
+            raise _no_revision(adapter_id, f"{adapter_id}@{start}")
         if len(found) > 1:
             raise InvalidArgumentError(
                 f"{start!r} fits {len(found)} revisions of {adapter_id!r}: write more digits",
@@ -265,8 +265,8 @@ class Tables:
         last = bisect_right(self.newest, adapter_id, key=lambda known: known.id)
         return (*self.newest[:first], *record, *self.newest[last:])
 
-    def _known_pointer(self, adapter_id: str) -> Pointer:
-        """Raises NotFoundError, or DataLossError if it is damaged."""
+    def _known_pointer(self, adapter_id: str, reference: str = "") -> Pointer:
+        """Raises NotFoundError naming the reference, or DataLossError if it is damaged."""
         pointer = self.pointers.get(adapter_id)
         if pointer is not None:
             return pointer
@@ -276,16 +276,17 @@ class Tables:
                 adapter_id=adapter_id,
             )
         raise NotFoundError(
-            f"no adapter {adapter_id[:300]!r}: `lorastack adapters list` shows the stored ones",
-            adapter_id=adapter_id[:300],
+            f"no adapter {(reference or adapter_id)[:300]!r}: `lorastack adapters list` shows the "
+            "stored ones",
+            adapter_id=(reference or adapter_id)[:300],
         )
 
 
-def _no_revision(adapter_id: str, digest: str) -> NotFoundError:
+def _no_revision(adapter_id: str, reference: str) -> NotFoundError:
     return NotFoundError(
-        f"adapter {adapter_id!r} has no revision {digest[:80]!r}: `lorastack adapters revisions "
-        f"{adapter_id}` lists those that it has",
-        adapter_id=adapter_id,
+        f"no adapter {reference[:300]!r}: `lorastack adapters revisions {adapter_id}` lists the "
+        "revisions that there are",
+        adapter_id=reference[:300],
     )
 
 

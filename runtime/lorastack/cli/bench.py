@@ -6,11 +6,11 @@ import json
 import statistics
 from collections.abc import Iterator
 from itertools import count, cycle, islice
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from lorastack.cli.inputs import read_text
 from lorastack.cli.options import UINT32, Json, Server
 from lorastack.cli.output import one_line, print_json, print_table
 from lorastack.cli.traffic import Outcome, percentile, send
@@ -27,12 +27,14 @@ from lorastack.client import (
     TokenIds,
     TokenizeRequest,
 )
+from lorastack.errors import InvalidArgumentError
 
 FILLER = "The quick brown fox jumps over the lazy dog while the clock on the old tower strikes."
 HEADINGS = (
     "at once", "requests", "tokens/s", "first ms", "first p99", "gap ms", "gap p99", "tokens/step"
 )  # fmt: skip
 
+MOST_REQUESTS, MOST_AT_ONCE = 100_000, 4_096
 # Of GetModelInfo, in --json.
 MEASURED = ("base_model", "device", "backend", "dtype", "quantization", "threads", "version")
 
@@ -44,22 +46,25 @@ def bench(
     requests: Annotated[
         int,
         typer.Option(
-            "--requests", min=1, metavar="N", help="For each concurrency, at least as many."
+            "--requests",
+            min=1,
+            max=MOST_REQUESTS,
+            metavar="N",
+            help="For each concurrency, at least as many.",
         ),
     ] = 32,
     prompt_tokens: Annotated[
-        int, typer.Option("--prompt-tokens", min=1, metavar="N", help="Of made-up prompts.")
+        int,
+        typer.Option("--prompt-tokens", min=1, max=UINT32, metavar="N", help="Of made-up prompts."),
     ] = 64,
     prompts: Annotated[
-        Path | None,
+        str,
         typer.Option(
             "--prompts",
             metavar="FILE",
-            exists=True,
-            dir_okay=False,
             help='JSON lines {"prompt": ...} instead, sent as user messages (chat template).',
         ),
-    ] = None,
+    ] = "",
     max_new_tokens: Annotated[
         int,
         typer.Option(
@@ -95,6 +100,10 @@ def bench(
     rows: list[dict[str, Any]] = []
     with Client(server) as client:
         info = client.model_info()
+        if prompt_tokens >= info.limits.max_context:
+            raise InvalidArgumentError(
+                f"--prompt-tokens must be below the context of {info.limits.max_context}"
+            )
         inputs = _read(prompts) if prompts else _made_up(client, prompt_tokens)
         stream = _requests(template, inputs, lora or [""])
         send(client, list(islice(stream, 1)), 1)  # the first request after a start is slower
@@ -140,11 +149,14 @@ def summarise(concurrency: int, outcomes: list[Outcome]) -> dict[str, Any]:
 def _levels(text: str) -> list[int]:
     try:
         levels = [int(part) for part in text.split(",")]
-        if min(levels) > 0:
+        if min(levels) > 0 and max(levels) <= MOST_AT_ONCE:
             return levels
     except ValueError:
         pass
-    raise typer.BadParameter(f"{text!r} is not a list such as 1,8,32", param_hint="--concurrency")
+    raise typer.BadParameter(
+        f"{text!r} is not a list such as 1,8,32, of at most {MOST_AT_ONCE} at once",
+        param_hint="--concurrency",
+    )
 
 
 def _requests(
@@ -159,17 +171,18 @@ def _requests(
 def _made_up(client: Client, num_tokens: int) -> Iterator[GenerateRequest]:
     """Prompts of that many tokens; each begins with its number, so that no cached prefix helps."""
     for number in count():
-        text = f"{number}. {' '.join([FILLER] * num_tokens)}"  # a sentence has more than a token
+        text = f"{number}. {' '.join([FILLER] * (num_tokens // 10 + 1))}"  # of 16 words each
         ids = client.tokenize(TokenizeRequest(prompt=text))[:num_tokens]
         yield GenerateRequest(token_ids=TokenIds(ids=ids))
 
 
-def _read(path: Path) -> Iterator[GenerateRequest]:
+def _read(path: str) -> Iterator[GenerateRequest]:
     """A file's prompts, over and over."""
+    lines = read_text(path, "--prompts").splitlines()
     try:
-        prompts = [json.loads(line)["prompt"] for line in path.read_text("utf-8").splitlines()]
+        prompts = [json.loads(line)["prompt"] for line in lines]
         messages = [ChatMessages(messages=[ChatMessage(role="user", content=p)]) for p in prompts]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise typer.BadParameter(
             f'{path} has a line that is not {{"prompt": "text"}} ({error!r})',
             param_hint="--prompts",

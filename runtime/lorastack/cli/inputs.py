@@ -51,7 +51,7 @@ def set_input(
     elif token_ids:
         request.token_ids.CopyFrom(_ids(token_ids))
     else:
-        text = _read("-", "PROMPT") if prompt == "-" else prompt
+        text = read_text("-", "PROMPT") if prompt == "-" else prompt
         if chat or system:
             turns = [("system", system)] if system else []
             request.chat.CopyFrom(_chat([*turns, ("user", text)]))
@@ -83,12 +83,12 @@ def response_format(json_schema: str, regex: str) -> ResponseFormat | None:
         return None
     inline = json_schema.lstrip().startswith("{")
     return ResponseFormat(
-        json_schema=json_schema if inline else _read(json_schema, "--json-schema")
+        json_schema=json_schema if inline else read_text(json_schema, "--json-schema")
     )
 
 
 def _conversation(name: str) -> ChatMessages:
-    text = _read(name, "--messages")
+    text = read_text(name, "--messages")
     try:
         found = json.loads(text)
         return _chat([(turn["role"], turn["content"]) for turn in found])
@@ -113,8 +113,8 @@ def _ids(text: str) -> TokenIds:
     return TokenIds(ids=ids)
 
 
-def _read(name: str, option: str) -> str:
-    """A text file; - is stdin."""
+def read_text(name: str, option: str) -> str:
+    """A text file; - is stdin. Raises BadParameter for what is no text of a request's size."""
     try:
         if name == "-":
             return _whole(sys.stdin, "stdin", option)
@@ -122,7 +122,8 @@ def _read(name: str, option: str) -> str:
             return _whole(file, name, option)
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the name
         what = getattr(error, "strerror", None) or "is not UTF-8 text"
-        raise typer.BadParameter(f"{name!r}: {what}", param_hint=option) from None
+        place = "stdin" if name == "-" else repr(name)
+        raise typer.BadParameter(f"{place}: {what}", param_hint=option) from None
 
 
 def _whole(file: TextIO, name: str, option: str) -> str:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Annotated, cast
 
 import typer
+import typer.main
 
 from lorastack import __version__
 from lorastack.cli.adapters import adapters
@@ -56,6 +58,12 @@ def top(
         raise typer.Exit(2)
 
 
+@cache
+def commands() -> Callable[..., int | None]:
+    """The whole tree of commands, groups with `commands` and all with `params`."""
+    return cast(Callable[..., int | None], typer.main.get_command(app))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point. Exit codes: 0; 1 for a failure and 2 for wrong usage, each with one line on
     stderr; 130 after Ctrl-C.
@@ -81,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _run(arguments: list[str]) -> int:
     """The exit code; what went wrong has been said."""
     try:
-        code = app(args=arguments, prog_name="lorastack", standalone_mode=False)
+        code = commands()(args=arguments, prog_name="lorastack", standalone_mode=False)
         sys.stdout.flush()  # a closed pipe shows here, not when the interpreter ends
         return int(code or 0)
     except KeyboardInterrupt:

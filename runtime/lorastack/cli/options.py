@@ -31,7 +31,7 @@ def not_empty(text: str | None) -> str | None:
 def path(text: str) -> Path:
     """Option parser; `Path("")` would be the current folder."""
     if not text or "\0" in text:
-        raise typer.BadParameter("it is empty, or no path at all; the current folder is .")
+        raise typer.BadParameter("it is empty, or no path (. is the current folder)")
     return Path(text)
 
 

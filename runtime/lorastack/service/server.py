@@ -14,7 +14,7 @@ from functools import partial
 from typing import Self
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 from prometheus_client import CollectorRegistry
 
@@ -36,6 +36,7 @@ from lorastack.service.describe import labels, model_info, ready_line, served
 from lorastack.service.dispatch import Dispatcher
 from lorastack.service.door import Door
 from lorastack.service.generation import GenerationService
+from lorastack.service.health import Health
 from lorastack.service.intake import Intake
 from lorastack.service.learned import LearnedKeeper
 from lorastack.service.limits import Lengths
@@ -67,6 +68,7 @@ SERVICES = tuple(
     for file in (generation_pb2.DESCRIPTOR, adapters_pb2.DESCRIPTOR)
     for service in file.services_by_name.values()
 )
+HEALTH_SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 FILES = (  # of all services that there are
     *(generation_pb2.DESCRIPTOR, adapters_pb2.DESCRIPTOR),
     *(health_pb2.DESCRIPTOR, reflection_pb2.DESCRIPTOR),
@@ -178,7 +180,7 @@ class Server:
             self._keeper = LearnedKeeper(learned, engine, self._uploader)
         self._background: list[asyncio.Task[None]] = []
         self._metrics_server: MetricsServer | None = None
-        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
+        self._health = Health(SERVICES)
         self._server: grpc.aio.Server | None = None
 
     @classmethod
@@ -284,7 +286,7 @@ class Server:
         self._guard.draining = True
         for task in self._background:
             task.cancel()
-        await self._health.enter_graceful_shutdown()
+        self._health.set(health_pb2.HealthCheckResponse.NOT_SERVING)
         await asyncio.to_thread(self._engine.drain, timeout)
         await asyncio.to_thread(self._engine.close)
         await self._untrusted.close()
@@ -318,9 +320,8 @@ class Server:
         add_generation(self._generation, server)  # type: ignore[no-untyped-call]
         add_adapters(self._adapters, server)  # type: ignore[no-untyped-call]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        names = (*SERVICES, HEALTH_SERVICE, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
-        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         self.address = (self._ports or Ports(self._config)).listen(server)
         if port := self._config.metrics_port:
             self._metrics_server = MetricsServer(self._config.host, port, self.metrics)
@@ -336,7 +337,7 @@ class Server:
         self._background.append(loop.create_task(self._uploads.expire()))
         await server.start()
         self._server = server
-        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        self._health.set(health_pb2.HealthCheckResponse.SERVING)
 
     async def _run(self, on_ready: Callable[[str], None]) -> int:
         loop = asyncio.get_running_loop()
@@ -368,7 +369,3 @@ class Server:
                 await run_in(self._uploader, follower.refresh)
             except Exception:
                 logger.exception("the store could not be read again; what is known stays")
-
-    async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
-        for name in (health.OVERALL_HEALTH, *SERVICES):
-            await self._health.set(name, status)

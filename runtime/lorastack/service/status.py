@@ -38,6 +38,7 @@ DOMAIN = "lorastack"
 MAX_MESSAGE_BYTES = 1024
 MAX_METADATA_BYTES = 256
 DEFAULT_RETRY_SECONDS = 1.0
+ABORT_SECONDS = 2.0  # that a call waits for its status to be sent
 MAX_REFUSALS = 100  # lines a second; callers must not fill the log
 
 logger = logging.getLogger(__name__)
@@ -150,7 +151,13 @@ class CallGuard:
         self._on_end(call.rpc, code_of(error))
         status = rpc_status.to_status(to_status(error, call.request_id))
         with call_is_over():
-            await call.context.abort(status.code, status.details, status.trailing_metadata)
+            try:
+                async with asyncio.timeout(ABORT_SECONDS):
+                    await call.context.abort(status.code, status.details, status.trailing_metadata)
+            except TimeoutError:
+                # It waits behind what the caller has not read, and will be sent after that; the
+                # call is over for us.
+                raise asyncio.CancelledError from None
 
 
 @dataclass(frozen=True, slots=True)

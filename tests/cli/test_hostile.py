@@ -1,0 +1,140 @@
+"""Every option and argument of every command with values that nobody should write.
+
+The command tree is walked, so a new option is tried without being named here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorastack.cli.main import commands as tree
+from lorastack.client import Client
+from lorastack.config import ModelConfig
+from lorastack.errors import UnavailableError
+from lorastack.service import logs
+from lorastack.service import server as server_module
+from tests.cli.conftest import Outcome, Run
+from tests.service.fakes import RunningServer
+
+VALUES = (
+    *("", " ", "-", "--", "-1", "0", "0.5", "1e400", "nan", "inf", "True"),
+    *(str(1 << 31), str(1 << 32), str(1 << 64), "9" * 5000, "1" + "0" * 400 + "GiB"),
+    *("caf\udce9", "\x00", "a\nb", "\x1b[31m", "x" * 10_000, "[", "{", '{"a": 1}', "[[[1]]]"),
+    *("/dev/null/x", "/dev/null", "/proc/nothing", "/proc/self/mem", "../..", "none", "a/b/c"),
+    *("FOLDER", "FILE", "BINARY"),  # of the test
+)
+# What a command needs beside the parameter that is tried.
+GOOD: dict[str, tuple[str, ...]] = {
+    "serve": ("--port", "0", "--store", "STORE", "--threads", "1"),
+    "generate": ("--max-new-tokens", "2"),
+    "bench": ("--concurrency", "1", "--requests", "1", "--max-new-tokens", "2"),
+    "verify": ("--model", "MODEL"),
+    "upload": ("--id", "new"),
+    "pull": ("--folder", "/nowhere"),
+}
+ARGUMENTS = {
+    "prompt": "hi", "adapter_id": "known", "digest": "sha256:00", "folder": "NEW", "source": "LORA",
+    "hub_id": "org/name", "medusa_id": "none", "upload folder": "LORA", "verify folder": "LORA",
+}  # fmt: skip
+
+
+def parameters() -> Iterator[tuple[tuple[str, ...], Any]]:
+    """(command, parameter) for all that take a value."""
+    todo: list[tuple[tuple[str, ...], Any]] = [((), tree())]
+    while todo:
+        path, command = todo.pop()
+        todo.extend(((*path, name), inner) for name, inner in commands(command).items())
+        for parameter in command.params if path else ():
+            if not getattr(parameter, "is_flag", False):
+                yield path, parameter
+
+
+def commands(command: Any) -> dict[str, Any]:
+    return getattr(command, "commands", {})
+
+
+WALK = [pytest.param(*found, id=f"{' '.join(found[0])} {found[1].name}") for found in parameters()]
+
+
+@pytest.fixture
+def places(
+    tmp_path: Path, folders: dict[str, Path], tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, str]:
+    """Names in VALUES, GOOD and ARGUMENTS -> paths. Relative paths stay in the test's folder."""
+    (tmp_path / "a" / "b" / "c").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a" / "b" / "c")
+    for name in ("folder", "file", "binary"):
+        (tmp_path / name).mkdir() if name == "folder" else (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00{")
+    found = {name.upper(): tmp_path / name for name in ("folder", "file", "binary", "store", "new")}
+    return {k: str(v) for k, v in {**found, "LORA": folders["lora"], "MODEL": tiny_llama}.items()}
+
+
+@pytest.fixture(autouse=True)
+def nothing_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No hub, and no server that runs: `serve` ends where it would load the default model."""
+    load = server_module.load_model
+
+    def stop(config: ModelConfig, *rest: Any) -> Any:
+        if config.model is not None:
+            return load(config, *rest)
+        raise UnavailableError("this is where a model would be loaded")
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(server_module, "load_model", stop)
+    monkeypatch.setattr(logs, "configure_logging", lambda log_format: None)
+
+
+def line(path: tuple[str, ...], parameter: Any, value: str, address: str) -> list[str]:
+    """A command line whose one odd value is this one. Values are glued on: some begin with -."""
+
+    def wanted(name: str) -> str:
+        return ARGUMENTS.get(f"{path[-1]} {name}") or ARGUMENTS[name]
+
+    command: Any = tree()
+    for name in path:
+        command = commands(command)[name]
+    options = [*GOOD.get(path[-1], ())]
+    if "--server" in {opt for known in command.params for opt in known.opts}:
+        options += ["--server", address]
+    arguments = [
+        value if known is parameter else wanted(known.name)
+        for known in command.params
+        if known.param_type_name == "argument" and (known.required or known is parameter)
+    ]
+    if path[-1] == "generate" and parameter.name not in ("prompt", "messages", "token_ids"):
+        arguments = ["hi"]
+    if parameter.param_type_name != "argument":
+        options.append(f"{parameter.opts[0]}={value}")
+    return [*path, *options, "--", *arguments]
+
+
+@pytest.mark.parametrize(("path", "parameter"), WALK)
+def test_an_odd_value_is_one_line(
+    path: tuple[str, ...],
+    parameter: Any,
+    run: Run,
+    fake: RunningServer,
+    client: Client,
+    places: dict[str, str],
+) -> None:
+    client.upload(Path(places["LORA"]), "known")
+    for odd in VALUES:
+        value = places.get(odd, odd)
+        words = [places.get(word, word) for word in line(path, parameter, value, fake.address)]
+        assert_one_line(run(*words), words)
+
+
+def assert_one_line(done: Outcome, words: list[str]) -> None:
+    shown = f"{words}: {done}"
+    assert done.code in (0, 1, 2), shown
+    assert "Traceback" not in done.err, shown
+    if done.code:
+        assert done.err.startswith("lorastack: "), shown
+        assert done.err.count("\n") == 1, shown
+        assert done.err[:-1].isprintable(), shown
