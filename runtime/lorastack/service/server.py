@@ -41,6 +41,7 @@ from lorastack.service.dispatch import Dispatcher
 from lorastack.service.door import Door
 from lorastack.service.generation import GenerationService
 from lorastack.service.health import Health
+from lorastack.service.info import model_info, process_info
 from lorastack.service.learned import LearnedKeeper
 from lorastack.service.limits import Lengths
 from lorastack.service.listener import listen, make_server, raise_file_limit
@@ -60,10 +61,6 @@ from lorastack.v1.generation_pb2_grpc import (
     add_GenerationServiceServicer_to_server as add_generation,
 )
 
-FEATURES = (
-    *("chat", "lora", "lora_stack", "logprobs", "medusa", "medusa_tree"),
-    *("response_format", "return_prompt", "sampling", "seed", "stop_sequences", "time_limit"),
-)
 NUM_WORKERS = 4  # tokenising and registry look-ups
 REFRESH_SECONDS = 2.0  # how old a read-only store's view may be
 STOP_GRACE = 2.0  # seconds for handlers to send what the engine has ended
@@ -118,7 +115,7 @@ class Server:
                 registry=registry,
                 heads=requests.heads,
                 config=config.adapters,
-                info=_info(model),
+                info=process_info(model),
             )
         )
         self._requests = requests
@@ -131,7 +128,7 @@ class Server:
         self._preparer = Preparer(model, registry, config.adapters.default_medusa)
         self._generation = GenerationService(
             model=model,
-            info=_model_info(model, config),
+            info=model_info(model, config),
             preparer=self._preparer,
             dispatcher=dispatcher,
             guard=self._guard,
@@ -354,41 +351,4 @@ def _served(loaded: LoadedModel, max_context: int) -> ServedModel:
         quantization=decoder.quantization,
         backend=decoder.backend,
         kv_memory=loaded.kv_memory,
-    )
-
-
-def _info(model: ServedModel) -> dict[str, dict[str, str]]:
-    """What the metrics say about this process once and for all."""
-    return {
-        "build": {"version": __version__},
-        "model": {
-            "model": model.name,
-            "fingerprint": model.fingerprint,
-            "backend": model.backend,
-            "device": model.device,
-            "dtype": model.dtype,
-            "quantization": model.quantization,
-        },
-    }
-
-
-def _model_info(model: ServedModel, config: ServerConfig) -> generation_pb2.GetModelInfoResponse:
-    return generation_pb2.GetModelInfoResponse(
-        base_model=model.name,
-        fingerprint=model.fingerprint,
-        tokenizer_digest=model.tokenizer.digest,
-        limits=generation_pb2.Limits(
-            max_context=model.max_context,
-            max_rows=config.engine.max_rows,
-            max_queue=config.engine.max_queue,
-            kv_bytes=model.kv_memory,
-            device_adapter_bytes=config.adapters.device_memory,
-            host_adapter_bytes=config.adapters.host_memory,
-        ),
-        backend=model.backend,
-        features=FEATURES,
-        version=__version__,
-        device=model.device,
-        dtype=model.dtype,
-        quantization=model.quantization,
     )

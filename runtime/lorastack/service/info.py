@@ -1,0 +1,51 @@
+"""What a server says about itself: to callers, and to whoever scrapes it."""
+
+from __future__ import annotations
+
+from lorastack import __version__
+from lorastack.config import ServerConfig
+from lorastack.service.prepare import ServedModel
+from lorastack.v1 import generation_pb2
+
+FEATURES = (
+    *("chat", "lora", "lora_stack", "logprobs", "medusa", "medusa_tree"),
+    *("response_format", "return_prompt", "sampling", "seed", "stop_sequences", "time_limit"),
+)
+
+
+def process_info(model: ServedModel) -> dict[str, dict[str, str]]:
+    """What the metrics say about this process once and for all."""
+    return {
+        "build": {"version": __version__},
+        "model": {
+            "model": model.name,
+            "fingerprint": model.fingerprint,
+            "backend": model.backend,
+            "device": model.device,
+            "dtype": model.dtype,
+            "quantization": model.quantization,
+        },
+    }
+
+
+def model_info(model: ServedModel, config: ServerConfig) -> generation_pb2.GetModelInfoResponse:
+    """GetModelInfo's reply, its default heads left open."""
+    return generation_pb2.GetModelInfoResponse(
+        base_model=model.name,
+        fingerprint=model.fingerprint,
+        tokenizer_digest=model.tokenizer.digest,
+        limits=generation_pb2.Limits(
+            max_context=model.max_context,
+            max_rows=config.engine.max_rows,
+            max_queue=config.engine.max_queue,
+            kv_bytes=model.kv_memory,
+            device_adapter_bytes=config.adapters.device_memory,
+            host_adapter_bytes=config.adapters.host_memory,
+        ),
+        backend=model.backend,
+        features=FEATURES,
+        version=__version__,
+        device=model.device,
+        dtype=model.dtype,
+        quantization=model.quantization,
+    )
