@@ -92,12 +92,14 @@ def test_serve_flags_reach_the_configuration(run: Run, monkeypatch: pytest.Monke
         raise Stop
 
     monkeypatch.setattr(Server, "build", build)
-    monkeypatch.setattr(logs, "configure_logging", lambda log_format, level: None)
+    levels: list[str] = []
+    monkeypatch.setattr(logs, "configure_logging", lambda log_format, level: levels.append(level))
     with pytest.raises(Stop):
         flags = ("--read-only-store", "--metrics-port", "9090", "--quantize", "int4", *ALIASES)
-        run("serve", "--store", "s", *flags)
+        run("serve", "--store", "s", "--log-level", "debug", *flags)
     with pytest.raises(Stop):
         run("serve")
+    assert levels == ["debug", "info"]
     assert seen[0].adapters.read_only_store
     assert seen[0].adapters.store == Path("s")
     assert seen[0].adapters.base_names == ("org/one", "two")

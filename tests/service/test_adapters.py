@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,6 +65,17 @@ def test_upload_show_list_delete(client: Client, folders: Folders) -> None:
         with pytest.raises(NotFoundError, match="heads") as unknown:
             call("heads")
         assert unknown.value.metadata["request_id"]
+
+
+def test_a_base_of_any_name_can_be_shown(client: Client, folders: Folders, tmp_path: Path) -> None:
+    """Terminal commands, and what no message can hold, are shown as what they are."""
+    folder = tmp_path / "odd"
+    shutil.copytree(folders["lora"], folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "\x1b[31m\ud800/tiny"
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    assert client.upload(folder, "odd", accept_base=True).base_model == "\\x1b[31m\\ud800/tiny"
+    assert [adapter.id for adapter in client.list_adapters()] == ["odd"]
 
 
 def test_a_new_revision(client: Client, folders: Folders) -> None:

@@ -38,9 +38,9 @@ def ended(fake: RunningServer, rpc: str, code: str) -> float:
     return samples(fake.server.metrics).get(("lorastack_requests_total", code, rpc), 0.0)
 
 
-def wait_for_end(fake: RunningServer, rpc: str, code: str) -> None:
+def wait_for_end(fake: RunningServer, rpc: str, code: str, count: int = 1) -> None:
     for _ in range(int(PATIENCE * 100)):
-        if ended(fake, rpc, code):
+        if ended(fake, rpc, code) >= count:
             return
         threading.Event().wait(0.01)
     pytest.fail(f"no {rpc} ended {code}: {samples(fake.server.metrics)}")
@@ -130,6 +130,28 @@ def test_calls_beyond_the_bound_are_refused_and_health_still_answers(
     for stream in running:
         list(stream)
     assert client.generate(ask()).usage.generated_tokens == 4
+
+
+def test_replies_that_nobody_reads_are_calls(
+    fake: RunningServer, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What they hold is bounded, and health still answers."""
+    monkeypatch.setattr(fake.server._door, "_max_calls", 2)
+    with RawConnection(fake.address, window=0) as unread:
+        for _ in range(2):
+            unread.call("/lorastack.v1.GenerationService/GetModelInfo", enveloped(b""))
+        for _ in range(2):
+            unread.call("/grpc.health.v1.Health/Check", enveloped(b""))
+        wait_for_end(fake, "GetModelInfo", "OK", 2)
+        with pytest.raises(ResourceExhaustedError):
+            client.get_adapter("x")
+        with grpc.insecure_channel(fake.address) as channel:
+            health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+    for _ in range(int(PATIENCE * 100)):
+        if not fake.server._door._num_calls.total():
+            break
+        threading.Event().wait(0.01)
+    assert client.model_info().base_model
 
 
 def test_an_upload_whose_caller_leaves_is_cancelled(

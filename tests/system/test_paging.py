@@ -154,3 +154,18 @@ def test_the_log_says_how_the_store_was_found(
         (line,) = (record for record in caplog.records if record.msg.startswith("store "))
     assert line.levelno == logging.WARNING
     assert "broken.json" in line.getMessage()
+
+
+def test_a_start_is_told_and_an_orderly_store_is_not(
+    tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with (
+        caplog.at_level(logging.INFO),
+        LiveServer(tiny_llama, engine=ROOMY, adapters=AdapterConfig(store=tmp_path)),
+    ):
+        messages = [record.getMessage() for record in caplog.records]
+    ours = [message for message in messages if "store" in message]
+    assert len(ours) == 1
+    assert ours[0].startswith("lorastack ")
+    assert str(tiny_llama) in ours[0]
+    assert str(tmp_path) in ours[0]

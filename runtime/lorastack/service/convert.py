@@ -28,6 +28,7 @@ from lorastack.request import (
 )
 from lorastack.service import limits
 from lorastack.service.prepare import Chat, GenerateCall, Ids, Prepared, ServedModel, Text
+from lorastack.service.printable import printable
 from lorastack.text.grammar import JsonSchema, Regex
 from lorastack.text.tokenizer import Tokenizer
 from lorastack.v1 import adapters_pb2, generation_pb2
@@ -327,7 +328,7 @@ def adapter(record: Record, *, compatible: bool, usage: AdapterUsage) -> adapter
         digest=digest,
         revision=record.revision,
         kind=_KINDS[manifest.kind],
-        base_model=manifest.base_model,
+        base_model=printable(manifest.base_model),  # any text of whoever made it
         compatible=compatible,
         rank=manifest.rank,
         alpha=manifest.alpha,

@@ -26,7 +26,9 @@ from lorastack.service.status import CallGuard, Context, call_is_over, new_reque
 from lorastack.service.wire import RequestReader
 
 SILENCE = 60.0  # seconds that a call may take to send its first message
-MAX_OTHER_CALLS = 64  # at once, of each method of health and reflection
+# At once, of each method of health and reflection. Their unread replies do not count: whether the
+# server is well must be told beside any number of them.
+MAX_OTHER_CALLS = 64
 
 # grpc.aio's kinds of methods, as one: messages in, at most one message out, or written.
 Method = Callable[[AsyncIterator[Any], Context], Awaitable[Any]]
@@ -69,10 +71,16 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         return make(self._entered(name, inner), response_serializer=handler.response_serializer)
 
     def _entered(self, name: str, method: Method) -> Method:
+        own = name.startswith(self._own)
+        group, most = (self._own, self._max_calls) if own else (name, MAX_OTHER_CALLS)
+
+        def leave(_: object = None) -> None:
+            self._num_calls[group] -= 1
+
         async def enter(raw: AsyncIterator[bytes], context: Context) -> Any:
-            own = name.startswith(self._own)
-            group, most = (self._own, self._max_calls) if own else (name, MAX_OTHER_CALLS)
             self._num_calls[group] += 1
+            if own:  # until its last byte is read: replies that nobody reads count too
+                context.add_done_callback(leave)  # type: ignore[arg-type]
             try:
                 if self._num_calls[group] > most:
                     raise ResourceExhaustedError(
@@ -85,7 +93,8 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
                 async with self._guard(name.rpartition("/")[2], context, new_request_id()):
                     raise error
             finally:
-                self._num_calls[group] -= 1
+                if not own:
+                    leave()
 
         return enter
 

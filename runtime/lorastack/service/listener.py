@@ -33,13 +33,16 @@ def make_server(
     interceptors: Sequence[grpc.aio.ServerInterceptor[Any, Any]],
     *,
     max_message_bytes: int,
-    max_streams: int,
+    max_calls: int,
     max_files: int,
 ) -> grpc.aio.Server:
-    """max_streams: of a connection. max_files: descriptors that this process may open."""
+    """max_calls: at once, which the interceptors hold; grpc refuses all beyond twice as many.
+
+    max_files: descriptors that this process may open."""
     connections = min(MAX_CONNECTIONS, max(max_files - RESERVED_FILES, max_files // 2))
     server: Any = _Server(
         interceptors,
+        2 * max_calls,
         {
             "grpc.so_reuseport": 0,  # a second server on the port is an error, not a coin toss
             "grpc.max_receive_message_length": max_message_bytes,
@@ -48,7 +51,7 @@ def make_server(
             "grpc.compression_enabled_algorithms_bitset": ONLY_GZIP,
             # Beyond these a connection or a stream is refused, and tried again by its client.
             "grpc.max_allowed_incoming_connections": connections,
-            "grpc.max_concurrent_streams": max_streams,
+            "grpc.max_concurrent_streams": max_calls,
             "grpc.max_metadata_size": 8 * KIB,
             "grpc.absolute_max_metadata_size": 16 * KIB,
             # A connection that never becomes one, or that nobody uses, ends; clients come back.
@@ -82,10 +85,11 @@ class _Server(_server.Server):
     def __init__(
         self,
         interceptors: Sequence[grpc.aio.ServerInterceptor[Any, Any]],
+        max_calls: int,
         options: Mapping[str, int],
     ) -> None:
         self._loop = asyncio.get_running_loop()
-        self._server = _Core(self._loop, None, (), interceptors, tuple(options.items()), None)
+        self._server = _Core(self._loop, None, (), interceptors, tuple(options.items()), max_calls)
 
 
 class _Core(cygrpc.AioServer):  # type: ignore[misc]

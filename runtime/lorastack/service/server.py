@@ -314,7 +314,7 @@ class Server:
         server = make_server(
             [self._door],
             max_message_bytes=self._lengths.message_bytes,
-            max_streams=self._max_calls,
+            max_calls=self._max_calls,
             max_files=raise_file_limit(),
         )
         add_generation(self._generation, server)  # type: ignore[no-untyped-call]
