@@ -194,9 +194,9 @@ class Server:
             max_files=limits.max_files,
             read_only=limits.read_only_store,
         )
+        loaded = load_model(config.model, config.engine.kv_memory, limits.device_memory, progress)
         level = logging.WARNING if registry.recovery.damaged else logging.INFO
         logger.log(level, "store %s: %s", limits.store, registry.recovery)
-        loaded = load_model(config.model, config.engine.kv_memory, limits.device_memory, progress)
         validate = Validator(
             shapes=loaded.decoder.shapes,
             dtype=loaded.decoder.dtype,
