@@ -69,7 +69,7 @@ def test_errors_are_our_classes(fake: RunningServer) -> None:  # noqa: F811
             with pytest.raises(DeadlineExceededError):
                 await ours.generate(HELLO, timeout=0.05)
         async with AsyncClient("127.0.0.1:1") as lonely:
-            with pytest.raises(UnavailableError, match="127.0.0.1:1"):
+            with pytest.raises(UnavailableError, match=r"127\.0\.0\.1:1"):
                 await lonely.model_info()
 
     asyncio.run(ask())

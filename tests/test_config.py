@@ -17,9 +17,9 @@ def test_units_and_fractions() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "GiB", "4GB", "4 GiB", "-1", "1e3", "nan", "infGiB", "1.5", "1.5B", ".5GiB", "1.GiB", "٤GiB",
-     "8388608TiB", "9" * 20, "9" * 400 + "KiB", "1_000", "0x10", "1GiB\n"],
+    ["", "GiB", "4GB", "4 GiB", "-1", "1e3", "nan", "infGiB", "1.5", "1.5B", ".5GiB", "1.GiB",
+     "٤GiB", "8388608TiB", "9" * 20, "9" * 400 + "KiB", "1_000", "0x10", "1GiB\n"],
 )  # fmt: skip
 def test_anything_else_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="size|address space"):
+    with pytest.raises(ValueError, match=r"size|address space"):
         parse_size(text)

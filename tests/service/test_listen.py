@@ -63,10 +63,15 @@ def test_metrics_have_a_port_of_their_own() -> None:
             Ports(ServiceConfig(port=0, metrics_port=number))
 
 
-def test_other_machines_are_worth_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+def test_other_machines_are_worth_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+    async def listen(host: str) -> None:
+        server = grpc.aio.server()
+        Ports(ServiceConfig(host=host, port=0)).listen(server)
+        await server.stop(None)
+
     with caplog.at_level(logging.WARNING):
-        Ports(ServiceConfig(port=0)).close()
+        asyncio.run(listen("127.0.0.1"))
         assert caplog.text == ""
-        Ports(ServiceConfig(host="0.0.0.0", port=0)).close()
+        asyncio.run(listen("0.0.0.0"))
     assert len(caplog.records) == 1
     assert "no authentication" in caplog.text

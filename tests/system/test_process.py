@@ -217,7 +217,10 @@ def test_torch_and_the_native_library_share_one_openmp(serve: Serve) -> None:
 def test_an_unknown_model_is_one_line_and_no_traceback(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"architectures": ["BertModel"]}')
     result = subprocess.run(
-        [sys.executable, "-m", "lorastack.cli.main", "serve", "--model", str(tmp_path)],
+        [
+            *(sys.executable, "-m", "lorastack.cli.main", "serve", "--model", str(tmp_path)),
+            *("--port", "0", "--store", str(tmp_path / "store")),
+        ],
         capture_output=True,
         text=True,
         check=False,

@@ -30,6 +30,9 @@ class Ports:
             self.close()
             raise
         self._address = _address(config.host, port)
+
+    def listen(self, server: grpc.aio.Server) -> str:
+        """Gives the ports to the server, and up to whoever else wants one. Its address."""
         hosts = {str(bound.getsockname()[0]).partition("%")[0] for bound in self._sockets}
         if not all(ip_address(host).is_loopback for host in hosts):
             logger.warning(
@@ -37,9 +40,6 @@ class Ports:
                 "whoever does may use, replace and delete everything (docs/security.md)",
                 self._address,
             )
-
-    def listen(self, server: grpc.aio.Server) -> str:
-        """Gives the ports to the server, and up to whoever else wants one. Its address."""
         for bound in self._sockets:
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # gRPC's has it too
         try:
