@@ -101,10 +101,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
 
         whole: `write` gets everything at the end.
         """
-        remaining = context.time_remaining()
-        deadline = None
-        if remaining is not None and remaining < LONGEST_DEADLINE:
-            deadline = time.monotonic() + remaining
+        deadline = _deadline(context.time_remaining())
         call = convert.generate_call(message, request_id, self._model)
         async with self._dispatcher.open(request_id, whole=whole) as stream:
             prepared = await asyncio.get_running_loop().run_in_executor(
@@ -130,6 +127,13 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             extra={"request_id": request_id, "total_ms": round(final.timings.total * 1000, 1)},
         )
         return convert.final_response(final, prepared)
+
+
+def _deadline(remaining: float | None) -> float | None:
+    """time.monotonic() seconds, from those that the caller allows; None: it waits for ever."""
+    if remaining is None or not remaining < LONGEST_DEADLINE:  # NaN is none either
+        return None
+    return time.monotonic() + remaining
 
 
 def _request_id(message: generation_pb2.GenerateRequest) -> str:
