@@ -21,6 +21,7 @@ from lorastack.request import (
     StopParams,
     Timings,
 )
+from lorastack.service import readers as readers_module
 from lorastack.service.dispatch import Dispatcher
 from tests.helpers.live import PATIENCE
 
@@ -290,8 +291,28 @@ async def hand_over(dispatcher: Dispatcher, name: str, reader: Reader) -> None:
         await stream.hand_over(reader.write())
 
 
-def test_of_too_many_readers_that_take_nothing_the_longest_waiting_ends() -> None:
+def test_many_parts_may_go_out_at_once() -> None:
+    async def test(dispatcher: Dispatcher, engine: Recorder) -> None:
+        readers = {str(number): Reader() for number in range(9)}
+        calls = [
+            asyncio.create_task(hand_over(dispatcher, name, reader))
+            for name, reader in readers.items()
+        ]
+        await settle()
+        dispatcher.deliver([event(name, last=True) for name in readers])
+        for reader in readers.values():
+            reader.takes.set()
+        await asyncio.gather(*calls)
+        assert not [call for call in engine.calls if call[0] == "cancel"]
+
+    run(test)
+
+
+def test_of_too_many_readers_that_take_nothing_the_longest_waiting_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Its row is cancelled at once; its status comes when it takes what is under way to it."""
+    monkeypatch.setattr(readers_module, "GRACE", 0.0)
 
     async def test(dispatcher: Dispatcher, engine: Recorder) -> None:
         readers = {name: Reader() for name in "abcd"}
