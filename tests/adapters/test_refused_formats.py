@@ -89,6 +89,8 @@ LORA_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "rank text": ({"r": "8"}, "r = 8"),
     "alpha": ({"lora_alpha": None}, "lora_alpha"),
     "alpha huge": ({"lora_alpha": 10**400}, "lora_alpha"),
+    "alpha absurd": ({"lora_alpha": 1e300}, "lora_alpha"),
+    "alpha absurd in a pattern": ({"alpha_pattern": {"q_proj": -1e9}}, "q_proj"),
     "rank pattern": ({"rank_pattern": {"q_proj": 0}}, "q_proj = 0"),
     "patterns": ({"alpha_pattern": [1]}, "alpha_pattern"),
     "bad regex": ({"target_modules": "(q_proj"}, "target_modules has the bad pattern"),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -84,3 +87,18 @@ def test_a_float32_output_of_bfloat16_tokens():
     torch.testing.assert_close(out_TO, expected, atol=0.3, rtol=0.02)
     assert out_TO.dtype == torch.float32
     assert not torch.equal(out_TO, out_TO.bfloat16().float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("scale", [1e5, 1e30, 3e38, 1e39, -1e300, math.inf, math.nan, 1e-320])
+def test_no_scale_raises_and_none_touches_other_tokens(dtype: torch.dtype, scale: float) -> None:
+    x_TI = torch.randn(TOKENS, INNER).to(dtype)
+    segments = [segment(2, 4, {0: 3}, scale, 1, dtype), segment(5, 6, {0: 2}, 0.5, 2, dtype)]
+    for out_dtype in {dtype, torch.float32}:
+        found = torch.zeros(TOKENS, OUTS[0], dtype=out_dtype)
+        segmented_lora(x_TI, (found,), segments)
+        alone = torch.zeros_like(found)
+        segmented_lora(x_TI, (alone,), segments[1:])
+        others = [token for token in range(TOKENS) if token not in (2, 3)]
+        assert torch.equal(found[others], alone[others])
+        assert abs(scale) < 1e39 or out_dtype == torch.float64 or not found[2:4].isfinite().any()

@@ -9,8 +9,9 @@ from torch import Tensor
 from lorastack.kernels.best import best
 from lorastack.kernels.draw import Draw
 from lorastack.request import SamplingParams
+from lorastack.sampling.processors import Processor
 from lorastack.sampling.reference import draw_reference
-from lorastack.sampling.sampler import draw, posterior, token_logprobs
+from lorastack.sampling.sampler import NO_TOKEN, draw, posterior, token_logprobs
 
 params_strategy = st.builds(
     SamplingParams,
@@ -93,3 +94,45 @@ def test_a_posterior_of_forbidden_tokens_is_nothing() -> None:
     entropy, chances = posterior(logits_V, 1.0, [1, 0])
     assert chances == [0.0, 0.5]
     assert entropy == pytest.approx(0.693, abs=1e-3)
+
+
+extreme = st.sampled_from([1.4e-45, 1e-38, 1e-5, 1.0, 1e5, 3.4e38])
+odd_logits = st.sampled_from(
+    [0.0, -1.0, 3.0, 50.0, -3.4e38, 3.4e38, float("inf"), -float("inf"), float("nan")]
+)
+
+
+@given(
+    st.lists(st.lists(odd_logits, min_size=9, max_size=9), min_size=1, max_size=3),
+    st.sets(st.integers(0, 8)),
+    st.builds(
+        SamplingParams,
+        temperature=st.one_of(st.just(0.0), extreme),
+        top_k=st.sampled_from([0, 1, 3, 2**32 - 1]),
+        top_p=st.sampled_from([1.4e-45, 0.5, 1.0]),
+        min_p=st.sampled_from([0.0, 1.4e-45, 0.5, 1.0]),
+        typical_p=st.sampled_from([1.4e-45, 0.5, 1.0]),
+        repetition_penalty=extreme,
+        frequency_penalty=st.sampled_from([-2.0, 0.0, 2.0]),
+        logit_bias=st.just(((0, -100.0), (3, 100.0))),
+        seed=st.integers(0, 2**64 - 1),
+    ),
+)
+def test_whatever_the_values_a_token_is_allowed_or_there_is_none(
+    rows: list[list[float]], permitted: set[int], params: SamplingParams
+) -> None:
+    """As a grammar forbids: -inf. A row with a finite best gives a token, and one that is left."""
+    logits_XV = torch.tensor(rows)
+    processor = Processor(params, [1, 2, 3], None)
+    processed = []
+    for row_V in logits_XV:
+        masked_V = row_V.clone()
+        masked_V[[token for token in range(9) if token not in permitted]] = -torch.inf
+        processed.append(processor.apply(masked_V, [3, 3]))
+    draws = [Draw(row, params, 5) for row in range(len(rows))]
+    found = draw(logits_XV, best(logits_XV)[1].tolist(), draws, processed)
+    for token, row_V in zip(found, processed, strict=True):
+        if row_V.max().isfinite():
+            assert token in permitted and row_V[token].isfinite()
+        else:
+            assert token == NO_TOKEN

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lorastack.errors import InvalidArgumentError, ResourceExhaustedError
+from lorastack.errors import InvalidArgumentError, Reason, ResourceExhaustedError
 from lorastack.request import (
     Final,
     FinishReason,
@@ -21,6 +21,7 @@ from lorastack.request import (
     StopParams,
     Timings,
 )
+from lorastack.service import readers as readers_module
 from lorastack.service.dispatch import Dispatcher
 from tests.helpers.live import PATIENCE
 
@@ -272,3 +273,111 @@ def test_events_after_the_loop_is_gone_are_dropped() -> None:
     loop.close()
     dispatcher.deliver([event("a")])
     dispatcher.fail(RuntimeError("x"))
+
+
+class Reader:
+    """Takes a part when it is told to."""
+
+    def __init__(self) -> None:
+        self.takes = asyncio.Event()
+
+    async def write(self) -> None:
+        await self.takes.wait()
+
+
+async def hand_over(dispatcher: Dispatcher, name: str, reader: Reader) -> None:
+    async with dispatcher.open(name) as stream:
+        stream.submit(request(name))
+        await stream.hand_over(reader.write())
+
+
+def test_many_parts_may_go_out_at_once() -> None:
+    async def test(dispatcher: Dispatcher, engine: Recorder) -> None:
+        readers = {str(number): Reader() for number in range(9)}
+        calls = [
+            asyncio.create_task(hand_over(dispatcher, name, reader))
+            for name, reader in readers.items()
+        ]
+        await settle()
+        dispatcher.deliver([event(name, last=True) for name in readers])
+        for reader in readers.values():
+            reader.takes.set()
+        await asyncio.gather(*calls)
+        assert not [call for call in engine.calls if call[0] == "cancel"]
+
+    run(test)
+
+
+def test_of_too_many_readers_that_take_nothing_the_longest_waiting_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its row is cancelled at once; its status comes when it takes what is under way to it."""
+    monkeypatch.setattr(readers_module, "GRACE", 0.0)
+
+    async def test(dispatcher: Dispatcher, engine: Recorder) -> None:
+        readers = {name: Reader() for name in "abcd"}
+        calls = {}
+        for name, reader in readers.items():
+            calls[name] = asyncio.create_task(hand_over(dispatcher, name, reader))
+            await settle()
+        assert [call for call in engine.calls if call[0] == "cancel"] == [
+            ("cancel", "a"),
+            ("cancel", "b"),
+        ]
+        dispatcher.deliver([event("a"), event("a", last=True)])
+        await settle()
+        assert "a" not in dispatcher._streams  # the id is free, though the call is not over
+        again = asyncio.create_task(hand_over(dispatcher, "a", Reader()))
+        await settle()  # one more: now it is c that has waited longest
+        assert engine.calls[-1] == ("cancel", "c")
+        for name in "bc":
+            dispatcher.deliver([event(name, last=True)])
+        for reader in readers.values():
+            reader.takes.set()
+        for name in "abc":
+            with pytest.raises(ResourceExhaustedError) as refusal:
+                await calls[name]
+            assert refusal.value.reason is Reason.READER_TOO_SLOW
+        await calls["d"]  # it reads, in time
+        again.cancel()
+        await settle()
+        dispatcher.deliver([event("a", last=True), event("d", last=True)])
+        await settle()
+
+    run(test)
+
+
+def test_a_reader_that_takes_nothing_for_too_long_loses_its_row() -> None:
+    async def test(dispatcher: Dispatcher, engine: Recorder) -> None:
+        dispatcher._waiting._patience = 0.0
+        reader = Reader()
+        call = asyncio.create_task(hand_over(dispatcher, "a", reader))
+        while ("cancel", "a") not in engine.calls:
+            await asyncio.sleep(0)
+        dispatcher.deliver([event("a", last=True)])
+        reader.takes.set()
+        with pytest.raises(ResourceExhaustedError):
+            await call
+
+    run(test)
+
+
+def test_what_waits_for_a_reader_that_takes_nothing_is_dropped() -> None:
+    """Also where its row has ended already."""
+
+    async def test(dispatcher: Dispatcher, engine: Recorder) -> None:
+        reader = Reader()
+        async with dispatcher.open("a") as stream:
+            stream.submit(request("a"))
+            writing = asyncio.create_task(stream.hand_over(reader.write()))
+            await settle()
+            dispatcher.deliver([event("a"), event("a", last=True)])
+            await settle()
+            dispatcher._give_up(stream)
+            assert stream._buffer == [] and dispatcher._streams == {}
+            reader.takes.set()
+            with pytest.raises(ResourceExhaustedError):
+                await writing
+        assert ("cancel", "a") not in engine.calls
+
+    run(test)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from lorastack.errors import (
     RequestCancelledError,
     ResourceExhaustedError,
 )
+from lorastack.service.generation import _deadline
 from lorastack.text.tokenizer import Tokenizer
 from lorastack.v1 import generation_pb2 as pb
 from lorastack.v1 import generation_pb2_grpc
@@ -254,3 +256,14 @@ def test_model_info(client: Client, tokenizer: Tokenizer) -> None:
     assert (info.default_medusa_id, info.default_medusa_digest) == ("", "")
     assert {"lora_stack", "response_format"} <= set(info.features)
     assert info.version
+
+
+@pytest.mark.parametrize("remaining", [None, 1e8, 3e6 * 3600, 1e300, math.inf, math.nan])
+def test_a_deadline_too_far_off_to_wait_for_is_none(remaining: float | None) -> None:
+    assert _deadline(remaining) is None
+
+
+def test_deadlines_of_days_hold() -> None:
+    before = time.monotonic()
+    found = _deadline(7 * 86_400.0)
+    assert found is not None and 0 <= found - before - 7 * 86_400 < PATIENCE

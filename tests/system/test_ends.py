@@ -14,7 +14,6 @@ from lorastack.config import KIB
 from lorastack.errors import (
     DeadlineExceededError,
     FailedPreconditionError,
-    InternalError,
     InvalidArgumentError,
     Reason,
     RequestCancelledError,
@@ -145,30 +144,6 @@ def test_a_request_id_is_used_once_at_a_time(live: LiveServer) -> None:
     running.close()
     live.assert_idle()
     assert live.client.generate(ask(request_id="mine")).request_id == "mine"
-
-
-def test_a_failed_step_ends_its_rows_and_no_others(
-    live: LiveServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    runner = live.engine._runner
-    run = runner.run
-    failures = [RuntimeError("boom")]
-
-    def fail_once(batch: object) -> object:
-        if failures and live.engine.num_rows == 3:
-            raise failures.pop()
-        return run(batch)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(runner, "run", fail_once)
-    with ThreadPoolExecutor(3) as pool:
-        futures = [pool.submit(live.client.generate, ENDLESS) for _ in range(3)]
-        for future in futures:
-            with pytest.raises(InternalError) as failure:
-                future.result()
-            assert failure.value.reason is Reason.STEP_FAILED
-            assert "boom" not in failure.value.message
-    live.assert_idle()
-    assert live.client.generate(ask()).token_ids
 
 
 def test_rows_that_cannot_finish_in_time_end_unavailable(start: StartServer) -> None:

@@ -194,8 +194,8 @@ def _rank(value: object, field: str) -> int:
 def _alpha(value: object, field: str) -> float:
     if type(value) not in (int, float) or not abs(alpha := float(str(value))) <= MAX_ALPHA:
         raise invalid(
-            f"{field[:64]} = {str(value)[:64]} is not a number between -{MAX_ALPHA:g} and "
-            f"{MAX_ALPHA:g}"
+            f"{field[:64]} = {str(value)[:64]} is not a number between -{MAX_ALPHA:.0f} and "
+            f"{MAX_ALPHA:.0f}"
         )
     return alpha
 

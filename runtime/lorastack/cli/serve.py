@@ -275,14 +275,15 @@ def serve(
         ),
     ] = _ENGINE.max_parked,
     reader_timeout: Annotated[
-        float,
+        int,
         typer.Option(
             "--reader-timeout",
-            min=0.001,
+            min=1,
+            max=86_400,
             envvar="LORASTACK_READER_TIMEOUT",
             help="Seconds for which a reader may take nothing.",
         ),
-    ] = _ENGINE.reader_timeout,
+    ] = int(_ENGINE.reader_timeout),
     max_context: Annotated[
         int | None,
         typer.Option(

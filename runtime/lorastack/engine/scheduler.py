@@ -278,7 +278,7 @@ class Scheduler:
         for plan in plans:
             row = plan.row
             tree = trees.get(row)
-            fits = tree is None or self._holds.grow(row, row.num_computed + tree.num_nodes)
+            fits = tree is None or self._grow(row, row.num_computed + tree.num_nodes)
             grown.append(tree if fits else None)
         return grown
 
@@ -337,12 +337,17 @@ class Scheduler:
 
         Rows are planned from the oldest, so that a victim, parked or younger, has no step planned.
         """
-        while not self._holds.grow(row, num_slots):
-            if self._preempt_parked():
-                continue
+        while not self._grow(row, num_slots):
             victim = self._running[-1]
             self._preempt(victim)
             if victim is row:
+                return False
+        return True
+
+    def _grow(self, row: Row, num_slots: int) -> bool:
+        """Pages for `num_slots` tokens if there are enough, those of parked rows included."""
+        while not self._holds.grow(row, num_slots):
+            if not self._preempt_parked():
                 return False
         return True
 

@@ -99,10 +99,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
 
         whole: `write` gets everything at the end.
         """
-        remaining = context.time_remaining()
-        deadline = None
-        if remaining is not None and remaining < LONGEST_DEADLINE:
-            deadline = time.monotonic() + remaining
+        deadline = _deadline(context.time_remaining())
         call = convert.generate_call(message, request_id, self._model)
         notes["loras"] = ",".join(lora_id for lora_id, _ in call.loras)
         notes["heads"] = call.medusa_id
@@ -127,6 +124,13 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         notes["cached_tokens"] = final.cached_prompt_tokens
         notes["tokens"] = final.generated_tokens
         return convert.final_response(final, prepared)
+
+
+def _deadline(remaining: float | None) -> float | None:
+    """time.monotonic() seconds, from those that the caller allows; None: it waits for ever."""
+    if remaining is None or not remaining < LONGEST_DEADLINE:  # NaN is none either
+        return None
+    return time.monotonic() + remaining
 
 
 def _request_id(message: generation_pb2.GenerateRequest) -> str:

@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
 
+GRACE = 1.0  # seconds for which nobody counts as waiting: many parts may go out at once
+
 T = TypeVar("T", bound=Hashable)
 
 
@@ -13,8 +15,9 @@ class WaitingReaders(Generic[T]):
     """Event loop only. One timer for all of them: parts mostly go out at once."""
 
     def __init__(self, most: int, patience: float, on_late: Callable[[T], None]) -> None:
-        """on_late: called for whoever waits for longer than `patience` seconds, and for the one
-        that has waited longest when there are more than `most`; it counts no more."""
+        """on_late: called for whoever waits for longer than `patience` seconds, and for those that
+        have waited longest, by GRACE at least, while there are more than `most`. They count no
+        more."""
         self._most = most
         self._patience = patience
         self._on_late = on_late
@@ -23,9 +26,12 @@ class WaitingReaders(Generic[T]):
 
     def add(self, reader: T) -> None:
         loop = asyncio.get_running_loop()
-        self._since[reader] = loop.time()
-        if len(self._since) > self._most:
-            self._give_up(next(iter(self._since)))
+        now = self._since[reader] = loop.time()
+        while len(self._since) > self._most:
+            oldest, since = next(iter(self._since.items()))
+            if now - since < GRACE:
+                break
+            self._give_up(oldest)
         if self._timer is None:
             self._timer = loop.call_later(self._patience, self._look)
 

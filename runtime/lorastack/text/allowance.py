@@ -1,4 +1,4 @@
-"""How long a row's grammar may keep the step thread busy."""
+"""How long a grammar may keep the step thread busy."""
 
 from __future__ import annotations
 
@@ -11,30 +11,44 @@ MOST_SECONDS = 0.1  # at once: what first masks may cost, and the longest anybod
 SECONDS_PER_TOKEN = 0.003
 
 
-class Allowance:
-    """Processor time that is left: every token adds some, up to a limit; work takes from it.
+class Clock:
+    """What the rows of one grammar share.
 
-    It is the thread's own time that counts, so that a busy machine ends nobody, and all of it: a
-    row with many drafts asks for many masks, but only tokens that it keeps add to the allowance.
+    too_slow: one answer took more than a row may have at once. It would take as long for the next
+    row, so nobody asks again.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.thread_time) -> None:
-        """clock: seconds that the calling thread has computed for."""
+    def __init__(self, seconds: Callable[[], float] = time.thread_time) -> None:
+        """seconds: that the calling thread has computed for, so that a busy machine ends nobody."""
+        self.seconds = seconds
+        self.too_slow = False
+
+
+class Allowance:
+    """Seconds that one row has left: every token adds some, up to a limit; work takes from it.
+
+    All work counts: a row with many drafts asks for many masks, but only tokens that it keeps add
+    to the allowance.
+    """
+
+    def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._left = MOST_SECONDS
 
     @property
     def used_up(self) -> bool:
-        return self._left < 0
+        return self._left < 0 or self._clock.too_slow
 
     def add(self, num_tokens: int) -> None:
         self._left = min(self._left + num_tokens * SECONDS_PER_TOKEN, MOST_SECONDS)
 
     @contextmanager
     def spending(self) -> Iterator[None]:
-        """Takes off what the block takes."""
-        began = self._clock()
+        """Takes off what the block takes: one answer."""
+        began = self._clock.seconds()
         try:
             yield
         finally:
-            self._left -= self._clock() - began
+            taken = self._clock.seconds() - began
+            self._left -= taken
+            self._clock.too_slow |= taken > MOST_SECONDS

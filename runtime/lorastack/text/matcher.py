@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
-from lorastack.text.allowance import Allowance
+from lorastack.text.allowance import Allowance, Clock
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -26,17 +25,14 @@ class CompiledGrammar:
         start: LLMatcher,
         end_ids: frozenset[int],
         vocab_size: int,
-        clock: Callable[[], float] = time.thread_time,
+        clock: Clock | None = None,
     ) -> None:
-        """start: at the beginning of the text; it stays there. vocab_size: the model's outputs.
-
-        clock: see `Allowance`.
-        """
+        """start: at the beginning of the text; it stays there. vocab_size: the model's outputs."""
         self._start = start
         self._copying = threading.Lock()
         self._end_ids = end_ids
         self._only_ends = bitmask(end_ids, vocab_size)
-        self._clock = clock
+        self._clock = clock or Clock()
 
     def matcher(self) -> RowMatcher:
         """A fresh one, in microseconds."""
@@ -117,17 +113,19 @@ class RowMatcher:
         It hit one of its limits, or the vocabulary's, and does not come back from that, or it took
         more time than the row has.
         """
+        answer, cause = None, ""
         try:
-            with self._allowance.spending():
-                answer = call(*args, **kwargs)
+            if not self._allowance.used_up:
+                with self._allowance.spending():
+                    answer = call(*args, **kwargs)
         except BaseException as failure:  # its panics are no Exceptions
             if isinstance(failure, KeyboardInterrupt):
                 raise
             answer, cause = None, str(failure) or type(failure).__name__
-        else:
-            cause = self._inner.get_error() if self._inner.is_error() else ""
-            if not cause and self._allowance.used_up:
-                cause = "it takes too long to follow; use a simpler one"
+        if self._inner.is_error():
+            cause = self._inner.get_error()
+        elif not cause and self._allowance.used_up:
+            cause = "it takes too long to follow; use a simpler one"
         if not cause:
             return answer
         cause = cause.partition("\n")[0][:MAX_CAUSE_CHARS]
