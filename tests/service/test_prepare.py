@@ -268,3 +268,7 @@ def test_the_text_of_a_grammar_is_the_one_behind_the_prompt(
         matcher.commit((space,) * (not is_begun))
         matcher.commit((word,))
         assert matcher.finished
+    half = (word, backend.token_to_id("<0xE4>"))
+    with pytest.raises(InvalidArgumentError, match="inside a character"):
+        prepare(preparer, input=Ids(half), response_format=Regex(" a"))
+    prepare(preparer, input=Ids((*half, word)), response_format=Regex(" a"))

@@ -51,8 +51,9 @@ OPTIONAL = ("num_key_value_heads", "head_dim", "sliding_window")
 class DecoderConfig:
     """shapes.max_context is the limit in force. window: tokens, None for full attention.
 
-    inv_freq: RoPE frequencies [D / 2], float32; for dynamic scaling [max_context, D / 2], a row for
-    each position. rope_scale multiplies cos and sin (YaRN's).
+    inv_freq: RoPE frequencies [D / 2], float32; with dynamic_rope_begin [max_context, D / 2], a row
+    for each length of a text, beyond dynamic_rope_begin tokens another one for each. rope_scale
+    multiplies cos and sin (YaRN's).
     has_heads: Medusa heads lie beside the backbone.
     """
 
@@ -64,6 +65,7 @@ class DecoderConfig:
     inv_freq: Tensor
     rope_scale: float
     has_heads: bool = False
+    dynamic_rope_begin: int | None = None
 
 
 def load_config(folder: Path, max_context: int | None) -> DecoderConfig:
@@ -90,6 +92,7 @@ def load_config(folder: Path, max_context: int | None) -> DecoderConfig:
         has_heads="medusa_num_heads" in raw,
         inv_freq=inv_freq,
         rope_scale=rope_scale,
+        dynamic_rope_begin=config.max_position_embeddings if inv_freq.dim() == 2 else None,
     )
 
 

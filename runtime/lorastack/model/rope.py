@@ -121,10 +121,10 @@ def _computed(config: Any, kind: str, max_context: int) -> tuple[Tensor, float]:
 
 
 def _dynamic(config: Any, max_context: int, exponent_F: Tensor) -> Tensor:
-    """[P, F]: at each position, the frequencies of a text that ends there.
+    """[P, F]: row n - 1 has the frequencies of a text of n tokens.
 
-    So transformers turns each token that it generates. It turns a prompt beyond the length before
-    scaling by that of the whole prompt, where a row would depend on how its prompt is cut.
+    transformers turns the tokens of a prompt by the prompt's length, and each token that follows by
+    the length of the text that ends with it.
     """
     rope, size = config.rope_parameters, config.head_dim
     before, factor = config.max_position_embeddings, rope["factor"]

@@ -32,6 +32,12 @@ class Joiner(Protocol):
         """So many spaces at the beginning are left out; none behind a prompt with text."""
         ...
 
+    @property
+    def has_broken_bytes(self) -> bool:
+        """Behind a prompt whose last tokens are bytes, and no whole characters: byte tokens that
+        follow them may show as U+FFFD, one each."""
+        ...
+
     def follow(self, before: Iterable[str]) -> None:
         """Stand behind a prompt of these tokens, its last one first; as few as needed are read.
 
@@ -119,6 +125,7 @@ class ByteLevelJoiner:
     """GPT-2, Llama 3, SmolLM2, Tekken: every character of a token stands for a byte."""
 
     num_dropped = 0
+    has_broken_bytes = False  # a character that begins after them is one
 
     def __init__(self) -> None:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
@@ -186,6 +193,10 @@ class SpacesJoiner:
     @property
     def num_dropped(self) -> int:
         return int(self._drops) or _left(self._strip, _run_text(self._run))
+
+    @property
+    def has_broken_bytes(self) -> bool:
+        return UNKNOWN_CHARACTER in _run_text(self._run)
 
     def follow(self, before: Iterable[str]) -> None:
         tokens = iter(before)
