@@ -21,7 +21,10 @@ from typing import Any, Protocol
 from lorastack.errors import InvalidArgumentError, Reason
 
 UNKNOWN_CHARACTER = "\ufffd"
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_HEX = "0123456789abcdefABCDEF"
+_BYTE_TOKENS = {f"<0x{high}{low}>": int(high + low, 16) for high in _HEX for low in _HEX}
+_CONTINUATIONS = bytes(range(0x80, 0xC0))  # bytes inside a character
+MAX_RUN = 4096  # bytes that are read of the run that a prompt ends with
 
 
 class Joiner(Protocol):
@@ -208,8 +211,12 @@ class SpacesJoiner:
                 self._take_spaces(map(self.alone, chain((token,), tokens)))
                 break
             run.append(byte)
-        self._run = run[::-1]
-        self._num_given = len(run)
+            if len(run) == MAX_RUN:  # what stands before is taken for whole characters
+                self._strip = 0
+                break
+        run.reverse()
+        self._run = run.lstrip(_CONTINUATIONS) if len(run) == MAX_RUN else run
+        self._num_given = len(self._run)
         self._given = _stripped(_run_text(self._run), self._strip)
 
     def push(self, token: str) -> str:
@@ -235,8 +242,7 @@ class SpacesJoiner:
         return self._replaced(token, drop=False).encode() if byte is None else bytes([byte])
 
     def _byte(self, token: str) -> int | None:
-        found = _BYTE_TOKEN.fullmatch(token) if self._has_bytes else None
-        return int(found[1], 16) if found else None
+        return _BYTE_TOKENS.get(token) if self._has_bytes else None
 
     def _end_run(self) -> str:
         """The text of the run, without what the prompt shows of it."""
