@@ -64,9 +64,9 @@ def shown(value: object) -> str:
     return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."
 
 
-def one_line(error: BaseException, limit: int = 300) -> str:
-    """An error's message as part of a line."""
-    return " ".join(str(error).split())[:limit] or type(error).__name__
+def one_line(text: BaseException | str, limit: int = 300) -> str:
+    """An error's message, or any text, as part of a line."""
+    return " ".join(str(text).split())[:limit] or type(text).__name__
 
 
 def invalid(message: str) -> InvalidArgumentError:

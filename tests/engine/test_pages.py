@@ -83,6 +83,9 @@ def test_other_adapters_other_scale_other_hash() -> None:
 
     stacks = [(), (use("a"),), (use("b"),), (use("a", 0.5),), (use("a"), use("b"))]
     assert len({root_hash(stack) for stack in stacks}) == len(stacks)
+    assert len({root_hash(stack, length) for stack in stacks for length in (0, 40, 41)}) == 3 * len(
+        stacks
+    )
 
 
 def test_cached_pages_go_least_recently_used_first() -> None:

@@ -208,6 +208,24 @@ def test_a_shard_that_is_missing_or_outside_is_refused(tmp_path: Path):
     refused(folder, "index.json")
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        *('{"weight_map": ' + value + "}" for value in ("null", "[]", '"x"', "{}", "5", "NaN")),
+        *('{"weight_map": {"a": ' + value + "}}" for value in ("null", "5", '["x"]', "{}", '""')),
+        *('{"weight_map": {"a": "' + name + '"}}' for name in ("x" * 5000, "\\u0000", ".", "..")),
+        *("[]", "null", "", "{", "[" * 100_000, '{"weight_map": {"a": "\\udc00"}}'),
+    ],
+    ids=lambda text: text[:40],
+)
+def test_an_odd_index_is_refused_by_file_and_field(folder: Path, text: str):
+    (folder / SINGLE).unlink()
+    (folder / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(InvalidArgumentError, match=r"model\.safetensors\.index\.json") as refusal:
+        Checkpoint(folder)
+    assert len(refusal.value.message) < 600 and "\n" not in refusal.value.message
+
+
 def test_fingerprint_knows_weights_and_shapes(folder: Path, tiny_llama: Path):
     assert fingerprint(folder) == fingerprint(tiny_llama)
     assert re.fullmatch("sha256:[0-9a-f]{64}", fingerprint(folder))

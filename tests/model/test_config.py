@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from lorastack.errors import InvalidArgumentError, Reason
 from lorastack.model.config import load_config
@@ -115,15 +117,134 @@ def test_context_limit(tiny_llama: Path, max_context: int):
         load_config(tiny_llama, max_context)
 
 
-def test_dynamic_rope_is_that_of_the_context_in_force(tiny_llama: Path, tmp_path: Path):
-    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
-    folder = edited(tiny_llama, tmp_path, rope_parameters=rope, max_position_embeddings=64)
-    plain = load_config(edited(tiny_llama, tmp_path, rope_parameters=rope), None).inv_freq
-    edited(tiny_llama, tmp_path, rope_parameters=rope, max_position_embeddings=64)
-    assert torch.equal(load_config(folder, None).inv_freq, plain)
-    assert torch.equal(load_config(folder, 40).inv_freq, plain)
-    longer = load_config(folder, 128)
-    assert longer.shapes.max_context == 128 and (longer.inv_freq < plain)[1:].all()
+LENGTHS: dict[str, tuple[dict[str, Any], int]] = {
+    "none": ({}, 64),
+    "linear": ({"rope_type": "linear", "factor": 4.0}, 256),
+    "older spelling": ({"type": "linear", "factor": 2}, 128),
+    "broken factor": ({"rope_type": "linear", "factor": 1.3}, 83),
+    "dynamic": ({"rope_type": "dynamic", "factor": 2.0}, 128),
+    "yarn": ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 256),
+    "yarn, scaled already": (
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+        64,
+    ),
+    "yarn, original left out": ({"rope_type": "yarn", "factor": 4.0}, 256),
+    "yarn, factor null": (
+        {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 16},
+        64,
+    ),
+    "llama3": (
+        {
+            **{"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8},
+            **{"low_freq_factor": 1.0, "high_freq_factor": 4.0},
+        },
+        64,
+    ),
+}
+
+
+@pytest.mark.parametrize("field", ["rope_parameters", "rope_scaling"])
+@pytest.mark.parametrize(("rope", "length"), LENGTHS.values(), ids=LENGTHS.keys())
+def test_the_context_is_the_one_after_scaling(
+    tiny_llama: Path, tmp_path: Path, rope: dict[str, Any], length: int, field: str
+):
+    fields: dict[str, Any] = {"rope_parameters": None, "max_position_embeddings": 64}
+    fields |= {"rope_theta": 1e4, field: rope}
+    folder = edited(tiny_llama, tmp_path, **fields)
+    assert load_config(folder, None).shapes.max_context == length
+    assert load_config(folder, length).shapes.max_context == length
+    assert load_config(folder, 40).shapes.max_context == 40
+    with pytest.raises(InvalidArgumentError, match=f"{length + 1} is not in 1..{length}"):
+        load_config(folder, length + 1)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "longrope", "factor": 4.0, "short_factor": [1.0], "long_factor": [2.0]},
+        {"rope_type": "su", "factor": 4.0},
+        {"type": "proportional", "factor": 4.0},
+    ],
+    ids=lambda rope: str(rope.get("rope_type")),
+)
+def test_other_scalings_are_refused_by_name(tiny_llama: Path, tmp_path: Path, rope: dict[str, Any]):
+    folder = edited(tiny_llama, tmp_path, rope_parameters={"rope_theta": 1e4} | rope)
+    with pytest.raises(InvalidArgumentError, match=rope.get("rope_type", "proportional")):
+        load_config(folder, None)
+
+
+ODD: list[Any] = [None, [], [[1]], {}, {"a": [1]}, "x", "", "2", -1, 0, 1.5, 10**30, True]
+ODD += [10**5000, float("nan"), float("inf"), "a" * 1000, [None], {"content": 1}]
+READ = {
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
+    *("num_attention_heads", "num_key_value_heads", "max_position_embeddings", "rms_norm_eps"),
+    *("hidden_act", "tie_word_embeddings", "attention_bias", "mlp_bias", "sliding_window"),
+    *("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", "model_type"),
+    *("architectures", "original_max_position_embeddings"),
+}
+UNREAD = {"use_cache", "initializer_range", "bos_token_id", "pad_token_id", "torch_dtype"}
+UNREAD |= {"attention_dropout", "pretraining_tp", "transformers_version", "id2label", "dtype"}
+ROPE = {
+    **{"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64},
+    **{"rope_theta": 1e4, "attention_factor": 1.2, "beta_fast": 30, "beta_slow": 2},
+    **{"mscale": 1.0, "mscale_all_dim": 0.5, "truncate": False, "partial_rotary_factor": 1.0},
+}
+
+
+@pytest.fixture(params=["tiny_llama", "tiny_mistral"])
+def model(request: pytest.FixtureRequest) -> Path:
+    folder: Path = request.getfixturevalue(request.param)
+    return folder
+
+
+@pytest.mark.parametrize("field", sorted(READ | UNREAD))
+def test_an_odd_value_means_what_it_means_to_transformers_or_is_refused_by_name(
+    model: Path, tmp_path: Path, field: str
+):
+    for value in ODD:
+        check_odd(model, tmp_path, {field: value}, field)
+
+
+@pytest.mark.parametrize("entry", sorted(ROPE))
+@pytest.mark.parametrize("field", ["rope_parameters", "rope_scaling"])
+def test_an_odd_value_of_rope(tiny_llama: Path, tmp_path: Path, field: str, entry: str):
+    for value in ODD:
+        check_odd(tiny_llama, tmp_path, {field: ROPE | {entry: value}}, entry)
+
+
+def check_odd(model: Path, target: Path, fields: dict[str, Any], named: str) -> None:
+    sys.set_int_max_str_digits(0)
+    text = json.dumps(json.loads((model / "config.json").read_text()) | fields)
+    sys.set_int_max_str_digits(4300)
+    (target / "config.json").write_text(text)
+    try:
+        read = load_config(target, None)
+    except InvalidArgumentError as error:
+        assert "config.json" in error.message
+        assert named in error.message or "cannot be read" in error.message
+        assert "\n" not in error.message and len(error.message) < 600
+        return
+    if named in UNREAD:
+        assert read.shapes == load_config(model, None).shapes
+        return
+    config = AutoConfig.from_pretrained(target)
+    shapes, window = read.shapes, getattr(config, "sliding_window", None)
+    assert config.model_type == model.name.removeprefix("tiny-")
+    assert shapes.vocab_size == config.vocab_size
+    assert shapes.hidden_size == config.hidden_size
+    assert shapes.intermediate_size == config.intermediate_size
+    assert (shapes.num_layers, shapes.num_heads) == (
+        config.num_hidden_layers,
+        config.num_attention_heads,
+    )
+    assert (shapes.num_kv_heads, shapes.head_dim) == (config.num_key_value_heads, config.head_dim)
+    assert shapes.tie_word_embeddings == config.tie_word_embeddings
+    assert read.rms_eps == config.rms_norm_eps
+    assert read.window == (window if config.model_type == "mistral" else None)
+    rotary = LlamaRotaryEmbedding(config)
+    if read.inv_freq.dim() == 1:
+        torch.testing.assert_close(read.inv_freq, rotary.inv_freq, atol=0, rtol=1e-6)
+    assert read.rope_scale == rotary.attention_scaling
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "one-kv-head": {"num_key_value_heads": 1},
     "head-dim": {"head_dim": 24},
     "sharded": {"max_shard_size": "100KB"},
-    "linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+    "linear": {
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
+        "max_position_embeddings": 32,
+    },
     "dynamic": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
     "llama3": {"rope_parameters": LLAMA3},
     "yarn": {"rope_parameters": YARN},
@@ -110,6 +113,33 @@ def test_prefill_chunks_and_decode_equal_transformers(folder: Path):
         for start, end in zip([0, *ends], ends, strict=False)
     ]
     torch.testing.assert_close(torch.cat(parts), expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("start", [20, 32, 33, 60])
+def test_dynamic_rope_follows_the_text_as_it_is_generated(tmp_path: Path, start: int):
+    """Beyond the length before scaling a prompt has frequencies of its own, and so has each token
+    behind it. start: tokens of the prompt."""
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    folder = build_llama(tmp_path / "model", rope_parameters=rope, max_position_embeddings=32)
+    ids = tokens(70)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.inference_mode():
+        step = model(torch.tensor([ids[:start]]), use_cache=True)
+        expected = [step.logits[0]]
+        for token in ids[start:]:
+            past = step.past_key_values
+            step = model(torch.tensor([[token]]), past_key_values=past, use_cache=True)
+            expected.append(step.logits[0])
+    decoder = load(folder)
+    assert decoder.shapes.max_context == 128
+    whole = run(decoder, cache(decoder), ids, RowSpan(0, 70, shuffled_pages(), 0, None, start))
+    torch.testing.assert_close(whole, torch.cat(expected), **TOLERANCE)
+    kv, pages = cache(decoder), shuffled_pages(1)
+    parts = [
+        run(decoder, kv, ids[begin:end], RowSpan(0, end - begin, pages, begin, None, start))
+        for begin, end in ((0, 25), (25, 50), (50, 70))
+    ]
+    torch.testing.assert_close(torch.cat(parts), torch.cat(expected), **TOLERANCE)
 
 
 def test_a_float64_model_gives_float64_logits(tiny_llama: Path):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from lorastack.adapters.load import Validator
 from lorastack.adapters.manifest import FileSpec, Record
@@ -24,7 +25,9 @@ from lorastack.request import HeadsUse, SamplingParams, SpeculationParams, StopP
 from lorastack.service.prepare import Chat, GenerateCall, Ids, Preparer, Text
 from lorastack.text.grammar import JsonSchema, Regex
 from lorastack.text.tokenizer import Tokenizer
+from tests.helpers.tiny import build_tokenizer, write_tokenizer
 from tests.service.fakes import FINGERPRINT, MAX_CONTEXT, served_model
+from tests.text.test_grammar import spaces_backend
 
 CALL = GenerateCall(
     request_id="id",
@@ -226,3 +229,46 @@ def test_the_prompts_text(preparer: Preparer, tokenizer: Tokenizer) -> None:
         call = replace(CALL, input=given, return_prompt=True)
         assert preparer.prepare(call, None).prompt == text
     assert preparer.prepare(CALL, None).prompt == ""
+
+
+@pytest.mark.parametrize(
+    "given",
+    [Text("hello <pad>"), Chat((("user", "<pad>"),)), Text("<pad>"), Chat((("<pad>", "x"),))],
+)
+def test_a_token_that_the_model_lacks_is_refused_by_name(
+    registry: Registry, tokenizer: Tokenizer, shapes: ModelShapes, tmp_path: Path, given: Any
+) -> None:
+    write_tokenizer(tmp_path)
+    backend = build_tokenizer()
+    backend.add_special_tokens(["<pad>"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    longer = Tokenizer.load(tmp_path)
+    assert longer.vocab_size == shapes.vocab_size + 1
+    preparer = Preparer(served_model(longer, shapes), registry, "")
+    prepare(preparer, input=Text("hello"))
+    with pytest.raises(InvalidArgumentError, match=rf"'<pad>' \(id {shapes.vocab_size}\)"):
+        prepare(preparer, input=given)
+    # Nor does a grammar ever allow it.
+    matcher = prepare(preparer, response_format=Regex("(?s:.)*")).grammar.matcher()
+    mask = int.from_bytes(matcher.mask(), "little")
+    assert not mask >> shapes.vocab_size & 1 and mask >> shapes.vocab_size - 1 & 1
+
+
+def test_the_text_of_a_grammar_is_the_one_behind_the_prompt(
+    registry: Registry, shapes: ModelShapes
+) -> None:
+    """SentencePiece drops the space before a first word, behind a prompt with text none."""
+    backend = spaces_backend()
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend)
+    preparer = Preparer(served_model(Tokenizer(fast, frozenset({2}), ""), shapes), registry, "")
+    space, word = (backend.token_to_id(token) for token in ("▁", "▁a"))
+    for prompt, is_begun in (((word,), True), ((word, 1), True), ((1,), False)):
+        grammar = prepare(preparer, input=Ids(prompt), response_format=Regex(" a")).grammar
+        matcher = grammar.matcher()
+        matcher.commit((space,) * (not is_begun))
+        matcher.commit((word,))
+        assert matcher.finished
+    half = (word, backend.token_to_id("<0xE4>"))
+    with pytest.raises(InvalidArgumentError, match="inside a character"):
+        prepare(preparer, input=Ids(half), response_format=Regex(" a"))
+    prepare(preparer, input=Ids((*half, word)), response_format=Regex(" a"))

@@ -2,6 +2,7 @@ import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
@@ -9,7 +10,7 @@ from transformers import AutoTokenizer
 from lorastack.errors import InvalidArgumentError, Reason
 from lorastack.text.stream import Detokenizer
 from lorastack.text.tokenizer import Tokenizer
-from tests.helpers.tiny import EOS, IM_END, SPECIALS, VOCAB_SIZE, write_tokenizer
+from tests.helpers.tiny import EOS, IM_END, SPECIALS, VOCAB_SIZE, write_json, write_tokenizer
 
 TEXTS = ["", "the thing", "  two  spaces\n", "é 中 😀 �", "<|im_start|>x</s>", "a" * 500]
 
@@ -114,6 +115,81 @@ def test_broken_json_is_refused(folder: Path) -> None:
     (folder / "generation_config.json").write_text("{")
     with pytest.raises(InvalidArgumentError, match="JSON"):
         Tokenizer.load(folder)
+
+
+ODD: list[Any] = [None, [], [[1]], {}, {"a": [1]}, "x", "", "2", -1, 0, 1.5, 10**30, True]
+ODD += [float("nan"), float("inf"), [None], {"content": 1}, ["x"], [True], [-1], VOCAB_SIZE, [1, 2]]
+
+
+def edit(path: Path, **fields: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
+@pytest.mark.parametrize("value", ODD, ids=repr)
+def test_an_odd_end_token_is_refused_by_file_and_field(folder: Path, name: str, value: Any) -> None:
+    (folder / "generation_config.json").unlink()
+    write_json(folder / "config.json", {"model_type": "llama", "vocab_size": VOCAB_SIZE})
+    if name != "config.json":
+        write_json(folder / name, {})
+    edit(folder / name, eos_token_id=value)
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if all(type(index) is int and 0 <= index < VOCAB_SIZE for index in ids):
+        assert Tokenizer.load(folder).eos_ids == {SPECIALS.index(EOS), *ids}
+        return
+    with pytest.raises(InvalidArgumentError, match=f"{name}: eos_token_id must be") as refusal:
+        Tokenizer.load(folder)
+    assert refusal.value.reason is Reason.INVALID_MODEL
+    assert "\n" not in refusal.value.message
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("text", ["[]", "3", '"x"', "{", "\ufeff{}", "[" * 100_000, "\udcff"])
+def test_files_that_hold_no_json_object_are_refused_by_name(
+    folder: Path, name: str, text: str
+) -> None:
+    (folder / name).write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(InvalidArgumentError, match=name) as refusal:
+        Tokenizer.load(folder)
+    assert len(refusal.value.message) < 500
+
+
+@pytest.mark.parametrize("model_type", ["", "llama"])
+@pytest.mark.parametrize(
+    "field",
+    [
+        *("tokenizer_class", "bos_token", "eos_token", "unk_token", "pad_token", "chat_template"),
+        *("additional_special_tokens", "added_tokens_decoder", "model_max_length", "auto_map"),
+        *("add_bos_token", "add_eos_token", "add_prefix_space", "legacy", "padding_side"),
+        *("clean_up_tokenization_spaces", "extra_special_tokens", "truncation_side", "no_such"),
+    ],
+)
+def test_an_odd_value_of_the_tokenizer_is_refused_or_means_what_it_does_to_transformers(
+    folder: Path, field: str, model_type: str
+) -> None:
+    path = folder / "tokenizer_config.json"
+    if model_type:  # then tokenizer.json is read without AutoTokenizer
+        write_json(folder / "config.json", {"model_type": model_type})
+    before = path.read_text()
+    for value in [value for value in ODD if value != VOCAB_SIZE]:
+        path.write_text(before)
+        edit(path, **{field: value})
+        try:
+            tokenizer = Tokenizer.load(folder)
+        except InvalidArgumentError as error:
+            assert str(folder) in error.message and "\n" not in error.message
+            assert f"{path}: {field} must be" in error.message or "No tokenizer" in error.message
+            continue
+        hf = AutoTokenizer.from_pretrained(folder)
+        for text in TEXTS:
+            assert tokenizer.encode(text) == hf(text).input_ids, (field, value)
+
+
+def test_an_end_token_of_the_tokenizer_that_the_model_lacks_is_none(folder: Path) -> None:
+    (folder / "generation_config.json").unlink()
+    write_json(folder / "config.json", {"model_type": "llama", "vocab_size": 1})
+    assert SPECIALS.index(EOS) == 1
+    assert Tokenizer.load(folder).eos_ids == set()
 
 
 def test_threads_may_encode_together(tokenizer: Tokenizer) -> None:

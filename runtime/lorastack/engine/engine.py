@@ -131,6 +131,7 @@ class Engine:
             request=request,
             text=TextStream(self._tokenizer, request.stop.stop_sequences, request.prompt_ids),
             submitted=time.monotonic(),
+            rope_length=self._runner.rope_length(len(request.prompt_ids)),
         )
         with self._changed:
             if self._draining or self._closed:

@@ -46,9 +46,10 @@ def model_folder(model: str | None, progress: Progress | None = None) -> tuple[P
 
 
 def _from_hub(model: str, *, is_file: bool) -> Path:
+    named = one_line(model, 100)
     if is_file:
-        raise invalid(f"--model {model} is a file: name the folder that holds it")
-    missing = f"--model {model}: there is no folder {model}"
+        raise invalid(f"--model {named} is a file: name the folder that holds it")
+    missing = f"--model {named}: there is no folder {named}"
     try:
         found = snapshot_download(model, allow_patterns=HUB_FILES, ignore_patterns=HUB_COPIES)
         return Path(found)

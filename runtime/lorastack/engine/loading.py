@@ -131,13 +131,12 @@ def _kv_memory(
 
 
 def _warn_of_unknown_tokens(tokenizer: Tokenizer, vocab_size: int) -> None:
-    if (beyond := tokenizer.vocab_size - vocab_size) > 0:
+    if tokenizer.vocab_size > vocab_size:
         log.warning(
-            "the tokenizer has ids up to %d, the model %d tokens: prompts with one of the %d "
-            "beyond are refused",
+            "the tokenizer has ids up to %d, the model only those below %d: prompts with others "
+            "are refused",
             tokenizer.vocab_size - 1,
             vocab_size,
-            beyond,
         )
 
 

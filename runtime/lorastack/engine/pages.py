@@ -17,9 +17,11 @@ from lorastack.request import LoraUse
 ROOT_SALT = b"lorastack-kv-1"
 
 
-def root_hash(loras: Iterable[LoraUse]) -> bytes:
+def root_hash(loras: Iterable[LoraUse], rope_length: int = 0) -> bytes:
     """The chain's start: what beside the tokens shapes KV. Heads do not."""
     key = ";".join(f"{use.digest}*{use.scale!r}" for use in loras)
+    if rope_length:
+        key += f";{rope_length}"
     return hashlib.blake2b(ROOT_SALT + key.encode(), digest_size=16).digest()
 
 

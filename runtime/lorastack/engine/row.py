@@ -35,6 +35,7 @@ class Row:
     request: Request
     text: TextStream
     submitted: float  # time.monotonic() seconds, as all times here
+    rope_length: int = 0  # see Runner.rope_length
     tokens: list[int] = field(default_factory=list)
     num_computed: int = 0
     pages: list[int] = field(default_factory=list)
@@ -84,7 +85,7 @@ class Row:
 
     @property
     def kv_root(self) -> bytes:
-        return root_hash(self.request.loras)
+        return root_hash(self.request.loras, self.rope_length)
 
     def uses(self, digest: str) -> bool:
         """Whether it is one of the row's LoRAs or its heads."""

@@ -46,6 +46,12 @@ class Runner:
         self._stacks = Stacks()
         self._drafter = Drafter(decoder, self._stacks)
 
+    def rope_length(self, num_prompt: int) -> int:
+        """What beside a row's tokens and LoRAs shapes its KV: the length of a prompt beyond that
+        which dynamic RoPE begins at. Else 0."""
+        begin = self._decoder.dynamic_rope_begin
+        return num_prompt if begin is not None and num_prompt > begin else 0
+
     def run(self, batch: Batch) -> StepResults:
         """One forward pass."""
         forward, sampled = self._lay_out(batch)
@@ -78,7 +84,8 @@ class Runner:
             token_ids.extend(step.token_ids)
             end = len(token_ids)
             parents = step.tree.parents if step.tree else None
-            spans.append(RowSpan(start, end, step.page_table, step.committed, parents))
+            prompt = len(step.request.prompt_ids)
+            spans.append(RowSpan(start, end, step.page_table, step.committed, parents, prompt))
             if step.samples:
                 tree = step.tree or Drafted.root(step.token_ids[-1])
                 sampled.append(Sampled(index, step, tree, len(outputs)))

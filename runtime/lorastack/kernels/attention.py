@@ -37,7 +37,7 @@ class RowSpan:
 
     start, end: its tokens in the step; page_table: page ids, enough for committed + (end - start)
     slots; committed: slots already filled; parents: per token the index of its parent within the
-    row, -1 for the first; None for a chain.
+    row, -1 for the first; None for a chain. prompt: tokens of its prompt, for dynamic RoPE alone.
     """
 
     start: int
@@ -45,6 +45,7 @@ class RowSpan:
     page_table: Sequence[int]
     committed: int
     parents: tuple[int, ...] | None = None
+    prompt: int = 0
 
     @property
     def num_tokens(self) -> int:

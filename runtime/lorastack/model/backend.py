@@ -91,14 +91,19 @@ class TorchBackend:
             device=self._inv_freq.device,
         )
         kv.clear(plan.fresh_pages)
-        positions_T, inv_freq = plan.positions_T, self._inv_freq
-        if inv_freq.dim() == 2:  # its rows belong to positions
-            inv_freq = inv_freq[positions_T]
-        angle_TF = positions_T[:, None].float() * inv_freq
+        angle_TF = plan.positions_T[:, None].float() * self._frequencies(plan, batch)
         cos_TF, sin_TF = angle_TF.cos(), angle_TF.sin()
         cos_T1D = torch.cat((cos_TF, cos_TF), dim=-1).mul_(self._rope_scale)[:, None]
         sin_T1D = torch.cat((-sin_TF, sin_TF), dim=-1).mul_(self._rope_scale)[:, None]
         return StepMeta(plan, cos_T1D.to(self._dtype), sin_T1D.to(self._dtype))
+
+    def _frequencies(self, plan: AttentionPlan, batch: ForwardBatch) -> Tensor:
+        """[F], or [T, F] of dynamic RoPE: see `model.rope`."""
+        if self._inv_freq.dim() == 1:
+            return self._inv_freq
+        ends = [row.prompt - 1 for row in batch.rows for _ in range(row.num_tokens)]
+        last_T = torch.tensor(ends, device=plan.positions_T.device)
+        return self._inv_freq[torch.maximum(plan.positions_T, last_T)]
 
     def _layer(
         self,

@@ -13,7 +13,14 @@ from torch import Tensor
 
 from lorastack.errors import InvalidArgumentError, Reason
 from lorastack.layout import ModelShapes
-from lorastack.model.rope import MAX_LENGTH, check_rope, context_limit, frequencies, unsupported
+from lorastack.model.rope import (
+    MAX_LENGTH,
+    ROPE_FIELDS,
+    check_rope,
+    context_limit,
+    frequencies,
+    unsupported,
+)
 from lorastack.modelfiles import (
     MAX_INT,
     check,
@@ -44,8 +51,9 @@ OPTIONAL = ("num_key_value_heads", "head_dim", "sliding_window")
 class DecoderConfig:
     """shapes.max_context is the limit in force. window: tokens, None for full attention.
 
-    inv_freq: RoPE frequencies [D / 2], float32; for dynamic scaling [max_context, D / 2], a row for
-    each position. rope_scale multiplies cos and sin (YaRN's).
+    inv_freq: RoPE frequencies [D / 2], float32; with dynamic_rope_begin [max_context, D / 2], a row
+    for each length of a text, beyond dynamic_rope_begin tokens another one for each. rope_scale
+    multiplies cos and sin (YaRN's).
     has_heads: Medusa heads lie beside the backbone.
     """
 
@@ -57,6 +65,7 @@ class DecoderConfig:
     inv_freq: Tensor
     rope_scale: float
     has_heads: bool = False
+    dynamic_rope_begin: int | None = None
 
 
 def load_config(folder: Path, max_context: int | None) -> DecoderConfig:
@@ -83,6 +92,7 @@ def load_config(folder: Path, max_context: int | None) -> DecoderConfig:
         has_heads="medusa_num_heads" in raw,
         inv_freq=inv_freq,
         rope_scale=rope_scale,
+        dynamic_rope_begin=config.max_position_embeddings if inv_freq.dim() == 2 else None,
     )
 
 
@@ -94,20 +104,21 @@ def _parse(raw: dict[str, Any], folder: Path) -> Any:
     check(names is None or is_list, path, "architectures", "a list of names or null", names)
     for name in names or []:
         if name not in ARCHITECTURES:
-            raise unsupported(f"architecture {name[:64]}", " or ".join(ARCHITECTURES))
+            raise unsupported(f"architectures: {name[:64]} in {path}", " or ".join(ARCHITECTURES))
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_CLASSES:
-        raise unsupported(f"model type {shown(model_type)}", " or ".join(CONFIG_CLASSES))
+        raise unsupported(f"model_type {shown(model_type)} in {path}", " or ".join(CONFIG_CLASSES))
     _refuse_quantised(raw, folder)
     _check_fields(raw, path)
     check_rope(raw, path)
     config = _plain(raw) or _by_transformers(raw, path)
     if config.hidden_act not in ("silu", "swish"):
-        raise unsupported(f"activation {shown(config.hidden_act)}", "silu")
+        raise unsupported(f"hidden_act {shown(config.hidden_act)} in {path}", "silu")
     if config.num_attention_heads % config.num_key_value_heads:
         raise invalid(
+            f"{path}: num_attention_heads and num_key_value_heads do not fit: "
             f"{config.num_attention_heads} attention heads cannot share "
-            f"{config.num_key_value_heads} key-value heads evenly: correct {path}"
+            f"{config.num_key_value_heads} key-value heads evenly"
         )
     size, rule = config.head_dim, "even and above 2 (unset: hidden_size / num_attention_heads)"
     check(size > 2 and size % 2 == 0, path, "head_dim", rule, size)
@@ -131,7 +142,7 @@ def _check_fields(raw: Mapping[str, Any], path: Path) -> None:
             rule = "true or false" if kind is bool else "a name"
             check(isinstance(value, kind), path, name, rule, value)
     if raw.get("per_layer_config"):
-        raise unsupported("per_layer_config", "the same sizes in every layer")
+        raise unsupported(f"per_layer_config in {path}", "the same sizes in every layer")
 
 
 def _refuse_quantised(raw: dict[str, Any], folder: Path) -> None:
@@ -176,8 +187,10 @@ def _by_transformers(raw: dict[str, Any], path: Path) -> Any:
     # Where another thread (the tokenizer's) is importing it, an import statement gives the module
     # that transformers replaces at the end of its own import.
     transformers = import_module("transformers")
+    names = (*FIELDS, "model_type", "sliding_window", "layer_types", *ROPE_FIELDS)
+    fields = {name: raw[name] for name in names if name in raw}
     try:
-        return getattr(transformers, CONFIG_CLASSES[raw["model_type"]]).from_dict(raw)
+        return getattr(transformers, CONFIG_CLASSES[raw["model_type"]]).from_dict(fields)
     except Exception as error:  # whatever a foreign file makes it raise
         raise invalid(f"{path} is not valid: {one_line(error)}") from error
 

@@ -37,7 +37,10 @@ class Backend(Protocol):
 
 
 class Decoder:
-    """A base model and the backend that runs it. quantization: its weights' `Kind`, or ""."""
+    """A base model and the backend that runs it. quantization: its weights' `Kind`, or "".
+
+    dynamic_rope_begin: see `DecoderConfig`.
+    """
 
     def __init__(
         self,
@@ -46,11 +49,13 @@ class Decoder:
         device: torch.device,
         dtype: torch.dtype,
         quantization: str = "",
+        dynamic_rope_begin: int | None = None,
     ) -> None:
         self.shapes = shapes
         self.device = device
         self.dtype = dtype
         self.quantization = quantization
+        self.dynamic_rope_begin = dynamic_rope_begin
         self._backend = backend
 
     @property
@@ -95,7 +100,8 @@ def load_decoder(
     dtype = dtype or default_dtype(config, device, native)
     kind = None if quantize is None else Kind(quantize)
     backend = _backend(checkpoint, config, device, dtype, native, kind)
-    return Decoder(config.shapes, backend, device, dtype, quantize or "")
+    begin = config.dynamic_rope_begin
+    return Decoder(config.shapes, backend, device, dtype, quantize or "", begin)
 
 
 def default_dtype(config: DecoderConfig, device: torch.device, native: bool) -> torch.dtype:

@@ -42,6 +42,8 @@ def native_isa(
 ) -> native.Isa | None:
     """The instructions that would run this model here; None: none do."""
     shapes = config.shapes
+    if config.dynamic_rope_begin is not None:
+        return None
     if kind is not None and dtype != torch.bfloat16:
         return None
     if device.type != "cpu" or shapes.hidden_size % PAD or shapes.head_dim % PAD:

@@ -14,7 +14,9 @@ from lorastack.modelfiles import check, invalid, is_int, is_number, one_line, sh
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 MAX_LENGTH = 1 << 24  # tokens
-FIELDS = ("rope_parameters", "rope_scaling")  # transformers' name, and the older one
+OBJECTS = ("rope_parameters", "rope_scaling")  # transformers' name, and the older one
+OUTSIDE = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+ROPE_FIELDS = (*OBJECTS, *OUTSIDE)  # of config.json
 
 
 def _optional(rule: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -45,16 +47,16 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "mscale": (_optional(is_number), "a finite number or null"),
     "mscale_all_dim": (_optional(is_number), "a finite number or null"),
     "truncate": (lambda value: isinstance(value, bool), "true or false"),
-    "partial_rotary_factor": (_optional(is_number), "a finite number or null"),
+    "partial_rotary_factor": (is_number, "a finite number"),
 }
-_OUTSIDE = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
 
 
 def check_rope(raw: Mapping[str, Any], path: Path) -> None:
     """The values of config.json as they stand. Raises InvalidArgumentError naming the field."""
-    for name in _OUTSIDE:
-        _check(raw, name, path, name)
-    for field in FIELDS:
+    for name in OUTSIDE:
+        if (name, raw.get(name, "")) != ("partial_rotary_factor", None):
+            _check(raw, name, path, name)
+    for field in OBJECTS:
         entries = raw.get(field)
         if entries is None:
             continue
@@ -89,9 +91,11 @@ def frequencies(config: Any, max_context: int, path: Path) -> tuple[Tensor, floa
     rope = config.rope_parameters
     kind = rope.get("rope_type")
     if kind not in ROPE_TYPES:
-        raise unsupported(f"RoPE type {shown(kind)}", ", ".join(ROPE_TYPES))
+        raise unsupported(f"rope_type {shown(kind)} in {path}", ", ".join(ROPE_TYPES))
     if rope.get("partial_rotary_factor") not in (None, 1):
-        raise unsupported("partial_rotary_factor other than 1", "RoPE over the whole head")
+        raise unsupported(
+            f"partial_rotary_factor other than 1 in {path}", "RoPE over the whole head"
+        )
     try:
         inv_freq, scale = _computed(config, kind, max_context)
     except (ArithmeticError, TypeError, ValueError, KeyError) as error:
@@ -117,10 +121,10 @@ def _computed(config: Any, kind: str, max_context: int) -> tuple[Tensor, float]:
 
 
 def _dynamic(config: Any, max_context: int, exponent_F: Tensor) -> Tensor:
-    """[P, F]: at each position, the frequencies of a text that ends there.
+    """[P, F]: row n - 1 has the frequencies of a text of n tokens.
 
-    So transformers turns each token that it generates. It turns a prompt beyond the length before
-    scaling by that of the whole prompt, where a row would depend on how its prompt is cut.
+    transformers turns the tokens of a prompt by the prompt's length, and each token that follows by
+    the length of the text that ends with it.
     """
     rope, size = config.rope_parameters, config.head_dim
     before, factor = config.max_position_embeddings, rope["factor"]

@@ -298,8 +298,14 @@ class Preparer:
     def _grammar(
         self, wanted: JsonSchema | Regex, prompt_ids: tuple[int, ...], num_bytes: int
     ) -> Grammar:
-        num_dropped = self._model.tokenizer.joiner(prompt_ids).num_dropped
-        return self.grammars.compile(wanted, num_dropped, num_bytes)
+        joiner = self._model.tokenizer.joiner(prompt_ids)
+        if joiner.has_broken_bytes:
+            raise InvalidArgumentError(
+                "token_ids ends inside a character, in byte tokens: behind those no text is sure "
+                "to follow a response_format; end it with a whole character",
+                field="token_ids",
+            )
+        return self.grammars.compile(wanted, joiner.num_dropped, num_bytes)
 
     def _record(self, adapter_id: str, field: str) -> Record:
         if adapter_id in RESERVED_IDS:

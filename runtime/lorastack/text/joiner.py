@@ -21,7 +21,10 @@ from typing import Any, Protocol
 from lorastack.errors import InvalidArgumentError, Reason
 
 UNKNOWN_CHARACTER = "\ufffd"
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_HEX = "0123456789abcdefABCDEF"
+_BYTE_TOKENS = {f"<0x{high}{low}>": int(high + low, 16) for high in _HEX for low in _HEX}
+_CONTINUATIONS = bytes(range(0x80, 0xC0))  # bytes inside a character
+MAX_RUN = 4096  # bytes that are read of the run that a prompt ends with
 
 
 class Joiner(Protocol):
@@ -30,6 +33,12 @@ class Joiner(Protocol):
     @property
     def num_dropped(self) -> int:
         """So many spaces at the beginning are left out; none behind a prompt with text."""
+        ...
+
+    @property
+    def has_broken_bytes(self) -> bool:
+        """Behind a prompt whose last tokens are bytes, and no whole characters: byte tokens that
+        follow them may show as U+FFFD, one each."""
         ...
 
     def follow(self, before: Iterable[str]) -> None:
@@ -119,6 +128,7 @@ class ByteLevelJoiner:
     """GPT-2, Llama 3, SmolLM2, Tekken: every character of a token stands for a byte."""
 
     num_dropped = 0
+    has_broken_bytes = False  # a character that begins after them is one
 
     def __init__(self) -> None:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
@@ -187,6 +197,10 @@ class SpacesJoiner:
     def num_dropped(self) -> int:
         return int(self._drops) or _left(self._strip, _run_text(self._run))
 
+    @property
+    def has_broken_bytes(self) -> bool:
+        return UNKNOWN_CHARACTER in _run_text(self._run)
+
     def follow(self, before: Iterable[str]) -> None:
         tokens = iter(before)
         run = bytearray()
@@ -197,8 +211,12 @@ class SpacesJoiner:
                 self._take_spaces(map(self.alone, chain((token,), tokens)))
                 break
             run.append(byte)
-        self._run = run[::-1]
-        self._num_given = len(run)
+            if len(run) == MAX_RUN:  # what stands before is taken for whole characters
+                self._strip = 0
+                break
+        run.reverse()
+        self._run = run.lstrip(_CONTINUATIONS) if len(run) == MAX_RUN else run
+        self._num_given = len(self._run)
         self._given = _stripped(_run_text(self._run), self._strip)
 
     def push(self, token: str) -> str:
@@ -224,8 +242,7 @@ class SpacesJoiner:
         return self._replaced(token, drop=False).encode() if byte is None else bytes([byte])
 
     def _byte(self, token: str) -> int | None:
-        found = _BYTE_TOKEN.fullmatch(token) if self._has_bytes else None
-        return int(found[1], 16) if found else None
+        return _BYTE_TOKENS.get(token) if self._has_bytes else None
 
     def _end_run(self) -> str:
         """The text of the run, without what the prompt shows of it."""
