@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lorastack.adapters import targets
 from lorastack.errors import InvalidArgumentError
 from tests.adapters.folders import (
     HEADS_CONFIG,
@@ -63,6 +61,56 @@ def test_configs_that_are_not_json_objects(lora: Path, text: str) -> None:
     refused(lora, LORA_CONFIG)
 
 
+TOKENIZER_FILES: dict[str, tuple[str, str, str]] = {
+    "template number": ("tokenizer_config.json", '{"chat_template": 3}', "must be text"),
+    "template table": (
+        "tokenizer_config.json",
+        '{"chat_template": {"default": "x"}}',
+        "must be text",
+    ),
+    "name list": (
+        "tokenizer_config.json",
+        '{"chat_template": [{"name": [], "template": "x"}]}',
+        "must be text",
+    ),
+    "template in a list": ("tokenizer_config.json", '{"chat_template": ["x"]}', "must be text"),
+    "named number": (
+        "tokenizer_config.json",
+        '{"chat_template": [{"name": "default", "template": 3}]}',
+        "must be text",
+    ),
+    "surrogate": ("tokenizer_config.json", '{"chat_template": "\\udC00"}', "surrogate"),
+    "syntax": ("chat_template.jinja", "{% for %}", r"in chat_template\.jinja is not Jinja"),
+    "syntax in json": (
+        "tokenizer_config.json",
+        '{"chat_template": "{{ x"}',
+        r"in tokenizer_config\.json is not Jinja",
+    ),
+    "long": ("chat_template.jinja", "x" * 70_000, "longer than 65536"),
+    "nested": ("chat_template.jinja", "{{" + "(" * 9999 + "1" + ")" * 9999 + "}}", "parsed"),
+    "literal": ("chat_template.jinja", "{{ " + "9" * 5000 + " }}", "parsed"),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "named"), TOKENIZER_FILES.values(), ids=TOKENIZER_FILES.keys()
+)
+def test_templates_are_refused_by_name(lora: Path, name: str, text: str, named: str) -> None:
+    (lora / name).write_text(text)
+    refused(lora, named)
+
+
+@pytest.mark.parametrize("name", ["\ud800", "a\nb", "\x1b[31m", "\u202e"])
+def test_tensor_names_that_cannot_be_printed(lora: Path, name: str) -> None:
+    data = (lora / LORA_FILE).read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.dumps({name: {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}})
+    header = header[:-1] + ", " + data[8 : 8 + length].decode().lstrip("{")
+    raw = header.encode()
+    (lora / LORA_FILE).write_bytes(len(raw).to_bytes(8, "little") + raw + data[8 + length :])
+    assert refused(lora, "surrogate|cannot be printed").message.isprintable()
+
+
 def test_a_tensor_in_two_files(lora: Path) -> None:
     save_file({Q_A: torch.zeros(4, H)}, lora / "more.safetensors")
     refused(lora, "q_proj.lora_A.weight is in more.safetensors and in another")
@@ -75,7 +123,6 @@ LORA_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "corda": ({"init_lora_weights": "corda"}, "init_lora_weights"),
     "lora_ga": ({"init_lora_weights": "lora_ga"}, "init_lora_weights"),
     "lora_bias": ({"lora_bias": True}, "lora_bias"),
-    "fan_in_fan_out": ({"fan_in_fan_out": True}, "fan_in_fan_out"),
     "qalora": ({"use_qalora": True}, "use_qalora"),
     "bdlora": ({"use_bdlora": {"nblocks": 2}}, "use_bdlora"),
     "arrow": ({"arrow_config": {"top_k": 1}}, "arrow_config"),
@@ -103,6 +150,28 @@ LORA_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "layers text": ({"layers_to_transform": "0"}, "layers_to_transform"),
     "rslora text": ({"use_rslora": "yes"}, "use_rslora"),
+    "rslora number": ({"use_rslora": 1}, "use_rslora"),  # which PEFT takes for true
+    "arrow of defaults": ({"arrow_config": {}}, "arrow_config"),
+    "init number": ({"init_lora_weights": 1}, "init_lora_weights"),
+    "recursion": ({"target_modules": "(?R)*"}, "target_modules has the bad pattern"),
+    "back reference": (
+        {"target_modules": r"(.)\1*.*"},
+        "target_modules has a pattern with groupref",
+    ),
+    "many patterns": (
+        {"rank_pattern": {f"z{number:x}": 1 for number in range(1025)}},
+        "rank_pattern has 1025 patterns; at most 1024",
+    ),
+    "many layers patterns": (
+        {"layers_to_transform": [0], "layers_pattern": ["layers"] * 1025},
+        "layers_pattern has 1025 patterns",
+    ),
+    "base name of two lines": (
+        {"base_model_name_or_path": "x\n2026-01-01 CRITICAL"},
+        r"base_model_name_or_path holds .* 'x\\n2026",
+    ),
+    "base name of a surrogate": ({"base_model_name_or_path": "\ud800"}, "half a surrogate pair"),
+    "unprintable field": ({"\x1b[31m": 3}, r"^\\x1b\[31m = '3'"),
     "base name": ({"base_model_name_or_path": 3}, "base_model_name_or_path"),
     "too few targets": ({"target_modules": ["q_proj"]}, "does not target .*up_proj"),
     "too many targets": (
@@ -178,14 +247,24 @@ def test_lora_tensors_are_refused_by_name(lora: Path, edit: Edit, named: str) ->
     refused(lora, named)
 
 
-def test_endless_patterns_end(lora: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(targets, "MATCH_SECONDS", 0.05)
-    edit_json(lora / LORA_CONFIG, target_modules=r"(?:(?:.*)*)*(?:(?:.*)*)*(?=x)x(\w|\w\w|\w+)*Z\1")
-    began = time.monotonic()
-    refused(lora, "takes too long|match no module")
-    assert time.monotonic() - began < 2
-    edit_json(lora / LORA_CONFIG, target_modules="q" * 5000)
-    refused(lora, "longer than")
+def test_the_patterns_of_a_config_share_their_steps(lora: Path) -> None:
+    """One pattern is fine, a thousand of them are not."""
+    slow = "(?:[a-p.]|[b-z.]|[c-y_])*(?:[a-z]|[.]|\\d)*Z"
+    edit_json(lora / LORA_CONFIG, rank_pattern={slow: 3})
+    parse_folder(lora)
+    edit_json(lora / LORA_CONFIG, rank_pattern={slow + "Z" * n: 3 for n in range(1000)})
+    refused(lora, "rank_pattern: the patterns take more than")
+
+
+def test_as_many_patterns_as_a_large_model_has_projections(lora: Path) -> None:
+    """PEFT's EVA writes a rank and an alpha for each."""
+    names = [f"model.layers.{n}.self_attn.a_projection" for n in range(1020)]
+    edit_json(
+        lora / LORA_CONFIG,
+        rank_pattern=dict.fromkeys(names, 8) | {"q_proj": 4},
+        alpha_pattern=dict.fromkeys(names, 3) | {"q_proj": 2},
+    )
+    assert parse_folder(lora).scales[0, "q_proj"] == 0.5
 
 
 # -- refused: draft vocabularies ------------------------------------------------------------------

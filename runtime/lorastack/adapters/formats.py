@@ -15,12 +15,12 @@ from lorastack.adapters import medusa, peft
 from lorastack.adapters.base_names import Same, same_model
 from lorastack.adapters.jsonfile import read_object, read_text
 from lorastack.adapters.refusal import invalid
+from lorastack.adapters.templates import check_template
 from lorastack.adapters.tensorfile import TensorEntry, check_finite, read_header
 from lorastack.errors import FailedPreconditionError, InvalidArgumentError, Reason
 from lorastack.layout import AdapterKind, ModelShapes, TensorKey
 
-MAX_CONFIG = 4 << 20  # bytes of one JSON file
-MAX_TEMPLATE = 1 << 20  # bytes
+MAX_CONFIG = 4 << 20  # bytes of one file of JSON or text
 TEMPLATE_NAME = "chat_template.jinja"
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
@@ -96,7 +96,10 @@ def parse(
         if heads_config is not None
         else None
     )
-    return _combine(lora, heads, chat_template(files) if scales is None else None)
+    template = chat_template(files) if scales is None else None
+    if template is not None:
+        check_template(template, TEMPLATE_NAME if TEMPLATE_NAME in files else TOKENIZER_CONFIG_NAME)
+    return _combine(lora, heads, template)
 
 
 def _combine(
@@ -212,7 +215,7 @@ def chat_template(files: Mapping[str, Path]) -> str | None:
     files: file name -> path. Raises InvalidArgumentError for a malformed file.
     """
     if TEMPLATE_NAME in files:
-        return read_text(files[TEMPLATE_NAME], TEMPLATE_NAME, MAX_TEMPLATE)
+        return read_text(files[TEMPLATE_NAME], TEMPLATE_NAME, MAX_CONFIG)
     config = _config(files, TOKENIZER_CONFIG_NAME) or {}
     template = config.get("chat_template")
     if isinstance(template, list):  # several named ones
