@@ -96,10 +96,7 @@ def parse(
         if heads_config is not None
         else None
     )
-    template = chat_template(files) if scales is None else None
-    if template is not None:
-        check_template(template, TEMPLATE_NAME if TEMPLATE_NAME in files else TOKENIZER_CONFIG_NAME)
-    return _combine(lora, heads, template)
+    return _combine(lora, heads, chat_template(files) if scales is None else None)
 
 
 def _combine(
@@ -133,10 +130,13 @@ def check_base(
 
     base_names: what the server's model is called (hub id, folder, aliases); `base_names.same_model`
     says which names mean the same. A folder that names no base passes; its shapes were checked
-    anyway. accept: any name passes. Raises FailedPreconditionError when it is another model's.
+    anyway. accept: any name passes. Raises FailedPreconditionError when it is another model's, and
+    InvalidArgumentError for a name that would spoil a listing.
     """
     warnings = []
     for name in parsed.base_models:
+        if not name.isprintable():
+            raise invalid(f"base_model_name_or_path holds what cannot be printed: {name[:64]!r}")
         same = same_model(name, base_names)
         if same is Same.NO and not accept:
             raise FailedPreconditionError(
@@ -152,6 +152,13 @@ def check_base(
                 "the server's: only shapes were checked"
             )
     return tuple(warnings)
+
+
+def check_chat_template(parsed: ParsedAdapter, files: Mapping[str, Path]) -> None:
+    """Raises InvalidArgumentError naming the file of a template that nobody could render."""
+    if parsed.chat_template is not None:
+        file = TEMPLATE_NAME if TEMPLATE_NAME in files else TOKENIZER_CONFIG_NAME
+        check_template(parsed.chat_template, file)
 
 
 def check_values(parsed: ParsedAdapter) -> None:

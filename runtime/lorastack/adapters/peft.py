@@ -247,6 +247,4 @@ def text_field(config: Mapping[str, object], field: str) -> str:
         raise invalid(f"{field} must be a string")
     if len(value or "") > MAX_TEXT:
         raise invalid(f"{field} is longer than {MAX_TEXT} characters")
-    if value and not value.isprintable():
-        raise invalid(f"{field} holds what cannot be printed: {value[:64]!r}")
     return value or ""
