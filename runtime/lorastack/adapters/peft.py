@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 
 from lorastack.adapters.fields import check_fields
@@ -18,6 +18,7 @@ from lorastack.adapters.tensorfile import TensorEntry
 from lorastack.layout import EMBED, LM_HEAD, ModelShapes, Part, TensorKey
 
 CONFIG_NAME = "adapter_config.json"
+MAX_PATTERNS = 1024  # of one field; PEFT's EVA writes one for each of a model's projections
 MAX_TEXT = 1024  # characters of a name in a config, which every listing repeats
 # PEFT's choice for Llama and Mistral when a config names no targets.
 _DEFAULT_TARGETS = frozenset({"q_proj", "v_proj"})
@@ -208,6 +209,7 @@ def _table(config: Mapping[str, object], field: str) -> list[tuple[str, object]]
     value = config.get(field) or {}
     if not isinstance(value, dict):
         raise invalid(f"{field} must map names to numbers")
+    _check_number(field, value)
     return list(value.items())
 
 
@@ -237,7 +239,13 @@ def _layers_pattern(config: Mapping[str, object]) -> tuple[str, ...]:
     items = [value] if isinstance(value, str) else value
     if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
         raise invalid("layers_pattern must be a pattern or a list of them")
+    _check_number("layers_pattern", items)
     return tuple(items)
+
+
+def _check_number(field: str, patterns: Sized) -> None:
+    if len(patterns) > MAX_PATTERNS:
+        raise invalid(f"{field} has {len(patterns)} patterns; at most {MAX_PATTERNS} are read")
 
 
 def text_field(config: Mapping[str, object], field: str) -> str:
