@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,9 +12,11 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.config import VeloraConfig
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 from transformers import PreTrainedModel as HFModel
 
+from lorastack.adapters.fields import CONFIGS, READ, TRAINING
 from lorastack.adapters.formats import parse
 from lorastack.adapters.load import Validator
 from lorastack.adapters.targets import module_names
@@ -76,6 +79,12 @@ SUPPORTED: dict[str, dict[str, Any]] = {
         "layers_to_transform": [1],
     },
     "exclude list": {"target_modules": ALL_LINEAR, "exclude_modules": ["q_proj", "1.mlp.up_proj"]},
+    "look ahead": {"target_modules": r"^(model)(?!.*(lm_head|embed|mlp)).*(q|k)_proj"},
+    "as unsloth writes it": {
+        "target_modules": r"(?:.*?(?:language|text).*?(?:self_attn|mlp).*?(?:q_proj|up_proj).*?)"
+        r"|(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|mlp)\.(?:(?:q_proj|up_proj)))"
+    },
+    "letter case": {"target_modules": r"(?i)MODEL\..*\.[Q-V]_PROJ"},
     "exclude regex": {"target_modules": "all-linear", "exclude_modules": r".*\.0\..*"},
     "gaussian": {"target_modules": ["q_proj"], "init_lora_weights": "gaussian"},
     "unused targets": {"target_modules": ["q_proj", "c_attn"]},
@@ -171,23 +180,111 @@ def test_what_peft_saves_and_we_cannot_is_refused_by_name(
         parse(files_of(tmp_path), SHAPES)
 
 
-HARMLESS = {
-    *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path"),
-    *("revision", "inference_mode", "r", "lora_alpha", "lora_dropout", "use_rslora"),
-    *("rank_pattern", "alpha_pattern", "target_modules", "exclude_modules", "layers_pattern"),
-    *("layers_to_transform", "init_lora_weights", "eva_config", "megatron_core"),
-    "qalora_group_size",
+# What LoraConfig has beside the fields that are read and those of training: each refused by name.
+MATHS = {
+    *("alora_invocation_tokens", "arrow_config", "bias", "kasa_config", "layer_replication"),
+    *("lora_bias", "megatron_config", "modules_to_save", "monteclora_config", "use_bdlora"),
+    *("target_parameters", "trainable_token_indices", "use_dora", "use_qalora"),
+}
+FIELDS = {field.name: field for field in dataclasses.fields(LoraConfig)}
+# Values of training fields that PEFT itself takes.
+TRAINED: dict[str, Any] = {
+    "auto_mapping": {"base_model_class": "LlamaForCausalLM", "unsloth_fixed": True},
+    "corda_config": {"corda_method": "kpm"},
+    "eva_config": {"rho": 3.0},
+    "fan_in_fan_out": True,
+    "inference_mode": False,
+    "loftq_config": {"loftq_bits": 4},
+    "lora_dropout": 0.3,
+    "lora_ga_config": {"direction": "random"},
+    "megatron_core": "megatron.other",
+    "peft_version": "9.9.9",
+    "qalora_group_size": 32,
+    "revision": "a branch",
+    "velora_config": {"num_groups": 4},
 }
 
 
-@pytest.mark.parametrize("name", sorted(LoraConfig().to_dict().keys() - HARMLESS))
-def test_every_other_field_of_peft_is_refused_by_name(tmp_path: Path, name: str) -> None:
+def test_every_field_of_peft_has_its_meaning() -> None:
+    assert FIELDS.keys() == (READ | TRAINING | MATHS) & FIELDS.keys()
+    assert CONFIGS < MATHS and not MATHS & (READ | TRAINING) and not READ & TRAINING
+
+
+@pytest.mark.parametrize("name", sorted(FIELDS))
+def test_defaults_of_peft_pass(tmp_path: Path, name: str) -> None:
     save(build(), tmp_path, target_modules=["q_proj"])
+    default = getattr(LoraConfig(), name)
+    if name in READ - {"use_rslora", "init_lora_weights", "ensure_weight_tying"}:
+        return
+    edit_json(
+        tmp_path / "adapter_config.json", **{name: None if name == "runtime_config" else default}
+    )
     parse(files_of(tmp_path), SHAPES)
-    edit_json(tmp_path / "adapter_config.json", **{name: "some other value"})
-    with pytest.raises(InvalidArgumentError, match=name) as refusal:
+
+
+@pytest.mark.parametrize("name", sorted(MATHS))
+def test_every_field_that_changes_the_maths_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    save(build(), tmp_path, target_modules=["q_proj"])
+    for nothing in (None, False, 0, "", "none", []):
+        edit_json(tmp_path / "adapter_config.json", **{name: nothing})
         parse(files_of(tmp_path), SHAPES)
-    assert refusal.value.reason is Reason.UNSUPPORTED_ADAPTER
+    for value in (True, 1, "some other value", [1], {"a": 1}, *([{}] if name in CONFIGS else [])):
+        edit_json(tmp_path / "adapter_config.json", **{name: value})
+        with pytest.raises(InvalidArgumentError, match=name) as refusal:
+            parse(files_of(tmp_path), SHAPES)
+        assert refusal.value.reason is Reason.UNSUPPORTED_ADAPTER
+
+
+@pytest.mark.parametrize("name", sorted(TRAINED))
+def test_fields_of_training_change_nothing(tmp_path: Path, name: str) -> None:
+    """PEFT computes the same with and without them, so they are accepted at any value."""
+    embedding = [] if name == "velora_config" else ["embed_tokens"]  # which PEFT has no VeLoRA for
+    save(build(False), tmp_path, target_modules=["q_proj", "down_proj", *embedding])
+    ids = torch.arange(12)[None]
+
+    def logits() -> torch.Tensor:
+        model = PeftModel.from_pretrained(build(False), tmp_path)
+        return torch.as_tensor(model.train(False)(ids).logits)
+
+    before, parsed = logits(), parse(files_of(tmp_path), SHAPES)
+    edit_json(tmp_path / "adapter_config.json", **{name: TRAINED[name]})
+    assert torch.equal(logits(), before)
+    assert parse(files_of(tmp_path), SHAPES) == parsed
+    edit_json(tmp_path / "adapter_config.json", **{name: ["any", {"value": -1}]})
+    assert parse(files_of(tmp_path), SHAPES) == parsed
+
+
+@pytest.mark.parametrize("value", [None, False, 0, 0.0, "", "none", "None", [], {}])
+def test_unknown_fields_that_say_nothing_pass(tmp_path: Path, value: Any) -> None:
+    save(build(), tmp_path, target_modules=["q_proj"])
+    edit_json(tmp_path / "adapter_config.json", from_the_future=value)
+    PeftModel.from_pretrained(build(), tmp_path)
+    parse(files_of(tmp_path), SHAPES)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"swift_type": "LORA", "lorap_emb_lr": 1e-6, "lorap_lr_ratio": 16.0, "lora_dtype": None},
+        {"loraplus_lr_ratio": 16.0, "loraplus_lr_embedding": 1e-6},
+        {"enable_lora": None, "merge_weights": False},  # of PEFT's first versions
+        {"init_lora_weights": "Gaussian"},
+        {"ensure_weight_tying": True},  # with nothing that is tied
+    ],
+    ids=str,
+)
+def test_folders_of_other_trainers(tmp_path: Path, fields: dict[str, Any]) -> None:
+    save(build(), tmp_path, target_modules=["q_proj"])
+    expected = parse(files_of(tmp_path), SHAPES)
+    edit_json(tmp_path / "adapter_config.json", **fields)
+    PeftModel.from_pretrained(build(), tmp_path)
+    assert parse(files_of(tmp_path), SHAPES) == expected
+
+
+def test_an_adapter_trained_with_velora(tmp_path: Path) -> None:
+    """Its folder holds what the backward pass needed."""
+    save(build(), tmp_path, target_modules=["q_proj"], velora_config=VeloraConfig(num_groups=4))
+    assert len(parse(files_of(tmp_path), SHAPES).tensors) == 4
 
 
 def validator(model: HFModel, shapes: ModelShapes = SHAPES) -> Validator:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lorastack.adapters import targets
 from lorastack.errors import InvalidArgumentError
 from tests.adapters.folders import (
     HEADS_CONFIG,
@@ -75,7 +73,6 @@ LORA_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "corda": ({"init_lora_weights": "corda"}, "init_lora_weights"),
     "lora_ga": ({"init_lora_weights": "lora_ga"}, "init_lora_weights"),
     "lora_bias": ({"lora_bias": True}, "lora_bias"),
-    "fan_in_fan_out": ({"fan_in_fan_out": True}, "fan_in_fan_out"),
     "qalora": ({"use_qalora": True}, "use_qalora"),
     "bdlora": ({"use_bdlora": {"nblocks": 2}}, "use_bdlora"),
     "arrow": ({"arrow_config": {"top_k": 1}}, "arrow_config"),
@@ -105,6 +102,24 @@ LORA_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "layers text": ({"layers_to_transform": "0"}, "layers_to_transform"),
     "rslora text": ({"use_rslora": "yes"}, "use_rslora"),
+    "rslora number": ({"use_rslora": 1}, "use_rslora"),  # which PEFT takes for true
+    "arrow of defaults": ({"arrow_config": {}}, "arrow_config"),
+    "init number": ({"init_lora_weights": 1}, "init_lora_weights"),
+    "recursion": ({"target_modules": "(?R)*"}, "target_modules has the bad pattern"),
+    "back reference": (
+        {"target_modules": r"(.)\1*.*"},
+        "target_modules has a pattern with groupref",
+    ),
+    "many patterns": (
+        {"rank_pattern": {f"z{number:x}": 1 for number in range(1025)}},
+        "rank_pattern has 1025 patterns; at most 1024",
+    ),
+    "many layers patterns": (
+        {"layers_to_transform": [0], "layers_pattern": ["layers"] * 1025},
+        "layers_pattern has 1025 patterns",
+    ),
+    "base name of a surrogate": ({"base_model_name_or_path": "\ud800"}, "half a surrogate pair"),
+    "unprintable field": ({"\x1b[31m": 3}, r"^\\x1b\[31m = '3'"),
     "base name": ({"base_model_name_or_path": 3}, "base_model_name_or_path"),
     "too few targets": ({"target_modules": ["q_proj"]}, "does not target .*up_proj"),
     "too many targets": (
@@ -180,14 +195,24 @@ def test_lora_tensors_are_refused_by_name(lora: Path, edit: Edit, named: str) ->
     refused(lora, named)
 
 
-def test_endless_patterns_end(lora: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(targets, "MATCH_SECONDS", 0.05)
-    edit_json(lora / LORA_CONFIG, target_modules=r"(?:(?:.*)*)*(?:(?:.*)*)*(?=x)x(\w|\w\w|\w+)*Z\1")
-    began = time.monotonic()
-    refused(lora, "takes too long|match no module")
-    assert time.monotonic() - began < 2
-    edit_json(lora / LORA_CONFIG, target_modules="q" * 5000)
-    refused(lora, "longer than")
+def test_the_patterns_of_a_config_share_their_steps(lora: Path) -> None:
+    """One pattern is fine, a thousand of them are not."""
+    slow = "(?:[a-p.]|[b-z.]|[c-y_])*(?:[a-z]|[.]|\\d)*Z"
+    edit_json(lora / LORA_CONFIG, rank_pattern={slow: 3})
+    parse_folder(lora)
+    edit_json(lora / LORA_CONFIG, rank_pattern={slow + "Z" * n: 3 for n in range(1000)})
+    refused(lora, "rank_pattern: the patterns take more than")
+
+
+def test_as_many_patterns_as_a_large_model_has_projections(lora: Path) -> None:
+    """PEFT's EVA writes a rank and an alpha for each."""
+    names = [f"model.layers.{n}.self_attn.a_projection" for n in range(1020)]
+    edit_json(
+        lora / LORA_CONFIG,
+        rank_pattern=dict.fromkeys(names, 8) | {"q_proj": 4},
+        alpha_pattern=dict.fromkeys(names, 3) | {"q_proj": 2},
+    )
+    assert parse_folder(lora).scales[0, "q_proj"] == 0.5
 
 
 # -- refused: draft vocabularies ------------------------------------------------------------------

@@ -176,6 +176,22 @@ def test_verify_says_what_a_folder_holds(run: Run, folders: Folders, tiny_llama:
     assert "lora" in text.out
 
 
+def test_warnings_are_for_people_too(
+    run: Run, at: tuple[str, str], folders: Folders, tiny_llama: Path, tmp_path: Path
+) -> None:
+    """Of an upload on stderr, and wherever the adapter is shown."""
+    for path in folders["lora"].iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    edit_json(tmp_path / "adapter_config.json", base_model_name_or_path="/data/checkpoint-7")
+    (tmp_path / "added_tokens.json").write_text('{"<tool>": 99999}')
+    done = run("adapters", "upload", str(tmp_path), "--id", "w", *at)
+    assert "warning: its config calls the base model /data/checkpoint-7" in done.err
+    assert "/data/checkpoint-7, which" in run("adapters", "show", "w", *at).out
+    verified = run("adapters", "verify", str(tmp_path), "--json", "--model", str(tiny_llama))
+    first, second = json.loads(verified.out)["warnings"]
+    assert "/data/checkpoint-7" in first and "'<tool>'" in second
+
+
 def test_verify_refuses_as_an_upload_would(
     run: Run, folders: Folders, tiny_llama: Path, tmp_path: Path
 ) -> None:

@@ -17,7 +17,7 @@ NAMES = st.sampled_from(
     [
         *("adapter_config.json", "config.json", "adapter_model.safetensors", "README.md"),
         *("medusa_lm_head.safetensors", "chat_template.jinja", "tokenizer_config.json"),
-        "draft_vocabulary.safetensors",
+        *("draft_vocabulary.safetensors", "tokenizer.json", "added_tokens.json"),
         *("adapter_model.bin", "x.py", "x.pt", "x.json", "x.safetensors", "../x", "a/b", ".", ""),
         *("/etc/passwd", "a\0b", "é", "x" * 300, ".tmp", "LOCK"),
     ]
@@ -28,7 +28,7 @@ FIELDS = st.sampled_from(
         *("layers_to_transform", "layers_pattern", "exclude_modules", "use_dora", "bias"),
         *("modules_to_save", "init_lora_weights", "peft_type", "task_type", "unknown_field"),
         *("base_model_name_or_path", "medusa_num_heads", "medusa_num_layers", "version"),
-        *("chat_template", "__metadata__"),
+        *("chat_template", "__metadata__", "added_tokens", "added_tokens_decoder"),
     ]
 )
 STRINGS = st.one_of(
@@ -36,6 +36,7 @@ STRINGS = st.one_of(
     st.sampled_from(
         [
             *("q_proj", "all-linear", "LORA", "gaussian", "tiny", "2", "F64", "model.layers.0"),
+            *("\ud800", "a\nb", "\x1b[31m", "\u202e", "none", "(?R)*", r"(.)\1", "(?i)q_proj"),
             *(r".*", r"(a+)+b", r"(.*)*x", r"(((a{1,99}){1,99}){1,99})*", "(", r"\d", "[", "\\"),
         ]
     ),

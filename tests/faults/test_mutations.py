@@ -41,7 +41,10 @@ def zero_rows(ids: Sequence[int], out_NH: Tensor) -> None:
     out_NH.zero_()
 
 
-VALIDATE = Validator(shapes=SHAPES, base_names=("tiny",), base_weight=base_weight)
+TOKENS = {"<s>": 1, "</s>": 2}
+VALIDATE = Validator(
+    shapes=SHAPES, base_names=("tiny",), base_weight=base_weight, base_token=TOKENS.get
+)
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,8 @@ def folders(tmp_path: Path) -> list[Folder]:
     ]
     contents = [read_folder(folder) for folder in written]
     contents[0]["chat_template.jinja"] = b"{{ messages }}"
+    contents[2]["tokenizer.json"] = b'{"added_tokens": [{"id": 1, "content": "<s>"}], "model": {}}'
+    contents[3]["added_tokens.json"] = b'{"</s>": 2, "<pad>": 32}'
     contents[1]["tokenizer_config.json"] = b'{"chat_template": "{{ messages }}"}'
     return contents
 

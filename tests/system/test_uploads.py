@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from lorastack.config import AdapterConfig
-from lorastack.errors import FailedPreconditionError, Reason
+from lorastack.errors import FailedPreconditionError, InvalidArgumentError, Reason
 from lorastack.layout import ModelShapes
 from tests.helpers.adapters import write_heads, write_lora
 from tests.helpers.live import ROOMY, LiveServer, ask, wait_until
@@ -41,6 +43,38 @@ def test_other_base_models_are_a_decision(
     server.client.upload(folder, "other", accept_base=True)
     request = ask(stack=[("other", 1.0)], max_new_tokens=4, ignore_eos=True)
     assert len(server.client.generate(request).token_ids) == 4
+
+
+@pytest.mark.parametrize(
+    "named", ["someone/Tiny-Llama-bnb-4bit", "C:\\models\\tiny-llama", "/data/run/checkpoint-500"]
+)
+def test_names_that_trainers_write(
+    server: LiveServer, tmp_path: Path, tiny_llama_shapes: ModelShapes, named: str
+) -> None:
+    folder = write_lora(tmp_path / "lora", tiny_llama_shapes, base_model_name_or_path=named)
+    warnings = server.client.upload(folder, "lora").warnings
+    assert [named in warning for warning in warnings] == ([True] if "checkpoint" in named else [])
+
+
+def test_tokens_that_the_base_does_not_know(
+    server: LiveServer, tmp_path: Path, tiny_llama: Path, tiny_llama_shapes: ModelShapes
+) -> None:
+    """A copy of the base's tokenizer is no matter; what it adds is said wherever it is shown."""
+    folder = write_lora(tmp_path / "lora", tiny_llama_shapes)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_llama / name, folder)
+    assert not server.client.upload(folder, "tokens").warnings
+    added = folder / "added_tokens.json"
+    added.write_text(json.dumps({"<tool>": tiny_llama_shapes.vocab_size}))
+    reply = server.client.upload(folder, "tokens")
+    assert ["'<tool>'" in warning for warning in reply.warnings] == [True]
+    assert server.client.get_adapter("tokens").warnings == reply.warnings
+    (listed,) = (found for found in server.client.list_adapters() if found.id == "tokens")
+    assert listed.warnings == reply.warnings
+    (known, *_) = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
+    added.write_text(json.dumps({known["content"]: known["id"] + 1}))
+    with pytest.raises(InvalidArgumentError, match=r"added_tokens\.json gives token"):
+        server.client.upload(folder, "tokens")
 
 
 def test_version_one_heads_are_counted_with_their_outputs(

@@ -15,12 +15,12 @@ from lorastack.adapters import medusa, peft
 from lorastack.adapters.base_names import Same, same_model
 from lorastack.adapters.jsonfile import read_object, read_text
 from lorastack.adapters.refusal import invalid
+from lorastack.adapters.templates import check_template
 from lorastack.adapters.tensorfile import TensorEntry, check_finite, read_header
 from lorastack.errors import FailedPreconditionError, InvalidArgumentError, Reason
 from lorastack.layout import AdapterKind, ModelShapes, TensorKey
 
-MAX_CONFIG = 4 << 20  # bytes of one JSON file
-MAX_TEMPLATE = 1 << 20  # bytes
+MAX_CONFIG = 4 << 20  # bytes of one file of JSON or text
 TEMPLATE_NAME = "chat_template.jinja"
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
@@ -130,10 +130,13 @@ def check_base(
 
     base_names: what the server's model is called (hub id, folder, aliases); `base_names.same_model`
     says which names mean the same. A folder that names no base passes; its shapes were checked
-    anyway. accept: any name passes. Raises FailedPreconditionError when it is another model's.
+    anyway. accept: any name passes. Raises FailedPreconditionError when it is another model's, and
+    InvalidArgumentError for a name that would spoil a listing.
     """
     warnings = []
     for name in parsed.base_models:
+        if not name.isprintable():
+            raise invalid(f"base_model_name_or_path holds what cannot be printed: {name[:64]!r}")
         same = same_model(name, base_names)
         if same is Same.NO and not accept:
             raise FailedPreconditionError(
@@ -149,6 +152,13 @@ def check_base(
                 "the server's: only shapes were checked"
             )
     return tuple(warnings)
+
+
+def check_chat_template(parsed: ParsedAdapter, files: Mapping[str, Path]) -> None:
+    """Raises InvalidArgumentError naming the file of a template that nobody could render."""
+    if parsed.chat_template is not None:
+        file = TEMPLATE_NAME if TEMPLATE_NAME in files else TOKENIZER_CONFIG_NAME
+        check_template(parsed.chat_template, file)
 
 
 def check_values(parsed: ParsedAdapter) -> None:
@@ -212,7 +222,7 @@ def chat_template(files: Mapping[str, Path]) -> str | None:
     files: file name -> path. Raises InvalidArgumentError for a malformed file.
     """
     if TEMPLATE_NAME in files:
-        return read_text(files[TEMPLATE_NAME], TEMPLATE_NAME, MAX_TEMPLATE)
+        return read_text(files[TEMPLATE_NAME], TEMPLATE_NAME, MAX_CONFIG)
     config = _config(files, TOKENIZER_CONFIG_NAME) or {}
     template = config.get("chat_template")
     if isinstance(template, list):  # several named ones

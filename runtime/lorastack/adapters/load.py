@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from lorastack.adapters.blobs import damaged_blob
-from lorastack.adapters.formats import ParsedAdapter, check_base, check_values, parse
+from lorastack.adapters.formats import (
+    ParsedAdapter,
+    check_base,
+    check_chat_template,
+    check_values,
+    parse,
+)
 from lorastack.adapters.host import PackedAdapter
 from lorastack.adapters.reading import DTYPES, fill
 from lorastack.adapters.refusal import invalid, unsupported
@@ -66,6 +72,7 @@ class Validator:
         """
         parsed = parse(files, self.shapes)
         warnings = check_base(parsed, self.base_names, accept=accept_base)
+        check_chat_template(parsed, files)
         if self.base_token is not None:
             warnings += check_tokens(
                 files,

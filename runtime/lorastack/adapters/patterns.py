@@ -159,6 +159,9 @@ class _Run:
             return positions & self._anchor(arguments)
         if operation in (ops.ASSERT, ops.ASSERT_NOT):
             direction, tree = arguments
+            shortest, longest = tree.getwidth()
+            if direction < 0 and shortest != longest:
+                raise invalid(f"{self._field} has a bad pattern: it looks behind for any length")
             everywhere = self._names._positions
             # What follows a position matches iff, run backward from everywhere, it comes to there.
             holds = self.image(tree, flags, everywhere, forward=direction < 0)

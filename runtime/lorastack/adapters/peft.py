@@ -7,7 +7,7 @@ Layout and traps: PEFT's save format, `base_model.model.{module}.lora_A.weight [
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 
 from lorastack.adapters.fields import check_fields
@@ -18,6 +18,7 @@ from lorastack.layout import EMBED, LM_HEAD, ModelShapes, Part, TensorKey
 
 CONFIG_NAME = "adapter_config.json"
 MAX_ALPHA = 1e6  # with scales of requests bounded too, what they make is far from infinite
+MAX_PATTERNS = 1024  # of one field; PEFT's EVA writes one for each of a model's projections
 MAX_TEXT = 1024  # characters of a name in a config, which every listing repeats
 # PEFT's choice for Llama and Mistral when a config names no targets.
 _DEFAULT_TARGETS = frozenset({"q_proj", "v_proj"})
@@ -211,6 +212,7 @@ def _table(config: Mapping[str, object], field: str) -> list[tuple[str, object]]
     value = config.get(field) or {}
     if not isinstance(value, dict):
         raise invalid(f"{field} must map names to numbers")
+    _check_number(field, value)
     return list(value.items())
 
 
@@ -240,7 +242,13 @@ def _layers_pattern(config: Mapping[str, object]) -> tuple[str, ...]:
     items = [value] if isinstance(value, str) else value
     if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
         raise invalid("layers_pattern must be a pattern or a list of them")
+    _check_number("layers_pattern", items)
     return tuple(items)
+
+
+def _check_number(field: str, patterns: Sized) -> None:
+    if len(patterns) > MAX_PATTERNS:
+        raise invalid(f"{field} has {len(patterns)} patterns; at most {MAX_PATTERNS} are read")
 
 
 def text_field(config: Mapping[str, object], field: str) -> str:
@@ -250,6 +258,4 @@ def text_field(config: Mapping[str, object], field: str) -> str:
         raise invalid(f"{field} must be a string")
     if len(value or "") > MAX_TEXT:
         raise invalid(f"{field} is longer than {MAX_TEXT} characters")
-    if value and not value.isprintable():
-        raise invalid(f"{field} holds what cannot be printed: {value[:64]!r}")
     return value or ""

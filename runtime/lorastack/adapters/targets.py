@@ -12,10 +12,8 @@ from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 from lorastack.adapters.patterns import Names
-from lorastack.adapters.refusal import invalid
 from lorastack.layout import EMBED, GROUPS, LM_HEAD, NO_LAYER, ModelShapes
 
-MAX_PATTERNS = 1024  # of one field; PEFT's EVA writes one for each of a model's projections
 _MLP = (*GROUPS[2], *GROUPS[3])
 
 ValueT = TypeVar("ValueT", int, float)
@@ -56,7 +54,7 @@ class TargetRules:
     def resolve(self, modules: Mapping[str, tuple[int, str]]) -> dict[str, Adapted]:
         """Those of the modules that PEFT would wrap (names without `base_model.model.`).
 
-        Raises InvalidArgumentError for a bad pattern, too many, or ones that take too long.
+        Raises InvalidArgumentError for a bad pattern, or ones that take too many steps.
         """
         names = Names(modules)
         ranks = _by_pattern(names, self.rank_pattern, "rank_pattern")
@@ -82,7 +80,6 @@ class TargetRules:
 
     def _layers(self, names: Names, modules: Mapping[str, tuple[int, str]]) -> int:
         """The modules of the layers to transform; a name has one number, its layer's."""
-        _check_number(self.layers_pattern, "layers_pattern")
         layers = self.layers_to_transform or ()
         found = names.chosen(name for name, (layer, _) in modules.items() if layer in layers)
         named = 0
@@ -94,7 +91,6 @@ class TargetRules:
 
 def _by_pattern(names: Names, patterns: Mapping[str, ValueT], field: str) -> dict[str, ValueT]:
     """Module -> the value of the first pattern that matches its name or a suffix of it."""
-    _check_number(patterns, field)
     found: dict[str, ValueT] = {}
     left = names.everything
     for pattern, value in patterns.items():
@@ -111,11 +107,6 @@ def _named(names: Names, modules: Iterable[str], wanted: frozenset[str] | str, f
     return names.chosen(
         module for module in modules if any(suffix in wanted for suffix in _suffixes(module))
     )
-
-
-def _check_number(patterns: Sequence[str] | Mapping[str, object], field: str) -> None:
-    if len(patterns) > MAX_PATTERNS:
-        raise invalid(f"{field} has {len(patterns)} patterns; at most {MAX_PATTERNS} are read")
 
 
 def _suffixes(module: str) -> Sequence[str]:
