@@ -35,11 +35,17 @@ class Intake:
         self._workers = workers
         self._long = Turns(range(NUM_LONG), MAX_WAITING)
 
+    @property
+    def num_waiting(self) -> int:
+        """Calls with long texts that wait for a thread."""
+        return self._long.num_waiting
+
     async def prepare(self, call: GenerateCall, deadline: float | None, caller: str) -> Prepared:
         """caller: whose turn it is, of those that wait. deadline: time.monotonic() seconds.
 
         Raises the user's errors.
         """
+        self._check_length(call.input)
         lora_id = call.loras[0][0] if len(call.loras) == 1 else ""
         given = await self._rendered(call.input, lora_id, caller)
         wanted, grammar_bytes = call.response_format, 0
@@ -55,16 +61,20 @@ class Intake:
 
     async def encode(self, given: Given, lora_id: str, caller: str) -> tuple[int, ...]:
         """The ids that the model would run. Raises the user's errors."""
+        self._check_length(given)
         if lora_id:
             await run_in(self._workers, self._preparer.lora, lora_id)
         given = await self._rendered(given, lora_id, caller)
         is_long = _num_bytes(given) > LONG_TEXT
         return await self._run(lambda: self._preparer.encode(given), is_long, caller)
 
-    async def _rendered(self, given: Given, lora_id: str, caller: str) -> Given:
-        """A single LoRA's own chat template wins over the model's."""
+    def _check_length(self, given: Given) -> None:
+        """Before anything is looked up, rendered or tokenised."""
         field = "prompt" if isinstance(given, Text) else "chat"
         self._preparer.check_length(_num_bytes(given), field)
+
+    async def _rendered(self, given: Given, lora_id: str, caller: str) -> Given:
+        """A single LoRA's own chat template wins over the model's."""
         if not isinstance(given, Chat) or not lora_id:
             return given
         template = await run_in(self._workers, self._preparer.own_template, lora_id)
