@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -13,14 +12,15 @@ from pathlib import Path
 import grpc
 import pytest
 
-from lorastack.config import MIB
+from lorastack.config import AdapterConfig
 from lorastack.errors import InvalidArgumentError, Reason
+from lorastack.layout import ModelShapes
 from lorastack.text.tokenizer import Tokenizer
 from lorastack.v1 import generation_pb2 as pb
 from lorastack.v1 import generation_pb2_grpc
-from tests.helpers.live import PATIENCE, LiveServer, ask, wait_until
+from tests.helpers.adapters import write_lora
+from tests.helpers.live import PATIENCE, ROOMY, LiveServer, ask, wait_until
 
-StartServer = Callable[..., LiveServer]
 FOR_EVER = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 TEMPLATES = {
     "power": "{{ 9**(9**(9)) }}",
@@ -32,19 +32,32 @@ SCHEMAS = (
     {"type": "integer", "minimum": -1e20, "maximum": -1e20},
     {"type": "integer", "multipleOf": 9_999_991},
 )
-REGEXES = ("((a{1000}){1000}){1000}", "(a|b{1000}){1000}(c{1000}){1000}")
+REGEXES = ("((a{1000}){1000}){1000}", "b{2}((a{100}){100}){100}")
+
+
+@pytest.fixture(scope="module")
+def hostile(
+    tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, tiny_llama_shapes: ModelShapes
+) -> Iterator[LiveServer]:
+    """A server with LoRAs of such templates."""
+    root = tmp_path_factory.mktemp("untrusted")
+    adapters = AdapterConfig(store=root / "store")
+    with LiveServer(tiny_llama, engine=ROOMY, adapters=adapters) as server:
+        for name, template in TEMPLATES.items():
+            folder = write_lora(root / name, tiny_llama_shapes, targets=("q_proj",))
+            (folder / "chat_template.jinja").write_text(template)
+            server.upload(name, folder)
+        yield server
 
 
 @pytest.fixture
-def server(start: StartServer, zoo: dict[str, Path], tmp_path: Path) -> Iterator[LiveServer]:
-    server = start(max_rows=8, kv_memory=64 * MIB)
-    for name, template in TEMPLATES.items():
-        folder = tmp_path / name
-        shutil.copytree(zoo["random-a"], folder)
-        (folder / "chat_template.jinja").write_text(template)
-        server.upload(name, folder)
-    yield server
-    server.assert_idle()
+def server(hostile: LiveServer) -> Iterator[LiveServer]:
+    untrusted = hostile.server._untrusted
+    usual = untrusted._template_limits
+    yield hostile
+    untrusted._template_limits = usual
+    hostile.assert_idle()
+    assert (untrusted.pool.num_running, untrusted.pool.num_waiting) == (0, 0)
 
 
 def chat(lora_id: str) -> pb.TokenizeRequest:
@@ -59,7 +72,7 @@ def formatted(**fields: str) -> pb.GenerateRequest:
 def test_hostile_programs_are_refused_while_others_are_served(server: LiveServer) -> None:
     untrusted = server.server._untrusted
     untrusted._template_limits = replace(untrusted._template_limits, cpu=0.3)
-    hostile = [
+    grammars = [
         *(formatted(json_schema=json.dumps(schema)) for schema in SCHEMAS),
         *(formatted(regex=regex) for regex in REGEXES),
     ]
@@ -70,7 +83,7 @@ def test_hostile_programs_are_refused_while_others_are_served(server: LiveServer
         with pytest.raises(InvalidArgumentError, match="chat template"):
             server.client.tokenize(chat(name))
         assert server.engine.num_steps > before
-    for request in hostile:
+    for request in grammars:
         for _ in range(2):  # refused for what the worker found, and then by heart
             with pytest.raises(InvalidArgumentError) as refusal:
                 server.client.generate(request)
@@ -79,7 +92,6 @@ def test_hostile_programs_are_refused_while_others_are_served(server: LiveServer
     assert server.client.tokenize(chat("shout")) == server.tokenize("HI")[1:]
     next(steady)
     steady.close()
-    assert untrusted.pool.num_running == 0
 
 
 def test_callers_who_give_up_leave_nothing_behind(server: LiveServer) -> None:
@@ -101,10 +113,9 @@ def test_callers_who_give_up_leave_nothing_behind(server: LiveServer) -> None:
 
 
 def test_a_template_that_does_not_compile_is_refused_at_upload(
-    server: LiveServer, zoo: dict[str, Path], tmp_path: Path
+    server: LiveServer, tiny_llama_shapes: ModelShapes, tmp_path: Path
 ) -> None:
-    folder = tmp_path / "broken"
-    shutil.copytree(zoo["random-a"], folder)
+    folder = write_lora(tmp_path, tiny_llama_shapes, targets=("q_proj",))
     (folder / "chat_template.jinja").write_text("{% for m in messages %}")
     with pytest.raises(InvalidArgumentError, match=r"chat_template.*endfor") as refusal:
         server.upload("broken", folder)

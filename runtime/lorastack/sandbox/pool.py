@@ -145,7 +145,8 @@ class Pool:
                 seat.prepared.add(job.task)
             return await seat.ask(job)
         except (OSError, EOFError):
-            logger.warning("a worker process ended and is replaced")
+            if not self._closed:
+                logger.warning("a worker process ended and is replaced")
             seat.end()
             raise
         finally:

@@ -17,7 +17,7 @@ from lorastack.text.grammar import GrammarCompiler, JsonSchema, Regex, refuse
 from lorastack.text.tokenizer import Tokenizer, template_refusal
 from lorastack.text.trial import trial_body
 
-TEMPLATE_LIMITS = Limits(cpu=1.0, wall=20.0, memory=256 * MIB, output=0)  # output: the text's
+TEMPLATE_LIMITS = Limits(cpu=0.5, wall=20.0, memory=256 * MIB, output=0)  # output: the text's
 GRAMMAR_LIMITS = Limits(cpu=1.0, wall=20.0, memory=128 * MIB, output=4096)
 MAX_VERDICTS = 1024
 UPLOADER = "an upload"  # as a caller
@@ -72,7 +72,7 @@ class Untrusted:
             self._refuse_template(error)
 
     def check_template(self, template: str) -> None:
-        """Raises InvalidArgumentError for one that does not compile. From any thread but the loop's.
+        """Raises InvalidArgumentError for one that does not compile. From another thread.
 
         What takes too long to compile, or waits too long for a worker, is left to the first chat.
         """
