@@ -109,8 +109,12 @@ def test_what_cannot_fit_takes_no_thread(bench: Bench, tokenizer: Tokenizer) -> 
 
     async def check() -> None:
         bench.threads.shutdown()
-        for given in (Text("a" * (most + 1)), Chat((("user", "a" * most), ("user", "b")))):
-            with pytest.raises(InvalidArgumentError, match=str(most)) as refusal:
+        for given in (
+            Text("a" * (most + 1)),
+            Chat((("user", "a" * most), ("user", "b"))),
+            Chat((("user", ""),) * (MAX_CONTEXT + 1)),
+        ):
+            with pytest.raises(InvalidArgumentError, match=f"{most}|{MAX_CONTEXT + 1}") as refusal:
                 await bench.intake.encode(given, "chatty", "a")
             assert refusal.value.reason is Reason.REQUEST_TOO_LARGE
 

@@ -64,7 +64,7 @@ class Untrusted:
         self, template: str, messages: tuple[tuple[str, str], ...], caller: str
     ) -> str:
         """A conversation as text. Raises InvalidArgumentError, and what `Pool.run` raises."""
-        body = template_body(template, messages)
+        body = await asyncio.to_thread(template_body, template, messages)
         job = Job(task=TEMPLATE, body=body, limits=self._template_limits)
         try:
             return (await self.pool.run(job, caller)).decode()
