@@ -19,7 +19,8 @@ LEAVES = {"codes", "config", "errors", "folders", "request", "layout", "modelfil
 ALLOWED: dict[str, set[str]] = {
     "cli": {"service", "client", "engine", "adapters", "train", "text"},
     "client": {"v1"},
-    "service": {"engine", "adapters", "text", "v1"},
+    "service": {"engine", "adapters", "sandbox", "text", "v1"},
+    "sandbox": {"text"},
     "engine": {"model", "adapters", "lora", "kernels", "speculation", "sampling", "text"},
     "model": {"lora", "kernels"},
     "speculation": {"kernels"},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from hashlib import sha256
@@ -22,10 +24,18 @@ from lorastack.errors import (
 )
 from lorastack.layout import ModelShapes
 from lorastack.request import HeadsUse, SamplingParams, SpeculationParams, StopParams
-from lorastack.service.prepare import Chat, GenerateCall, Ids, Preparer, Text
+from lorastack.service.prepare import (
+    TEXT_SLACK,
+    Chat,
+    GenerateCall,
+    Ids,
+    Preparer,
+    Rendered,
+    Text,
+)
 from lorastack.text.grammar import JsonSchema, Regex
 from lorastack.text.tokenizer import Tokenizer
-from tests.helpers.tiny import build_tokenizer, write_tokenizer
+from tests.helpers.tiny import CHATML, build_tokenizer, write_tokenizer
 from tests.service.fakes import FINGERPRINT, MAX_CONTEXT, served_model
 from tests.text.test_grammar import spaces_backend
 
@@ -177,14 +187,66 @@ def test_a_revision_can_be_named(preparer: Preparer, registry: Registry) -> None
     assert (use.lora_id, use.digest) == (name, registry.resolve("lora").digest)
 
 
-def test_chat_uses_the_only_loras_template(preparer: Preparer, tokenizer: Tokenizer) -> None:
+def test_which_chats_need_a_loras_own_template(
+    preparer: Preparer, registry: Registry, tokenizer: Tokenizer, folders: Mapping[str, Path]
+) -> None:
+    assert preparer.own_template("chatty") == "{{ messages[-1]['content'] | upper }}"
+    assert preparer.own_template("lora") is None
+    with pytest.raises(NotFoundError):
+        preparer.own_template("no")
+    # Read once: the store's files may be as slow as they like.
+    files = registry.files(registry.resolve("chatty").digest)
+    files["chat_template.jinja"].rename(files["chat_template.jinja"].with_suffix(".away"))
+    try:
+        assert preparer.own_template("chatty") is not None
+    finally:
+        files["chat_template.jinja"].with_suffix(".away").rename(files["chat_template.jinja"])
+
+
+def test_a_loras_template_that_is_the_models_needs_no_worker(
+    preparer: Preparer,
+    registry: Registry,
+    shapes: ModelShapes,
+    folders: Mapping[str, Path],
+    tmp_path: Path,
+) -> None:
+    for name, files in {
+        "same": {"chat_template.jinja": CHATML},
+        "same-in-config": {"tokenizer_config.json": json.dumps({"chat_template": CHATML})},
+        "named": {
+            "tokenizer_config.json": json.dumps(
+                {"chat_template": [{"name": "default", "template": "mine"}]}
+            )
+        },
+    }.items():
+        folder = tmp_path / name
+        shutil.copytree(folders["lora"], folder)
+        for file, text in files.items():
+            (folder / file).write_text(text)
+        store(registry, name, folder, shapes)
+    assert preparer.own_template("same") is None
+    assert preparer.own_template("same-in-config") is None
+    assert preparer.own_template("named") == "mine"
+
+
+def test_chats_become_text_once(preparer: Preparer, tokenizer: Tokenizer) -> None:
     chat = Chat((("user", "hello"),))
-    own = prepare(preparer, input=chat, loras=(("chatty", 1.0),)).prompt_ids
-    models = prepare(preparer, input=chat, loras=(("lora", 1.0),)).prompt_ids
-    stack = prepare(preparer, input=chat, loras=(("chatty", 1.0), ("lora", 1.0))).prompt_ids
-    assert tokenizer.decode(own) == "HELLO"
-    assert models == stack == tuple(tokenizer.chat(chat.messages))
-    assert models != own
+    assert preparer.encode(chat) == tuple(tokenizer.chat(chat.messages))
+    assert preparer.encode(Rendered("HELLO")) == tuple(tokenizer.encode_part("HELLO"))
+
+
+def test_text_that_cannot_fit_is_not_tokenised(
+    preparer: Preparer, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its bytes: a token stands for so many of them at most."""
+    most = MAX_CONTEXT * tokenizer.longest_token + TEXT_SLACK
+    assert tokenizer.longest_token >= len("<|im_start|>")
+    for given in (Text("é" * (most // 2 + 1)), Rendered("a" * (most + 1))):
+        with monkeypatch.context() as patch, pytest.raises(InvalidArgumentError) as caught:
+            patch.setattr(Tokenizer, "_encode", None)
+            preparer.encode(given)
+        assert caught.value.reason is Reason.REQUEST_TOO_LARGE
+    assert len(preparer.encode(Text("a" * most))) > MAX_CONTEXT
 
 
 def test_the_output_must_fit_the_context(preparer: Preparer) -> None:

@@ -47,25 +47,12 @@ def test_chat_equals_transformers(folder: Path, tokenizer: Tokenizer) -> None:
     assert tokenizer.chat(messages) == hf(text, add_special_tokens=False).input_ids
 
 
-def test_a_given_template_replaces_the_models(tokenizer: Tokenizer) -> None:
-    template = "{% for m in messages %}{{ m['role'] + ':' + m['content'] }}{% endfor %}"
-    assert tokenizer.decode(tokenizer.chat([("user", "hi")], template)) == "user:hi"
-
-
-@pytest.mark.parametrize(
-    "template",
-    [
-        "{% if %}",
-        "{{ raise_exception('roles must alternate') }}",
-        "{{ messages[9]['role'] }}",
-        "{{ 1 // 0 }}",
-        "{{ ''.__class__.__mro__ }}",
-        "{{ messages.append(1) }}",
-    ],
-)
-def test_a_template_that_fails_is_the_callers_error(tokenizer: Tokenizer, template: str) -> None:
-    with pytest.raises(InvalidArgumentError, match="chat template"):
-        tokenizer.chat([("user", "hi")], template)
+def test_the_models_template_that_fails_is_the_callers_error(folder: Path) -> None:
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["chat_template"] = "{{ raise_exception('roles must alternate') }}"
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(InvalidArgumentError, match=r"chat template.*roles must alternate"):
+        Tokenizer.load(folder).chat([("user", "hi")])
 
 
 def test_a_chat_needs_messages_and_a_template(folder: Path, tokenizer: Tokenizer) -> None:

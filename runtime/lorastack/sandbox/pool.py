@@ -87,22 +87,24 @@ class Pool:
         if self._closed:
             raise _shutting_down()
         seat = await self._turns.take(caller)
+        serving: asyncio.Task[bytes] | None = None
         try:
-            result = known() if known is not None else None
-        except BaseException:
-            self._turns.give(seat)
-            raise
-        if result is not None:
-            self._turns.give(seat)
-            return result
-        serving = asyncio.create_task(self._serve(seat, job))
-        self._serving.add(serving)
-        serving.add_done_callback(self._served)
-        try:
+            if known is not None and (result := known()) is not None:
+                return result
+            serving = asyncio.create_task(self._serve(seat, job))
+            self._serving.add(serving)
+            serving.add_done_callback(self._served)
             return await asyncio.shield(serving)
         except asyncio.CancelledError:
-            seat.cancel()
+            if serving is not None and not serving.done():
+                seat.cancel()
             raise
+        finally:
+            # Before its caller goes on, so that what the result says is known to the next one.
+            if serving is None or serving.done():
+                self._turns.give(seat)
+            else:
+                serving.add_done_callback(lambda _: self._turns.give(seat))
 
     async def close(self) -> None:
         """Ends the workers; whoever waits gets UnavailableError."""
@@ -115,30 +117,41 @@ class Pool:
 
     async def _serve(self, seat: _Seat, job: Job) -> bytes:
         try:
+            try:
+                outcome, payload = await self._attempt(seat, job)
+            except (OSError, EOFError):  # the worker is gone, perhaps since long ago
+                outcome, payload = await self._attempt(seat, job)
+        except (OSError, EOFError) as error:
+            raise UnavailableError(
+                "the worker process that had this request ended, twice; send the request again",
+                reason=Reason.WORKER_ENDED,
+            ) from error
+        finally:
+            seat.free()
+        if outcome is not Outcome.DONE:
+            raise JobError(outcome, payload.decode("utf-8", "replace"))
+        return payload
+
+    async def _attempt(self, seat: _Seat, job: Job) -> tuple[Outcome, bytes]:
+        """Raises OSError or EOFError if the worker dies."""
+        try:
+            if self._closed:
+                raise _shutting_down()
             if not seat.alive:
                 await seat.start()
             if job.task not in seat.prepared:
                 given = await asyncio.to_thread(self._setups[job.task])
                 await seat.send(SETUP, setup_bytes(job.task, given))
                 seat.prepared.add(job.task)
-            outcome, payload = await seat.ask(job)
-        except (OSError, EOFError) as error:  # the worker is gone
+            return await seat.ask(job)
+        except (OSError, EOFError):
+            if not self._closed:
+                logger.warning("a worker process ended and is replaced")
             seat.end()
-            if self._closed:
-                raise _shutting_down() from error
-            logger.warning("a worker process ended and is replaced")
-            raise UnavailableError(
-                "the worker process that had this request ended; send the request again",
-                reason=Reason.WORKER_ENDED,
-            ) from error
+            raise
         finally:
-            seat.free()
             if self._closed:
                 seat.end()
-            self._turns.give(seat)
-        if outcome is not Outcome.DONE:
-            raise JobError(outcome, payload.decode("utf-8", "replace"))
-        return payload
 
     def _served(self, serving: asyncio.Task[bytes]) -> None:
         self._serving.discard(serving)

@@ -13,14 +13,14 @@ T = TypeVar("T")
 
 
 class Turns(Generic[T]):
-    """Hands out seats, round robin by caller. Event loop only.
+    """Hands out seats, the last used first, round robin by caller. Event loop only.
 
     When more wait than may, those of the caller with most places in the queue are refused, so that
     nobody can fill it for the others.
     """
 
     def __init__(self, seats: Iterable[T], max_waiting: int) -> None:
-        self._free = deque(seats)
+        self._free = list(seats)
         self._max_waiting = max_waiting
         self._waiting: OrderedDict[str, deque[asyncio.Future[T]]] = OrderedDict()
 
@@ -31,7 +31,7 @@ class Turns(Generic[T]):
     async def take(self, caller: str) -> T:
         """A seat, to be given back. Raises ResourceExhaustedError if too many wait."""
         if self._free:
-            return self._free.popleft()
+            return self._free.pop()
         if self.num_waiting >= self._max_waiting:
             self._make_room(caller)
         place: asyncio.Future[T] = asyncio.get_running_loop().create_future()

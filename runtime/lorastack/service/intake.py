@@ -19,6 +19,7 @@ from lorastack.service.threads import run_in
 from lorastack.service.untrusted import Untrusted
 
 LONG_TEXT = 64 << 10  # bytes; a fifth of a second, where tokenising is slow
+MESSAGE_COST = 16  # bytes that take as long
 NUM_LONG = 2  # of the edge's threads
 MAX_WAITING = 256
 
@@ -35,15 +36,21 @@ class Intake:
         self._workers = workers
         self._long = Turns(range(NUM_LONG), MAX_WAITING)
 
+    @property
+    def num_waiting(self) -> int:
+        """Calls with long texts that wait for a thread."""
+        return self._long.num_waiting
+
     async def prepare(self, call: GenerateCall, deadline: float | None, caller: str) -> Prepared:
         """caller: whose turn it is, of those that wait. deadline: time.monotonic() seconds.
 
         Raises the user's errors.
         """
+        self._check_length(call.input)
         lora_id = call.loras[0][0] if len(call.loras) == 1 else ""
         given = await self._rendered(call.input, lora_id, caller)
         wanted, grammar_bytes = call.response_format, 0
-        is_long = _num_bytes(given) > LONG_TEXT
+        is_long = _is_long(given)
         if wanted is not None and self._preparer.grammars.kept(wanted) is None:
             grammar_bytes = await self._untrusted.admit(wanted, caller)
             is_long = True
@@ -55,16 +62,21 @@ class Intake:
 
     async def encode(self, given: Given, lora_id: str, caller: str) -> tuple[int, ...]:
         """The ids that the model would run. Raises the user's errors."""
+        self._check_length(given)
         if lora_id:
             await run_in(self._workers, self._preparer.lora, lora_id)
         given = await self._rendered(given, lora_id, caller)
-        is_long = _num_bytes(given) > LONG_TEXT
-        return await self._run(lambda: self._preparer.encode(given), is_long, caller)
+        return await self._run(lambda: self._preparer.encode(given), _is_long(given), caller)
+
+    def _check_length(self, given: Given) -> None:
+        """Before anything is looked up, rendered or tokenised."""
+        if isinstance(given, Chat):
+            self._preparer.check_num_messages(len(given.messages))
+        field = "prompt" if isinstance(given, Text) else "chat"
+        self._preparer.check_length(_num_bytes(given), field)
 
     async def _rendered(self, given: Given, lora_id: str, caller: str) -> Given:
         """A single LoRA's own chat template wins over the model's."""
-        field = "prompt" if isinstance(given, Text) else "chat"
-        self._preparer.check_length(_num_bytes(given), field)
         if not isinstance(given, Chat) or not lora_id:
             return given
         template = await run_in(self._workers, self._preparer.own_template, lora_id)
@@ -88,11 +100,22 @@ class Intake:
         return await asyncio.wrap_future(working)
 
 
+def _is_long(given: Given) -> bool:
+    """Whether it takes a thread for long: a template takes a while for each message too."""
+    num_messages = len(given.messages) if isinstance(given, Chat) else 0
+    return _num_bytes(given) + num_messages * MESSAGE_COST > LONG_TEXT
+
+
 def _num_bytes(given: Given) -> int:
     """Of text, in UTF-8."""
     match given:
         case Text(text) | Rendered(text):
-            return len(text.encode())
+            return _length(text)
         case Chat(messages):
-            return sum(len(part.encode()) for message in messages for part in message)
+            return sum(_length(part) for message in messages for part in message)
     return 0
+
+
+def _length(text: str) -> int:
+    """In UTF-8, for most texts without a look at them."""
+    return len(text) if text.isascii() else len(text.encode())

@@ -255,6 +255,17 @@ class Preparer:
         """
         return self._templates.of(self.lora(lora_id).digest)
 
+    def check_num_messages(self, num_messages: int) -> None:
+        """Raises InvalidArgumentError for more than there can be tokens, unread."""
+        if num_messages > self._model.max_context:
+            raise InvalidArgumentError(
+                f"chat holds {num_messages} messages, the context {self._model.max_context} "
+                "tokens; send fewer",
+                reason=Reason.REQUEST_TOO_LARGE,
+                field="chat",
+                max_context=str(self._model.max_context),
+            )
+
     def check_length(self, num_bytes: int, field: str) -> None:
         """Raises InvalidArgumentError for text that cannot fit the context, unread."""
         if num_bytes > self._model.max_text:

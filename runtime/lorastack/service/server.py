@@ -129,11 +129,12 @@ class Server:
         self._uploader = ThreadPoolExecutor(1, "lorastack-upload", initializer=be_nice)
         self._preparer = Preparer(model, registry, config.adapters.default_medusa)
         self._untrusted = Untrusted(model.tokenizer, self._preparer.grammars, model.max_text)
+        self._intake = Intake(self._preparer, self._untrusted, self._workers)
         self._generation = GenerationService(
             model=model,
             info=model_info(model, config),
             preparer=self._preparer,
-            intake=Intake(self._preparer, self._untrusted, self._workers),
+            intake=self._intake,
             dispatcher=dispatcher,
             guard=self._guard,
             metrics=requests,

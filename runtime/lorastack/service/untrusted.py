@@ -17,7 +17,7 @@ from lorastack.text.grammar import GrammarCompiler, JsonSchema, Regex, refuse
 from lorastack.text.tokenizer import Tokenizer, template_refusal
 from lorastack.text.trial import trial_body
 
-TEMPLATE_LIMITS = Limits(cpu=1.0, wall=20.0, memory=256 * MIB, output=0)  # output: the text's
+TEMPLATE_LIMITS = Limits(cpu=0.5, wall=20.0, memory=256 * MIB, output=0)  # output: the text's
 GRAMMAR_LIMITS = Limits(cpu=1.0, wall=20.0, memory=128 * MIB, output=4096)
 MAX_VERDICTS = 1024
 UPLOADER = "an upload"  # as a caller
@@ -64,24 +64,36 @@ class Untrusted:
         self, template: str, messages: tuple[tuple[str, str], ...], caller: str
     ) -> str:
         """A conversation as text. Raises InvalidArgumentError, and what `Pool.run` raises."""
-        return (await self._run_template(template, messages, caller)).decode()
+        body = await asyncio.to_thread(template_body, template, messages)
+        job = Job(task=TEMPLATE, body=body, limits=self._template_limits)
+        try:
+            return (await self.pool.run(job, caller)).decode()
+        except JobError as error:
+            self._refuse_template(error)
 
     def check_template(self, template: str) -> None:
-        """Compiles it. From any thread but the loop's. Raises as `render` does."""
+        """Raises InvalidArgumentError for one that does not compile. From another thread.
+
+        What takes too long to compile, or waits too long for a worker, is left to the first chat.
+        """
         if template == self._models_own:
             return
         assert self._loop is not None, "attach() comes first"
-        checking = asyncio.run_coroutine_threadsafe(
-            self._run_template(template, None, UPLOADER), self._loop
-        )
+        job = Job(task=TEMPLATE, body=template_body(template, None), limits=self._template_limits)
+        compiling = asyncio.run_coroutine_threadsafe(self.pool.run(job, UPLOADER), self._loop)
         try:
-            checking.result(UPLOAD_PATIENCE)
+            compiling.result(UPLOAD_PATIENCE)
+        except JobError as error:
+            if error.outcome is Outcome.REFUSED:
+                raise InvalidArgumentError(
+                    f"chat_template cannot be compiled: {error.message}; repair it, or leave it "
+                    "out to use the model's",
+                    reason=Reason.INVALID_ADAPTER,
+                ) from None
         except TimeoutError:
-            checking.cancel()
-            raise ResourceExhaustedError(
-                "too many chats wait to be rendered, so the upload's chat template could not be "
-                "checked; try again later"
-            ) from None
+            compiling.cancel()
+        except ResourceExhaustedError:
+            pass
 
     async def admit(self, wanted: Wanted, caller: str) -> int:
         """Tries a grammar out; what passes may be compiled here. The bytes that it takes.
@@ -109,23 +121,6 @@ class Untrusted:
             refuse(wanted, cause)
         self._remember(key, num_bytes)
         return num_bytes
-
-    async def _run_template(
-        self, template: str, messages: tuple[tuple[str, str], ...] | None, caller: str
-    ) -> bytes:
-        job = Job(
-            task=TEMPLATE, body=template_body(template, messages), limits=self._template_limits
-        )
-        try:
-            return await self.pool.run(job, caller)
-        except JobError as error:
-            if messages is None and error.outcome is Outcome.REFUSED:
-                raise InvalidArgumentError(
-                    f"chat_template cannot be compiled: {error.message}; repair it, or leave it "
-                    "out to use the model's",
-                    reason=Reason.INVALID_ADAPTER,
-                ) from None
-            self._refuse_template(error)
 
     def _refuse_template(self, error: JobError) -> NoReturn:
         limits = self._template_limits

@@ -1,0 +1,86 @@
+"""Whoever waits for a seat is served in turn with the other callers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+import pytest
+
+from lorastack.errors import ResourceExhaustedError, UnavailableError
+from lorastack.sandbox.turns import Turns
+
+
+def run(coroutine: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(coroutine)
+
+
+async def queued(turns: Turns[str], *callers: str) -> list[asyncio.Task[str]]:
+    """A task for each caller, waiting in this order."""
+    tasks = [asyncio.create_task(turns.take(caller)) for caller in callers]
+    await asyncio.sleep(0)
+    return tasks
+
+
+def test_callers_take_turns_however_many_places_one_has() -> None:
+    async def check() -> None:
+        turns = Turns(["seat"], 9)
+        assert await turns.take("a") == "seat"
+        tasks = await queued(turns, "a", "a", "a", "b", "c", "b")
+        order: list[str] = []
+
+        async def note(task: asyncio.Task[str], name: str) -> None:
+            seat = await task
+            order.append(name)
+            turns.give(seat)
+
+        names = ("a1", "a2", "a3", "b1", "c1", "b2")
+        turns.give("seat")
+        await asyncio.gather(*map(note, tasks, names))
+        assert order == ["a1", "b1", "c1", "a2", "b2", "a3"]
+
+    run(check())
+
+
+def test_a_caller_who_fills_the_queue_is_refused_and_makes_room_for_others() -> None:
+    async def check() -> None:
+        turns = Turns(["seat"], 3)
+        await turns.take("greedy")
+        greedy = await queued(turns, "greedy", "greedy", "greedy")
+        with pytest.raises(ResourceExhaustedError, match="3 calls wait"):
+            await turns.take("greedy")
+        other, another = await queued(turns, "other", "another")
+        for task in greedy[1:]:  # the newest places of the longest queue
+            with pytest.raises(ResourceExhaustedError):
+                await task
+        assert not greedy[0].done()
+        assert turns.num_waiting == 3
+        with pytest.raises(ResourceExhaustedError):
+            await turns.take("a third")
+        for task in (greedy[0], other, another):
+            turns.give("seat")
+            assert await task == "seat"
+
+    run(check())
+
+
+def test_who_leaves_the_queue_or_is_cancelled_with_a_seat_loses_none() -> None:
+    async def check() -> None:
+        turns = Turns(["seat"], 9)
+        await turns.take("a")
+        gone, waits = await queued(turns, "a", "b")
+        gone.cancel()
+        await asyncio.wait([gone])
+        assert turns.num_waiting == 1
+        turns.give("seat")
+        waits.cancel()  # it has the seat and does not know it yet
+        await asyncio.wait([waits])
+        assert await turns.take("c") == "seat"
+        late = await queued(turns, "d", "e")
+        turns.fail(UnavailableError("over"))
+        for task in late:
+            with pytest.raises(UnavailableError):
+                await task
+
+    run(check())
