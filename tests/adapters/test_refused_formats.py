@@ -181,9 +181,9 @@ def test_lora_tensors_are_refused_by_name(lora: Path, edit: Edit, named: str) ->
 def test_endless_patterns_end(lora: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(targets, "MATCH_SECONDS", 0.05)
     edit_json(lora / LORA_CONFIG, target_modules=r"(?:(?:.*)*)*(?:(?:.*)*)*(?=x)x(\w|\w\w|\w+)*Z\1")
-    began = time.monotonic()
+    began = time.thread_time()
     refused(lora, "takes too long|match no module")
-    assert time.monotonic() - began < 2
+    assert time.thread_time() - began < 2
     edit_json(lora / LORA_CONFIG, target_modules="q" * 5000)
     refused(lora, "longer than")
 

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from lorastack.kernels import draw as module
 from lorastack.kernels.draw import Draw, draw, draw_torch
-from lorastack.kernels.native.library import Isa, supported
+from lorastack.kernels.native.library import Isa
 from lorastack.request import SamplingParams
 from lorastack.sampling.reference import draw_reference, survivors
 from tests.helpers.guarded import guarded
+from tests.helpers.isas import needs
 
 Way = Callable[[Tensor, Sequence[Draw]], list[int]]
-here = pytest.mark.skipif(not supported(Isa.AVX512), reason="not on this machine")
+here = needs(Isa.AVX512)
 WAYS = [pytest.param(draw_torch, id="torch"), pytest.param(draw, id="native", marks=here)]
 SEEDS = st.integers(0, 2**64 - 1)
 PARAMS = st.builds(
