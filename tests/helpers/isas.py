@@ -48,4 +48,4 @@ def _lacking_line(count: int, here: Sequence[Isa]) -> str:
     tested = "plain torch (float32)"
     if here:
         tested = f"native {', '.join(isa.name for isa in here)} and plain torch"
-    return f"{why}: {count} tests of native kernels skipped; tested: {tested}"
+    return f"{why}: {count} skipped, tests of native kernels; tested: {tested}"

@@ -252,10 +252,13 @@ def drawn(way: Way, params: SamplingParams, count: int) -> list[int]:
 @pytest.mark.parametrize(
     ("params", "way", "count"),
     [
-        *(pytest.param(case, *way.values, marks=way.marks) for case in CASES for way in COUNTED),
-        (TYPICAL, draw, 4000),
+        *(
+            pytest.param(case, *way.values, marks=way.marks, id=f"{way.id}-{case.seed}")
+            for case in CASES
+            for way in COUNTED
+        ),
+        pytest.param(TYPICAL, draw, 4000, id="typical"),
     ],
-    ids=str,
 )
 def test_draws_follow_the_filtered_softmax(params: SamplingParams, way: Way, count: int) -> None:
     wanted = probabilities_of(params)
