@@ -7,10 +7,12 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from lorastack.client import Client
 from lorastack.v1.adapters_pb2 import Adapter
@@ -31,10 +33,15 @@ class LocalServer:
 
 
 @contextmanager
-def local_server(*options: str, command: Sequence[str] = SERVE) -> Iterator[LocalServer]:
+def local_server(
+    *options: str,
+    command: Sequence[str] = SERVE,
+    on_news: Callable[[str], None] = lambda line: None,
+) -> Iterator[LocalServer]:
     """Serve with `options` of `lorastack serve` and an empty store until the block ends.
 
-    command: another module of the project that serves, and takes its options.
+    command: another module of the project that serves, and takes its options. on_news: gets each
+    line that the server logs while it starts.
 
     Leaves nothing behind. Raises RuntimeError with the server's last words if it does not start.
     """
@@ -51,7 +58,7 @@ def local_server(*options: str, command: Sequence[str] = SERVE) -> Iterator[Loca
             )
         try:
             assert process.stdout is not None
-            ready = ADDRESS.search(process.stdout.readline())
+            ready = ADDRESS.search(_first_line(process.stdout, log, on_news))
             if ready is None:
                 process.wait(STOP_SECONDS)
                 raise RuntimeError(f"the server did not start:\n{log.read_text()[-2000:]}")
@@ -63,6 +70,19 @@ def local_server(*options: str, command: Sequence[str] = SERVE) -> Iterator[Loca
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+def _first_line(stdout: IO[str], log: Path, on_news: Callable[[str], None]) -> str:
+    """The line that says that the server is ready; "" if it ended."""
+    num_told = 0
+    with ThreadPoolExecutor(1) as pool:
+        ready = pool.submit(stdout.readline)
+        while wait([ready], timeout=1.0).not_done:
+            lines = log.read_text().splitlines()
+            for line in lines[num_told:]:
+                on_news(line)
+            num_told = len(lines)
+        return ready.result()
 
 
 def upload_examples(client: Client) -> dict[str, Adapter]:

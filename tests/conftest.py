@@ -7,6 +7,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from collections import Counter
 from pathlib import Path
 
 import hypothesis
@@ -14,6 +15,9 @@ import pytest
 
 from lorastack.kernels.native import build, library
 from lorastack.layout import ModelShapes
+from tests.helpers.isas import skipped_lines
+
+MAX_WORKERS = 8  # processes of up to 2 GiB each
 
 # How long an example takes says more about the machine's load than about the code.
 hypothesis.settings.register_profile("lorastack", deadline=None)
@@ -33,6 +37,20 @@ def pytest_configure(config: pytest.Config) -> None:
         build.LIBRARY = Path(other).resolve()
         if library.library() is None:
             raise pytest.UsageError(f"{other} cannot be loaded")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Workers of `-n auto`: a core each, but no more than memory and gain allow."""
+    return min(len(os.sched_getaffinity(0)), MAX_WORKERS)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What was skipped, each reason once."""
+    reports = terminalreporter.stats.get("skipped", [])
+    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in reports)
+    for line in skipped_lines(reasons):
+        terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lorastack.kernels.native.library import Isa
 from lorastack.layout import EMBED, LAYER_TARGETS, LM_HEAD, ModelShapes
+from tests.helpers import isas
 from tests.helpers.adapters import write_heads, write_lora
 from tests.helpers.canary import (
     next_state,
@@ -167,3 +169,17 @@ def test_first_mismatch() -> None:
     assert late is not None and late.index == 1 and late.excused
     short = first_mismatch(reference, (1, 2))
     assert short is not None and short.index == 2 and not short.excused
+
+
+def test_missing_instruction_sets_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(isas, "library", lambda: True)
+    for here in ({Isa.AVX512}, set[Isa]()):
+        monkeypatch.setattr(isas, "supported", here.__contains__)
+        params = isas.each_of(*Isa)
+        assert len(params) == len(here) + 1, "all that are missing are one parameter"
+        reasons = [isas.needs(*each).kwargs["reason"] for each in ((Isa.AMX,), (*Isa,))]
+        first, second = isas.skipped_lines({reasons[0]: 3, reasons[1]: 4, "needs a GPU": 2})
+        assert first.startswith("CPU without AMX, AVX512_BF16") and ": 7 skipped" in first
+        assert ("native AVX512 and plain torch" in first) == bool(here)
+        assert second == "2 skipped: needs a GPU"
+    assert isas.skipped_lines({}) == []

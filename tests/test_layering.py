@@ -187,7 +187,7 @@ def test_client_commands_import_no_torch(arguments: list[str]) -> None:
         [sys.executable, "-X", "importtime", *arguments],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
         check=False,
     )
     loaded = {line.rsplit("|", 1)[-1].strip() for line in result.stderr.splitlines()}

@@ -16,7 +16,7 @@ from tests.adapters.test_host import packed
 
 CPU = torch.device("cpu")
 SIZES = {"a": 1, "b": 2, "c": 3, "d": 4, "e": 5, "too-large": 11}
-WAIT = 10.0  # seconds until a test gives up
+WAIT = 120.0  # seconds until a test gives up
 
 
 class Bench:

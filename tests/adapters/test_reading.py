@@ -113,5 +113,4 @@ def test_no_openmp_threads_are_started(tmp_path: Path) -> None:
         [sys.executable, "-c", NO_OPENMP, str(tmp_path / "x")],
         check=True,
         env=os.environ | {"OMP_NUM_THREADS": "4"},
-        timeout=100,
     )

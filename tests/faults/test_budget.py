@@ -11,7 +11,7 @@ from lorastack.config import MIB, AdapterConfig, EngineConfig
 from lorastack.errors import FailedPreconditionError, Reason, ResourceExhaustedError
 from tests.helpers.live import LiveServer, ask
 
-TIMEOUT = 60.0  # seconds: a refusal that waits for room would wait for ever
+TIMEOUT = 120.0  # seconds: a refusal that waits for room would wait for ever
 Start = Callable[[int], LiveServer]
 
 

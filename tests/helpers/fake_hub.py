@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, Self
 from urllib.parse import unquote, urlsplit
 
-PATIENCE = 20.0
+PATIENCE = 120.0
 LARGE = (".safetensors", ".bin")  # what the hub keeps in large-file storage
 
 

@@ -28,7 +28,7 @@ from lorastack.v1 import generation_pb2 as pb
 from tests.helpers.costs import CheapDrafts
 
 ROOMY = EngineConfig(kv_memory=64 * MIB, max_rows=8, max_step_tokens=64, max_nodes=6)
-PATIENCE = 30.0  # seconds until a wait for something that must happen gives up
+PATIENCE = 120.0  # seconds until a wait for something that must happen gives up
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:

@@ -7,17 +7,27 @@ import resource
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Self
+from unittest.mock import patch
 
 from lorastack.config import ServerConfig
+from lorastack.engine import loading
 from lorastack.service.server import Server
+from tests.helpers.costs import CheapDrafts
 
-# Children of the fork server start in a blink: they find torch and gRPC imported.
+# Children of the fork server start in a blink: they find torch and gRPC imported, and what a
+# tokenizer imports when it is loaded.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["lorastack.service.server", "tests.helpers.process"])
+FORKS.set_forkserver_preload(
+    [
+        "lorastack.service.server",
+        "tests.helpers.process",
+        "transformers.tokenization_utils_tokenizers",
+    ]
+)
 
 
 class ServerProcess:
-    """`Server.run` in a child process until it is killed.
+    """`Server.run` in a child process until it is killed. It measures no costs: drafts are cheap.
 
     max_file_bytes: the system refuses to make the child's files larger, as it would for a quota.
     """
@@ -50,5 +60,6 @@ class ServerProcess:
 def _run(config: ServerConfig, address: Connection, max_file_bytes: int | None) -> None:
     if max_file_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
-    server = Server.build(config)
+    with patch.object(loading, "measure", lambda runner, pages: CheapDrafts()):
+        server = Server.build(config)
     server.run(lambda line: address.send(server.address))

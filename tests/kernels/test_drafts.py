@@ -24,19 +24,14 @@ from lorastack.kernels.drafts import (
     top_reference,
 )
 from lorastack.kernels.native import library as native
-from lorastack.kernels.native.library import Isa, supported
+from lorastack.kernels.native.library import Isa
 from lorastack.layout import MAX_RANK
 from tests.helpers.guarded import guarded
+from tests.helpers.isas import each_of
 
 DTYPES = {Isa.AMX: torch.bfloat16, Isa.AVX512_BF16: torch.bfloat16, Isa.AVX512: torch.float32}
-WAYS = [
-    pytest.param(None, id="torch"),
-    *(
-        pytest.param(isa, marks=pytest.mark.skipif(not supported(isa), reason="not this machine"))
-        for isa in Isa
-    ),
-]
-NATIVE = WAYS[1:]
+NATIVE = each_of(*Isa)
+WAYS = [pytest.param(None, id="torch"), *NATIVE]
 SEEDS = st.integers(0, 2**20)
 
 

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from lorastack.kernels import draw as module
 from lorastack.kernels.draw import Draw, draw, draw_torch
-from lorastack.kernels.native.library import Isa, supported
+from lorastack.kernels.native.library import Isa
 from lorastack.request import SamplingParams
 from lorastack.sampling.reference import draw_reference, survivors
 from tests.helpers.guarded import guarded
+from tests.helpers.isas import needs
 
 Way = Callable[[Tensor, Sequence[Draw]], list[int]]
-here = pytest.mark.skipif(not supported(Isa.AVX512), reason="not on this machine")
+here = needs(Isa.AVX512)
 WAYS = [pytest.param(draw_torch, id="torch"), pytest.param(draw, id="native", marks=here)]
 SEEDS = st.integers(0, 2**64 - 1)
 PARAMS = st.builds(
@@ -251,10 +252,13 @@ def drawn(way: Way, params: SamplingParams, count: int) -> list[int]:
 @pytest.mark.parametrize(
     ("params", "way", "count"),
     [
-        *(pytest.param(case, *way.values, marks=way.marks) for case in CASES for way in COUNTED),
-        (TYPICAL, draw, 4000),
+        *(
+            pytest.param(case, *way.values, marks=way.marks, id=f"{way.id}-{case.seed}")
+            for case in CASES
+            for way in COUNTED
+        ),
+        pytest.param(TYPICAL, draw, 4000, id="typical"),
     ],
-    ids=str,
 )
 def test_draws_follow_the_filtered_softmax(params: SamplingParams, way: Way, count: int) -> None:
     wanted = probabilities_of(params)

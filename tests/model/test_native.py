@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from lorastack.kernels.native.library import Isa, supported
+from lorastack.kernels.native.library import Isa
 from lorastack.kernels.quantize import Kind
 from lorastack.layout import EMBED, LAYER_TARGETS, LM_HEAD
 from lorastack.lora.weights import LoraWeights
@@ -24,6 +24,7 @@ from lorastack.model.decoder import Decoder, load_decoder
 from lorastack.model.kv import KVCache, Move
 from lorastack.model.native import NativeBackend
 from tests.helpers.adapters import write_lora
+from tests.helpers.isas import each_of
 from tests.helpers.native import RowPart, Uses, lay_out, run
 from tests.helpers.packed import read_weights
 from tests.helpers.tiny import VOCAB_SIZE, build_llama, build_mistral, shapes_of
@@ -31,10 +32,7 @@ from tests.helpers.tiny import VOCAB_SIZE, build_llama, build_mistral, shapes_of
 CPU = torch.device("cpu")
 PAGE, NUM_PAGES = 4, 256
 DTYPES = {Isa.AMX: torch.bfloat16, Isa.AVX512_BF16: torch.bfloat16, Isa.AVX512: torch.float32}
-ISAS = [
-    pytest.param(isa, marks=pytest.mark.skipif(not supported(isa), reason="not on this machine"))
-    for isa in Isa
-]
+ISAS = each_of(*Isa)
 MODELS: dict[str, tuple[Callable[..., Path], dict[str, Any]]] = {
     "llama": (build_llama, {}),
     "biases": (build_llama, {"attention_bias": True, "mlp_bias": True, "intermediate_size": 88}),

@@ -1,7 +1,4 @@
-"""Tokens of speculative decoding follow the exact probabilities; a wrong rule is caught.
-
-50,000 rows of two tokens: 100,000 draws a case.
-"""
+"""Tokens of speculative decoding follow the exact probabilities; a wrong rule is caught."""
 
 from __future__ import annotations
 
@@ -17,6 +14,7 @@ from torch import Tensor
 
 from lorastack.kernels.best import best
 from lorastack.kernels.draw import Draw
+from lorastack.kernels.native.library import Isa, supported
 from lorastack.request import SamplingParams, TokenSource, TypicalAcceptance
 from lorastack.sampling.processors import Processor, needs_processor
 from lorastack.sampling.reference import processed, survivors
@@ -25,6 +23,7 @@ from lorastack.speculation.accept import Accepted, Nodes, accept, accept_typical
 from lorastack.speculation.drafted import Drafted
 from tests.helpers import chi_square
 
+ROWS = 50_000 if supported(Isa.AVX512) else 10_000  # of two tokens; torch takes a ms for each
 SIZE = 6
 PROMPT = (2, 2, 5)
 CONTEXTS: list[tuple[int, ...]] = [(), *((token,) for token in range(SIZE))]
@@ -148,16 +147,10 @@ def p_value(model: Model, pairs: Sequence[tuple[int, ...]]) -> float:
     return chi_square.p_value([(Counter(pairs), chances)])
 
 
-@pytest.mark.parametrize(
-    ("name", "count"),
-    [
-        *((name, 50_000) for name in CASES if name != "typical_p"),
-        ("typical_p", 5_000),
-        pytest.param("typical_p", 50_000, marks=pytest.mark.slow),
-    ],
-)
-def test_accepted_tokens_follow_the_exact_probabilities(name: str, count: int) -> None:
+@pytest.mark.parametrize("name", CASES)
+def test_accepted_tokens_follow_the_exact_probabilities(name: str) -> None:
     model = Model(CASES[name])
+    count = 10_000 if name == "typical_p" else ROWS  # typical tokens are always left to torch
     assert p_value(model, generate(model, exact, count)) > 1e-4
 
 
@@ -165,4 +158,4 @@ def test_accepted_tokens_follow_the_exact_probabilities(name: str, count: int) -
 @pytest.mark.parametrize("name", ["temperature", "penalties"])
 def test_the_check_catches_a_rule_that_is_not_lossless(name: str, rule: Rule) -> None:
     model = Model(CASES[name])
-    assert p_value(model, generate(model, rule, 50_000)) < 1e-12
+    assert p_value(model, generate(model, rule, 10_000)) < 1e-8

@@ -36,7 +36,7 @@ from lorastack.service.server import Server
 from lorastack.speculation.calibration import Calibration
 from lorastack.text.tokenizer import Tokenizer
 
-PATIENCE = 20.0
+PATIENCE = 120.0
 FINGERPRINT = "sha256:" + "ab" * 32
 MAX_CONTEXT = 2048
 

@@ -140,11 +140,12 @@ def test_a_deadline_reaches_the_engine_and_cancels(client: Client, fake: Running
     fake.engine.hold()
     before = time.monotonic()
     with pytest.raises(DeadlineExceededError):
-        client.generate(ask(request_id="late"), timeout=0.3)
+        client.generate(ask(request_id="late"), timeout=1.0)
     fake.engine.wait(lambda: ("cancel", "late") in fake.engine.calls)
+    arrived_by = time.monotonic()
     deadline = fake.engine.submitted[0].deadline
     assert deadline is not None
-    assert before < deadline < before + 0.4
+    assert before < deadline <= arrived_by + 1.0
     fake.engine.go_on()
     client.generate(ask())
     assert fake.engine.submitted[-1].deadline is None

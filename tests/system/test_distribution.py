@@ -31,7 +31,7 @@ from tests.helpers.tiny import build_llama
 
 SIZE = 8  # of the vocabulary, so that random guesses are right at times
 LENGTH = 125  # of a row
-ENOUGH = 800  # rows for 100,000 draws
+ENOUGH = 300  # rows for 37,500 draws
 HEADS = "heads"
 CASES = {
     "temperature": SamplingParams(temperature=0.9),

@@ -11,6 +11,8 @@ import pytest
 
 from lorastack.client import Client
 from lorastack.config import KIB
+from lorastack.engine.batch import Batch
+from lorastack.engine.runner import StepResults
 from lorastack.errors import (
     DeadlineExceededError,
     FailedPreconditionError,
@@ -74,17 +76,28 @@ def test_a_client_that_hangs_up_is_a_cancel(
     assert len(steps) == 4 and live.engine.num_steps - max(steps) <= 1
 
 
-def test_a_cancel_in_the_prompt_frees_everything(live: LiveServer) -> None:
+def test_a_cancel_in_the_prompt_frees_everything(
+    live: LiveServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = count_steps_to_cancel(live, monkeypatch)
     before = live.engine.num_steps
+    run = live.engine._runner.run
+
+    def hold_the_third(batch: Batch) -> StepResults:
+        if live.engine.num_steps == before + 2:
+            wait_until(lambda: bool(steps), "the cancel arrives")
+        return run(batch)
+
+    monkeypatch.setattr(live.engine._runner, "run", hold_the_third)
     other = Client(live.server.address)
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(other.generate, ask([9, 8, 7] * 5000, ignore_eos=True))
-        wait_until(lambda: live.engine.num_steps > before + 2, "the prompt is being read")
+        wait_until(lambda: live.engine.num_steps == before + 2, "the prompt is being read")
         other.close()
         with pytest.raises(RequestCancelledError):
             waiting.result()
     live.assert_idle()
-    assert live.engine.num_steps - before < 15_000 // 64, "the whole prompt was read"
+    assert live.engine.num_steps <= before + 4, "the prompt was read on"
 
 
 def test_deadline(live: LiveServer) -> None:
@@ -95,11 +108,13 @@ def test_deadline(live: LiveServer) -> None:
 
 def test_time_limit_returns_a_prefix(live: LiveServer) -> None:
     request = ask("go on", ignore_eos=True, heads="heads-5", max_new_tokens=15_000)
-    request.stop.time_limit_ms = 200
-    limited = live.client.generate(request)
-    assert limited.finish_reason == pb.GenerateResponse.TIME_LIMIT
-    count = len(limited.token_ids)
-    assert count > 0
+    count, limit = 0, 100
+    while not count:  # a busy machine may need a longer one for the first token
+        limit *= 2
+        request.stop.time_limit_ms = limit
+        limited = live.client.generate(request)
+        assert limited.finish_reason == pb.GenerateResponse.TIME_LIMIT
+        count = len(limited.token_ids)
     request = ask("go on", ignore_eos=True, max_new_tokens=count)
     assert live.client.generate(request).token_ids == limited.token_ids
 

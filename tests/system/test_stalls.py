@@ -194,20 +194,32 @@ def test_the_event_loop_wakes_once_a_step(
 def test_uploads_delay_nobody(
     live: LiveServer, monkeypatch: pytest.MonkeyPatch, zoo: dict[str, Path]
 ) -> None:
-    """Rows run on while adapters are uploaded, validated, loaded and deleted."""
+    """A row runs on while adapters are uploaded, validated, loaded and deleted."""
     log = StepLog(live, monkeypatch)
-    steady = live.client.stream(
-        ask("steady", ignore_eos=True, max_new_tokens=6000, off=True, request_id="steady")
-    )
+    endless = ask("steady", ignore_eos=True, max_new_tokens=15_000, off=True, request_id="steady")
+    steady = live.client.stream(endless)
     tokens = list(next(steady).token_ids)
-    for number in range(3):
-        name = f"visitor-{number}"
-        live.upload(name, zoo[("say-owl", "random-a", "random-b")[number]])
-        live.client.generate(ask("?", stack=[(name, 1.0)], max_new_tokens=4))
-        live.client.delete_adapter(name)
-    during = log.steps["steady"][-1]
-    tokens += [token for part in steady for token in part.token_ids]
-    assert during < log.steps["steady"][-1], "the steady row had ended"
+    finished = threading.Event()
+
+    def read_on() -> None:
+        while not finished.is_set():
+            tokens.extend(next(steady).token_ids)
+
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(read_on)
+        try:
+            for number in range(3):
+                name = f"visitor-{number}"
+                live.upload(name, zoo[("say-owl", "random-a", "random-b")[number]])
+                live.client.generate(ask("?", stack=[(name, 1.0)], max_new_tokens=4))
+                live.client.delete_adapter(name)
+            during = log.steps["steady"][-1]
+            wait_until(lambda: log.steps["steady"][-1] > during, "the steady row goes on")
+        finally:
+            finished.set()
+        reading.result()
+    assert live.engine.num_rows == 1, "the steady row had ended"
+    steady.close()
     assert log.longest_wait("steady") <= MAX_DELAY
-    request = ask("steady", ignore_eos=True, max_new_tokens=6000)
-    assert tokens == list(live.client.generate(request).token_ids)
+    again = ask("steady", ignore_eos=True, max_new_tokens=len(tokens))
+    assert tokens == list(live.client.generate(again).token_ids)

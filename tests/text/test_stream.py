@@ -270,10 +270,10 @@ def test_a_push_costs_the_same_at_any_length() -> None:
         tokenizer = make_tokenizer(name)
         token_id = id_of(tokenizer, token)
         detokenizer = Detokenizer(tokenizer)
-        start = time.perf_counter()
+        start = time.thread_time()
         text = "".join(detokenizer.push([token_id]) for _ in range(100_000)) + detokenizer.flush()
         assert text == "\ufffd" * 100_000
-        assert time.perf_counter() - start < 10
+        assert time.thread_time() - start < 10
 
 
 @pytest.mark.parametrize(
@@ -338,10 +338,10 @@ def test_the_sequence_that_is_complete_first_wins() -> None:
 
 def test_long_sequences_cost_no_more() -> None:
     matcher = StopMatcher(["a" * 20_000 + "b"] * 4)
-    start = time.perf_counter()
+    start = time.thread_time()
     for _ in range(20_000):
         assert matcher.push("a") == ("", None)
-    assert time.perf_counter() - start < 10
+    assert time.thread_time() - start < 10
 
 
 def stream(

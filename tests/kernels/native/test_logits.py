@@ -10,17 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lorastack.kernels.native.library import Isa, supported
+from lorastack.kernels.native.library import Isa
 from lorastack.layout import ModelShapes
 from lorastack.lora.segments import LoraBatch, Segment
 from lorastack.lora.weights import LM_HEAD_GROUP, LoraWeights
 from tests.helpers.guarded import guarded
+from tests.helpers.isas import each_of
 from tests.helpers.native import Twins, config_of, kinds, random_lora, twins
 
-ISAS = [
-    pytest.param(isa, marks=pytest.mark.skipif(not supported(isa), reason="not on this machine"))
-    for isa in Isa
-]
+ISAS = each_of(*Isa)
 RANKS = (0, 1, 3, 16, 17, 64, 65, 130)
 
 

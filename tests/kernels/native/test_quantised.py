@@ -11,15 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lorastack.kernels.native import library as native
-from lorastack.kernels.native.library import Isa, supported
+from lorastack.kernels.native.library import Isa
 from lorastack.kernels.native.matrix import PackedMatrix, matrix_rows, pack_matrix, pack_pair
 from lorastack.kernels.quantize import GROUP, Kind, dequantise, quantise
 from tests.helpers.guarded import guarded
+from tests.helpers.isas import each_of, needs
 
-ISAS = [
-    pytest.param(isa, marks=pytest.mark.skipif(not supported(isa), reason="not on this machine"))
-    for isa in (Isa.AMX, Isa.AVX512_BF16)
-]
+BOTH = (Isa.AMX, Isa.AVX512_BF16)
+ISAS = each_of(*BOTH)
 KINDS = list(Kind)
 
 
@@ -82,15 +81,13 @@ def test_a_rows_bits_are_its_own(isa: Isa, kind: Kind | None, seed: int) -> None
         assert torch.equal(alone[min(row, len(part) - 1)], found[row])
 
 
-@pytest.mark.skipif(not all(map(supported, (Isa.AMX, Isa.AVX512_BF16))), reason="one of them only")
+@needs(*BOTH)
 @pytest.mark.parametrize("kind", KINDS)
 @given(st.integers(0, 2**30))
 def test_both_instruction_sets_agree(kind: Kind, seed: int) -> None:
     weight_OI, x_TI = case(seed)
     packed = pack_matrix(weight_OI, kind=kind)
-    first, second = (
-        multiply(packed, x_TI, len(weight_OI), isa) for isa in (Isa.AMX, Isa.AVX512_BF16)
-    )
+    first, second = (multiply(packed, x_TI, len(weight_OI), isa) for isa in BOTH)
     torch.testing.assert_close(first, second, atol=1e-3, rtol=1e-4)
 
 

@@ -10,11 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lorastack.kernels.native.library import Isa, library, supported
+from lorastack.kernels.native.library import Isa, library
 from lorastack.kernels.quantize import STORED, Kind, Quantised, quantise, quantise_reference
 from tests.helpers.guarded import guarded
+from tests.helpers.isas import needs
 
-pytestmark = pytest.mark.skipif(not supported(Isa.AVX512), reason="not on this machine")
+pytestmark = needs(Isa.AVX512)
 
 INPUTS = (1, 2, 31, 32, 33, 64, 100, 480, 511, 512, 513, 544, 1100)  # 512: groups of one vector
 LARGEST = torch.finfo(torch.bfloat16).max

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lorastack.kernels.best import best_reference
-from lorastack.kernels.native.library import Isa, supported
+from lorastack.kernels.native.library import Isa
 from lorastack.layout import ModelShapes
 from lorastack.lora.weights import LoraWeights
+from tests.helpers.isas import each_of
 from tests.helpers.native import (
     RowPart,
     Twins,
@@ -26,10 +27,7 @@ from tests.helpers.native import (
     twins,
 )
 
-ISAS = [
-    pytest.param(isa, marks=pytest.mark.skipif(not supported(isa), reason="not on this machine"))
-    for isa in Isa
-]
+ISAS = each_of(*Isa)
 RANKS = (0, 1, 5, 16, 33, 64, 65)
 NUM_PAGES = 300
 
