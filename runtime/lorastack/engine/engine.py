@@ -8,7 +8,6 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any, NamedTuple
 
 import torch
 
@@ -16,6 +15,7 @@ from lorastack.adapters.pool import DevicePool
 from lorastack.config import EngineConfig
 from lorastack.engine.apart import run_apart
 from lorastack.engine.batch import Batch
+from lorastack.engine.command import Command
 from lorastack.engine.costs import Costs, try_step
 from lorastack.engine.pace import Pace
 from lorastack.engine.pages import Pages
@@ -41,13 +41,6 @@ log = logging.getLogger(__name__)
 
 MAX_FAULTS = 3  # that no row caused, without a row that got on in between
 LONGEST_REST = 3600.0  # seconds; what a condition can wait for is bounded
-
-
-class _Command(NamedTuple):
-    """What the step thread shall do, and who wants to know."""
-
-    call: Callable[[], None]
-    future: Future[Any] | None = None
 
 
 class Engine:
@@ -92,7 +85,7 @@ class Engine:
         )
         self._residency = Residency(pool, in_use=self._scheduler.uses, on_forgotten=self._forgotten)
         self._changed = threading.Condition()
-        self._inbox: deque[_Command] = deque()
+        self._inbox: deque[Command] = deque()
         self._unsent: list[RowEvent] = []
         self._num_faults = 0
         self._num_submitted = 0  # in the inbox, not yet with the scheduler
@@ -142,7 +135,7 @@ class Engine:
                     retry_after=1.0,
                 )
             self._num_submitted += 1
-            self._inbox.append(_Command(lambda: self._scheduler.add(row)))
+            self._inbox.append(Command(lambda: self._scheduler.add(row)))
             self._changed.notify()
 
     def cancel(self, request_id: str) -> None:
@@ -193,7 +186,7 @@ class Engine:
 
         with self._changed:
             if not self._closed:
-                self._inbox.append(_Command(take, future))
+                self._inbox.append(Command(take, future))
                 self._changed.notify()
                 return future
         self.close()  # the thread may be about to end
@@ -331,7 +324,7 @@ class Engine:
         with self._changed:
             commands, self._inbox = self._inbox, deque()
             for command in commands:
-                _carry_out(command)
+                command.carry_out()
             self._num_submitted = 0
             self._count()
 
@@ -378,7 +371,7 @@ class Engine:
         """Has the step thread run it. Too late for that, `future` says so."""
         with self._changed:
             if not self._closed:
-                self._inbox.append(_Command(command, future))
+                self._inbox.append(Command(command, future))
                 self._changed.notify()
             elif future is not None:
                 future.set_exception(UnavailableError("the server is shutting down"))
@@ -393,13 +386,3 @@ class Engine:
             text=self._tokenizer.token_text(token_id),
             logprobs=logprobs,
         )
-
-
-def _carry_out(command: _Command) -> None:
-    """One that fails is nobody's but its own."""
-    try:
-        command.call()
-    except Exception as error:
-        log.error("an order to the engine failed", exc_info=error)
-        if command.future is not None and not command.future.done():
-            command.future.set_exception(InternalError("the server failed; its log says why"))
