@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import threading
+import weakref
 from collections import Counter
-from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -20,9 +22,11 @@ from lorastack.service import door, listener
 from lorastack.service.door import Door
 from lorastack.service.listener import raise_file_limit
 from lorastack.service.status import CallGuard
+from lorastack.service.wire import RequestReader
 from lorastack.v1 import adapters_pb2, adapters_pb2_grpc, generation_pb2_grpc
 from lorastack.v1 import generation_pb2 as pb
 from tests.helpers.http2 import RawConnection, enveloped
+from tests.helpers.live import wait_until
 from tests.service.fakes import PATIENCE, RunningServer
 from tests.service.test_metrics import samples
 
@@ -39,11 +43,7 @@ def ended(fake: RunningServer, rpc: str, code: str) -> float:
 
 
 def wait_for_end(fake: RunningServer, rpc: str, code: str, count: int = 1) -> None:
-    for _ in range(int(PATIENCE * 100)):
-        if ended(fake, rpc, code) >= count:
-            return
-        threading.Event().wait(0.01)
-    pytest.fail(f"no {rpc} ended {code}: {samples(fake.server.metrics)}")
+    wait_until(lambda: ended(fake, rpc, code) >= count, f"{rpc} ends {code}")
 
 
 @pytest.mark.parametrize("path", [b"/\xff\xfe", b"/x/\xe9", b"/", b"", b"/a.B/C", b"//"])
@@ -147,10 +147,7 @@ def test_replies_that_nobody_reads_are_calls(
             client.get_adapter("x")
         with grpc.insecure_channel(fake.address) as channel:
             health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
-    for _ in range(int(PATIENCE * 100)):
-        if not fake.server._door._num_calls.total():
-            break
-        threading.Event().wait(0.01)
+    wait_until(lambda: not fake.server._door._num_calls.total(), "the calls are over")
     assert client.model_info().base_model
 
 
@@ -182,6 +179,9 @@ class Gone:
     def peer(self) -> str:
         return "ipv4:1.2.3.4:5"
 
+    async def read(self) -> object:
+        return grpc.aio.EOF  # type: ignore[attr-defined]
+
     async def write(self, message: object) -> None:
         raise cygrpc.ExecuteBatchError("Failed")
 
@@ -190,6 +190,41 @@ class Gone:
 
     async def abort(self, *status: object) -> None:
         raise cygrpc.ExecuteBatchError("Failed")
+
+
+class Box:
+    """A message that may be watched."""
+
+    def __init__(self, message: Any) -> None:
+        self._message = message
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._message, name)
+
+
+@pytest.mark.parametrize("request_id", ["has spaces", ""], ids=["refused", "served"])
+def test_nothing_of_a_request_stays(
+    fake: RunningServer, client: Client, monkeypatch: pytest.MonkeyPatch, request_id: str
+) -> None:
+    """Not even until the collector comes by: it may be megabytes."""
+    seen: list[weakref.ref[Any]] = []
+    read = RequestReader.read
+
+    def watch(self: RequestReader, raw: bytes) -> Any:
+        box = Box(read(self, raw))
+        seen.append(weakref.ref(box))
+        return box
+
+    monkeypatch.setattr(RequestReader, "read", watch)
+    gc.disable()
+    try:
+        for _ in range(3):
+            with suppress(InvalidArgumentError):
+                client.generate(ask(request_id=request_id))
+        wait_until(lambda: not any(each() for each in seen), "all requests are gone")
+    finally:
+        gc.enable()
+    assert len(seen) == 3
 
 
 def make_door(readers: Any) -> Door:
@@ -228,12 +263,8 @@ def test_a_refusal_that_nobody_waits_for_is_no_failure(error: Exception) -> None
 
 
 def test_a_stream_that_ends_with_its_call_is_cancelled() -> None:
-    async def nothing() -> AsyncIterator[bytes]:
-        return
-        yield b""
-
     async def serve() -> None:
-        messages = make_door({"/x": None})._messages("/x", nothing(), Gone())  # type: ignore[arg-type]
+        messages = make_door({"/x": None})._messages("/x", Gone())  # type: ignore[arg-type]
         with pytest.raises(asyncio.CancelledError):
             await anext(messages, None)
 
@@ -250,8 +281,9 @@ def test_the_loop_turns_between_two_messages() -> None:
             turns[now] += 1
             return raw
 
-    async def one() -> AsyncIterator[bytes]:
-        yield b"a message"
+    class Waiting(Gone):
+        async def read(self) -> bytes:
+            return b"a message"
 
     async def serve() -> None:
         loop = asyncio.get_running_loop()
@@ -263,7 +295,7 @@ def test_the_loop_turns_between_two_messages() -> None:
 
         tick()
         shared = make_door({"/x": Reader()})
-        streams = [shared._messages("/x", one(), Gone()) for _ in range(20)]  # type: ignore[arg-type]
+        streams = [shared._messages("/x", Waiting()) for _ in range(20)]  # type: ignore[arg-type]
         await asyncio.gather(*(anext(stream) for stream in streams))
 
     asyncio.run(serve())

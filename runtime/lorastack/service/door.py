@@ -77,50 +77,70 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         def leave(_: object = None) -> None:
             self._num_calls[group] -= 1
 
-        async def enter(raw: AsyncIterator[bytes], context: Context) -> Any:
+        async def enter(_: AsyncIterator[bytes], context: Context) -> Any:
             self._num_calls[group] += 1
             if own:  # until its last byte is read: replies that nobody reads count too
                 context.add_done_callback(leave)  # type: ignore[arg-type]
             try:
-                if self._num_calls[group] > most:
-                    raise ResourceExhaustedError(
-                        f"{most} calls are running already; try again later",
-                        reason=Reason.TOO_MANY_CALLS,
-                    )
-                with call_is_over():
-                    return await method(self._messages(name, raw, context), context)
-            except LorastackError as error:  # none of a method's own, which its guard has had
-                async with self._guard(name.rpartition("/")[2], context, new_request_id()):
-                    raise error
+                return await self._called(name, method, context, self._num_calls[group] <= most)
+            except grpc.aio.AbortError as aborted:
+                # grpc keeps it with the call, and the request with it by its frames: a cycle that
+                # stays until the collector comes by.
+                aborted.__context__ = None
+                raise aborted.with_traceback(None) from None
             finally:
                 if not own:
                     leave()
 
         return enter
 
-    async def _messages(
-        self, name: str, stream: AsyncIterator[bytes], context: Context
-    ) -> AsyncIterator[Any]:
+    async def _called(self, name: str, method: Method, context: Context, admitted: bool) -> Any:
+        try:
+            if not admitted:
+                raise ResourceExhaustedError(
+                    "too many calls are running already; try again later",
+                    reason=Reason.TOO_MANY_CALLS,
+                )
+            with call_is_over():
+                return await method(self._messages(name, context), context)
+        except LorastackError as error:  # none of a method's own, which its guard has had
+            async with self._guard(name.rpartition("/")[2], context, new_request_id()):
+                raise error
+
+    async def _messages(self, name: str, context: Context) -> AsyncIterator[Any]:
+        """Read here and not from grpc's iterator, which keeps the last one's bytes as a cycle."""
         reader = self._readers[name]
         silence: float | None = SILENCE
         while True:
             try:
                 async with asyncio.timeout(silence):
-                    raw = await anext(stream, None)
+                    raw = await context.read()
             except TimeoutError:
                 raise DeadlineExceededError(
                     f"no message came for {SILENCE:g} seconds; send it with the call"
                 ) from None
-            if raw is None:
+            if raw is grpc.aio.EOF:  # type: ignore[attr-defined]
                 await _check_half_closed(context)
                 return
             async with self._turn:
-                message = reader.read(raw)
+                message = _read(reader, raw)
                 del raw
                 await asyncio.sleep(0)
+            if isinstance(message, LorastackError):
+                raise message
             yield message
+            del message
             if name.startswith(self._own):
                 silence = None  # an upload minds its own silence
+
+
+def _read(reader: RequestReader, raw: bytes) -> Any:
+    """The message, or what is wrong with it, without the frames that hold its bytes."""
+    try:
+        return reader.read(raw)
+    except LorastackError as error:
+        error.__context__ = None
+        return error.with_traceback(None)
 
 
 async def _check_half_closed(context: Context) -> None:
