@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from lorastack import __main__ as script
 from tests.service.fakes import PATIENCE, RunningServer
 
 COMMAND = (sys.executable, "-m", "lorastack")
@@ -138,3 +139,16 @@ def test_both_modules_are_the_command(words: tuple[str, ...]) -> None:
         [sys.executable, "-m", *words, "--version"], capture_output=True, text=True, check=True
     )
     assert done.stdout.startswith("lorastack ")
+
+
+def test_ctrl_c_while_the_command_is_imported_is_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted:
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "lorastack.cli.main":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "lorastack.cli.main", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
+    with pytest.raises(SystemExit) as end:
+        script.main()
+    assert end.value.code == 130
