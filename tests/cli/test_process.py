@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.service.fakes import PATIENCE, RunningServer
+from lorastack import __main__ as script
+from tests.service.fakes import RunningServer
 
 COMMAND = (sys.executable, "-m", "lorastack")
+SECONDS = 100  # a process starts slowly on a busy machine; this only bounds a hang
 
 
 def run(*arguments: str | bytes, stdin: bytes = b"", code: int, **environment: str) -> list[str]:
@@ -23,7 +25,7 @@ def run(*arguments: str | bytes, stdin: bytes = b"", code: int, **environment: s
         [*COMMAND, *arguments],
         input=stdin,
         capture_output=True,
-        timeout=60,
+        timeout=SECONDS,
         check=False,
         env={**os.environ, **environment},
     )
@@ -75,7 +77,7 @@ def test_an_error_that_nobody_foresaw_is_one_line(tmp_path: Path) -> None:
             [sys.executable, "-c", program],
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=SECONDS,
             check=False,
             env={**os.environ, **environment},
         )
@@ -92,7 +94,7 @@ def test_a_closed_pipe_is_quiet(fake: RunningServer) -> None:
         process.stdout.close()
         fake.engine.go_on()
         assert process.stderr.read() == b""
-        assert process.wait(PATIENCE) == 1
+        assert process.wait(SECONDS) == 1
 
 
 @pytest.mark.parametrize(
@@ -101,9 +103,10 @@ def test_a_closed_pipe_is_quiet(fake: RunningServer) -> None:
 def test_ctrl_c_ends_without_a_word(fake: RunningServer, command: tuple[str, ...]) -> None:
     fake.engine.hold(1)
     with started(*command, "--server", fake.address) as process:
-        fake.engine.wait(lambda: len(fake.engine.submitted) > 0)
+        with fake.engine.changed:
+            assert fake.engine.changed.wait_for(lambda: fake.engine.submitted, SECONDS)
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=PATIENCE)
+        _, err = process.communicate(timeout=SECONDS)
     assert (process.returncode, err) == (130, b"")
 
 
@@ -115,7 +118,7 @@ def started(*arguments: str) -> subprocess.Popen[bytes]:
 def test_a_terminal_gets_no_control_characters(fake: RunningServer) -> None:
     """The engine echoes the prompt, whose escape would clear the screen; a pipe gets it as is."""
     arguments = ["generate", "a\x1b[2Jb\n\tc", "--max-new-tokens", "12", "--server", fake.address]
-    piped = subprocess.run([*COMMAND, *arguments], capture_output=True, timeout=60, check=True)
+    piped = subprocess.run([*COMMAND, *arguments], capture_output=True, timeout=SECONDS, check=True)
     assert b"a\x1b[2Jb\n\tc" in piped.stdout
     ours, theirs = pty.openpty()
     subprocess.run([*COMMAND, *arguments], stdout=theirs, stderr=subprocess.DEVNULL, check=True)
@@ -138,3 +141,16 @@ def test_both_modules_are_the_command(words: tuple[str, ...]) -> None:
         [sys.executable, "-m", *words, "--version"], capture_output=True, text=True, check=True
     )
     assert done.stdout.startswith("lorastack ")
+
+
+def test_ctrl_c_while_the_command_is_imported_is_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted:
+        def find_spec(self, name: str, *_: object) -> None:
+            if name == "lorastack.cli.main":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "lorastack.cli.main", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
+    with pytest.raises(SystemExit) as end:
+        script.main()
+    assert end.value.code == 130
