@@ -104,3 +104,35 @@ def test_push(
     monkeypatch.setenv("MY_TOKEN", "hf_wrong")
     refused = run("adapters", "push", "x", "me/heads", "--token-env", "MY_TOKEN", *at)
     assert (refused.code, "token" in refused.err) == (1, True)
+
+
+def test_a_trainers_folder_and_old_revisions(
+    run: Run, at: tuple[str, str], folders: Folders, tmp_path: Path
+) -> None:
+    """What stays behind is named in one line; what is not needed any more is removed."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    for path in folders["lora"].iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    (folder / "optimizer.pt").write_bytes(b"PK")
+    (folder / "checkpoint-5").mkdir()
+    done = run("adapters", "upload", str(folder), "--id", "x", "--json", *at)
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["id"] == "x"
+    (line,) = [line for line in done.err.splitlines() if line.startswith("left out")]
+    assert line.endswith(": checkpoint-5/, optimizer.pt")
+    digest = json.loads(done.out)["digest"]
+    assert run("adapters", "upload", str(folders["other"]), "--id", "x", *at).code == 0
+    assert "on the server's disk" in run("adapters", "list", *at).err
+    pruned = run("adapters", "prune", "x", "--keep", "1", "--json", *at)
+    assert pruned.code == 0, pruned.err
+    found = json.loads(pruned.out)
+    assert found["removed_revisions"] == 1
+    assert found["freed_bytes"] > 0
+    assert run("adapters", "show", f"x@{digest}", *at).code == 1
+    assert run("adapters", "prune", "nobody", *at).code == 1
+    assert run("adapters", "prune", *at).out.startswith("removed 0 revisions")
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    refused = run("adapters", "upload", str(folder), "--id", "y", *at)
+    assert refused.code == 1
+    assert "adapters convert" in refused.err
