@@ -50,6 +50,7 @@ def test_the_same_model(named: str, served: str) -> None:
     [
         *("/data/out/run-7", "/data/out/checkpoint-500/", "checkpoint-500", "out/checkpoint-500"),
         *("./llama", "../llama", "~/llama", "D:\\llm\\base", "model", "models/final", "base_model"),
+        *("saves/llama3-8b/lora", "runs/Some-7B", "org/checkpoint-7"),
         *(f"/x/{HASH}", HASH, "/mnt/data/Some-Other-7B", "s3://bucket/key/name"),
     ],
 )
@@ -69,6 +70,7 @@ def test_paths_say_nothing(named: str) -> None:
         (f"/c/models--meta-llama--Llama-3.1-8B/snapshots/{HASH}", SERVED),
         ("https://huggingface.co/meta-llama/Llama-3.1-8B", SERVED),
         ("other", "tiny"),
+        ("other/base", "tiny"),
     ],
 )
 def test_another_model_of_the_same_shapes(named: str, served: str) -> None:

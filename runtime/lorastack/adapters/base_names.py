@@ -22,11 +22,16 @@ _COPY = re.compile(
     r"|gguf|ggml|i1|imatrix|onnx|ct2|nf4|fp4|int[48]|[48][-_ ]?bits?|w\d+a\d+|\d+g"
     r"|b?fp?(?:4|8|16|32)|(?:mx|nv)fp[48]|e4m3|q\d(?:_[k01])?(?:_[sml])?|hf|safetensors|copy))+$"
 )
-# Last components of paths that say nothing about the model.
-_PLAIN = re.compile(
-    r"checkpoint([-_]?\d+)?|[0-9a-f]{7,64}|(the|my)?[-_]?(base|merged|final|best|last|latest|local)?"
+# Last components that say nothing about the model: of any path, and of one that is only a word.
+_UNNAMED = re.compile(r"checkpoint([-_]?\d+)?|[0-9a-f]{7,64}")
+_WORD = re.compile(
+    r"(the|my)?[-_]?(base|merged|final|best|last|latest|local)?"
     r"[-_]?(llm|models?|hf|weights|outputs?|results?|checkpoints?|ckpt|snapshots?|run|main|tmp|dir)?"
     r"[-_]?\d*"
+)
+# First components of relative paths, which no organisation of a hub is called.
+_FOLDERS = re.compile(
+    r"(models?|outputs?|out|results?|saves?|saved|checkpoints?|ckpts?|runs?|tmp)/"
 )
 
 
@@ -43,7 +48,7 @@ def same_model(name: str, served: Collection[str]) -> Same:
     model, is_path = _model(name)
     if model in {_model(other)[0] for other in served}:
         return Same.YES
-    return Same.PERHAPS if is_path or _PLAIN.fullmatch(model) else Same.NO
+    return Same.PERHAPS if is_path else Same.NO
 
 
 def _model(name: str) -> tuple[str, bool]:
@@ -52,6 +57,13 @@ def _model(name: str) -> tuple[str, bool]:
     text = _PAGE.sub("", _HUB.sub("", _HUB.sub("", text)))
     if cached := _CACHED.search(text):  # the hub's own cache says which model it is
         text = f"{cached[1]}/{cached[2]}"
-    is_path = text.count("/") > 1 or text.startswith(("/", ".", "~")) or ":" in text
     last = _REVISION.sub("", text).rpartition("/")[2].replace("___", ".")  # ModelScope's folders
+    is_path = (
+        text.count("/") > 1
+        or text.startswith(("/", ".", "~"))
+        or ":" in text
+        or _FOLDERS.match(text) is not None
+        or _UNNAMED.fullmatch(last) is not None
+        or ("/" not in text and _WORD.fullmatch(last) is not None)
+    )
     return _COPY.sub("", last).removeprefix("meta-") or last, is_path
