@@ -241,7 +241,7 @@ LOGPROBS = pb.OutputParams(logprobs=True, top_logprobs=20)  # large messages fil
 def test_readers_that_do_not_read_are_in_nobodys_way(start: StartServer) -> None:
     """Neither slots nor places in the queue, and no more of them than are let."""
     server = start(max_rows=2, max_queue=2, max_parked=2, max_buffered_events=4)
-    options = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1 << 16)]
+    options = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1 << 12)]
     request = ask("slow", ignore_eos=True, max_new_tokens=None, output=LOGPROBS)
     hi = ask("hi", max_new_tokens=2)
     with grpc.insecure_channel(server.server.address, options=options) as channel:
