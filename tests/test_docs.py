@@ -98,6 +98,4 @@ def test_links_between_pages_lead_somewhere() -> None:
         *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md")),
     ):
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page(name)):
-            if target == "limits.md":
-                continue
             assert ((ROOT / name).parent / target).exists(), f"{name}: {target}"
