@@ -22,7 +22,6 @@ from lorastack.cli.options import (
 )
 from lorastack.cli.output import (
     human_size,
-    one_line,
     print_json,
     print_table,
     progress_bar,
@@ -31,6 +30,7 @@ from lorastack.cli.output import (
 )
 from lorastack.client import DEFAULT_SERVER, Adapter, Client
 from lorastack.errors import InvalidArgumentError, NotFoundError
+from lorastack.printable import one_line
 
 adapters = typer.Typer(help="Upload, list, show, delete and verify adapters.")
 

@@ -16,10 +16,10 @@ from lorastack import __version__
 from lorastack.cli.adapters import adapters
 from lorastack.cli.bench import bench
 from lorastack.cli.generate import generate
-from lorastack.cli.output import one_line
 from lorastack.cli.serve import serve
 from lorastack.cli.transfer import convert, export, pull, push
 from lorastack.errors import LorastackError
+from lorastack.printable import one_line
 
 TRACEBACK = "LORASTACK_TRACEBACK"  # set: an error that nobody foresaw shows where it came from
 
