@@ -70,8 +70,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     arguments: for a caller in Python, who gets an error that nobody foresaw as it is.
     """
-    # What fails comes back as a status; gRPC's own lines beside it help nobody.
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # names of files need not be text of any encoding
             stream.reconfigure(errors="backslashreplace")
