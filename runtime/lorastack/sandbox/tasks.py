@@ -19,7 +19,7 @@ class RefusalError(Exception):
 
 
 def prepare(task: str, given: Mapping[str, Any]) -> Run:
-    """Loads what the jobs of a task need. given: see there and `trial.vocabulary_of`."""
+    """Loads what the jobs of a task need, out of `given`: see what prepares each."""
     return _prepare_grammars(given) if task == GRAMMAR else _prepare_templates(given)
 
 
