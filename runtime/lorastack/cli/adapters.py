@@ -297,7 +297,7 @@ def show_stored(adapter: Adapter, as_json: bool) -> None:
             err=True,
         )
     for warning in adapter.warnings:
-        typer.echo(f"warning: {warning}", err=True)
+        typer.echo(one_line(f"warning: {warning}"), err=True)
     show_adapter(adapter, as_json)
 
 
