@@ -244,7 +244,10 @@ def verify(
     accept_base: AcceptBase = False,
     as_json: Json = False,
 ) -> None:
-    """Check a folder as an upload would, without a server, and say what it holds."""
+    """Check a folder as an upload would, without a server, and say what it holds.
+
+    Only a server compiles its chat template, in a process of limited means.
+    """
     # Deferred: the other commands must not wait for torch.
     from lorastack.cli.verify import verify_folder
 

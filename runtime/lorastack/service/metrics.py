@@ -10,7 +10,7 @@ import asyncio
 import threading
 import time
 from collections import Counter as Counts
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -58,53 +58,36 @@ class RequestMetrics:
             ["source", "result"],
             registry=registry,
         )
-        self._drafted_a_step = Histogram(
-            f"{PREFIX}drafted_tokens_per_step",
+
+        def histogram(name: str, about: str, buckets: Sequence[float] = BUCKETS) -> Histogram:
+            return Histogram(f"{PREFIX}{name}", about, buckets=buckets, registry=registry)
+
+        self._drafted_a_step = histogram(
+            "drafted_tokens_per_step",
             "Drafted tokens a decode step, means of requests.",
-            buckets=DRAFTED_BUCKETS,
-            registry=registry,
+            DRAFTED_BUCKETS,
         )
-        self._tokens_a_step = Histogram(
-            f"{PREFIX}tokens_per_step",
-            "Tokens that a decode step gave, means of requests.",
-            buckets=TOKENS_BUCKETS,
-            registry=registry,
+        self._tokens_a_step = histogram(
+            "tokens_per_step", "Tokens that a decode step gave, means of requests.", TOKENS_BUCKETS
         )
-        self._first_token = Histogram(
-            f"{PREFIX}time_to_first_token_seconds",
-            "From submission to the first token.",
-            buckets=BUCKETS,
-            registry=registry,
+        self._first_token = histogram(
+            "time_to_first_token_seconds", "From submission to the first token."
         )
-        self._token_interval = Histogram(
-            f"{PREFIX}time_per_output_token_seconds",
+        self._token_interval = histogram(
+            "time_per_output_token_seconds",
             "From the first token to the end by tokens in between, means of requests.",
-            buckets=TOKEN_BUCKETS,
-            registry=registry,
+            TOKEN_BUCKETS,
         )
-        self._queue = Histogram(
-            f"{PREFIX}queue_seconds",
-            "From submission to the row's first step.",
-            buckets=BUCKETS,
-            registry=registry,
+        self._queue = histogram("queue_seconds", "From submission to the row's first step.")
+        self._total = histogram(
+            "request_seconds", "From submission to the end.", (*BUCKETS, 120.0, 300.0, 600.0)
         )
-        self._total = Histogram(
-            f"{PREFIX}request_seconds",
-            "From submission to the end.",
-            buckets=(*BUCKETS, 120.0, 300.0, 600.0),
-            registry=registry,
+        self._loop_lag = histogram(
+            "event_loop_lag_seconds", "How late the event loop gets to a timer.", TOKEN_BUCKETS
         )
-        self._loop_lag = Histogram(
-            f"{PREFIX}event_loop_lag_seconds",
-            "How late the event loop gets to a timer.",
-            buckets=TOKEN_BUCKETS,
-            registry=registry,
-        )
-        self._adapter_wait = Histogram(
-            f"{PREFIX}adapter_wait_seconds",
+        self._adapter_wait = histogram(
+            "adapter_wait_seconds",
             "Waiting for LoRAs to be on the device, of requests that have any.",
-            buckets=BUCKETS,
-            registry=registry,
         )
 
     def call_ended(self, rpc: str, code: grpc.StatusCode) -> None:
