@@ -11,6 +11,7 @@ import typer
 
 from lorastack.adapters.fsck import check_store
 from lorastack.cli.options import (
+    UINT32,
     BaseName,
     IfDigest,
     Json,
@@ -163,6 +164,7 @@ def prune(
         typer.Option(
             "--keep",
             min=1,
+            max=UINT32,
             help="Newest revisions to keep of each.",
             show_default="as many as the server keeps anyway",
         ),
