@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -61,14 +62,13 @@ def test_an_adapter_that_names_no_base_is_warned_of(
 ) -> None:
     unnamed = run("adapters", "upload", str(folders["lora"]), "--id", "x", *at)
     assert "names no base model" in unnamed.err
-    for path in folders["lora"].iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    config = tmp_path / "adapter_config.json"
+    folder = shutil.copytree(folders["lora"], tmp_path / "lora")
+    config = folder / "adapter_config.json"
     fields = json.loads(config.read_text())
 
     def upload(base: str, *options: str) -> tuple[int, str]:
         config.write_text(json.dumps({**fields, "base_model_name_or_path": base}))
-        done = run("adapters", "upload", str(tmp_path), "--id", "x", *options, *at)
+        done = run("adapters", "upload", str(folder), "--id", "x", *options, *at)
         return done.code, done.err
 
     assert upload("tiny") == (0, "")
