@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "runtime" / "lorastack"
 MAX_LINES = 400
 
-LEAVES = {"codes", "config", "errors", "folders", "request", "layout", "modelfiles"}
+LEAVES = {"codes", "config", "errors", "folders", "request", "layout", "modelfiles", "printable"}
 # Which packages a package may import, beside itself and the leaves.
 ALLOWED: dict[str, set[str]] = {
     "cli": {"service", "client", "engine", "adapters", "train", "text"},

@@ -18,6 +18,7 @@ from lorastack.errors import (
     LorastackError,
     Reason,
 )
+from lorastack.printable import printable
 
 # What an adapter is made of: weights, configs, tokenizer files and templates, and words about it.
 _KEPT = (".json", ".jinja", ".md", ".safetensors")
@@ -64,7 +65,7 @@ def choose(names: Iterable[str], where: str, files_in: Callable[[str], Collectio
 
 def named(names: Sequence[str]) -> tuple[str, ...]:
     """The names that fit into a message."""
-    shown = tuple(map(_printable, names[:_MAX_NAMED]))
+    shown = tuple(map(printable, names[:_MAX_NAMED]))
     return shown if len(names) <= _MAX_NAMED else (*shown, f"and {len(names) - _MAX_NAMED} more")
 
 
@@ -114,7 +115,7 @@ def _remedy(left_out: Sequence[str], files_in: Callable[[str], Collection[str]])
     """What to do about a folder without weights; "" if nothing in it tells."""
     pickles = [name for name in left_out if is_pickled_weights(name)]
     if pickles:
-        shown = ", ".join(map(_printable, pickles[:4]))
+        shown = ", ".join(map(printable, pickles[:4]))
         return (
             f" but {shown}: pickles are never sent; `lorastack adapters convert DIR NEW` writes "
             "them as safetensors into a new folder, upload that"
@@ -122,7 +123,7 @@ def _remedy(left_out: Sequence[str], files_in: Callable[[str], Collection[str]])
     folders = [name for name in left_out if name.endswith("/") and not name.startswith(".")]
     inner = [name.rstrip("/") for name in folders[:_MAX_NAMED] if _is_adapter(name, files_in)]
     if inner:
-        shown = ", ".join(map(_printable, inner[:8]))
+        shown = ", ".join(map(printable, inner[:8]))
         return f" itself, but folders that look like adapters: name one of them ({shown})"
     return ""
 
@@ -136,13 +137,8 @@ def _is_adapter(name: str, files_in: Callable[[str], Collection[str]]) -> bool:
 
 
 def _has(files: Sequence[str], left_out: Sequence[str]) -> str:
-    shown = ", ".join(map(_printable, sorted([*files, *left_out])[:8]))
+    shown = ", ".join(map(printable, sorted([*files, *left_out])[:8]))
     return f" (it has: {shown or 'no files'}); name the folder that holds an adapter's weights"
-
-
-def _printable(name: str) -> str:
-    """A name that any terminal and any message can hold."""
-    return "".join(letter if letter.isprintable() else "?" for letter in name)
 
 
 @contextmanager

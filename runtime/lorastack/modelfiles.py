@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from lorastack.errors import InvalidArgumentError, Reason
+from lorastack.printable import error_line
 
 MAX_SHOWN = 60  # characters of a value in a message
 MAX_INT = 2**31 - 1  # of counts, sizes and token ids
@@ -24,7 +25,7 @@ def read_object(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
-        raise invalid(f"{path} cannot be read as JSON: {one_line(error)}") from error
+        raise invalid(f"{path} cannot be read as JSON: {error_line(error)}") from error
     if not isinstance(value, dict):
         raise invalid(f"{path} must hold a JSON object, not {shown(value)}")
     return value
@@ -62,11 +63,6 @@ def shown(value: object) -> str:
     except (ValueError, RecursionError):  # an integer of thousands of digits, a deep nest
         return f"such a {type(value).__name__}"
     return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."
-
-
-def one_line(text: BaseException | str, limit: int = 300) -> str:
-    """An error's message, or any text, as part of a line."""
-    return " ".join(str(text).split())[:limit] or type(text).__name__
 
 
 def invalid(message: str) -> InvalidArgumentError:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from lorastack.cli.generate import MAX_NEW_TOKENS
-from lorastack.cli.output import one_line, shown
+from lorastack.cli.output import shown
 from lorastack.errors import ResourceExhaustedError
+from lorastack.printable import one_line
 from tests.cli.conftest import Run
 from tests.service.fakes import RunningServer
 

@@ -84,3 +84,22 @@ def test_who_leaves_the_queue_or_is_cancelled_with_a_seat_loses_none() -> None:
                 await task
 
     run(check())
+
+
+def test_who_leaves_in_the_moment_of_its_turn_takes_no_seat_away() -> None:
+    async def check() -> None:
+        turns = Turns(["seat"], 2)
+        await turns.take("a")
+        gone, waits = await queued(turns, "a", "b")
+        gone.cancel()
+        turns.give("seat")  # before `gone` has run once more
+        assert await waits == "seat"
+        gone, waits = await queued(turns, "a", "a")
+        waits.cancel()
+        assert not (await queued(turns, "b"))[0].done()  # in its place
+        gone.cancel()
+        turns.fail(UnavailableError("over"))
+        turns.give("seat")
+        assert await turns.take("c") == "seat"
+
+    run(check())

@@ -18,9 +18,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from lorastack.client import Client
 from lorastack.errors import InvalidArgumentError, Reason, ResourceExhaustedError
-from lorastack.service import door, listener
+from lorastack.service import door, grpc_server
 from lorastack.service.door import Door
-from lorastack.service.listener import raise_file_limit
+from lorastack.service.grpc_server import raise_file_limit
 from lorastack.service.status import CallGuard
 from lorastack.service.wire import RequestReader
 from lorastack.v1 import adapters_pb2, adapters_pb2_grpc, generation_pb2_grpc
@@ -305,9 +305,9 @@ def test_the_loop_turns_between_two_messages() -> None:
 
 def test_the_soft_limit_of_files_becomes_the_hard_one(monkeypatch: pytest.MonkeyPatch) -> None:
     limits = (100, 5000)
-    monkeypatch.setattr(listener.resource, "getrlimit", lambda kind: limits)
+    monkeypatch.setattr(grpc_server.resource, "getrlimit", lambda kind: limits)
     asked: list[object] = []
-    monkeypatch.setattr(listener.resource, "setrlimit", lambda kind, want: asked.append(want))
+    monkeypatch.setattr(grpc_server.resource, "setrlimit", lambda kind, want: asked.append(want))
     assert raise_file_limit() == 5000
     assert asked == [(5000, 5000)]
 
@@ -315,7 +315,7 @@ def test_the_soft_limit_of_files_becomes_the_hard_one(monkeypatch: pytest.Monkey
 def test_connections_beyond_the_bound_are_closed_and_there_is_room_again_later(
     start_fake: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(listener, "MAX_CONNECTIONS", 3)
+    monkeypatch.setattr(grpc_server, "MAX_CONNECTIONS", 3)
     server = start_fake()
     held = [RawConnection(server.address) for _ in range(3)]
     for each in held:

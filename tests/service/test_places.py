@@ -16,6 +16,7 @@ from lorastack.service import places
 from lorastack.service.places import PACE, Place, Places, caller_of
 
 NEVER = 1000.0  # seconds
+PATIENCE = 30.0  # seconds until a wait for something that must happen gives up
 
 
 def on_a_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
@@ -154,3 +155,24 @@ async def test_a_time_out_of_the_body_passes_through() -> None:
     with pytest.raises(TimeoutError):
         async with make().take("a"):
             raise TimeoutError
+
+
+@on_a_loop
+async def test_one_that_makes_way_ends_though_its_caller_comes_back_in_that_moment() -> None:
+    taken = make(together=1)
+    answer = asyncio.get_running_loop().create_future()
+
+    async def transfer() -> None:
+        async with taken.take("a") as place:
+            place._stalled = NEVER
+            await place.waits(answer)
+            await asyncio.Event().wait()
+
+    first = asyncio.create_task(transfer())
+    await asyncio.sleep(0)
+    answer.set_result(None)  # `first` runs before its end is told to it
+    async with taken.take("b"):
+        await asyncio.wait([first], timeout=PATIENCE)
+        assert first.done()
+        with pytest.raises(ResourceExhaustedError, match="made way"):
+            await first

@@ -6,6 +6,7 @@ Messages quote what uploads say, so whatever a terminal or a log would not print
 from __future__ import annotations
 
 from lorastack.errors import InvalidArgumentError, Reason
+from lorastack.printable import printable
 
 
 def invalid(message: str) -> InvalidArgumentError:
@@ -16,10 +17,3 @@ def invalid(message: str) -> InvalidArgumentError:
 def unsupported(message: str) -> InvalidArgumentError:
     """The folder is well-formed, but asks for maths that is not implemented here."""
     return InvalidArgumentError(printable(message), reason=Reason.UNSUPPORTED_ADAPTER)
-
-
-def printable(text: str) -> str:
-    """The text with control characters, line ends and lone surrogates escaped as Python does."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

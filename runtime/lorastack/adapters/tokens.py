@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from lorastack.adapters.jsonfile import parse_first, read_object
-from lorastack.adapters.refusal import invalid, printable, unsupported
+from lorastack.adapters.refusal import invalid, unsupported
+from lorastack.printable import printable
 
 TOKENIZER_NAME = "tokenizer.json"
 CONFIG_NAME = "tokenizer_config.json"

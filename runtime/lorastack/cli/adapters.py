@@ -23,7 +23,6 @@ from lorastack.cli.options import (
 )
 from lorastack.cli.output import (
     human_size,
-    one_line,
     print_json,
     print_table,
     progress_bar,
@@ -31,7 +30,7 @@ from lorastack.cli.output import (
     to_dict,
 )
 from lorastack.client import DEFAULT_SERVER, Adapter, Client
-from lorastack.errors import InvalidArgumentError, NotFoundError
+from lorastack.printable import one_line
 
 adapters = typer.Typer(help="Upload, list, show, delete and verify adapters.")
 
@@ -141,7 +140,7 @@ def rollback(
         str,
         typer.Argument(
             metavar="DIGEST",
-            help="As `revisions` shows it; its first digits do.",
+            help="As `revisions` shows it; 8 of its digits may do.",
             show_default=False,
         ),
     ],
@@ -150,8 +149,7 @@ def rollback(
 ) -> None:
     """Make an earlier revision's content the newest revision."""
     with Client(server) as client:
-        whole = _whole_digest(client, adapter_id, digest)
-        show_adapter(client.rollback(adapter_id, whole), as_json)
+        show_adapter(client.rollback(adapter_id, digest), as_json)
 
 
 @adapters.command()
@@ -165,6 +163,7 @@ def prune(
             "--keep",
             min=1,
             max=UINT32,
+            metavar="N",
             help="Newest revisions to keep of each.",
             show_default="as many as the server keeps anyway",
         ),
@@ -289,22 +288,6 @@ def say_left_out(names: Sequence[str]) -> None:
     typer.echo(one_line(line), err=True)
 
 
-def _whole_digest(client: Client, adapter_id: str, start: str) -> str:
-    """The digest of the one revision of an id that starts so.
-
-    Raises NotFoundError, or InvalidArgumentError if several do.
-    """
-    start = start.removeprefix("sha256:")
-    digests = {revision.digest for revision in client.list_revisions(adapter_id)}
-    found = [digest for digest in digests if start and digest.startswith(f"sha256:{start}")]
-    shows = f"`lorastack adapters revisions {adapter_id}` shows them"
-    if not found:
-        raise NotFoundError(f"no revision of {adapter_id} has the digest {start!r}: {shows}")
-    if len(found) > 1:
-        raise InvalidArgumentError(f"{len(found)} digests of {adapter_id} start so: {shows}")
-    return found[0]
-
-
 def show_stored(adapter: Adapter, as_json: bool) -> None:
     """What has come into the store, with what its owner should know."""
     if not adapter.base_model:
@@ -314,7 +297,7 @@ def show_stored(adapter: Adapter, as_json: bool) -> None:
             err=True,
         )
     for warning in adapter.warnings:
-        typer.echo(f"warning: {warning}", err=True)
+        typer.echo(one_line(f"warning: {warning}"), err=True)
     show_adapter(adapter, as_json)
 
 

@@ -12,7 +12,7 @@ import typer
 
 from lorastack.cli.inputs import read_text
 from lorastack.cli.options import UINT32, Json, Server
-from lorastack.cli.output import one_line, print_json, print_table
+from lorastack.cli.output import print_json, print_table
 from lorastack.cli.traffic import Outcome, percentile, send
 from lorastack.client import (
     DEFAULT_SERVER,
@@ -28,6 +28,7 @@ from lorastack.client import (
     TokenizeRequest,
 )
 from lorastack.errors import InvalidArgumentError
+from lorastack.printable import one_line
 
 FILLER = "The quick brown fox jumps over the lazy dog while the clock on the old tower strikes."
 HEADINGS = (

@@ -9,7 +9,7 @@ import typer
 
 from lorastack.cli.inputs import lora_ref, response_format, set_input
 from lorastack.cli.options import UINT32, UINT64, Json, Server
-from lorastack.cli.output import one_line, print_json, short_digest, shown, to_dict
+from lorastack.cli.output import print_json, short_digest, shown, to_dict
 from lorastack.client import (
     DEFAULT_SERVER,
     OFF,
@@ -22,6 +22,7 @@ from lorastack.client import (
     StopParams,
     Token,
 )
+from lorastack.printable import one_line
 
 MAX_NEW_TOKENS = 512  # a first prompt should not run for minutes
 RETRIES = 5  # while the server's queue is full

@@ -16,10 +16,10 @@ from lorastack import __version__
 from lorastack.cli.adapters import adapters
 from lorastack.cli.bench import bench
 from lorastack.cli.generate import generate
-from lorastack.cli.output import one_line
 from lorastack.cli.serve import serve
 from lorastack.cli.transfer import convert, export, pull, push
 from lorastack.errors import LorastackError
+from lorastack.printable import one_line
 
 TRACEBACK = "LORASTACK_TRACEBACK"  # set: an error that nobody foresaw shows where it came from
 
@@ -70,8 +70,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     arguments: for a caller in Python, who gets an error that nobody foresaw as it is.
     """
-    # What fails comes back as a status; gRPC's own lines beside it help nobody.
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # names of files need not be text of any encoding
             stream.reconfigure(errors="backslashreplace")

@@ -25,6 +25,7 @@ from rich.progress import (
 )
 
 from lorastack.config import GIB, KIB, MIB, TIB
+from lorastack.printable import one_line, printable, printable_json
 
 NEWS_SECONDS = 5.0  # between two lines about one thing
 
@@ -32,30 +33,17 @@ StartupProgress = Callable[[str, int, int], None]  # what is going on; bytes don
 
 _WIDE = (FieldDescriptor.CPPTYPE_INT64, FieldDescriptor.CPPTYPE_UINT64)
 
-# What JSON leaves as it is although a terminal may act on it.
-_CONTROLS = re.compile("[\x7f-\x9f\u2028\u2029]")
-
 logger = logging.getLogger(__name__)
 
 
 def print_json(value: dict[str, Any]) -> None:
     """One JSON document on stdout."""
-    text = json.dumps(value, indent=2, ensure_ascii=False)
-    typer.echo(_CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text))
-
-
-def one_line(text: str) -> str:
-    """Foreign text as one line that a terminal only shows: what does not print is escaped."""
-    return "".join(map(_escaped, " ".join(text.split())))
+    typer.echo(printable_json(json.dumps(value, indent=2, ensure_ascii=False)))
 
 
 def shown(text: str) -> str:
     """Generated text for a terminal: its lines and tabs as they are, control characters escaped."""
-    return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda match: _escaped(match[0]), text)
-
-
-def _escaped(char: str) -> str:
-    return char if char.isprintable() else char.encode("unicode_escape").decode()
+    return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda match: printable(match[0]), text)
 
 
 def print_table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

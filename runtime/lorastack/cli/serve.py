@@ -26,7 +26,7 @@ from lorastack.config import (
 _ENGINE, _SERVICE, _ADAPTERS = EngineConfig(), ServiceConfig(), AdapterConfig(store=Path())
 INT32 = (1 << 31) - 1
 MOST_THREADS = 1024
-LONGEST_DRAIN = 86_400.0
+LONGEST_WAIT = 86_400  # seconds
 
 
 class Device(StrEnum):
@@ -131,6 +131,8 @@ def serve(
         typer.Option(
             "--keep-revisions",
             min=1,
+            max=INT32,
+            metavar="N",
             envvar="LORASTACK_KEEP_REVISIONS",
             help="Revisions to keep of each adapter; what is in use stays beside them.",
         ),
@@ -151,6 +153,7 @@ def serve(
             "--transfer-idle",
             metavar="SECONDS",
             min=1,
+            max=LONGEST_WAIT,
             envvar="LORASTACK_TRANSFER_IDLE",
             help="How long an upload or a download may wait for its caller.",
         ),
@@ -270,6 +273,8 @@ def serve(
         typer.Option(
             "--max-parked",
             min=1,
+            max=INT32,
+            metavar="N",
             envvar="LORASTACK_MAX_PARKED",
             help="Replies that wait for readers who do not read.",
         ),
@@ -279,9 +284,10 @@ def serve(
         typer.Option(
             "--reader-timeout",
             min=1,
-            max=86_400,
+            max=LONGEST_WAIT,
+            metavar="SECONDS",
             envvar="LORASTACK_READER_TIMEOUT",
-            help="Seconds for which a reader may take nothing.",
+            help="How long a reader may take nothing.",
         ),
     ] = int(_ENGINE.reader_timeout),
     max_context: Annotated[
@@ -301,7 +307,7 @@ def serve(
         typer.Option(
             "--drain-timeout",
             min=0,
-            max=LONGEST_DRAIN,
+            max=LONGEST_WAIT,
             metavar="SECONDS",
             envvar="LORASTACK_DRAIN_TIMEOUT",
             help="Seconds that running requests get on SIGTERM.",

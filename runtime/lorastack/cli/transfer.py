@@ -11,8 +11,9 @@ import typer
 
 from lorastack.cli.adapters import AcceptBase, Id, say_left_out, show_stored
 from lorastack.cli.options import IfDigest, Json, Server, path
-from lorastack.cli.output import one_line, print_json, progress_bar
+from lorastack.cli.output import print_json, progress_bar
 from lorastack.client import DEFAULT_SERVER, Client
+from lorastack.printable import one_line
 
 NewFolder = Annotated[
     Path,

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +28,7 @@ from lorastack.client.calls import (
     ERRORS,
     Patience,
     check_server,
+    our_errors,
     to_error,
 )
 from lorastack.client.uploading import Progress, file_spec, upload_messages
@@ -273,7 +274,7 @@ class Client:
         planned = False
         for delay in (*RETRY_DELAYS, None):
             try:
-                with self._errors():
+                with our_errors(self._server):
                     request = adapters_pb2.PlanUploadRequest(id=adapter_id, files=specs)
                     plan = self._adapters.PlanUpload(request)
                     planned = True
@@ -359,7 +360,7 @@ class Client:
         patience = Patience(self._retries, timeout)
         while True:
             try:
-                with self._errors():
+                with our_errors(self._server):
                     return method(request, timeout=patience.left())
             except ResourceExhaustedError as error:
                 delay = patience.delay(error)
@@ -385,14 +386,7 @@ class Client:
     def _parts(self, call: Any) -> Generator[Any]:
         """A server stream's messages; the call ends with the iterator."""
         try:
-            with self._errors():
+            with our_errors(self._server):
                 yield from call
         finally:
             call.cancel()
-
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
-        try:
-            yield
-        except grpc.RpcError as error:
-            raise to_error(error, self._server) from None

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
 from types import TracebackType
 from typing import Any, Self
 
@@ -15,7 +14,7 @@ from lorastack.client.calls import (
     DEFAULT_SERVER,
     Patience,
     check_server,
-    to_error,
+    our_errors,
 )
 from lorastack.errors import ResourceExhaustedError
 from lorastack.v1 import generation_pb2, generation_pb2_grpc
@@ -71,7 +70,7 @@ class AsyncClient:
         while True:
             call, begun = self._generation.GenerateStream(request, timeout=patience.left()), False
             try:
-                with self._errors():
+                with our_errors(self._server):
                     async for part in call:
                         begun = True
                         yield part
@@ -104,15 +103,8 @@ class AsyncClient:
         patience = Patience(self._retries, timeout)
         while True:
             try:
-                with self._errors():
+                with our_errors(self._server):
                     return await method(request, timeout=patience.left())
             except ResourceExhaustedError as error:
                 delay = patience.delay(error)
             await asyncio.sleep(delay)
-
-    @contextmanager
-    def _errors(self) -> Iterator[None]:
-        try:
-            yield
-        except grpc.RpcError as error:
-            raise to_error(error, self._server) from None

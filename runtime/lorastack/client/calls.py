@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import cast
 
 import grpc
@@ -66,6 +68,15 @@ def to_error(error: grpc.RpcError, server: str) -> LorastackError:
     if isinstance(ours, ResourceExhaustedError) and retry.HasField("retry_delay"):
         ours.retry_after = retry.retry_delay.seconds + retry.retry_delay.nanos / 1e9
     return ours
+
+
+@contextmanager
+def our_errors(server: str) -> Iterator[None]:
+    """Raises our class for a call that fails in the block."""
+    try:
+        yield
+    except grpc.RpcError as error:
+        raise to_error(error, server) from None
 
 
 class Patience:

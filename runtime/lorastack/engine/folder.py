@@ -19,7 +19,8 @@ from lorastack.errors import InvalidArgumentError
 from lorastack.model.checkpoint import INDEX, SINGLE
 from lorastack.model.default import DEFAULT_MODEL_NAME, default_model
 from lorastack.model.download import Progress
-from lorastack.modelfiles import invalid, one_line, read_object, shown
+from lorastack.modelfiles import invalid, read_object
+from lorastack.printable import error_line, one_line
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ def model_folder(model: str | None, progress: Progress | None = None) -> tuple[P
 
 
 def _from_hub(model: str, *, is_file: bool) -> Path:
-    named = one_line(model, 100)
+    named = one_line(model[:100])
     if is_file:
         raise invalid(f"--model {named} is a file: name the folder that holds it")
     missing = f"--model {named}: there is no folder {named}"
@@ -65,7 +66,7 @@ def _from_hub(model: str, *, is_file: bool) -> Path:
         cause = "and the hub cannot be reached, nor was the model fetched from it before: check "
         cause += "the network and HF_HUB_OFFLINE, or name a folder"
     except (OSError, ValueError) as error:
-        cause = f"and the hub's copy cannot be had: {one_line(error)}"
+        cause = f"and the hub's copy cannot be had: {error_line(error)}"
     raise invalid(f"{missing}, {cause}")
 
 
@@ -85,7 +86,7 @@ def _adapter(model: str, kind: str, config: dict[str, object]) -> InvalidArgumen
     base = config.get("base_model_name_or_path")
     message = f"--model {model} is the folder of {kind}, not of a base model: "
     if isinstance(base, str) and base:
-        message += f"its base is {shown(base)[1:-1]}; serve that with --model, and "
+        message += f"its base is {one_line(base[:100])}; serve that with --model, and "
     else:
         message += "its files do not name its base; serve the one it was made for, and "
     return invalid(message + f"upload this with `lorastack adapters upload {model} --id ID`")

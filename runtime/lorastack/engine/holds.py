@@ -68,8 +68,11 @@ class Holds:
     def publish(self, row: Row, new_tokens: Sequence[int]) -> None:
         """Offers the row's full pages to later rows. new_tokens: behind `row.tokens`."""
         size = self._pages.page_size
+        fresh = range(len(row.page_hashes), row.num_computed // size)
+        if not fresh:  # as after most steps
+            return
         tokens = row.tokens + list(new_tokens)
-        for index in range(len(row.page_hashes), row.num_computed // size):
+        for index in fresh:
             parent = row.page_hashes[-1] if row.page_hashes else row.kv_root
             page_hash = chain_hash(parent, tokens[index * size : (index + 1) * size])
             row.page_hashes.append(page_hash)

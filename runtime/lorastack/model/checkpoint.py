@@ -21,7 +21,8 @@ from torch import Tensor
 
 from lorastack.errors import InvalidArgumentError, Reason
 from lorastack.model.download import Progress
-from lorastack.modelfiles import check, invalid, one_line, read_object, shown
+from lorastack.modelfiles import check, invalid, read_object, shown
+from lorastack.printable import error_line
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -201,7 +202,7 @@ def _json(data: bytes, file: Path) -> Mapping[str, Any]:
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise invalid(f"{file} has no valid JSON: {one_line(error)}") from error
+        raise invalid(f"{file} has no valid JSON: {error_line(error)}") from error
     if not isinstance(value, dict):
         raise invalid(f"{file} does not hold the JSON object it should")
     return value

@@ -27,10 +27,10 @@ from lorastack.modelfiles import (
     invalid,
     is_int,
     is_number,
-    one_line,
     read_object,
     shown,
 )
+from lorastack.printable import error_line
 
 CONFIG_CLASSES = {"llama": "LlamaConfig", "mistral": "MistralConfig"}
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
@@ -192,7 +192,7 @@ def _by_transformers(raw: dict[str, Any], path: Path) -> Any:
     try:
         return getattr(transformers, CONFIG_CLASSES[raw["model_type"]]).from_dict(fields)
     except Exception as error:  # whatever a foreign file makes it raise
-        raise invalid(f"{path} is not valid: {one_line(error)}") from error
+        raise invalid(f"{path} is not valid: {error_line(error)}") from error
 
 
 def _shapes(config: Any, max_context: int | None) -> ModelShapes:

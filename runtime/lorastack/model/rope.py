@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lorastack.errors import InvalidArgumentError, Reason
-from lorastack.modelfiles import check, invalid, is_int, is_number, one_line, shown
+from lorastack.modelfiles import check, invalid, is_int, is_number, shown
+from lorastack.printable import error_line
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 MAX_LENGTH = 1 << 24  # tokens
@@ -100,7 +101,7 @@ def frequencies(config: Any, max_context: int, path: Path) -> tuple[Tensor, floa
         inv_freq, scale = _computed(config, kind, max_context)
     except (ArithmeticError, TypeError, ValueError, KeyError) as error:
         raise invalid(
-            f"{path}: no frequencies follow from rope_parameters: {one_line(error)}"
+            f"{path}: no frequencies follow from rope_parameters: {error_line(error)}"
         ) from error
     sound = bool(inv_freq.isfinite().all()) and is_number(scale)
     check(sound, path, "rope_parameters", "values that give finite frequencies", rope)

@@ -7,10 +7,11 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from lorastack.printable import error_line
+
 Run = Callable[[bytes], bytes]
 
 TEMPLATE, GRAMMAR = "template", "grammar"
-MAX_MESSAGE_CHARS = 300
 
 
 class RefusalError(Exception):
@@ -18,7 +19,7 @@ class RefusalError(Exception):
 
 
 def prepare(task: str, given: Mapping[str, Any]) -> Run:
-    """Loads what the jobs of a task need. given: as `template_setup` or `text.trial` say."""
+    """Loads what the jobs of a task need, out of `given`: see what prepares each."""
     return _prepare_grammars(given) if task == GRAMMAR else _prepare_templates(given)
 
 
@@ -48,7 +49,7 @@ def _prepare_templates(given: Mapping[str, Any]) -> Run:
         except MemoryError:
             raise
         except Exception as error:  # a template is foreign code and may raise anything
-            raise RefusalError(_one_line(error)) from error
+            raise RefusalError(error_line(error)) from error
         try:
             return str("".join(texts)).encode()
         except UnicodeEncodeError as error:
@@ -69,9 +70,3 @@ def _prepare_grammars(given: Mapping[str, Any]) -> Run:
         return str(num_bytes).encode()
 
     return run
-
-
-def _one_line(error: Exception) -> str:
-    """The error's text, cut, without what a log or a status could not show."""
-    text = str(error)[:MAX_MESSAGE_CHARS] or type(error).__name__
-    return " ".join(text.encode("utf-8", "replace").decode().split())

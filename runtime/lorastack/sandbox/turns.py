@@ -47,20 +47,22 @@ class Turns(Generic[T]):
 
     def give(self, seat: T) -> None:
         """Back, for whoever is next."""
-        if not self._waiting:
-            self._free.append(seat)
-            return
-        caller, places = self._waiting.popitem(last=False)
-        places.popleft().set_result(seat)
-        if places:
-            self._waiting[caller] = places  # behind the others
+        while self._waiting:
+            caller, places = self._waiting.popitem(last=False)
+            place = places.popleft()
+            if places:
+                self._waiting[caller] = places  # behind the others
+            if not place.done():  # else its caller has left a moment ago, and `take` does not know
+                place.set_result(seat)
+                return
+        self._free.append(seat)
 
     def fail(self, error: LorastackError) -> None:
         """Ends all waiting."""
         waiting, self._waiting = self._waiting, OrderedDict()
         for places in waiting.values():
             for place in places:
-                place.set_exception(error)
+                _refuse(place, error)
 
     def _make_room(self, caller: str) -> None:
         error = ResourceExhaustedError(
@@ -72,7 +74,7 @@ class Turns(Generic[T]):
             raise error
         place = self._waiting[greedy][-1]
         self._leave(greedy, place)
-        place.set_exception(error)
+        _refuse(place, error)
 
     def _leave(self, caller: str, place: asyncio.Future[T]) -> None:
         places = self._waiting.get(caller)
@@ -80,3 +82,8 @@ class Turns(Generic[T]):
             places.remove(place)
             if not places:
                 del self._waiting[caller]
+
+
+def _refuse(place: asyncio.Future[T], error: LorastackError) -> None:
+    if not place.done():
+        place.set_exception(error)

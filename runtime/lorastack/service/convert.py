@@ -13,6 +13,7 @@ from lorastack.adapters.manifest import FileSpec, Record
 from lorastack.adapters.pool import AdapterStats
 from lorastack.errors import InvalidArgumentError, UnimplementedError
 from lorastack.layout import AdapterKind
+from lorastack.printable import printable
 from lorastack.request import (
     Final,
     FinishReason,
@@ -28,7 +29,6 @@ from lorastack.request import (
 )
 from lorastack.service import limits
 from lorastack.service.prepare import Chat, GenerateCall, Ids, Prepared, ServedModel, Text
-from lorastack.service.printable import printable
 from lorastack.text.grammar import JsonSchema, Regex
 from lorastack.text.tokenizer import Tokenizer
 from lorastack.v1 import adapters_pb2, generation_pb2

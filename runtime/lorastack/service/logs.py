@@ -13,7 +13,7 @@ from typing import Any
 
 import grpc
 
-from lorastack.service.printable import printable, printable_json
+from lorastack.printable import printable, printable_json
 
 # What every LogRecord has; anything else was given as `extra`.
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}

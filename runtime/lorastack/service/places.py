@@ -52,13 +52,17 @@ class Place:
     async def waits(self, answer: Awaitable[T]) -> T:
         """Waits for the caller. Only such time counts, not what the server takes itself."""
         self._since = time.monotonic()
-        self.limit.reschedule(asyncio.get_running_loop().time() + self._idle - self._silent)
+        self._set_limit(asyncio.get_running_loop().time() + self._idle - self._silent)
         found = await answer
         waited, self._since = time.monotonic() - self._since, None
         self._silent += waited
         self._stalled += waited
-        self.limit.reschedule(None)
+        self._set_limit(None)
         return found
+
+    def _set_limit(self, when: float | None) -> None:
+        if not self.displaced:  # else its end is near, whatever comes meanwhile
+            self.limit.reschedule(when)
 
     def passed(self, num_bytes: int) -> None:
         """Bytes have come or gone."""

@@ -116,7 +116,7 @@ class Prepared:
 
 
 class Preparer:
-    """Turns calls into requests. Thread-safe: grammars aside, it holds no state of its own."""
+    """Turns calls into requests. Thread-safe; it keeps grammars and templates only."""
 
     def __init__(self, model: ServedModel, registry: Registry, fixed_default: str) -> None:
         """fixed_default: --medusa, an id or NO_HEADS, which wins over what the store says; "" if

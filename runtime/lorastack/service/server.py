@@ -36,13 +36,13 @@ from lorastack.service.describe import labels, model_info, ready_line, served
 from lorastack.service.dispatch import Dispatcher
 from lorastack.service.door import Door
 from lorastack.service.generation import GenerationService
+from lorastack.service.grpc_server import make_server, raise_file_limit
 from lorastack.service.health import Health
 from lorastack.service.intake import Intake
 from lorastack.service.learned import LearnedKeeper
 from lorastack.service.limits import Lengths
-from lorastack.service.listen import Ports
-from lorastack.service.listener import make_server, raise_file_limit
 from lorastack.service.metrics import RequestMetrics, StateCollector
+from lorastack.service.ports import Ports
 from lorastack.service.prepare import Preparer, ServedModel
 from lorastack.service.probe import probe
 from lorastack.service.provision import Provision

@@ -31,7 +31,7 @@ from lorastack.errors import (
     ResourceExhaustedError,
     UnavailableError,
 )
-from lorastack.service.printable import printable
+from lorastack.printable import printable
 
 DOMAIN = "lorastack"
 # Statuses travel in HTTP/2 trailers, which receivers cap at 8 KiB; percent-encoding triples bytes.

@@ -101,8 +101,9 @@ class Untrusted:
         Raises InvalidArgumentError, and what `Pool.run` raises.
         """
         self._grammars.check_model()
-        key = hashlib.sha256(trial_body(wanted)).digest()
-        job = Job(task=GRAMMAR, body=trial_body(wanted), limits=self._grammar_limits)
+        body = trial_body(wanted)
+        key = hashlib.sha256(body).digest()
+        job = Job(task=GRAMMAR, body=body, limits=self._grammar_limits)
 
         def known() -> bytes | None:
             """As of a trial that ended while this one waited."""

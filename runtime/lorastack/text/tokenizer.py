@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorastack.errors import InvalidArgumentError, Reason
-from lorastack.modelfiles import check, invalid, is_int, is_number, one_line, read_object, token_ids
+from lorastack.modelfiles import check, invalid, is_int, is_number, read_object, token_ids
+from lorastack.printable import error_line
 from lorastack.text.joiner import Joiner, joiner_factory
 
 if TYPE_CHECKING:
@@ -122,8 +123,8 @@ class Tokenizer:
         except Exception as error:  # whatever a foreign file makes the loader raise
             found = ", ".join(name for name in FILES if (folder / name).exists())
             raise invalid(
-                f"No tokenizer could be loaded from {folder}: {one_line(error)}. The folder needs "
-                f"a sound tokenizer.json or tokenizer.model; it has {found or 'neither'}."
+                f"No tokenizer could be loaded from {folder}: {error_line(error)}. The folder "
+                f"needs a sound tokenizer.json or tokenizer.model; it has {found or 'neither'}."
             ) from error
         if not isinstance(tokenizer, kind):
             raise InvalidArgumentError(

@@ -11,8 +11,7 @@ import grpc
 from grpc._cython import cygrpc
 from grpc.aio import _server
 
-from lorastack.config import KIB, ServiceConfig
-from lorastack.errors import InvalidArgumentError
+from lorastack.config import KIB
 
 RESERVED_FILES = 256  # descriptors for the store, the model and ourselves, beside connections
 MAX_CONNECTIONS = 4096
@@ -64,21 +63,6 @@ def make_server(
         },
     )
     return cast(grpc.aio.Server, server)
-
-
-def listen(server: grpc.aio.Server, config: ServiceConfig) -> str:
-    """host:port. Raises InvalidArgumentError when the address cannot be had."""
-    host = f"[{config.host}]" if ":" in config.host else config.host
-    try:
-        port = server.add_insecure_port(f"{host}:{config.port}")
-    except RuntimeError:
-        port = 0
-    if port == 0:
-        raise InvalidArgumentError(
-            f"cannot listen on {host}:{config.port}: taken, or not an address of this machine; "
-            "choose another --host or --port"
-        )
-    return f"{host}:{port}"
 
 
 class _Server(_server.Server):
