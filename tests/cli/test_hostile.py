@@ -87,7 +87,7 @@ def nothing_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(server_module, "load_model", stop)
-    monkeypatch.setattr(logs, "configure_logging", lambda log_format: None)
+    monkeypatch.setattr(logs, "configure_logging", lambda log_format, level: None)
 
 
 def line(path: tuple[str, ...], parameter: Any, value: str, address: str) -> list[str]:

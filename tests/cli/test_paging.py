@@ -62,8 +62,7 @@ def test_an_adapter_that_names_no_base_is_warned_of(
 ) -> None:
     unnamed = run("adapters", "upload", str(folders["lora"]), "--id", "x", *at)
     assert "names no base model" in unnamed.err
-    folder = tmp_path / "named"  # the server's store lies beside it
-    shutil.copytree(folders["lora"], folder)
+    folder = shutil.copytree(folders["lora"], tmp_path / "lora")
     config = folder / "adapter_config.json"
     fields = json.loads(config.read_text())
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
 import pytest
 
+from lorastack.adapters.manifest import Manifest, Record
 from lorastack.client import Client, to_error
 from lorastack.errors import (
     AbortedError,
@@ -21,6 +20,8 @@ from lorastack.errors import (
     Reason,
     ResourceExhaustedError,
 )
+from lorastack.layout import AdapterKind
+from lorastack.service import convert
 from lorastack.v1 import adapters_pb2 as ab
 from lorastack.v1 import adapters_pb2_grpc
 from lorastack.v1 import generation_pb2 as pb
@@ -67,15 +68,25 @@ def test_upload_show_list_delete(client: Client, folders: Folders) -> None:
         assert unknown.value.metadata["request_id"]
 
 
-def test_a_base_of_any_name_can_be_shown(client: Client, folders: Folders, tmp_path: Path) -> None:
-    """Terminal commands, and what no message can hold, are shown as what they are."""
-    folder = tmp_path / "odd"
-    shutil.copytree(folders["lora"], folder)
-    config = json.loads((folder / "adapter_config.json").read_text())
-    config["base_model_name_or_path"] = "\x1b[31m\ud800/tiny"
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    assert client.upload(folder, "odd", accept_base=True).base_model == "\\x1b[31m\\ud800/tiny"
-    assert [adapter.id for adapter in client.list_adapters()] == ["odd"]
+def test_a_base_of_any_name_can_be_shown() -> None:
+    """Stores of older versions may hold terminal commands, and what no message can hold."""
+    manifest = Manifest(
+        digest="sha256:0",
+        files=(),
+        kind=AdapterKind.LORA,
+        base_model="\x1b[31m\ud800/tiny",
+        base_fingerprint="",
+        rank=1,
+        alpha=1.0,
+        target_modules=(),
+        num_heads=0,
+        num_layers=0,
+        medusa_version=0,
+    )
+    record = Record(id="odd", revision=1, created_at=0.0, manifest=manifest, other_files=())
+    usage = convert.AdapterUsage(on_device={}, on_host=(), in_flight={}, last_used={})
+    shown = convert.adapter(record, compatible=True, usage=usage)
+    assert shown.base_model == "\\x1b[31m\\ud800/tiny"
 
 
 def test_a_new_revision(client: Client, folders: Folders) -> None:
