@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from lorastack.errors import InternalError
@@ -24,5 +25,6 @@ class Command(NamedTuple):
             self.call()
         except Exception as error:
             log.error("an order to the engine failed", exc_info=error)
-            if self.future is not None and not self.future.done():
-                self.future.set_exception(InternalError("the server failed; its log says why"))
+            if self.future is not None:
+                with suppress(InvalidStateError):  # it has ended, or nobody waits any more
+                    self.future.set_exception(InternalError("the server failed; its log says why"))
