@@ -111,8 +111,13 @@ def test_ctrl_c_ends_without_a_word(fake: RunningServer, command: tuple[str, ...
 
 
 def started(*arguments: str) -> subprocess.Popen[bytes]:
-    command = [*COMMAND, *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    """Ctrl-C reaches it, also where whoever runs the tests in the background ignores it."""
+    return subprocess.Popen(
+        [*COMMAND, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def test_a_terminal_gets_no_control_characters(fake: RunningServer) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Coroutine, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -360,6 +361,32 @@ def test_a_job_that_gets_no_processor_is_not_the_callers_fault(sandbox: Sandbox)
     with pytest.raises(JobError) as late:
         sandbox.run(sandbox.untrusted.pool.run(job, "caller"))
     assert late.value.outcome is Outcome.TOO_LATE
+
+
+def test_closing_while_a_worker_is_told_its_task() -> None:
+    """Nobody hears of anything but the end."""
+    asked, go_on = threading.Event(), threading.Event()
+
+    def setup() -> dict[str, object]:
+        asked.set()
+        assert go_on.wait(PATIENCE)
+        return {"variables": {}}
+
+    async def check() -> None:
+        pool = Pool({TEMPLATE: setup}, num_workers=1)
+        job = Job(task=TEMPLATE, body=template_body("", None), limits=TEMPLATE_LIMITS)
+        running = asyncio.create_task(pool.run(job, "caller"))
+        assert await asyncio.to_thread(asked.wait, PATIENCE)
+        closing = asyncio.create_task(pool.close())
+        while not pool._closed:
+            await asyncio.sleep(0)
+        go_on.set()
+        with pytest.raises(UnavailableError):
+            await running
+        await closing
+        assert pool.pids == []
+
+    asyncio.run(asyncio.wait_for(check(), PATIENCE))
 
 
 def test_closing_ends_the_workers_and_whoever_waits() -> None:

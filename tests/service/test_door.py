@@ -326,5 +326,7 @@ def test_connections_beyond_the_bound_are_closed_and_there_is_room_again_later(
         refused.read_until(STATUS)
     for each in held:
         each._socket.close()
-    with Client(server.address) as client:
-        assert client.generate(ask(), timeout=PATIENCE).usage.generated_tokens == 4
+    with grpc.insecure_channel(server.address) as channel:
+        stub = generation_pb2_grpc.GenerationServiceStub(channel)
+        reply = stub.Generate(ask(), timeout=PATIENCE, wait_for_ready=True)
+    assert reply.usage.generated_tokens == 4

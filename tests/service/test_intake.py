@@ -26,7 +26,7 @@ from tests.service.fakes import MAX_CONTEXT, served_model
 from tests.service.test_prepare import store
 
 PATIENCE = 30.0
-NUM_THREADS = 3
+NUM_THREADS = intake_module.NUM_LONG + intake_module.NUM_SHORT
 
 
 class Slow:
@@ -102,6 +102,25 @@ def test_long_texts_never_hold_all_threads(bench: Bench, monkeypatch: pytest.Mon
         assert sorted(bench.slow.running) == ["other" + "x", "short", "wait 0", "wait 1", "wait 2"]
 
     run(check())
+
+
+def test_many_short_texts_of_one_caller_leave_turns_to_others(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench.preparer, "encode", bench.slow)
+
+    async def check() -> None:
+        encode = bench.intake.encode
+        tasks = [asyncio.create_task(encode(Text(f"wait {i}"), "", "a")) for i in range(9)]
+        await asyncio.sleep(0)
+        other = asyncio.create_task(encode(Text("other"), "", "b"))
+        await asyncio.sleep(0)
+        bench.slow.let_go.set()
+        await asyncio.gather(other, *tasks)
+
+    run(check())
+    # Behind what runs already, and one that was next, of however many wait.
+    assert bench.slow.running.index("other") <= intake_module.NUM_SHORT + 1
 
 
 def test_what_cannot_fit_takes_no_thread(bench: Bench, tokenizer: Tokenizer) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -165,6 +166,32 @@ def test_no_thread_is_left(whole: FakeServer) -> None:
     whole.server.run(lambda line: os.kill(os.getpid(), signal.SIGTERM))
     left = set(threading.enumerate()) - before
     assert not [thread for thread in left if thread.name.startswith(("lorastack", "fake"))]
+
+
+def test_the_end_waits_for_nothing_that_waits_for_it(
+    whole: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store's thread may have a template to check when the server ends."""
+    server, began = whole.server, threading.Event()
+    shutdown, refused = server._workers.shutdown, []
+
+    def check_late() -> None:
+        began.set()
+        while not server._uploader._shutdown:
+            time.sleep(0.001)
+        try:
+            server._untrusted.check_template("{{ messages }}")
+        except UnavailableError as error:
+            refused.append(error)
+
+    def begin_late(**how: bool) -> None:
+        server._uploader.submit(check_late)
+        assert began.wait(PATIENCE)
+        shutdown(**how)
+
+    monkeypatch.setattr(server._workers, "shutdown", begin_late)
+    assert server.run(lambda line: os.kill(os.getpid(), signal.SIGTERM)) == 0
+    assert len(refused) == 1
 
 
 def test_a_watcher_that_does_not_read_holds_up_nobody(fake: RunningServer) -> None:

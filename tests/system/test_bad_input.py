@@ -209,7 +209,7 @@ def bad_folders(root: Path, shapes: ModelShapes) -> dict[str, tuple[Path, tuple[
     lying = lora("lying header", "adapter_model.safetensors") / "adapter_model.safetensors"
     lying.write_bytes((1 << 40).to_bytes(8, "little") + lying.read_bytes()[8:])
     pickled = lora("pickle", "adapter_model.bin")
-    (pickled / "adapter_model.bin").write_bytes(b"\x80\x04.")
+    (pickled / "adapter_model.safetensors").rename(pickled / "adapter_model.bin")
     (lora("broken json", "adapter_config.json") / "adapter_config.json").write_text("{")
     _configure(lora("dora", "use_dora"), use_dora=True)
     _configure(lora("modules_to_save", "modules_to_save"), modules_to_save=["lm_head"])

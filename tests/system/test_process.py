@@ -17,6 +17,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from lorastack.client import Client
+from lorastack.engine.engine import MAX_FAULTS
 from lorastack.errors import InternalError, UnavailableError
 from lorastack.kernels.native import build
 from lorastack.kernels.native.library import Isa
@@ -149,9 +150,11 @@ from lorastack.cli.main import main
 from lorastack.engine.scheduler import Scheduler
 
 update = Scheduler.update
+crashed = []
 
 def fail(self, results):
-    if self.find("crash") is not None:
+    if crashed or self.find("crash") is not None:
+        crashed.append(True)
         raise RuntimeError("boom")
     update(self, results)
 
@@ -169,7 +172,10 @@ def test_a_dead_engine_ends_every_request_and_the_process(serve: Serve) -> None:
             client.generate(ask(request_id="crash"))
         with pytest.raises(InternalError) as failure:
             list(running)
-    assert "boom" not in failure.value.message
+        assert "boom" not in failure.value.message
+        for _ in range(MAX_FAULTS):  # all rows end, and it tries again, so many times
+            with pytest.raises(InternalError):
+                client.generate(ask())
     code, errors = process.wait()
     assert code == 1
     assert "RuntimeError: boom" in errors

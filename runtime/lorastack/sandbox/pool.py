@@ -183,17 +183,20 @@ class _Seat:
             self.process = await asyncio.to_thread(_start_process, theirs)
 
     async def ask(self, job: Job) -> tuple[Outcome, bytes]:
-        """Runs a job, unless its caller has gone already."""
-        assert self._reader is not None
+        """Runs a job, unless its caller has gone already. Raises as `send`."""
         if self._abandoned:
             return Outcome.CANCELLED, b""
+        if (reader := self._reader) is None:
+            raise EOFError
         self._busy = True
         await self.send(JOB, job.to_bytes())
-        length, kind = PREFIX.unpack(await self._reader.readexactly(PREFIX.size))
-        return Outcome(kind), await self._reader.readexactly(length)
+        length, kind = PREFIX.unpack(await reader.readexactly(PREFIX.size))
+        return Outcome(kind), await reader.readexactly(length)
 
     async def send(self, kind: int, payload: bytes) -> None:
-        assert self._writer is not None
+        """Raises OSError or EOFError if the worker has ended, or was ended meanwhile."""
+        if self._writer is None:
+            raise EOFError
         self._writer.write(PREFIX.pack(len(payload), kind) + payload)
         await self._writer.drain()
 

@@ -1,12 +1,14 @@
 """From a call to the engine's Request without a thread that waits.
 
-What callers write that is a program goes to worker processes, awaited; texts that take long go to
-few of the edge's threads at a time, callers in turn; whoever gives up leaves every queue.
+What callers write that is a program goes to worker processes, awaited; texts go to the edge's
+threads, callers in turn, those that take long to few of them at a time; whoever gives up leaves
+every queue.
 """
 
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Callable
 from concurrent.futures import Executor
 from contextlib import suppress
@@ -20,21 +22,22 @@ from lorastack.service.untrusted import Untrusted
 
 LONG_TEXT = 64 << 10  # bytes; a fifth of a second, where tokenising is slow
 MESSAGE_COST = 16  # bytes that take as long
-NUM_LONG = 2  # of the edge's threads
-MAX_WAITING = 256
+NUM_LONG, NUM_SHORT = 2, 2  # of the edge's threads, which also look things up
+MAX_WAITING = 256  # with long texts; those with short ones are as many as there may be calls
 
 T = TypeVar("T")
 Given = Text | Ids | Chat | Rendered
 
 
 class Intake:
-    """Event loop only. workers: the edge's threads, more than NUM_LONG."""
+    """Event loop only. workers: the edge's threads, NUM_LONG + NUM_SHORT."""
 
     def __init__(self, preparer: Preparer, untrusted: Untrusted, workers: Executor) -> None:
         self._preparer = preparer
         self._untrusted = untrusted
         self._workers = workers
         self._long = Turns(range(NUM_LONG), MAX_WAITING)
+        self._short = Turns(range(NUM_SHORT), sys.maxsize)
 
     @property
     def num_waiting(self) -> int:
@@ -85,15 +88,14 @@ class Intake:
         return Rendered(await self._untrusted.render(template, given.messages, caller))
 
     async def _run(self, work: Callable[[], T], is_long: bool, caller: str) -> T:
-        """In a thread. A long one keeps its seat until it has ended, wanted or not."""
-        if not is_long:
-            return await run_in(self._workers, work)
-        seat = await self._long.take(caller)
+        """In a thread, whose seat it keeps until it has ended, wanted or not."""
+        turns = self._long if is_long else self._short
+        seat = await turns.take(caller)
         loop = asyncio.get_running_loop()
 
         def leave(_: object) -> None:
             with suppress(RuntimeError):  # the loop is closed
-                loop.call_soon_threadsafe(self._long.give, seat)
+                loop.call_soon_threadsafe(turns.give, seat)
 
         working = self._workers.submit(work)
         working.add_done_callback(leave)

@@ -304,8 +304,9 @@ class Server:
         keeper, self._keeper = self._keeper, None
         if keeper is not None:
             await keeper.save()
-        self._workers.shutdown(cancel_futures=True)
-        self._uploader.shutdown(cancel_futures=True)
+        for threads in (self._workers, self._uploader):
+            # Beside the loop, which what still runs there may be waiting for.
+            await asyncio.to_thread(threads.shutdown, cancel_futures=True)
         self._registry.close()
 
     async def _start(self) -> None:

@@ -21,7 +21,7 @@ TEMPLATE_LIMITS = Limits(cpu=0.5, wall=20.0, memory=256 * MIB, output=0)  # outp
 GRAMMAR_LIMITS = Limits(cpu=1.0, wall=20.0, memory=128 * MIB, output=4096)
 MAX_VERDICTS = 1024
 UPLOADER = "an upload"  # as a caller
-UPLOAD_PATIENCE = 10.0  # seconds; other changes of the store wait meanwhile
+UPLOAD_PATIENCE = 10.0  # seconds, for which the store's one thread waits
 
 Wanted = JsonSchema | Regex
 
