@@ -265,7 +265,7 @@ HEADS_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "too many": ({"medusa_num_heads": 4}, "3.0.linear.bias is missing"),
     "none": ({"medusa_num_heads": 0}, "medusa_num_heads = 0"),
     "true": ({"medusa_num_heads": True}, "medusa_num_heads = True"),
-    "text": ({"medusa_num_heads": "3"}, "medusa_num_heads = 3"),
+    "text": ({"medusa_num_heads": "3"}, "medusa_num_heads = '3' .* a whole number"),
     "layers": ({"medusa_num_layers": 2}, "medusa_num_layers is 2, but 0.1.linear.bias is missing"),
     "many layers": ({"medusa_num_layers": 33}, "medusa_num_layers = 33"),
     "no layers": ({"medusa_num_layers": None}, "medusa_num_layers"),

@@ -144,7 +144,8 @@ def _version(config: Mapping[str, object], entries: Mapping[str, TensorEntry]) -
 def _count(config: Mapping[str, object], field: str, limit: int, default: int | None = None) -> int:
     value = config.get(field, default)
     if type(value) is not int or not 1 <= value <= limit:
-        raise invalid(f"{field} = {str(value)[:64]} in {CONFIG_NAME} must be from 1 to {limit}")
+        rule = f"a whole number from 1 to {limit}"
+        raise invalid(f"{field} = {ascii(value)[:64]} in {CONFIG_NAME} must be {rule}")
     return value
 
 
