@@ -24,15 +24,15 @@ from lorastack.config import (
 )
 
 if TYPE_CHECKING:
-    from lorastack.adapters.device import DeviceAdapter
-    from lorastack.adapters.host import PackedAdapter
+    from lorastack.adapters.memory.device import DeviceAdapter
+    from lorastack.adapters.memory.host import PackedAdapter
 
 COPY_SECONDS, COPY_BYTES_A_SECOND = 0.050, 2e9
 
 
 def slow_copy(packed: PackedAdapter) -> DeviceAdapter:
     """As if the device were 50 ms away, over a bus of 2 GB/s."""
-    from lorastack.adapters.device import DeviceAdapter
+    from lorastack.adapters.memory.device import DeviceAdapter
 
     time.sleep(COPY_SECONDS + packed.nbytes / COPY_BYTES_A_SECOND)
     return DeviceAdapter(digest=packed.digest, buffer=packed.buffer, layout=packed.layout)

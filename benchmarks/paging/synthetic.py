@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from lorastack.adapters.manifest import Record, file_spec
-from lorastack.adapters.registry import Registry
-from lorastack.adapters.upload import Validate
+from lorastack.adapters.store.manifest import Record, file_spec
+from lorastack.adapters.store.registry import Registry
+from lorastack.adapters.store.upload import Validate
 from lorastack.client import Client
 
 BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lorastack.adapters.registry import Registry
+from lorastack.adapters.store.registry import Registry
 from tests.adapters.folders import SHAPES, H
 from tests.helpers.adapters import write_heads, write_lora
 

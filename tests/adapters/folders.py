@@ -14,9 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lorastack.adapters.formats import ParsedAdapter, parse
-from lorastack.adapters.manifest import FileSpec, Record
-from lorastack.adapters.registry import Registry, Upload
+from lorastack.adapters.formats.parse import ParsedAdapter, parse
+from lorastack.adapters.store.manifest import FileSpec, Record
+from lorastack.adapters.store.registry import Registry, Upload
 from lorastack.errors import InvalidArgumentError, Reason
 from lorastack.layout import AdapterKind, ModelShapes
 

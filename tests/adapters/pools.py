@@ -9,9 +9,9 @@ from contextlib import contextmanager
 
 import torch
 
-from lorastack.adapters.device import Copy, DeviceAdapter
-from lorastack.adapters.host import HostCache, PackedAdapter
-from lorastack.adapters.pool import DevicePool
+from lorastack.adapters.memory.device import Copy, DeviceAdapter
+from lorastack.adapters.memory.host import HostCache, PackedAdapter
+from lorastack.adapters.memory.pool import DevicePool
 from tests.adapters.test_host import packed
 
 CPU = torch.device("cpu")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lorastack.adapters.base_names import Same, same_model
+from lorastack.adapters.formats.base_names import Same, same_model
 
 SERVED = "meta-llama/Llama-3.1-8B-Instruct"
 MISTRAL = "mistralai/Mistral-7B-Instruct-v0.2"

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorastack.adapters.device import DeviceAdapter
-from lorastack.adapters.turns import QUANTUM
+from lorastack.adapters.memory.device import DeviceAdapter
+from lorastack.adapters.memory.turns import QUANTUM
 from tests.adapters.pools import Bench, bench
 from tests.adapters.test_host import packed
 

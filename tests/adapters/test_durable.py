@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lorastack.adapters.registry import Registry
+from lorastack.adapters.store.registry import Registry
 from tests.adapters.folders import store
 
 CONTENTS = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"one"}
@@ -76,5 +76,5 @@ def test_a_deletion_is_durable_before_bytes_go(
 
 
 def test_formats_are_read_without_torch() -> None:
-    program = "import sys, lorastack.adapters.formats; sys.exit('torch' in sys.modules)"
+    program = "import sys, lorastack.adapters.formats.parse; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

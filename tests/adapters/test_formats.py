@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lorastack.adapters.formats import chat_template, check_base, check_values
+from lorastack.adapters.formats.parse import chat_template, check_base, check_values
 from lorastack.errors import FailedPreconditionError, InvalidArgumentError, Reason
 from lorastack.layout import HEADS, AdapterKind, Part, head_block
 from tests.adapters.folders import (

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lorastack.adapters.fsck import Report, StagedUpload, Use, check_store
-from lorastack.adapters.registry import Registry
+from lorastack.adapters.store.fsck import Report, StagedUpload, Use, check_store
+from lorastack.adapters.store.registry import Registry
 from lorastack.errors import FailedPreconditionError
 from tests.adapters.folders import BLOB, ONE, TWO, sha256, specs_of, store
 

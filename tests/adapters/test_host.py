@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorastack.adapters.host import HostCache, PackedAdapter
+from lorastack.adapters.memory.host import HostCache, PackedAdapter
 from lorastack.errors import DataLossError
 from lorastack.layout import AdapterLayout
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorastack.adapters.ids import check_id, file_name, is_digest, split_reference
+from lorastack.adapters.store.ids import check_id, file_name, is_digest, split_reference
 from lorastack.errors import InvalidArgumentError
 
 ALPHABET = "abzABZ019._-"

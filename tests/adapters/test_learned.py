@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorastack.adapters import learned as learned_module
-from lorastack.adapters.fsck import check_store
-from lorastack.adapters.learned import Learned
-from lorastack.adapters.registry import Registry
+from lorastack.adapters.store import learned as learned_module
+from lorastack.adapters.store.fsck import check_store
+from lorastack.adapters.store.learned import Learned
+from lorastack.adapters.store.registry import Registry
 from tests.adapters.folders import ONE, TWO, store
 
 NAME = "acceptance.json"

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lorastack.adapters import load
-from lorastack.adapters.formats import parse
-from lorastack.adapters.load import Loader, Validator
-from lorastack.adapters.reading import fill
-from lorastack.adapters.registry import Registry
+from lorastack.adapters.memory import loader as load
+from lorastack.adapters.formats.parse import parse
+from lorastack.adapters.memory.loader import Loader, Validator
+from lorastack.adapters.memory.fill import fill
+from lorastack.adapters.store.registry import Registry
 from lorastack.errors import (
     DataLossError,
     FailedPreconditionError,

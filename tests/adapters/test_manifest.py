@@ -13,11 +13,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorastack.adapters.formats import parse
-from lorastack.adapters.load import Loader, Validator
-from lorastack.adapters.manifest import Manifest, runs
-from lorastack.adapters.patterns import Names
-from lorastack.adapters.registry import Registry
+from lorastack.adapters.formats.parse import parse
+from lorastack.adapters.memory.loader import Loader, Validator
+from lorastack.adapters.store.manifest import Manifest, runs
+from lorastack.adapters.formats.patterns import Names
+from lorastack.adapters.store.registry import Registry
 from lorastack.errors import DataLossError, InvalidArgumentError
 from lorastack.kernels.packing import allocate
 from lorastack.layout import AdapterKind

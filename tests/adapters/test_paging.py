@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from lorastack.adapters import pipeline
-from lorastack.adapters.device import DeviceAdapter
-from lorastack.adapters.host import PackedAdapter
-from lorastack.adapters.turns import QUANTUM
+from lorastack.adapters.memory import pipeline
+from lorastack.adapters.memory.device import DeviceAdapter
+from lorastack.adapters.memory.host import PackedAdapter
+from lorastack.adapters.memory.turns import QUANTUM
 from lorastack.errors import FailedPreconditionError, Reason, ResourceExhaustedError
 from tests.adapters.pools import WAIT, Bench, bench
 from tests.adapters.test_host import packed

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from lorastack.adapters.patterns import MAX_DEPTH, MAX_STEPS, Names
+from lorastack.adapters.formats.patterns import MAX_DEPTH, MAX_STEPS, Names
 from lorastack.errors import InvalidArgumentError, Reason
 
 NAMES = ["lm_head", "model.embed_tokens", "model.norm"] + [

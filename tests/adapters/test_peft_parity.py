@@ -16,10 +16,10 @@ from peft.tuners.lora.config import VeloraConfig
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 from transformers import PreTrainedModel as HFModel
 
-from lorastack.adapters.fields import CONFIGS, READ, TRAINING
-from lorastack.adapters.formats import parse
-from lorastack.adapters.load import Validator
-from lorastack.adapters.targets import module_names
+from lorastack.adapters.formats.fields import CONFIGS, READ, TRAINING
+from lorastack.adapters.formats.parse import parse
+from lorastack.adapters.memory.loader import Validator
+from lorastack.adapters.formats.targets import module_names
 from lorastack.errors import InvalidArgumentError, Reason
 from lorastack.layout import EMBED, LM_HEAD, NO_LAYER, ModelShapes, Part
 from tests.adapters.folders import SHAPES, edit_json, files_of

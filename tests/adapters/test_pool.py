@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from lorastack.adapters.device import DeviceAdapter
-from lorastack.adapters.host import PackedAdapter
+from lorastack.adapters.memory.device import DeviceAdapter
+from lorastack.adapters.memory.host import PackedAdapter
 from lorastack.errors import DataLossError, FailedPreconditionError, InternalError, Reason
 from tests.adapters.pools import WAIT, Bench, bench, resident
 from tests.adapters.test_host import packed

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from lorastack.adapters import opening
-from lorastack.adapters.registry import Registry
+from lorastack.adapters.store import opening
+from lorastack.adapters.store.registry import Registry
 from lorastack.errors import (
     DataLossError,
     FailedPreconditionError,

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 from torch import Tensor
 
-from lorastack.adapters import reading
-from lorastack.adapters.reading import DTYPES, Place, fill
-from lorastack.adapters.tensorfile import TensorEntry, read_header
+from lorastack.adapters.memory import fill as reading
+from lorastack.adapters.memory.fill import DTYPES, Place, fill
+from lorastack.adapters.formats.tensorfile import TensorEntry, read_header
 from tests.adapters.folders import sha256
 
 TENSORS = st.lists(
@@ -81,9 +81,9 @@ def test_a_file_that_ends_early_has_another_hash(tmp_path: Path) -> None:
 NO_OPENMP = """
 import os, sys, torch
 from pathlib import Path
-from lorastack.adapters import reading
-from lorastack.adapters.load import _check_copy
-from lorastack.adapters.tensorfile import check_finite, read_header
+from lorastack.adapters.memory import fill as reading
+from lorastack.adapters.memory.loader import _check_copy
+from lorastack.adapters.formats.tensorfile import check_finite, read_header
 
 def num_threads():
     return len(os.listdir("/proc/self/task"))

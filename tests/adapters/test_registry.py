@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorastack.adapters.manifest import Manifest, Pointer, Revision, adapter_digest
-from lorastack.adapters.registry import Registry
-from lorastack.adapters.tables import Tables
+from lorastack.adapters.store.manifest import Manifest, Pointer, Revision, adapter_digest
+from lorastack.adapters.store.registry import Registry
+from lorastack.adapters.store.tables import Tables
 from lorastack.errors import (
     AbortedError,
     AlreadyExistsError,

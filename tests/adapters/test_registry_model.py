@@ -11,9 +11,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from lorastack.adapters.fsck import check_store
-from lorastack.adapters.manifest import adapter_digest
-from lorastack.adapters.registry import Registry, Upload
+from lorastack.adapters.store.fsck import check_store
+from lorastack.adapters.store.manifest import adapter_digest
+from lorastack.adapters.store.registry import Registry, Upload
 from lorastack.errors import AbortedError, NotFoundError
 from tests.adapters.folders import accept, contents, send, sha256, specs_of, staged, store
 

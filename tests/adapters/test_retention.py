@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from lorastack.adapters.manifest import Pointer, Revision
-from lorastack.adapters.registry import Pruned, Registry
-from lorastack.adapters.tables import Tables
+from lorastack.adapters.store.manifest import Pointer, Revision
+from lorastack.adapters.store.registry import Pruned, Registry
+from lorastack.adapters.store.tables import Tables
 from lorastack.errors import InvalidArgumentError, NotFoundError
 from tests.adapters.folders import BLOB, ONE, TWO, blob_names, contents, reopen, sha256, store
 

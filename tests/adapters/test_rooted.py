@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorastack.adapters import rooted
-from lorastack.adapters.rooted import find_files
-from lorastack.adapters.source import Limits
+from lorastack.adapters.sources import folder as rooted
+from lorastack.adapters.sources.folder import find_files
+from lorastack.adapters.sources.base import Limits
 from lorastack.errors import (
     InvalidArgumentError,
     LorastackError,

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorastack.adapters import staging
-from lorastack.adapters.registry import Registry, Upload
+from lorastack.adapters.store import staging
+from lorastack.adapters.store.registry import Registry, Upload
 from lorastack.errors import AbortedError, InvalidArgumentError, Reason, ResourceExhaustedError
 from tests.adapters.folders import accept, blob_names, reopen, send, sha256, specs_of, staged
 

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorastack.adapters import durable
-from lorastack.adapters.fsck import check_store
-from lorastack.adapters.manifest import adapter_digest
-from lorastack.adapters.registry import Recovery, Registry
+from lorastack.adapters.store import durable
+from lorastack.adapters.store.fsck import check_store
+from lorastack.adapters.store.manifest import adapter_digest
+from lorastack.adapters.store.registry import Recovery, Registry
 from lorastack.errors import (
     DataLossError,
     FailedPreconditionError,

@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from lorastack.adapters.jsonfile import MAX_OBJECTS
-from lorastack.adapters.tensorfile import (
+from lorastack.adapters.formats.jsonfile import MAX_OBJECTS
+from lorastack.adapters.formats.tensorfile import (
     MAX_HEADER,
     MAX_TENSORS,
     PIECE,

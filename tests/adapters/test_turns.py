@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorastack.adapters.device import DeviceAdapter
-from lorastack.adapters.turns import Resident, Use, choose_victims
+from lorastack.adapters.memory.device import DeviceAdapter
+from lorastack.adapters.memory.turns import Resident, Use, choose_victims
 from tests.adapters.test_host import packed
 
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from lorastack.adapters import staging
-from lorastack.adapters.formats import ParsedAdapter
-from lorastack.adapters.manifest import FileSpec
-from lorastack.adapters.registry import Record, Registry, Upload
-from lorastack.adapters.staging import STAGING_EXPIRES
+from lorastack.adapters.store import staging
+from lorastack.adapters.formats.parse import ParsedAdapter
+from lorastack.adapters.store.manifest import FileSpec
+from lorastack.adapters.store.registry import Record, Registry, Upload
+from lorastack.adapters.store.staging import STAGING_EXPIRES
 from lorastack.errors import (
     AbortedError,
     InvalidArgumentError,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lorastack.adapters.formats import parse
+from lorastack.adapters.formats.parse import parse
 from lorastack.layout import AdapterKind, ModelShapes
 from tests.cli.conftest import Run
 from tests.helpers.adapters import write_heads, write_lora

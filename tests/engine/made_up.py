@@ -14,7 +14,7 @@ from collections.abc import Collection, Sequence
 
 import torch
 
-from lorastack.adapters.device import DeviceAdapter
+from lorastack.adapters.memory.device import DeviceAdapter
 from lorastack.config import EngineConfig
 from lorastack.engine.apart import run_apart
 from lorastack.engine.batch import Batch, Draft, RowResult, RowStep

@@ -7,8 +7,8 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorastack.adapters.host import PackedAdapter
-from lorastack.adapters.turns import QUANTUM
+from lorastack.adapters.memory.host import PackedAdapter
+from lorastack.adapters.memory.turns import QUANTUM
 from lorastack.request import HeadsUse, LoraUse
 from tests.adapters.pools import bench
 from tests.adapters.test_host import packed

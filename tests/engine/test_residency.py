@@ -7,7 +7,7 @@ from concurrent.futures import Future
 
 import pytest
 
-from lorastack.adapters.host import PackedAdapter
+from lorastack.adapters.memory.host import PackedAdapter
 from lorastack.engine.pages import Pages
 from lorastack.engine.residency import Residency
 from lorastack.errors import (

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from lorastack.adapters.manifest import FileSpec
-from lorastack.adapters.registry import Registry
+from lorastack.adapters.store.manifest import FileSpec
+from lorastack.adapters.store.registry import Registry
 from tests.adapters.folders import sha256, store
 
 ONE = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"1" * 3000}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
-from lorastack.adapters.learned import Learned
+from lorastack.adapters.store.learned import Learned
 
 DIGESTS = tuple(f"sha256:{n:064x}" for n in range(20))
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from lorastack.adapters.registry import Registry
+from lorastack.adapters.store.registry import Registry
 from tests.adapters.folders import sha256
 from tests.faults.operations import OPERATIONS, ORPHAN, make_store, state_of, state_on_disk
 from tests.faults.store_files import assert_whole

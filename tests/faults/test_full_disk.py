@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from lorastack.adapters.registry import Registry
+from lorastack.adapters.store.registry import Registry
 from lorastack.client import Client
 from lorastack.config import KIB
 from lorastack.errors import Reason, ResourceExhaustedError

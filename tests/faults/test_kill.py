@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lorastack.adapters.manifest import adapter_digest
+from lorastack.adapters.store.manifest import adapter_digest
 from lorastack.client import Client
 from lorastack.config import MIB
 from lorastack.errors import UnavailableError

@@ -7,7 +7,7 @@ import random
 import time
 from pathlib import Path
 
-from lorastack.adapters.learned import Learned
+from lorastack.adapters.store.learned import Learned
 from tests.faults.saving import is_ours, save_for_ever, states
 from tests.faults.test_full_disk import Disk
 from tests.helpers.live import wait_until

@@ -17,8 +17,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 
-from lorastack.adapters.load import Loader, Validator
-from lorastack.adapters.registry import Registry
+from lorastack.adapters.memory.loader import Loader, Validator
+from lorastack.adapters.store.registry import Registry
 from lorastack.errors import FailedPreconditionError, InvalidArgumentError
 from lorastack.kernels.packing import allocate
 from lorastack.service.status import to_status

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, Self
 from unittest.mock import patch
 
-from lorastack.adapters.pool import DevicePool
+from lorastack.adapters.memory.pool import DevicePool
 from lorastack.client import Client
 from lorastack.config import (
     MIB,

@@ -17,8 +17,8 @@ from typing import cast
 import pytest
 import torch
 
-from lorastack.adapters.device import DeviceAdapter
-from lorastack.adapters.pool import DevicePool
+from lorastack.adapters.memory.device import DeviceAdapter
+from lorastack.adapters.memory.pool import DevicePool
 from lorastack.config import EngineConfig
 from lorastack.engine.batch import Batch, Draft, RowStep
 from lorastack.engine.costs import Costs

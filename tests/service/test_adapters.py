@@ -8,7 +8,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from lorastack.adapters.manifest import Manifest, Record
+from lorastack.adapters.store.manifest import Manifest, Record
 from lorastack.client import Client, to_error
 from lorastack.errors import (
     AbortedError,

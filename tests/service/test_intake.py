@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from lorastack.adapters.registry import Registry
+from lorastack.adapters.store.registry import Registry
 from lorastack.errors import InvalidArgumentError, Reason
 from lorastack.layout import ModelShapes
 from lorastack.sandbox.pool import Pool

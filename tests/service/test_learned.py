@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from lorastack.adapters import learned as learned_module
-from lorastack.adapters.learned import Learned
+from lorastack.adapters.store import learned as learned_module
+from lorastack.adapters.store.learned import Learned
 from lorastack.client import Client
 from lorastack.service import learned as keeper_module
 from lorastack.speculation.calibration import Calibration

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from lorastack.adapters.load import Validator
-from lorastack.adapters.manifest import FileSpec, Record
-from lorastack.adapters.registry import Registry
+from lorastack.adapters.memory.loader import Validator
+from lorastack.adapters.store.manifest import FileSpec, Record
+from lorastack.adapters.store.registry import Registry
 from lorastack.errors import (
     FailedPreconditionError,
     InvalidArgumentError,

@@ -10,7 +10,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from lorastack.adapters.staging import Staging
+from lorastack.adapters.store.staging import Staging
 from lorastack.client import Client, to_error
 from lorastack.config import MIB
 from lorastack.errors import (

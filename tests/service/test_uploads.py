@@ -12,7 +12,7 @@ import grpc
 import pytest
 
 from lorastack import client as client_module
-from lorastack.adapters.staging import Staging
+from lorastack.adapters.store.staging import Staging
 from lorastack.client import Client, to_error
 from lorastack.errors import (
     AbortedError,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lorastack.adapters.device import DeviceAdapter
+from lorastack.adapters.memory.device import DeviceAdapter
 from lorastack.engine.row import Row
 from lorastack.errors import NotFoundError
 from lorastack.v1 import generation_pb2 as pb

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from lorastack.adapters.fsck import check_store
+from lorastack.adapters.store.fsck import check_store
 from lorastack.cli.options import (
     UINT32,
     BaseName,

@@ -113,7 +113,7 @@ def push(
 ) -> None:
     """Put an adapter onto the hub from here, with --token-env's token or your own login there."""
     # Deferred: the other commands must not wait for it.
-    from lorastack.adapters.hub import push_folder
+    from lorastack.adapters.sources.hub import push_folder
 
     token = _token(token_env)
     with tempfile.TemporaryDirectory(prefix="lorastack-push-") as temporary:

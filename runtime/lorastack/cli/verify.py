@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
 
-from lorastack.adapters.load import Validator
-from lorastack.adapters.manifest import adapter_digest, file_spec
+from lorastack.adapters.memory.loader import Validator
+from lorastack.adapters.store.manifest import adapter_digest, file_spec
 from lorastack.engine.base import base_weight, model_shapes
 from lorastack.engine.folder import model_folder
 from lorastack.folders import adapter_files

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lorastack.adapters.device import DeviceAdapter
+from lorastack.adapters.memory.device import DeviceAdapter
 from lorastack.errors import LorastackError
 from lorastack.request import Request, TokenLogprobs, TokenSource
 from lorastack.sampling.processors import Processor

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
-from lorastack.adapters.device import DeviceAdapter
+from lorastack.adapters.memory.device import DeviceAdapter
 from lorastack.engine.batch import Draft, RowStep
 from lorastack.engine.stacks import Stacks
 from lorastack.kernels.drafts import (

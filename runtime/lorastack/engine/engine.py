@@ -11,7 +11,7 @@ from concurrent.futures import Future
 
 import torch
 
-from lorastack.adapters.pool import DevicePool
+from lorastack.adapters.memory.pool import DevicePool
 from lorastack.config import EngineConfig
 from lorastack.engine.apart import run_apart
 from lorastack.engine.batch import Batch

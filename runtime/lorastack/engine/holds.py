@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from lorastack.adapters.pool import DevicePool
+from lorastack.adapters.memory.pool import DevicePool
 from lorastack.engine.batch import RowAdapters
 from lorastack.engine.pages import Pages, chain_hash
 from lorastack.engine.row import Row

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from lorastack.adapters.load import Loader
-from lorastack.adapters.pool import DevicePool
-from lorastack.adapters.registry import Registry
+from lorastack.adapters.memory.loader import Loader
+from lorastack.adapters.memory.pool import DevicePool
+from lorastack.adapters.store.registry import Registry
 from lorastack.config import MIB, EngineConfig, ModelConfig
 from lorastack.engine.costs import measure
 from lorastack.engine.engine import Engine

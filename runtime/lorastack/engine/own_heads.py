@@ -1,7 +1,7 @@
 """Heads that a Medusa-2 checkpoint has beside its backbone, as the folder of a Medusa adapter.
 
 Their tensors are `medusa_head.{i}.{l}.linear.weight` and so on: without the prefix, the names that
-published heads have (`adapters.medusa`).
+published heads have (`adapters.formats.medusa`).
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lorastack.adapters.medusa import CONFIG_NAME, HEADS_FIELD, LAYERS_FIELD
-from lorastack.adapters.refusal import invalid
-from lorastack.adapters.source import PIECE, Pieces, SourceFile, describe
+from lorastack.adapters.formats.medusa import CONFIG_NAME, HEADS_FIELD, LAYERS_FIELD
+from lorastack.adapters.formats.refusal import invalid
+from lorastack.adapters.sources.base import PIECE, Pieces, SourceFile, describe
 from lorastack.model.checkpoint import Checkpoint, StoredTensor
 from lorastack.model.weights import HEADS_PREFIX
 

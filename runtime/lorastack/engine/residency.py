@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from lorastack.adapters.pool import DevicePool
+from lorastack.adapters.memory.pool import DevicePool
 from lorastack.errors import InternalError, LorastackError
 
 log = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from lorastack.adapters.pool import DevicePool
+from lorastack.adapters.memory.pool import DevicePool
 from lorastack.config import EngineConfig
 from lorastack.engine.admission import LOOK_AHEAD, admission_order, is_overdue
 from lorastack.engine.batch import Batch, RowAdapters, RowResult, RowStep

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from weakref import WeakKeyDictionary
 
-from lorastack.adapters.device import DeviceAdapter
+from lorastack.adapters.memory.device import DeviceAdapter
 from lorastack.engine.batch import RowStep
 from lorastack.lora.segments import LoraBatch, Segment
 from lorastack.lora.weights import LoraWeights

@@ -9,11 +9,11 @@ from collections.abc import AsyncIterator, Collection, Sequence
 from concurrent.futures import Executor
 from contextlib import aclosing
 
-from lorastack.adapters.host import HostCache
-from lorastack.adapters.ids import split_reference
-from lorastack.adapters.manifest import Record
-from lorastack.adapters.pool import DevicePool
-from lorastack.adapters.registry import Registry
+from lorastack.adapters.memory.host import HostCache
+from lorastack.adapters.store.ids import split_reference
+from lorastack.adapters.store.manifest import Record
+from lorastack.adapters.memory.pool import DevicePool
+from lorastack.adapters.store.registry import Registry
 from lorastack.engine.engine import Engine
 from lorastack.errors import (
     FailedPreconditionError,

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from concurrent.futures import Executor
 
-from lorastack.adapters.learned import Learned
+from lorastack.adapters.store.learned import Learned
 from lorastack.engine.engine import Engine
 from lorastack.service.threads import run_in
 

@@ -19,9 +19,9 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessColl
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from lorastack.adapters.host import HostCache
-from lorastack.adapters.pool import DevicePool, PoolStats
-from lorastack.adapters.registry import Registry
+from lorastack.adapters.memory.host import HostCache
+from lorastack.adapters.memory.pool import DevicePool, PoolStats
+from lorastack.adapters.store.registry import Registry
 from lorastack.config import AdapterConfig
 from lorastack.engine.engine import Engine
 from lorastack.request import Final, Request, SpeculationStats, TokenSource

@@ -10,8 +10,8 @@ import logging
 import secrets
 from dataclasses import dataclass, replace
 
-from lorastack.adapters.manifest import Record
-from lorastack.adapters.registry import Registry
+from lorastack.adapters.store.manifest import Record
+from lorastack.adapters.store.registry import Registry
 from lorastack.errors import (
     FailedPreconditionError,
     InvalidArgumentError,

@@ -6,11 +6,11 @@ import logging
 import re
 from collections.abc import Callable, Sequence
 
-from lorastack.adapters.hub import HubAddress, open_hub
-from lorastack.adapters.load import Validator
-from lorastack.adapters.manifest import adapter_digest
-from lorastack.adapters.registry import Registry
-from lorastack.adapters.source import Limits, SourceFile, copy_missing
+from lorastack.adapters.sources.hub import HubAddress, open_hub
+from lorastack.adapters.memory.loader import Validator
+from lorastack.adapters.store.manifest import adapter_digest
+from lorastack.adapters.store.registry import Registry
+from lorastack.adapters.sources.base import Limits, SourceFile, copy_missing
 from lorastack.config import AdapterConfig
 from lorastack.engine.loading import LoadedModel, Progress
 from lorastack.engine.own_heads import own_heads

@@ -19,14 +19,14 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 from prometheus_client import CollectorRegistry
 
 from lorastack import __version__
-from lorastack.adapters.device import Copy
-from lorastack.adapters.host import HostCache
-from lorastack.adapters.learned import Learned
-from lorastack.adapters.load import Validator
-from lorastack.adapters.loader import be_nice
-from lorastack.adapters.opening import Recovery
-from lorastack.adapters.pool import DevicePool
-from lorastack.adapters.registry import Registry
+from lorastack.adapters.memory.device import Copy
+from lorastack.adapters.memory.host import HostCache
+from lorastack.adapters.store.learned import Learned
+from lorastack.adapters.memory.loader import Validator
+from lorastack.adapters.memory.threads import be_nice
+from lorastack.adapters.store.opening import Recovery
+from lorastack.adapters.memory.pool import DevicePool
+from lorastack.adapters.store.registry import Registry
 from lorastack.config import ServerConfig
 from lorastack.engine.base import base_weight
 from lorastack.engine.engine import Engine

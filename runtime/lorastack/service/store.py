@@ -6,12 +6,12 @@ import logging
 from collections.abc import Callable, Collection
 from functools import partial
 
-from lorastack.adapters.ids import split_reference
-from lorastack.adapters.load import Validator
-from lorastack.adapters.manifest import Record
-from lorastack.adapters.pool import DevicePool
-from lorastack.adapters.registry import Pruned, Registry
-from lorastack.adapters.upload import Upload
+from lorastack.adapters.store.ids import split_reference
+from lorastack.adapters.memory.loader import Validator
+from lorastack.adapters.store.manifest import Record
+from lorastack.adapters.memory.pool import DevicePool
+from lorastack.adapters.store.registry import Pruned, Registry
+from lorastack.adapters.store.upload import Upload
 from lorastack.engine.engine import Engine
 from lorastack.errors import DataLossError, LorastackError, NotFoundError
 from lorastack.service.dispatch import Dispatcher

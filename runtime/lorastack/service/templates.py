@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 
-from lorastack.adapters.formats import chat_template
-from lorastack.adapters.registry import Registry
+from lorastack.adapters.formats.parse import chat_template
+from lorastack.adapters.store.registry import Registry
 
 MAX_KEPT = 256
 MAX_KEPT_CHARS = 4 << 20

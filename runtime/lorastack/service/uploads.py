@@ -12,10 +12,10 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor, Future
 
-from lorastack.adapters.ids import check_id
-from lorastack.adapters.manifest import Record
-from lorastack.adapters.registry import Registry
-from lorastack.adapters.upload import Upload
+from lorastack.adapters.store.ids import check_id
+from lorastack.adapters.store.manifest import Record
+from lorastack.adapters.store.registry import Registry
+from lorastack.adapters.store.upload import Upload
 from lorastack.errors import AbortedError, InvalidArgumentError, LorastackError, Reason
 from lorastack.service import convert
 from lorastack.service.limits import MAX_CHUNK

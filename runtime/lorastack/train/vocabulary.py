@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lorastack.adapters.medusa import VOCABULARY_NAME, VOCABULARY_TENSOR
+from lorastack.adapters.formats.medusa import VOCABULARY_NAME, VOCABULARY_TENSOR
 
 
 def choose_vocabulary(tokens: Iterable[int], size: int, vocab_size: int) -> list[int]:

@@ -1,0 +1,172 @@
+"""Medusa heads: config.json with medusa_num_heads, and residual blocks a head.
+
+Of head i (0-based), in both versions: blocks `{i}.{l}.linear.weight [H, H]` and
+`{i}.{l}.linear.bias [H]` for every l < L = medusa_num_layers. Version 2 uses the base model's
+lm_head after them; version 1 brings an output matrix of its own, `{i}.{L}.weight [V, H]`.
+`version` is never trusted alone: the tensors decide; a folder where the two disagree is refused.
+
+Beside version 2 heads a folder may have `draft_vocabulary.safetensors`, our extra file: one tensor
+`draft_vocabulary`, I32 or I64 [N], the rising ids of the tokens that the heads choose from.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lorastack.adapters.formats.peft import text_field
+from lorastack.adapters.formats.refusal import invalid, unsupported
+from lorastack.adapters.formats.tensorfile import INTEGERS, TensorEntry, read_header
+from lorastack.layout import (
+    HEADS,
+    MAX_DRAFT_VOCABULARY,
+    MAX_RANK,
+    ModelShapes,
+    Part,
+    TensorKey,
+    head_block,
+)
+
+CONFIG_NAME = "config.json"
+VOCABULARY_NAME = "draft_vocabulary.safetensors"
+VOCABULARY_TENSOR = "draft_vocabulary"
+HEADS_FIELD = "medusa_num_heads"
+LAYERS_FIELD = "medusa_num_layers"
+MAX_HEADS = 32
+MAX_LAYERS = 32
+_TENSOR = re.compile(
+    r"(?:0|[1-9]\d{0,3})\.(?:0|[1-9]\d{0,3})\.(?:linear\.weight|linear\.bias|weight)"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadsPart:
+    """The Medusa heads of a folder."""
+
+    base_model: str  # "" if the config names none
+    num_heads: int
+    num_layers: int
+    version: int
+    draft_vocabulary: tuple[int, ...]  # rising token ids; () for all
+    tensors: Mapping[TensorKey, TensorEntry]
+
+
+def is_heads_tensor(name: str) -> bool:
+    return _TENSOR.fullmatch(name) is not None
+
+
+def parse_medusa(
+    config: Mapping[str, object],
+    entries: Mapping[str, TensorEntry],
+    vocabulary: Path | None,
+    shapes: ModelShapes,
+) -> HeadsPart:
+    """The heads of a folder. entries: its heads' tensors by name; vocabulary: its file of one.
+
+    Raises InvalidArgumentError naming the field, or the tensor and both shapes.
+    """
+    num_heads = _count(config, HEADS_FIELD, MAX_HEADS)
+    num_layers = _count(config, LAYERS_FIELD, MAX_LAYERS, default=1)
+    version = _version(config, entries)
+    expected = _expected(num_heads, num_layers, version, shapes)
+    for name, entry in entries.items():
+        if name not in expected:
+            raise invalid(
+                f"tensor {name} belongs to no head: {CONFIG_NAME} says {HEADS_FIELD} = {num_heads} "
+                f"and {LAYERS_FIELD} = {num_layers}"
+            )
+        _, shape = expected[name]
+        if entry.shape != shape:
+            raise invalid(
+                f"tensor {name} has shape {list(entry.shape)}, "
+                f"but the base model needs {list(shape)}"
+            )
+    if missing := sorted(expected.keys() - entries.keys()):
+        raise invalid(
+            f"{HEADS_FIELD} is {num_heads} and {LAYERS_FIELD} is {num_layers}, but {missing[0]} "
+            "is missing"
+        )
+    if vocabulary is not None and version == 1:
+        raise invalid(
+            f"{VOCABULARY_NAME} goes with version 2 heads, but these are version 1, with output "
+            "matrices of their own: leave it out"
+        )
+    return HeadsPart(
+        base_model=text_field(config, "base_model_name_or_path"),
+        num_heads=num_heads,
+        num_layers=num_layers,
+        version=version,
+        draft_vocabulary=() if vocabulary is None else _draft_vocabulary(vocabulary, shapes),
+        tensors={key: entries[name] for name, (key, _) in expected.items()},
+    )
+
+
+def _expected(
+    num_heads: int, num_layers: int, version: int, shapes: ModelShapes
+) -> dict[str, tuple[TensorKey, tuple[int, ...]]]:
+    """Tensor name -> (key, shape) of everything that such heads have."""
+    hidden = shapes.hidden_size
+    found: dict[str, tuple[TensorKey, tuple[int, ...]]] = {}
+    for head in range(num_heads):
+        for block in range(num_layers):
+            layer = head_block(head, block, num_heads)
+            name = f"{head}.{block}.linear"
+            found[f"{name}.weight"] = (layer, HEADS, Part.WEIGHT), (hidden, hidden)
+            found[f"{name}.bias"] = (layer, HEADS, Part.BIAS), (hidden,)
+        if version == 1:
+            key = (head, HEADS, Part.OUTPUT)
+            found[f"{head}.{num_layers}.weight"] = key, (shapes.vocab_size, hidden)
+    return found
+
+
+def _version(config: Mapping[str, object], entries: Mapping[str, TensorEntry]) -> int:
+    """1 or 2 by the tensors, which must be what the config says (missing: 1)."""
+    stated = config.get("version")
+    text = "1" if stated is None else str(stated).removesuffix(".0")
+    if text not in ("1", "2") or isinstance(stated, bool):
+        raise unsupported(f"version = {str(stated)[:64]!r} in {CONFIG_NAME} is not 1 or 2")
+    outputs = sorted(name for name in entries if ".linear." not in name)
+    actual = "1" if outputs else "2"
+    if actual != text:
+        shown = "has no version, which means 1" if stated is None else f"says version {text}"
+        has = f"holds {outputs[0]}" if outputs else "holds no output matrices"
+        raise invalid(
+            f"{CONFIG_NAME} {shown}, but the folder {has}, as version {actual} does: "
+            f'set "version": "{actual}" if the tensors are right'
+        )
+    return int(actual)
+
+
+def _count(config: Mapping[str, object], field: str, limit: int, default: int | None = None) -> int:
+    value = config.get(field, default)
+    if type(value) is not int or not 1 <= value <= limit:
+        rule = f"a whole number from 1 to {limit}"
+        raise invalid(f"{field} = {ascii(value)[:64]} in {CONFIG_NAME} must be {rule}")
+    return value
+
+
+def _draft_vocabulary(path: Path, shapes: ModelShapes) -> tuple[int, ...]:
+    """The ids in the file; so many that no tree asks a head for more candidates than there are."""
+    entries = read_header(path, VOCABULARY_NAME, INTEGERS)
+    if entries.keys() != {VOCABULARY_TENSOR}:
+        raise invalid(f"{VOCABULARY_NAME} must hold one tensor, {VOCABULARY_TENSOR}")
+    entry = entries[VOCABULARY_TENSOR]
+    least = min(MAX_RANK, shapes.vocab_size)
+    most = min(MAX_DRAFT_VOCABULARY, shapes.vocab_size)
+    if len(entry.shape) != 1 or not least <= entry.shape[0] <= most:
+        raise invalid(
+            f"tensor {VOCABULARY_TENSOR} has shape {list(entry.shape)}: it must be a list of "
+            f"{least} to {most} token ids"
+        )
+    dtype = {"I32": "<i4", "I64": "<i8"}[entry.dtype]
+    ids_N = np.fromfile(path, dtype, entry.shape[0], offset=entry.offset)
+    if ids_N[0] < 0 or ids_N[-1] >= shapes.vocab_size or bool((ids_N[1:] <= ids_N[:-1]).any()):
+        raise invalid(
+            f"tensor {VOCABULARY_TENSOR} must hold rising token ids, each once, from 0 to "
+            f"{shapes.vocab_size - 1}: sort them"
+        )
+    return tuple(ids_N.tolist())

@@ -1,0 +1,1 @@
+"""Adapters in memory: host copies, device copies, and who has to make room."""

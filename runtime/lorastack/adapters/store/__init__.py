@@ -1,0 +1,1 @@
+"""Adapters on disk: blobs, manifests and the ids that name them, crash-safe."""

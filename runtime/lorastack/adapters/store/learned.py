@@ -1,0 +1,69 @@
+"""What serving taught about heads, kept beside them. Losing it costs nothing but a while to learn.
+
+One JSON object: digest -> the learner's own text, the last changed one last. What belongs to no
+heads has the digest "".
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from lorastack.adapters.store.durable import replace_file
+from lorastack.adapters.formats.jsonfile import read_object
+from lorastack.adapters.formats.refusal import invalid
+from lorastack.config import MIB
+from lorastack.errors import InvalidArgumentError
+
+MAX_BYTES = MIB  # of all texts; beyond, those that did not change for longest are dropped
+
+logger = logging.getLogger(__name__)
+
+
+class Learned:
+    """The store's texts. One thread at a time."""
+
+    def __init__(self, root: Path, knows: Callable[[str], bool]) -> None:
+        """Reads them; a damaged file counts as empty. knows: whether the store has a digest."""
+        self._path = root / "acceptance.json"
+        self._knows = knows
+        self._saved = _read(self._path)
+        self.texts: Mapping[str, str] = self._kept(self._saved)
+
+    def save(self, newer: Mapping[str, str]) -> None:
+        """Takes in newer texts, drops those of deleted adapters, and writes what has changed.
+
+        Raises OSError; the next call tries again. Only for the process that writes the store.
+        """
+        older = {digest: text for digest, text in self.texts.items() if digest not in newer}
+        self.texts = kept = self._kept(older | dict(newer))
+        if kept != self._saved:
+            replace_file(self._path, json.dumps(kept).encode())
+            self._saved = kept
+
+    def _kept(self, texts: Mapping[str, str]) -> dict[str, str]:
+        left, kept = MAX_BYTES, []
+        for digest, text in reversed(list(texts.items())):
+            if digest and not self._knows(digest):
+                continue
+            left -= len(digest) + len(text)
+            if left < 0:
+                break
+            kept.append((digest, text))
+        return dict(reversed(kept))
+
+
+def _read(path: Path) -> dict[str, str]:
+    try:
+        found = read_object(path, path.name, 4 * MAX_BYTES)  # quotes in a text take two bytes
+        texts = {digest: text for digest, text in found.items() if isinstance(text, str)}
+        if len(texts) < len(found):
+            raise invalid(f"{path.name} holds more than texts")
+    except FileNotFoundError:
+        return {}
+    except (OSError, InvalidArgumentError) as error:
+        logger.warning("what was learnt about heads starts anew: %s", error)
+        return {}
+    return texts
