@@ -33,7 +33,7 @@ from lorastack.lora.segments import LoraBatch, Segment
 from lorastack.lora.weights import LoraWeights
 from lorastack.model.context import ForwardBatch
 from lorastack.model.decoder import Decoder, load_decoder
-from lorastack.model.default import default_model
+from lorastack.model.fetch.default import default_model
 from lorastack.model.kv import KVCache
 from lorastack.model.size import step_nbytes
 

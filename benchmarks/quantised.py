@@ -35,7 +35,7 @@ from lorastack.kernels.native.memory import HugePages
 from lorastack.kernels.quantize import Kind
 from lorastack.model.context import ForwardBatch, RowSpan
 from lorastack.model.decoder import Decoder, load_decoder
-from lorastack.model.default import default_model
+from lorastack.model.fetch.default import default_model
 from lorastack.model.kv import KVCache
 from lorastack.text.tokenizer import Tokenizer
 

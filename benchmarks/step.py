@@ -20,7 +20,7 @@ from benchmarks.report import medians, report, seconds
 from lorastack.kernels.attention import RowSpan
 from lorastack.model.context import ForwardBatch
 from lorastack.model.decoder import Decoder, load_decoder
-from lorastack.model.default import default_model
+from lorastack.model.fetch.default import default_model
 from lorastack.model.kv import KVCache
 from lorastack.model.size import step_nbytes
 

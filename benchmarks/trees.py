@@ -30,7 +30,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from benchmarks.report import report
-from lorastack.model.default import default_model
+from lorastack.model.fetch.default import default_model
 from lorastack.speculation.calibration import Calibration
 from lorastack.speculation.candidates import Node, Proposals, grow, looked_up
 from lorastack.speculation.lookup import Lookup

@@ -86,7 +86,7 @@ def tiny_mistral_shapes(tiny_mistral: Path) -> ModelShapes:
 @pytest.fixture(scope="session")
 def smollm() -> Path:
     """The default model's folder (for tests marked `real`); made once a machine."""
-    from lorastack.model.default import default_model
+    from lorastack.model.fetch.default import default_model
 
     return default_model()
 

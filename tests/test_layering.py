@@ -15,17 +15,18 @@ PACKAGE = ROOT / "runtime" / "lorastack"
 MAX_LINES = 400
 
 LEAVES = {"codes", "config", "errors", "folders", "request", "layout", "modelfiles", "printable"}
-# Which packages a package may import, beside itself and the leaves.
+# Which packages a package imports, beside itself and the leaves: no more and no fewer.
 ALLOWED: dict[str, set[str]] = {
-    "cli": {"service", "client", "engine", "adapters", "train", "text"},
+    "cli": {"service", "startup", "client", "adapters", "text"},
     "client": {"v1"},
-    "service": {"engine", "adapters", "sandbox", "text", "v1"},
+    "service": {"startup", "engine", "adapters", "sandbox", "text", "v1"},
     "sandbox": {"text"},
+    "startup": {"engine", "model", "adapters", "kernels", "speculation", "text"},
     "engine": {"model", "adapters", "lora", "kernels", "speculation", "sampling", "text"},
     "model": {"lora", "kernels"},
     "speculation": {"kernels"},
     "lora": {"kernels"},
-    "train": {"model", "adapters", "speculation", "engine", "client", "text"},
+    "train": {"adapters"},
     "adapters": set(),
     "sampling": {"kernels"},
     "text": set(),
@@ -34,6 +35,13 @@ ALLOWED: dict[str, set[str]] = {
     "__init__": set(),
     "__main__": {"cli"},
     **{leaf: set() for leaf in LEAVES},
+}
+# The rooms of a package, likewise.
+ROOMS: dict[str, set[str]] = {
+    "adapters.sources": {"adapters.store"},
+    "adapters.memory": {"adapters.store", "adapters.formats"},
+    "adapters.store": {"adapters.formats"},
+    "adapters.formats": set(),
 }
 # What a top-level package of ours must not import from outside.
 FORBIDDEN_FOREIGN: dict[str, set[str]] = {
@@ -119,20 +127,76 @@ def test_every_package_is_in_the_table() -> None:
     assert {package_of(module) for module in our_modules()} <= set(ALLOWED)
 
 
+def imported_packages() -> dict[str, set[str]]:
+    """Package -> packages of ours that its modules import, itself left out."""
+    found: dict[str, set[str]] = {package: set() for package in ALLOWED}
+    for module, names in module_graph().items():
+        package = package_of(module)
+        found[package] |= {package_of(name) for name in names} - {package}
+    return found
+
+
+def imported_rooms() -> dict[str, set[str]]:
+    """Room -> other rooms of its package that its modules import."""
+    found: dict[str, set[str]] = {room: set() for room in ROOMS}
+    for module, names in module_graph().items():
+        room = room_of(module)
+        if room in ROOMS:
+            package = room.split(".")[0]
+            others = {room_of(name) for name in names if package_of(name) == package}
+            found[room] |= others - {room, package}
+    return found
+
+
+def room_of(module: str) -> str:
+    """`lorastack.adapters.store.blobs` -> `adapters.store`; of a package's own top, the package."""
+    return ".".join(module.split(".")[1:3])
+
+
+def test_imports_are_those_of_the_table() -> None:
+    without_leaves = {
+        package: names - LEAVES - {"__init__"} for package, names in imported_packages().items()
+    }
+    assert without_leaves == ALLOWED
+
+
+def test_rooms_import_those_of_their_table() -> None:
+    assert imported_rooms() == ROOMS
+    rooms = {room_of(module) for module in our_modules() if package_of(module) == "adapters"}
+    assert rooms == {"adapters", *ROOMS}
+
+
+def test_leaves_import_leaves_alone() -> None:
+    imported = imported_packages()
+    assert {leaf: imported[leaf] - LEAVES for leaf in LEAVES} == {leaf: set() for leaf in LEAVES}
+
+
+def test_the_page_shows_the_same_table() -> None:
+    shown = {package: names for package, names in page_tables() if package in ALLOWED}
+    hidden = {"v1", "__init__", "__main__", *LEAVES}
+    assert shown == {package: names for package, names in ALLOWED.items() if package not in hidden}
+    rooms = {room: names for room, names in page_tables() if room in ROOMS}
+    assert rooms == ROOMS
+
+
+def page_tables() -> Iterator[tuple[str, set[str]]]:
+    """Every row `a`, `b` | c d | under "Who may import whom", a package at a time."""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    section = page.split("## Who may import whom")[1].split("\n## ")[0]
+    for line in section.splitlines():
+        if line.startswith("| `"):
+            packages, names = line.strip("| ").split(" | ")
+            for package in packages.replace("`", "").split(", "):
+                yield package, set(names.split()) - {"nothing"}
+
+
 @pytest.mark.parametrize("path", sources(), ids=module_name)
-def test_imports_follow_the_table(path: Path) -> None:
+def test_foreign_imports(path: Path) -> None:
     package = package_of(module_name(path))
-    may = ALLOWED[package] | LEAVES | {package}
     for line, name in imports(path):
         top = name.split(".")[0]
-        if top == "lorastack":
-            imported = package_of(name)
-            # `from lorastack import __version__` reads the top package itself.
-            allowed = imported in may or imported.startswith("__")
-            assert allowed, f"{path}:{line}: {package} may not import {name}"
-        else:
-            forbidden = FORBIDDEN_FOREIGN.get(package, set())
-            assert top not in forbidden, f"{path}:{line}: {package} may not import {name}"
+        forbidden = FORBIDDEN_FOREIGN.get(package, set())
+        assert top not in forbidden, f"{path}:{line}: {package} may not import {name}"
 
 
 @pytest.mark.parametrize("name", PURE)

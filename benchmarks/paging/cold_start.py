@@ -28,9 +28,9 @@ from safetensors.torch import save_file
 from benchmarks.paging.synthetic import store_folder
 from benchmarks.report import report
 from lorastack.adapters.formats.parse import parse
+from lorastack.adapters.formats.targets import module_names
 from lorastack.adapters.memory.loader import Loader
 from lorastack.adapters.store.registry import Registry
-from lorastack.adapters.formats.targets import module_names
 from lorastack.config import MIB
 from lorastack.kernels.packing import allocate
 from lorastack.layout import LAYER_TARGETS, ModelShapes

@@ -25,9 +25,9 @@ from lorastack.adapters.memory.loader import Validator
 from lorastack.adapters.store.registry import Registry
 from lorastack.client import Client
 from lorastack.config import GIB
-from lorastack.engine.base import base_weight, model_shapes
-from lorastack.engine.folder import model_folder
 from lorastack.model.decoder import fingerprint
+from lorastack.startup.base import base_weight, model_shapes
+from lorastack.startup.folder import model_folder
 
 
 def main(

@@ -24,8 +24,8 @@ from benchmarks.paging.synthetic import adapter_id, ranks, scratch_folder, uploa
 from benchmarks.paging.traffic import Call, background, send
 from benchmarks.report import report
 from examples.local_server import local_server
-from lorastack.cli.traffic import percentile
 from lorastack.client import Client
+from lorastack.client.traffic import percentile
 from lorastack.config import GIB
 from tests.helpers.fake_hub import FakeHub
 

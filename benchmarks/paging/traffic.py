@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import grpc
 
-from lorastack.cli.traffic import percentile
+from lorastack.client.traffic import percentile
 from lorastack.v1 import generation_pb2 as pb
 from lorastack.v1.generation_pb2_grpc import GenerationServiceStub
 

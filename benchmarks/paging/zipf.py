@@ -29,8 +29,8 @@ from benchmarks.paging.traffic import (
 )
 from benchmarks.report import report
 from examples.local_server import local_server
-from lorastack.cli.traffic import percentile
 from lorastack.client import Client
+from lorastack.client.traffic import percentile
 from lorastack.config import GIB
 
 ON_DEVICE, ON_HOST = 32, 300

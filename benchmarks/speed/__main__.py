@@ -34,7 +34,7 @@ from benchmarks.speed.run import Run
 from examples.local_server import ADAPTERS, local_server
 from lorastack.client import Client
 from lorastack.model.config import load_config
-from lorastack.model.default import default_model
+from lorastack.model.fetch.default import default_model
 from lorastack.model.size import step_nbytes
 
 NUM_LORAS, RANK = 8, 16

@@ -18,7 +18,7 @@ from benchmarks.peers.gguf_file import write_gguf
 from benchmarks.peers.process import PEERS, Peer, peer, python_of
 from benchmarks.peers.protocol import Done, Job, Load
 from lorastack.client import Client
-from lorastack.model.default import default_model
+from lorastack.model.fetch.default import default_model
 from lorastack.v1 import generation_pb2 as pb
 
 HEADS = "heads-maths"

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from benchmarks.paging.traffic import Background
-from lorastack.cli.traffic import Outcome, percentile, stream
 from lorastack.client import Client
+from lorastack.client.traffic import Outcome, percentile, stream
 from lorastack.v1 import generation_pb2 as pb
 
 ROWS = 8

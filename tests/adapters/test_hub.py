@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from lorastack.adapters.sources.hub import HubAddress, open_hub, push_folder
 from lorastack.adapters.sources.base import Limits
+from lorastack.adapters.sources.hub import HubAddress, open_hub, push_folder
 from lorastack.errors import (
     InvalidArgumentError,
     LorastackError,

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lorastack.adapters.memory import loader as load
 from lorastack.adapters.formats.parse import parse
-from lorastack.adapters.memory.loader import Loader, Validator
+from lorastack.adapters.memory import loader as load
 from lorastack.adapters.memory.fill import fill
+from lorastack.adapters.memory.loader import Loader, Validator
 from lorastack.adapters.store.registry import Registry
 from lorastack.errors import (
     DataLossError,

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 from torch import Tensor
 
+from lorastack.adapters.formats.tensorfile import TensorEntry, read_header
 from lorastack.adapters.memory import fill as reading
 from lorastack.adapters.memory.fill import DTYPES, Place, fill
-from lorastack.adapters.formats.tensorfile import TensorEntry, read_header
 from tests.adapters.folders import sha256
 
 TENSORS = st.lists(

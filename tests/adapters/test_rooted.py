@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorastack.adapters.sources import folder as rooted
-from lorastack.adapters.sources.folder import find_files
 from lorastack.adapters.sources.base import Limits
+from lorastack.adapters.sources.folder import find_files
 from lorastack.errors import (
     InvalidArgumentError,
     LorastackError,

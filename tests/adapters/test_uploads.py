@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from lorastack.adapters.store import staging
 from lorastack.adapters.formats.parse import ParsedAdapter
+from lorastack.adapters.store import staging
 from lorastack.adapters.store.manifest import FileSpec
 from lorastack.adapters.store.registry import Record, Registry, Upload
 from lorastack.adapters.store.staging import STAGING_EXPIRES

@@ -11,7 +11,7 @@ from benchmarks.speed.chart import chart
 from benchmarks.speed.engines import Reply, done
 from benchmarks.speed.latency import gaps
 from benchmarks.speed.results import AUTO, BANDWIDTH, MATHS, OFF, Bar, Results, bars
-from lorastack.cli.traffic import Outcome
+from lorastack.client.traffic import Outcome
 
 
 def outcome(*arrivals: tuple[float, int], sent: float = 0.0) -> Outcome:

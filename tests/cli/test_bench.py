@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from lorastack.cli.bench import summarise
-from lorastack.cli.traffic import Outcome, percentile, send
 from lorastack.client import Client, GenerateRequest, StopParams
+from lorastack.client.traffic import Outcome, percentile, send
 from tests.cli.conftest import Run
 from tests.service.fakes import RunningServer
 

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lorastack.adapters.memory.device import DeviceAdapter
 from lorastack.adapters.formats.parse import parse
+from lorastack.adapters.memory.device import DeviceAdapter
 from lorastack.engine import drafts as drafting
 from lorastack.engine.batch import Batch, Draft, RowAdapters, RowStep
 from lorastack.engine.runner import Runner

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from lorastack.adapters.memory.device import DeviceAdapter
 from lorastack.adapters.formats.parse import parse
+from lorastack.adapters.memory.device import DeviceAdapter
 from lorastack.layout import EMBED, LAYER_TARGETS, LM_HEAD
 from lorastack.model.decoder import load_decoder
 from lorastack.request import (

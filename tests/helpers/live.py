@@ -21,9 +21,9 @@ from lorastack.config import (
     ServerConfig,
     ServiceConfig,
 )
-from lorastack.engine import loading
 from lorastack.engine.engine import Engine
 from lorastack.service.server import Server
+from lorastack.startup import loading
 from lorastack.v1 import generation_pb2 as pb
 from tests.helpers.costs import CheapDrafts
 

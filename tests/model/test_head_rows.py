@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorastack.engine.base import base_weight
 from lorastack.model.decoder import load_decoder
+from lorastack.startup.base import base_weight
 from tests.helpers.tiny import VOCAB_SIZE, build_llama
 
 SCATTERED = [0, 1, 15, 16, 17, 31, 40, VOCAB_SIZE - 1]

@@ -18,11 +18,11 @@ from lorastack.kernels.native.library import Isa
 from lorastack.kernels.quantize import Kind
 from lorastack.layout import EMBED, LAYER_TARGETS, LM_HEAD
 from lorastack.lora.weights import LoraWeights
+from lorastack.model.backends.native import NativeBackend
 from lorastack.model.checkpoint import Checkpoint
 from lorastack.model.config import load_config
 from lorastack.model.decoder import Decoder, load_decoder
 from lorastack.model.kv import KVCache, Move
-from lorastack.model.native import NativeBackend
 from tests.helpers.adapters import write_lora
 from tests.helpers.isas import each_of
 from tests.helpers.native import RowPart, Uses, lay_out, run

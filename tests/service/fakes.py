@@ -12,9 +12,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from lorastack.adapters.store.learned import Learned
 from lorastack.adapters.memory.loader import Validator
 from lorastack.adapters.memory.pool import AdapterStats, PoolStats
+from lorastack.adapters.store.learned import Learned
 from lorastack.adapters.store.registry import Registry
 from lorastack.config import AdapterConfig, EngineConfig, ServerConfig, ServiceConfig
 from lorastack.errors import LorastackError, UnavailableError

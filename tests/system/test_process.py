@@ -185,7 +185,7 @@ WITHOUT_LIBRARY = """
 from pathlib import Path
 
 from lorastack.cli.main import main
-from lorastack.engine import loading
+from lorastack.startup import loading
 from lorastack.kernels.native import build
 from tests.helpers.costs import CheapDrafts
 

@@ -13,7 +13,6 @@ import typer
 from lorastack.cli.inputs import read_text
 from lorastack.cli.options import UINT32, Json, Server
 from lorastack.cli.output import print_json, print_table
-from lorastack.cli.traffic import Outcome, percentile, send
 from lorastack.client import (
     DEFAULT_SERVER,
     OFF,
@@ -27,6 +26,7 @@ from lorastack.client import (
     TokenIds,
     TokenizeRequest,
 )
+from lorastack.client.traffic import Outcome, percentile, send
 from lorastack.errors import InvalidArgumentError
 from lorastack.printable import one_line
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lorastack.errors import InvalidArgumentError, Reason
-from lorastack.model.download import Progress
+from lorastack.model.fetch.download import Progress
 from lorastack.modelfiles import check, invalid, read_object, shown
 from lorastack.printable import error_line
 

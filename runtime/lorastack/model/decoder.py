@@ -16,13 +16,13 @@ from lorastack.kernels.linear import pack_dense
 from lorastack.kernels.quantize import Kind, head_kind
 from lorastack.layout import ModelShapes
 from lorastack.lora.segments import LoraBatch
-from lorastack.model.backend import TorchBackend
+from lorastack.model.backends.native import NativeBackend, native_isa
+from lorastack.model.backends.torch import TorchBackend
 from lorastack.model.checkpoint import Checkpoint
 from lorastack.model.config import DecoderConfig, load_config
 from lorastack.model.context import ForwardBatch, Outputs
-from lorastack.model.download import Progress
+from lorastack.model.fetch.download import Progress
 from lorastack.model.kv import KVCache
-from lorastack.model.native import NativeBackend, native_isa
 from lorastack.model.weights import Packing, load_weights, untie
 
 

@@ -10,9 +10,9 @@ from concurrent.futures import Executor
 from contextlib import aclosing
 
 from lorastack.adapters.memory.host import HostCache
+from lorastack.adapters.memory.pool import DevicePool
 from lorastack.adapters.store.ids import split_reference
 from lorastack.adapters.store.manifest import Record
-from lorastack.adapters.memory.pool import DevicePool
 from lorastack.adapters.store.registry import Registry
 from lorastack.engine.engine import Engine
 from lorastack.errors import (

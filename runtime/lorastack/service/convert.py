@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from lorastack.adapters.store.manifest import FileSpec, Record
 from lorastack.adapters.memory.pool import AdapterStats
+from lorastack.adapters.store.manifest import FileSpec, Record
 from lorastack.errors import InvalidArgumentError, UnimplementedError
 from lorastack.layout import AdapterKind
 from lorastack.printable import printable

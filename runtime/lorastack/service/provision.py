@@ -6,15 +6,15 @@ import logging
 import re
 from collections.abc import Callable, Sequence
 
-from lorastack.adapters.sources.hub import HubAddress, open_hub
 from lorastack.adapters.memory.loader import Validator
+from lorastack.adapters.sources.base import Limits, SourceFile, copy_missing
+from lorastack.adapters.sources.hub import HubAddress, open_hub
 from lorastack.adapters.store.manifest import adapter_digest
 from lorastack.adapters.store.registry import Registry
-from lorastack.adapters.sources.base import Limits, SourceFile, copy_missing
 from lorastack.config import AdapterConfig
-from lorastack.engine.loading import LoadedModel, Progress
-from lorastack.engine.own_heads import own_heads
 from lorastack.errors import LorastackError, NotFoundError, UnavailableError
+from lorastack.startup.loading import LoadedModel, Progress
+from lorastack.startup.own_heads import own_heads
 
 log = logging.getLogger(__name__)
 

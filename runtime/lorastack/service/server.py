@@ -21,16 +21,14 @@ from prometheus_client import CollectorRegistry
 from lorastack import __version__
 from lorastack.adapters.memory.device import Copy
 from lorastack.adapters.memory.host import HostCache
-from lorastack.adapters.store.learned import Learned
 from lorastack.adapters.memory.loader import Validator
-from lorastack.adapters.memory.threads import be_nice
-from lorastack.adapters.store.opening import Recovery
 from lorastack.adapters.memory.pool import DevicePool
+from lorastack.adapters.memory.threads import be_nice
+from lorastack.adapters.store.learned import Learned
+from lorastack.adapters.store.opening import Recovery
 from lorastack.adapters.store.registry import Registry
 from lorastack.config import ServerConfig
-from lorastack.engine.base import base_weight
 from lorastack.engine.engine import Engine
-from lorastack.engine.loading import Progress, adapter_loader, build_engine, load_model
 from lorastack.service.adapters import AdapterService
 from lorastack.service.describe import labels, model_info, ready_line, served
 from lorastack.service.dispatch import Dispatcher
@@ -54,6 +52,8 @@ from lorastack.service.transfer import Transfers
 from lorastack.service.untrusted import Untrusted
 from lorastack.service.uploads import Uploads
 from lorastack.service.wire import request_readers
+from lorastack.startup.base import base_weight
+from lorastack.startup.loading import Progress, adapter_loader, build_engine, load_model
 from lorastack.v1 import adapters_pb2, generation_pb2
 from lorastack.v1.adapters_pb2_grpc import add_AdapterServiceServicer_to_server as add_adapters
 from lorastack.v1.generation_pb2_grpc import (

@@ -6,10 +6,10 @@ import logging
 from collections.abc import Callable, Collection
 from functools import partial
 
-from lorastack.adapters.store.ids import split_reference
 from lorastack.adapters.memory.loader import Validator
-from lorastack.adapters.store.manifest import Record
 from lorastack.adapters.memory.pool import DevicePool
+from lorastack.adapters.store.ids import split_reference
+from lorastack.adapters.store.manifest import Record
 from lorastack.adapters.store.registry import Pruned, Registry
 from lorastack.adapters.store.upload import Upload
 from lorastack.engine.engine import Engine

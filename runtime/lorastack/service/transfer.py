@@ -9,14 +9,14 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, aclosing, nullcontext
 
-from lorastack.adapters.store.blobs import damaged_blob
-from lorastack.adapters.sources.hub import HubAddress, open_hub
-from lorastack.adapters.store.ids import check_id
 from lorastack.adapters.memory.threads import be_nice
+from lorastack.adapters.sources.base import PIECE, Limits, Source, copy_missing
+from lorastack.adapters.sources.folder import find_files
+from lorastack.adapters.sources.hub import HubAddress, open_hub
+from lorastack.adapters.store.blobs import damaged_blob
+from lorastack.adapters.store.ids import check_id
 from lorastack.adapters.store.manifest import FileSpec, Record
 from lorastack.adapters.store.registry import Registry
-from lorastack.adapters.sources.folder import find_files
-from lorastack.adapters.sources.base import PIECE, Limits, Source, copy_missing
 from lorastack.config import AdapterConfig
 from lorastack.errors import (
     InvalidArgumentError,

@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from lorastack.config import MIB
-from lorastack.engine.folder import model_folder
 from lorastack.kernels.native.library import Isa, supported
 from lorastack.layout import ModelShapes
 from lorastack.model.config import load_config
 from lorastack.model.kv import page_nbytes
+from lorastack.startup.folder import model_folder
 from tests.integration.mistral_7b.adapters import HEADS, write_adapters
 from tests.integration.mistral_7b.checkpoint import FULL, HUB_ID, TWIN, synthetic, write_checkpoint
 from tests.integration.mistral_7b.serving import Deployment

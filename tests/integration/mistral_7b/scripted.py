@@ -21,9 +21,10 @@ from pathlib import Path
 import torch
 
 from lorastack.cli.main import main
-from lorastack.engine import loading, runner
+from lorastack.engine import runner
 from lorastack.engine.batch import Draft, RowStep
 from lorastack.engine.drafts import Drafter
+from lorastack.startup import loading
 from tests.helpers.costs import CheapDrafts
 from tests.helpers.scripted import guessed_places
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from lorastack.config import MIB, ModelConfig
-from lorastack.engine import loading
 from lorastack.errors import InvalidArgumentError
 from lorastack.kernels.native import library as native
 from lorastack.kernels.native.library import Isa, missing
+from lorastack.startup import loading
 
 
 def only(monkeypatch: pytest.MonkeyPatch, *found: Isa, built: bool = True) -> None:
@@ -36,7 +36,7 @@ def test_a_start_says_why_it_is_slow(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tiny_llama: Path
 ) -> None:
     only(monkeypatch)
-    with caplog.at_level(logging.INFO, "lorastack.engine.loading"):
+    with caplog.at_level(logging.INFO, "lorastack.startup.loading"):
         loading.load_model(ModelConfig(model=str(tiny_llama)), MIB, MIB)
     wanted = "this CPU lacks AVX512: steps run in plain torch (float32)"
     assert [wanted in record.getMessage() for record in caplog.records].count(True) == 1

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lorastack.adapters.store.blobs import damaged_blob
 from lorastack.adapters.formats.parse import (
     ParsedAdapter,
     check_base,
@@ -18,12 +17,13 @@ from lorastack.adapters.formats.parse import (
     check_values,
     parse,
 )
-from lorastack.adapters.memory.host import PackedAdapter
-from lorastack.adapters.memory.fill import DTYPES, fill
 from lorastack.adapters.formats.refusal import invalid, unsupported
-from lorastack.adapters.store.registry import Registry
 from lorastack.adapters.formats.tensorfile import TensorEntry, pieces
 from lorastack.adapters.formats.tokens import TokenId, check_tokens
+from lorastack.adapters.memory.fill import DTYPES, fill
+from lorastack.adapters.memory.host import PackedAdapter
+from lorastack.adapters.store.blobs import damaged_blob
+from lorastack.adapters.store.registry import Registry
 from lorastack.errors import InvalidArgumentError
 from lorastack.layout import (
     DRAFT_KEY,

@@ -21,8 +21,6 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HTTPError
 from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-from lorastack.adapters.store.durable import disk_full_is_exhaustion
-from lorastack.adapters.store.manifest import FileSpec
 from lorastack.adapters.sources.base import (
     Alive,
     Limits,
@@ -33,6 +31,8 @@ from lorastack.adapters.sources.base import (
     describe,
     pieces_of,
 )
+from lorastack.adapters.store.durable import disk_full_is_exhaustion
+from lorastack.adapters.store.manifest import FileSpec
 from lorastack.config import MIB
 from lorastack.errors import (
     InvalidArgumentError,

@@ -11,9 +11,9 @@ import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from lorastack.adapters.store.durable import replace_file
 from lorastack.adapters.formats.jsonfile import read_object
 from lorastack.adapters.formats.refusal import invalid
+from lorastack.adapters.store.durable import replace_file
 from lorastack.config import MIB
 from lorastack.errors import InvalidArgumentError
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from threading import Lock
 
-from lorastack.adapters.store.blobs import BlobStore
 from lorastack.adapters.formats.parse import ParsedAdapter
+from lorastack.adapters.store.blobs import BlobStore
 from lorastack.adapters.store.manifest import (
     FileSpec,
     Manifest,

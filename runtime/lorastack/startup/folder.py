@@ -17,8 +17,8 @@ from huggingface_hub.errors import (
 
 from lorastack.errors import InvalidArgumentError
 from lorastack.model.checkpoint import INDEX, SINGLE
-from lorastack.model.default import DEFAULT_MODEL_NAME, default_model
-from lorastack.model.download import Progress
+from lorastack.model.fetch.default import DEFAULT_MODEL_NAME, default_model
+from lorastack.model.fetch.download import Progress
 from lorastack.modelfiles import invalid, read_object
 from lorastack.printable import error_line, one_line
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load, save_file
 
-from lorastack.engine.own_heads import own_heads
+from lorastack.startup.own_heads import own_heads
 
 HEADS = {
     "0.0.linear.weight": torch.arange(16.0).view(4, 4),

@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorastack.config import GIB, MIB, ModelConfig
-from lorastack.engine import loading
-from lorastack.engine.memory import Demand, check_fits, host_memory
 from lorastack.errors import FailedPreconditionError
 from lorastack.kernels.quantize import Kind
 from lorastack.model.config import load_config
 from lorastack.model.decoder import load_decoder
 from lorastack.model.size import weights_nbytes
+from lorastack.startup import loading
+from lorastack.startup.memory import Demand, check_fits, host_memory
 
 SIZES = st.integers(0, 64 * GIB)
 CPU = torch.device("cpu")

@@ -12,10 +12,10 @@ import pytest
 from huggingface_hub import constants
 from huggingface_hub import errors as hub_errors
 
-from lorastack.engine import folder as folder_module
-from lorastack.engine.folder import model_folder
 from lorastack.errors import InvalidArgumentError, Reason
 from lorastack.layout import ModelShapes
+from lorastack.startup import folder as folder_module
+from lorastack.startup.folder import model_folder
 from tests.helpers.adapters import write_heads, write_lora
 from tests.helpers.tiny import write_json
 

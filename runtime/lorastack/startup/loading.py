@@ -17,8 +17,6 @@ from lorastack.adapters.store.registry import Registry
 from lorastack.config import MIB, EngineConfig, ModelConfig
 from lorastack.engine.costs import measure
 from lorastack.engine.engine import Engine
-from lorastack.engine.folder import model_folder
-from lorastack.engine.memory import LEAST_KV, MOST_KV, Demand, available_memory, check_fits
 from lorastack.engine.pages import Pages
 from lorastack.engine.runner import Runner
 from lorastack.errors import FailedPreconditionError, InvalidArgumentError, Reason
@@ -31,6 +29,8 @@ from lorastack.model.kv import KVCache, page_nbytes
 from lorastack.model.size import weights_nbytes
 from lorastack.request import RowEvent
 from lorastack.speculation.calibration import Calibration
+from lorastack.startup.folder import model_folder
+from lorastack.startup.memory import LEAST_KV, MOST_KV, Demand, available_memory, check_fits
 from lorastack.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)

@@ -1,0 +1,1 @@
+"""How a step is computed: one module a kind of machine."""

@@ -1,0 +1,1 @@
+"""The default model: fetched, converted and kept once a machine."""

@@ -1,0 +1,1 @@
+"""From configuration to a loaded model and a ready engine: everything that happens once."""
