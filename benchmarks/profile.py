@@ -24,7 +24,7 @@ import typer
 from benchmarks.report import report, seconds
 from benchmarks.step import bandwidth
 from lorastack.kernels.attention import RowSpan
-from lorastack.kernels.drafts import HeadsGroup, HeadsWeights, candidates
+from lorastack.kernels.heads import HeadsGroup, HeadsWeights, candidates
 from lorastack.kernels.native import build
 from lorastack.kernels.native.library import library
 from lorastack.kernels.packing import allocate

@@ -56,7 +56,7 @@ PURE = (
     "speculation/calibration.py",
     "speculation/candidates.py",
     "speculation/cost.py",
-    "speculation/drafted.py",
+    "speculation/tree.py",
     "speculation/lookup.py",
     "engine/pages.py",
     "engine/scheduler.py",
@@ -172,14 +172,14 @@ def test_leaves_import_leaves_alone() -> None:
 
 
 def test_the_page_shows_the_same_table() -> None:
-    shown = {package: names for package, names in page_tables() if package in ALLOWED}
+    shown = {package: names for package, names in block_tables() if package in ALLOWED}
     hidden = {"v1", "__init__", "__main__", *LEAVES}
     assert shown == {package: names for package, names in ALLOWED.items() if package not in hidden}
-    rooms = {room: names for room, names in page_tables() if room in ROOMS}
+    rooms = {room: names for room, names in block_tables() if room in ROOMS}
     assert rooms == ROOMS
 
 
-def page_tables() -> Iterator[tuple[str, set[str]]]:
+def block_tables() -> Iterator[tuple[str, set[str]]]:
     """Every row `a`, `b` | c d | under "Who may import whom", a package at a time."""
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     section = page.split("## Who may import whom")[1].split("\n## ")[0]

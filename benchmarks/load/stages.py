@@ -106,8 +106,8 @@ def _row(rows: int, clocks: Clocks) -> dict[str, object]:
 def _time_stages(clocks: Clocks) -> None:
     """Clocks around the functions that do the work."""
     from lorastack.engine import runner
-    from lorastack.engine.drafts import Drafter
     from lorastack.engine.engine import Engine
+    from lorastack.engine.proposer import Proposer
     from lorastack.engine.scheduler import Scheduler
     from lorastack.engine.speculator import Speculator
 
@@ -118,7 +118,7 @@ def _time_stages(clocks: Clocks) -> None:
         (runner.Runner, "run", "run"),
         (runner.Runner, "_move_kv", "_move_kv"),
         (runner, "accept_rows", "accept"),
-        (Drafter, "draft", "run heads"),
+        (Proposer, "propose", "run heads"),
         (Speculator, "draft", "draft trees"),
         (Speculator, "choose_heads", "choose_heads"),
         (Speculator, "learn", "learn"),

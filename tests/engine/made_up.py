@@ -17,7 +17,7 @@ import torch
 from lorastack.adapters.memory.device import DeviceAdapter
 from lorastack.config import EngineConfig
 from lorastack.engine.apart import run_apart
-from lorastack.engine.batch import Batch, Draft, RowResult, RowStep
+from lorastack.engine.batch import Batch, Proposal, RowResult, RowStep
 from lorastack.engine.costs import Costs
 from lorastack.engine.pace import Pace
 from lorastack.engine.pages import Pages
@@ -36,7 +36,7 @@ from lorastack.request import (
     StopParams,
 )
 from lorastack.speculation.accept import accept
-from tests.helpers.costs import CheapDrafts
+from tests.helpers.costs import CheapHeads
 
 PAGE, VOCAB, NUM_HEADS = 4, 7, 2
 
@@ -112,7 +112,7 @@ class Model:
         return [self._row(step) for step in batch.steps]
 
     def _slot(self, step: RowStep, index: int) -> int:
-        return step.page_table[index // PAGE] * PAGE + index % PAGE
+        return step.block_table[index // PAGE] * PAGE + index % PAGE
 
     def _row(self, step: RowStep) -> RowResult:
         for index, token in enumerate(step.token_ids):
@@ -123,7 +123,9 @@ class Model:
         past = [self.slots[self._slot(step, i)] for i in range(step.committed)]
         if step.tree is None:
             tokens = (next_token(loras, past + list(step.token_ids)),)
-            return RowResult(tokens=tokens, draft=self._draft(step, past + list(step.token_ids)))
+            return RowResult(
+                tokens=tokens, proposal=self._propose(step, past + list(step.token_ids))
+            )
         tree, upto = step.tree, [*past, step.token_ids[0]]
         accepted = accept(
             [tree],
@@ -135,10 +137,10 @@ class Model:
         return RowResult(
             tokens=accepted.tokens,
             sources=tuple(tree.sources[node] for node in accepted.path),
-            draft=self._draft(step, now),
+            proposal=self._propose(step, now),
         )
 
-    def _draft(self, step: RowStep, tokens: list[int]) -> Draft | None:
+    def _propose(self, step: RowStep, tokens: list[int]) -> Proposal | None:
         """Candidates behind the token that `tokens` make next; right about half the time."""
         if not step.num_candidates:
             return None
@@ -153,7 +155,7 @@ class Model:
             self.chance.shuffle(rest)
             ids.append((best, *rest)[: step.num_candidates])
         chances = [0.5, *[0.5 / (VOCAB - 1)] * (VOCAB - 1)][: step.num_candidates]
-        return Draft(tuple(ids), (tuple(map(math.log, chances)),) * NUM_HEADS)
+        return Proposal(tuple(ids), (tuple(map(math.log, chances)),) * NUM_HEADS)
 
 
 def plain(request: Request, eos: int) -> list[int]:
@@ -200,7 +202,7 @@ class World:
             self.pages,
             self.pool,  # type: ignore[arg-type]
             self.pace,
-            Speculator(costs or CheapDrafts(), limits.max_nodes, limits.max_step_tokens, {}),
+            Speculator(costs or CheapHeads(), limits.max_nodes, limits.max_step_tokens, {}),
             frozenset({0}),
             lambda id, source, logprobs: GeneratedToken(id=id, source=source, logprobs=logprobs),
         )

@@ -7,12 +7,12 @@ from lorastack.engine.costs import Costs
 from lorastack.speculation.cost import CostCurve
 
 
-class CheapDrafts(Costs):
+class CheapHeads(Costs):
     """Drafted tokens and heads cost next to nothing, whatever they took."""
 
     def __init__(self) -> None:
         super().__init__(CostCurve([(1, 1.0), (64, 1.2)]))
         self.heads = CostCurve([(1, 0.001)])
 
-    def record(self, batch: Batch, seconds: float, draft_seconds: float) -> None:
+    def record(self, batch: Batch, seconds: float, heads_seconds: float) -> None:
         pass

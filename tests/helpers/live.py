@@ -25,7 +25,7 @@ from lorastack.engine.engine import Engine
 from lorastack.service.server import Server
 from lorastack.startup import loading
 from lorastack.v1 import generation_pb2 as pb
-from tests.helpers.costs import CheapDrafts
+from tests.helpers.costs import CheapHeads
 
 ROOMY = EngineConfig(kv_memory=64 * MIB, max_rows=8, max_step_tokens=64, max_nodes=6)
 PATIENCE = 120.0  # seconds until a wait for something that must happen gives up
@@ -119,7 +119,7 @@ class LiveServer:
 
     def __enter__(self) -> Self:
         self._thread.start()
-        with patch.object(loading, "measure", lambda runner, pages: CheapDrafts()):
+        with patch.object(loading, "measure", lambda runner, pages: CheapHeads()):
             self.server = Server.build(self._config)
         asyncio.run_coroutine_threadsafe(self.server.start(), self.loop).result(PATIENCE)
         self.client = Client(self.server.address)

@@ -20,11 +20,11 @@ import torch
 from lorastack.adapters.memory.device import DeviceAdapter
 from lorastack.adapters.memory.pool import DevicePool
 from lorastack.config import EngineConfig
-from lorastack.engine.batch import Batch, Draft, RowStep
+from lorastack.engine.batch import Batch, Proposal, RowStep
 from lorastack.engine.costs import Costs
-from lorastack.engine.drafts import Drafter
 from lorastack.engine.engine import Engine
 from lorastack.engine.pages import Pages
+from lorastack.engine.proposer import Proposer
 from lorastack.engine.runner import Runner, StepResults
 from lorastack.errors import LorastackError
 from lorastack.layout import AdapterLayout
@@ -102,7 +102,7 @@ class ScriptedRunner(Runner):
         self, decoder: Decoder, kv: KVCache, script: Script, chance: random.Random, clock: Clock
     ) -> None:
         super().__init__(decoder, kv)
-        self._drafter = cast(Drafter, ScriptedDrafter(decoder, script, chance, clock))
+        self._proposer = cast(Proposer, ScriptedProposer(decoder, script, chance, clock))
         self._script = script
         self._clock = clock
 
@@ -112,7 +112,7 @@ class ScriptedRunner(Runner):
         return super().run(batch)
 
 
-class ScriptedDrafter:
+class ScriptedProposer:
     """Heads that are right about half the time, all or some or none of them; some drafts fail."""
 
     def __init__(
@@ -124,18 +124,18 @@ class ScriptedDrafter:
         self._clock = clock
         self._failed: list[str] = []
 
-    def draft(
+    def propose(
         self, steps: Sequence[RowStep], last: Sequence[int], hidden_XH: torch.Tensor
-    ) -> list[Draft | None]:
-        """As `Drafter.draft`."""
+    ) -> list[Proposal | None]:
+        """As `Proposer.propose`."""
         places = guessed_places(steps, last)
-        return [self._draft(step, place) for step, place in zip(steps, places, strict=True)]
+        return [self._propose(step, place) for step, place in zip(steps, places, strict=True)]
 
     def take_failed(self) -> list[str]:
         failed, self._failed = self._failed, []
         return failed
 
-    def _draft(self, step: RowStep, index: int) -> Draft | None:
+    def _propose(self, step: RowStep, index: int) -> Proposal | None:
         """Of the row's tokens from the generated one `index` on."""
         if not step.num_candidates:
             return None
@@ -151,7 +151,7 @@ class ScriptedDrafter:
         skill = self._chance.choice((0.2, 0.6, 1.0))
         ids = [self._candidates(token, step.num_candidates, skill) for token in following]
         logprobs = [self._logprobs(step.num_candidates) for _ in following]
-        return Draft(tuple(ids), tuple(logprobs))
+        return Proposal(tuple(ids), tuple(logprobs))
 
     def _candidates(self, right: int, count: int, skill: float) -> tuple[int, ...]:
         ids = self._chance.sample(range(self._vocab_size), count)
@@ -168,7 +168,7 @@ class ScriptedDrafter:
 
 
 def guessed_places(steps: Sequence[RowStep], last: Sequence[int]) -> list[int]:
-    """For each row of a `Drafter.draft`, which of its generated tokens the first head guesses."""
+    """For each row of a `Proposer.propose`, which token of its output the first head guesses."""
     places = []
     first = 0  # of the row's nodes in the step's states
     for step, node in zip(steps, last, strict=True):
@@ -179,7 +179,7 @@ def guessed_places(steps: Sequence[RowStep], last: Sequence[int]) -> list[int]:
 
 
 def scripted_heads(digest: str, num_heads: int) -> DeviceAdapter:
-    """Heads for a `ScriptedDrafter`, which reads no weights."""
+    """Heads for a `ScriptedProposer`, which reads no weights."""
     layout = AdapterLayout(slots={}, scales={}, num_elements=0, itemsize=8, num_heads=num_heads)
     return DeviceAdapter(digest=digest, buffer=torch.empty(0), layout=layout)
 

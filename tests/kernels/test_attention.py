@@ -83,7 +83,7 @@ def test_what_lies_in_other_pages_never_matters(rows: list[RowSpan]):
     """Even NaN: a masked score does not remove it."""
     kv = random_kv()
     clean, _ = run(rows, None, kv)
-    used = [page for row in rows for page in row.page_table]
+    used = [page for row in rows for page in row.block_table]
     kv[[page for page in range(NUM_PAGES) if page not in used]] = torch.nan
     poisoned, _ = run(rows, None, kv)
     assert torch.equal(clean, poisoned)

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from lorastack.kernels.best import best
-from lorastack.kernels.draw import Draw
 from lorastack.kernels.native.library import Isa, supported
+from lorastack.kernels.sample import Sample
 from lorastack.request import SamplingParams, TokenSource, TypicalAcceptance
 from lorastack.sampling.processors import Processor, needs_processor
 from lorastack.sampling.reference import processed, survivors
-from lorastack.sampling.sampler import draw, posterior
+from lorastack.sampling.sampler import posterior, sample
 from lorastack.speculation.accept import Accepted, Nodes, accept, accept_typical
-from lorastack.speculation.drafted import Drafted
+from lorastack.speculation.tree import Tree
 from tests.helpers import chi_square
 
 ROWS = 50_000 if supported(Isa.AVX512) else 10_000  # of two tokens; torch takes a ms for each
@@ -62,13 +62,13 @@ class Model:
                 for context, logits_V in zip(CONTEXTS, self._logits_XV, strict=True)
             ]
 
-    def draw(self, seeds: Sequence[int], contexts: Sequence[tuple[int, ...]]) -> list[int]:
-        draws = [
-            Draw(CONTEXTS.index(context), replace(self.params, seed=seed), len(context))
+    def sample(self, seeds: Sequence[int], contexts: Sequence[tuple[int, ...]]) -> list[int]:
+        samples = [
+            Sample(CONTEXTS.index(context), replace(self.params, seed=seed), len(context))
             for seed, context in zip(seeds, contexts, strict=True)
         ]
-        processed = [self._processed[each.row] for each in draws]
-        return draw(self._logits_XV, best(self._logits_XV)[1].tolist(), draws, processed)
+        processed = [self._processed[each.row] for each in samples]
+        return sample(self._logits_XV, best(self._logits_XV)[1].tolist(), samples, processed)
 
     def posterior(self, context: tuple[int, ...], token: int) -> tuple[float, list[float]]:
         row = CONTEXTS.index(context)
@@ -90,29 +90,28 @@ class Step:
     def __init__(self, model: Model, count: int) -> None:
         self.model = model
         self.guess = random.Random(1)
-        truth = model.draw(range(count), [()] * count)
+        truth = model.sample(range(count), [()] * count)
         self.rows = [
-            Drafted((0, (token + self.guess.randrange(2)) % SIZE), (-1, 0), SOURCES)
-            for token in truth
+            Tree((0, (token + self.guess.randrange(2)) % SIZE), (-1, 0), SOURCES) for token in truth
         ]
 
-    def draw(self, nodes: Nodes) -> list[int]:
+    def sample(self, nodes: Nodes) -> list[int]:
         contexts = [self.rows[row].tokens[1:] if node else () for row, node, _ in nodes]
-        return self.model.draw([row for row, _, _ in nodes], contexts)
+        return self.model.sample([row for row, _, _ in nodes], contexts)
 
 
 Rule = Callable[[Step], list[Accepted]]
 
 
 def exact(step: Step) -> list[Accepted]:
-    return accept(step.rows, step.draw)
+    return accept(step.rows, step.sample)
 
 
 def by_chance(step: Step) -> list[Accepted]:
     """WRONG: a child stands with its own probability, or else the root draws as ever."""
     chances = step.model.probabilities(())
     likely = [step.guess.random() < chances.get(row.tokens[1], 0.0) for row in step.rows]
-    drawn = step.draw([(row, int(stands), 0) for row, stands in enumerate(likely)])
+    drawn = step.sample([(row, int(stands), 0) for row, stands in enumerate(likely)])
     return [
         Accepted((1,), (row.tokens[1], token)) if stands else Accepted((), (token,))
         for row, stands, token in zip(step.rows, likely, drawn, strict=True)
@@ -125,7 +124,7 @@ def typical(step: Step) -> list[Accepted]:
     def look(nodes: Nodes) -> list[tuple[float, list[float]]]:
         return [step.model.posterior((), step.rows[row].tokens[1]) for row, _, _ in nodes]
 
-    return accept_typical(step.rows, [TypicalAcceptance()] * len(step.rows), look, step.draw)
+    return accept_typical(step.rows, [TypicalAcceptance()] * len(step.rows), look, step.sample)
 
 
 def generate(model: Model, rule: Rule, count: int) -> list[tuple[int, ...]]:
@@ -133,7 +132,7 @@ def generate(model: Model, rule: Rule, count: int) -> list[tuple[int, ...]]:
     tokens = [accepted.tokens for accepted in rule(Step(model, count))]
     short = [row for row, found in enumerate(tokens) if len(found) == 1]
     assert len(short) < count
-    for row, token in zip(short, model.draw(short, [tokens[row] for row in short]), strict=True):
+    for row, token in zip(short, model.sample(short, [tokens[row] for row in short]), strict=True):
         tokens[row] = (*tokens[row], token)
     return tokens
 

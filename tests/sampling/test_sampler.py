@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lorastack.kernels.best import best
-from lorastack.kernels.draw import Draw
+from lorastack.kernels.sample import Sample
 from lorastack.request import SamplingParams
 from lorastack.sampling.processors import Processor
-from lorastack.sampling.reference import draw_reference
-from lorastack.sampling.sampler import NO_TOKEN, draw, posterior, token_logprobs
+from lorastack.sampling.reference import sample_reference
+from lorastack.sampling.sampler import NO_TOKEN, posterior, sample, token_logprobs
 
 params_strategy = st.builds(
     SamplingParams,
@@ -35,7 +35,7 @@ def make_logits(seed: int, rows: int, size: int, levels: int | None) -> Tensor:
 @given(
     st.integers(0, 2**32),
     st.lists(
-        st.builds(Draw, st.integers(0, 4), params_strategy, st.integers(0, 10**6)), max_size=6
+        st.builds(Sample, st.integers(0, 4), params_strategy, st.integers(0, 10**6)), max_size=6
     ),
     st.sampled_from([None, 2, 5]),
     st.sampled_from([torch.float32, torch.float64]),
@@ -43,18 +43,18 @@ def make_logits(seed: int, rows: int, size: int, levels: int | None) -> Tensor:
 )
 def test_draws_equal_the_reference(
     seed: int,
-    draws: list[Draw],
+    samples: list[Sample],
     levels: int | None,
     dtype: torch.dtype,
     data: st.DataObject,
 ) -> None:
     """Some rows have a processor, which gave them logits of their own."""
     logits_XV = make_logits(seed, 5, 20, levels).to(dtype)
-    others_XV = make_logits(seed + 1, len(draws), 20, levels).to(dtype)
+    others_XV = make_logits(seed + 1, len(samples), 20, levels).to(dtype)
     own = [other_V if data.draw(st.booleans()) else None for other_V in others_XV]
-    assert draw(logits_XV, best(logits_XV)[1].tolist(), draws, own) == [
-        draw_reference((logits_XV[row] if own_V is None else own_V).tolist(), params, index)
-        for (row, params, index), own_V in zip(draws, own, strict=True)
+    assert sample(logits_XV, best(logits_XV)[1].tolist(), samples, own) == [
+        sample_reference((logits_XV[row] if own_V is None else own_V).tolist(), params, index)
+        for (row, params, index), own_V in zip(samples, own, strict=True)
     ]
 
 
@@ -63,8 +63,8 @@ def test_greedy_ties_go_to_the_lowest_id() -> None:
     logits_XV[1, 1999:] = 1.0
     logits_XV[2, 7] = logits_XV[2, 3999] = 2.0
     best_X = best(logits_XV)[1].tolist()
-    draws = [Draw(row, SamplingParams(), row) for row in range(3)]
-    assert draw(logits_XV, best_X, draws) == [0, 1999, 7]
+    samples = [Sample(row, SamplingParams(), row) for row in range(3)]
+    assert sample(logits_XV, best_X, samples) == [0, 1999, 7]
 
 
 @given(st.integers(0, 2**32), st.integers(0, 25), st.sampled_from([None, 3]))
@@ -129,8 +129,8 @@ def test_whatever_the_values_a_token_is_allowed_or_there_is_none(
         masked_V = row_V.clone()
         masked_V[[token for token in range(9) if token not in permitted]] = -torch.inf
         processed.append(processor.apply(masked_V, [3, 3]))
-    draws = [Draw(row, params, 5) for row in range(len(rows))]
-    found = draw(logits_XV, best(logits_XV)[1].tolist(), draws, processed)
+    samples = [Sample(row, params, 5) for row in range(len(rows))]
+    found = sample(logits_XV, best(logits_XV)[1].tolist(), samples, processed)
     for token, row_V in zip(found, processed, strict=True):
         if row_V.max().isfinite():
             assert token in permitted and row_V[token].isfinite()

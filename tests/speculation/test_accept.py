@@ -10,19 +10,19 @@ from hypothesis import strategies as st
 
 from lorastack.request import TokenSource, TypicalAcceptance
 from lorastack.speculation.accept import Accepted, accept, accept_typical
-from lorastack.speculation.drafted import Drafted
+from lorastack.speculation.tree import Tree
 
 NUM_TOKENS = 4
 Path = tuple[int, ...]
 
 
-def make_tree(parents: Sequence[int], tokens: Sequence[int]) -> Drafted:
+def make_tree(parents: Sequence[int], tokens: Sequence[int]) -> Tree:
     sources = (TokenSource.MODEL,) + (TokenSource.HEADS,) * (len(parents) - 1)
-    return Drafted(tuple(tokens), tuple(parents), sources)
+    return Tree(tuple(tokens), tuple(parents), sources)
 
 
 @st.composite
-def trees(draw: st.DrawFn) -> Drafted:
+def trees(draw: st.DrawFn) -> Tree:
     """Siblings carry distinct tokens; nodes are in any order."""
     parents, tokens = [-1], [draw(st.integers(0, NUM_TOKENS - 1))]
     taken = set()
@@ -50,7 +50,7 @@ def generate(context: Path, length: int) -> Path:
     return context
 
 
-def nodes_to(row: Drafted, node: int) -> Path:
+def nodes_to(row: Tree, node: int) -> Path:
     """The nodes from the root to `node`, both included."""
     nodes = [node]
     while (node := row.parents[node]) >= 0:
@@ -58,13 +58,13 @@ def nodes_to(row: Drafted, node: int) -> Path:
     return tuple(nodes[::-1])
 
 
-def context_at(row: Drafted, node: int) -> Path:
+def context_at(row: Tree, node: int) -> Path:
     return tuple(row.tokens[at] for at in nodes_to(row, node))
 
 
 @given(drafted_rows)
 def test_tokens_are_those_of_plain_generation_and_only_the_path_is_drawn(
-    rows: list[Drafted],
+    rows: list[Tree],
 ) -> None:
     drawn: list[tuple[int, int, int]] = []
 
@@ -86,7 +86,7 @@ def test_tokens_are_those_of_plain_generation_and_only_the_path_is_drawn(
 
 
 def test_rows_leave_one_by_one() -> None:
-    rows = [make_tree((-1, 0, 0, 1, 1, 2), (0, 1, 2, 3, 4, 5)), Drafted.root(0)]
+    rows = [make_tree((-1, 0, 0, 1, 1, 2), (0, 1, 2, 3, 4, 5)), Tree.root(0)]
     calls: list[list[tuple[int, int, int]]] = []
 
     def draw(level: Sequence[tuple[int, int, int]]) -> list[int]:
@@ -117,7 +117,7 @@ def entropy_of(chances: Sequence[float]) -> float:
     return -math.fsum(chance * math.log(chance + 1e-5) for chance in chances)
 
 
-def typical_reference(row: Drafted, rule: TypicalAcceptance) -> Path:
+def typical_reference(row: Tree, rule: TypicalAcceptance) -> Path:
     """Medusa's evaluate_posterior, one path at a time."""
 
     def steps(node: int) -> list[tuple[float, float]]:
@@ -153,7 +153,7 @@ rules = st.builds(
 
 
 @given(st.lists(st.tuples(trees(), rules), max_size=5))
-def test_typical_acceptance_is_medusas(pairs: list[tuple[Drafted, TypicalAcceptance]]) -> None:
+def test_typical_acceptance_is_medusas(pairs: list[tuple[Tree, TypicalAcceptance]]) -> None:
     rows = [row for row, _ in pairs]
     looked: list[tuple[int, int, int]] = []
 
@@ -182,7 +182,7 @@ def test_typical_acceptance_is_medusas(pairs: list[tuple[Drafted, TypicalAccepta
 
 
 def accepted_typically(
-    row: Drafted, chances: dict[int, list[float]], entropy: float = 0.0
+    row: Tree, chances: dict[int, list[float]], entropy: float = 0.0
 ) -> Accepted:
     """With epsilon 0.09 and delta 0.3; `chances`: of each node's children."""
     return accept_typical(

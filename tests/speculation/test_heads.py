@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from lorastack.kernels.drafts import HeadsWeights
+from lorastack.kernels.heads import HeadsWeights
 from lorastack.layout import HEADS, AdapterLayout, Part, TensorKey, TensorSlot, head_block
 from lorastack.speculation.heads import heads_weights, own_outputs
 

@@ -22,7 +22,7 @@ from lorastack.model.decoder import load_decoder
 from lorastack.request import HeadsUse, Request, SamplingParams, SpeculationParams, StopParams
 from lorastack.sampling.reference import survivors
 from lorastack.speculation.accept import Accepted, Nodes
-from lorastack.speculation.drafted import Drafted
+from lorastack.speculation.tree import Tree
 from lorastack.text.tokenizer import Tokenizer
 from tests.helpers.chi_square import p_value
 from tests.helpers.reference import Reference
@@ -112,7 +112,7 @@ def test_a_rule_that_is_not_lossless_is_caught(
     params = CASES["temperature"]
     chances, guess = exact_chances(model, params), random.Random(2)
 
-    def by_chance(rows: Sequence[Drafted], draw: Callable[[Nodes], list[int]]) -> list[Accepted]:
+    def by_chance(rows: Sequence[Tree], draw: Callable[[Nodes], list[int]]) -> list[Accepted]:
         paths = []
         for row in rows:
             path = [0]

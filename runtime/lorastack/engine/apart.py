@@ -30,7 +30,7 @@ def run_apart(run: Callable[[Batch], StepResults], batch: Batch) -> StepResults:
     halves = [run_apart(run, Batch(steps=part)) for part in (steps[:middle], steps[middle:])]
     return StepResults(
         rows=[row for half in halves for row in half.rows],
-        draft_seconds=sum(half.draft_seconds for half in halves),
+        heads_seconds=sum(half.heads_seconds for half in halves),
         failed_heads=[digest for half in halves for digest in half.failed_heads],
         whole=False,
     )

@@ -11,11 +11,11 @@ from lorastack.adapters.memory.device import DeviceAdapter
 from lorastack.errors import LorastackError
 from lorastack.request import Request, TokenLogprobs, TokenSource
 from lorastack.sampling.processors import Processor
-from lorastack.speculation.drafted import Drafted
+from lorastack.speculation.tree import Tree
 
 
 @dataclass(frozen=True, slots=True)
-class Draft:
+class Proposal:
     """What a row's heads propose, [head][rank], best first.
 
     logprobs: natural logarithms, over what the head chooses from.
@@ -44,11 +44,11 @@ class RowStep:
 
     request: Request
     token_ids: tuple[int, ...]
-    page_table: tuple[int, ...]
+    block_table: tuple[int, ...]
     committed: int  # tokens whose KV is in the pages already
     num_generated: int  # index of the token that the first draw makes
     samples: bool  # False: a prompt chunk that is not the last
-    tree: Drafted | None  # token_ids are its nodes'; None: a chain
+    tree: Tree | None  # token_ids are its nodes'; None: a chain
     adapters: RowAdapters
     num_candidates: int  # tokens a head shall propose; 0: make no draft
     processor: Processor | None = None  # None: tokens come from the model's own logits
@@ -85,5 +85,5 @@ class RowResult:
     tokens: tuple[int, ...] = ()
     sources: tuple[TokenSource, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
-    draft: Draft | None = None
+    proposal: Proposal | None = None
     error: LorastackError | None = None

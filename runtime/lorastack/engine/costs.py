@@ -10,7 +10,7 @@ from lorastack.engine.pages import Pages
 from lorastack.engine.runner import Runner
 from lorastack.request import Request, SamplingParams, StopParams, TokenSource
 from lorastack.speculation.cost import CostCurve
-from lorastack.speculation.drafted import Drafted
+from lorastack.speculation.tree import Tree
 
 # Matrices are multiplied 16 rows at a time: the 17th token costs more than the 16th, and at 64
 # rows the first draft 7% of a step.
@@ -28,11 +28,11 @@ class Costs:
         once = step.seconds(1)
         self.heads = CostCurve([(1, _HEADS_FIRST * once), (2, (_HEADS_FIRST + _HEADS_MORE) * once)])
 
-    def record(self, batch: Batch, seconds: float, draft_seconds: float) -> None:
+    def record(self, batch: Batch, seconds: float, heads_seconds: float) -> None:
         """seconds: of the whole step."""
-        self.step.record(sum(len(step.token_ids) for step in batch.steps), seconds - draft_seconds)
+        self.step.record(sum(len(step.token_ids) for step in batch.steps), seconds - heads_seconds)
         if num_drafts := sum(step.num_candidates > 0 for step in batch.steps):
-            self.heads.record(num_drafts, draft_seconds)
+            self.heads.record(num_drafts, heads_seconds)
 
 
 def measure(runner: Runner, pages: Pages) -> Costs:
@@ -74,11 +74,11 @@ def _chain(tokens: int, table: list[int]) -> RowStep:
         sampling=SamplingParams(),
         stop=StopParams(max_new_tokens=tokens),
     )
-    tree = Drafted((0,) * tokens, tuple(range(-1, tokens - 1)), (TokenSource.MODEL,) * tokens)
+    tree = Tree((0,) * tokens, tuple(range(-1, tokens - 1)), (TokenSource.MODEL,) * tokens)
     return RowStep(
         request=request,
         token_ids=tree.tokens,
-        page_table=tuple(table),
+        block_table=tuple(table),
         committed=0,
         num_generated=0,
         samples=True,

@@ -285,7 +285,7 @@ class Engine:
         began = time.monotonic()
         results = run_apart(self._runner.run, batch)
         if results.whole:
-            self._record(batch, time.monotonic() - began, results.draft_seconds)
+            self._record(batch, time.monotonic() - began, results.heads_seconds)
         self._note_failures(results.failed_heads)
         self._scheduler.update(results.rows)
         if not results.whole and all(row.error is not None for row in results.rows):
@@ -309,10 +309,10 @@ class Engine:
         self._pages.forget(digest)
         self._speculator.forget(digest)
 
-    def _record(self, batch: Batch, seconds: float, draft_seconds: float) -> None:
+    def _record(self, batch: Batch, seconds: float, heads_seconds: float) -> None:
         decoding = any(step.decodes for step in batch.steps)
         self._pace.record(prompt_tokens=batch.prompt_tokens, decoding=decoding, seconds=seconds)
-        self._costs.record(batch, seconds, draft_seconds)
+        self._costs.record(batch, seconds, heads_seconds)
 
     def _note_failures(self, digests: Sequence[str]) -> None:
         for digest in digests:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from lorastack.engine.batch import Draft, RowResult
+from lorastack.engine.batch import Proposal, RowResult
 from lorastack.engine.pages import root_hash
 from lorastack.request import (
     Final,
@@ -40,7 +40,7 @@ class Row:
     num_computed: int = 0
     pages: list[int] = field(default_factory=list)
     page_hashes: list[bytes] = field(default_factory=list)  # of the published pages, in order
-    draft: Draft | None = None
+    proposal: Proposal | None = None
     lookup: Lookup = field(default_factory=Lookup)  # of the tokens read so far
     found: tuple[int, tuple[int, ...]] = (0, ())  # what it proposes in this step
     parked: bool = False  # its reader is slow: keeps its pages, takes no step
@@ -111,7 +111,7 @@ class Row:
     def preempt(self) -> None:
         """Give everything up but the tokens."""
         self.pages, self.page_hashes, self.num_computed = [], [], 0
-        self.draft = None
+        self.proposal = None
 
     def look_up(self, limit: int) -> tuple[int, tuple[int, ...]]:
         """What followed the row's last tokens earlier, see `Lookup.propose`."""

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorastack.engine.acceptance import Sampled, accept_rows
-from lorastack.engine.batch import Batch, Draft, RowResult, RowStep
-from lorastack.engine.drafts import Drafter
+from lorastack.engine.acceptance import SampledRow, accept_rows
+from lorastack.engine.batch import Batch, Proposal, RowResult, RowStep
+from lorastack.engine.proposer import Proposer
 from lorastack.engine.stacks import Stacks
 from lorastack.errors import InternalError, InvalidArgumentError, LorastackError, Reason
 from lorastack.model.context import ForwardBatch, RowSpan
@@ -21,7 +21,7 @@ from lorastack.model.kv import KVCache, Move
 from lorastack.request import Request, TokenLogprobs
 from lorastack.sampling.sampler import NO_TOKEN, token_logprobs
 from lorastack.speculation.accept import Accepted
-from lorastack.speculation.drafted import Drafted
+from lorastack.speculation.tree import Tree
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class StepResults:
     """
 
     rows: list[RowResult]
-    draft_seconds: float = 0.0
+    heads_seconds: float = 0.0
     failed_heads: Sequence[str] = ()
     whole: bool = True
 
@@ -44,7 +44,7 @@ class Runner:
         self._decoder = decoder
         self._kv = kv
         self._stacks = Stacks()
-        self._drafter = Drafter(decoder, self._stacks)
+        self._proposer = Proposer(decoder, self._stacks)
 
     def rope_length(self, num_prompt: int) -> int:
         """What beside a row's tokens and LoRAs shapes its KV: the length of a prompt beyond that
@@ -67,28 +67,28 @@ class Runner:
             for row, path in zip(sampled, accepted, strict=True)
         ]
         began = time.monotonic()
-        drafts = self._drafter.draft([row.step for row in sampled], last, found.hidden_XH)
+        proposals = self._proposer.propose([row.step for row in sampled], last, found.hidden_XH)
         seconds = time.monotonic() - began
-        for row, path, draft in zip(sampled, accepted, drafts, strict=True):
-            results[row.index] = self._result(row, path, draft, found.logits_XV, peaks_X)
-        return StepResults(results, seconds, self._drafter.take_failed())
+        for row, path, proposal in zip(sampled, accepted, proposals, strict=True):
+            results[row.index] = self._result(row, path, proposal, found.logits_XV, peaks_X)
+        return StepResults(results, seconds, self._proposer.take_failed())
 
-    def _lay_out(self, batch: Batch) -> tuple[ForwardBatch, list[Sampled]]:
+    def _lay_out(self, batch: Batch) -> tuple[ForwardBatch, list[SampledRow]]:
         """The step's tokens; wanted are the results of all nodes of a tree, of a chain's last."""
         token_ids: list[int] = []
         spans: list[RowSpan] = []
         outputs: list[int] = []
-        sampled: list[Sampled] = []
+        sampled: list[SampledRow] = []
         for index, step in enumerate(batch.steps):
             start = len(token_ids)
             token_ids.extend(step.token_ids)
             end = len(token_ids)
             parents = step.tree.parents if step.tree else None
             prompt = len(step.request.prompt_ids)
-            spans.append(RowSpan(start, end, step.page_table, step.committed, parents, prompt))
+            spans.append(RowSpan(start, end, step.block_table, step.committed, parents, prompt))
             if step.samples:
-                tree = step.tree or Drafted.root(step.token_ids[-1])
-                sampled.append(Sampled(index, step, tree, len(outputs)))
+                tree = step.tree or Tree.root(step.token_ids[-1])
+                sampled.append(SampledRow(index, step, tree, len(outputs)))
                 outputs.extend(range(end - tree.num_nodes, end))
         forward = ForwardBatch(
             torch.tensor(token_ids, device=self._decoder.device),
@@ -98,7 +98,7 @@ class Runner:
         )
         return forward, sampled
 
-    def _move_kv(self, sampled: list[Sampled], accepted: list[Accepted]) -> None:
+    def _move_kv(self, sampled: list[SampledRow], accepted: list[Accepted]) -> None:
         """The accepted paths' KV behind their roots', in order."""
         moves = []
         for row, path in zip(sampled, accepted, strict=True):
@@ -107,14 +107,14 @@ class Runner:
                 step = row.step
                 src = [step.committed + node for node in path.path]
                 dst = [step.committed + place for place in places]
-                moves.append(Move(step.page_table, src, dst))
+                moves.append(Move(step.block_table, src, dst))
         self._kv.move(moves)
 
     @staticmethod
     def _result(
-        row: Sampled,
+        row: SampledRow,
         accepted: Accepted,
-        draft: Draft | None,
+        proposal: Proposal | None,
         logits_XV: Tensor,
         peaks_X: list[float],
     ) -> RowResult:
@@ -141,7 +141,7 @@ class Runner:
             tokens=tokens,
             sources=tuple(row.tree.sources[node] for node in accepted.path[: len(tokens)]),
             logprobs=logprobs,
-            draft=draft,
+            proposal=proposal,
             error=error,
         )
 

@@ -26,7 +26,7 @@ from lorastack.request import (
     TokenLogprobs,
     TokenSource,
 )
-from lorastack.speculation.drafted import Drafted
+from lorastack.speculation.tree import Tree
 
 Describe = Callable[[int, TokenSource, TokenLogprobs | None], GeneratedToken]
 NUM_CANDIDATES = 8  # that a head proposes
@@ -265,12 +265,12 @@ class Scheduler:
         self._planned.append(Plan(row, min(row.num_pending, budget), adapters))
         return True
 
-    def _trees(self, plans: list[Plan]) -> list[Drafted | None]:
+    def _trees(self, plans: list[Plan]) -> list[Tree | None]:
         """Of each plan's row, if it decodes, something is proposed, and pages are left for it."""
         decoding = [plan.row for plan in plans if plan.row.num_pending == 1]
         fixed_tokens = sum(plan.num_tokens for plan in plans)
         num_drawing = sum(plan.draws for plan in plans)
-        trees: dict[Row, Drafted | None] = {}
+        trees: dict[Row, Tree | None] = {}
         with _advisory():
             drafted = self._speculator.draft(decoding, fixed_tokens, num_drawing)
             trees = dict(zip(decoding, drafted, strict=True))
@@ -282,13 +282,13 @@ class Scheduler:
             grown.append(tree if fits else None)
         return grown
 
-    def _step(self, plan: Plan, tree: Drafted | None) -> RowStep:
+    def _step(self, plan: Plan, tree: Tree | None) -> RowStep:
         row, start = plan.row, plan.row.num_computed
         chain = tuple(row.tokens[start : start + plan.num_tokens])
         return RowStep(
             request=row.request,
             token_ids=chain if tree is None else tree.tokens,
-            page_table=tuple(row.pages),
+            block_table=tuple(row.pages),
             committed=start,
             num_generated=row.num_generated,
             samples=plan.draws,
@@ -321,7 +321,7 @@ class Scheduler:
         if result.error is not None:
             return
         row.num_computed += len(step.token_ids) - len(drafted) + len(result.sources)
-        row.draft = result.draft
+        row.proposal = result.proposal
         if not step.decodes and self._speculator.max_nodes(row):
             row.read(row.num_computed)
         self._holds.publish(row, result.tokens)

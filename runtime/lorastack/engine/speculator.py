@@ -13,7 +13,7 @@ from lorastack.engine.row import Row
 from lorastack.speculation.budget import allot, pays
 from lorastack.speculation.calibration import Calibration
 from lorastack.speculation.candidates import Chain, Proposals, Stream, forced, looked_up
-from lorastack.speculation.drafted import Drafted
+from lorastack.speculation.tree import Tree
 
 MAX_CHAIN = 16  # tokens that prompt lookup or a grammar proposes
 # So often a row's heads run that do not pay, and drafts are verified that do not: what is known of
@@ -78,9 +78,7 @@ class Speculator:
             return False
         return row.num_generated > 0 or _digest(row) not in self._dull
 
-    def draft(
-        self, rows: Sequence[Row], fixed_tokens: int, num_drawing: int
-    ) -> list[Drafted | None]:
+    def draft(self, rows: Sequence[Row], fixed_tokens: int, num_drawing: int) -> list[Tree | None]:
         """The trees of rows that decode; None: a row brings its last token alone.
 
         fixed_tokens: of the whole step without trees. num_drawing: its rows that make a token.
@@ -102,13 +100,13 @@ class Speculator:
         if self._pause and self._num_steps % PROBE_STEPS == 0 and len(drafting) <= room:
             allotted = [min(len(stream.nodes), 1) for stream in drafting]
         counts = iter(allotted)
-        trees: list[Drafted | None] = []
+        trees: list[Tree | None] = []
         for row, stream in zip(rows, streams, strict=True):
             count = next(counts) if stream is not None else 0
             tree = None
             if stream is not None and count:
                 tree = stream.drafted(row.tokens[-1], count)
-            if stream is not None and row.draft is not None:
+            if stream is not None and row.proposal is not None:
                 self._calibration(row).record_worths(node.worth for node in stream.nodes)
             trees.append(tree)
         return trees
@@ -116,11 +114,11 @@ class Speculator:
     def learn(self, row: Row, result: RowResult) -> None:
         """What the step at hand drew where the row's sources proposed something."""
         match, tokens = row.found
-        if row.draft is None and not tokens:
+        if row.proposal is None and not tokens:
             return
         calibration = self._calibration(row)
-        if row.draft is not None:
-            calibration.record_draft(row.draft.ids, row.draft.logprobs, result.tokens)
+        if row.proposal is not None:
+            calibration.record_draft(row.proposal.ids, row.proposal.logprobs, result.tokens)
         if tokens:
             calibration.record_lookup(match, tokens, result.tokens)
         self._changed.add(_digest(row))
@@ -139,7 +137,7 @@ class Speculator:
         """None: nothing may be drafted, or there is nothing to. paused: only if its heads ran."""
         row.found = (0, ())
         max_nodes, max_depth = self.max_nodes(row), row.num_left - 1
-        if not max_nodes or max_depth < 1 or (paused and row.draft is None):
+        if not max_nodes or max_depth < 1 or (paused and row.proposal is None):
             return None
         calibration = self._calibration(row)
         limit = min(max_depth, MAX_CHAIN)
@@ -149,11 +147,11 @@ class Speculator:
         row.found = row.look_up(limit)
         if row.found[1]:
             chains.append(looked_up(*row.found, calibration))
-        draft = row.draft
-        if draft is None and not chains:
+        proposal = row.proposal
+        if proposal is None and not chains:
             return None
-        proposals = Proposals(draft.ids if draft else (), draft.logprobs if draft else (), chains)
-        return Stream(proposals, calibration, max_nodes, max_depth)
+        ids, logprobs = (proposal.ids, proposal.logprobs) if proposal else ((), ())
+        return Stream(Proposals(ids, logprobs, chains), calibration, max_nodes, max_depth)
 
     def _room(self, fixed_tokens: int) -> int:
         """For drafted nodes in a step with so many tokens besides."""

@@ -42,7 +42,7 @@ class RowSpan:
 
     start: int
     end: int
-    page_table: Sequence[int]
+    block_table: Sequence[int]
     committed: int
     parents: tuple[int, ...] | None = None
     prompt: int = 0
@@ -125,7 +125,7 @@ def plan_attention(
         )
         positions += [row.committed + depth for depth in depths(row)]
         for slot in range(row.committed, row.num_slots):
-            page, offset = row.page_table[slot // page_size], slot % page_size
+            page, offset = row.block_table[slot // page_size], slot % page_size
             slots.append(page * page_size + offset)
             if offset == 0:
                 fresh.append(page)
@@ -287,7 +287,7 @@ class _GroupMaker:
         num_pages = -(-num_slots // self.page_size)
         pages: list[int] = []
         for row in rows:
-            own = list(row.page_table[: -(-row.num_slots // self.page_size)])
+            own = list(row.block_table[: -(-row.num_slots // self.page_size)])
             # A row's own last page pads it: a foreign page might hold NaN, which no mask removes.
             pages += own + own[-1:] * (num_pages - len(own))
         return torch.tensor(pages, device=self.device)
@@ -323,7 +323,7 @@ def attend_reference(
                 seen[row.committed + ancestor] = row.committed + depth[ancestor]
                 ancestor = parents[ancestor]
             slots = [s for s, p in seen.items() if window is None or p > position - window]
-            pages = [row.page_table[slot // page_size] for slot in slots]
+            pages = [row.block_table[slot // page_size] for slot in slots]
             kv_S = kv.movedim(3, 1)[pages, [slot % page_size for slot in slots]].double()
             for head in range(num_heads):
                 k_SD, v_SD = kv_S[:, :, head * num_kv_heads // num_heads].unbind(1)

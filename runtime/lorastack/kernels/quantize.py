@@ -41,7 +41,7 @@ class Kind(StrEnum):
     INT4 = "int4"
 
 
-STORED = {None: 0, Kind.INT8: 1, Kind.INT4: 2}  # LORASTACK_PLAIN and so on, in step.h
+STORED = {None: 0, Kind.INT8: 1, Kind.INT4: 2}  # LORASTACK_PLAIN and so on, in abi.h
 
 
 def head_kind(kind: Kind | None) -> Kind | None:

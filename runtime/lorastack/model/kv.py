@@ -20,7 +20,7 @@ def page_nbytes(shapes: ModelShapes, page_size: int, dtype: torch.dtype) -> int:
 class Move(NamedTuple):
     """A row's logical slots src, and where their content goes."""
 
-    page_table: Sequence[int]
+    block_table: Sequence[int]
     src: Sequence[int]
     dst: Sequence[int]
 
@@ -78,6 +78,6 @@ class KVCache:
         by_slot = self.data.movedim(4, 2)  # [num_layers, num_pages, page_size, 2, ...]
         by_slot[:, pages, slots] = by_slot[:, src_pages, src_slots]
 
-    def _place(self, page_table: Sequence[int], slot: int) -> tuple[int, int]:
+    def _place(self, block_table: Sequence[int], slot: int) -> tuple[int, int]:
         """Page and place within it of a logical slot."""
-        return page_table[slot // self.page_size], slot % self.page_size
+        return block_table[slot // self.page_size], slot % self.page_size

@@ -28,7 +28,7 @@ MODULES = {
 }  # fmt: skip
 
 EMBED, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
-HEADS_PREFIX = "medusa_head."  # tensors of Medusa heads beside a backbone; see engine.own_heads
+HEADS_PREFIX = "medusa_head."  # tensors of Medusa heads beside a backbone; see startup.own_heads
 
 log = logging.getLogger(__name__)
 

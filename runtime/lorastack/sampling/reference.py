@@ -1,4 +1,4 @@
-"""The plain form of processors and `sampler.draw`, for tests: everything one token at a time."""
+"""The plain form of processors and `sampler.sample`, for tests: everything one token at a time."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _typical(scaled: dict[int, float], mass: float) -> dict[int, float]:
     return {token: value for token, value in scaled.items() if distance[token] <= last}
 
 
-def draw_reference(logits: Sequence[float], params: SamplingParams, index: int) -> int:
+def sample_reference(logits: Sequence[float], params: SamplingParams, index: int) -> int:
     """One row's token."""
     if params.greedy:
         return max(range(len(logits)), key=lambda token: (logits[token], -token))

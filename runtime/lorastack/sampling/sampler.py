@@ -1,8 +1,8 @@
 """Logits and parameters to tokens, and the model's own probabilities of tokens.
 
 First what `sampling.processors` makes of the logits. Then filters in the order of transformers:
-temperature, top_k, top_p, min_p, typical_p; `kernels.draw` says exactly what they keep, and how one
-of the tokens that they leave is drawn.
+temperature, top_k, top_p, min_p, typical_p; `kernels.sample` says exactly what they keep, and how
+one of the tokens that they leave is drawn.
 """
 
 from __future__ import annotations
@@ -13,52 +13,52 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lorastack.kernels import drafts
-from lorastack.kernels import draw as kernel
+from lorastack.kernels import heads as drafts
+from lorastack.kernels import sample as kernel
 from lorastack.kernels.best import best
-from lorastack.kernels.draw import Draw
+from lorastack.kernels.sample import Sample
 from lorastack.request import TokenLogprobs
 
 NO_TOKEN = -1  # in place of an id
 _ENTROPY_SLACK = 1e-5  # Medusa's, against the logarithm of 0
 
 
-def draw(
+def sample(
     logits_XV: Tensor,
     best_X: Sequence[int],
-    draws: Sequence[Draw],
+    samples: Sequence[Sample],
     processed: Sequence[Tensor | None] = (),
 ) -> list[int]:
-    """One token for each of `draws`.
+    """One token for each of `samples`.
 
     best_X: each row's best token, see `kernels.best`; temperature 0 takes it. processed: beside
-    `draws` if given, what a processor made of the row's logits, or None; NO_TOKEN where that has no
-    finite best: every token is forbidden, or some logit is too large or NaN. A token depends on its
-    row's logits (float32 or float64), params and token_index alone. A model's own logits that are
+    `samples` if given, what a processor made of the row's logits, or None; NO_TOKEN where that has
+    no finite best: every token is forbidden, or some logit is too large or NaN. A token depends
+    on its row's logits (float32 or float64), params and token_index alone. A model's own logits that are
     not finite give some id, never an error.
     """
     rows = [row_V for row_V in processed if row_V is not None]
     if rows:
         own_XV = torch.stack(rows)
-        own = [each for each, row_V in zip(draws, processed, strict=True) if row_V is not None]
-        plain = [each for each, row_V in zip(draws, processed, strict=True) if row_V is None]
-        by_model = iter(draw(logits_XV, best_X, plain))
-        by_own = iter(_draw_processed(own_XV, own))
+        own = [each for each, row_V in zip(samples, processed, strict=True) if row_V is not None]
+        plain = [each for each, row_V in zip(samples, processed, strict=True) if row_V is None]
+        by_model = iter(sample(logits_XV, best_X, plain))
+        by_own = iter(_sample_processed(own_XV, own))
         return [next(by_model if row_V is None else by_own) for row_V in processed]
-    sampled = [each for each in draws if not each.params.greedy]
+    sampled = [each for each in samples if not each.params.greedy]
     if not sampled:
-        return [best_X[row] for row, _, _ in draws]
-    found = iter(kernel.draw(logits_XV, sampled))
-    return [best_X[row] if params.greedy else next(found) for row, params, _ in draws]
+        return [best_X[row] for row, _, _ in samples]
+    found = iter(kernel.sample(logits_XV, sampled))
+    return [best_X[row] if params.greedy else next(found) for row, params, _ in samples]
 
 
-def _draw_processed(logits_XV: Tensor, draws: Sequence[Draw]) -> list[int]:
+def _sample_processed(logits_XV: Tensor, samples: Sequence[Sample]) -> list[int]:
     """A token, or NO_TOKEN, for each of the rows."""
     peaks_X, best_X = (each_X.tolist() for each_X in best(logits_XV))
     sound = [row for row, peak in enumerate(peaks_X) if math.isfinite(peak)]
-    moved = [draws[row]._replace(row=row) for row in sound]
-    found = dict(zip(sound, draw(logits_XV, best_X, moved), strict=True))
-    return [found.get(row, NO_TOKEN) for row in range(len(draws))]
+    moved = [samples[row]._replace(row=row) for row in sound]
+    found = dict(zip(sound, sample(logits_XV, best_X, moved), strict=True))
+    return [found.get(row, NO_TOKEN) for row in range(len(samples))]
 
 
 def posterior(

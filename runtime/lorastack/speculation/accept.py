@@ -15,13 +15,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lorastack.request import TypicalAcceptance
-from lorastack.speculation.drafted import Drafted
+from lorastack.speculation.tree import Tree
 
 # (row, node, depth) triples. `depth` is the number of tokens accepted before: the generated index
 # of what is drawn at the node counts from the row's own.
 Nodes = Sequence[tuple[int, int, int]]
 # Nodes -> the token drawn at each.
-Draw = Callable[[Nodes], Sequence[int]]
+Sample = Callable[[Nodes], Sequence[int]]
 # Nodes -> the entropy of what may follow each, and the probabilities of its children's tokens.
 Look = Callable[[Nodes], Sequence[tuple[float, Sequence[float]]]]
 
@@ -38,8 +38,8 @@ class Accepted:
     tokens: tuple[int, ...]
 
 
-def accept(rows: Sequence[Drafted], draw: Draw) -> list[Accepted]:
-    """Descend all rows' trees level by level; one call of `draw` a level.
+def accept(rows: Sequence[Tree], sample: Sample) -> list[Accepted]:
+    """Descend all rows' trees level by level; one call of `sample` a level.
 
     Nodes off the accepted path are never drawn.
     """
@@ -48,7 +48,7 @@ def accept(rows: Sequence[Drafted], draw: Draw) -> list[Accepted]:
     level = [(row, 0, 0) for row in range(len(rows))]
     while level:
         descending = []
-        for (row, node, depth), token in zip(level, draw(level), strict=True):
+        for (row, node, depth), token in zip(level, sample(level), strict=True):
             tokens[row].append(token)
             child = rows[row].child(node, token)
             if child is not None:
@@ -59,14 +59,14 @@ def accept(rows: Sequence[Drafted], draw: Draw) -> list[Accepted]:
 
 
 def accept_typical(
-    rows: Sequence[Drafted], rules: Sequence[TypicalAcceptance], look: Look, draw: Draw
+    rows: Sequence[Tree], rules: Sequence[TypicalAcceptance], look: Look, sample: Sample
 ) -> list[Accepted]:
     """Medusa's typical acceptance. NOT lossless: the drafts decide which tokens come.
 
     A child is accepted if its parent is and p(child) > min(epsilon, delta * exp(-H)), H being the
     entropy at the parent. The longest accepted path wins, ties go to the greatest sum of log p,
     then to the lowest nodes. `look` is called once a level, for accepted nodes with children;
-    `draw` once, at the ends of the paths. A probability that is NaN accepts nothing.
+    `sample` once, at the ends of the paths. A probability that is NaN accepts nothing.
 
     rules: beside the rows. Source: FasterDecoding/Medusa, evaluate_posterior.
     """
@@ -84,7 +84,7 @@ def accept_typical(
         for row, _, path in sorted(found, key=lambda state: (-state[1], state[2]), reverse=True):
             best[row] = path
         level = found
-    drawn = draw([(row, _end(path), len(path)) for row, path in enumerate(best)])
+    drawn = sample([(row, _end(path), len(path)) for row, path in enumerate(best)])
     return [
         Accepted(path, (*(drafted.tokens[node] for node in path), token))
         for drafted, path, token in zip(rows, best, drawn, strict=True)

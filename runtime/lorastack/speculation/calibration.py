@@ -89,7 +89,7 @@ class Calibration:
         logprobs: Sequence[Sequence[float]],
         drawn: Sequence[int],
     ) -> None:
-        """A step's draft ([head][rank]) and what it drew: the accepted tokens and the last."""
+        """A step's proposal ([head][rank]) and what it drew: the accepted tokens and the last."""
         for head, (tokens, logs, token) in enumerate(zip(ids, logprobs, drawn, strict=False)):
             record = self._cells(head).record
             for candidate, log in zip(tokens, logs, strict=True):

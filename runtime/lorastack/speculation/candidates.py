@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from lorastack.request import TokenSource
 from lorastack.speculation.calibration import Calibration
-from lorastack.speculation.drafted import Drafted
+from lorastack.speculation.tree import Tree
 
 FORCED = 0.98  # chance of a token that a grammar forces: it may go on in other tokens
 
@@ -72,10 +72,10 @@ class Stream:
             self.nodes.append(node)
             yield node.worth
 
-    def drafted(self, last_token: int, count: int) -> Drafted:
+    def drafted(self, last_token: int, count: int) -> Tree:
         """The tree of the best `count` nodes, which must have been found."""
         nodes = self.nodes[:count]
-        return Drafted(
+        return Tree(
             (last_token, *[node.token for node in nodes]),
             (-1, *[node.parent for node in nodes]),
             (TokenSource.MODEL, *[node.source for node in nodes]),

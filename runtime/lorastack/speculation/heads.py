@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lorastack.kernels.drafts import HeadsWeights
+from lorastack.kernels.heads import HeadsWeights
 from lorastack.kernels.packing import view_run
 from lorastack.layout import HEADS, AdapterLayout, Part
 

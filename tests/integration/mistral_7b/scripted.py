@@ -22,26 +22,26 @@ import torch
 
 from lorastack.cli.main import main
 from lorastack.engine import runner
-from lorastack.engine.batch import Draft, RowStep
-from lorastack.engine.drafts import Drafter
+from lorastack.engine.batch import Proposal, RowStep
+from lorastack.engine.proposer import Proposer
 from lorastack.startup import loading
-from tests.helpers.costs import CheapDrafts
+from tests.helpers.costs import CheapHeads
 from tests.helpers.scripted import guessed_places
 
 RIGHT = 0.65  # of three guesses (1 + RIGHT + RIGHT**2) * RIGHT = 1.35 are accepted then
 
 
-class KnowingDrafter(Drafter):
-    """In the place of `Drafter`. The heads run all the same."""
+class KnowingProposer(Proposer):
+    """In the place of `Proposer`. The heads run all the same."""
 
     path: Path
 
-    def draft(
+    def propose(
         self, steps: Sequence[RowStep], last: Sequence[int], hidden_XH: torch.Tensor
-    ) -> list[Draft | None]:
-        """As `Drafter.draft`."""
+    ) -> list[Proposal | None]:
+        """As `Proposer.propose`."""
         answers: dict[str, list[int]] = json.loads(self.path.read_text())
-        drafts = super().draft(steps, last, hidden_XH)
+        drafts = super().propose(steps, last, hidden_XH)
         for row, (step, place) in enumerate(zip(steps, guessed_places(steps, last), strict=True)):
             name, own = step.request.request_id, drafts[row]
             if name in answers and own is not None:
@@ -50,14 +50,14 @@ class KnowingDrafter(Drafter):
         return drafts
 
 
-def guessed(following: Sequence[int], chance: random.Random) -> Draft:
+def guessed(following: Sequence[int], chance: random.Random) -> Proposal:
     """One candidate for each of the tokens; where all before it were right, it mostly is, too."""
     ids = [(token if chance.random() < RIGHT else token ^ 1,) for token in following]
-    return Draft(tuple(ids), ((math.log(RIGHT),),) * len(ids))
+    return Proposal(tuple(ids), ((math.log(RIGHT),),) * len(ids))
 
 
 if __name__ == "__main__":
-    KnowingDrafter.path = Path(sys.argv.pop(1))
-    vars(runner)["Drafter"] = KnowingDrafter
-    vars(loading)["measure"] = lambda *_: CheapDrafts()
+    KnowingProposer.path = Path(sys.argv.pop(1))
+    vars(runner)["Proposer"] = KnowingProposer
+    vars(loading)["measure"] = lambda *_: CheapHeads()
     main()

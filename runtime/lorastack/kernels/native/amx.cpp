@@ -1,5 +1,5 @@
 #define LORASTACK_ISA amx
-#include "drafts.h"
+#include "heads.h"
 #include "worker.h"
 
 LORASTACK_EXPORT(amx, AmxBf16)

@@ -1,7 +1,7 @@
 #define LORASTACK_ISA avx512
 #include "best.h"
-#include "drafts.h"
-#include "draws.h"
+#include "heads.h"
+#include "sample.h"
 #include "worker.h"
 
 LORASTACK_EXPORT(avx512, Avx512F32)
@@ -24,12 +24,12 @@ void run_top(const float* logits, int rows, int columns, int num, int64_t* place
            logprobs + (size_t)row * num);
 }
 
-void run_draws(const float* logits, int64_t stride, int columns, const lorastack_draw* draws,
-               int num_draws, int64_t* tokens, int num_threads) {
-  const int size = std::max(1, std::min(num_threads, num_draws));
+void run_samples(const float* logits, int64_t stride, int columns, const lorastack_sample* samples,
+               int num_samples, int64_t* tokens, int num_threads) {
+  const int size = std::max(1, std::min(num_threads, num_samples));
 #pragma omp parallel for schedule(dynamic) num_threads(size)
-  for (int i = 0; i < num_draws; i++)
-    tokens[i] = draw_of(logits + draws[i].row * stride, columns, draws[i]);
+  for (int i = 0; i < num_samples; i++)
+    tokens[i] = sample_of(logits + samples[i].row * stride, columns, samples[i]);
 }
 
 }  // namespace lorastack::avx512

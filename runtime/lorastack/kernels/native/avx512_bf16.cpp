@@ -1,5 +1,5 @@
 #define LORASTACK_ISA avx512_bf16
-#include "drafts.h"
+#include "heads.h"
 #include "worker.h"
 
 LORASTACK_EXPORT(avx512_bf16, Avx512Bf16)

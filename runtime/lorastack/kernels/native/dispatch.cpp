@@ -1,7 +1,5 @@
 // Which instruction set runs, decided when the program runs. Compiled for any x86-64.
-#include "draft.h"
-#include "draw.h"
-#include "step.h"
+#include "abi.h"
 
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -17,8 +15,8 @@ LORASTACK_API int32_t lorastack_num_phases;
   namespace lorastack::name {                                           \
   int64_t scratch_bytes(const lorastack_model&, const lorastack_step&); \
   void run_step(const lorastack_model&, const lorastack_step&);         \
-  void run_logits(const lorastack_head&);                               \
-  void run_draft(const lorastack_draft&);                               \
+  void run_logits(const lorastack_lm_head&);                               \
+  void run_propose(const lorastack_proposal&);                               \
   }
 DECLARE(amx)
 DECLARE(avx512_bf16)
@@ -27,7 +25,7 @@ DECLARE(avx512)
 namespace lorastack::avx512 {
 void run_best(const float*, int, int, float*, int64_t*, int);
 void run_top(const float*, int, int, int, int64_t*, float*, int);
-void run_draws(const float*, int64_t, int, const lorastack_draw*, int, int64_t*, int);
+void run_samples(const float*, int64_t, int, const lorastack_sample*, int, int64_t*, int);
 void run_quantise(const uint16_t*, int, int, int, int8_t*, uint16_t*, int);
 }
 
@@ -46,24 +44,24 @@ void lorastack_forward(const lorastack_model* model, const lorastack_step* step)
   DISPATCH(model->isa, run_step(*model, *step))
 }
 
-void lorastack_logits(const lorastack_head* head) { DISPATCH(head->isa, run_logits(*head)) }
+void lorastack_logits(const lorastack_lm_head* head) { DISPATCH(head->isa, run_logits(*head)) }
 
 void lorastack_best(const float* logits, int32_t rows, int32_t columns, float* values,
                     int64_t* places, int32_t num_threads) {
   lorastack::avx512::run_best(logits, rows, columns, values, places, num_threads);
 }
 
-void lorastack_run_draft(const lorastack_draft* draft) { DISPATCH(draft->isa, run_draft(*draft)) }
+void lorastack_propose(const lorastack_proposal* proposal) { DISPATCH(proposal->isa, run_propose(*proposal)) }
 
 void lorastack_top(const float* logits, int32_t rows, int32_t columns, int32_t num, int64_t* places,
                    float* logprobs, int32_t num_threads) {
   lorastack::avx512::run_top(logits, rows, columns, num, places, logprobs, num_threads);
 }
 
-void lorastack_run_draws(const float* logits, int64_t stride, int32_t columns,
-                         const lorastack_draw* draws, int32_t num_draws, int64_t* tokens,
+void lorastack_sample_rows(const float* logits, int64_t stride, int32_t columns,
+                         const lorastack_sample* samples, int32_t num_samples, int64_t* tokens,
                          int32_t num_threads) {
-  lorastack::avx512::run_draws(logits, stride, columns, draws, num_draws, tokens, num_threads);
+  lorastack::avx512::run_samples(logits, stride, columns, samples, num_samples, tokens, num_threads);
 }
 
 void lorastack_quantise(const uint16_t* weights, int32_t rows, int32_t inputs, int32_t kind,

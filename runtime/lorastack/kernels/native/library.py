@@ -1,4 +1,4 @@
-"""The compiled library's interface: ctypes mirrors of step.h, draft.h and draw.h."""
+"""The compiled library's interface: ctypes mirrors of abi.h."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ class Step(Structure):
     )
 
 
-class Head(Structure):
+class LmHead(Structure):
     _fields_ = (
         ("matrix", Matrix),
         ("segments", c_void_p),
@@ -148,7 +148,7 @@ class Heads(Structure):
     )
 
 
-class Draft(Structure):
+class Proposal(Structure):
     _fields_ = (
         ("groups", c_void_p),
         ("x", c_void_p),
@@ -164,7 +164,7 @@ class Draft(Structure):
     )
 
 
-class Draw(Structure):
+class Sample(Structure):
     _fields_ = (
         ("start", c_uint64),
         ("temperature", c_double),
@@ -196,23 +196,23 @@ def library() -> Any | None:
     loaded.lorastack_forward.restype = None
     loaded.lorastack_forward.argtypes = (POINTER(Model), POINTER(Step))
     loaded.lorastack_logits.restype = None
-    loaded.lorastack_logits.argtypes = (POINTER(Head),)
+    loaded.lorastack_logits.argtypes = (POINTER(LmHead),)
     loaded.lorastack_best.restype = None
     loaded.lorastack_best.argtypes = (
         *(c_void_p, c_int32, c_int32),
         *(c_void_p, c_void_p, c_int32),
     )
-    loaded.lorastack_run_draft.restype = None
-    loaded.lorastack_run_draft.argtypes = (POINTER(Draft),)
+    loaded.lorastack_propose.restype = None
+    loaded.lorastack_propose.argtypes = (POINTER(Proposal),)
     loaded.lorastack_top.restype = None
     loaded.lorastack_top.argtypes = (
         *(c_void_p, c_int32, c_int32),
         *(c_int32, c_void_p, c_void_p, c_int32),
     )
-    loaded.lorastack_run_draws.restype = None
-    loaded.lorastack_run_draws.argtypes = (
+    loaded.lorastack_sample_rows.restype = None
+    loaded.lorastack_sample_rows.argtypes = (
         *(c_void_p, c_int64, c_int32),
-        *(POINTER(Draw), c_int32, c_void_p, c_int32),
+        *(POINTER(Sample), c_int32, c_void_p, c_int32),
     )
     loaded.lorastack_quantise.restype = None
     loaded.lorastack_quantise.argtypes = (

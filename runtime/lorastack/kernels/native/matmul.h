@@ -11,7 +11,7 @@
 #include <initializer_list>
 
 #include "common.h"
-#include "step.h"
+#include "abi.h"
 
 namespace lorastack::LORASTACK_ISA {
 

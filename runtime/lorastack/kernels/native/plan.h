@@ -5,7 +5,7 @@
 
 #include <algorithm>
 
-#include "step.h"
+#include "abi.h"
 
 #include "lora.h"
 #include "lora_tiles.h"

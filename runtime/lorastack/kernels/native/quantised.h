@@ -8,7 +8,7 @@
 #pragma once
 
 #include "common.h"
-#include "step.h"
+#include "abi.h"
 
 namespace lorastack::LORASTACK_ISA {
 

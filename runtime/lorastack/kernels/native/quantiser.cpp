@@ -6,7 +6,7 @@
 #include <algorithm>
 
 #include "common.h"
-#include "step.h"
+#include "abi.h"
 
 namespace lorastack::avx512 {
 

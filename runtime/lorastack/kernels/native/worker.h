@@ -8,7 +8,7 @@
 #include "attention.h"
 #include "attention_tiles.h"
 #include "best.h"
-#include "head.h"
+#include "lm_head.h"
 #include "plan.h"
 
 namespace lorastack::LORASTACK_ISA {
@@ -244,7 +244,7 @@ struct Worker {
       project_back(layer.down, b.inner, b.ld_inner);
     }
     normalise(model.norm, (T*)step.out, model.hidden, step.outputs, step.num_outputs);
-    const lorastack_head head = {
+    const lorastack_lm_head head = {
         model.head,      b.head_segments,  step.out,         step.logits,  b.shrunk,
         step.num_segments, step.num_outputs, model.vocabulary, model.hidden, step.num_threads, 0};
     multiply_head<Isa>(head, member, parts, unpacked());
@@ -287,5 +287,5 @@ void forward(const lorastack_model& model, const lorastack_step& step) {
   void run_step(const lorastack_model& model, const lorastack_step& step) {             \
     forward<Isa>(model, step);                                                          \
   }                                                                                     \
-  void run_logits(const lorastack_head& head) { logits<Isa>(head); }                    \
+  void run_logits(const lorastack_lm_head& head) { logits<Isa>(head); }                    \
   }

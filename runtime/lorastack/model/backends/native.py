@@ -147,7 +147,7 @@ class NativeBackend:
         heads = [each.weights.groups[LM_HEAD_GROUP] for each in adapting]
         targets = [_Targets.of([_target(head, head.targets[0])]) for head in heads]
         segments = _segments(adapting, targets)
-        head = native.Head(
+        head = native.LmHead(
             self._weights.lm_head.struct,
             ctypes.addressof(segments),
             x_XH.data_ptr(),
@@ -273,7 +273,7 @@ class _Rows:
         self._numbers = array("i", batch.outputs)  # first of all, see `outputs`
         places = []
         for row in batch.rows:
-            pages = self._add(row.page_table)
+            pages = self._add(row.block_table)
             places.append((pages, None if row.parents is None else self._add(row.parents)))
         base = self._numbers.buffer_info()[0]
         size = self._numbers.itemsize

@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lorastack.kernels.drafts import (
-    Candidates,
+from lorastack.kernels.heads import (
     HeadsGroup,
     HeadsWeights,
-    candidates,
-    candidates_reference,
+    TopTokens,
+    propose,
+    propose_reference,
     states,
     states_reference,
     top,
@@ -96,7 +96,7 @@ class Chance:
         return groups
 
 
-def assert_same(found: Candidates, expected: Candidates) -> None:
+def assert_same(found: TopTokens, expected: TopTokens) -> None:
     """The very ids, and log-probabilities up to rounding."""
     assert (found.ids_XR.dtype, found.logprobs_XR.dtype) == (torch.int64, torch.float32)
     assert found.ids_XR.tolist() == expected.ids_XR.tolist()
@@ -133,8 +133,8 @@ def test_candidates_are_the_references(
     groups = chance.groups(exact=True)
     hidden_BH = chance.whole(2, num_rows(groups), chance.hidden)
     with running(isa, num_threads):
-        found = candidates(hidden_BH, groups, num)
-    assert_same(found, candidates_reference(hidden_BH, groups, num))
+        found = propose(hidden_BH, groups, num)
+    assert_same(found, propose_reference(hidden_BH, groups, num))
 
 
 @pytest.mark.parametrize("isa", NATIVE)
@@ -150,11 +150,11 @@ def test_bits_depend_neither_on_company_nor_on_threads(
     chosen = groups[place]
     row = data.draw(st.integers(chosen.start, chosen.end - 1))
     with running(isa, data.draw(st.integers(1, 3))):
-        r_XH, found = states(hidden_BH, groups), candidates(hidden_BH, groups, 5)
+        r_XH, found = states(hidden_BH, groups), propose(hidden_BH, groups, 5)
     with running(isa, data.draw(st.integers(1, 3))):
         alone = [HeadsGroup(0, 1, chosen.heads)]
         expected_KH = states(hidden_BH[row : row + 1].clone(), alone)
-        expected = candidates(hidden_BH[row : row + 1].clone(), alone, 5)
+        expected = propose(hidden_BH[row : row + 1].clone(), alone, 5)
     before = sum(group.num_states for group in groups[:place])
     num_heads = chosen.heads.num_heads
     first = before + (row - chosen.start) * num_heads
@@ -173,10 +173,10 @@ def test_nan_stays_in_its_row_and_never_wins(isa: Isa | None) -> None:
     heads = HeadsWeights(weights.weight_LKHH, weights.bias_LKH, output_NH, None)
     groups = [HeadsGroup(0, 3, heads)]
     with running(isa):
-        plain_XR = candidates(hidden_BH, groups, 64).ids_XR
+        plain_XR = propose(hidden_BH, groups, 64).ids_XR
         hidden_BH[1, 7] = torch.inf
         hidden_BH[1, 8] = torch.nan
-        found_XR = candidates(hidden_BH, groups, 64).ids_XR
+        found_XR = propose(hidden_BH, groups, 64).ids_XR
     assert 5 not in plain_XR
     rows = found_XR.view(3, -1), plain_XR.view(3, -1)
     assert torch.equal(rows[0][0], rows[1][0])
@@ -197,10 +197,10 @@ def test_a_logit_that_is_not_finite_spoils_its_head_in_its_row(isa: Isa | None, 
     output_KNH[1, 69], output_KNH[:, :, 0] = 0, 0
     groups = [HeadsGroup(0, 3, heads)]
     with running(isa):
-        plain_BKR = candidates(hidden_BH, groups, 4).logprobs_XR.view(3, 2, 4)
+        plain_BKR = propose(hidden_BH, groups, 4).logprobs_XR.view(3, 2, 4)
         hidden_BH[1, 0] = 1e20
         output_KNH[1, 69, 0] = bad if math.isnan(bad) else math.copysign(1e20, bad)
-        found_BKR = candidates(hidden_BH, groups, 4).logprobs_XR.view(3, 2, 4)
+        found_BKR = propose(hidden_BH, groups, 4).logprobs_XR.view(3, 2, 4)
     spoilt_BK = found_BKR.isnan().all(dim=-1)
     expected = torch.tensor(
         [[0, 1], [0, 1], [0, 1]] if math.isnan(bad) else [[0, 0], [0, 1], [0, 0]]
@@ -222,7 +222,7 @@ def test_the_head_maths_of_the_formats_page() -> None:
     groups = [HeadsGroup(0, 1, HeadsWeights(weight_LKHH, bias_LKH, output_KNH, None))]
     torch.testing.assert_close(states(x_H[None], groups)[1], r_H)
     best_R = (output_KNH[1] @ r_H).argsort(descending=True)[:4]
-    found = candidates(x_H[None], groups, 4)
+    found = propose(x_H[None], groups, 4)
     assert torch.equal(found.ids_XR[1], best_R)
     expected_R = (output_KNH[1] @ r_H).log_softmax(0)[best_R]
     torch.testing.assert_close(found.logprobs_XR[1], expected_R)
@@ -250,5 +250,5 @@ def test_top_of_a_whole_vocabulary(way: Isa | None) -> None:
     expected_XR = logits_XV.argsort(dim=1, descending=True)[:, :7]
     logprobs_XR = logits_XV.double().log_softmax(-1).gather(1, expected_XR).float()
     with running(way):
-        assert_same(top(logits_XV, 7), Candidates(expected_XR, logprobs_XR))
+        assert_same(top(logits_XV, 7), TopTokens(expected_XR, logprobs_XR))
         assert top(torch.zeros(2, 50_000), 3).ids_XR.tolist() == [[0, 1, 2]] * 2

@@ -1,4 +1,4 @@
-// Draws: the argmax of logit / T + Gumbel noise over the tokens that the filters leave.
+// Samples: the argmax of logit / T + Gumbel noise over the tokens that the filters leave.
 //
 // The noise is -log E with E = -log(uniform), which is at least 1 - uniform. So a token beats a score B
 // only if 1 - uniform <= e^(logit / T - B): that takes the token's hash and a rough exponential, and the
@@ -14,7 +14,7 @@
 #include <vector>
 
 #include "best.h"
-#include "draw.h"
+#include "abi.h"
 
 namespace lorastack::LORASTACK_ISA {
 
@@ -153,10 +153,10 @@ class Chosen {
   }
 };
 
-class Drawing {
+class Sampling {
  public:
   // best: the row's first token, of finite logit / T.
-  Drawing(const lorastack_draw& wanted, const Rank& best)
+  Sampling(const lorastack_sample& wanted, const Rank& best)
       : wanted_(wanted),
         best_(best),
         peak_(best.logit / wanted.temperature),
@@ -180,7 +180,7 @@ class Drawing {
   static constexpr double SLACK = 1 - 1e-6;  // for rounding of float64 sums
   static constexpr double NOISE_RANGE = 40.35;  // between the smallest and the largest noise
   static constexpr double UNIT = 0x1p-52;       // of a uniform
-  const lorastack_draw& wanted_;
+  const lorastack_sample& wanted_;
   const Rank best_;
   const double peak_, inverse_;
 
@@ -251,15 +251,15 @@ class Drawing {
   }
 };
 
-INLINE int64_t draw_of(const float* row, int columns, const lorastack_draw& wanted) {
+INLINE int64_t sample_of(const float* row, int columns, const lorastack_sample& wanted) {
   float value;
   int64_t place;
   best_of(row, columns, &value, &place);
   // NaN or infinite: nothing to draw from. Or the temperature is 0 or next to it.
   if (!isfinite(value / wanted.temperature)) return place;
-  const Drawing drawing(wanted, {value, (int32_t)place});
-  if (wanted.top_k <= 0 || wanted.top_k >= columns) return drawing.run({row, nullptr, columns});
-  return drawing.run(Chosen(row, columns, wanted.top_k).tokens());
+  const Sampling sampling(wanted, {value, (int32_t)place});
+  if (wanted.top_k <= 0 || wanted.top_k >= columns) return sampling.run({row, nullptr, columns});
+  return sampling.run(Chosen(row, columns, wanted.top_k).tokens());
 }
 
 }  // namespace lorastack::LORASTACK_ISA

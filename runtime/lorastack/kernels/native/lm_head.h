@@ -5,7 +5,7 @@
 
 #include <vector>
 
-#include "step.h"
+#include "abi.h"
 
 #include "lora.h"
 #include "lora_tiles.h"
@@ -65,7 +65,7 @@ INLINE void expand_panels(const LoraPart<typename E::T>* parts, int count, float
 
 // lm_head on rows of final states, and its LoRAs. parts: room for one a segment; unpacked: of weights.
 template <class Isa>
-void multiply_head(const lorastack_head& head, Member& member,
+void multiply_head(const lorastack_lm_head& head, Member& member,
                    LoraPart<typename Isa::E::T>* parts, typename Isa::E::T* unpacked) {
   using E = typename Isa::E;
   using T = typename E::T;
@@ -100,7 +100,7 @@ void multiply_head(const lorastack_head& head, Member& member,
 }
 
 template <class Isa>
-void logits(lorastack_head head) {
+void logits(lorastack_lm_head head) {
   int64_t floats = 0;
   for (int s = 0; s < head.num_segments; s++) {
     const lorastack_segment& segment = head.segments[s];

@@ -13,7 +13,7 @@
 #include <memory>
 #include <vector>
 
-#include "draft.h"
+#include "abi.h"
 
 #include "lora.h"
 #include "matmul.h"
@@ -95,7 +95,7 @@ INLINE __m512 share_512(__m512 logit, __m512 peak) {
   return _mm512_scalef_ps(p, _mm512_max_ps(n, _mm512_set1_ps(-126.0f)));
 }
 
-// The `num` best of a row of logits and their log-probabilities, see draft.h. ids: of the columns, or
+// The `num` best of a row of logits and their log-probabilities, see abi.h. ids: of the columns, or
 // null.
 INLINE void top_of(const float* row, int columns, int num, const int64_t* ids, int64_t* out,
                    float* logprobs) {
@@ -182,7 +182,7 @@ struct alignas(64) Line {
 
 // What the threads share.
 template <class T>
-struct DraftPlan {
+struct HeadsPlan {
   std::vector<Products<T>> blocks;
   Products<T> outputs;
   std::vector<Line> packed;            // tiles of the phase at hand
@@ -190,19 +190,19 @@ struct DraftPlan {
   std::unique_ptr<float[]> logits;     // of each output and state
   size_t tile_lines;
 
-  DraftPlan(const lorastack_draft& draft) {
-    const int size = draft.hidden;
+  HeadsPlan(const lorastack_proposal& proposal) {
+    const int size = proposal.hidden;
     const size_t square = (size_t)size * size;
-    T* const states = (T*)draft.states;
+    T* const states = (T*)proposal.states;
     int first = 0;
-    for (int g = 0; g < draft.num_groups; g++) {
-      const lorastack_heads& heads = draft.groups[g];
+    for (int g = 0; g < proposal.num_groups; g++) {
+      const lorastack_heads& heads = proposal.groups[g];
       const T *weight = (const T*)heads.weight, *bias = (const T*)heads.bias;
       const T* const output = (const T*)heads.output;
       const int rows = heads.end - heads.begin, num = heads.heads;
       if ((int)blocks.size() < heads.blocks) blocks.resize(heads.blocks);
       // All heads' first blocks read the same states.
-      blocks[0].add({weight, bias, nullptr, (const T*)draft.x + (size_t)heads.begin * size,
+      blocks[0].add({weight, bias, nullptr, (const T*)proposal.x + (size_t)heads.begin * size,
                      (size_t)size, num * size, rows, first, num});
       for (int at = num; at < heads.blocks * num; at++) {
         const int token = first + at % num;
@@ -211,7 +211,7 @@ struct DraftPlan {
                               num});
       }
       const size_t matrix = (size_t)heads.outputs * size;
-      for (int head = 0; draft.candidates && head < (heads.own ? num : 1); head++) {
+      for (int head = 0; proposal.candidates && head < (heads.own ? num : 1); head++) {
         const int step = heads.own ? num : 1;
         outputs.add({output + head * matrix, nullptr, heads.ids,
                      states + (size_t)(first + head) * size, (size_t)step * size, heads.outputs,
@@ -223,17 +223,17 @@ struct DraftPlan {
     for (const Products<T>& each : blocks) tiles = std::max(tiles, each.tiles);
     tile_lines = (size_t)size * LANES * sizeof(T) / sizeof(Line);
     packed.resize(tiles * tile_lines);
-    spare.resize(draft.num_threads * tile_lines);
+    spare.resize(proposal.num_threads * tile_lines);
     logits.reset(new float[outputs.logits]);
   }
 };
 
 template <class Isa>
-struct Drafting {
+struct Proposing {
   using E = typename Isa::E;
   using T = typename E::T;
-  const lorastack_draft& draft;
-  DraftPlan<T>& plan;
+  const lorastack_proposal& proposal;
+  HeadsPlan<T>& plan;
   const int thread;
   Member member;
 
@@ -244,7 +244,7 @@ struct Drafting {
     constexpr int WORDS = 4 / sizeof(T) * LANES;  // elements
     const int begin = index * LANES, count = std::min(product.count - begin, LANES);
     T* const tile = packed(product.tile + index);
-    for (int i = 0; i < draft.hidden; i += WORDS) {
+    for (int i = 0; i < proposal.hidden; i += WORDS) {
       __m512 words[LANES];
       for (int t = 0; t < LANES; t++)
         words[t] = t < count ? _mm512_loadu_ps(product.states + (begin + t) * product.stride + i)
@@ -258,7 +258,7 @@ struct Drafting {
   // 16 rows of a matrix, or what is left of it, times all its states.
   template <class Epilogue>
   void multiply(const Product<T>& product, int row, Epilogue&& epilogue) {
-    const int size = draft.hidden, rows = std::min(product.outputs - row, LANES);
+    const int size = proposal.hidden, rows = std::min(product.outputs - row, LANES);
     const T* matrix = product.matrix + (size_t)row * size;
     if (rows < LANES) {
       T* const spare = (T*)(plan.spare.data() + thread * plan.tile_lines);
@@ -287,7 +287,7 @@ struct Drafting {
   // r + SiLU(W r + b), 16 values of 16 states; hidden is a multiple of 16, so of one head.
   void finish_block(const Product<T>& product, int row, int index, float (*sums)[LANES]) {
     const int begin = index * LANES, count = std::min(product.count - begin, LANES);
-    const int head = row / draft.hidden, column = row % draft.hidden;
+    const int head = row / proposal.hidden, column = row % proposal.hidden;
     const __m512 bias = E::load(product.bias + row);
     __m512 values[LANES];
     for (int o = 0; o < LANES; o++) values[o] = _mm512_load_ps(sums[o]);
@@ -295,7 +295,7 @@ struct Drafting {
     for (int t = 0; t < count; t++) {
       const int token = product.first + (begin + t) * product.step + head;
       const __m512 old = E::load(product.states + (begin + t) * product.stride + column);
-      E::store((T*)draft.states + (size_t)token * draft.hidden + column,
+      E::store((T*)proposal.states + (size_t)token * proposal.hidden + column,
                _mm512_add_ps(old, silu_512(_mm512_add_ps(values[t], bias))));
     }
   }
@@ -311,9 +311,9 @@ struct Drafting {
   }
 
   void choose(const Product<T>& product, int state) {
-    const size_t at = (product.first + (size_t)state * product.step) * draft.num;
-    top_of(logits_of(product, state), product.outputs, draft.num, product.ids,
-           draft.candidates + at, draft.logprobs + at);
+    const size_t at = (product.first + (size_t)state * product.step) * proposal.num;
+    top_of(logits_of(product, state), product.outputs, proposal.num, product.ids,
+           proposal.candidates + at, proposal.logprobs + at);
   }
 
   float* logits_of(const Product<T>& product, int state) {
@@ -337,15 +337,15 @@ struct Drafting {
 };
 
 template <class Isa>
-void draft_with(const lorastack_draft& draft) {
-  DraftPlan<typename Isa::E::T> plan(draft);
+void propose_with(const lorastack_proposal& proposal) {
+  HeadsPlan<typename Isa::E::T> plan(proposal);
   const int64_t phases = 2 * (int64_t)plan.blocks.size() + 3;
-  std::vector<Counter> counters(num_counters(phases, draft.num_threads));
-  Team team{counters.data(), draft.num_threads};
-#pragma omp parallel num_threads(draft.num_threads)
+  std::vector<Counter> counters(num_counters(phases, proposal.num_threads));
+  Team team{counters.data(), proposal.num_threads};
+#pragma omp parallel num_threads(proposal.num_threads)
   {
     const int thread = omp_get_thread_num();
-    Drafting<Isa>{draft, plan, thread, Member(team, thread)}.run();
+    Proposing<Isa>{proposal, plan, thread, Member(team, thread)}.run();
   }
 }
 
@@ -354,5 +354,5 @@ void draft_with(const lorastack_draft& draft) {
 // The entry point of one instruction set, for dispatch.cpp.
 #define LORASTACK_EXPORT_DRAFT(name, Isa)                                 \
   namespace lorastack::name {                                             \
-  void run_draft(const lorastack_draft& draft) { draft_with<Isa>(draft); } \
+  void run_propose(const lorastack_proposal& proposal) { propose_with<Isa>(proposal); } \
   }

@@ -3,7 +3,7 @@
 Contract. Rows are taken in groups that share their heads; with K heads of L blocks
 
     r_k = x, then L times r_k + SiLU(W_lk r_k + b_lk)          `states`, [sum of rows x K, H]
-    candidates of (row, k) = the best of output_k r_k          `candidates`, [sum of rows x K, num]
+    candidates of (row, k) = the best of output_k r_k          `propose`, [sum of rows x K, num]
 
 ordered by (row, head), group after group. Groups may be empty and differ in heads, blocks and
 outputs; a group's output is one matrix [N, H] for all its heads or one a head, [K, N, H], and its
@@ -62,7 +62,7 @@ class HeadsGroup:
         return (self.end - self.start) * self.heads.num_heads
 
 
-class Candidates(NamedTuple):
+class TopTokens(NamedTuple):
     """ids_XR: int64, best first; logprobs_XR: float32."""
 
     ids_XR: Tensor
@@ -77,18 +77,18 @@ def states(hidden_BH: Tensor, groups: Sequence[HeadsGroup]) -> Tensor:
     return _native(isa, hidden_BH, groups, None)
 
 
-def candidates(hidden_BH: Tensor, groups: Sequence[HeadsGroup], num: int) -> Candidates:
+def propose(hidden_BH: Tensor, groups: Sequence[HeadsGroup], num: int) -> TopTokens:
     """See the module. hidden_BH: as in `states`; num: 1 to MAX_RANK; every group has an output."""
     isa = _isa(hidden_BH)
     if isa is None:
-        return _torch_candidates(hidden_BH, groups, num)
+        return _torch_propose(hidden_BH, groups, num)
     found = _room(sum(group.num_states for group in groups), num)
     _native(isa, hidden_BH, groups, found)
     return found
 
 
-def top(logits_XV: Tensor, num: int) -> Candidates:
-    """The `num` best places of each row of logits, ordered and weighed as in `candidates`.
+def top(logits_XV: Tensor, num: int) -> TopTokens:
+    """The `num` best places of each row of logits, ordered and weighed as in `propose`.
 
     logits_XV: contiguous, V at least 1.
     """
@@ -106,8 +106,8 @@ def top(logits_XV: Tensor, num: int) -> Candidates:
     return found
 
 
-def _room(rows: int, num: int) -> Candidates:
-    return Candidates(torch.empty(rows, num, dtype=torch.int64), torch.empty(rows, num))
+def _room(rows: int, num: int) -> TopTokens:
+    return TopTokens(torch.empty(rows, num, dtype=torch.int64), torch.empty(rows, num))
 
 
 def _isa(hidden_BH: Tensor) -> native.Isa | None:
@@ -117,13 +117,13 @@ def _isa(hidden_BH: Tensor) -> native.Isa | None:
 
 
 def _native(
-    isa: native.Isa, hidden_BH: Tensor, groups: Sequence[HeadsGroup], found: Candidates | None
+    isa: native.Isa, hidden_BH: Tensor, groups: Sequence[HeadsGroup], found: TopTokens | None
 ) -> Tensor:
     """The states; fills `found`."""
     num_states = sum(group.num_states for group in groups)
     r_XH = torch.empty(num_states, hidden_BH.shape[1], dtype=hidden_BH.dtype)
     structs = (native.Heads * len(groups))(*(_struct(group) for group in groups))
-    draft = native.Draft(
+    call = native.Proposal(
         ctypes.addressof(structs),
         hidden_BH.data_ptr(),
         r_XH.data_ptr(),
@@ -137,7 +137,7 @@ def _native(
     )
     library = native.library()
     assert library is not None
-    library.lorastack_run_draft(draft)
+    library.lorastack_propose(call)
     return r_XH
 
 
@@ -174,9 +174,9 @@ def _torch_states(hidden_BH: Tensor, groups: Sequence[HeadsGroup]) -> Tensor:
     return torch.cat(parts_XH)
 
 
-def _torch_candidates(hidden_BH: Tensor, groups: Sequence[HeadsGroup], num: int) -> Candidates:
+def _torch_propose(hidden_BH: Tensor, groups: Sequence[HeadsGroup], num: int) -> TopTokens:
     """One matmul a group."""
-    parts: list[Candidates] = []
+    parts: list[TopTokens] = []
     for group, part_XH in _parts(_torch_states(hidden_BH, groups), groups):
         output = group.heads.output
         assert output is not None
@@ -198,19 +198,19 @@ def _parts(r_XH: Tensor, groups: Sequence[HeadsGroup]) -> Iterator[tuple[HeadsGr
         start = end
 
 
-def _named(found: Candidates, heads: HeadsWeights) -> Candidates:
+def _named(found: TopTokens, heads: HeadsWeights) -> TopTokens:
     """The tokens for which the outputs' places stand."""
     return found if heads.ids_N is None else found._replace(ids_XR=heads.ids_N[found.ids_XR])
 
 
-def _joined(parts: Sequence[Candidates], num: int, device: torch.device) -> Candidates:
+def _joined(parts: Sequence[TopTokens], num: int, device: torch.device) -> TopTokens:
     if not parts:
-        return Candidates(*(each.to(device) for each in _room(0, num)))
+        return TopTokens(*(each.to(device) for each in _room(0, num)))
     ids, logprobs = zip(*parts, strict=True)
-    return Candidates(torch.cat(ids), torch.cat(logprobs))
+    return TopTokens(torch.cat(ids), torch.cat(logprobs))
 
 
-def _torch_top(logits_XV: Tensor, num: int) -> Candidates:
+def _torch_top(logits_XV: Tensor, num: int) -> TopTokens:
     """topk, which cuts ties anywhere: those rows are sorted."""
     ordered_XV = logits_XV.where(~logits_XV.isnan(), -torch.inf)
     if num >= logits_XV.shape[1]:
@@ -222,10 +222,10 @@ def _torch_top(logits_XV: Tensor, num: int) -> Candidates:
     return _weighed(logits_XV, places_XR[:, :num])
 
 
-def _weighed(logits_XV: Tensor, places_XR: Tensor) -> Candidates:
+def _weighed(logits_XV: Tensor, places_XR: Tensor) -> TopTokens:
     logprobs_XR = logits_XV.log_softmax(dim=-1).gather(1, places_XR).float()
     finite_X = logits_XV.isfinite().all(dim=-1, keepdim=True)
-    return Candidates(places_XR, logprobs_XR.where(finite_X, torch.nan))
+    return TopTokens(places_XR, logprobs_XR.where(finite_X, torch.nan))
 
 
 def states_reference(hidden_BH: Tensor, groups: Sequence[HeadsGroup]) -> Tensor:
@@ -243,9 +243,9 @@ def states_reference(hidden_BH: Tensor, groups: Sequence[HeadsGroup]) -> Tensor:
     return torch.cat(parts_XH)
 
 
-def candidates_reference(hidden_BH: Tensor, groups: Sequence[HeadsGroup], num: int) -> Candidates:
-    """What `candidates` computes, one head of one row at a time."""
-    parts: list[Candidates] = []
+def propose_reference(hidden_BH: Tensor, groups: Sequence[HeadsGroup], num: int) -> TopTokens:
+    """What `propose` computes, one head of one row at a time."""
+    parts: list[TopTokens] = []
     for group, part_XH in _parts(states_reference(hidden_BH, groups), groups):
         heads, output = group.heads, group.heads.output
         assert output is not None
@@ -256,7 +256,7 @@ def candidates_reference(hidden_BH: Tensor, groups: Sequence[HeadsGroup], num: i
     return _joined(parts, num, hidden_BH.device)
 
 
-def top_reference(logits_XV: Tensor, num: int) -> Candidates:
+def top_reference(logits_XV: Tensor, num: int) -> TopTokens:
     """What `top` computes, by a full sort and in float64."""
     ordered_XV = logits_XV.where(~logits_XV.isnan(), -torch.inf)
     return _weighed(logits_XV.double(), _sorted(ordered_XV, num))

@@ -13,17 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lorastack.kernels import draw as module
-from lorastack.kernels.draw import Draw, draw, draw_torch
+from lorastack.kernels import sample as module
 from lorastack.kernels.native.library import Isa
+from lorastack.kernels.sample import Sample, sample, sample_torch
 from lorastack.request import SamplingParams
-from lorastack.sampling.reference import draw_reference, survivors
+from lorastack.sampling.reference import sample_reference, survivors
 from tests.helpers.guarded import guarded
 from tests.helpers.isas import needs
 
-Way = Callable[[Tensor, Sequence[Draw]], list[int]]
+Way = Callable[[Tensor, Sequence[Sample]], list[int]]
 here = needs(Isa.AVX512)
-WAYS = [pytest.param(draw_torch, id="torch"), pytest.param(draw, id="native", marks=here)]
+WAYS = [pytest.param(sample_torch, id="torch"), pytest.param(sample, id="native", marks=here)]
 SEEDS = st.integers(0, 2**64 - 1)
 PARAMS = st.builds(
     SamplingParams,
@@ -51,13 +51,15 @@ def make_logits(seed: int, rows: int, size: int, kind: str = "normal") -> Tensor
     return logits_XV
 
 
-def expected(logits_XV: Tensor, draws: Sequence[Draw]) -> list[int]:
-    return [draw_reference(logits_XV[row].tolist(), params, index) for row, params, index in draws]
+def expected(logits_XV: Tensor, samples: Sequence[Sample]) -> list[int]:
+    return [
+        sample_reference(logits_XV[row].tolist(), params, index) for row, params, index in samples
+    ]
 
 
-def many(params: SamplingParams, count: int) -> list[Draw]:
+def many(params: SamplingParams, count: int) -> list[Sample]:
     """The first `count` tokens, all of row 0."""
-    return [Draw(0, params, index) for index in range(count)]
+    return [Sample(0, params, index) for index in range(count)]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -67,8 +69,8 @@ def test_draws_are_the_references(
     way: Way, seed: int, rows: list[tuple[SamplingParams, int]], size: int, kind: str
 ) -> None:
     logits_XV = guarded(make_logits(seed, len(rows), size, kind))
-    draws = [Draw(row, params, index) for row, (params, index) in enumerate(rows)]
-    assert way(logits_XV, draws) == expected(logits_XV, draws)
+    samples = [Sample(row, params, index) for row, (params, index) in enumerate(rows)]
+    assert way(logits_XV, samples) == expected(logits_XV, samples)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -78,11 +80,11 @@ def test_float64_logits_are_drawn_from_as_they_are(
 ) -> None:
     """Not as the float32 next to them: steps of 1e-9 decide."""
     logits_XV = 1 + 1e-9 * make_logits(seed, len(rows), size, kind).double()
-    draws = [
-        Draw(row, replace(params, temperature=1e-9 * params.temperature), index)
+    samples = [
+        Sample(row, replace(params, temperature=1e-9 * params.temperature), index)
         for row, (params, index) in enumerate(rows)
     ]
-    assert way(guarded(logits_XV), draws) == expected(logits_XV, draws)
+    assert way(guarded(logits_XV), samples) == expected(logits_XV, samples)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -92,8 +94,8 @@ def test_draws_of_a_large_vocabulary_are_the_references(
     way: Way, seed: int, params: SamplingParams, kind: str
 ) -> None:
     logits_XV = guarded(make_logits(seed, 1, 9001, kind))
-    draws = [Draw(0, params, 3)]
-    assert way(logits_XV, draws) == expected(logits_XV, draws)
+    samples = [Sample(0, params, 3)]
+    assert way(logits_XV, samples) == expected(logits_XV, samples)
 
 
 @here
@@ -111,9 +113,9 @@ def test_draws_of_a_large_vocabulary_are_the_references(
 )
 def test_both_ways_draw_the_same(kind: str, params: SamplingParams) -> None:
     logits_XV = make_logits(3, 200, 3001, kind)
-    draws = [Draw(row, replace(params, seed=row), row) for row in range(200)]
-    found = draw(logits_XV, draws)
-    assert found == draw_torch(logits_XV, draws)
+    samples = [Sample(row, replace(params, seed=row), row) for row in range(200)]
+    found = sample(logits_XV, samples)
+    assert found == sample_torch(logits_XV, samples)
     assert len(set(found)) > 1
 
 
@@ -124,17 +126,17 @@ def test_a_row_ignores_the_others(
 ) -> None:
     """Rows may be used twice, or not at all."""
     logits_XV = make_logits(seed, 4, 300)
-    draws = [
-        Draw(data.draw(st.integers(0, 3)), wanted, index) for index, wanted in enumerate(params)
+    samples = [
+        Sample(data.draw(st.integers(0, 3)), wanted, index) for index, wanted in enumerate(params)
     ]
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
-        together = way(logits_XV, draws)
-        backwards = way(logits_XV, draws[::-1])
+        together = way(logits_XV, samples)
+        backwards = way(logits_XV, samples[::-1])
     finally:
         torch.set_num_threads(before)
-    alone = [way(logits_XV[[row]], [Draw(0, wanted, index)])[0] for row, wanted, index in draws]
+    alone = [way(logits_XV[[row]], [Sample(0, wanted, index)])[0] for row, wanted, index in samples]
     assert together == alone == backwards[::-1]
 
 
@@ -155,10 +157,10 @@ def test_forbidden_tokens_are_never_drawn(way: Way) -> None:
 def test_a_broken_row_leaves_the_others_alone(way: Way, value: float, places: slice) -> None:
     logits_XV = make_logits(1, 3, 20)
     params = [SamplingParams(temperature=1.0, top_p=0.9, top_k=k, seed=k) for k in (5, 3, 0)]
-    draws = [Draw(row, wanted, 0) for row, wanted in enumerate(params)]
-    whole = way(logits_XV, draws)
+    samples = [Sample(row, wanted, 0) for row, wanted in enumerate(params)]
+    whole = way(logits_XV, samples)
     logits_XV[1, places] = value
-    first, broken, last = way(logits_XV, draws)
+    first, broken, last = way(logits_XV, samples)
     assert [first, last] == [whole[0], whole[2]]
     assert 0 <= broken < 20
 
@@ -167,8 +169,8 @@ def test_a_broken_row_leaves_the_others_alone(way: Way, value: float, places: sl
 def test_temperatures_next_to_zero_are_greedy(way: Way) -> None:
     logits_XV = make_logits(2, 3, 20)
     params = [SamplingParams(temperature=t) for t in (1e-6, 1e-300, 5e-324)]
-    draws = [Draw(row, wanted, row) for row, wanted in enumerate(params)]
-    assert way(logits_XV, draws) == logits_XV.argmax(-1).tolist()
+    samples = [Sample(row, wanted, row) for row, wanted in enumerate(params)]
+    assert way(logits_XV, samples) == logits_XV.argmax(-1).tolist()
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -184,8 +186,8 @@ def test_equal_scores_go_to_the_first_in_rank(way: Way) -> None:
 def test_any_temperature_draws_among_equals(way: Way, temperature: float) -> None:
     logits_XV = torch.zeros(1, 40)
     logits_XV[0, 20:] = -1.0
-    draws = many(SamplingParams(temperature=temperature, top_p=0.7), 30)
-    assert way(logits_XV, draws) == expected(logits_XV, draws)
+    samples = many(SamplingParams(temperature=temperature, top_p=0.7), 30)
+    assert way(logits_XV, samples) == expected(logits_XV, samples)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -209,8 +211,8 @@ def test_the_border_of_top_p_is_exact(way: Way, gap: float, error: float) -> Non
 def test_rounding_of_the_logits_does_not_change_draws(way: Way) -> None:
     logits_XV = make_logits(3, 300, 1000)
     noisy_XV = logits_XV * (1 + 1e-7 * make_logits(4, 300, 1000))
-    draws = [Draw(row, SamplingParams(temperature=1.0, seed=5), row) for row in range(300)]
-    assert way(logits_XV, draws) == way(noisy_XV, draws)
+    samples = [Sample(row, SamplingParams(temperature=1.0, seed=5), row) for row in range(300)]
+    assert way(logits_XV, samples) == way(noisy_XV, samples)
 
 
 # 0.9999 quantiles of chi-square by degrees of freedom: one honest run in ten thousand fails, and
@@ -225,8 +227,8 @@ CASES = [
 TYPICAL = SamplingParams(temperature=1.3, top_k=11, typical_p=0.6, seed=14)
 LOGITS_V = torch.tensor([0.1, 1.3, -0.4, 0.8, 0.8, -1.0, 0.3, 1.1, -0.2, 0.5, -0.6, 0.0])
 COUNTED = [
-    pytest.param(draw_torch, 4000, id="torch"),
-    pytest.param(draw, 100_000, id="native", marks=here),
+    pytest.param(sample_torch, 4000, id="torch"),
+    pytest.param(sample, 100_000, id="native", marks=here),
 ]
 
 
@@ -257,7 +259,7 @@ def drawn(way: Way, params: SamplingParams, count: int) -> list[int]:
             for case in CASES
             for way in COUNTED
         ),
-        pytest.param(TYPICAL, draw, 4000, id="typical"),
+        pytest.param(TYPICAL, sample, 4000, id="typical"),
     ],
 )
 def test_draws_follow_the_filtered_softmax(params: SamplingParams, way: Way, count: int) -> None:
@@ -272,7 +274,7 @@ def test_the_chi_square_test_catches_wrong_noise(
     right = module.gumbel
     monkeypatch.setattr(module, "gumbel", lambda seed, index, ids: 0.5 * right(seed, index, ids))
     wanted = probabilities_of(params)
-    assert statistic(drawn(draw_torch, params, 4000), wanted) > CHI_SQUARE_9999[len(wanted) - 1]
+    assert statistic(drawn(sample_torch, params, 4000), wanted) > CHI_SQUARE_9999[len(wanted) - 1]
 
 
 @here
@@ -280,7 +282,7 @@ def test_the_chi_square_test_catches_wrong_noise(
 def test_the_chi_square_test_catches_a_wrong_temperature(params: SamplingParams) -> None:
     wanted = probabilities_of(params)
     warmer = replace(params, temperature=1.1 * params.temperature)
-    assert statistic(drawn(draw, warmer, 100_000), wanted) > CHI_SQUARE_9999[len(wanted) - 1]
+    assert statistic(drawn(sample, warmer, 100_000), wanted) > CHI_SQUARE_9999[len(wanted) - 1]
 
 
 @pytest.mark.parametrize("way", WAYS)

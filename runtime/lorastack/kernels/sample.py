@@ -30,7 +30,7 @@ from lorastack.request import SamplingParams
 _SLACK = 1 - 1e-6  # for rounding of float64 sums
 
 
-class Draw(NamedTuple):
+class Sample(NamedTuple):
     """row: of the logits. token_index: of the generated token that it makes, from 0."""
 
     row: int
@@ -38,8 +38,8 @@ class Draw(NamedTuple):
     token_index: int
 
 
-def draw(logits_XV: Tensor, draws: Sequence[Draw]) -> list[int]:
-    """A token for each of `draws`, none of them greedy.
+def sample(logits_XV: Tensor, samples: Sequence[Sample]) -> list[int]:
+    """A token for each of `samples`, none of them greedy.
 
     logits_XV: float32 or float64, each row contiguous. The seed and token_index choose the noise. A
     token depends on its row's logits, params and token_index alone.
@@ -49,20 +49,20 @@ def draw(logits_XV: Tensor, draws: Sequence[Draw]) -> list[int]:
         and logits_XV.dtype == torch.float32
         and native.supported(native.Isa.AVX512)
     ):
-        return draw_torch(logits_XV, draws)
-    plain = [each for each in draws if each.params.typical_p >= 1]
-    found = iter(_draw_native(logits_XV, plain) if plain else ())
+        return sample_torch(logits_XV, samples)
+    plain = [each for each in samples if each.params.typical_p >= 1]
+    found = iter(_sample_native(logits_XV, plain) if plain else ())
     return [
-        next(found) if params.typical_p >= 1 else _draw_row(logits_XV[row], params, index)
-        for row, params, index in draws
+        next(found) if params.typical_p >= 1 else _sample_row(logits_XV[row], params, index)
+        for row, params, index in samples
     ]
 
 
-def _draw_native(logits_XV: Tensor, draws: Sequence[Draw]) -> list[int]:
+def _sample_native(logits_XV: Tensor, samples: Sequence[Sample]) -> list[int]:
     """Without typical_p."""
-    structs = (native.Draw * len(draws))(
+    structs = (native.Sample * len(samples))(
         *(
-            native.Draw(
+            native.Sample(
                 stream(params.seed, index),
                 params.temperature,
                 params.top_p,
@@ -70,18 +70,18 @@ def _draw_native(logits_XV: Tensor, draws: Sequence[Draw]) -> list[int]:
                 row,
                 min(params.top_k, logits_XV.shape[1]),
             )
-            for row, params, index in draws
+            for row, params, index in samples
         )
     )
-    tokens = torch.empty(len(draws), dtype=torch.int64)
+    tokens = torch.empty(len(samples), dtype=torch.int64)
     library = native.library()
     assert library is not None
-    library.lorastack_run_draws(
+    library.lorastack_sample_rows(
         logits_XV.data_ptr(),
         logits_XV.stride(0),
         logits_XV.shape[1],
         structs,
-        len(draws),
+        len(samples),
         tokens.data_ptr(),
         torch.get_num_threads(),
     )
@@ -89,12 +89,12 @@ def _draw_native(logits_XV: Tensor, draws: Sequence[Draw]) -> list[int]:
     return found
 
 
-def draw_torch(logits_XV: Tensor, draws: Sequence[Draw]) -> list[int]:
-    """`draw` where there is no native kernel."""
-    return [_draw_row(logits_XV[row], params, index) for row, params, index in draws]
+def sample_torch(logits_XV: Tensor, samples: Sequence[Sample]) -> list[int]:
+    """`sample` where there is no native kernel."""
+    return [_sample_row(logits_XV[row], params, index) for row, params, index in samples]
 
 
-def _draw_row(logits_V: Tensor, params: SamplingParams, index: int) -> int:
+def _sample_row(logits_V: Tensor, params: SamplingParams, index: int) -> int:
     peak = float(logits_V.max()) / params.temperature
     if not math.isfinite(peak):
         # NaN or infinite: nothing to draw from, and the caller's other rows must go on. Or the

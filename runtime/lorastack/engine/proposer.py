@@ -10,13 +10,13 @@ from weakref import WeakKeyDictionary
 from torch import Tensor
 
 from lorastack.adapters.memory.device import DeviceAdapter
-from lorastack.engine.batch import Draft, RowStep
+from lorastack.engine.batch import Proposal, RowStep
 from lorastack.engine.stacks import Stacks
-from lorastack.kernels.drafts import (
-    Candidates,
+from lorastack.kernels.heads import (
     HeadsGroup,
     HeadsWeights,
-    candidates,
+    TopTokens,
+    propose,
     states,
     top,
 )
@@ -25,7 +25,7 @@ from lorastack.model.decoder import Decoder
 from lorastack.speculation.heads import heads_weights, own_outputs
 
 
-class Drafter:
+class Proposer:
     """Views into heads' buffers, made once while they are on the device; borrows the rest."""
 
     def __init__(self, decoder: Decoder, stacks: Stacks) -> None:
@@ -34,15 +34,15 @@ class Drafter:
         self._views: WeakKeyDictionary[DeviceAdapter, HeadsWeights] = WeakKeyDictionary()
         self._failed: list[str] = []
 
-    def draft(
+    def propose(
         self, steps: Sequence[RowStep], last: Sequence[int], hidden_XH: Tensor
-    ) -> list[Draft | None]:
+    ) -> list[Proposal | None]:
         """What every row's heads propose at its last accepted token.
 
         last: where in hidden_XH each step's is. None for a row that asks for no candidates, and for
         one whose heads fail: see `take_failed`.
         """
-        drafts: list[Draft | None] = [None] * len(steps)
+        proposals: list[Proposal | None] = [None] * len(steps)
         drafting = sorted(
             (i for i, step in enumerate(steps) if step.num_candidates),
             key=lambda i: _draft_order(steps[i]),
@@ -50,18 +50,20 @@ class Drafter:
         for alone, places in groupby(drafting, key=lambda i: _stand_alone(steps[i])):
             chosen = list(places)
             rows = [steps[i] for i in chosen]
-            propose = self._propose if alone else self._propose_with_lm_head
+            ask = self._propose if alone else self._propose_with_lm_head
             hidden_BH = hidden_XH[[last[i] for i in chosen]]
-            found = propose(hidden_BH, rows)
+            found = ask(hidden_BH, rows)
             ids, logprobs = (iter(map(tuple, each_YR.tolist())) for each_YR in found)
             for row, (i, step) in enumerate(zip(chosen, rows, strict=True)):
                 num_heads = _heads_of(step).layout.num_heads
-                draft = Draft(tuple(islice(ids, num_heads)), tuple(islice(logprobs, num_heads)))
-                if _is_sound(draft):
-                    drafts[i] = draft
+                proposal = Proposal(
+                    tuple(islice(ids, num_heads)), tuple(islice(logprobs, num_heads))
+                )
+                if _is_sound(proposal):
+                    proposals[i] = proposal
                 elif hidden_BH[row].isfinite().all():
                     self._failed.append(_heads_of(step).digest)
-        return drafts
+        return proposals
 
     def take_failed(self) -> list[str]:
         """Digests of heads that made something not finite of a finite state, once a row, since last
@@ -70,11 +72,11 @@ class Drafter:
         failed, self._failed = self._failed, []
         return failed
 
-    def _propose(self, hidden_BH: Tensor, steps: Sequence[RowStep]) -> Candidates:
+    def _propose(self, hidden_BH: Tensor, steps: Sequence[RowStep]) -> TopTokens:
         """Candidates of (row, head), all in one call."""
-        return candidates(hidden_BH, self._groups(steps), _most_candidates(steps))
+        return propose(hidden_BH, self._groups(steps), _most_candidates(steps))
 
-    def _propose_with_lm_head(self, hidden_BH: Tensor, steps: Sequence[RowStep]) -> Candidates:
+    def _propose_with_lm_head(self, hidden_BH: Tensor, steps: Sequence[RowStep]) -> TopTokens:
         """A second pass of lm_head over (rows x heads), through the row's LoRAs of it."""
         r_YH = states(hidden_BH, self._groups(steps))
         counts = [_heads_of(step).layout.num_heads for step in steps]
@@ -103,9 +105,9 @@ def _heads_of(step: RowStep) -> DeviceAdapter:
     return step.adapters.heads
 
 
-def _is_sound(draft: Draft) -> bool:
+def _is_sound(proposal: Proposal) -> bool:
     """One logit that is not finite spoils all log-probabilities of its head."""
-    return not any(math.isnan(logprobs[0]) for logprobs in draft.logprobs)
+    return not any(math.isnan(logprobs[0]) for logprobs in proposal.logprobs)
 
 
 def _stand_alone(step: RowStep) -> bool:

@@ -2,11 +2,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorastack.request import TokenSource
-from lorastack.speculation.drafted import Drafted
+from lorastack.speculation.tree import Tree
 
 
 @st.composite
-def drafted_trees(draw: st.DrawFn) -> Drafted:
+def trees(draw: st.DrawFn) -> Tree:
     """Trees of a few tokens, in random topological orders."""
     tokens, parents = [draw(st.integers(0, 4))], [-1]
     for _ in range(draw(st.integers(0, 12))):
@@ -17,22 +17,20 @@ def drafted_trees(draw: st.DrawFn) -> Drafted:
             tokens.append(token)
             parents.append(parent)
     sources = (TokenSource.MODEL, *[TokenSource.HEADS] * (len(tokens) - 1))
-    return Drafted(tuple(tokens), tuple(parents), sources)
+    return Tree(tuple(tokens), tuple(parents), sources)
 
 
 def test_the_worked_example_of_the_formats_page() -> None:
     heads = TokenSource.HEADS
-    drafted = Drafted(
-        (7, 10, 11, 20, 21, 20), (-1, 0, 0, 1, 1, 2), (TokenSource.MODEL, *[heads] * 5)
-    )
+    drafted = Tree((7, 10, 11, 20, 21, 20), (-1, 0, 0, 1, 1, 2), (TokenSource.MODEL, *[heads] * 5))
     assert drafted.num_nodes == 6
     assert [drafted.path_to(node) for node in (0, 2, 5)] == [[], [11], [11, 20]]
     assert drafted.children == ((1, 2), (3, 4), (5,), (), (), ())
     assert (drafted.child(1, 20), drafted.child(2, 20), drafted.child(2, 21)) == (3, 5, None)
 
 
-@given(drafted_trees())
-def test_derived_fields_follow_the_parents(drafted: Drafted) -> None:
+@given(trees())
+def test_derived_fields_follow_the_parents(drafted: Tree) -> None:
     for node in range(drafted.num_nodes):
         above = []
         at = node
@@ -45,8 +43,8 @@ def test_derived_fields_follow_the_parents(drafted: Drafted) -> None:
         assert list(drafted.children[node]) == sorted(drafted.children[node])
 
 
-@given(drafted_trees(), st.integers(0, 5))
-def test_a_token_leads_to_the_child_that_carries_it(drafted: Drafted, token: int) -> None:
+@given(trees(), st.integers(0, 5))
+def test_a_token_leads_to_the_child_that_carries_it(drafted: Tree, token: int) -> None:
     for node in range(drafted.num_nodes):
         child = drafted.child(node, token)
         carriers = [c for c in drafted.children[node] if drafted.tokens[c] == token]
@@ -54,7 +52,7 @@ def test_a_token_leads_to_the_child_that_carries_it(drafted: Drafted, token: int
 
 
 def test_a_root_alone_drafts_nothing() -> None:
-    root = Drafted.root(5)
+    root = Tree.root(5)
     assert (root.num_nodes, root.children) == (1, ((),))
     assert root.sources == (TokenSource.MODEL,)
     assert root.child(0, 5) is None

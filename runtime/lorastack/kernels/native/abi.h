@@ -1,4 +1,4 @@
-// What a step is made of, shared with the caller (ctypes mirrors these).
+// What the library is called with and by; library.py mirrors all of it with ctypes.
 #pragma once
 
 #include <stdint.h>
@@ -77,7 +77,7 @@ struct lorastack_step {
 
 // Rows of states after the final norm into logits. x: [rows][k], readable up to a multiple of 32 rows;
 // out: [rows][outputs] float32; segments index the rows, their targets are lm_head's, one each.
-struct lorastack_head {
+struct lorastack_lm_head {
   lorastack_matrix matrix;
   const lorastack_segment* segments;
   const void* x;
@@ -88,7 +88,7 @@ struct lorastack_head {
 LORASTACK_API int64_t lorastack_scratch_bytes(const lorastack_model* model,
                                               const lorastack_step* step);
 LORASTACK_API void lorastack_forward(const lorastack_model* model, const lorastack_step* step);
-LORASTACK_API void lorastack_logits(const lorastack_head* head);
+LORASTACK_API void lorastack_logits(const lorastack_lm_head* head);
 // The best of each row of logits [rows][columns]: its value and its place, the first among equals; a
 // row that holds NaN gives NaN.
 LORASTACK_API void lorastack_best(const float* logits, int32_t rows, int32_t columns, float* values,
@@ -99,4 +99,45 @@ LORASTACK_API void lorastack_quantise(const uint16_t* weights, int32_t rows, int
                                       int32_t kind, int8_t* codes, uint16_t* scales,
                                       int32_t num_threads);
 LORASTACK_API int32_t lorastack_supports(int32_t isa);  // 1: this machine runs it
+
+// Heads that the rows begin..end share. weight: [blocks][heads][hidden][hidden], bias: [blocks][heads]
+// [hidden], output: [outputs][hidden] for all heads or, if `own`, one a head; ids: of output's rows, or
+// null for their places. Everything lies where the adapter has it.
+struct lorastack_heads {
+  const void *weight, *bias, *output;
+  const int64_t* ids;
+  int32_t begin, end, heads, blocks, outputs, own;
+};
+
+// states: [X][hidden], what the heads make of x, by (row, head), group after group; candidates:
+// [X][num] ids, best first, and logprobs: theirs over all outputs of the head, or both null if only
+// states are wanted. hidden: a multiple of 32.
+struct lorastack_proposal {
+  const lorastack_heads* groups;
+  const void* x;  // [rows][hidden], of the heads' type
+  void* states;
+  int64_t* candidates;
+  float* logprobs;
+  int32_t num_groups, hidden, num, num_threads, isa, unused;
+};
+
+LORASTACK_API void lorastack_propose(const lorastack_proposal* proposal);
+// The `num` best of each row of logits [rows][columns], best first, the first among equals; NaN counts
+// as minus infinity, and where there are fewer columns the best stands for what is missing. logprobs:
+// theirs over the whole row, NaN if any of its logits is not finite, as a head's above.
+LORASTACK_API void lorastack_top(const float* logits, int32_t rows, int32_t columns, int32_t num,
+                                 int64_t* places, float* logprobs, int32_t num_threads);
+
+// One token from row `row` of the logits. start: of its stream of noise, see gumbel.py; top_k: 0 for no
+// limit. Temperature 0 takes the best.
+struct lorastack_sample {
+  uint64_t start;
+  double temperature, top_p, min_p;
+  int32_t row, top_k;
+};
+
+// tokens: one a sample. stride: floats from one row of logits to the next.
+LORASTACK_API void lorastack_sample_rows(const float* logits, int64_t stride, int32_t columns,
+                                       const lorastack_sample* samples, int32_t num_samples,
+                                       int64_t* tokens, int32_t num_threads);
 }

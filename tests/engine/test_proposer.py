@@ -12,10 +12,10 @@ from torch import Tensor
 
 from lorastack.adapters.formats.parse import parse
 from lorastack.adapters.memory.device import DeviceAdapter
-from lorastack.engine import drafts as drafting
-from lorastack.engine.batch import Batch, Draft, RowAdapters, RowStep
+from lorastack.engine import proposer as module
+from lorastack.engine.batch import Batch, Proposal, RowAdapters, RowStep
 from lorastack.engine.runner import Runner
-from lorastack.kernels.drafts import HeadsGroup
+from lorastack.kernels.heads import HeadsGroup
 from lorastack.layout import HEADS, LM_HEAD, MAX_RANK, ModelShapes, Part
 from lorastack.model.decoder import load_decoder
 from lorastack.model.kv import KVCache
@@ -79,7 +79,7 @@ class Drafts:
                 loras=uses,
             ),
             token_ids=prompt,
-            page_table=(number,),
+            block_table=(number,),
             committed=0,
             num_generated=0,
             samples=True,
@@ -90,14 +90,14 @@ class Drafts:
             num_candidates=4 if heads else 0,
         )
 
-    def run(self, *steps: RowStep) -> list[Draft | None]:
+    def run(self, *steps: RowStep) -> list[Proposal | None]:
         found = self._runner.run(Batch(steps=steps))
         assert all(result.error is None for result in found.rows)
         self.failed = found.failed_heads
-        return [result.draft for result in found.rows]
+        return [result.proposal for result in found.rows]
 
     def ids(self, *steps: RowStep) -> list[Ids | None]:
-        return [draft.ids if draft else None for draft in self.run(*steps)]
+        return [each.ids if each else None for each in self.run(*steps)]
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def drafts(
     return Drafts(tiny_llama, tiny_llama_shapes, tmp_path_factory.mktemp("heads"))
 
 
-def assert_same(found: Draft | None, expected: Draft | None) -> None:
+def assert_same(found: Proposal | None, expected: Proposal | None) -> None:
     """The very ids, and log-probabilities up to rounding."""
     if found is None or expected is None:
         assert found is expected
@@ -136,8 +136,8 @@ def test_a_batch_drafts_for_each_row_what_it_gets_alone(drafts: Drafts) -> None:
         assert_same(found, expected)
     for found, expected in zip(drafts.run(*reversed(rows)), alone[::-1], strict=True):
         assert_same(found, expected)
-    assert [draft is None for draft in alone] == [name == "" for name in names]
-    assert len({draft.ids if draft else None for draft in alone}) == len(names)
+    assert [propose is None for propose in alone] == [name == "" for name in names]
+    assert len({each.ids if each else None for each in alone}) == len(names)
 
 
 def test_one_call_drafts_for_all_rows_and_only_for_those_that_want_it(
@@ -147,16 +147,16 @@ def test_one_call_drafts_for_all_rows_and_only_for_those_that_want_it(
     calls: list[tuple[str, list[HeadsGroup]]] = []
 
     def watch(name: str) -> None:
-        real = getattr(drafting, name)
+        real = getattr(module, name)
 
         def watched(hidden_BH: Tensor, groups: list[HeadsGroup], *rest: int) -> object:
             assert hidden_BH.shape[0] == sum(group.end - group.start for group in groups)
             calls.append((name, groups))
             return real(hidden_BH, groups, *rest)
 
-        monkeypatch.setattr(drafting, name, watched)
+        monkeypatch.setattr(module, name, watched)
 
-    watch("candidates")
+    watch("propose")
     watch("states")
     drafts.run(drafts.row(0, ""), replace(drafts.row(1, "own"), num_candidates=0))
     assert not calls
@@ -165,14 +165,14 @@ def test_one_call_drafts_for_all_rows_and_only_for_those_that_want_it(
     silent = replace(drafts.row(6, "own"), num_candidates=0)
     drafts.run(*rows, silent)
     ((name, groups),) = calls
-    assert name == "candidates"
+    assert name == "propose"
     assert sorted(group.end - group.start for group in groups) == [1, 1, 1, 2]
     assert {group.heads.num_heads for group in groups} == {2, 3, 4}
     calls.clear()
     drafts.run(
         *rows, drafts.row(6, "two"), drafts.row(7, "deep"), drafts.row(8, "two-narrow", True)
     )
-    assert sorted(name for name, _ in calls) == ["candidates", "states"]
+    assert sorted(name for name, _ in calls) == ["propose", "states"]
 
 
 def test_log_probabilities_are_of_what_a_head_chooses_from(drafts: Drafts) -> None:
@@ -239,6 +239,6 @@ def test_an_lm_head_lora_changes_drafts_of_version_two_only(drafts: Drafts) -> N
 
 def test_only_as_many_candidates_as_the_widest_row_asks_for(drafts: Drafts) -> None:
     rows = [replace(drafts.row(number, "own"), num_candidates=2) for number in range(2)]
-    for draft in drafts.run(*rows):
-        assert draft is not None
-        assert [len(ranks) for ranks in draft.ids] == [2] * 4
+    for proposal in drafts.run(*rows):
+        assert proposal is not None
+        assert [len(ranks) for ranks in proposal.ids] == [2] * 4

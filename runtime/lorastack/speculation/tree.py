@@ -9,7 +9,7 @@ from lorastack.request import TokenSource
 
 
 @dataclass(frozen=True)
-class Drafted:
+class Tree:
     """Nodes in any order in which parents come before their children; node 0 is the root.
 
     Siblings carry distinct tokens, so a token leads to at most one child.
@@ -20,9 +20,9 @@ class Drafted:
     sources: tuple[TokenSource, ...]  # per node; MODEL for the root
 
     @staticmethod
-    def root(token: int) -> Drafted:
+    def root(token: int) -> Tree:
         """The root alone: nothing drafted."""
-        return Drafted((token,), (-1,), (TokenSource.MODEL,))
+        return Tree((token,), (-1,), (TokenSource.MODEL,))
 
     @property
     def num_nodes(self) -> int:
