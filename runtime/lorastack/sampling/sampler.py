@@ -33,9 +33,9 @@ def sample(
 
     best_X: each row's best token, see `kernels.best`; temperature 0 takes it. processed: beside
     `samples` if given, what a processor made of the row's logits, or None; NO_TOKEN where that has
-    no finite best: every token is forbidden, or some logit is too large or NaN. A token depends
-    on its row's logits (float32 or float64), params and token_index alone. A model's own logits that are
-    not finite give some id, never an error.
+    no finite best: every token is forbidden, or some logit is too large or NaN. A token depends on
+    its row's logits (float32 or float64), params and token_index alone. A model's own logits that
+    are not finite give some id, never an error.
     """
     rows = [row_V for row_V in processed if row_V is not None]
     if rows:
