@@ -1,7 +1,8 @@
 """Attention of a step's tokens over paged KV: chains, trees and prompt chunks in one batch.
 
 Contract. A step's tokens belong to rows; row r owns tokens start..end of the step and reads its
-KV through a block table: logical slot s lies at physical slot block_table[s // P] * P + s % P, where
+KV through a block table: logical slot s lies at physical slot block_table[s // P] * P + s % P,
+where
 P is the page size. Slots [0, committed) hold accepted tokens, slot s the token of position s. The
 j-th token of a row is written at slot committed + j. Its parent is an earlier token of the row (or
 none, -1, for the first); its depth is the number of its ancestors, its position is committed +
