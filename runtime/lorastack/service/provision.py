@@ -13,7 +13,7 @@ from lorastack.adapters.store.manifest import adapter_digest
 from lorastack.adapters.store.registry import Registry
 from lorastack.config import AdapterConfig
 from lorastack.errors import LorastackError, NotFoundError, UnavailableError
-from lorastack.startup.loading import LoadedModel, Progress
+from lorastack.startup.model import LoadedModel, StartupProgress
 from lorastack.startup.own_heads import own_heads
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ class Provision:
         model: LoadedModel,
         registry: Registry,
         validate: Validator,
-        progress: Progress,
+        progress: StartupProgress,
     ) -> None:
         self._config = config
         self._model = model

@@ -1,9 +1,9 @@
-"""From configuration to a loaded model and a ready engine."""
+"""From configuration to a base model in memory."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -11,31 +11,20 @@ from pathlib import Path
 
 import torch
 
-from lorastack.adapters.memory.loader import Loader
-from lorastack.adapters.memory.pool import DevicePool
-from lorastack.adapters.store.registry import Registry
-from lorastack.config import MIB, EngineConfig, ModelConfig
-from lorastack.engine.costs import measure
-from lorastack.engine.engine import Engine
-from lorastack.engine.pages import Pages
-from lorastack.engine.runner import Runner
-from lorastack.errors import FailedPreconditionError, InvalidArgumentError, Reason
+from lorastack.config import MIB, ModelConfig
+from lorastack.errors import InvalidArgumentError, Reason
 from lorastack.kernels.native.library import library, missing
-from lorastack.kernels.packing import allocate
 from lorastack.kernels.quantize import Kind
 from lorastack.model.config import DecoderConfig, load_config
 from lorastack.model.decoder import Decoder, default_dtype, fingerprint, load_decoder
-from lorastack.model.kv import KVCache, page_nbytes
 from lorastack.model.size import weights_nbytes
-from lorastack.request import RowEvent
-from lorastack.speculation.calibration import Calibration
 from lorastack.startup.folder import model_folder
 from lorastack.startup.memory import LEAST_KV, MOST_KV, Demand, available_memory, check_fits
 from lorastack.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-Progress = Callable[[str, int, int], None]  # what is going on; bytes done, bytes in all
+StartupProgress = Callable[[str, int, int], None]  # what is going on; bytes done, bytes in all
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +47,7 @@ def load_model(
     config: ModelConfig,
     kv_memory: int | None,
     adapter_memory: int,
-    progress: Progress = lambda label, done, total: None,
+    progress: StartupProgress = lambda label, done, total: None,
 ) -> LoadedModel:
     """Weights and tokenizer from a folder, a hub id, or the embedded default.
 
@@ -138,64 +127,6 @@ def _warn_of_unknown_tokens(tokenizer: Tokenizer, vocab_size: int) -> None:
             tokenizer.vocab_size - 1,
             vocab_size,
         )
-
-
-def adapter_loader(model: LoadedModel, registry: Registry) -> Loader:
-    """What loads an adapter in the form that this model's backend reads."""
-    decoder = model.decoder
-    return Loader(
-        registry=registry,
-        shapes=decoder.shapes,
-        allocate=partial(allocate, dtype=decoder.dtype, pinned=decoder.device.type == "cuda"),
-        head_rows=decoder.head_rows,
-    )
-
-
-def build_engine(
-    model: LoadedModel,
-    config: EngineConfig,
-    pool: DevicePool,
-    learned: Mapping[str, str],
-    on_events: Callable[[list[RowEvent]], None],
-    on_failure: Callable[[BaseException], None],
-) -> Engine:
-    """The engine on a loaded model.
-
-    learned: what an earlier one knew about heads, by digest (`Engine.learned`, as JSON). Any
-    request within `Engine.max_context` fits in its KV memory.
-    """
-    decoder = model.decoder
-    shapes = decoder.shapes
-    nbytes = page_nbytes(shapes, config.page_size, decoder.dtype)
-    num_pages = model.kv_memory // nbytes
-    max_context = min(shapes.max_context, num_pages * config.page_size)
-    if num_pages < 2:
-        raise FailedPreconditionError(
-            f"--kv-memory holds {num_pages} pages of {nbytes} bytes; give it at least "
-            f"{page_nbytes(shapes, shapes.max_context, decoder.dtype)} bytes for one full context",
-            reason=Reason.INVALID_MODEL,
-        )
-    if max_context < shapes.max_context:
-        log.warning(
-            "--kv-memory holds %d tokens: the context is limited to that, the model allows %d",
-            max_context,
-            shapes.max_context,
-        )
-    kv = KVCache(shapes, num_pages, config.page_size, decoder.dtype, decoder.device)
-    runner, pages = Runner(decoder, kv), Pages(num_pages, config.page_size)
-    return Engine(
-        config=config,
-        runner=runner,
-        tokenizer=model.tokenizer,
-        pages=pages,
-        pool=pool,
-        costs=measure(runner, pages),
-        calibrations={digest: Calibration.from_json(text) for digest, text in learned.items()},
-        max_context=max_context,
-        vocab_size=shapes.vocab_size,
-        on_events=on_events,
-        on_failure=on_failure,
-    )
 
 
 def _device(name: str) -> torch.device:
