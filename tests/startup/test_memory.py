@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorastack.config import GIB, MIB, ModelConfig
+from lorastack.config import GIB, MIB, EngineConfig, ModelConfig
 from lorastack.errors import FailedPreconditionError
 from lorastack.kernels.quantize import Kind
 from lorastack.model.config import load_config
@@ -154,10 +154,10 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_read(
     tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, quantize: str | None
 ) -> None:
     monkeypatch.setattr(model, "available_memory", lambda device: 3 * GIB)
-    monkeypatch.setattr(model, "load_decoder", None)
+    monkeypatch.setattr(model, "read_decoder", None)
     config = ModelConfig(model=str(tiny_llama), device="cpu", quantize=quantize)
     with pytest.raises(FailedPreconditionError, match=r"2\.5 GiB.*give --kv-memory 2\d{3}MiB"):
-        model.load_model(config, kv_memory=5 * GIB // 2, adapter_memory=GIB)
+        model.load_model(config, EngineConfig(kv_memory=5 * GIB // 2), adapter_memory=GIB)
 
 
 @pytest.mark.parametrize(("left", "expected"), [(9, 4 * GIB), (3, 2 * GIB)])
@@ -166,7 +166,7 @@ def test_what_is_left_is_for_keys_and_values(
 ) -> None:
     monkeypatch.setattr(model, "available_memory", lambda device: left * GIB)
     config = ModelConfig(model=str(tiny_llama), device="cpu")
-    loaded = model.load_model(config, kv_memory=None, adapter_memory=GIB)
+    loaded = model.load_model(config, EngineConfig(), adapter_memory=GIB)
     assert loaded.kv_memory == pytest.approx(expected, rel=0.01)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -45,6 +45,7 @@ FIELDS = {
 }
 # Fields of the type above that may be null as well: then they follow from others.
 OPTIONAL = ("num_key_value_heads", "head_dim", "sliding_window")
+HEADS_PREFIX, HEADS_FIELD = "medusa_", "medusa_num_heads"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +55,8 @@ class DecoderConfig:
     inv_freq: RoPE frequencies [D / 2], float32; with dynamic_rope_begin [max_context, D / 2], a row
     for each length of a text, beyond dynamic_rope_begin tokens another one for each. rope_scale
     multiplies cos and sin (YaRN's).
-    has_heads: Medusa heads lie beside the backbone.
+    context_limit: tokens that the model was made for. medusa: what config.json says of Medusa heads
+    beside the backbone, by its field names.
     """
 
     shapes: ModelShapes
@@ -64,8 +66,13 @@ class DecoderConfig:
     mlp_bias: bool
     inv_freq: Tensor
     rope_scale: float
-    has_heads: bool = False
+    context_limit: int
     dynamic_rope_begin: int | None = None
+    medusa: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def has_heads(self) -> bool:
+        return HEADS_FIELD in self.medusa
 
 
 def load_config(folder: Path, max_context: int | None) -> DecoderConfig:
@@ -79,7 +86,12 @@ def load_config(folder: Path, max_context: int | None) -> DecoderConfig:
         raise invalid(f"{folder} has no config.json: give a Hugging Face model folder")
     raw = read_object(path)
     config = _parse(raw, folder)
-    shapes = _shapes(config, max_context)
+    limit = context_limit(config)
+    if max_context is not None and not 0 < max_context <= limit:
+        raise invalid(
+            f"max_context {max_context} is not in 1..{limit}, what the model was made for"
+        )
+    shapes = _shapes(config, max_context or limit)
     inv_freq, rope_scale = frequencies(config, shapes.max_context, path)
     # transformers' Mistral has no biases, whatever its config.json says.
     is_llama = config.model_type == "llama"
@@ -89,10 +101,11 @@ def load_config(folder: Path, max_context: int | None) -> DecoderConfig:
         window=None if is_llama else config.sliding_window,
         attention_bias=is_llama and config.attention_bias,
         mlp_bias=is_llama and config.mlp_bias,
-        has_heads="medusa_num_heads" in raw,
         inv_freq=inv_freq,
         rope_scale=rope_scale,
+        context_limit=limit,
         dynamic_rope_begin=config.max_position_embeddings if inv_freq.dim() == 2 else None,
+        medusa={name: raw[name] for name in raw if name.startswith(HEADS_PREFIX)},
     )
 
 
@@ -195,12 +208,7 @@ def _by_transformers(raw: dict[str, Any], path: Path) -> Any:
         raise invalid(f"{path} is not valid: {error_line(error)}") from error
 
 
-def _shapes(config: Any, max_context: int | None) -> ModelShapes:
-    limit = context_limit(config)
-    if max_context is not None and not 0 < max_context <= limit:
-        raise invalid(
-            f"max_context {max_context} is not in 1..{limit}, what the model was made for"
-        )
+def _shapes(config: Any, max_context: int) -> ModelShapes:
     return ModelShapes(
         architecture=f"{config.model_type.capitalize()}ForCausalLM",
         hidden_size=config.hidden_size,
@@ -210,6 +218,6 @@ def _shapes(config: Any, max_context: int | None) -> ModelShapes:
         num_kv_heads=config.num_key_value_heads,
         head_dim=config.head_dim,
         vocab_size=config.vocab_size,
-        max_context=max_context or limit,
+        max_context=max_context,
         tie_word_embeddings=config.tie_word_embeddings,
     )

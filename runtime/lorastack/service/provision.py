@@ -43,7 +43,8 @@ class Provision:
         Once: what was uploaded under their id since, or made the default, stays at a restart. Heads
         that are the default but belong to another base model make way.
         """
-        files = own_heads(self._model.path, self._model.name)
+        base = self._model.files
+        files = own_heads(base.checkpoint, base.config.medusa, self._model.name)
         if not files:
             return
         adapter_id = own_heads_id(self._model.name)

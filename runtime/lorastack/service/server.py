@@ -52,7 +52,6 @@ from lorastack.service.transfer import Transfers
 from lorastack.service.untrusted import Untrusted
 from lorastack.service.uploads import Uploads
 from lorastack.service.wire import request_readers
-from lorastack.startup.base import base_weight
 from lorastack.startup.engine import adapter_loader, build_engine
 from lorastack.startup.model import StartupProgress, load_model
 from lorastack.v1 import adapters_pb2, generation_pb2
@@ -221,12 +220,12 @@ class Server:
         if registry.recovery != Recovery(damaged=()):
             level = logging.WARNING if registry.recovery.damaged else logging.INFO
             logger.log(level, "store %s: %s", limits.store, registry.recovery)
-        loaded = load_model(config.model, config.engine.kv_memory, limits.device_memory, progress)
+        loaded = load_model(config.model, config.engine, limits.device_memory, progress)
         validate = Validator(
             shapes=loaded.decoder.shapes,
             dtype=loaded.decoder.dtype,
-            base_names=(loaded.name, loaded.path.name, *limits.base_names),
-            base_weight=partial(base_weight, loaded.path),
+            base_names=(loaded.name, loaded.files.folder.name, *limits.base_names),
+            base_weight=loaded.files.base_weight,
             base_token=loaded.tokenizer.token_id,
         )
         provision = Provision(

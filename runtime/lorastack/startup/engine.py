@@ -14,9 +14,8 @@ from lorastack.engine.costs import measure
 from lorastack.engine.engine import Engine
 from lorastack.engine.pages import Pages
 from lorastack.engine.runner import Runner
-from lorastack.errors import FailedPreconditionError, Reason
 from lorastack.kernels.packing import allocate
-from lorastack.model.kv import KVCache, page_nbytes
+from lorastack.model.kv import KVCache
 from lorastack.request import RowEvent
 from lorastack.speculation.calibration import Calibration
 from lorastack.startup.model import LoadedModel
@@ -50,15 +49,8 @@ def build_engine(
     """
     decoder = model.decoder
     shapes = decoder.shapes
-    nbytes = page_nbytes(shapes, config.page_size, decoder.dtype)
-    num_pages = model.kv_memory // nbytes
+    num_pages = model.num_pages
     max_context = min(shapes.max_context, num_pages * config.page_size)
-    if num_pages < 2:
-        raise FailedPreconditionError(
-            f"--kv-memory holds {num_pages} pages of {nbytes} bytes; give it at least "
-            f"{page_nbytes(shapes, shapes.max_context, decoder.dtype)} bytes for one full context",
-            reason=Reason.INVALID_MODEL,
-        )
     if max_context < shapes.max_context:
         log.warning(
             "--kv-memory holds %d tokens: the context is limited to that, the model allows %d",

@@ -10,6 +10,8 @@ import torch
 
 from lorastack.config import GIB, MIB
 from lorastack.errors import FailedPreconditionError, Reason
+from lorastack.layout import ModelShapes
+from lorastack.model.kv import page_nbytes
 
 LEAST_KV = 64 * MIB  # less is not worth an advice
 MOST_KV = 4 * GIB  # unless more is asked for
@@ -63,6 +65,22 @@ def check_fits(demand: Demand, available: int, others: Mapping[str, int]) -> Non
         + (", or ".join(advice) if advice else "take a smaller model or a machine with more"),
         reason=Reason.INVALID_MODEL,
     )
+
+
+def count_pages(shapes: ModelShapes, dtype: torch.dtype, kv_memory: int, page_size: int) -> int:
+    """Pages of `page_size` tokens that kv_memory bytes hold.
+
+    Raises FailedPreconditionError for fewer than two.
+    """
+    nbytes = page_nbytes(shapes, page_size, dtype)
+    num_pages = kv_memory // nbytes
+    if num_pages < 2:
+        raise FailedPreconditionError(
+            f"--kv-memory holds {num_pages} pages of {nbytes} bytes; give it at least "
+            f"{page_nbytes(shapes, shapes.max_context, dtype)} bytes for one full context",
+            reason=Reason.INVALID_MODEL,
+        )
+    return num_pages
 
 
 def _advice(demand: Demand, available: int, others: Mapping[str, int]) -> Iterator[str]:

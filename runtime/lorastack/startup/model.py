@@ -7,19 +7,27 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 
-from lorastack.config import MIB, ModelConfig
+from lorastack.config import MIB, EngineConfig, ModelConfig
 from lorastack.errors import InvalidArgumentError, Reason
-from lorastack.kernels.native.library import library, missing
+from lorastack.kernels.native.library import library
 from lorastack.kernels.quantize import Kind
-from lorastack.model.config import DecoderConfig, load_config
-from lorastack.model.decoder import Decoder, default_dtype, fingerprint, load_decoder
+from lorastack.model.backends.choose import Choice, choose
+from lorastack.model.config import DecoderConfig
+from lorastack.model.decoder import Decoder, read_decoder
 from lorastack.model.size import weights_nbytes
+from lorastack.startup.files import ModelFiles
 from lorastack.startup.folder import model_folder
-from lorastack.startup.memory import LEAST_KV, MOST_KV, Demand, available_memory, check_fits
+from lorastack.startup.memory import (
+    LEAST_KV,
+    MOST_KV,
+    Demand,
+    available_memory,
+    check_fits,
+    count_pages,
+)
 from lorastack.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -31,84 +39,90 @@ StartupProgress = Callable[[str, int, int], None]  # what is going on; bytes don
 class LoadedModel:
     """A base model in memory with its tokenizer. name: hub id, or the folder's name.
 
-    kv_memory: bytes for keys and values beside it. threads: of the CPU, in a step.
+    kv_memory: bytes for keys and values beside it; num_pages: the pages that they hold. threads:
+    CPU threads of a step.
     """
 
     decoder: Decoder
     tokenizer: Tokenizer
     name: str
-    path: Path
+    files: ModelFiles
     fingerprint: str
     kv_memory: int
+    num_pages: int
     threads: int
 
 
 def load_model(
     config: ModelConfig,
-    kv_memory: int | None,
+    engine: EngineConfig,
     adapter_memory: int,
     progress: StartupProgress = lambda label, done, total: None,
 ) -> LoadedModel:
     """Weights and tokenizer from a folder, a hub id, or the embedded default.
 
-    kv_memory, adapter_memory: bytes that must be there beside the weights; None: what is left, up
-    to 4 GiB. Raises InvalidArgumentError for an unknown or unsupported model or device,
-    FailedPreconditionError, before any weight is read, for more than the device has.
+    adapter_memory: bytes that must be there beside weights and KV. Raises, before any weight is
+    read, InvalidArgumentError for a model, a device or a backend that cannot run here, and
+    FailedPreconditionError for more memory than the device has or less KV than two pages.
     """
     device = _device(config.device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     path, name = model_folder(config.model, partial(progress, "fetching the default model"))
-    native = config.backend != "torch"
     with ThreadPoolExecutor(1) as beside:  # the weights: they hardly need the interpreter
         tokenizer = beside.submit(Tokenizer.load, path)
-        shown = load_config(path, config.max_context)
-        dtype = _dtype(config.dtype) or default_dtype(shown, device, native)
-        kv_memory = _kv_memory(config, shown, dtype, device, kv_memory, adapter_memory)
-        decoder = load_decoder(
-            path,
-            device=device,
-            dtype=dtype,
-            max_context=config.max_context,
-            native=native,
-            quantize=config.quantize,
-            progress=partial(progress, "loading the weights"),
-        )
-    if native and device.type == "cpu" and not decoder.backend.startswith("native"):
-        why = missing(decoder.dtype) or f"no native kernels run {name} with these options"
-        if config.backend == "native":
-            raise InvalidArgumentError(
-                f"--backend native: {why}; or leave --backend out", reason=Reason.INVALID_MODEL
-            )
-        if library() is not None:  # which says so itself
-            dtype_name = str(decoder.dtype).removeprefix("torch.")
-            log.warning("%s: steps run in plain torch (%s), which is slower", why, dtype_name)
+        files = ModelFiles(path, config.max_context)
+        choice = _choose(config, files.config, device, name)
+        kv_memory = _kv_memory(files.config, choice, engine.kv_memory, adapter_memory)
+        num_pages = count_pages(files.config.shapes, choice.dtype, kv_memory, engine.page_size)
+        checkpoint = files.checkpoint.reporting(partial(progress, "loading the weights"))
+        decoder = read_decoder(checkpoint, files.config, choice)
     _warn_of_unknown_tokens(tokenizer.result(), decoder.shapes.vocab_size)
     return LoadedModel(
         decoder=decoder,
         tokenizer=tokenizer.result(),
         name=name,
-        path=path,
-        fingerprint=fingerprint(path),
+        files=files,
+        fingerprint=files.fingerprint(),
         kv_memory=kv_memory,
+        num_pages=num_pages,
         threads=torch.get_num_threads(),
     )
 
 
+def _choose(config: ModelConfig, decoder: DecoderConfig, device: torch.device, name: str) -> Choice:
+    """What runs the model; steps that are slower than they might be are refused or logged."""
+    choice = choose(
+        decoder,
+        device=device,
+        dtype=_dtype(config.dtype),
+        native=config.backend != "torch",
+        kind=None if config.quantize is None else Kind(config.quantize),
+    )
+    why = choice.why_torch(name)
+    if why and config.backend == "native":
+        raise InvalidArgumentError(
+            f"--backend native: {why}; or leave --backend out", reason=Reason.INVALID_MODEL
+        )
+    if why and library() is not None:  # which says so itself
+        dtype_name = str(choice.dtype).removeprefix("torch.")
+        log.warning("%s: steps run in plain torch (%s), which is slower", why, dtype_name)
+    return choice
+
+
 def _kv_memory(
-    config: ModelConfig,
-    decoder: DecoderConfig,
-    dtype: torch.dtype,
-    device: torch.device,
-    wanted: int | None,
-    adapter_memory: int,
+    decoder: DecoderConfig, choice: Choice, wanted: int | None, adapter_memory: int
 ) -> int:
-    """Bytes for keys and values, if there is room for all that is to come."""
+    """Bytes for keys and values, if there is room for all that is to come.
+
+    wanted: None for what is left, up to 4 GiB.
+    """
+    device, dtype = choice.device, choice.dtype
     available = available_memory(device)
     if available is None:
         return MOST_KV if wanted is None else wanted
     sizes = {kind: weights_nbytes(decoder, dtype, kind, device) for kind in (None, *Kind)}
-    weights = sizes[None if config.quantize is None else Kind(config.quantize)]
+    weights = sizes[choice.kind]
     smaller = {f"--quantize {kind}": size for kind, size in sizes.items() if size < weights}
     kv = wanted
     if kv is None:
@@ -138,7 +152,7 @@ def _device(name: str) -> torch.device:
 
 
 def _dtype(name: str) -> torch.dtype | None:
-    """None for auto, which the decoder chooses."""
+    """None for auto, which `choose` decides."""
     if name == "auto":
         return None
     dtype = getattr(torch, name)
