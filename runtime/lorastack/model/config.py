@@ -161,14 +161,14 @@ def _check_fields(raw: Mapping[str, Any], path: Path) -> None:
 def _refuse_quantised(raw: dict[str, Any], folder: Path) -> None:
     """Weights that GPTQ, AWQ and the like made; some of their tools describe them apart."""
     if quantization := raw.get("quantization_config"):
-        named = isinstance(quantization, dict)
-        method = str(quantization.get("quant_method", "unnamed") if named else quantization)
+        is_object = isinstance(quantization, dict)
+        method = str(quantization.get("quant_method", "unnamed") if is_object else quantization)
         where = "config.json"
     else:
-        found = [name for name in QUANTISERS if (folder / name).is_file()]
-        if not found:
+        names = [name for name in QUANTISERS if (folder / name).is_file()]
+        if not names:
             return
-        where, method = found[0], QUANTISERS[found[0]]
+        where, method = names[0], QUANTISERS[names[0]]
     raise InvalidArgumentError(
         f"{where} of {folder} says that the weights are quantised by {method[:64]}, which "
         "is not supported: use the original checkpoint, with --quantize int8 or int4",

@@ -11,7 +11,7 @@ from functools import partial
 
 from lorastack.adapters.memory.device import Copy, DeviceAdapter
 from lorastack.adapters.memory.host import HostCache, PackedAdapter
-from lorastack.adapters.memory.threads import Failure, LoaderThreads
+from lorastack.adapters.memory.threads import Failure, JobThreads
 from lorastack.errors import LorastackError
 
 COPIES = 8  # under way at once
@@ -30,10 +30,8 @@ class Pipeline:
         self._host = host
         self._on_finished = on_finished
         self._copy = copy
-        self._loads: LoaderThreads[PackedAdapter] = LoaderThreads("adapter-loads", 1, on_finished)
-        self._copies: LoaderThreads[DeviceAdapter] = LoaderThreads(
-            "adapter-copies", COPIES, on_finished
-        )
+        self._loads: JobThreads[PackedAdapter] = JobThreads("adapter-loads", 1, on_finished)
+        self._copies: JobThreads[DeviceAdapter] = JobThreads("adapter-copies", COPIES, on_finished)
 
     def has(self, digest: str) -> bool:
         """Whether it is on its way, or failed."""

@@ -37,7 +37,7 @@ class Failure:
     error: LorastackError
 
 
-class LoaderThreads(Generic[ResultT]):
+class JobThreads(Generic[ResultT]):
     """Run jobs in the order they came, as many at a time as there are threads.
 
     Results wait in a queue.

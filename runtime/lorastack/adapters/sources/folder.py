@@ -69,17 +69,17 @@ def _names(folder: str, roots: Sequence[Path]) -> list[str]:
     try:
         with os.scandir(handle) as entries:
             # Links are not followed here: what they lead to may be none of the caller's business.
-            found = [
+            names = [
                 f"{entry.name}/" if entry.is_dir(follow_symlinks=False) else entry.name
                 for entry in islice(entries, MAX_ENTRIES + 1)
             ]
     finally:
         os.close(handle)
-    if len(found) > MAX_ENTRIES:
+    if len(names) > MAX_ENTRIES:
         raise InvalidArgumentError(
             f"{folder} holds more than {MAX_ENTRIES} files: put the adapter's into one of their own"
         )
-    return found
+    return names
 
 
 def _pieces(path: str, roots: Sequence[Path], size: int, offset: int) -> Pieces:

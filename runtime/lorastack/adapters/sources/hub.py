@@ -97,9 +97,9 @@ def open_hub(
         )
     # A repository that moved is answered from its new place.
     _check_organisation(info.id, organisations)
-    found = {file.rfilename: file for file in info.siblings or ()}
-    choice = _choose(found, address.hub_id)
-    chosen = [found[name] for name in choice.files]
+    stored = {file.rfilename: file for file in info.siblings or ()}
+    choice = _choose(stored, address.hub_id)
+    chosen = [stored[name] for name in choice.files]
     check_limits([_size(file, address) for file in chosen], limits, address.hub_id)
     # Pinned to the commit: files of two commits are never mixed.
     commit = HubAddress(
