@@ -29,7 +29,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 MAX_HEADER = 100 << 20  # bytes, the limit of the safetensors library
-FINGERPRINT_BYTES = 4096  # of a tensor's head and tail
+FINGERPRINT_BYTES = 4096  # that are read at either end of a tensor
 PIECE = 4 << 20  # bytes that are read and converted at once: they stay in the caches
 AHEAD = 256 << 20  # bytes that the system is asked to read while those before are worked on
 
@@ -48,7 +48,7 @@ class StoredTensor:
 class Checkpoint:
     """tensors: by name; nbytes: of all of them, as stored.
 
-    InvalidArgumentError when files are missing or lie about themselves.
+    Raises InvalidArgumentError when files are missing or lie about themselves.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -128,7 +128,7 @@ class Checkpoint:
                 self._progress(self._num_read, self.nbytes)
 
     def equal(self, name: str, other: str) -> bool:
-        """Whether two tensors are stored with the same shape, dtype and bytes."""
+        """True if two tensors are stored with the same shape, dtype and bytes."""
         one, two = self.find(name), self.find(other)
         if (one.shape, one.dtype) != (two.shape, two.dtype):
             return False
@@ -142,7 +142,7 @@ class Checkpoint:
         return True
 
     def digest(self) -> bytes:
-        """sha256 over every tensor's name, shape, dtype and the first and last bytes it has."""
+        """sha256 over every tensor's name, shape, dtype, and first and last bytes."""
         sha = hashlib.sha256()
         for name, stored in sorted(self.tensors.items()):
             sha.update(json.dumps([name, stored.dtype, stored.shape]).encode())

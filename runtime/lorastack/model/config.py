@@ -34,16 +34,16 @@ from lorastack.printable import error_line
 
 CONFIG_CLASSES = {"llama": "LlamaConfig", "mistral": "MistralConfig"}
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
-# Files in which tools say how they quantised the weights -> those that write them so.
+# Files in which tools say how they quantised the weights -> the tools.
 QUANTISERS = {"quantize_config.json": "GPTQ", "quant_config.json": "AWQ"}
-# What the decoder reads of a config.json, and the types it has there.
+# Fields of config.json that the decoder reads -> their types.
 FIELDS = {
     **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"), int),
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim"), int),
     **dict.fromkeys(("attention_bias", "mlp_bias", "tie_word_embeddings"), bool),
     **{"max_position_embeddings": int, "rms_norm_eps": float, "hidden_act": str},
 }
-# Fields of the type above that may be null as well: then they follow from others.
+# Fields that may also be null: they follow from others then.
 OPTIONAL = ("num_key_value_heads", "head_dim", "sliding_window")
 HEADS_PREFIX, HEADS_FIELD = "medusa_", "medusa_num_heads"
 
@@ -52,9 +52,9 @@ HEADS_PREFIX, HEADS_FIELD = "medusa_", "medusa_num_heads"
 class DecoderConfig:
     """shapes.max_context is the limit in force. window: tokens, None for full attention.
 
-    inv_freq: RoPE frequencies [D / 2], float32; with dynamic_rope_begin [max_context, D / 2], a row
-    for each length of a text, beyond dynamic_rope_begin tokens another one for each. rope_scale
-    multiplies cos and sin (YaRN's).
+    inv_freq: RoPE frequencies, float32 [D / 2]; with dynamic_rope_begin [max_context, D / 2], where
+    row n - 1 is for a text of n tokens and differs from the one before beyond dynamic_rope_begin
+    tokens. rope_scale multiplies cos and sin (YaRN's).
     context_limit: tokens that the model was made for. medusa: what config.json says of Medusa heads
     beside the backbone, by its field names.
     """
@@ -139,7 +139,7 @@ def _parse(raw: dict[str, Any], folder: Path) -> Any:
 
 
 def _check_fields(raw: Mapping[str, Any], path: Path) -> None:
-    """What the decoder reads, as it stands. Raises InvalidArgumentError naming the field."""
+    """Check FIELDS as they stand. Raises InvalidArgumentError naming the field."""
     fields = FIELDS if raw["model_type"] == "llama" else {**FIELDS, "sliding_window": int}
     for name, kind in fields.items():
         if name not in raw or (raw[name] is None and name in OPTIONAL):
@@ -159,7 +159,7 @@ def _check_fields(raw: Mapping[str, Any], path: Path) -> None:
 
 
 def _refuse_quantised(raw: dict[str, Any], folder: Path) -> None:
-    """Weights that GPTQ, AWQ and the like made; some of their tools describe them apart."""
+    """Refuse the weights of GPTQ, AWQ and the like; some tools describe them in a file apart."""
     if quantization := raw.get("quantization_config"):
         is_object = isinstance(quantization, dict)
         method = str(quantization.get("quant_method", "unnamed") if is_object else quantization)

@@ -120,8 +120,8 @@ def _module(prefix: str, target: str) -> str:
 
 
 def untie(config: DecoderConfig, checkpoint: Checkpoint) -> DecoderConfig:
-    """As transformers does: a stored lm_head that differs from the embedding is used, whatever
-    tie_word_embeddings says."""
+    """The config that is true of the checkpoint: a stored lm_head that differs from the embedding
+    is used, whatever tie_word_embeddings says, as transformers does."""
     tied = config.shapes.tie_word_embeddings and {EMBED, LM_HEAD} <= checkpoint.tensors.keys()
     if not tied or checkpoint.equal(EMBED, LM_HEAD):
         return config

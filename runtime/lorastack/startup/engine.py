@@ -1,4 +1,4 @@
-"""From a loaded model to a ready engine, and to what loads its adapters."""
+"""From a loaded model to a ready engine, and to the loader of its adapters."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 def adapter_loader(model: LoadedModel, registry: Registry) -> Loader:
-    """What loads an adapter in the form that this model's backend reads."""
+    """The host cache's loader, which packs adapters as this model's backend reads them."""
     decoder = model.decoder
     return Loader(
         registry=registry,

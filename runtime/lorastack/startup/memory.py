@@ -1,4 +1,4 @@
-"""Whether a model fits its machine, said before it is loaded."""
+"""Refuses a model that does not fit the machine's memory, before it is loaded."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from lorastack.errors import FailedPreconditionError, Reason
 from lorastack.layout import ModelShapes
 from lorastack.model.kv import page_nbytes
 
-LEAST_KV = 64 * MIB  # less is not worth an advice
-MOST_KV = 4 * GIB  # unless more is asked for
+LEAST_KV = 64 * MIB  # no advice suggests less
+MOST_KV = 4 * GIB  # more only where it is asked for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,14 +36,17 @@ class Demand:
 
 
 def available_memory(device: torch.device) -> int | None:
-    """Bytes that weights, KV and adapters may take on a device; None where nobody says."""
+    """Bytes that weights, KV and adapters may take on a device; None if it is not known."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return host_memory()
 
 
 def host_memory(root: Path = Path("/")) -> int | None:
-    """What Linux calls available, or less where a cgroup allows less. root: of /proc and /sys."""
+    """Bytes that Linux calls available, or fewer where a cgroup allows fewer; None elsewhere.
+
+    root: the folder of proc and sys.
+    """
     available = _table(root / "proc/meminfo").get("MemAvailable:")
     if available is None:
         return None
@@ -51,9 +54,9 @@ def host_memory(root: Path = Path("/")) -> int | None:
 
 
 def check_fits(demand: Demand, available: int, others: Mapping[str, int]) -> None:
-    """Raises FailedPreconditionError unless the demand is available, with what would be.
+    """Raises FailedPreconditionError, with advice, for a demand of more than `available` bytes.
 
-    others: options that were not given, with the bytes of weights that they would make.
+    others: options that were not given -> bytes of the weights with them.
     """
     if demand.total <= available:
         return
@@ -84,7 +87,7 @@ def count_pages(shapes: ModelShapes, dtype: torch.dtype, kv_memory: int, page_si
 
 
 def _advice(demand: Demand, available: int, others: Mapping[str, int]) -> Iterator[str]:
-    """Changes that each would do alone."""
+    """Changes, each of which is enough alone."""
     room = available - demand.weights
     if roomy := (kv := room - demand.adapters) >= LEAST_KV:
         yield f"give --kv-memory {kv // MIB}MiB"
@@ -104,7 +107,7 @@ def _size(nbytes: int) -> str:
 
 
 def _cgroup_rooms(root: Path) -> Iterator[int]:
-    """Bytes that each cgroup above this process has left; files it has in memory can go."""
+    """Bytes that each cgroup above this process has left, those that cache files included."""
     for line in _lines(root / "proc/self/cgroup"):
         _, controllers, path = line.split(":", 2)
         if controllers == "":
@@ -131,7 +134,7 @@ def _table(path: Path) -> dict[str, int]:
 
 
 def _number(path: Path) -> int | None:
-    """None for no file, or "max"."""
+    """The number in a file; None for "max", or if there is no file."""
     text = "".join(_lines(path))
     return int(text) if text.isdigit() else None
 

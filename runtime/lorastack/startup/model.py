@@ -69,7 +69,7 @@ def load_model(
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     path, name = model_folder(config.model, partial(progress, "fetching the default model"))
-    with ThreadPoolExecutor(1) as beside:  # the weights: they hardly need the interpreter
+    with ThreadPoolExecutor(1) as beside:  # the weights, which hardly need the interpreter
         tokenizer = beside.submit(Tokenizer.load, path)
         files = ModelFiles(path, config.max_context)
         choice = _choose(config, files.config, device, name)
