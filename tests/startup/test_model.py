@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from lorastack.config import MIB, EngineConfig, ModelConfig
 from lorastack.errors import FailedPreconditionError, InvalidArgumentError
 from lorastack.model import config as config_module
 from lorastack.model.checkpoint import Checkpoint
+from lorastack.startup import model as model_module
 from lorastack.startup.model import LoadedModel, load_model
 
 SINGLE = "model.safetensors"
@@ -69,6 +72,35 @@ def test_tensors_that_do_not_fit_are_refused_before_a_weight_is_read(
     save_file(tensors, folder / SINGLE)
     with pytest.raises(InvalidArgumentError, match=words):
         load(folder)
+
+
+class AtOnce:
+    """An executor whose jobs end within `submit`."""
+
+    def __init__(self, num_threads: int) -> None: ...
+    def __enter__(self) -> AtOnce:
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+    def submit(self, job: Callable[..., Any], *args: object) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(job(*args))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+def test_a_tokenizer_that_is_refused_ends_the_reading_of_the_weights(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "tokenizer.json").write_text("{")
+    monkeypatch.setattr(model_module, "ThreadPoolExecutor", AtOnce)
+    reports: list[tuple[str, int, int]] = []
+    config = ModelConfig(model=str(folder), device="cpu")
+    with pytest.raises(InvalidArgumentError, match="tokenizer"):
+        load_model(config, EngineConfig(kv_memory=MIB), MIB, lambda *report: reports.append(report))
+    assert reports == []
 
 
 def test_config_and_headers_are_read_once(

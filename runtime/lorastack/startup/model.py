@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,6 +17,7 @@ from lorastack.kernels.quantize import Kind
 from lorastack.model.backends.choose import Choice, choose
 from lorastack.model.config import DecoderConfig
 from lorastack.model.decoder import Decoder, read_decoder
+from lorastack.model.fetch.download import Progress
 from lorastack.model.size import weights_nbytes
 from lorastack.startup.files import ModelFiles
 from lorastack.startup.folder import model_folder
@@ -75,7 +76,7 @@ def load_model(
         choice = _choose(config, files.config, device, name)
         kv_memory = _kv_memory(files.config, choice, engine.kv_memory, adapter_memory)
         num_pages = count_pages(files.config.shapes, choice.dtype, kv_memory, engine.page_size)
-        checkpoint = files.checkpoint.reporting(partial(progress, "loading the weights"))
+        checkpoint = files.checkpoint.reporting(_reporter(progress, tokenizer))
         decoder = read_decoder(checkpoint, files.config, choice)
     _warn_of_unknown_tokens(tokenizer.result(), decoder.shapes.vocab_size)
     return LoadedModel(
@@ -88,6 +89,17 @@ def load_model(
         num_pages=num_pages,
         threads=torch.get_num_threads(),
     )
+
+
+def _reporter(progress: StartupProgress, tokenizer: Future[Tokenizer]) -> Progress:
+    """Reports the reading of the weights, and ends it once the tokenizer is refused."""
+
+    def report(done: int, total: int) -> None:
+        if tokenizer.done():
+            tokenizer.result()
+        progress("loading the weights", done, total)
+
+    return report
 
 
 def _choose(config: ModelConfig, decoder: DecoderConfig, device: torch.device, name: str) -> Choice:
