@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -17,7 +18,9 @@ from lorastack.config import MIB, EngineConfig, ModelConfig
 from lorastack.errors import FailedPreconditionError, InvalidArgumentError
 from lorastack.model import config as config_module
 from lorastack.model.checkpoint import Checkpoint
+from lorastack.model.weights import check_tensors
 from lorastack.startup import model as model_module
+from lorastack.startup.files import ModelFiles
 from lorastack.startup.model import LoadedModel, load_model
 
 SINGLE = "model.safetensors"
@@ -101,6 +104,17 @@ def test_a_tokenizer_that_is_refused_ends_the_reading_of_the_weights(
     with pytest.raises(InvalidArgumentError, match="tokenizer"):
         load_model(config, EngineConfig(kv_memory=MIB), MIB, lambda *report: reports.append(report))
     assert reports == []
+
+
+@pytest.mark.usefixtures("unread")
+def test_more_layers_than_anybody_has_are_refused_at_the_first_that_is_missing(
+    folder: Path,
+) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2**31 - 1}))
+    files = ModelFiles(folder)
+    with pytest.raises(InvalidArgumentError, match=r"no tensor model\.layers\.2\."):
+        check_tensors(files.checkpoint, files.config)
 
 
 def test_config_and_headers_are_read_once(

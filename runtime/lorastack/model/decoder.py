@@ -104,8 +104,9 @@ def read_decoder(checkpoint: Checkpoint, config: DecoderConfig, choice: Choice) 
     check_tensors(checkpoint, config)
     config = untie(config, checkpoint)
     backend = _backend(checkpoint, config, choice)
-    kind, begin = choice.kind or "", config.dynamic_rope_begin
-    return Decoder(config.shapes, backend, choice.device, choice.dtype, kind, begin)
+    quantization = "" if choice.kind is None else choice.kind.value
+    begin = config.dynamic_rope_begin
+    return Decoder(config.shapes, backend, choice.device, choice.dtype, quantization, begin)
 
 
 def _backend(checkpoint: Checkpoint, config: DecoderConfig, choice: Choice) -> Backend:

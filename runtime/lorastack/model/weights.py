@@ -81,10 +81,11 @@ def check_tensors(checkpoint: Checkpoint, config: DecoderConfig) -> None:
     Raises InvalidArgumentError naming a tensor that is missing, misshapen, of a dtype that is not
     read, or not known to this decoder: such a tensor may change the output.
     """
-    wanted = dict(_tensors(checkpoint, config))
-    for name, shape in wanted.items():
+    known: set[str] = set()
+    for name, shape in _tensors(checkpoint, config):
         checkpoint.check(name, shape)
-    for name in sorted(checkpoint.tensors.keys() - wanted.keys()):
+        known.add(name)
+    for name in sorted(checkpoint.tensors.keys() - known):
         is_head = config.has_heads and name.startswith(HEADS_PREFIX)
         if not is_head and not name.endswith("rotary_emb.inv_freq"):
             raise InvalidArgumentError(
@@ -97,7 +98,7 @@ def check_tensors(checkpoint: Checkpoint, config: DecoderConfig) -> None:
 def _tensors(
     checkpoint: Checkpoint, config: DecoderConfig
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of a model's tensors."""
+    """Names and shapes of the tensors that are read. Tied, lm_head and embedding may be one."""
     shapes = config.shapes
     hidden = (shapes.hidden_size,)
     vocabulary = [name for name in (EMBED, LM_HEAD) if name in checkpoint.tensors] or [EMBED]

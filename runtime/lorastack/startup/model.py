@@ -116,7 +116,7 @@ def _choose(config: ModelConfig, decoder: DecoderConfig, device: torch.device, n
         raise InvalidArgumentError(
             f"--backend native: {why}; or leave --backend out", reason=Reason.INVALID_MODEL
         )
-    if why and library() is not None:  # which says so itself
+    if why and library() is not None:  # a library that is not there was logged already
         dtype_name = str(choice.dtype).removeprefix("torch.")
         log.warning("%s: steps run in plain torch (%s), which is slower", why, dtype_name)
     return choice
