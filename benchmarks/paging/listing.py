@@ -25,8 +25,7 @@ from lorastack.adapters.memory.loader import Validator
 from lorastack.adapters.store.registry import Registry
 from lorastack.client import Client
 from lorastack.config import GIB
-from lorastack.model.decoder import fingerprint
-from lorastack.startup.base import base_weight, model_shapes
+from lorastack.startup.files import ModelFiles
 from lorastack.startup.folder import model_folder
 
 
@@ -60,10 +59,12 @@ def main(
 def fill(store: Path, source: Path, adapters: int) -> None:
     """Adapters of one set of tensors and a config each."""
     base, name = model_folder(None)
+    files = ModelFiles(base)
+    fingerprint = files.fingerprint()
     validate = Validator(
-        shapes=model_shapes(base),
+        shapes=files.config.shapes,
         base_names=(name,),
-        base_weight=partial(base_weight, base),
+        base_weight=files.base_weight,
     )
     write_adapter(source, 1, 0)
     config = source / "adapter_config.json"
@@ -71,9 +72,7 @@ def fill(store: Path, source: Path, adapters: int) -> None:
     registry = Registry(store)
     for index in range(adapters):
         config.write_text(json.dumps({**fields, "revision": str(index)}))
-        store_folder(
-            registry, adapter_id(index), source, validate, base_fingerprint=fingerprint(base)
-        )
+        store_folder(registry, adapter_id(index), source, validate, base_fingerprint=fingerprint)
     registry.close()
 
 

@@ -19,9 +19,9 @@ _SIZE = re.compile(r"(?P<number>[0-9]{1,20}(\.[0-9]{1,20})?)(?P<unit>[KMGT]iB|B|
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """model: folder or hub id; None: the embedded default. dtype: auto or torch's name of one.
+    """model: folder or hub id; None: the embedded default. dtype: auto, or torch's name of a dtype.
 
-    backend: auto, torch or native. quantize: int8 or int4 weights of the base model.
+    backend: auto, torch or native. quantize: int8 or int4, to store the base model's weights in.
     """
 
     model: str | None = None
@@ -29,7 +29,7 @@ class ModelConfig:
     dtype: str = "auto"
     backend: str = "auto"
     quantize: str | None = None
-    threads: int | None = None
+    threads: int | None = None  # CPU threads of a step; None: as torch has it
     max_context: int | None = None  # tokens; None: the model's own
 
 
@@ -41,12 +41,12 @@ class EngineConfig:
     page_size: int = 16  # tokens
     max_rows: int = 32  # running at once
     max_queue: int = 256  # waiting
-    # Of all rows: the last one of each that decodes, then prompts (see engine.pace), then drafts.
-    # Rows that decode always run, and beside them one token of a prompt.
+    # Filled with the last token of each row that decodes, then prompts (see engine.pace), then
+    # drafts. Rows that decode always run, and one token of a prompt with them.
     max_step_tokens: int = 256
-    max_nodes: int = 63  # drafted tokens a row and step at most, when the request does not say
+    max_nodes: int = 63  # drafted tokens of a row in a step at most, unless the request says
     max_buffered_events: int = 64  # a slow reader's unread events before its row parks
-    max_parked: int = 256  # replies that wait for their readers; of more, the longest waiting ends
+    max_parked: int = 256  # replies that may wait for readers; then the one that waits longest ends
     reader_timeout: float = 60.0  # seconds for which a reader may take nothing
 
 
@@ -59,9 +59,9 @@ class AdapterConfig:
     host_memory: int = 8 * GIB
     max_upload: int = 4 * GIB
     max_files: int = 64
-    max_staged: int = 8 * GIB  # of unfinished uploads, all together
+    max_staged: int = 8 * GIB  # all unfinished uploads together
     transfer_idle: float = 60.0  # seconds that an upload or a download may wait for its caller
-    keep_revisions: int = 16  # of each id
+    keep_revisions: int = 16  # for each id
     default_medusa: str = ""
     read_only_store: bool = False  # another process writes it, or nobody can
     base_names: tuple[str, ...] = ()  # what else adapters may call the base model
@@ -99,12 +99,12 @@ def cache_dir() -> Path:
 
 
 def share_cores() -> None:
-    """For a server's process: threads leave each other the cores, and the interpreter, soon.
+    """Make the threads of this process, a server's, give up cores and the interpreter sooner.
 
     By default OpenMP's idle threads spin for milliseconds between steps, and threads of low
-    priority hardly run. Read when torch is imported, so call it before; a user's own setting stays.
-    A thread that computes in Python gives way to the step thread after half a millisecond, not
-    after Python's five.
+    priority hardly run. OpenMP reads its setting when torch is imported, so call this before; a
+    user's own setting stays. A thread that computes in Python gives way to the step thread after
+    half a millisecond, not after Python's five.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     sys.setswitchinterval(0.0005)

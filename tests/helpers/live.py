@@ -23,7 +23,7 @@ from lorastack.config import (
 )
 from lorastack.engine.engine import Engine
 from lorastack.service.server import Server
-from lorastack.startup import loading
+from lorastack.startup import engine as startup_engine
 from lorastack.v1 import generation_pb2 as pb
 from tests.helpers.costs import CheapHeads
 
@@ -119,7 +119,7 @@ class LiveServer:
 
     def __enter__(self) -> Self:
         self._thread.start()
-        with patch.object(loading, "measure", lambda runner, pages: CheapHeads()):
+        with patch.object(startup_engine, "measure", lambda runner, pages: CheapHeads()):
             self.server = Server.build(self._config)
         asyncio.run_coroutine_threadsafe(self.server.start(), self.loop).result(PATIENCE)
         self.client = Client(self.server.address)

@@ -83,6 +83,7 @@ def config_of(
         mlp_bias=biases,
         inv_freq=1e4**-exponent,
         rope_scale=1.0,
+        context_limit=shapes.max_context,
     )
 
 

@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 from lorastack.config import ServerConfig
 from lorastack.service.server import Server
-from lorastack.startup import loading
+from lorastack.startup import engine as startup_engine
 from tests.helpers.costs import CheapHeads
 
 # Children of the fork server start in a blink: they find torch and gRPC imported, and what a
@@ -60,6 +60,6 @@ class ServerProcess:
 def _run(config: ServerConfig, address: Connection, max_file_bytes: int | None) -> None:
     if max_file_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
-    with patch.object(loading, "measure", lambda runner, pages: CheapHeads()):
+    with patch.object(startup_engine, "measure", lambda runner, pages: CheapHeads()):
         server = Server.build(config)
     server.run(lambda line: address.send(server.address))

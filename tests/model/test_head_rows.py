@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lorastack.model.decoder import load_decoder
-from lorastack.startup.base import base_weight
+from lorastack.startup.files import ModelFiles
 from tests.helpers.tiny import VOCAB_SIZE, build_llama
 
 SCATTERED = [0, 1, 15, 16, 17, 31, 40, VOCAB_SIZE - 1]
@@ -27,7 +27,7 @@ def test_rows_are_the_checkpoints(
 ) -> None:
     cpu = torch.device("cpu")
     decoder = load_decoder(folder, device=cpu, dtype=dtype, max_context=None, native=native)
-    weight_VH = base_weight(folder, "lm_head.weight").to(dtype)
+    weight_VH = ModelFiles(folder).base_weight("lm_head.weight").to(dtype)
     out_NH = torch.full((len(ids), weight_VH.shape[1]), torch.nan, dtype=dtype)
     decoder.head_rows(ids, out_NH)
     assert torch.equal(out_NH, weight_VH[list(ids)])

@@ -10,13 +10,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorastack.config import GIB, MIB, ModelConfig
+from lorastack.config import GIB, MIB, EngineConfig, ModelConfig
 from lorastack.errors import FailedPreconditionError
 from lorastack.kernels.quantize import Kind
 from lorastack.model.config import load_config
 from lorastack.model.decoder import load_decoder
 from lorastack.model.size import weights_nbytes
-from lorastack.startup import loading
+from lorastack.startup import model
 from lorastack.startup.memory import Demand, check_fits, host_memory
 
 SIZES = st.integers(0, 64 * GIB)
@@ -153,20 +153,20 @@ def test_a_system_that_says_nothing_is_not_asked(tmp_path: Path) -> None:
 def test_a_model_that_does_not_fit_is_refused_before_it_is_read(
     tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, quantize: str | None
 ) -> None:
-    monkeypatch.setattr(loading, "available_memory", lambda device: 3 * GIB)
-    monkeypatch.setattr(loading, "load_decoder", None)
+    monkeypatch.setattr(model, "available_memory", lambda device: 3 * GIB)
+    monkeypatch.setattr(model, "read_decoder", None)
     config = ModelConfig(model=str(tiny_llama), device="cpu", quantize=quantize)
     with pytest.raises(FailedPreconditionError, match=r"2\.5 GiB.*give --kv-memory 2\d{3}MiB"):
-        loading.load_model(config, kv_memory=5 * GIB // 2, adapter_memory=GIB)
+        model.load_model(config, EngineConfig(kv_memory=5 * GIB // 2), adapter_memory=GIB)
 
 
 @pytest.mark.parametrize(("left", "expected"), [(9, 4 * GIB), (3, 2 * GIB)])
 def test_what_is_left_is_for_keys_and_values(
     tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, left: int, expected: int
 ) -> None:
-    monkeypatch.setattr(loading, "available_memory", lambda device: left * GIB)
+    monkeypatch.setattr(model, "available_memory", lambda device: left * GIB)
     config = ModelConfig(model=str(tiny_llama), device="cpu")
-    loaded = loading.load_model(config, kv_memory=None, adapter_memory=GIB)
+    loaded = model.load_model(config, EngineConfig(), adapter_memory=GIB)
     assert loaded.kv_memory == pytest.approx(expected, rel=0.01)
 
 

@@ -12,6 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load, save_file
 
+from lorastack.adapters.sources.base import SourceFile
+from lorastack.model.checkpoint import Checkpoint
 from lorastack.startup.own_heads import own_heads
 
 HEADS = {
@@ -32,8 +34,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return found
 
 
+def files_of(folder: Path) -> list[SourceFile]:
+    fields = json.loads((folder / "config.json").read_text())
+    return own_heads(Checkpoint(folder), fields, "base")
+
+
 def test_they_are_a_folder_as_heads_are_published_in(folder: Path) -> None:
-    files = {file.spec.name: file for file in own_heads(folder, "base")}
+    files = {file.spec.name: file for file in files_of(folder)}
     contents = {name: b"".join(file.read(0)) for name, file in files.items()}
     for name, file in files.items():
         assert file.spec.size == len(contents[name])
@@ -54,10 +61,10 @@ def test_they_are_a_folder_as_heads_are_published_in(folder: Path) -> None:
 
 @given(offset=st.integers(0, 700))
 def test_they_are_read_from_any_offset(folder: Path, offset: int) -> None:
-    for file in own_heads(folder, "base"):
+    for file in files_of(folder):
         assert b"".join(file.read(offset)) == b"".join(file.read(0))[offset:]
 
 
 def test_a_checkpoint_without_heads_gives_none(tmp_path: Path) -> None:
     save_file({"a": torch.ones(3)}, tmp_path / "model.safetensors")
-    assert own_heads(tmp_path, "base") == []
+    assert own_heads(Checkpoint(tmp_path), {}, "base") == []

@@ -185,12 +185,12 @@ WITHOUT_LIBRARY = """
 from pathlib import Path
 
 from lorastack.cli.main import main
-from lorastack.startup import loading
+from lorastack.startup import engine as startup_engine
 from lorastack.kernels.native import build
 from tests.helpers.costs import CheapDrafts
 
 build.LIBRARY = Path("/nowhere.so")
-loading.measure = lambda runner, pages: CheapDrafts()
+startup_engine.measure = lambda runner, pages: CheapDrafts()
 main()
 """
 

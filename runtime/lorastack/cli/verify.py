@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 from lorastack.adapters.memory.loader import Validator
 from lorastack.adapters.store.manifest import adapter_digest, file_spec
 from lorastack.folders import adapter_files
-from lorastack.startup.base import base_weight, model_shapes
+from lorastack.startup.files import ModelFiles
 from lorastack.startup.folder import model_folder
 from lorastack.text.tokenizer import Tokenizer
 
@@ -29,11 +29,12 @@ def verify_folder(
     """
     paths, left_out = adapter_files(folder)
     base, name = model_folder(model, progress)
+    files = ModelFiles(base)
     tokenizer = cache(lambda: Tokenizer.load(base))  # few folders bring tokens to compare
     validate = Validator(
-        shapes=model_shapes(base),
+        shapes=files.config.shapes,
         base_names=(name, base.name, *base_names),
-        base_weight=partial(base_weight, base),
+        base_weight=files.base_weight,
         base_token=lambda token: tokenizer().token_id(token),
     )
     parsed = validate({path.name: path for path in paths}, accept_base=accept_base)

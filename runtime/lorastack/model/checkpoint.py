@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass
 from io import FileIO
 from math import prod
@@ -28,7 +29,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 MAX_HEADER = 100 << 20  # bytes, the limit of the safetensors library
-FINGERPRINT_BYTES = 4096  # of a tensor's head and tail
+FINGERPRINT_BYTES = 4096  # that are read at either end of a tensor
 PIECE = 4 << 20  # bytes that are read and converted at once: they stay in the caches
 AHEAD = 256 << 20  # bytes that the system is asked to read while those before are worked on
 
@@ -47,14 +48,14 @@ class StoredTensor:
 class Checkpoint:
     """tensors: by name; nbytes: of all of them, as stored.
 
-    InvalidArgumentError when files are missing or lie about themselves.
+    Raises InvalidArgumentError when files are missing or lie about themselves.
     """
 
-    def __init__(self, folder: Path, progress: Progress | None = None) -> None:
-        """progress: called as tensors are read, with bytes of all that there are."""
+    def __init__(self, folder: Path) -> None:
+        """Reads the headers."""
         self.folder = folder
         self.tensors: dict[str, StoredTensor] = {}
-        self._progress = progress
+        self._progress: Progress | None = None
         self._num_read = 0
         for file in _files(folder):
             for name, tensor in _read_header(file).items():
@@ -69,18 +70,36 @@ class Checkpoint:
                     )
         self.nbytes = sum(stored.end - stored.start for stored in self.tensors.values())
 
-    def read_into(self, name: str, out: Tensor) -> None:
-        """Fill `out` (its rows contiguous, any device and float dtype) with the tensor `name`.
+    def reporting(self, progress: Progress) -> Checkpoint:
+        """The same tensors; `progress` gets the bytes that were read from it, of all there are."""
+        reader = copy(self)
+        reader._progress, reader._num_read = progress, 0
+        return reader
 
-        A CPU tensor of the stored dtype is read straight into place.
-        """
-        stored = self._find(name)
-        if stored.shape != tuple(out.shape):
-            raise invalid(f"{name} has shape {stored.shape}, config.json wants {tuple(out.shape)}")
+    def find(self, name: str) -> StoredTensor:
+        """Raises InvalidArgumentError for a tensor that is not there."""
+        if name not in self.tensors:
+            raise invalid(f"{self.folder} has no tensor {name}: the checkpoint is incomplete")
+        return self.tensors[name]
+
+    def check(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raises InvalidArgumentError unless there is such a tensor of this shape to be read."""
+        stored = self.find(name)
+        if stored.shape != shape:
+            raise invalid(f"{name} has shape {stored.shape}, config.json wants {shape}")
         if stored.dtype not in DTYPES:
             raise invalid(
                 f"{name} is {stored.dtype}: only {', '.join(DTYPES)} weights are supported"
             )
+
+    def read_into(self, name: str, out: Tensor) -> None:
+        """Fill `out` (its rows contiguous, any device and float dtype) with the tensor `name`.
+
+        A CPU tensor of the stored dtype is read straight into place. Raises what `check` raises,
+        and InvalidArgumentError where the file ends early.
+        """
+        self.check(name, tuple(out.shape))
+        stored = self.tensors[name]
         dtype = DTYPES[stored.dtype]
         out_X = out.view(-1)
         with stored.file.open("rb", buffering=0) as stream:
@@ -104,13 +123,13 @@ class Checkpoint:
             if not count:
                 raise invalid(f"{self.folder} ends inside {name}")
             buffer = buffer[count:]
-            self._num_read += count
             if self._progress is not None:
+                self._num_read += count
                 self._progress(self._num_read, self.nbytes)
 
     def equal(self, name: str, other: str) -> bool:
-        """Whether two tensors are stored with the same shape, dtype and bytes."""
-        one, two = self._find(name), self._find(other)
+        """True if two tensors are stored with the same shape, dtype and bytes."""
+        one, two = self.find(name), self.find(other)
         if (one.shape, one.dtype) != (two.shape, two.dtype):
             return False
         with one.file.open("rb") as stream, two.file.open("rb") as second:
@@ -123,7 +142,7 @@ class Checkpoint:
         return True
 
     def digest(self) -> bytes:
-        """sha256 over every tensor's name, shape, dtype and the first and last bytes it has."""
+        """sha256 over every tensor's name, shape, dtype, and first and last bytes."""
         sha = hashlib.sha256()
         for name, stored in sorted(self.tensors.items()):
             sha.update(json.dumps([name, stored.dtype, stored.shape]).encode())
@@ -133,11 +152,6 @@ class Checkpoint:
                 stream.seek(max(stored.start, stored.end - FINGERPRINT_BYTES))
                 sha.update(stream.read(min(FINGERPRINT_BYTES, stored.end - stored.start)))
         return sha.digest()
-
-    def _find(self, name: str) -> StoredTensor:
-        if name not in self.tensors:
-            raise invalid(f"{self.folder} has no tensor {name}: the checkpoint is incomplete")
-        return self.tensors[name]
 
 
 def _read_ahead(stream: FileIO, position: int) -> None:

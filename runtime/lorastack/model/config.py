@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,27 +34,29 @@ from lorastack.printable import error_line
 
 CONFIG_CLASSES = {"llama": "LlamaConfig", "mistral": "MistralConfig"}
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
-# Files in which tools say how they quantised the weights -> those that write them so.
+# Files in which tools say how they quantised the weights -> the tools.
 QUANTISERS = {"quantize_config.json": "GPTQ", "quant_config.json": "AWQ"}
-# What the decoder reads of a config.json, and the types it has there.
+# Fields of config.json that the decoder reads -> their types.
 FIELDS = {
     **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"), int),
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim"), int),
     **dict.fromkeys(("attention_bias", "mlp_bias", "tie_word_embeddings"), bool),
     **{"max_position_embeddings": int, "rms_norm_eps": float, "hidden_act": str},
 }
-# Fields of the type above that may be null as well: then they follow from others.
+# Fields that may also be null: they follow from others then.
 OPTIONAL = ("num_key_value_heads", "head_dim", "sliding_window")
+HEADS_PREFIX, HEADS_FIELD = "medusa_", "medusa_num_heads"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderConfig:
     """shapes.max_context is the limit in force. window: tokens, None for full attention.
 
-    inv_freq: RoPE frequencies [D / 2], float32; with dynamic_rope_begin [max_context, D / 2], a row
-    for each length of a text, beyond dynamic_rope_begin tokens another one for each. rope_scale
-    multiplies cos and sin (YaRN's).
-    has_heads: Medusa heads lie beside the backbone.
+    inv_freq: RoPE frequencies, float32 [D / 2]; with dynamic_rope_begin [max_context, D / 2], where
+    row n - 1 is for a text of n tokens and differs from the one before beyond dynamic_rope_begin
+    tokens. rope_scale multiplies cos and sin (YaRN's).
+    context_limit: tokens that the model was made for. medusa: what config.json says of Medusa heads
+    beside the backbone, by its field names.
     """
 
     shapes: ModelShapes
@@ -64,8 +66,13 @@ class DecoderConfig:
     mlp_bias: bool
     inv_freq: Tensor
     rope_scale: float
-    has_heads: bool = False
+    context_limit: int
     dynamic_rope_begin: int | None = None
+    medusa: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def has_heads(self) -> bool:
+        return HEADS_FIELD in self.medusa
 
 
 def load_config(folder: Path, max_context: int | None) -> DecoderConfig:
@@ -79,7 +86,12 @@ def load_config(folder: Path, max_context: int | None) -> DecoderConfig:
         raise invalid(f"{folder} has no config.json: give a Hugging Face model folder")
     raw = read_object(path)
     config = _parse(raw, folder)
-    shapes = _shapes(config, max_context)
+    limit = context_limit(config)
+    if max_context is not None and not 0 < max_context <= limit:
+        raise invalid(
+            f"max_context {max_context} is not in 1..{limit}, what the model was made for"
+        )
+    shapes = _shapes(config, max_context or limit)
     inv_freq, rope_scale = frequencies(config, shapes.max_context, path)
     # transformers' Mistral has no biases, whatever its config.json says.
     is_llama = config.model_type == "llama"
@@ -89,10 +101,11 @@ def load_config(folder: Path, max_context: int | None) -> DecoderConfig:
         window=None if is_llama else config.sliding_window,
         attention_bias=is_llama and config.attention_bias,
         mlp_bias=is_llama and config.mlp_bias,
-        has_heads="medusa_num_heads" in raw,
         inv_freq=inv_freq,
         rope_scale=rope_scale,
+        context_limit=limit,
         dynamic_rope_begin=config.max_position_embeddings if inv_freq.dim() == 2 else None,
+        medusa={name: raw[name] for name in raw if name.startswith(HEADS_PREFIX)},
     )
 
 
@@ -126,7 +139,7 @@ def _parse(raw: dict[str, Any], folder: Path) -> Any:
 
 
 def _check_fields(raw: Mapping[str, Any], path: Path) -> None:
-    """What the decoder reads, as it stands. Raises InvalidArgumentError naming the field."""
+    """Check FIELDS as they stand. Raises InvalidArgumentError naming the field."""
     fields = FIELDS if raw["model_type"] == "llama" else {**FIELDS, "sliding_window": int}
     for name, kind in fields.items():
         if name not in raw or (raw[name] is None and name in OPTIONAL):
@@ -146,16 +159,16 @@ def _check_fields(raw: Mapping[str, Any], path: Path) -> None:
 
 
 def _refuse_quantised(raw: dict[str, Any], folder: Path) -> None:
-    """Weights that GPTQ, AWQ and the like made; some of their tools describe them apart."""
+    """Refuse the weights of GPTQ, AWQ and the like; some tools describe them in a file apart."""
     if quantization := raw.get("quantization_config"):
-        named = isinstance(quantization, dict)
-        method = str(quantization.get("quant_method", "unnamed") if named else quantization)
+        is_object = isinstance(quantization, dict)
+        method = str(quantization.get("quant_method", "unnamed") if is_object else quantization)
         where = "config.json"
     else:
-        found = [name for name in QUANTISERS if (folder / name).is_file()]
-        if not found:
+        names = [name for name in QUANTISERS if (folder / name).is_file()]
+        if not names:
             return
-        where, method = found[0], QUANTISERS[found[0]]
+        where, method = names[0], QUANTISERS[names[0]]
     raise InvalidArgumentError(
         f"{where} of {folder} says that the weights are quantised by {method[:64]}, which "
         "is not supported: use the original checkpoint, with --quantize int8 or int4",
@@ -195,12 +208,7 @@ def _by_transformers(raw: dict[str, Any], path: Path) -> Any:
         raise invalid(f"{path} is not valid: {error_line(error)}") from error
 
 
-def _shapes(config: Any, max_context: int | None) -> ModelShapes:
-    limit = context_limit(config)
-    if max_context is not None and not 0 < max_context <= limit:
-        raise invalid(
-            f"max_context {max_context} is not in 1..{limit}, what the model was made for"
-        )
+def _shapes(config: Any, max_context: int) -> ModelShapes:
     return ModelShapes(
         architecture=f"{config.model_type.capitalize()}ForCausalLM",
         hidden_size=config.hidden_size,
@@ -210,6 +218,6 @@ def _shapes(config: Any, max_context: int | None) -> ModelShapes:
         num_kv_heads=config.num_key_value_heads,
         head_dim=config.head_dim,
         vocab_size=config.vocab_size,
-        max_context=max_context or limit,
+        max_context=max_context,
         tie_word_embeddings=config.tie_word_embeddings,
     )

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -16,14 +14,14 @@ from lorastack.kernels.linear import pack_dense
 from lorastack.kernels.quantize import Kind, head_kind
 from lorastack.layout import ModelShapes
 from lorastack.lora.segments import LoraBatch
-from lorastack.model.backends.native import NativeBackend, native_isa
+from lorastack.model.backends.choose import Choice, choose
+from lorastack.model.backends.native import NativeBackend
 from lorastack.model.backends.torch import TorchBackend
 from lorastack.model.checkpoint import Checkpoint
 from lorastack.model.config import DecoderConfig, load_config
 from lorastack.model.context import ForwardBatch, Outputs
-from lorastack.model.fetch.download import Progress
 from lorastack.model.kv import KVCache
-from lorastack.model.weights import Packing, load_weights, untie
+from lorastack.model.weights import Packing, check_tensors, load_weights, untie
 
 
 class Backend(Protocol):
@@ -86,52 +84,37 @@ def load_decoder(
     max_context: int | None,
     native: bool = True,
     quantize: str | None = None,
-    progress: Progress | None = None,
 ) -> Decoder:
-    """Load a Hugging Face folder. InvalidArgumentError names what is not supported.
+    """Load a Hugging Face folder: config.json, the choice of `choose`, and the weights.
 
-    dtype: None for `default_dtype`. native: use the native kernels where they run. quantize: store
-    the weights as a `Kind`; the native kernels multiply them in bfloat16 only. progress: gets bytes
-    of the checkpoint.
+    quantize: a `Kind`. Raises InvalidArgumentError naming what is not supported.
     """
     config = load_config(path, max_context)
-    checkpoint = Checkpoint(path, progress)
-    config = untie(config, checkpoint)
-    dtype = dtype or default_dtype(config, device, native)
     kind = None if quantize is None else Kind(quantize)
-    backend = _backend(checkpoint, config, device, dtype, native, kind)
+    choice = choose(config, device=device, dtype=dtype, native=native, kind=kind)
+    return read_decoder(Checkpoint(path), config, choice)
+
+
+def read_decoder(checkpoint: Checkpoint, config: DecoderConfig, choice: Choice) -> Decoder:
+    """Read the weights into what was chosen.
+
+    Raises InvalidArgumentError naming a tensor: before any is read if it is missing, misshapen, of
+    another dtype or not known; when it is its turn if it cannot be quantised.
+    """
+    check_tensors(checkpoint, config)
+    config = untie(config, checkpoint)
+    backend = _backend(checkpoint, config, choice)
+    quantization = "" if choice.kind is None else choice.kind.value
     begin = config.dynamic_rope_begin
-    return Decoder(config.shapes, backend, device, dtype, quantize or "", begin)
+    return Decoder(config.shapes, backend, choice.device, choice.dtype, quantization, begin)
 
 
-def default_dtype(config: DecoderConfig, device: torch.device, native: bool) -> torch.dtype:
-    """bfloat16, on a CPU only where the native kernels run it and may (`native`), else float32."""
-    native_here = native and native_isa(config, torch.bfloat16, device) is not None
-    return torch.bfloat16 if native_here or device.type != "cpu" else torch.float32
-
-
-def _backend(
-    checkpoint: Checkpoint,
-    config: DecoderConfig,
-    device: torch.device,
-    dtype: torch.dtype,
-    native: bool,
-    kind: Kind | None,
-) -> Backend:
-    isa = native_isa(config, dtype, device, kind) if native else None
-    if isa is not None:
-        return NativeBackend.load(checkpoint, config, dtype, isa, kind)
+def _backend(checkpoint: Checkpoint, config: DecoderConfig, choice: Choice) -> Backend:
+    device, dtype, kind = choice.device, choice.dtype, choice.kind
+    if choice.isa is not None:
+        return NativeBackend.load(checkpoint, config, dtype, choice.isa, kind)
     dense = partial(pack_dense, kind=kind)
     head = partial(pack_dense, kind=head_kind(kind))
     packing = Packing(dense, pair=dense, head=head, copies=kind is not None)
     weights = load_weights(checkpoint, config, device=device, dtype=dtype, packing=packing)
     return TorchBackend(config, weights, device, dtype)
-
-
-def fingerprint(path: Path) -> str:
-    """sha256 over the model's shapes and its checkpoint's digest: two servers with the same one
-    run the same weights. Reads a few KiB a tensor."""
-    shapes = asdict(load_config(path, None).shapes)
-    sha = hashlib.sha256(repr(sorted(shapes.items())).encode())
-    sha.update(Checkpoint(path).digest())
-    return f"sha256:{sha.hexdigest()}"

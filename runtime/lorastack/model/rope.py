@@ -32,7 +32,7 @@ def _length(value: Any) -> bool:
     return is_int(value) and 0 < value <= MAX_LENGTH
 
 
-# Of an entry: whether a value may be, and what it must be.
+# Entry -> the test of its value, and the same rule in words.
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "rope_type": (lambda value: isinstance(value, str), "a name"),
     "type": (lambda value: isinstance(value, str), "a name"),
@@ -53,7 +53,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def check_rope(raw: Mapping[str, Any], path: Path) -> None:
-    """The values of config.json as they stand. Raises InvalidArgumentError naming the field."""
+    """Check ROPE_FIELDS as they stand. Raises InvalidArgumentError naming the field."""
     for name in OUTSIDE:
         if (name, raw.get(name, "")) != ("partial_rotary_factor", None):
             _check(raw, name, path, name)
@@ -75,8 +75,8 @@ def _check(entries: Mapping[str, Any], name: str, path: Path, field: str) -> Non
 def context_limit(config: Any) -> int:
     """Tokens that the model was made for.
 
-    Linear and dynamic scaling state the length before scaling, YaRN may state either and names the
-    one before apart; llama3's is the one after it.
+    max_position_embeddings is the length before linear and dynamic scaling, after llama3's, and
+    either one with YaRN, which has a field of its own for the length before.
     """
     rope = config.rope_parameters
     length, factor = config.max_position_embeddings, rope.get("factor")

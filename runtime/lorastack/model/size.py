@@ -26,14 +26,14 @@ def weights_nbytes(
 
 
 def step_nbytes(shapes: ModelShapes, dtype: torch.dtype, kind: Kind | None = None) -> int:
-    """Bytes of the matrices that a step reads: all layers' and lm_head."""
+    """Bytes of the matrices that a step reads: those of all layers, and lm_head."""
     layer = sum(_stored(*shapes.target_shape(target), dtype, kind) for target in LAYER_TARGETS)
     head = _stored(*shapes.target_shape(LM_HEAD), dtype, head_kind(kind))
     return shapes.num_layers * layer + head
 
 
 def _stored(outputs: int, inputs: int, dtype: torch.dtype, kind: Kind | None) -> int:
-    """Of one matrix; quantised ones have scales of 2 bytes."""
+    """Bytes of one matrix; the scales of a quantised one have 2 bytes each."""
     if kind is None:
         return outputs * inputs * dtype.itemsize
     if kind is Kind.INT8:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import prod
@@ -28,6 +28,8 @@ MODULES = {
 }  # fmt: skip
 
 EMBED, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
+NORM = "model.norm.weight"
+ATTENTION_NORM, MLP_NORM = "input_layernorm.weight", "post_attention_layernorm.weight"
 HEADS_PREFIX = "medusa_head."  # tensors of Medusa heads beside a backbone; see startup.own_heads
 
 log = logging.getLogger(__name__)
@@ -73,9 +75,54 @@ class DecoderWeights(Generic[Dense]):
     lm_head: Dense
 
 
+def check_tensors(checkpoint: Checkpoint, config: DecoderConfig) -> None:
+    """Compare the checkpoint's headers with what `load_weights` is going to read.
+
+    Raises InvalidArgumentError naming a tensor that is missing, misshapen, of a dtype that is not
+    read, or not known to this decoder: such a tensor may change the output.
+    """
+    known: set[str] = set()
+    for name, shape in _tensors(checkpoint, config):
+        checkpoint.check(name, shape)
+        known.add(name)
+    for name in sorted(checkpoint.tensors.keys() - known):
+        is_head = config.has_heads and name.startswith(HEADS_PREFIX)
+        if not is_head and not name.endswith("rotary_emb.inv_freq"):
+            raise InvalidArgumentError(
+                f"tensor {name} is not known to {config.shapes.architecture} "
+                "with this config.json: use the model's original checkpoint",
+                reason=Reason.UNSUPPORTED_MODEL,
+            )
+
+
+def _tensors(
+    checkpoint: Checkpoint, config: DecoderConfig
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of the tensors that are read. Tied, lm_head and embedding may be one."""
+    shapes = config.shapes
+    hidden = (shapes.hidden_size,)
+    vocabulary = [name for name in (EMBED, LM_HEAD) if name in checkpoint.tensors] or [EMBED]
+    for name in vocabulary if shapes.tie_word_embeddings else (EMBED, LM_HEAD):
+        yield name, (shapes.vocab_size, shapes.hidden_size)
+    yield NORM, hidden
+    for index in range(shapes.num_layers):
+        prefix = f"model.layers.{index}"
+        yield f"{prefix}.{ATTENTION_NORM}", hidden
+        yield f"{prefix}.{MLP_NORM}", hidden
+        for target, module in MODULES.items():
+            shape = shapes.target_shape(target)
+            yield f"{_module(prefix, target)}.weight", shape
+            if config.mlp_bias if module == "mlp" else config.attention_bias:
+                yield f"{_module(prefix, target)}.bias", shape[:1]
+
+
+def _module(prefix: str, target: str) -> str:
+    return f"{prefix}.{MODULES[target]}.{target}"
+
+
 def untie(config: DecoderConfig, checkpoint: Checkpoint) -> DecoderConfig:
-    """As transformers does: a stored lm_head that differs from the embedding is used, whatever
-    tie_word_embeddings says."""
+    """The config that is true of the checkpoint: a stored lm_head that differs from the embedding
+    is used, whatever tie_word_embeddings says, as transformers does."""
     tied = config.shapes.tie_word_embeddings and {EMBED, LM_HEAD} <= checkpoint.tensors.keys()
     if not tied or checkpoint.equal(EMBED, LM_HEAD):
         return config
@@ -97,8 +144,8 @@ def load_weights(
 ) -> DecoderWeights[Dense]:
     """Read every tensor.
 
-    Raises InvalidArgumentError naming a tensor that is missing, misshapen, not known to this
-    decoder or, where it is quantised, not finite.
+    Raises what `Checkpoint.read_into` raises, and InvalidArgumentError naming a tensor that is not
+    finite and is to be quantised.
     """
     reader = _Reader(checkpoint, config, device, dtype, packing)
     shapes = config.shapes
@@ -108,20 +155,18 @@ def load_weights(
     for index in range(shapes.num_layers):
         layers.append(reader.layer(index))
         give_back()
-    norm = reader.tensor("model.norm.weight", (shapes.hidden_size,))
+    norm = reader.tensor(NORM, (shapes.hidden_size,))
     if shapes.tie_word_embeddings:
-        reader.used.add(LM_HEAD)  # some checkpoints store the tied copy
         name, lm_head_VH = embedding, embed_VH
     else:
         name = LM_HEAD
         lm_head_VH = reader.matrix([name], [shapes.vocab_size], shapes.hidden_size)
     lm_head = _packed(packing.head, lm_head_VH, None, [name], [shapes.vocab_size])
-    reader.refuse_unknown()
     return DecoderWeights(embed_VH, tuple(layers), norm, lm_head)
 
 
 class _Reader(Generic[Dense]):
-    """Reads tensors by name and remembers which."""
+    """Reads tensors by name, into the memory and the layout that `packing` wants."""
 
     def __init__(
         self,
@@ -136,7 +181,6 @@ class _Reader(Generic[Dense]):
         self.config = config
         self.device = device
         self.dtype = dtype
-        self.used: set[str] = set()
         self._shared = torch.empty(0, dtype=dtype, device=device)
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
@@ -159,30 +203,19 @@ class _Reader(Generic[Dense]):
         dense = self.packing.dense
         return LayerWeights(
             index=index,
-            attention_norm=self.tensor(f"{prefix}.input_layernorm.weight", hidden),
+            attention_norm=self.tensor(f"{prefix}.{ATTENTION_NORM}", hidden),
             qkv=self._dense(dense, prefix, ("q_proj", "k_proj", "v_proj"), attention_bias),
             o=self._dense(dense, prefix, ("o_proj",), attention_bias),
-            mlp_norm=self.tensor(f"{prefix}.post_attention_layernorm.weight", hidden),
+            mlp_norm=self.tensor(f"{prefix}.{MLP_NORM}", hidden),
             gate_up=self._dense(self.packing.pair, prefix, ("gate_proj", "up_proj"), mlp_bias),
             down=self._dense(dense, prefix, ("down_proj",), mlp_bias),
         )
-
-    def refuse_unknown(self) -> None:
-        """A tensor nobody read would change the output in a way this decoder does not know."""
-        for name in sorted(self.checkpoint.tensors.keys() - self.used):
-            heads = self.config.has_heads and name.startswith(HEADS_PREFIX)
-            if not heads and not name.endswith("rotary_emb.inv_freq"):
-                raise InvalidArgumentError(
-                    f"tensor {name} is not known to {self.config.shapes.architecture} "
-                    "with this config.json: use the model's original checkpoint",
-                    reason=Reason.UNSUPPORTED_MODEL,
-                )
 
     def _dense(
         self, pack: Pack[Dense], prefix: str, targets: tuple[str, ...], has_bias: bool
     ) -> Dense:
         shapes = [self.config.shapes.target_shape(target) for target in targets]
-        names = [f"{prefix}.{MODULES[target]}.{target}" for target in targets]
+        names = [_module(prefix, target) for target in targets]
         rows = [shape[0] for shape in shapes]
         weights = [f"{name}.weight" for name in names]
         weight, bias = self.matrix(weights, rows, shapes[0][1]), None
@@ -194,7 +227,6 @@ class _Reader(Generic[Dense]):
         """The named tensors below each other."""
         for name, part in zip(names, out.split_with_sizes(list(rows)), strict=True):
             self.checkpoint.read_into(name, part)
-            self.used.add(name)
         return out
 
     def _empty(self, shape: tuple[int, ...]) -> Tensor:

@@ -13,7 +13,7 @@ from lorastack.adapters.store.manifest import adapter_digest
 from lorastack.adapters.store.registry import Registry
 from lorastack.config import AdapterConfig
 from lorastack.errors import LorastackError, NotFoundError, UnavailableError
-from lorastack.startup.loading import LoadedModel, Progress
+from lorastack.startup.model import LoadedModel, StartupProgress
 from lorastack.startup.own_heads import own_heads
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ class Provision:
         model: LoadedModel,
         registry: Registry,
         validate: Validator,
-        progress: Progress,
+        progress: StartupProgress,
     ) -> None:
         self._config = config
         self._model = model
@@ -43,7 +43,8 @@ class Provision:
         Once: what was uploaded under their id since, or made the default, stays at a restart. Heads
         that are the default but belong to another base model make way.
         """
-        files = own_heads(self._model.path, self._model.name)
+        base = self._model.files
+        files = own_heads(base.checkpoint, base.config.medusa, self._model.name)
         if not files:
             return
         adapter_id = own_heads_id(self._model.name)

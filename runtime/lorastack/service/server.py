@@ -52,8 +52,8 @@ from lorastack.service.transfer import Transfers
 from lorastack.service.untrusted import Untrusted
 from lorastack.service.uploads import Uploads
 from lorastack.service.wire import request_readers
-from lorastack.startup.base import base_weight
-from lorastack.startup.loading import Progress, adapter_loader, build_engine, load_model
+from lorastack.startup.engine import adapter_loader, build_engine
+from lorastack.startup.model import StartupProgress, load_model
 from lorastack.v1 import adapters_pb2, generation_pb2
 from lorastack.v1.adapters_pb2_grpc import add_AdapterServiceServicer_to_server as add_adapters
 from lorastack.v1.generation_pb2_grpc import (
@@ -188,7 +188,7 @@ class Server:
     def build(
         cls,
         config: ServerConfig,
-        progress: Progress = lambda label, done, total: None,
+        progress: StartupProgress = lambda label, done, total: None,
         copy: Copy | None = None,
     ) -> Self:
         """Loads the model and opens the store. progress: what takes long, and bytes of it.
@@ -205,7 +205,7 @@ class Server:
 
     @classmethod
     def _build(
-        cls, config: ServerConfig, ports: Ports, progress: Progress, copy: Copy | None
+        cls, config: ServerConfig, ports: Ports, progress: StartupProgress, copy: Copy | None
     ) -> Self:
         limits = config.adapters
         model = config.model.model or "the default model"
@@ -220,12 +220,12 @@ class Server:
         if registry.recovery != Recovery(damaged=()):
             level = logging.WARNING if registry.recovery.damaged else logging.INFO
             logger.log(level, "store %s: %s", limits.store, registry.recovery)
-        loaded = load_model(config.model, config.engine.kv_memory, limits.device_memory, progress)
+        loaded = load_model(config.model, config.engine, limits.device_memory, progress)
         validate = Validator(
             shapes=loaded.decoder.shapes,
             dtype=loaded.decoder.dtype,
-            base_names=(loaded.name, loaded.path.name, *limits.base_names),
-            base_weight=partial(base_weight, loaded.path),
+            base_names=(loaded.name, loaded.files.folder.name, *limits.base_names),
+            base_weight=loaded.files.base_weight,
             base_token=loaded.tokenizer.token_id,
         )
         provision = Provision(

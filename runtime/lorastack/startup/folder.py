@@ -52,8 +52,7 @@ def _from_hub(model: str, *, is_file: bool) -> Path:
         raise invalid(f"--model {named} is a file: name the folder that holds it")
     missing = f"--model {named}: there is no folder {named}"
     try:
-        found = snapshot_download(model, allow_patterns=HUB_FILES, ignore_patterns=HUB_COPIES)
-        return Path(found)
+        return Path(snapshot_download(model, allow_patterns=HUB_FILES, ignore_patterns=HUB_COPIES))
     except HFValidationError:
         cause = "and it is not a hub id, ORG/NAME"
     except GatedRepoError:

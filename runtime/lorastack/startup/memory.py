@@ -1,4 +1,4 @@
-"""Whether a model fits its machine, said before it is loaded."""
+"""Refuses a model that does not fit the machine's memory, before it is loaded."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import torch
 
 from lorastack.config import GIB, MIB
 from lorastack.errors import FailedPreconditionError, Reason
+from lorastack.layout import ModelShapes
+from lorastack.model.kv import page_nbytes
 
-LEAST_KV = 64 * MIB  # less is not worth an advice
-MOST_KV = 4 * GIB  # unless more is asked for
+LEAST_KV = 64 * MIB  # no advice suggests less
+MOST_KV = 4 * GIB  # more only where it is asked for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,14 +36,17 @@ class Demand:
 
 
 def available_memory(device: torch.device) -> int | None:
-    """Bytes that weights, KV and adapters may take on a device; None where nobody says."""
+    """Bytes that weights, KV and adapters may take on a device; None if it is not known."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return host_memory()
 
 
 def host_memory(root: Path = Path("/")) -> int | None:
-    """What Linux calls available, or less where a cgroup allows less. root: of /proc and /sys."""
+    """Bytes that Linux calls available, or fewer where a cgroup allows fewer; None elsewhere.
+
+    root: the folder of proc and sys.
+    """
     available = _table(root / "proc/meminfo").get("MemAvailable:")
     if available is None:
         return None
@@ -49,9 +54,9 @@ def host_memory(root: Path = Path("/")) -> int | None:
 
 
 def check_fits(demand: Demand, available: int, others: Mapping[str, int]) -> None:
-    """Raises FailedPreconditionError unless the demand is available, with what would be.
+    """Raises FailedPreconditionError, with advice, for a demand of more than `available` bytes.
 
-    others: options that were not given, with the bytes of weights that they would make.
+    others: options that were not given -> bytes of the weights with them.
     """
     if demand.total <= available:
         return
@@ -65,8 +70,24 @@ def check_fits(demand: Demand, available: int, others: Mapping[str, int]) -> Non
     )
 
 
+def count_pages(shapes: ModelShapes, dtype: torch.dtype, kv_memory: int, page_size: int) -> int:
+    """Pages of `page_size` tokens that kv_memory bytes hold.
+
+    Raises FailedPreconditionError for fewer than two.
+    """
+    nbytes = page_nbytes(shapes, page_size, dtype)
+    num_pages = kv_memory // nbytes
+    if num_pages < 2:
+        raise FailedPreconditionError(
+            f"--kv-memory holds {num_pages} pages of {nbytes} bytes; give it at least "
+            f"{page_nbytes(shapes, shapes.max_context, dtype)} bytes for one full context",
+            reason=Reason.INVALID_MODEL,
+        )
+    return num_pages
+
+
 def _advice(demand: Demand, available: int, others: Mapping[str, int]) -> Iterator[str]:
-    """Changes that each would do alone."""
+    """Changes, each of which is enough alone."""
     room = available - demand.weights
     if roomy := (kv := room - demand.adapters) >= LEAST_KV:
         yield f"give --kv-memory {kv // MIB}MiB"
@@ -86,7 +107,7 @@ def _size(nbytes: int) -> str:
 
 
 def _cgroup_rooms(root: Path) -> Iterator[int]:
-    """Bytes that each cgroup above this process has left; files it has in memory can go."""
+    """Bytes that each cgroup above this process has left, those that cache files included."""
     for line in _lines(root / "proc/self/cgroup"):
         _, controllers, path = line.split(":", 2)
         if controllers == "":
@@ -113,7 +134,7 @@ def _table(path: Path) -> dict[str, int]:
 
 
 def _number(path: Path) -> int | None:
-    """None for no file, or "max"."""
+    """The number in a file; None for "max", or if there is no file."""
     text = "".join(_lines(path))
     return int(text) if text.isdigit() else None
 

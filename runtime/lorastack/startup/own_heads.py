@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from lorastack.adapters.formats.medusa import CONFIG_NAME, HEADS_FIELD, LAYERS_FIELD
@@ -21,19 +20,22 @@ from lorastack.model.weights import HEADS_PREFIX
 WEIGHTS_NAME = "medusa_lm_head.safetensors"
 
 
-def own_heads(folder: Path, base_model: str) -> list[SourceFile]:
-    """The files; [] for a checkpoint without heads. base_model: what they say they were made for.
+def own_heads(
+    checkpoint: Checkpoint, fields: Mapping[str, Any], base_model: str
+) -> list[SourceFile]:
+    """The files; [] for a checkpoint without heads.
 
-    Reads the heads' bytes once, for their digest. The same checkpoint gives the same files.
+    fields: of the model's config.json, what it says of the heads. base_model: what the files say
+    they were made for. Reads the heads' bytes once, for their digest. The same checkpoint gives the
+    same files.
     """
     tensors = {
         name.removeprefix(HEADS_PREFIX): stored
-        for name, stored in sorted(Checkpoint(folder).tensors.items())
+        for name, stored in sorted(checkpoint.tensors.items())
         if name.startswith(HEADS_PREFIX)
     }
     if not tensors:
         return []
-    fields = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
     config = {
         **{field: fields[field] for field in (HEADS_FIELD, LAYERS_FIELD) if field in fields},
         "base_model_name_or_path": base_model,

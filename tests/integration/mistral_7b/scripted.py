@@ -24,7 +24,7 @@ from lorastack.cli.main import main
 from lorastack.engine import runner
 from lorastack.engine.batch import Proposal, RowStep
 from lorastack.engine.proposer import Proposer
-from lorastack.startup import loading
+from lorastack.startup import engine as startup_engine
 from tests.helpers.costs import CheapHeads
 from tests.helpers.scripted import guessed_places
 
@@ -59,5 +59,5 @@ def guessed(following: Sequence[int], chance: random.Random) -> Proposal:
 if __name__ == "__main__":
     KnowingProposer.path = Path(sys.argv.pop(1))
     vars(runner)["Proposer"] = KnowingProposer
-    vars(loading)["measure"] = lambda *_: CheapHeads()
+    vars(startup_engine)["measure"] = lambda *_: CheapHeads()
     main()

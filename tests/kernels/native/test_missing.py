@@ -8,16 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorastack.config import MIB, ModelConfig
+from lorastack.config import MIB, EngineConfig, ModelConfig
 from lorastack.errors import InvalidArgumentError
 from lorastack.kernels.native import library as native
 from lorastack.kernels.native.library import Isa, missing
-from lorastack.startup import loading
+from lorastack.startup import model
+
+ENGINE = EngineConfig(kv_memory=MIB)
 
 
 def only(monkeypatch: pytest.MonkeyPatch, *found: Isa, built: bool = True) -> None:
     monkeypatch.setattr(native, "library", lambda: object() if built else None)
-    monkeypatch.setattr(loading, "library", native.library)
+    monkeypatch.setattr(model, "library", native.library)
     monkeypatch.setattr(native, "supported", lambda isa: isa in found)
 
 
@@ -36,15 +38,15 @@ def test_a_start_says_why_it_is_slow(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tiny_llama: Path
 ) -> None:
     only(monkeypatch)
-    with caplog.at_level(logging.INFO, "lorastack.startup.loading"):
-        loading.load_model(ModelConfig(model=str(tiny_llama)), MIB, MIB)
+    with caplog.at_level(logging.INFO, "lorastack.startup.model"):
+        model.load_model(ModelConfig(model=str(tiny_llama)), ENGINE, MIB)
     wanted = "this CPU lacks AVX512: steps run in plain torch (float32)"
     assert [wanted in record.getMessage() for record in caplog.records].count(True) == 1
     caplog.clear()
-    loading.load_model(ModelConfig(model=str(tiny_llama), backend="torch"), MIB, MIB)
+    model.load_model(ModelConfig(model=str(tiny_llama), backend="torch"), ENGINE, MIB)
     assert "AVX512" not in caplog.text  # it was asked for
     with pytest.raises(InvalidArgumentError, match=r"--backend native: this CPU lacks AVX512"):
-        loading.load_model(ModelConfig(model=str(tiny_llama), backend="native"), MIB, MIB)
+        model.load_model(ModelConfig(model=str(tiny_llama), backend="native"), ENGINE, MIB)
     only(monkeypatch, built=False)
     with pytest.raises(InvalidArgumentError, match=r"--backend native: .* not built"):
-        loading.load_model(ModelConfig(model=str(tiny_llama), backend="native"), MIB, MIB)
+        model.load_model(ModelConfig(model=str(tiny_llama), backend="native"), ENGINE, MIB)

@@ -1,7 +1,7 @@
-"""Adapters on their way: from disk to the host on one thread, from there to the device on others.
+"""Adapters on their way: one thread loads from disk to the host, others copy to the device.
 
 A slow copy holds up no load, a slow load no copy, and copies that are slow to begin overlap. All
-methods are for the step thread and never wait, `seconds` is for any.
+methods are for the step thread and never wait; `seconds` is for any thread.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from functools import partial
 
 from lorastack.adapters.memory.device import Copy, DeviceAdapter
 from lorastack.adapters.memory.host import HostCache, PackedAdapter
-from lorastack.adapters.memory.threads import Failure, LoaderThreads
+from lorastack.adapters.memory.threads import Failure, JobThreads
 from lorastack.errors import LorastackError
 
 COPIES = 8  # under way at once
@@ -30,18 +30,16 @@ class Pipeline:
         self._host = host
         self._on_finished = on_finished
         self._copy = copy
-        self._loads: LoaderThreads[PackedAdapter] = LoaderThreads("adapter-loads", 1, on_finished)
-        self._copies: LoaderThreads[DeviceAdapter] = LoaderThreads(
-            "adapter-copies", COPIES, on_finished
-        )
+        self._loads: JobThreads[PackedAdapter] = JobThreads("adapter-loads", 1, on_finished)
+        self._copies: JobThreads[DeviceAdapter] = JobThreads("adapter-copies", COPIES, on_finished)
 
     def has(self, digest: str) -> bool:
-        """Whether it is on its way, or failed."""
+        """True if it is on its way, or its load failed."""
         places = (self.loading, self.packed, self.copying, self._failed)
         return any(digest in place for place in places)
 
     def size(self, digest: str) -> int | None:
-        """Its bytes, once it is on the host."""
+        """Bytes of an adapter that is on the host; None before."""
         packed = self.packed.get(digest)
         return self.copying.get(digest) if packed is None else packed.nbytes
 
@@ -53,7 +51,7 @@ class Pipeline:
                 raise error
 
     def load(self, digest: str) -> None:
-        """Starts on the way to the host; `has` must be false. What is there waits for no disk."""
+        """Starts the load of an adapter for which `has` is false. A host copy is taken at once."""
         if (packed := self._host.find(digest)) is not None:
             self.packed[digest] = packed
             self._on_finished()
@@ -62,7 +60,7 @@ class Pipeline:
         self._loads.submit(digest, partial(self._host.get, digest))
 
     def copy(self, digest: str) -> DeviceAdapter | None:
-        """Sends what waits in `packed` on to the device; the adapter if it is there at once."""
+        """Starts the copy of what waits in `packed`; the adapter itself if none is needed."""
         packed = self.packed.pop(digest)
         if self._copy is None:
             return DeviceAdapter.of(packed, packed.buffer)
@@ -71,7 +69,7 @@ class Pipeline:
         return None
 
     def take_finished(self) -> tuple[bool, list[DeviceAdapter]]:
-        """Whether anything got on since the last call, and what got to the device."""
+        """True if a load or a copy ended since the last call, and what arrived on the device."""
         loaded, copied = list(self._loads.finished()), list(self._copies.finished())
         arrived: list[DeviceAdapter] = []
         for result in (*loaded, *copied):
@@ -106,7 +104,7 @@ class Pipeline:
 
     @property
     def seconds(self) -> float:
-        """That loads and copies took. Any thread."""
+        """Total run time of loads and copies. Any thread."""
         return self._loads.seconds + self._copies.seconds
 
     def close(self) -> None:

@@ -1,9 +1,9 @@
 """Device copies of adapters: loaded beside the step loop, pinned by running rows, paged by turns.
 
 The step thread calls `poll`, then `acquire`, `try_acquire` and `prefetch` for its rows, and
-`release`; it never waits. One thread of low priority fills host copies, a second one copies
-them over; what they finished is taken in by `poll`. On a CPU the host copy itself serves as the
-device copy, so nothing is stored twice.
+`release`; it never waits. Threads of low priority load adapters to the host and copy them to the
+device (`pipeline`); `poll` takes in what they finished. On a CPU the host copy itself serves as
+the device copy, so nothing is stored twice.
 
 LoRAs that are missing. `acquire` is all or nothing. A set of LoRAs that is not there whole queues
 in the order of first asking, and stays in the queue while its rows keep asking. The first set whose
@@ -57,7 +57,7 @@ class PoolStats:
 
     adapters: least recently used first. last_used: digest -> time.time() seconds, of any that was
     ever used and not dropped. num_waiting: sets of LoRAs that rows wait for. host_hits, disk_loads:
-    loads by where the bytes were. load_seconds: that they took, copies to the device included.
+    loads by where the bytes were. load_seconds: total run time of loads and copies.
     """
 
     adapters: tuple[AdapterStats, ...]
@@ -90,11 +90,11 @@ class DevicePool:
         copy: Copy | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """budget: bytes. on_loaded: called from either thread when `poll` has something.
+        """budget: bytes. on_loaded: called from a loader thread when `poll` has something to take.
 
-        copy: from the host to the device, unless the device's own way is meant. clock: seconds.
+        copy: from the host to the device, None for the device's own way. clock: seconds.
         """
-        self.blocked = False  # by rows that ran in the last step: worth polling after the next
+        self.blocked = False  # a set waits for the turns of rows that run: poll after the next step
         self._budget = budget
         self._host = host
         self._pipeline = Pipeline(host, copy or device_copy(device), on_loaded)
@@ -159,7 +159,7 @@ class DevicePool:
                 self._pipeline.load(digest)
 
     def holds(self, digests: Collection[str]) -> bool:
-        """Whether all of them are on the device."""
+        """True if all of them are on the device."""
         return all(digest in self._residents for digest in digests)
 
     def release(self, digests: Sequence[str]) -> None:
@@ -194,7 +194,7 @@ class DevicePool:
     # -- once a step ------------------------------------------------------------------------------
 
     def poll(self) -> bool:
-        """Takes in what was loaded and makes room for what is waited for; True if it changed."""
+        """Takes in what was loaded, makes room for what is waited for; True if anything changed."""
         now = self._clock()
         changed, arrived = self._pipeline.take_finished()
         for adapter in arrived:
@@ -261,7 +261,7 @@ class DevicePool:
         return len(self._pipeline.loading) < MAX_AHEAD and waiting < self._budget
 
     def _misfit(self, wanted: Collection[str]) -> LorastackError | None:
-        """Why a set, as far as its sizes are known, cannot be placed whatever is evicted."""
+        """The error of a set that fits in no way, by the sizes known so far; None if it may fit."""
         needed = sum(map(self._size, wanted))
         if needed > self._budget:
             return self._too_large(wanted)
@@ -288,7 +288,7 @@ class DevicePool:
     # -- placing ----------------------------------------------------------------------------------
 
     def _place_all(self, now: float) -> bool:
-        """Room for the sets in the queue up to the first that has to wait for it, then the soft."""
+        """Places the queue's sets up to the first that must wait for room, then the soft ones."""
         changed = self.blocked = False
         for wanted, ask in self._queue.items():
             loaded = all(self._size(digest) for digest in wanted)

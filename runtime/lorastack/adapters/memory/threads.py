@@ -1,4 +1,4 @@
-"""Threads of low priority that run loads for a thread that must never wait."""
+"""Threads of low priority that load and copy for a thread that must never wait."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Failure:
     error: LorastackError
 
 
-class LoaderThreads(Generic[ResultT]):
+class JobThreads(Generic[ResultT]):
     """Run jobs in the order they came, as many at a time as there are threads.
 
     Results wait in a queue.
@@ -45,7 +45,7 @@ class LoaderThreads(Generic[ResultT]):
 
     def __init__(self, name: str, count: int, on_finished: Callable[[], None]) -> None:
         """on_finished: called from a thread after each job."""
-        self.seconds = 0.0  # that jobs took
+        self.seconds = 0.0  # total run time of all jobs
         self._counting = threading.Lock()
         self._on_finished = on_finished
         self._jobs: SimpleQueue[tuple[str, Callable[[], ResultT]] | None] = SimpleQueue()

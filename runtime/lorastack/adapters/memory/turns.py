@@ -19,7 +19,7 @@ QUANTUM = 0.2  # seconds
 
 
 class Use(IntEnum):
-    """What an adapter was good for in the last step, in the order in which they leave."""
+    """Who needed an adapter in the last step. Those of a lower use leave first."""
 
     IDLE = 0
     SOFT = 1  # heads, which rows can do without, and what waiting rows will need
@@ -28,7 +28,7 @@ class Use(IntEnum):
 
 @dataclass(slots=True)
 class Resident:
-    """An adapter on the device. since: when its turn began. pins: of rows that run now."""
+    """An adapter on the device. since: when its turn began. pins: how often running rows pin it."""
 
     adapter: DeviceAdapter
     since: float
@@ -44,11 +44,11 @@ def choose_victims(
     keep: Container[str],
     began_before: float = -inf,
 ) -> list[str] | None:
-    """Digests that make room for `excess` bytes; None, and nobody need go, when that is too much.
+    """Digests whose leaving makes room for `excess` bytes; None if all that may go are too few.
 
-    residents: least recently used first. use: what the room is for; only adapters of a lower use go
-    for it, and those whose turn began before `began_before`. keep: digests that stay. The idle go
-    first, then the soft, both in their order; then those in use, the oldest turn first.
+    residents: least recently used first. use: what the room is for; only adapters of a lower use
+    may go for it, and those whose turn began at `began_before` or earlier. keep: digests that stay.
+    The idle go first, then the soft, both in their order; then those in use, the oldest turn first.
     """
     able = [
         each

@@ -67,15 +67,15 @@ def describe(name: str, size: int, pieces: Pieces, alive: Alive) -> FileSpec:
 
     Raises InvalidArgumentError if they are not as many as they were a moment ago.
     """
-    digest, found = hashlib.sha256(), 0
+    sha256, num_read = hashlib.sha256(), 0
     with closing(pieces):
         for piece in pieces:
-            digest.update(piece)
-            found += len(piece)
+            sha256.update(piece)
+            num_read += len(piece)
             alive()
-    if found != size:
+    if num_read != size:
         raise InvalidArgumentError(f"{name} changed while it was read: try again when it is whole")
-    return FileSpec(name=name, size=size, sha256=digest.hexdigest())
+    return FileSpec(name=name, size=size, sha256=sha256.hexdigest())
 
 
 def pieces_of(file: BinaryIO, size: int, offset: int) -> Pieces:

@@ -1,4 +1,4 @@
-"""An adapter's folder on the server's own disk, read so that nothing outside the roots can be.
+"""An adapter's folder on the server's own disk, read so that no file outside the roots is.
 
 Every path is resolved first and must lie under a root; then it is opened component by component
 without following links, so that a link swapped in between is refused, not followed. Links that
@@ -30,7 +30,7 @@ from lorastack.adapters.sources.base import (
 from lorastack.errors import InvalidArgumentError, NotFoundError, PermissionDeniedError
 from lorastack.folders import choose
 
-MAX_ENTRIES = 10_000  # of a folder; more are not looked at
+MAX_ENTRIES = 10_000  # a folder with more is refused
 # O_NONBLOCK: opening a pipe must not wait for its writer.
 _FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
@@ -64,22 +64,22 @@ def find_files(folder: str, roots: Sequence[Path], limits: Limits, alive: Alive)
 
 
 def _names(folder: str, roots: Sequence[Path]) -> list[str]:
-    """What a folder holds, folders with a slash at the end; at most MAX_ENTRIES."""
+    """Names of what a folder holds, those of folders with a slash at the end."""
     handle = _open(folder, roots, os.O_DIRECTORY)
     try:
         with os.scandir(handle) as entries:
             # Links are not followed here: what they lead to may be none of the caller's business.
-            found = [
+            names = [
                 f"{entry.name}/" if entry.is_dir(follow_symlinks=False) else entry.name
                 for entry in islice(entries, MAX_ENTRIES + 1)
             ]
     finally:
         os.close(handle)
-    if len(found) > MAX_ENTRIES:
+    if len(names) > MAX_ENTRIES:
         raise InvalidArgumentError(
             f"{folder} holds more than {MAX_ENTRIES} files: put the adapter's into one of their own"
         )
-    return found
+    return names
 
 
 def _pieces(path: str, roots: Sequence[Path], size: int, offset: int) -> Pieces:

@@ -53,7 +53,7 @@ _TOKEN = re.compile(r"[!-~]{0,1000}")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HubAddress:
-    """What to pull. revision: branch, tag or commit. token: "" pulls as nobody; never shown."""
+    """What to pull. revision: branch, tag or commit. token: never shown; "" pulls as nobody."""
 
     hub_id: str
     revision: str = "main"
@@ -97,9 +97,9 @@ def open_hub(
         )
     # A repository that moved is answered from its new place.
     _check_organisation(info.id, organisations)
-    found = {file.rfilename: file for file in info.siblings or ()}
-    choice = _choose(found, address.hub_id)
-    chosen = [found[name] for name in choice.files]
+    stored = {file.rfilename: file for file in info.siblings or ()}
+    choice = _choose(stored, address.hub_id)
+    chosen = [stored[name] for name in choice.files]
     check_limits([_size(file, address) for file in chosen], limits, address.hub_id)
     # Pinned to the commit: files of two commits are never mixed.
     commit = HubAddress(
@@ -113,7 +113,7 @@ def open_hub(
 def push_folder(
     folder: Path, hub_id: str, *, private: bool = False, token: str | None = None
 ) -> str:
-    """Makes a repository hold a folder's files, creating it if need be. The commit's address.
+    """Uploads a folder's files to a repository, creating it if need be; returns the commit's URL.
 
     token: None takes the user's own, as `hf auth login` or HF_TOKEN gave it. Raises
     InvalidArgumentError and what `_hub_errors` raises.
@@ -121,7 +121,7 @@ def push_folder(
     check_hub_id(hub_id)
     api = HfApi(endpoint=_endpoint(), token=token)
     with _hub_errors(hub_id):
-        # Else what the organisation's settings say.
+        # None: as the organisation's settings say.
         api.create_repo(hub_id, private=private or None, exist_ok=True)
         commit = api.upload_folder(
             repo_id=hub_id, folder_path=folder, commit_message="Upload adapter with lorastack"

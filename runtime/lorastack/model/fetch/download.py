@@ -38,11 +38,11 @@ def find_wheel(project: str, filename: str) -> str:
     """
     command = [sys.executable, "-m", "pip", "index", "versions", project, "-vvv", "--no-color"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
-    found = re.search(rf"Found link (\S+/{re.escape(filename)})", result.stdout)
-    if found is None:
+    link = re.search(rf"Found link (\S+/{re.escape(filename)})", result.stdout)
+    if link is None:
         errors = result.stderr.strip().splitlines() or ["no such link"]
         raise DownloadError(f"pip finds no {filename} ({errors[-1]})")
-    return found[1]
+    return link[1]
 
 
 def fetch(

@@ -37,7 +37,7 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether every file that the marker lists is there with its size."""
+    """True if every file that the marker lists is there with its size."""
     try:
         sizes = json.loads((folder / MARKER).read_text(encoding="utf-8"))
         return all((folder / name).stat().st_size == size for name, size in sizes.items())

@@ -1,0 +1,55 @@
+"""What runs a model, decided once and before any weight is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from lorastack.kernels.native.library import Isa, missing
+from lorastack.kernels.quantize import Kind
+from lorastack.model.backends.native import native_isa
+from lorastack.model.config import DecoderConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """dtype: of weights, activations and KV. kind: what the base model's weights are quantised to.
+
+    native: the native kernels may be used. isa: the instructions with which they run the model;
+    None for plain torch.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    kind: Kind | None
+    native: bool
+    isa: Isa | None
+
+    def why_torch(self, name: str) -> str:
+        """Why the model `name` runs in plain torch on a CPU although the native kernels may run.
+
+        "" where they do run, may not, or the device is no CPU.
+        """
+        if self.isa is not None or not self.native or self.device.type != "cpu":
+            return ""
+        return missing(self.dtype) or f"no native kernels run {name} with these options"
+
+
+def choose(
+    config: DecoderConfig,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    native: bool,
+    kind: Kind | None,
+) -> Choice:
+    """The native kernels where they run the model and may (`native`), else torch.
+
+    dtype: None for bfloat16, on a CPU only where the native kernels compute in it, else float32.
+    """
+    if dtype is None:
+        native_bfloat16 = native and native_isa(config, torch.bfloat16, device) is not None
+        dtype = torch.bfloat16 if native_bfloat16 or device.type != "cpu" else torch.float32
+    isa = native_isa(config, dtype, device, kind) if native else None
+    return Choice(device=device, dtype=dtype, kind=kind, native=native, isa=isa)

@@ -1,0 +1,74 @@
+"""From a loaded model to a ready engine, and to the loader of its adapters."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from functools import partial
+
+from lorastack.adapters.memory.loader import Loader
+from lorastack.adapters.memory.pool import DevicePool
+from lorastack.adapters.store.registry import Registry
+from lorastack.config import EngineConfig
+from lorastack.engine.costs import measure
+from lorastack.engine.engine import Engine
+from lorastack.engine.pages import Pages
+from lorastack.engine.runner import Runner
+from lorastack.kernels.packing import allocate
+from lorastack.model.kv import KVCache
+from lorastack.request import RowEvent
+from lorastack.speculation.calibration import Calibration
+from lorastack.startup.model import LoadedModel
+
+log = logging.getLogger(__name__)
+
+
+def adapter_loader(model: LoadedModel, registry: Registry) -> Loader:
+    """The host cache's loader, which packs adapters as this model's backend reads them."""
+    decoder = model.decoder
+    return Loader(
+        registry=registry,
+        shapes=decoder.shapes,
+        allocate=partial(allocate, dtype=decoder.dtype, pinned=decoder.device.type == "cuda"),
+        head_rows=decoder.head_rows,
+    )
+
+
+def build_engine(
+    model: LoadedModel,
+    config: EngineConfig,
+    pool: DevicePool,
+    learned: Mapping[str, str],
+    on_events: Callable[[list[RowEvent]], None],
+    on_failure: Callable[[BaseException], None],
+) -> Engine:
+    """The engine on a loaded model.
+
+    learned: what an earlier one knew about heads, by digest (`Engine.learned`, as JSON). Any
+    request within `Engine.max_context` fits in its KV memory.
+    """
+    decoder = model.decoder
+    shapes = decoder.shapes
+    num_pages = model.num_pages
+    max_context = min(shapes.max_context, num_pages * config.page_size)
+    if max_context < shapes.max_context:
+        log.warning(
+            "--kv-memory holds %d tokens: the context is limited to that, the model allows %d",
+            max_context,
+            shapes.max_context,
+        )
+    kv = KVCache(shapes, num_pages, config.page_size, decoder.dtype, decoder.device)
+    runner, pages = Runner(decoder, kv), Pages(num_pages, config.page_size)
+    return Engine(
+        config=config,
+        runner=runner,
+        tokenizer=model.tokenizer,
+        pages=pages,
+        pool=pool,
+        costs=measure(runner, pages),
+        calibrations={digest: Calibration.from_json(text) for digest, text in learned.items()},
+        max_context=max_context,
+        vocab_size=shapes.vocab_size,
+        on_events=on_events,
+        on_failure=on_failure,
+    )

@@ -1,0 +1,172 @@
+"""From configuration to a base model in memory."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from lorastack.config import MIB, EngineConfig, ModelConfig
+from lorastack.errors import InvalidArgumentError, Reason
+from lorastack.kernels.native.library import library
+from lorastack.kernels.quantize import Kind
+from lorastack.model.backends.choose import Choice, choose
+from lorastack.model.config import DecoderConfig
+from lorastack.model.decoder import Decoder, read_decoder
+from lorastack.model.fetch.download import Progress
+from lorastack.model.size import weights_nbytes
+from lorastack.startup.files import ModelFiles
+from lorastack.startup.folder import model_folder
+from lorastack.startup.memory import (
+    LEAST_KV,
+    MOST_KV,
+    Demand,
+    available_memory,
+    check_fits,
+    count_pages,
+)
+from lorastack.text.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+StartupProgress = Callable[[str, int, int], None]  # what is going on; bytes done, bytes in all
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    """A base model in memory with its tokenizer. name: hub id, or the folder's name.
+
+    kv_memory: bytes for keys and values beside it; num_pages: the pages that they hold. threads:
+    CPU threads of a step.
+    """
+
+    decoder: Decoder
+    tokenizer: Tokenizer
+    name: str
+    files: ModelFiles
+    fingerprint: str
+    kv_memory: int
+    num_pages: int
+    threads: int
+
+
+def load_model(
+    config: ModelConfig,
+    engine: EngineConfig,
+    adapter_memory: int,
+    progress: StartupProgress = lambda label, done, total: None,
+) -> LoadedModel:
+    """Weights and tokenizer from a folder, a hub id, or the embedded default.
+
+    adapter_memory: bytes that must be there beside weights and KV. Raises, before any weight is
+    read, InvalidArgumentError for a model, a device or a backend that cannot run here, and
+    FailedPreconditionError for more memory than the device has or less KV than two pages.
+    """
+    device = _device(config.device)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    path, name = model_folder(config.model, partial(progress, "fetching the default model"))
+    with ThreadPoolExecutor(1) as beside:  # the weights, which hardly need the interpreter
+        tokenizer = beside.submit(Tokenizer.load, path)
+        files = ModelFiles(path, config.max_context)
+        choice = _choose(config, files.config, device, name)
+        kv_memory = _kv_memory(files.config, choice, engine.kv_memory, adapter_memory)
+        num_pages = count_pages(files.config.shapes, choice.dtype, kv_memory, engine.page_size)
+        checkpoint = files.checkpoint.reporting(_reporter(progress, tokenizer))
+        decoder = read_decoder(checkpoint, files.config, choice)
+    _warn_of_unknown_tokens(tokenizer.result(), decoder.shapes.vocab_size)
+    return LoadedModel(
+        decoder=decoder,
+        tokenizer=tokenizer.result(),
+        name=name,
+        files=files,
+        fingerprint=files.fingerprint(),
+        kv_memory=kv_memory,
+        num_pages=num_pages,
+        threads=torch.get_num_threads(),
+    )
+
+
+def _reporter(progress: StartupProgress, tokenizer: Future[Tokenizer]) -> Progress:
+    """Reports the reading of the weights, and ends it once the tokenizer is refused."""
+
+    def report(done: int, total: int) -> None:
+        if tokenizer.done():
+            tokenizer.result()
+        progress("loading the weights", done, total)
+
+    return report
+
+
+def _choose(config: ModelConfig, decoder: DecoderConfig, device: torch.device, name: str) -> Choice:
+    """What runs the model; steps that are slower than they might be are refused or logged."""
+    choice = choose(
+        decoder,
+        device=device,
+        dtype=_dtype(config.dtype),
+        native=config.backend != "torch",
+        kind=None if config.quantize is None else Kind(config.quantize),
+    )
+    why = choice.why_torch(name)
+    if why and config.backend == "native":
+        raise InvalidArgumentError(
+            f"--backend native: {why}; or leave --backend out", reason=Reason.INVALID_MODEL
+        )
+    if why and library() is not None:  # a library that is not there was logged already
+        dtype_name = str(choice.dtype).removeprefix("torch.")
+        log.warning("%s: steps run in plain torch (%s), which is slower", why, dtype_name)
+    return choice
+
+
+def _kv_memory(
+    decoder: DecoderConfig, choice: Choice, wanted: int | None, adapter_memory: int
+) -> int:
+    """Bytes for keys and values, if there is room for all that is to come.
+
+    wanted: None for what is left, up to 4 GiB.
+    """
+    device, dtype = choice.device, choice.dtype
+    available = available_memory(device)
+    if available is None:
+        return MOST_KV if wanted is None else wanted
+    sizes = {kind: weights_nbytes(decoder, dtype, kind, device) for kind in (None, *Kind)}
+    weights = sizes[choice.kind]
+    smaller = {f"--quantize {kind}": size for kind, size in sizes.items() if size < weights}
+    kv = wanted
+    if kv is None:
+        kv = min(MOST_KV, max(LEAST_KV, available - weights - adapter_memory))
+    check_fits(Demand(weights=weights, kv=kv, adapters=adapter_memory), available, smaller)
+    if wanted is None and kv < MOST_KV:
+        log.warning("keys and values get the %d MiB that are left; --kv-memory sets it", kv // MIB)
+    return kv
+
+
+def _warn_of_unknown_tokens(tokenizer: Tokenizer, vocab_size: int) -> None:
+    if tokenizer.vocab_size > vocab_size:
+        log.warning(
+            "the tokenizer has ids up to %d, the model only those below %d: prompts with others "
+            "are refused",
+            tokenizer.vocab_size - 1,
+            vocab_size,
+        )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InvalidArgumentError("--device cuda: torch finds no CUDA device; use cpu or auto")
+    return torch.device(name)
+
+
+def _dtype(name: str) -> torch.dtype | None:
+    """None for auto, which `choose` decides."""
+    if name == "auto":
+        return None
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
