@@ -22,9 +22,9 @@ from lorastack.errors import (
     Reason,
 )
 from lorastack.service import convert
+from lorastack.service.catalogue import Catalogue
 from lorastack.service.dispatch import Dispatcher
 from lorastack.service.places import caller_of
-from lorastack.service.prepare import Preparer
 from lorastack.service.status import CallGuard, Context, Notes, new_request_id
 from lorastack.service.store import StoreWriter
 from lorastack.service.threads import run_in
@@ -49,7 +49,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         pool: DevicePool,
         host: HostCache,
         dispatcher: Dispatcher,
-        preparer: Preparer,
+        catalogue: Catalogue,
         guard: CallGuard,
         readers: Executor,
         uploader: Executor,
@@ -61,7 +61,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         self._pool = pool
         self._host = host
         self._dispatcher = dispatcher
-        self._preparer = preparer
+        self._catalogue = catalogue
         self._guard = guard
         self._readers = readers
         self._uploader = uploader
@@ -186,11 +186,11 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         async with self._guard("LoadAdapter", context, new_request_id()) as notes:
             notes["adapter"] = request.id
             notes["pin"] = request.pin
-            record = await run_in(self._readers, self._preparer.servable, request.id)
+            record = await run_in(self._readers, self._catalogue.servable, request.id)
             try:
                 await asyncio.wrap_future(self._engine.load(record.digest, request.pin))
             except LorastackError as error:
-                raise self._preparer.with_ids(error) from None
+                raise self._catalogue.with_ids(error) from None
             return self._noted(notes, record)
 
     async def UnloadAdapter(
@@ -207,7 +207,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     ) -> adapters_pb2.SetDefaultMedusaResponse:
         async with self._guard("SetDefaultMedusa", context, new_request_id()) as notes:
             notes["adapter"] = request.medusa_id
-            set_default = self._preparer.set_default_medusa
+            set_default = self._catalogue.set_default_medusa
             heads = await run_in(self._uploader, set_default, request.medusa_id)
             notes["digest"] = heads.digest if heads else ""
             return adapters_pb2.SetDefaultMedusaResponse(
@@ -216,7 +216,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
             )
 
     def _delete(self, adapter_id: str, in_use: Collection[str]) -> None:
-        if adapter_id == split_reference(self._preparer.default_medusa)[0]:
+        if adapter_id == split_reference(self._catalogue.default_medusa)[0]:
             raise FailedPreconditionError(
                 f"{adapter_id!r} holds the server's default Medusa heads; choose others with "
                 "`lorastack adapters default` (or restart without --medusa) to delete them",
@@ -236,7 +236,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     def _messages(
         self, records: Sequence[Record], usage: convert.AdapterUsage
     ) -> list[adapters_pb2.Adapter]:
-        is_compatible = self._preparer.is_compatible
+        is_compatible = self._catalogue.is_compatible
         return [convert.adapter(r, compatible=is_compatible(r), usage=usage) for r in records]
 
     def _usage(self) -> convert.AdapterUsage:

@@ -28,7 +28,9 @@ from lorastack.request import (
     TypicalAcceptance,
 )
 from lorastack.service import limits
-from lorastack.service.prepare import Chat, GenerateCall, Ids, Prepared, ServedModel, Text
+from lorastack.service.call import Chat, GenerateCall, Ids, Text
+from lorastack.service.prepare import Prepared
+from lorastack.service.served import ServedModel
 from lorastack.text.grammar import JsonSchema, Regex
 from lorastack.text.tokenizer import Tokenizer
 from lorastack.v1 import adapters_pb2, generation_pb2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lorastack import __version__
 from lorastack.config import ServerConfig
-from lorastack.service.prepare import ServedModel
+from lorastack.service.served import ServedModel
 from lorastack.startup.loading import LoadedModel
 from lorastack.v1 import generation_pb2
 

@@ -16,7 +16,9 @@ from dataclasses import replace
 from typing import TypeVar
 
 from lorastack.sandbox.turns import Turns
-from lorastack.service.prepare import Chat, GenerateCall, Ids, Prepared, Preparer, Rendered, Text
+from lorastack.service.call import Chat, GenerateCall, Given, Rendered, Text
+from lorastack.service.catalogue import Catalogue
+from lorastack.service.prepare import Prepared, Preparer
 from lorastack.service.threads import run_in
 from lorastack.service.untrusted import Untrusted
 
@@ -26,13 +28,15 @@ NUM_LONG, NUM_SHORT = 2, 2  # of the edge's threads, which also look things up
 MAX_WAITING = 256  # with long texts; those with short ones are as many as there may be calls
 
 T = TypeVar("T")
-Given = Text | Ids | Chat | Rendered
 
 
 class Intake:
     """Event loop only. workers: the edge's threads, NUM_LONG + NUM_SHORT."""
 
-    def __init__(self, preparer: Preparer, untrusted: Untrusted, workers: Executor) -> None:
+    def __init__(
+        self, catalogue: Catalogue, preparer: Preparer, untrusted: Untrusted, workers: Executor
+    ) -> None:
+        self._catalogue = catalogue
         self._preparer = preparer
         self._untrusted = untrusted
         self._workers = workers
@@ -67,7 +71,7 @@ class Intake:
         """The ids that the model would run. Raises the user's errors."""
         self._check_length(given)
         if lora_id:
-            await run_in(self._workers, self._preparer.lora, lora_id)
+            await run_in(self._workers, self._catalogue.lora, lora_id)
         given = await self._rendered(given, lora_id, caller)
         return await self._run(lambda: self._preparer.encode(given), _is_long(given), caller)
 
@@ -82,7 +86,7 @@ class Intake:
         """A single LoRA's own chat template wins over the model's."""
         if not isinstance(given, Chat) or not lora_id:
             return given
-        template = await run_in(self._workers, self._preparer.own_template, lora_id)
+        template = await run_in(self._workers, self._catalogue.own_template, lora_id)
         if template is None:
             return given
         return Rendered(await self._untrusted.render(template, given.messages, caller))

@@ -30,6 +30,7 @@ from lorastack.adapters.store.registry import Registry
 from lorastack.config import ServerConfig
 from lorastack.engine.engine import Engine
 from lorastack.service.adapters import AdapterService
+from lorastack.service.catalogue import Catalogue
 from lorastack.service.describe import labels, model_info, ready_line, served
 from lorastack.service.dispatch import Dispatcher
 from lorastack.service.door import Door
@@ -41,10 +42,11 @@ from lorastack.service.learned import LearnedKeeper
 from lorastack.service.limits import Lengths
 from lorastack.service.metrics import RequestMetrics, StateCollector
 from lorastack.service.ports import Ports
-from lorastack.service.prepare import Preparer, ServedModel
+from lorastack.service.prepare import Preparer
 from lorastack.service.probe import probe
 from lorastack.service.provision import Provision
 from lorastack.service.scrape import MetricsServer
+from lorastack.service.served import ServedModel
 from lorastack.service.status import CallGuard
 from lorastack.service.store import StoreFollower, StoreWriter, needed_digests
 from lorastack.service.threads import run_in
@@ -127,13 +129,14 @@ class Server:
         self._max_calls = 2 * (config.engine.max_rows + config.engine.max_queue) + OTHER_CALLS
         self._workers = ThreadPoolExecutor(NUM_WORKERS, "lorastack-edge")
         self._uploader = ThreadPoolExecutor(1, "lorastack-upload", initializer=be_nice)
-        self._preparer = Preparer(model, registry, config.adapters.default_medusa)
+        catalogue = Catalogue(model, registry, config.adapters.default_medusa)
+        self._preparer = Preparer(model, catalogue)
         self._untrusted = Untrusted(model.tokenizer, self._preparer.grammars, model.max_text)
-        self._intake = Intake(self._preparer, self._untrusted, self._workers)
+        self._intake = Intake(catalogue, self._preparer, self._untrusted, self._workers)
         self._generation = GenerationService(
             model=model,
             info=model_info(model, config),
-            preparer=self._preparer,
+            catalogue=catalogue,
             intake=self._intake,
             dispatcher=dispatcher,
             guard=self._guard,
@@ -146,7 +149,7 @@ class Server:
             validate=replace(validate, check_template=self._untrusted.check_template),
             fingerprint=model.fingerprint,
             keep_revisions=config.adapters.keep_revisions,
-            needed=partial(needed_digests, dispatcher, pool, self._preparer),
+            needed=partial(needed_digests, dispatcher, pool, catalogue),
         )
         self._uploads = Uploads(
             max_files=config.adapters.max_files,
@@ -168,7 +171,7 @@ class Server:
             pool=pool,
             host=host,
             dispatcher=dispatcher,
-            preparer=self._preparer,
+            catalogue=catalogue,
             guard=self._guard,
             readers=self._workers,
             uploader=self._uploader,

@@ -14,8 +14,8 @@ from lorastack.adapters.store.registry import Pruned, Registry
 from lorastack.adapters.store.upload import Upload
 from lorastack.engine.engine import Engine
 from lorastack.errors import DataLossError, LorastackError, NotFoundError
+from lorastack.service.catalogue import Catalogue
 from lorastack.service.dispatch import Dispatcher
-from lorastack.service.prepare import Preparer
 
 logger = logging.getLogger(__name__)
 
@@ -124,8 +124,8 @@ def _newest_digests(registry: Registry) -> set[str]:
     return {record.digest for record in registry.list()}
 
 
-def needed_digests(dispatcher: Dispatcher, pool: DevicePool, preparer: Preparer) -> set[str]:
+def needed_digests(dispatcher: Dispatcher, pool: DevicePool, catalogue: Catalogue) -> set[str]:
     """What requests that have not ended, pins and default heads may load from the disk again."""
     pinned = {adapter.digest for adapter in pool.stats().adapters if adapter.pinned}
-    _, default = split_reference(preparer.default_medusa)
+    _, default = split_reference(catalogue.default_medusa)
     return {*dispatcher.digests_in_use(), *pinned, *([default] if default else [])}
