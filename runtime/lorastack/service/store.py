@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Collection
+from concurrent.futures import Executor
 from functools import partial
 
 from lorastack.adapters.memory.loader import Validator
@@ -16,6 +18,9 @@ from lorastack.engine.engine import Engine
 from lorastack.errors import DataLossError, LorastackError, NotFoundError
 from lorastack.service.catalogue import Catalogue
 from lorastack.service.dispatch import Dispatcher
+from lorastack.service.threads import run_in
+
+REFRESH_SECONDS = 2.0  # how old a read-only store's view may be
 
 logger = logging.getLogger(__name__)
 
@@ -102,16 +107,26 @@ class StoreWriter:
 
 
 class StoreFollower:
-    """Keeps up with a store that another process writes. One thread at a time."""
+    """Keeps up with a store that another process writes."""
 
-    def __init__(self, registry: Registry, engine: Engine) -> None:
-        """registry: opened read-only."""
+    def __init__(self, registry: Registry, engine: Engine, uploader: Executor) -> None:
+        """registry: opened read-only. uploader: of one thread."""
         self._registry = registry
         self._engine = engine
+        self._uploader = uploader
         self._known = _newest_digests(registry)
 
+    async def run(self) -> None:
+        """Refreshes now and then, until it is cancelled."""
+        while True:
+            await asyncio.sleep(REFRESH_SECONDS)
+            try:
+                await run_in(self._uploader, self.refresh)
+            except Exception:
+                logger.exception("the store could not be read again; what is known stays")
+
     def refresh(self) -> None:
-        """Takes in what has changed; cheap when nothing has."""
+        """Takes in what has changed; cheap when nothing has. One thread at a time."""
         if not self._registry.refresh():
             return
         before, self._known = self._known, _newest_digests(self._registry)
