@@ -133,13 +133,13 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     ) -> adapters_pb2.ListAdaptersResponse:
         async with self._guard("ListAdapters", context, new_request_id()):
             after = _page_start(request.page_token)
-            found = await run_in(self._readers, self._registry.list, request.id_prefix)
-            start = bisect_right(found, after, key=lambda record: record.id)
+            records = await run_in(self._readers, self._registry.list, request.id_prefix)
+            start = bisect_right(records, after, key=lambda record: record.id)
             end = start + min(request.page_size or DEFAULT_PAGE, MAX_PAGE)
-            page = found[start:end]
+            page = records[start:end]
             return adapters_pb2.ListAdaptersResponse(
                 adapters=await run_in(self._readers, self._messages, page, self._usage()),
-                next_page_token=_page_token(page[-1].id) if end < len(found) else "",
+                next_page_token=_page_token(page[-1].id) if end < len(records) else "",
                 stored_bytes=self._registry.stored_bytes(),
                 staging_bytes=self._registry.staging_bytes(),
             )
@@ -148,8 +148,8 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         self, request: adapters_pb2.ListRevisionsRequest, context: Context
     ) -> adapters_pb2.ListRevisionsResponse:
         async with self._guard("ListRevisions", context, new_request_id()):
-            found = await run_in(self._readers, self._registry.revisions, request.id)
-            revisions = self._messages(found, self._usage())
+            records = await run_in(self._readers, self._registry.revisions, request.id)
+            revisions = self._messages(records, self._usage())
             return adapters_pb2.ListRevisionsResponse(revisions=revisions)
 
     async def RollbackAdapter(

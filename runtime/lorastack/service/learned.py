@@ -35,7 +35,7 @@ class LearnedKeeper:
         newer = await asyncio.wrap_future(self._engine.learned())
 
         def write() -> None:
-            self._learned.save({digest: found.to_json() for digest, found in newer.items()})
+            self._learned.save({digest: known.to_json() for digest, known in newer.items()})
 
         try:
             await run_in(self._writer, write)

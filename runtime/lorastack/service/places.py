@@ -53,12 +53,12 @@ class Place:
         """Waits for the caller. Only such time counts, not what the server takes itself."""
         self._since = time.monotonic()
         self._set_limit(asyncio.get_running_loop().time() + self._idle - self._silent)
-        found = await answer
+        result = await answer
         waited, self._since = time.monotonic() - self._since, None
         self._silent += waited
         self._stalled += waited
         self._set_limit(None)
-        return found
+        return result
 
     def _set_limit(self, when: float | None) -> None:
         if not self.displaced:  # else its end is near, whatever comes meanwhile

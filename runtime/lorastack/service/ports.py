@@ -63,10 +63,10 @@ class Ports:
         problem: OSError | ValueError | None = None
         num_before = len(self._sockets)
         try:
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except (OSError, ValueError) as error:  # ValueError: no name of a host at all
-            found, problem = [], error
-        for family, _, _, _, address in found:
+            addresses, problem = [], error
+        for family, _, _, _, address in addresses:
             try:
                 self._sockets.append(_bind(family, (address[0], port, *address[2:])))
             except OSError as error:
