@@ -183,7 +183,7 @@ class FakeEngine:
             self.thread.join()
 
     def wait(self, condition: Callable[[], bool]) -> None:
-        """Until a condition over the engine's state holds; fails after PATIENCE seconds."""
+        """Waits until a condition over the engine's state holds; fails after PATIENCE seconds."""
         with self.changed:
             assert self.changed.wait_for(condition, PATIENCE)
 

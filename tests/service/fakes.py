@@ -59,7 +59,7 @@ def store(
     shapes: ModelShapes,
     fingerprint: str = FINGERPRINT,
 ) -> Record:
-    """What an upload does."""
+    """Stores an adapter's folder, as an upload does."""
     data = {path.name: path.read_bytes() for path in folder.iterdir()}
     specs = [
         FileSpec(name=name, size=len(content), sha256=sha256(content).hexdigest())
@@ -87,7 +87,7 @@ class FakeServer:
         fingerprint: str = FINGERPRINT,
         **adapters: Any,
     ) -> None:
-        """adapters: more of AdapterConfig."""
+        """adapters: further fields of AdapterConfig."""
         self.dispatcher = Dispatcher(
             max_buffered=max_buffered, max_parked=256, reader_timeout=PATIENCE
         )
@@ -147,7 +147,7 @@ class RunningServer(FakeServer):
             self._end()
 
     def _deliver(self, events: list[RowEvent]) -> None:
-        """As after a real step, which takes a while, the loop has routed them before the next."""
+        """Returns once the loop has routed the events, as it has before a real step ends."""
         routed = threading.Event()
         super()._deliver(events)
         self.loop.call_soon_threadsafe(routed.set)

@@ -36,7 +36,7 @@ DEFAULT_PAGE, MAX_PAGE = 100, 1000
 
 
 class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
-    """readers run look-ups; uploader is the one thread, of low priority, that changes the store."""
+    """readers: threads for look-ups. uploader: the one thread, of low priority, for all changes."""
 
     def __init__(
         self,
@@ -226,7 +226,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         self._writer.delete(adapter_id, in_use)
 
     def _noted(self, notes: Notes, record: Record) -> adapters_pb2.Adapter:
-        """Its message; the log says which bytes the id stands for now."""
+        """A record's message; notes its id and digest for the log."""
         notes["adapter"], notes["digest"] = record.id, record.digest
         return self._message(record)
 
@@ -250,12 +250,12 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
 
 
 def _page_token(last_id: str) -> str:
-    """Where the next page starts; opaque to callers."""
+    """The token of the page that follows this id; opaque to callers."""
     return base64.urlsafe_b64encode(last_id.encode()).decode()
 
 
 def _page_start(token: str) -> str:
-    """The id after which a page starts. Raises InvalidArgumentError for a token not ours."""
+    """The id that a page follows. Raises InvalidArgumentError for a token not ours."""
     try:
         return base64.b64decode(token, altchars=b"-_", validate=True).decode()
     except ValueError:

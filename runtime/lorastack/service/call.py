@@ -31,7 +31,7 @@ class Chat:
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """A conversation that an adapter's own chat template has made text of."""
+    """A conversation as text, rendered by an adapter's own chat template."""
 
     text: str
 
@@ -50,7 +50,7 @@ class GenerateCall:
     sampling: SamplingParams
     seeded: bool  # False: the server draws the seed
     max_new_tokens: int | None  # None: up to the context limit
-    stop: StopParams  # its max_new_tokens still open
+    stop: StopParams  # its max_new_tokens is set later
     speculation: SpeculationParams
     num_logprobs: int | None
     return_prompt: bool

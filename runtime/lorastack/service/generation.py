@@ -16,13 +16,13 @@ from lorastack.service.served import ServedModel
 from lorastack.service.status import CallGuard, Context, Notes, new_request_id
 from lorastack.v1 import generation_pb2, generation_pb2_grpc
 
-LONGEST_DEADLINE = 366 * 86_400.0  # seconds; one further off is none
+LONGEST_DEADLINE = 366 * 86_400.0  # seconds; a later one counts as none
 
 Write = Callable[[generation_pb2.GenerateStreamResponse], Awaitable[None]]
 
 
 class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
-    """info: GetModelInfo's reply, its default heads left open. workers: run whatever blocks."""
+    """info: GetModelInfo's reply without default heads. workers: threads for what blocks."""
 
     def __init__(
         self,
@@ -98,7 +98,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     ) -> generation_pb2.GenerateResponse:
         """Runs one request to its end. Leaving early, by any exception, cancels its row.
 
-        whole: `write` gets everything at the end.
+        whole: everything is written at once, at the end.
         """
         deadline = _deadline(context.time_remaining())
         call = convert.generate_call(message, request_id, self._model)
@@ -128,8 +128,8 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
 
 
 def _deadline(remaining: float | None) -> float | None:
-    """time.monotonic() seconds, from those that the caller allows; None: it waits for ever."""
-    if remaining is None or not remaining < LONGEST_DEADLINE:  # NaN is none either
+    """time.monotonic() seconds, from how many remain; None: the caller waits for ever."""
+    if remaining is None or not remaining < LONGEST_DEADLINE:  # NaN counts as none too
         return None
     return time.monotonic() + remaining
 

@@ -36,9 +36,9 @@ class Preparer:
     def prepare(
         self, call: GenerateCall, deadline: float | None, grammar_bytes: int = 0
     ) -> Prepared:
-        """deadline: time.monotonic() seconds. grammar_bytes: as the grammar's trial found.
+        """The request of a call. deadline: time.monotonic() seconds.
 
-        Raises the user's errors.
+        grammar_bytes: what the grammar takes, as its trial measured. Raises the user's errors.
         """
         loras, heads = self._catalogue.resolve(call.loras, call.medusa_id)
         prompt_ids = self.encode(call.input)
@@ -62,7 +62,7 @@ class Preparer:
         return Prepared(request, self._prompt_text(call, prompt_ids) if call.return_prompt else "")
 
     def check_num_messages(self, num_messages: int) -> None:
-        """Raises InvalidArgumentError for more than there can be tokens, unread."""
+        """Raises InvalidArgumentError for a chat of more messages than the context has tokens."""
         if num_messages > self._model.max_context:
             raise InvalidArgumentError(
                 f"chat holds {num_messages} messages, the context {self._model.max_context} "
@@ -73,7 +73,7 @@ class Preparer:
             )
 
     def check_length(self, num_bytes: int, field: str) -> None:
-        """Raises InvalidArgumentError for text that cannot fit the context, unread."""
+        """Raises InvalidArgumentError for text of more bytes than can fit the context."""
         if num_bytes > self._model.max_text:
             raise InvalidArgumentError(
                 f"{field} holds {num_bytes} bytes of text, and more than {self._model.max_text} "
@@ -84,7 +84,10 @@ class Preparer:
             )
 
     def encode(self, given: Given) -> tuple[int, ...]:
-        """The ids that the model runs. A chat becomes text by the model's own template here."""
+        """The token ids of a prompt; the model's own template makes text of a chat.
+
+        Raises InvalidArgumentError for one that is empty, too long, or has a token too many.
+        """
         tokenizer = self._model.tokenizer
         match given:
             case Ids(ids):
@@ -103,7 +106,7 @@ class Preparer:
         return prompt_ids
 
     def _check_known(self, prompt_ids: tuple[int, ...]) -> None:
-        """Tokenizers may have tokens behind the model's last one, which no row can run."""
+        """Tokenizers may have tokens behind the model's last one, which the model cannot run."""
         if (last := max(prompt_ids)) >= self._model.vocab_size:
             text = self._model.tokenizer.token_text(last)
             raise InvalidArgumentError(

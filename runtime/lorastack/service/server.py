@@ -52,7 +52,7 @@ from lorastack.service.wire import request_readers
 
 NUM_WORKERS = 4  # tokenising and registry look-ups
 STOP_GRACE = 2.0  # seconds for handlers to send what the engine has ended
-OTHER_CALLS = 256  # at once, beside those that wait or run in the engine
+OTHER_CALLS = 256  # calls at a time, beside those that wait or run in the engine
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ class Server:
         self._server: grpc.aio.Server | None = None
 
     def run(self, on_ready: Callable[[str], None]) -> int:
-        """Serves until SIGTERM or SIGINT, then drains. The exit code: 1 if the engine died.
+        """Serves until SIGTERM or SIGINT, then drains. Returns the exit code: 1 if the engine died.
 
         on_ready: gets one line for people when Generate works.
         """
@@ -158,7 +158,7 @@ class Server:
         if keeper is not None:
             await keeper.save()
         for threads in (self._workers, self._uploader):
-            # Beside the loop, which what still runs there may be waiting for.
+            # Off the loop: what still runs there may wait for the loop.
             await asyncio.to_thread(threads.shutdown, cancel_futures=True)
         self._registry.close()
 

@@ -1,4 +1,4 @@
-"""Changes to the store and what they mean for the engine, made by the uploader's one thread."""
+"""Changes of the store and what they mean for the engine, made by the uploader's one thread."""
 
 from __future__ import annotations
 
@@ -41,8 +41,9 @@ class StoreWriter:
         keep_revisions: int,
         needed: Callable[[], Collection[str]],
     ) -> None:
-        """fingerprint: of the base model that `validate` compares with. keep_revisions: of each id;
-        needed: digests that stay beside them, as rows or pins may load them again. For any thread.
+        """fingerprint: the base model's, which `validate` compares with. keep_revisions: revisions
+        of each id that stay. needed: digests that stay beside them, as rows or pins may load them
+        again; may be called in any thread.
         """
         self._registry = registry
         self._engine = engine
@@ -110,7 +111,7 @@ class StoreFollower:
     """Keeps up with a store that another process writes."""
 
     def __init__(self, registry: Registry, engine: Engine, uploader: Executor) -> None:
-        """registry: opened read-only. uploader: of one thread."""
+        """registry: opened read-only. uploader: one thread."""
         self._registry = registry
         self._engine = engine
         self._uploader = uploader
@@ -135,12 +136,12 @@ class StoreFollower:
 
 
 def _newest_digests(registry: Registry) -> set[str]:
-    """What the ids point to."""
+    """The digests that ids point to now."""
     return {record.digest for record in registry.list()}
 
 
 def needed_digests(dispatcher: Dispatcher, pool: DevicePool, catalogue: Catalogue) -> set[str]:
-    """What requests that have not ended, pins and default heads may load from the disk again."""
+    """Digests that requests that have not ended, pins and default heads may load again."""
     pinned = {adapter.digest for adapter in pool.stats().adapters if adapter.pinned}
     _, default = split_reference(catalogue.default_medusa)
     return {*dispatcher.digests_in_use(), *pinned, *([default] if default else [])}
