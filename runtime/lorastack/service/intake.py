@@ -23,7 +23,7 @@ from lorastack.service.threads import run_in
 from lorastack.service.untrusted import Untrusted
 
 LONG_TEXT = 64 << 10  # bytes; a slow tokeniser takes a fifth of a second for them
-MESSAGE_COST = 16  # bytes of text that take as long as a message of a chat
+MESSAGE_COST = 16  # bytes of text that take as long as an empty message of a chat
 NUM_LONG, NUM_SHORT = 2, 2  # threads that take such texts at a time
 MAX_WAITING = 256  # calls with long texts; those with short ones are bounded as calls
 

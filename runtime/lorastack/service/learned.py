@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 class LearnedKeeper:
-    """Takes it from the step thread; the thread that changes the store writes it."""
+    """Takes what was learnt from the step thread; the thread that changes the store writes it."""
 
     def __init__(self, learned: Learned, engine: Engine, writer: Executor) -> None:
         """writer: one thread, which makes all changes of the store."""
@@ -31,7 +31,7 @@ class LearnedKeeper:
             await self.save()
 
     async def save(self) -> None:
-        """Saves what changed since the last call; a disk that does not take it is logged."""
+        """Saves what changed since the last call; a failed write is logged."""
         newer = await asyncio.wrap_future(self._engine.learned())
 
         def write() -> None:

@@ -33,7 +33,7 @@ MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.01, 100.0
 MAX_SCHEMA_CHARS = 65_536
 MAX_REGEX_CHARS = 8_192
 MAX_CHUNK = MIB  # bytes of one message of an upload
-# No text has so many bytes a token on average; message_bytes is also what one call may cost.
+# No text has so many bytes a token on average; message_bytes also bounds what a call may cost.
 TEXT_BYTES_A_TOKEN = 64
 MIN_MESSAGE_BYTES = 4 * MIB
 NAMES_BYTES = 16 * KIB  # bytes of a request that holds ids, digests, paths and numbers

@@ -46,7 +46,7 @@ class _Field:
 
 @dataclass(frozen=True, slots=True)
 class _Fields:
-    """The fields of a message by number. skipped: messages of so many bytes are not walked."""
+    """The fields of a message by number. skipped: up to so many bytes are not walked."""
 
     fields: Mapping[int, _Field]
     skipped: int
