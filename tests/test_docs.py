@@ -14,7 +14,7 @@ from lorastack import client as client_module
 from lorastack.cli.main import commands
 from lorastack.codes import CODES
 from lorastack.errors import Reason
-from lorastack.service.server import SERVICES
+from lorastack.service.services import SERVICES
 from lorastack.v1.generation_pb2 import GenerateRequest
 from tests.service.conftest import (  # noqa: F401 - fixtures
     StartFake,

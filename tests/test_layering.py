@@ -222,7 +222,7 @@ def test_files_stay_small(path: Path) -> None:
 
 
 def test_only_convert_knows_protobuf_and_our_types() -> None:
-    """Protobuf messages stop at the service's own files; requests and events start at convert."""
+    """Protobuf stops at the service's own files; convert alone makes calls of it, and replies."""
     both = [
         module_name(path)
         for path in sources()

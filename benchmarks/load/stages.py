@@ -55,7 +55,7 @@ def main(
 ) -> None:
     """Measure and print a table and a JSON line."""
     share_cores()
-    from lorastack.service.server import Server  # after share_cores, as `lorastack serve` does
+    from lorastack.service.build import build_server  # after share_cores, as `lorastack serve` does
 
     clocks: Clocks = defaultdict(float)
     _time_stages(clocks)
@@ -76,7 +76,7 @@ def main(
             finally:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-        Server.build(config).run(lambda ready: Thread(target=measure, args=(ready,)).start())
+        build_server(config).run(lambda ready: Thread(target=measure, args=(ready,)).start())
 
 
 def _measured(address: str, clocks: Clocks, rows: list[int], each: int) -> list[dict[str, object]]:

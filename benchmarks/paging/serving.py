@@ -63,9 +63,9 @@ def main(
         service=ServiceConfig(port=0),
     )
     share_cores()
-    from lorastack.service.server import Server  # after share_cores, as `lorastack serve` does
+    from lorastack.service.build import build_server  # after share_cores, as `lorastack serve` does
 
-    server = Server.build(config, copy=slow_copy if slow else None)
+    server = build_server(config, copy=slow_copy if slow else None)
     raise typer.Exit(server.run(typer.echo))
 
 

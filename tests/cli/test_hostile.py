@@ -15,8 +15,8 @@ from lorastack.cli.main import commands as tree
 from lorastack.client import Client
 from lorastack.config import ModelConfig
 from lorastack.errors import UnavailableError
+from lorastack.service import build as build_module
 from lorastack.service import logs
-from lorastack.service import server as server_module
 from tests.cli.conftest import Outcome, Run
 from tests.service.fakes import RunningServer
 
@@ -77,7 +77,7 @@ def places(
 @pytest.fixture(autouse=True)
 def nothing_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     """No hub, and no server that runs: `serve` ends where it would load the default model."""
-    load = server_module.load_model
+    load = build_module.load_model
 
     def stop(config: ModelConfig, *rest: Any) -> Any:
         if config.model is not None:
@@ -86,7 +86,7 @@ def nothing_outside(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(server_module, "load_model", stop)
+    monkeypatch.setattr(build_module, "load_model", stop)
     monkeypatch.setattr(logs, "configure_logging", lambda log_format, level: None)
 
 

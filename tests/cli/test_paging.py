@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from lorastack.config import ServerConfig
-from lorastack.service import logs
-from lorastack.service.server import Server
+from lorastack.service import build, logs
 from tests.cli.conftest import Run
 from tests.service.fakes import RunningServer
 
@@ -87,11 +86,11 @@ def test_serve_flags_reach_the_configuration(run: Run, monkeypatch: pytest.Monke
     class Stop(Exception):
         pass
 
-    def build(config: ServerConfig, *rest: object) -> None:
+    def build_server(config: ServerConfig, *rest: object) -> None:
         seen.append(config)
         raise Stop
 
-    monkeypatch.setattr(Server, "build", build)
+    monkeypatch.setattr(build, "build_server", build_server)
     levels: list[str] = []
     monkeypatch.setattr(logs, "configure_logging", lambda log_format, level: levels.append(level))
     with pytest.raises(Stop):

@@ -22,7 +22,7 @@ from lorastack.config import (
     ServiceConfig,
 )
 from lorastack.engine.engine import Engine
-from lorastack.service.server import Server
+from lorastack.service.build import build_server
 from lorastack.startup import engine as startup_engine
 from lorastack.v1 import generation_pb2 as pb
 from tests.helpers.costs import CheapHeads
@@ -120,7 +120,7 @@ class LiveServer:
     def __enter__(self) -> Self:
         self._thread.start()
         with patch.object(startup_engine, "measure", lambda runner, pages: CheapHeads()):
-            self.server = Server.build(self._config)
+            self.server = build_server(self._config)
         asyncio.run_coroutine_threadsafe(self.server.start(), self.loop).result(PATIENCE)
         self.client = Client(self.server.address)
         return self

@@ -10,7 +10,7 @@ from typing import Self
 from unittest.mock import patch
 
 from lorastack.config import ServerConfig
-from lorastack.service.server import Server
+from lorastack.service.build import build_server
 from lorastack.startup import engine as startup_engine
 from tests.helpers.costs import CheapHeads
 
@@ -19,7 +19,7 @@ from tests.helpers.costs import CheapHeads
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     [
-        "lorastack.service.server",
+        "lorastack.service.build",
         "tests.helpers.process",
         "transformers.tokenization_utils_tokenizers",
     ]
@@ -61,5 +61,5 @@ def _run(config: ServerConfig, address: Connection, max_file_bytes: int | None) 
     if max_file_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
     with patch.object(startup_engine, "measure", lambda runner, pages: CheapHeads()):
-        server = Server.build(config)
+        server = build_server(config)
     server.run(lambda line: address.send(server.address))

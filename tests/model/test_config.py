@@ -45,7 +45,7 @@ def test_a_plain_config_says_what_transformers_makes_of_it(tiny_llama: Path, tmp
 
 def test_a_plain_model_does_without_the_imports_of_transformers(tiny_llama: Path):
     code = (
-        "import sys; from pathlib import Path; import lorastack.service.server as _;"
+        "import sys; from pathlib import Path; import lorastack.service.build as _;"
         "from lorastack.model.config import load_config; load_config(Path(sys.argv[1]), None);"
         "print([name for name in sys.modules if name.startswith(('transformers', 'sympy'))])"
     )

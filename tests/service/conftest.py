@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
+from lorastack.adapters.store.registry import Registry
 from lorastack.client import Client
 from lorastack.layout import ModelShapes
 from lorastack.text.tokenizer import Tokenizer
 from tests.helpers.adapters import write_heads, write_lora
-from tests.service.fakes import RunningServer
+from tests.service.fakes import RunningServer, store
 
 StartFake = Callable[..., RunningServer]
 
@@ -43,6 +44,17 @@ def folders(tmp_path_factory: pytest.TempPathFactory, shapes: ModelShapes) -> di
         "bundle": bundle,
         "chatty": chatty,
     }
+
+
+@pytest.fixture(scope="module")
+def registry(
+    tmp_path_factory: pytest.TempPathFactory, shapes: ModelShapes, folders: Mapping[str, Path]
+) -> Registry:
+    registry = Registry(tmp_path_factory.mktemp("registry") / "store")
+    for name, folder in folders.items():
+        store(registry, name, folder, shapes)
+    store(registry, "copy-of-lora", folders["lora"], shapes)
+    return registry
 
 
 @pytest.fixture

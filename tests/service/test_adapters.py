@@ -139,10 +139,10 @@ def test_where_an_adapter_is(client: Client, folders: Folders, fake: RunningServ
         pb.GenerateRequest(prompt="a", lora_id="x", stop=pb.StopParams(max_new_tokens=2))
     )
     fake.engine.wait(lambda: bool(fake.engine.rows))
-    found = client.get_adapter("x")
-    assert (found.residency, found.device_bytes) == (ab.Adapter.DEVICE, 2000)
-    assert (found.in_flight, found.pinned) == (1, True)
-    assert found.last_used_at.ToNanoseconds() == 1_700_000_000_250_000_000
+    adapter = client.get_adapter("x")
+    assert (adapter.residency, adapter.device_bytes) == (ab.Adapter.DEVICE, 2000)
+    assert (adapter.in_flight, adapter.pinned) == (1, True)
+    assert adapter.last_used_at.ToNanoseconds() == 1_700_000_000_250_000_000
     fake.engine.go_on()
     assert list(running)[-1].final.adapters.loras[0].digest == digest
     assert client.get_adapter("x").in_flight == 0

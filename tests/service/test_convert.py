@@ -10,7 +10,8 @@ from lorastack.errors import InvalidArgumentError, LorastackError, Reason, Unimp
 from lorastack.layout import ModelShapes
 from lorastack.request import SamplingParams, SpeculationParams, TypicalAcceptance
 from lorastack.service import convert, limits
-from lorastack.service.prepare import Chat, GenerateCall, Ids, ServedModel, Text
+from lorastack.service.call import Chat, GenerateCall, Ids, Text
+from lorastack.service.served import ServedModel
 from lorastack.text.grammar import JsonSchema, Regex
 from lorastack.text.tokenizer import Tokenizer
 from lorastack.v1 import generation_pb2 as pb

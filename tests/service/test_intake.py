@@ -18,12 +18,13 @@ from lorastack.sandbox.pool import Pool
 from lorastack.sandbox.tasks import TEMPLATE
 from lorastack.sandbox.wire import Job
 from lorastack.service import intake as intake_module
+from lorastack.service.call import Chat, Text
+from lorastack.service.catalogue import Catalogue
 from lorastack.service.intake import Intake
-from lorastack.service.prepare import Chat, Preparer, Text
+from lorastack.service.prepare import Preparer
 from lorastack.service.untrusted import Untrusted
 from lorastack.text.tokenizer import Tokenizer
-from tests.service.fakes import MAX_CONTEXT, served_model
-from tests.service.test_prepare import store
+from tests.service.fakes import MAX_CONTEXT, served_model, store
 
 PATIENCE = 30.0
 NUM_THREADS = intake_module.NUM_LONG + intake_module.NUM_SHORT
@@ -46,10 +47,11 @@ class Slow:
 class Bench:
     def __init__(self, registry: Registry, tokenizer: Tokenizer, shapes: ModelShapes) -> None:
         model = served_model(tokenizer, shapes)
-        self.preparer = Preparer(model, registry, "")
+        catalogue = Catalogue(model, registry, "")
+        self.preparer = Preparer(model, catalogue)
         self.threads = ThreadPoolExecutor(NUM_THREADS)
         self.untrusted = Untrusted(tokenizer, self.preparer.grammars, model.max_text)
-        self.intake = Intake(self.preparer, self.untrusted, self.threads)
+        self.intake = Intake(catalogue, self.preparer, self.untrusted, self.threads)
         self.slow = Slow()
 
     async def idle(self) -> None:

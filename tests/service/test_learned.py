@@ -65,8 +65,8 @@ def test_a_store_of_others_is_left_alone(fake: RunningServer, start_fake: StartF
 
 def written(root: Path) -> dict[Path, tuple[int, int]]:
     """When, and how much."""
-    found = {path: path.stat() for path in root.rglob("*")}
-    return {path: (stat.st_mtime_ns, stat.st_size) for path, stat in found.items()}
+    stats = {path: path.stat() for path in root.rglob("*")}
+    return {path: (stat.st_mtime_ns, stat.st_size) for path, stat in stats.items()}
 
 
 def test_a_full_disk_is_logged_and_tried_again(

@@ -77,16 +77,16 @@ def test_the_documentation_names_what_is_exported(
 def test_requests_and_tokens(fake: RunningServer, client: Client, busy: dict[str, str]) -> None:
     with pytest.raises(NotFoundError):
         generate(client, lora_id="nobody")
-    found = samples(fake.server.metrics)
-    assert found["lorastack_requests_total", "OK", "Generate"] == 2
-    assert found["lorastack_requests_total", "NOT_FOUND", "Generate"] == 1
-    assert found["lorastack_requests_total", "OK", "UploadAdapter"] == 2
-    assert found["lorastack_tokens_total", "generated"] == 10
+    values = samples(fake.server.metrics)
+    assert values["lorastack_requests_total", "OK", "Generate"] == 2
+    assert values["lorastack_requests_total", "NOT_FOUND", "Generate"] == 1
+    assert values["lorastack_requests_total", "OK", "UploadAdapter"] == 2
+    assert values["lorastack_tokens_total", "generated"] == 10
     num_prompt = len(fake.engine.tokenizer.encode("a"))
-    assert found["lorastack_tokens_total", "prompt"] == 2 * num_prompt
-    assert found["lorastack_time_to_first_token_seconds_count",] == 2
-    assert found["lorastack_adapter_wait_seconds_count",] == 1  # the other had no LoRA
-    assert found["lorastack_adapter_lookups_total", "hit"] == 1
+    assert values["lorastack_tokens_total", "prompt"] == 2 * num_prompt
+    assert values["lorastack_time_to_first_token_seconds_count",] == 2
+    assert values["lorastack_adapter_wait_seconds_count",] == 1  # the other had no LoRA
+    assert values["lorastack_adapter_lookups_total", "hit"] == 1
 
 
 def test_rows_and_tiers(fake: RunningServer, client: Client, busy: dict[str, str]) -> None:
@@ -96,24 +96,24 @@ def test_rows_and_tiers(fake: RunningServer, client: Client, busy: dict[str, str
     fake.host.copies[busy["lora"]] = 700
     fake.pool.put(busy["lora"], 500, in_use=3, pinned=True)
     fake.pool.counts.update(num_waiting=4, host_hits=5, disk_loads=6, load_seconds=7.5, evictions=8)
-    found = samples(fake.server.metrics)
-    assert found["lorastack_rows", "running"] == 1
-    assert found["lorastack_adapters", "disk"] == 2
-    assert found["lorastack_adapter_bytes", "host"] == 700
-    assert found["lorastack_adapter_bytes", "device"] == 2500
-    assert found["lorastack_adapter_budget_bytes", "device"] == 2 << 30
-    assert found["lorastack_adapter_device_bytes", busy["lora"]] == 500
-    assert found["lorastack_adapter_in_flight", busy["lora"]] == 3
-    assert found["lorastack_adapter_pinned", busy["lora"]] == 1
-    assert found["lorastack_adapter_sets_waiting",] == 4
-    assert found["lorastack_adapter_loads_total", "host"] == 5
-    assert found["lorastack_adapter_loads_total", "disk"] == 6
-    assert found["lorastack_adapter_load_seconds_total",] == 7.5
-    assert found["lorastack_adapter_evictions_total",] == 8
-    assert found["lorastack_draft_tokens_total", "accepted", "heads"] == 2 * 3
-    assert found["lorastack_draft_tokens_total", "rejected", "prompt_lookup"] == 2 * 4
-    assert found["lorastack_drafted_tokens_per_step_sum",] == pytest.approx(2 * 11 / 5)
-    assert found["lorastack_tokens_per_step_sum",] == pytest.approx(2 * (1 + 3 / 5))
+    values = samples(fake.server.metrics)
+    assert values["lorastack_rows", "running"] == 1
+    assert values["lorastack_adapters", "disk"] == 2
+    assert values["lorastack_adapter_bytes", "host"] == 700
+    assert values["lorastack_adapter_bytes", "device"] == 2500
+    assert values["lorastack_adapter_budget_bytes", "device"] == 2 << 30
+    assert values["lorastack_adapter_device_bytes", busy["lora"]] == 500
+    assert values["lorastack_adapter_in_flight", busy["lora"]] == 3
+    assert values["lorastack_adapter_pinned", busy["lora"]] == 1
+    assert values["lorastack_adapter_sets_waiting",] == 4
+    assert values["lorastack_adapter_loads_total", "host"] == 5
+    assert values["lorastack_adapter_loads_total", "disk"] == 6
+    assert values["lorastack_adapter_load_seconds_total",] == 7.5
+    assert values["lorastack_adapter_evictions_total",] == 8
+    assert values["lorastack_draft_tokens_total", "accepted", "heads"] == 2 * 3
+    assert values["lorastack_draft_tokens_total", "rejected", "prompt_lookup"] == 2 * 4
+    assert values["lorastack_drafted_tokens_per_step_sum",] == pytest.approx(2 * 11 / 5)
+    assert values["lorastack_tokens_per_step_sum",] == pytest.approx(2 * (1 + 3 / 5))
     fake.engine.go_on()
     list(stream)
 
@@ -122,12 +122,12 @@ def test_labels_of_an_adapter_end_with_its_stay(
     fake: RunningServer, client: Client, busy: dict[str, str]
 ) -> None:
     heads = busy["heads"]
-    found = samples(fake.server.metrics)
-    assert found["lorastack_heads_steps_total", heads] == 5
-    assert found["lorastack_heads_accepted_tokens_total", heads, "0"] == 2
-    assert found["lorastack_heads_accepted_tokens_total", heads, "1"] == 1
-    assert found["lorastack_heads_drafted_tokens_total", heads] == 7
-    assert found["lorastack_heads_failures_total", heads] == 2
+    values = samples(fake.server.metrics)
+    assert values["lorastack_heads_steps_total", heads] == 5
+    assert values["lorastack_heads_accepted_tokens_total", heads, "0"] == 2
+    assert values["lorastack_heads_accepted_tokens_total", heads, "1"] == 1
+    assert values["lorastack_heads_drafted_tokens_total", heads] == 7
+    assert values["lorastack_heads_failures_total", heads] == 2
     generate(client, lora_id="lora", medusa_id="heads")
     assert samples(fake.server.metrics)["lorastack_heads_steps_total", heads] == 10
     fake.pool.drop(heads)

@@ -1,42 +1,26 @@
-"""Ids to digests, heads by rule, templates, and the room in the context."""
+"""From a call to a request: text to tokens, heads that draft, grammars, room in the context."""
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Mapping
 from dataclasses import replace
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from lorastack.adapters.memory.loader import Validator
-from lorastack.adapters.store.manifest import FileSpec, Record
 from lorastack.adapters.store.registry import Registry
-from lorastack.errors import (
-    FailedPreconditionError,
-    InvalidArgumentError,
-    NotFoundError,
-    Reason,
-)
+from lorastack.errors import InvalidArgumentError, NotFoundError, Reason
 from lorastack.layout import ModelShapes
-from lorastack.request import HeadsUse, SamplingParams, SpeculationParams, StopParams
-from lorastack.service.prepare import (
-    TEXT_SLACK,
-    Chat,
-    GenerateCall,
-    Ids,
-    Preparer,
-    Rendered,
-    Text,
-)
+from lorastack.request import SamplingParams, SpeculationParams, StopParams
+from lorastack.service.call import Chat, GenerateCall, Ids, Rendered, Text
+from lorastack.service.catalogue import Catalogue
+from lorastack.service.prepare import Preparer
+from lorastack.service.served import TEXT_SLACK
 from lorastack.text.grammar import JsonSchema, Regex
 from lorastack.text.tokenizer import Tokenizer
-from tests.helpers.tiny import CHATML, build_tokenizer, write_tokenizer
-from tests.service.fakes import FINGERPRINT, MAX_CONTEXT, served_model
+from tests.helpers.tiny import build_tokenizer, write_tokenizer
+from tests.service.fakes import MAX_CONTEXT, served_model
 from tests.text.test_grammar import spaces_backend
 
 CALL = GenerateCall(
@@ -54,179 +38,26 @@ CALL = GenerateCall(
 )
 
 
-def store(
-    registry: Registry,
-    adapter_id: str,
-    folder: Path,
-    shapes: ModelShapes,
-    fingerprint: str = FINGERPRINT,
-) -> Record:
-    """What an upload does."""
-    data = {path.name: path.read_bytes() for path in folder.iterdir()}
-    specs = [
-        FileSpec(name=name, size=len(content), sha256=sha256(content).hexdigest())
-        for name, content in data.items()
-    ]
-    upload = registry.begin_upload(adapter_id, specs)
-    for spec in specs:
-        if spec.sha256 in upload.needed:
-            upload.write(spec.sha256, 0, data[spec.name])
-
-    def no_weight(name: str) -> Any:
-        raise AssertionError(name)
-
-    validate = Validator(shapes=shapes, base_names=("tiny",), base_weight=no_weight)
-    return upload.commit(validate, base_fingerprint=fingerprint)
-
-
-@pytest.fixture(scope="module")
-def registry(
-    tmp_path_factory: pytest.TempPathFactory, shapes: ModelShapes, folders: Mapping[str, Path]
-) -> Registry:
-    registry = Registry(tmp_path_factory.mktemp("prepare") / "store")
-    for name, folder in folders.items():
-        store(registry, name, folder, shapes)
-    store(registry, "copy-of-lora", folders["lora"], shapes)
-    return registry
-
-
 @pytest.fixture(scope="module")
 def preparer(registry: Registry, tokenizer: Tokenizer, shapes: ModelShapes) -> Preparer:
-    return Preparer(served_model(tokenizer, shapes), registry, "")
+    return preparer_of(registry, tokenizer, shapes)
+
+
+def preparer_of(registry: Registry, tokenizer: Tokenizer, shapes: ModelShapes) -> Preparer:
+    model = served_model(tokenizer, shapes)
+    return Preparer(model, Catalogue(model, registry, ""))
 
 
 def prepare(preparer: Preparer, **fields: Any) -> Any:
     return preparer.prepare(replace(CALL, **fields), None).request
 
 
-def heads_of(preparer: Preparer, **fields: Any) -> str | None:
-    heads: HeadsUse | None = prepare(preparer, **fields).heads
-    return None if heads is None else heads.medusa_id
-
-
-def test_which_heads_a_request_gets(
-    preparer: Preparer, registry: Registry, tokenizer: Tokenizer, shapes: ModelShapes
-) -> None:
-    with_default = Preparer(served_model(tokenizer, shapes), registry, "heads")
-    lora, bundle, both = (("lora", 1.0),), (("bundle", 1.0),), (("bundle", 1.0), ("lora", 1.0))
-    assert heads_of(preparer) is None
-    assert heads_of(with_default) == "heads"
-    assert heads_of(preparer, loras=lora) is None
-    assert heads_of(with_default, loras=lora) == "heads"
-    assert heads_of(preparer, loras=bundle) == "bundle"
-    assert heads_of(with_default, loras=bundle) == "bundle"
-    assert heads_of(preparer, loras=both) is None  # only the request's only LoRA brings its heads
-    assert heads_of(with_default, loras=both) == "heads"
-    assert heads_of(with_default, loras=bundle, medusa_id="none") is None
-    assert heads_of(with_default, loras=bundle, medusa_id="heads") == "heads"
-    assert heads_of(preparer, medusa_id="bundle") == "bundle"
-
-
 def test_heads_that_may_not_draft_are_checked_and_not_used(preparer: Preparer) -> None:
     off = SpeculationParams(enabled=False)
-    assert heads_of(preparer, medusa_id="heads", speculation=off) is None
+    assert prepare(preparer, medusa_id="heads").heads.medusa_id == "heads"
+    assert prepare(preparer, medusa_id="heads", speculation=off).heads is None
     with pytest.raises(NotFoundError):
         prepare(preparer, medusa_id="nobody", speculation=off)
-
-
-@pytest.mark.parametrize(
-    ("fields", "kind", "reason"),
-    [
-        ({"loras": (("no", 1.0),)}, NotFoundError, Reason.ADAPTER_NOT_FOUND),
-        ({"medusa_id": "no"}, NotFoundError, Reason.ADAPTER_NOT_FOUND),
-        ({"loras": (("heads", 1.0),)}, InvalidArgumentError, Reason.WRONG_ADAPTER_KIND),
-        ({"medusa_id": "lora"}, InvalidArgumentError, Reason.WRONG_ADAPTER_KIND),
-        ({"loras": (("none", 1.0),)}, InvalidArgumentError, Reason.INVALID_REQUEST),
-        ({"loras": (("base", 1.0),)}, InvalidArgumentError, Reason.INVALID_REQUEST),
-        ({"medusa_id": "default"}, InvalidArgumentError, Reason.INVALID_REQUEST),
-        (
-            {"loras": (("lora", 1.0), ("copy-of-lora", 1.0))},
-            InvalidArgumentError,
-            Reason.INVALID_REQUEST,
-        ),
-    ],
-)
-def test_wrong_adapters_are_refused_by_name(
-    preparer: Preparer, fields: dict[str, Any], kind: type[Exception], reason: Reason
-) -> None:
-    with pytest.raises(kind) as caught:
-        prepare(preparer, **fields)
-    assert caught.value.reason is reason  # type: ignore[attr-defined]
-    names = [name for name, _ in fields.get("loras", ())] or [fields["medusa_id"]]
-    assert names[-1] in str(caught.value)
-
-
-def test_an_adapter_of_another_base_model_is_refused(
-    tmp_path: Path, tokenizer: Tokenizer, shapes: ModelShapes, folders: Mapping[str, Path]
-) -> None:
-    registry = Registry(tmp_path / "store")
-    store(registry, "old", folders["lora"], shapes, fingerprint="sha256:" + "00" * 32)
-    preparer = Preparer(served_model(tokenizer, shapes), registry, "")
-    with pytest.raises(FailedPreconditionError, match="old") as caught:
-        prepare(preparer, loras=(("old", 1.0),))
-    assert caught.value.reason is Reason.BASE_MODEL_DIFFERS
-
-
-def test_a_stack_is_sorted_by_digest_whatever_its_order(
-    preparer: Preparer, registry: Registry
-) -> None:
-    one = prepare(preparer, loras=(("lora", 0.5), ("other", 2.0)))
-    two = prepare(preparer, loras=(("other", 2.0), ("lora", 0.5)))
-    assert one.loras == two.loras
-    assert [use.digest for use in one.loras] == sorted(use.digest for use in one.loras)
-    assert {(use.lora_id, use.scale) for use in one.loras} == {("lora", 0.5), ("other", 2.0)}
-    assert {use.digest for use in one.loras} == {
-        registry.resolve("lora").digest,
-        registry.resolve("other").digest,
-    }
-
-
-def test_a_revision_can_be_named(preparer: Preparer, registry: Registry) -> None:
-    name = f"lora@{registry.resolve('lora').digest}"
-    (use,) = prepare(preparer, loras=((name, 1.0),)).loras
-    assert (use.lora_id, use.digest) == (name, registry.resolve("lora").digest)
-
-
-def test_which_chats_need_a_loras_own_template(
-    preparer: Preparer, registry: Registry, tokenizer: Tokenizer, folders: Mapping[str, Path]
-) -> None:
-    assert preparer.own_template("chatty") == "{{ messages[-1]['content'] | upper }}"
-    assert preparer.own_template("lora") is None
-    with pytest.raises(NotFoundError):
-        preparer.own_template("no")
-    # Read once: the store's files may be as slow as they like.
-    files = registry.files(registry.resolve("chatty").digest)
-    files["chat_template.jinja"].rename(files["chat_template.jinja"].with_suffix(".away"))
-    try:
-        assert preparer.own_template("chatty") is not None
-    finally:
-        files["chat_template.jinja"].with_suffix(".away").rename(files["chat_template.jinja"])
-
-
-def test_a_loras_template_that_is_the_models_needs_no_worker(
-    preparer: Preparer,
-    registry: Registry,
-    shapes: ModelShapes,
-    folders: Mapping[str, Path],
-    tmp_path: Path,
-) -> None:
-    for name, files in {
-        "same": {"chat_template.jinja": CHATML},
-        "same-in-config": {"tokenizer_config.json": json.dumps({"chat_template": CHATML})},
-        "named": {
-            "tokenizer_config.json": json.dumps(
-                {"chat_template": [{"name": "default", "template": "mine"}]}
-            )
-        },
-    }.items():
-        folder = tmp_path / name
-        shutil.copytree(folders["lora"], folder)
-        for file, text in files.items():
-            (folder / file).write_text(text)
-        store(registry, name, folder, shapes)
-    assert preparer.own_template("same") is None
-    assert preparer.own_template("same-in-config") is None
-    assert preparer.own_template("named") == "mine"
 
 
 def test_chats_become_text_once(preparer: Preparer, tokenizer: Tokenizer) -> None:
@@ -306,7 +137,7 @@ def test_a_token_that_the_model_lacks_is_refused_by_name(
     backend.save(str(tmp_path / "tokenizer.json"))
     longer = Tokenizer.load(tmp_path)
     assert longer.vocab_size == shapes.vocab_size + 1
-    preparer = Preparer(served_model(longer, shapes), registry, "")
+    preparer = preparer_of(registry, longer, shapes)
     prepare(preparer, input=Text("hello"))
     with pytest.raises(InvalidArgumentError, match=rf"'<pad>' \(id {shapes.vocab_size}\)"):
         prepare(preparer, input=given)
@@ -322,7 +153,7 @@ def test_the_text_of_a_grammar_is_the_one_behind_the_prompt(
     """SentencePiece drops the space before a first word, behind a prompt with text none."""
     backend = spaces_backend()
     fast = PreTrainedTokenizerFast(tokenizer_object=backend)
-    preparer = Preparer(served_model(Tokenizer(fast, frozenset({2}), ""), shapes), registry, "")
+    preparer = preparer_of(registry, Tokenizer(fast, frozenset({2}), ""), shapes)
     space, word = (backend.token_to_id(token) for token in ("▁", "▁a"))
     for prompt, is_begun in (((word,), True), ((word, 1), True), ((1,), False)):
         grammar = prepare(preparer, input=Ids(prompt), response_format=Regex(" a")).grammar

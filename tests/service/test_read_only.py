@@ -9,7 +9,7 @@ import pytest
 
 from lorastack.client import Client
 from lorastack.errors import FailedPreconditionError, NotFoundError, Reason
-from lorastack.service import server as server_module
+from lorastack.service import store as store_module
 from lorastack.service.store import StoreFollower
 from lorastack.v1 import generation_pb2 as pb
 from tests.helpers.live import wait_until
@@ -23,7 +23,7 @@ Folders = dict[str, Path]
 def reader(
     fake: RunningServer, start_fake: StartFake, monkeypatch: pytest.MonkeyPatch
 ) -> RunningServer:
-    monkeypatch.setattr(server_module, "REFRESH_SECONDS", 0.01)
+    monkeypatch.setattr(store_module, "REFRESH_SECONDS", 0.01)
     return start_fake(store=fake.registry._root, read_only_store=True)
 
 

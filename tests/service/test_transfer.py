@@ -72,7 +72,7 @@ def test_a_pull_is_an_upload(
     assert news[-1] == (pulled.size_bytes, pulled.size_bytes)
     assert client.pull("p/folder", folder=str(folders["lora"])).digest == uploaded.digest
     assert client.pull("heads", folder=str(folders["heads"])).kind == ab.Adapter.MEDUSA
-    assert [found.id for found in client.list_adapters("p/")] == ["p/folder", "p/hub"]
+    assert [adapter.id for adapter in client.list_adapters("p/")] == ["p/folder", "p/hub"]
     client.download("p/hub", tmp_path / "out")
     assert contents(tmp_path / "out") == contents(folders["lora"])
 
@@ -193,7 +193,7 @@ def test_a_caller_who_goes_ends_the_pull(
         assert client.upload(folders["other"], "other").id == "other"
         call.cancel()
         assert hub.ended_early.wait(PATIENCE)
-    assert [found.id for found in client.list_adapters()] == ["other"]
+    assert [adapter.id for adapter in client.list_adapters()] == ["other"]
     hub.hold.set()
     assert client.pull("x", hub_id="acme/lora").id == "x"
 

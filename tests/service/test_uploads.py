@@ -401,12 +401,12 @@ def test_old_revisions_go(start_fake: StartFake, folders: Folders) -> None:
         for _ in range(5):
             client.upload(folders["bundle"], "x")
             client.rollback("x", second.digest.removeprefix("sha256:")[:8])
-        found = {revision.digest for revision in client.list_revisions("x")}
-        assert found == {first.digest, second.digest, client.upload(folders["bundle"], "y").digest}
+        kept = {revision.digest for revision in client.list_revisions("x")}
+        assert kept == {first.digest, second.digest, client.upload(folders["bundle"], "y").digest}
         client.unload(f"x@{first.digest}")
         stored, _ = client.disk_usage()
         pruned = client.prune_revisions("x", keep=1)
-        assert pruned.removed_revisions == len(found) - 1
+        assert pruned.removed_revisions == len(kept) - 1
         assert client.disk_usage()[0] == stored - pruned.freed_bytes < stored
         assert [r.digest for r in client.list_revisions("x")] == [second.digest]
         assert first.digest in fake.engine.forgotten

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from lorastack.errors import InvalidArgumentError, Reason
 from lorastack.service import wire
 from lorastack.service.limits import Lengths
-from lorastack.service.server import FILES
+from lorastack.service.services import FILES
 from lorastack.service.wire import RequestReader, request_readers
 from lorastack.v1 import adapters_pb2, generation_pb2
 

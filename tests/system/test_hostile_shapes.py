@@ -24,7 +24,8 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor, MethodDescri
 from lorastack.engine.batch import Batch
 from lorastack.engine.runner import StepResults
 from lorastack.request import RowEvent
-from lorastack.service.server import FILES, NUM_WORKERS
+from lorastack.service.server import NUM_WORKERS
+from lorastack.service.services import FILES
 from lorastack.v1 import adapters_pb2, generation_pb2
 from tests.helpers.http2 import RawConnection, enveloped
 from tests.helpers.live import PATIENCE, LiveServer, ask, wait_until

@@ -365,10 +365,10 @@ def serve(
     if not bars:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when it is imported
     # Deferred: `--help` and the client commands must not wait for torch.
+    from lorastack.service.build import build_server
     from lorastack.service.logs import configure_logging
-    from lorastack.service.server import Server
 
     configure_logging(config.service.log_format, config.service.log_level)
     with startup_bars() if bars else nullcontext(startup_log()) as progress:
-        server = Server.build(config, progress)
+        server = build_server(config, progress)
     raise typer.Exit(server.run(typer.echo))

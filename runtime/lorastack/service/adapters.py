@@ -22,9 +22,9 @@ from lorastack.errors import (
     Reason,
 )
 from lorastack.service import convert
+from lorastack.service.catalogue import Catalogue
 from lorastack.service.dispatch import Dispatcher
 from lorastack.service.places import caller_of
-from lorastack.service.prepare import Preparer
 from lorastack.service.status import CallGuard, Context, Notes, new_request_id
 from lorastack.service.store import StoreWriter
 from lorastack.service.threads import run_in
@@ -36,7 +36,7 @@ DEFAULT_PAGE, MAX_PAGE = 100, 1000
 
 
 class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
-    """readers run look-ups; uploader is the one thread, of low priority, that changes the store."""
+    """readers: threads for look-ups. uploader: the one thread, of low priority, for all changes."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         pool: DevicePool,
         host: HostCache,
         dispatcher: Dispatcher,
-        preparer: Preparer,
+        catalogue: Catalogue,
         guard: CallGuard,
         readers: Executor,
         uploader: Executor,
@@ -61,7 +61,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         self._pool = pool
         self._host = host
         self._dispatcher = dispatcher
-        self._preparer = preparer
+        self._catalogue = catalogue
         self._guard = guard
         self._readers = readers
         self._uploader = uploader
@@ -133,13 +133,13 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     ) -> adapters_pb2.ListAdaptersResponse:
         async with self._guard("ListAdapters", context, new_request_id()):
             after = _page_start(request.page_token)
-            found = await run_in(self._readers, self._registry.list, request.id_prefix)
-            start = bisect_right(found, after, key=lambda record: record.id)
+            records = await run_in(self._readers, self._registry.list, request.id_prefix)
+            start = bisect_right(records, after, key=lambda record: record.id)
             end = start + min(request.page_size or DEFAULT_PAGE, MAX_PAGE)
-            page = found[start:end]
+            page = records[start:end]
             return adapters_pb2.ListAdaptersResponse(
                 adapters=await run_in(self._readers, self._messages, page, self._usage()),
-                next_page_token=_page_token(page[-1].id) if end < len(found) else "",
+                next_page_token=_page_token(page[-1].id) if end < len(records) else "",
                 stored_bytes=self._registry.stored_bytes(),
                 staging_bytes=self._registry.staging_bytes(),
             )
@@ -148,8 +148,8 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         self, request: adapters_pb2.ListRevisionsRequest, context: Context
     ) -> adapters_pb2.ListRevisionsResponse:
         async with self._guard("ListRevisions", context, new_request_id()):
-            found = await run_in(self._readers, self._registry.revisions, request.id)
-            revisions = self._messages(found, self._usage())
+            records = await run_in(self._readers, self._registry.revisions, request.id)
+            revisions = self._messages(records, self._usage())
             return adapters_pb2.ListRevisionsResponse(revisions=revisions)
 
     async def RollbackAdapter(
@@ -186,11 +186,11 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         async with self._guard("LoadAdapter", context, new_request_id()) as notes:
             notes["adapter"] = request.id
             notes["pin"] = request.pin
-            record = await run_in(self._readers, self._preparer.servable, request.id)
+            record = await run_in(self._readers, self._catalogue.servable, request.id)
             try:
                 await asyncio.wrap_future(self._engine.load(record.digest, request.pin))
             except LorastackError as error:
-                raise self._preparer.with_ids(error) from None
+                raise self._catalogue.with_ids(error) from None
             return self._noted(notes, record)
 
     async def UnloadAdapter(
@@ -207,7 +207,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     ) -> adapters_pb2.SetDefaultMedusaResponse:
         async with self._guard("SetDefaultMedusa", context, new_request_id()) as notes:
             notes["adapter"] = request.medusa_id
-            set_default = self._preparer.set_default_medusa
+            set_default = self._catalogue.set_default_medusa
             heads = await run_in(self._uploader, set_default, request.medusa_id)
             notes["digest"] = heads.digest if heads else ""
             return adapters_pb2.SetDefaultMedusaResponse(
@@ -216,7 +216,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
             )
 
     def _delete(self, adapter_id: str, in_use: Collection[str]) -> None:
-        if adapter_id == split_reference(self._preparer.default_medusa)[0]:
+        if adapter_id == split_reference(self._catalogue.default_medusa)[0]:
             raise FailedPreconditionError(
                 f"{adapter_id!r} holds the server's default Medusa heads; choose others with "
                 "`lorastack adapters default` (or restart without --medusa) to delete them",
@@ -226,7 +226,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         self._writer.delete(adapter_id, in_use)
 
     def _noted(self, notes: Notes, record: Record) -> adapters_pb2.Adapter:
-        """Its message; the log says which bytes the id stands for now."""
+        """A record's message; notes its id and digest for the log."""
         notes["adapter"], notes["digest"] = record.id, record.digest
         return self._message(record)
 
@@ -236,7 +236,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
     def _messages(
         self, records: Sequence[Record], usage: convert.AdapterUsage
     ) -> list[adapters_pb2.Adapter]:
-        is_compatible = self._preparer.is_compatible
+        is_compatible = self._catalogue.is_compatible
         return [convert.adapter(r, compatible=is_compatible(r), usage=usage) for r in records]
 
     def _usage(self) -> convert.AdapterUsage:
@@ -250,12 +250,12 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
 
 
 def _page_token(last_id: str) -> str:
-    """Where the next page starts; opaque to callers."""
+    """The token of the page that follows this id; opaque to callers."""
     return base64.urlsafe_b64encode(last_id.encode()).decode()
 
 
 def _page_start(token: str) -> str:
-    """The id after which a page starts. Raises InvalidArgumentError for a token not ours."""
+    """The id that a page follows. Raises InvalidArgumentError for a token not ours."""
     try:
         return base64.b64decode(token, altchars=b"-_", validate=True).decode()
     except ValueError:

@@ -28,7 +28,9 @@ from lorastack.request import (
     TypicalAcceptance,
 )
 from lorastack.service import limits
-from lorastack.service.prepare import Chat, GenerateCall, Ids, Prepared, ServedModel, Text
+from lorastack.service.call import Chat, GenerateCall, Ids, Text
+from lorastack.service.prepare import Prepared
+from lorastack.service.served import ServedModel
 from lorastack.text.grammar import JsonSchema, Regex
 from lorastack.text.tokenizer import Tokenizer
 from lorastack.v1 import adapters_pb2, generation_pb2
@@ -93,7 +95,7 @@ def generate_call(
 def prompt_input(
     message: generation_pb2.GenerateRequest | generation_pb2.TokenizeRequest, model: ServedModel
 ) -> Text | Ids | Chat:
-    """The `oneof input`."""
+    """The message's `oneof input`."""
     match message.WhichOneof("input"):
         case "prompt":
             limits.check(message.prompt != "", "prompt", "a text of at least one character")
@@ -328,7 +330,7 @@ def adapter(record: Record, *, compatible: bool, usage: AdapterUsage) -> adapter
         digest=digest,
         revision=record.revision,
         kind=_KINDS[manifest.kind],
-        base_model=printable(manifest.base_model),  # any text of whoever made it
+        base_model=printable(manifest.base_model),  # whatever the adapter's author wrote
         compatible=compatible,
         rank=manifest.rank,
         alpha=manifest.alpha,
@@ -338,7 +340,7 @@ def adapter(record: Record, *, compatible: bool, usage: AdapterUsage) -> adapter
         medusa_version=manifest.medusa_version,
         warnings=manifest.warnings,
         size_bytes=record.size_bytes,
-        # As a mapping: making a message of it takes a third of a listing's time.
+        # A mapping: making a Timestamp takes a third of a listing's time.
         created_at={"seconds": seconds, "nanos": int((record.created_at - seconds) * 1e9)},
         residency=adapters_pb2.Adapter.DISK,
         in_flight=usage.in_flight.get(digest, 0),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lorastack import __version__
 from lorastack.config import ServerConfig
-from lorastack.service.prepare import ServedModel
+from lorastack.service.served import ServedModel
 from lorastack.startup.model import LoadedModel
 from lorastack.v1 import generation_pb2
 
@@ -15,6 +15,7 @@ FEATURES = (
 
 
 def served(loaded: LoadedModel, max_context: int) -> ServedModel:
+    """The edge's view of a loaded model. max_context: in tokens."""
     decoder = loaded.decoder
     return ServedModel(
         name=loaded.name,
@@ -32,7 +33,7 @@ def served(loaded: LoadedModel, max_context: int) -> ServedModel:
 
 
 def labels(model: ServedModel) -> dict[str, dict[str, str]]:
-    """What the metrics say about this process once and for all."""
+    """The labels of each info metric, by its name; they never change."""
     return {
         "build": {"version": __version__},
         "model": {
@@ -47,6 +48,7 @@ def labels(model: ServedModel) -> dict[str, dict[str, str]]:
 
 
 def model_info(model: ServedModel, config: ServerConfig) -> generation_pb2.GetModelInfoResponse:
+    """GetModelInfo's reply without default heads, which may change."""
     return generation_pb2.GetModelInfoResponse(
         base_model=model.name,
         fingerprint=model.fingerprint,
@@ -70,7 +72,7 @@ def model_info(model: ServedModel, config: ServerConfig) -> generation_pb2.GetMo
 
 
 def ready_line(model: ServedModel, address: str) -> str:
-    """For people, when Generate works."""
+    """The line that tells people that Generate works."""
     weights = f", weights {model.quantization}" if model.quantization else ""
     return (
         f"lorastack {__version__} serves {model.name} on {address} "

@@ -74,8 +74,8 @@ class RowStream:
     async def hand_over(self, writing: Awaitable[None]) -> None:
         """Waits until the reader has taken a part of the reply.
 
-        Raises ResourceExhaustedError READER_TOO_SLOW when that took too long. No status can
-        overtake the part, so it comes when the reader goes on; the row ended before: `give_up`.
+        Raises ResourceExhaustedError READER_TOO_SLOW when that took too long: `give_up` ended the
+        row then, but no status can overtake the part, so it comes when the reader goes on.
         """
         self._waiting.add(self)
         try:
@@ -90,7 +90,7 @@ class RowStream:
             )
 
     def give_up(self) -> None:
-        """The reader takes nothing: its row ends, and what waits for it is dropped."""
+        """Ends the row of a reader that takes nothing, and drops what waits for it."""
         logger.info("its reader takes nothing; it ends", extra={"request_id": self.request_id})
         self._too_slow = self.abandoned = True
         self._buffer.clear()
@@ -128,12 +128,12 @@ class Dispatcher:
     """Routes events to their streams. Give `deliver` and `fail` to the engine, then attach it."""
 
     def __init__(self, *, max_buffered: int, max_parked: int, reader_timeout: float) -> None:
-        """See `EngineConfig`."""
+        """max_buffered: events a row; reader_timeout: seconds; see EngineConfig."""
         self._max_buffered = max_buffered
         self._waiting = WaitingReaders[RowStream](max_parked, reader_timeout, self._give_up)
         self._streams: dict[str, RowStream] = {}
         self._whole: set[str] = set()  # requests whose readers want everything at the end
-        self._held: list[RowEvent] = []  # step thread: what nobody waits for yet
+        self._held: list[RowEvent] = []  # step thread: events that nobody waits for yet
         self._engine: Rows | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self.failed = asyncio.Event()  # the engine has ended every row and will take no more
@@ -153,8 +153,8 @@ class Dispatcher:
             self._loop.call_soon_threadsafe(self._route, held)
 
     def digests_in_use(self) -> Counter[str]:
-        """LoRA and heads digest -> requests that have not ended. For any thread."""
-        streams = list(self._streams.values())  # one step of the interpreter
+        """Requests that have not ended, by digest of their LoRAs and heads. For any thread."""
+        streams = list(self._streams.values())  # atomic: other threads call this
         requests = [stream.request for stream in streams if stream.request]
         return Counter(
             use.digest for request in requests for use in (*request.loras, request.heads) if use
@@ -209,6 +209,6 @@ class Dispatcher:
         self._drop_if_ended(stream)
 
     def _drop_if_ended(self, stream: RowStream) -> None:
-        """Another stream may have its id by now."""
+        """Forgets an ended stream, unless another one has its id by now."""
         if stream.ended.is_set() and self._streams.get(stream.request_id) is stream:
             del self._streams[stream.request_id]

@@ -26,21 +26,24 @@ from lorastack.service.status import CallGuard, Context, call_is_over, new_reque
 from lorastack.service.wire import RequestReader
 
 SILENCE = 60.0  # seconds that a call may take to send its first message
-# At once, of each method of health and reflection. Their unread replies do not count: whether the
-# server is well must be told beside any number of them.
+# Calls at a time of each method of health and reflection. Their unread replies do not count: health
+# must be told beside any number of those.
 MAX_OTHER_CALLS = 64
 
-# grpc.aio's kinds of methods, as one: messages in, at most one message out, or written.
+# grpc.aio's four kinds of methods as one: messages in; one message returned, or many written.
 Method = Callable[[AsyncIterator[Any], Context], Awaitable[Any]]
 
 
 class Door(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
-    """readers: by full method name ("/package.Service/Method"), of all methods."""
+    """Bounds the calls that run, and reads their messages."""
 
     def __init__(
         self, guard: CallGuard, readers: Mapping[str, RequestReader], *, own: str, max_calls: int
     ) -> None:
-        """own: how names of our services begin; these methods share max_calls."""
+        """readers: one for each method, by full name ("/package.Service/Method").
+
+        own: how the names of our methods begin; these share max_calls.
+        """
         self._guard = guard
         self._readers = readers
         self._own = own
@@ -79,12 +82,12 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
 
         async def enter(_: AsyncIterator[bytes], context: Context) -> Any:
             self._num_calls[group] += 1
-            if own:  # until its last byte is read: replies that nobody reads count too
+            if own:  # counts until its last byte is read, so unread replies count too
                 context.add_done_callback(leave)  # type: ignore[arg-type]
             try:
                 return await self._called(name, method, context, self._num_calls[group] <= most)
             except grpc.aio.AbortError as aborted:
-                # grpc keeps it with the call, and the request with it by its frames: a cycle that
+                # grpc keeps the error with the call, and its frames keep the request: a cycle that
                 # stays until the collector comes by.
                 aborted.__context__ = None
                 raise aborted.with_traceback(None) from None
@@ -103,12 +106,12 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
                 )
             with call_is_over():
                 return await method(self._messages(name, context), context)
-        except LorastackError as error:  # none of a method's own, which its guard has had
+        except LorastackError as error:  # a method's own errors end in its guard
             async with self._guard(name.rpartition("/")[2], context, new_request_id()):
                 raise error
 
     async def _messages(self, name: str, context: Context) -> AsyncIterator[Any]:
-        """Read here and not from grpc's iterator, which keeps the last one's bytes as a cycle."""
+        """A call's messages. grpc's own iterator would keep the last one's bytes in a cycle."""
         reader = self._readers[name]
         silence: float | None = SILENCE
         while True:
@@ -131,11 +134,11 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             yield message
             del message
             if name.startswith(self._own):
-                silence = None  # an upload minds its own silence
+                silence = None  # uploads have a limit of their own
 
 
 def _read(reader: RequestReader, raw: bytes) -> Any:
-    """The message, or what is wrong with it, without the frames that hold its bytes."""
+    """The message, or the error, without the frames that would keep its bytes."""
     try:
         return reader.read(raw)
     except LorastackError as error:
@@ -146,8 +149,8 @@ def _read(reader: RequestReader, raw: bytes) -> Any:
 async def _check_half_closed(context: Context) -> None:
     """Raises CancelledError if a stream has ended because its call has.
 
-    grpc shows both as the stream's end; only where the caller still listens something can be sent.
-    Where we have replied already, the next reply will tell.
+    grpc shows both as the stream's end, but metadata can be sent only while the caller listens.
+    Once we have replied, the next reply will tell.
     """
     with call_is_over(), suppress(grpc.aio.UsageError):
         await context.send_initial_metadata(())

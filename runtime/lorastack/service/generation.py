@@ -8,27 +8,28 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
 
 from lorastack.service import convert, limits
+from lorastack.service.catalogue import Catalogue
 from lorastack.service.dispatch import Dispatcher
 from lorastack.service.intake import Intake
 from lorastack.service.metrics import RequestMetrics
-from lorastack.service.prepare import Preparer, ServedModel
+from lorastack.service.served import ServedModel
 from lorastack.service.status import CallGuard, Context, Notes, new_request_id
 from lorastack.v1 import generation_pb2, generation_pb2_grpc
 
-LONGEST_DEADLINE = 366 * 86_400.0  # seconds; one further off is none
+LONGEST_DEADLINE = 366 * 86_400.0  # seconds; a later one counts as none
 
 Write = Callable[[generation_pb2.GenerateStreamResponse], Awaitable[None]]
 
 
 class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
-    """info: GetModelInfo's reply, its default heads left open. workers: run whatever blocks."""
+    """info: GetModelInfo's reply without default heads. workers: threads for what blocks."""
 
     def __init__(
         self,
         *,
         model: ServedModel,
         info: generation_pb2.GetModelInfoResponse,
-        preparer: Preparer,
+        catalogue: Catalogue,
         intake: Intake,
         dispatcher: Dispatcher,
         guard: CallGuard,
@@ -37,7 +38,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     ) -> None:
         self._model = model
         self._info = info
-        self._preparer = preparer
+        self._catalogue = catalogue
         self._intake = intake
         self._dispatcher = dispatcher
         self._guard = guard
@@ -80,7 +81,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         info.CopyFrom(self._info)
         async with self._guard("GetModelInfo", context, new_request_id()):
             loop = asyncio.get_running_loop()
-            heads = await loop.run_in_executor(self._workers, self._preparer.default_heads)
+            heads = await loop.run_in_executor(self._workers, self._catalogue.default_heads)
             if heads is not None:
                 info.default_medusa_id, info.default_medusa_digest = heads.medusa_id, heads.digest
         return info
@@ -97,7 +98,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     ) -> generation_pb2.GenerateResponse:
         """Runs one request to its end. Leaving early, by any exception, cancels its row.
 
-        whole: `write` gets everything at the end.
+        whole: everything is written at once, at the end.
         """
         deadline = _deadline(context.time_remaining())
         call = convert.generate_call(message, request_id, self._model)
@@ -115,7 +116,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                 if part.token_ids or part.text:
                     await stream.hand_over(write(part))
                 if (error := events[-1].error) is not None:
-                    raise self._preparer.with_ids(error)
+                    raise self._catalogue.with_ids(error)
                 if (final := events[-1].final) is not None:
                     break
         self._metrics.row_ended(prepared.request, final)
@@ -127,8 +128,8 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
 
 
 def _deadline(remaining: float | None) -> float | None:
-    """time.monotonic() seconds, from those that the caller allows; None: it waits for ever."""
-    if remaining is None or not remaining < LONGEST_DEADLINE:  # NaN is none either
+    """time.monotonic() seconds, from how many remain; None: the caller waits for ever."""
+    if remaining is None or not remaining < LONGEST_DEADLINE:  # NaN counts as none too
         return None
     return time.monotonic() + remaining
 

@@ -19,7 +19,7 @@ ONLY_GZIP = 1 << grpc.Compression.NoCompression | 1 << grpc.Compression.Gzip
 
 
 def raise_file_limit() -> int:
-    """As many open files as the system lets this process have; how many that is."""
+    """Lets this process open as many files as the system allows; returns how many."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -35,9 +35,11 @@ def make_server(
     max_calls: int,
     max_files: int,
 ) -> grpc.aio.Server:
-    """max_calls: at once, which the interceptors hold; grpc refuses all beyond twice as many.
+    """A server with our bounds, not started.
 
-    max_files: descriptors that this process may open."""
+    max_calls: calls at a time, which the interceptors bound; grpc refuses beyond twice as many.
+    max_files: descriptors that this process may open.
+    """
     connections = min(MAX_CONNECTIONS, max(max_files - RESERVED_FILES, max_files // 2))
     server: Any = _Server(
         interceptors,
@@ -45,7 +47,7 @@ def make_server(
         {
             "grpc.so_reuseport": 0,  # a second server on the port is an error, not a coin toss
             "grpc.max_receive_message_length": max_message_bytes,
-            # gRPC unzips whatever it becomes, a thousand times its size; the door stops in time.
+            # gRPC would unzip a message to a thousand times its size; the door stops in time.
             "grpc.per_message_decompression": 0,
             "grpc.compression_enabled_algorithms_bitset": ONLY_GZIP,
             # Beyond these a connection or a stream is refused, and tried again by its client.
@@ -80,7 +82,7 @@ class _Core(cygrpc.AioServer):  # type: ignore[misc]
     """Calls of methods that do not exist are refused without reading which one they meant.
 
     grpc's own loop decodes that name as UTF-8 and, where this fails, shuts the server down: one
-    call would end it for everybody. All methods that exist are registered, so they arrive apart.
+    call would end it for everybody. All methods that exist are registered; their calls come apart.
     """
 
     def _make_request_call_future(self, method: bytes | None) -> Any:
@@ -89,14 +91,14 @@ class _Core(cygrpc.AioServer):  # type: ignore[misc]
         return asyncio.get_running_loop().create_task(self._refuse_unknown())
 
     async def _refuse_unknown(self) -> None:
-        """Until the server stops, which _request_call raises."""
+        """Runs until the server stops: then _request_call raises."""
         loop = asyncio.get_running_loop()
         tasks: set[asyncio.Task[None]] = set()
         while True:
             state = await self._request_call()
             refusal = cygrpc._handle_rpc("", _Nothing(), (), state, loop, False)
             task = loop.create_task(cygrpc._schedule_rpc_coro(refusal, state, loop, ""))
-            tasks.add(task)  # the loop alone would let go of it
+            tasks.add(task)  # the loop keeps weak references only
             task.add_done_callback(tasks.discard)
 
 

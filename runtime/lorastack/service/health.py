@@ -1,4 +1,4 @@
-"""grpc.health.v1: whether the server serves. A watcher that does not read holds up nobody."""
+"""grpc.health.v1: tells if the server serves. A watcher that does not read holds up nobody."""
 
 from __future__ import annotations
 

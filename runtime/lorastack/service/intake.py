@@ -1,8 +1,8 @@
 """From a call to the engine's Request without a thread that waits.
 
-What callers write that is a program goes to worker processes, awaited; texts go to the edge's
-threads, callers in turn, those that take long to few of them at a time; whoever gives up leaves
-every queue.
+Programs that callers write run in worker processes, which are awaited. Texts are tokenised by the
+edge's threads, callers in turn, and long texts take few of these threads at a time. Whoever gives
+up leaves every queue.
 """
 
 from __future__ import annotations
@@ -16,23 +16,27 @@ from dataclasses import replace
 from typing import TypeVar
 
 from lorastack.sandbox.turns import Turns
-from lorastack.service.prepare import Chat, GenerateCall, Ids, Prepared, Preparer, Rendered, Text
+from lorastack.service.call import Chat, GenerateCall, Given, Rendered, Text
+from lorastack.service.catalogue import Catalogue
+from lorastack.service.prepare import Prepared, Preparer
 from lorastack.service.threads import run_in
 from lorastack.service.untrusted import Untrusted
 
-LONG_TEXT = 64 << 10  # bytes; a fifth of a second, where tokenising is slow
-MESSAGE_COST = 16  # bytes that take as long
-NUM_LONG, NUM_SHORT = 2, 2  # of the edge's threads, which also look things up
-MAX_WAITING = 256  # with long texts; those with short ones are as many as there may be calls
+LONG_TEXT = 64 << 10  # bytes; a slow tokeniser takes a fifth of a second for them
+MESSAGE_COST = 16  # bytes of text that take as long as an empty message of a chat
+NUM_LONG, NUM_SHORT = 2, 2  # threads that take such texts at a time
+MAX_WAITING = 256  # calls with long texts; those with short ones are bounded as calls
 
 T = TypeVar("T")
-Given = Text | Ids | Chat | Rendered
 
 
 class Intake:
-    """Event loop only. workers: the edge's threads, NUM_LONG + NUM_SHORT."""
+    """Prepares calls. Event loop only. workers: the edge's threads, NUM_LONG + NUM_SHORT."""
 
-    def __init__(self, preparer: Preparer, untrusted: Untrusted, workers: Executor) -> None:
+    def __init__(
+        self, catalogue: Catalogue, preparer: Preparer, untrusted: Untrusted, workers: Executor
+    ) -> None:
+        self._catalogue = catalogue
         self._preparer = preparer
         self._untrusted = untrusted
         self._workers = workers
@@ -45,7 +49,7 @@ class Intake:
         return self._long.num_waiting
 
     async def prepare(self, call: GenerateCall, deadline: float | None, caller: str) -> Prepared:
-        """caller: whose turn it is, of those that wait. deadline: time.monotonic() seconds.
+        """The request of a call. caller: those that wait take turns. deadline: time.monotonic().
 
         Raises the user's errors.
         """
@@ -67,28 +71,28 @@ class Intake:
         """The ids that the model would run. Raises the user's errors."""
         self._check_length(given)
         if lora_id:
-            await run_in(self._workers, self._preparer.lora, lora_id)
+            await run_in(self._workers, self._catalogue.lora, lora_id)
         given = await self._rendered(given, lora_id, caller)
         return await self._run(lambda: self._preparer.encode(given), _is_long(given), caller)
 
     def _check_length(self, given: Given) -> None:
-        """Before anything is looked up, rendered or tokenised."""
+        """Refuses what is too long before anything is looked up, rendered or tokenised."""
         if isinstance(given, Chat):
             self._preparer.check_num_messages(len(given.messages))
         field = "prompt" if isinstance(given, Text) else "chat"
         self._preparer.check_length(_num_bytes(given), field)
 
     async def _rendered(self, given: Given, lora_id: str, caller: str) -> Given:
-        """A single LoRA's own chat template wins over the model's."""
+        """A chat as text if its single LoRA has a template, which wins over the model's."""
         if not isinstance(given, Chat) or not lora_id:
             return given
-        template = await run_in(self._workers, self._preparer.own_template, lora_id)
+        template = await run_in(self._workers, self._catalogue.own_template, lora_id)
         if template is None:
             return given
         return Rendered(await self._untrusted.render(template, given.messages, caller))
 
     async def _run(self, work: Callable[[], T], is_long: bool, caller: str) -> T:
-        """In a thread, whose seat it keeps until it has ended, wanted or not."""
+        """Runs `work` in a thread; it keeps its seat until it ends, even if nobody waits for it."""
         turns = self._long if is_long else self._short
         seat = await turns.take(caller)
         loop = asyncio.get_running_loop()
@@ -103,13 +107,13 @@ class Intake:
 
 
 def _is_long(given: Given) -> bool:
-    """Whether it takes a thread for long: a template takes a while for each message too."""
+    """True if it takes a thread for long. A template takes a while for each message too."""
     num_messages = len(given.messages) if isinstance(given, Chat) else 0
     return _num_bytes(given) + num_messages * MESSAGE_COST > LONG_TEXT
 
 
 def _num_bytes(given: Given) -> int:
-    """Of text, in UTF-8."""
+    """Bytes of its text in UTF-8."""
     match given:
         case Text(text) | Rendered(text):
             return _length(text)
@@ -119,5 +123,5 @@ def _num_bytes(given: Given) -> int:
 
 
 def _length(text: str) -> int:
-    """In UTF-8, for most texts without a look at them."""
+    """Bytes in UTF-8; ASCII, which most texts are, is not encoded for that."""
     return len(text) if text.isascii() else len(text.encode())

@@ -10,16 +10,16 @@ from lorastack.adapters.store.learned import Learned
 from lorastack.engine.engine import Engine
 from lorastack.service.threads import run_in
 
-SAVE_SECONDS = 60.0
+SAVE_SECONDS = 60.0  # between two saves
 
 logger = logging.getLogger(__name__)
 
 
 class LearnedKeeper:
-    """Takes it from the step thread and writes it in the thread of the store's changes."""
+    """Takes what was learnt from the step thread; the thread that changes the store writes it."""
 
     def __init__(self, learned: Learned, engine: Engine, writer: Executor) -> None:
-        """writer: of one thread."""
+        """writer: one thread, which makes all changes of the store."""
         self._learned = learned
         self._engine = engine
         self._writer = writer
@@ -31,11 +31,11 @@ class LearnedKeeper:
             await self.save()
 
     async def save(self) -> None:
-        """What changed since the last call; a disk that does not take it is no failure."""
+        """Saves what changed since the last call; a failed write is logged."""
         newer = await asyncio.wrap_future(self._engine.learned())
 
         def write() -> None:
-            self._learned.save({digest: found.to_json() for digest, found in newer.items()})
+            self._learned.save({digest: known.to_json() for digest, known in newer.items()})
 
         try:
             await run_in(self._writer, write)

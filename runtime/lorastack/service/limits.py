@@ -27,17 +27,17 @@ MAX_STOP_SEQUENCE_CHARS = 256
 MAX_STOP_TOKEN_IDS = 1024
 MAX_LOGIT_BIASES = 1024
 MAX_LOGIT_BIAS = 100.0
-MAX_MESSAGES = 1024  # of a chat
-MAX_PENALTY = 2.0  # of frequency and presence
+MAX_MESSAGES = 1024  # in a chat
+MAX_PENALTY = 2.0  # either way; frequency and presence
 MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.01, 100.0
 MAX_SCHEMA_CHARS = 65_536
 MAX_REGEX_CHARS = 8_192
-MAX_CHUNK = MIB  # of an upload
-# No text holds so many bytes a token on average; in megabytes it is also what one call may cost.
+MAX_CHUNK = MIB  # bytes of one message of an upload
+# No text has so many bytes a token on average; message_bytes also bounds what a call may cost.
 TEXT_BYTES_A_TOKEN = 64
 MIN_MESSAGE_BYTES = 4 * MIB
-NAMES_BYTES = 16 * KIB  # of requests that hold ids, digests, paths and numbers
-FILE_SPEC_BYTES = KIB
+NAMES_BYTES = 16 * KIB  # bytes of a request that holds ids, digests, paths and numbers
+FILE_SPEC_BYTES = KIB  # bytes of one FileSpec
 REQUEST_ID = re.compile(r"[!-~]{1,128}")  # printable ASCII: it goes into logs and trailers
 
 
@@ -50,11 +50,11 @@ class Lengths:
 
     @property
     def message_bytes(self) -> int:
-        """What the server receives at all, for any call."""
+        """The most bytes that the server receives in one message of any kind."""
         return max(MIN_MESSAGE_BYTES, TEXT_BYTES_A_TOKEN * self.max_context)
 
     def request_bytes(self, name: str) -> int:
-        """Of one message, by its protobuf name."""
+        """The most bytes of one message, by its protobuf name."""
         header = NAMES_BYTES + FILE_SPEC_BYTES * self.max_files
         match name:
             case "GenerateRequest" | "TokenizeRequest":
@@ -66,7 +66,7 @@ class Lengths:
         return NAMES_BYTES
 
     def longest(self, path: str) -> int:
-        """Of one list, by its place in a request. KeyError: nobody has thought about it yet."""
+        """The most entries of a list, by its path in a request. Raises KeyError without a bound."""
         return {
             "chat.messages": MAX_MESSAGES,
             "files": self.max_files,
@@ -93,7 +93,7 @@ def too_long(path: str, longest: int) -> InvalidArgumentError:
 
 
 def check_length(given: Sized, path: str, longest: int) -> None:
-    """Before anything is made of a list."""
+    """Refuses a list that is too long, before anything is made of it."""
     if len(given) > longest:
         raise too_long(path, longest)
 
@@ -173,7 +173,7 @@ def check_sampling(params: SamplingParams, vocab_size: int) -> None:
 
 
 def check_max_new_tokens(num_new: int, max_context: int) -> None:
-    """Alone; together with the prompt it is checked when that is tokenised."""
+    """Checked alone here, and together with the prompt when that is tokenised."""
     check(
         1 <= num_new <= max_context,
         "stop.max_new_tokens",
@@ -183,7 +183,7 @@ def check_max_new_tokens(num_new: int, max_context: int) -> None:
 
 
 def check_stop(params: StopParams, vocab_size: int) -> None:
-    """max_new_tokens aside."""
+    """Everything but max_new_tokens."""
     field, sequences = "stop.stop_sequences", params.stop_sequences
     check(
         len(sequences) <= MAX_STOP_SEQUENCES, field, f"at most {MAX_STOP_SEQUENCES}", len(sequences)
@@ -212,7 +212,7 @@ def check_typical(rule: TypicalAcceptance) -> None:
 
 
 def check_format(wanted: JsonSchema | Regex) -> None:
-    """The length alone; whether it compiles is seen off the event loop."""
+    """The length alone; it is compiled off the event loop."""
     largest = MAX_SCHEMA_CHARS if isinstance(wanted, JsonSchema) else MAX_REGEX_CHARS
     length, rule = len(wanted.text), f"of 1 to {largest} characters"
     check(1 <= length <= largest, wanted.field, rule, length)

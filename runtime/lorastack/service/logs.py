@@ -15,7 +15,7 @@ import grpc
 
 from lorastack.printable import printable, printable_json
 
-# What every LogRecord has; anything else was given as `extra`.
+# Attributes of every LogRecord; all others were given as `extra`.
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
@@ -59,7 +59,7 @@ class TextFormatter(logging.Formatter):
         return printable(super().formatMessage(record) + extras)
 
     def formatException(self, exc_info: Any) -> str:
-        # splitlines() would cut where a caller's text says so, and the rest look like a record.
+        # splitlines() also cuts at separators in callers' texts: the rest would look like a record.
         lines = super().formatException(exc_info).split("\n")
         return "\n".join(f"  {printable(line)}" for line in lines)
 

@@ -29,10 +29,10 @@ from lorastack.request import Final, Request, SpeculationStats, TokenSource
 # Seconds: from a warm step of a small model to the wait for a cold adapter behind others.
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
-LAG_INTERVAL = 0.25  # seconds
+LAG_INTERVAL = 0.25  # seconds between two measurements
 DRAFTED_BUCKETS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 TOKENS_BUCKETS = (1.0, 1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 6.0, 10.0)
-MAX_HEADS = 1024
+MAX_HEADS = 1024  # digests that are counted
 PREFIX = "lorastack_"
 
 
@@ -91,15 +91,15 @@ class RequestMetrics:
         )
 
     def call_ended(self, rpc: str, code: grpc.StatusCode) -> None:
-        """A call of any RPC, refused ones included."""
+        """Counts an ended call of any RPC, refused ones too."""
         self._requests.labels(rpc, code.name).inc()
 
     def generated(self, num_tokens: int) -> None:
-        """Tokens that were handed to a caller."""
+        """Counts tokens that were handed to a caller."""
         self._tokens.labels("generated").inc(num_tokens)
 
     def row_ended(self, request: Request, final: Final) -> None:
-        """A request ended in tokens."""
+        """Counts a request that ended with a finish reason."""
         self._tokens.labels("prompt").inc(final.prompt_tokens)
         self._tokens.labels("cached_prompt").inc(final.cached_prompt_tokens)
         timings, num_tokens = final.timings, final.generated_tokens
@@ -137,7 +137,7 @@ class RequestMetrics:
 
 @dataclass(slots=True)
 class HeadsCount:
-    """How drafts of one pair of heads fared."""
+    """What the drafts of one digest's heads gave."""
 
     steps: int = 0
     drafted: int = 0
@@ -152,7 +152,7 @@ class HeadsCounts:
         self._counts: dict[str, HeadsCount] = {}
 
     def add(self, digest: str, stats: SpeculationStats) -> None:
-        """What one request's drafts gave."""
+        """Adds what one request's drafts gave."""
         with self._lock:
             if digest not in self._counts and len(self._counts) == MAX_HEADS:
                 del self._counts[next(iter(self._counts))]  # nobody scrapes: forget the oldest
@@ -162,7 +162,7 @@ class HeadsCounts:
             count.accepted_by_head.update(dict(enumerate(stats.accepted_by_head)))
 
     def keep_only(self, digests: Collection[str]) -> dict[str, HeadsCount]:
-        """Forgets all other heads; copies of what is left."""
+        """Forgets all other heads and returns copies of these counts."""
         with self._lock:
             self._counts = {d: count for d, count in self._counts.items() if d in digests}
             return {
@@ -185,7 +185,7 @@ class StateCollector(Collector):
         config: AdapterConfig,
         info: Mapping[str, Mapping[str, str]],
     ) -> None:
-        """info: what does not change while the process runs, by the metric that shows it."""
+        """info: labels that do not change while the process runs, by metric."""
         self._info = info
         self._engine = engine
         self._pool = pool
@@ -195,7 +195,7 @@ class StateCollector(Collector):
         self._config = config
 
     def collect(self) -> Iterator[Metric]:
-        """One family a metric; called by prometheus_client, from its server's thread."""
+        """One family a metric. Called in the metrics server's thread."""
         stats = self._pool.stats()
         for name, labels in self._info.items():
             yield InfoMetricFamily(f"{PREFIX}{name}", "What runs.", dict(labels))

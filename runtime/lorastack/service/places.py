@@ -19,13 +19,13 @@ from lorastack.service.status import Context
 
 STALLED = 10.0  # seconds of waiting for PACE bytes, after which a transfer makes way for a new one
 PACE = 64 * KIB
-RETRY_SECONDS = 5.0  # what a caller is told when all places are taken
+RETRY_SECONDS = 5.0  # what a refused caller is told to wait
 
 T = TypeVar("T")
 
 
 def caller_of(context: Context) -> str:
-    """Who calls, as well as it is known: the address without its port; of IPv6 the network."""
+    """Who calls, as well as it is known: the address without its port; for IPv6 the network."""
     kind, _, rest = unquote(context.peer()).partition(":")
     address = rest.rpartition(":")[0].strip("[]").partition("%")[0]
     if kind == "ipv6":
@@ -37,7 +37,7 @@ def caller_of(context: Context) -> str:
 
 
 class Place:
-    """One transfer's. It tells when it waits for its caller, and what has passed."""
+    """One transfer's place, which is told when it waits for its caller and what has passed."""
 
     def __init__(self, caller: str, idle: float) -> None:
         self.caller = caller
@@ -45,27 +45,27 @@ class Place:
         self.limit = asyncio.timeout(None)
         self._idle = idle
         self._silent = 0.0  # seconds waited since the last byte
-        self._stalled = 0.0  # since the last PACE bytes
+        self._stalled = 0.0  # seconds waited since the last PACE bytes
         self._num_bytes = 0
-        self._since: float | None = None  # time.monotonic() since which it waits
+        self._since: float | None = None  # time.monotonic() when its wait began
 
     async def waits(self, answer: Awaitable[T]) -> T:
         """Waits for the caller. Only such time counts, not what the server takes itself."""
         self._since = time.monotonic()
         self._set_limit(asyncio.get_running_loop().time() + self._idle - self._silent)
-        found = await answer
+        result = await answer
         waited, self._since = time.monotonic() - self._since, None
         self._silent += waited
         self._stalled += waited
         self._set_limit(None)
-        return found
+        return result
 
     def _set_limit(self, when: float | None) -> None:
-        if not self.displaced:  # else its end is near, whatever comes meanwhile
+        if not self.displaced:  # else it ends soon, whatever comes meanwhile
             self.limit.reschedule(when)
 
     def passed(self, num_bytes: int) -> None:
-        """Bytes have come or gone."""
+        """Counts bytes that have come or gone."""
         if num_bytes:
             self._silent = 0.0
         self._num_bytes += num_bytes
@@ -77,17 +77,20 @@ class Place:
         return 0.0 if self._since is None else self._stalled + time.monotonic() - self._since
 
     def displace(self) -> None:
-        """Ends it, so that another transfer has the place."""
-        if not self.limit.expired():  # else it is on its way out already
+        """Ends the transfer, so that another one has the place."""
+        if not self.limit.expired():  # else it ends already
             self.displaced = True
             self.limit.reschedule(asyncio.get_running_loop().time())
 
 
 class Places:
-    """For one kind of transfer. Used on the event loop."""
+    """The places of one kind of transfer. Event loop only."""
 
     def __init__(self, kind: str, *, together: int, per_caller: int, idle: float) -> None:
-        """kind: for people. idle: seconds that one may wait for its caller without a byte."""
+        """kind: its name in messages. together, per_caller: places at a time.
+
+        idle: seconds that a transfer may wait for its caller without a byte.
+        """
         self._kind = kind
         self._together = together
         self._per_caller = per_caller
@@ -98,8 +101,8 @@ class Places:
     async def take(self, caller: str) -> AsyncIterator[Place]:
         """A place for the block, which ends when its caller is idle for too long.
 
-        Raises ResourceExhaustedError when there is none, or another transfer needs this one, which
-        has stalled; AbortedError for an idle caller.
+        Raises ResourceExhaustedError when all are taken, or when this one stalls and another
+        transfer needs it; AbortedError for an idle caller.
         """
         self._make_way(caller)
         place = Place(caller, self._idle)

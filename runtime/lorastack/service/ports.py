@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class Ports:
-    """The ports of a configuration, bound by us but not listened on: who connects is refused."""
+    """The ports of a configuration, bound but not listened on: whoever connects is refused."""
 
     def __init__(self, config: ServiceConfig) -> None:
         """Raises InvalidArgumentError for a port that is taken or a host that is not ours."""
@@ -32,7 +32,10 @@ class Ports:
         self._address = _address(config.host, port)
 
     def listen(self, server: grpc.aio.Server) -> str:
-        """Gives the ports to the server, and up to whoever else wants one. Its address."""
+        """Lets the server listen on the port, and gives up all of ours. Returns its address.
+
+        Raises InvalidArgumentError if another process was faster.
+        """
         hosts = {str(bound.getsockname()[0]).partition("%")[0] for bound in self._sockets}
         if not all(ip_address(host).is_loopback for host in hosts):
             logger.warning(
@@ -63,10 +66,10 @@ class Ports:
         problem: OSError | ValueError | None = None
         num_before = len(self._sockets)
         try:
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        except (OSError, ValueError) as error:  # ValueError: no name of a host at all
-            found, problem = [], error
-        for family, _, _, _, address in found:
+            addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except (OSError, ValueError) as error:  # ValueError: it cannot be a host's name
+            addresses, problem = [], error
+        for family, _, _, _, address in addresses:
             try:
                 self._sockets.append(_bind(family, (address[0], port, *address[2:])))
             except OSError as error:

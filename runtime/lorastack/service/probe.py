@@ -6,8 +6,9 @@ import asyncio
 from concurrent.futures import Executor
 
 from lorastack.request import SamplingParams, SpeculationParams, StopParams
+from lorastack.service.call import GenerateCall, Ids
 from lorastack.service.dispatch import Dispatcher
-from lorastack.service.prepare import GenerateCall, Ids, Preparer
+from lorastack.service.prepare import Preparer
 from lorastack.service.status import new_request_id
 
 

@@ -94,14 +94,14 @@ class Provision:
         return lambda done, total: self._progress(label, done, total)
 
     def _digests(self, adapter_id: str) -> set[str]:
-        """Of all revisions of an id."""
+        """The digests of an id's revisions."""
         try:
             return {record.digest for record in self._registry.revisions(adapter_id)}
         except LorastackError:  # none, or damaged: then the upload replaces it
             return set()
 
     def _serves(self, reference: str) -> bool:
-        """Whether it names something for this base model."""
+        """True if it names an adapter for this base model."""
         try:
             manifest = self._registry.resolve(reference).manifest
         except LorastackError:

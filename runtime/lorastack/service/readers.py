@@ -1,4 +1,4 @@
-"""Readers that keep a part of their reply waiting: how many may, and for how long."""
+"""Bounds the readers that keep a part of their reply waiting, in number and in time."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class WaitingReaders(Generic[T]):
     """Event loop only. One timer for all of them: parts mostly go out at once."""
 
     def __init__(self, most: int, patience: float, on_late: Callable[[T], None]) -> None:
-        """on_late: called for whoever waits for longer than `patience` seconds, and for those that
-        have waited longest, by GRACE at least, while there are more than `most`. They count no
+        """on_late: called with a reader that has waited for `patience` seconds and, while more than
+        `most` wait, with the one that has waited longest, if for GRACE at least. It counts no
         more."""
         self._most = most
         self._patience = patience
@@ -25,6 +25,7 @@ class WaitingReaders(Generic[T]):
         self._timer: asyncio.TimerHandle | None = None
 
     def add(self, reader: T) -> None:
+        """It waits from now on."""
         loop = asyncio.get_running_loop()
         now = self._since[reader] = loop.time()
         while len(self._since) > self._most:

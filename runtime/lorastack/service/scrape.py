@@ -16,11 +16,11 @@ from lorastack.errors import InvalidArgumentError
 
 PATIENCE = 5.0  # seconds for a whole exchange
 MAX_CONNECTIONS = 32  # beyond them the oldest makes way
-MAX_HEAD = 8 * KIB
+MAX_HEAD = 8 * KIB  # of a request
 
 
 class MetricsServer:
-    """However many connect and say nothing, or read nothing: one thread, PATIENCE each."""
+    """One thread, however many connect; an exchange gets PATIENCE, even one that says nothing."""
 
     def __init__(self, host: str, port: int, registry: CollectorRegistry) -> None:
         """Raises InvalidArgumentError when the address cannot be had."""

@@ -5,7 +5,7 @@ its metadata); RESOURCE_EXHAUSTED also carries RetryInfo. Anything unexpected be
 logged with its traceback, and shows the caller nothing but the request id. A caller who has gone is
 CANCELLED, whatever we were doing for it.
 
-Calls leave a line in the log each: all that fail or change something, and those of generation.
+Each call that fails, changes something or generates leaves a line in the log.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ DOMAIN = "lorastack"
 MAX_MESSAGE_BYTES = 1024
 MAX_METADATA_BYTES = 256
 DEFAULT_RETRY_SECONDS = 1.0
-ABORT_SECONDS = 2.0  # that a call waits for its status to be sent
+ABORT_SECONDS = 2.0  # seconds that a call waits until its status is sent
 MAX_REFUSALS = 100  # lines a second; callers must not fill the log
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ def to_status(error: LorastackError, request_id: str) -> status_pb2.Status:
 
 @contextmanager
 def call_is_over() -> Iterator[None]:
-    """Around what sends: grpc's error about a call that its caller left becomes CancelledError."""
+    """For what sends: grpc's error about a call that its caller has left becomes CancelledError."""
     try:
         yield
     except grpc.aio.InternalError:  # ExecuteBatchError among them, which is not public
@@ -184,7 +184,7 @@ class _Call:
 
 
 class _Refusals:
-    """How many lines a second callers get who are refused or leave. The rest is counted."""
+    """Bounds the lines a second about callers who are refused or leave. The rest is counted."""
 
     def __init__(self) -> None:
         self._second = 0.0  # time.monotonic()
@@ -192,6 +192,7 @@ class _Refusals:
         self._num_left_out = 0
 
     def may_log(self) -> bool:
+        """True if one more line may be written; counts it."""
         now = time.monotonic()
         if now - self._second >= 1.0:
             if self._num_left_out:

@@ -1,9 +1,11 @@
-"""Changes to the store and what they mean for the engine, made by the uploader's one thread."""
+"""Changes of the store and what they mean for the engine, made by the uploader's one thread."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Collection
+from concurrent.futures import Executor
 from functools import partial
 
 from lorastack.adapters.memory.loader import Validator
@@ -14,8 +16,11 @@ from lorastack.adapters.store.registry import Pruned, Registry
 from lorastack.adapters.store.upload import Upload
 from lorastack.engine.engine import Engine
 from lorastack.errors import DataLossError, LorastackError, NotFoundError
+from lorastack.service.catalogue import Catalogue
 from lorastack.service.dispatch import Dispatcher
-from lorastack.service.prepare import Preparer
+from lorastack.service.threads import run_in
+
+REFRESH_SECONDS = 2.0  # how old a read-only store's view may be
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +41,9 @@ class StoreWriter:
         keep_revisions: int,
         needed: Callable[[], Collection[str]],
     ) -> None:
-        """fingerprint: of the base model that `validate` compares with. keep_revisions: of each id;
-        needed: digests that stay beside them, as rows or pins may load them again. For any thread.
+        """fingerprint: the base model's, which `validate` compares with. keep_revisions: revisions
+        of each id that stay. needed: digests that stay beside them, as rows or pins may load them
+        again; may be called in any thread.
         """
         self._registry = registry
         self._engine = engine
@@ -102,16 +108,26 @@ class StoreWriter:
 
 
 class StoreFollower:
-    """Keeps up with a store that another process writes. One thread at a time."""
+    """Keeps up with a store that another process writes."""
 
-    def __init__(self, registry: Registry, engine: Engine) -> None:
-        """registry: opened read-only."""
+    def __init__(self, registry: Registry, engine: Engine, uploader: Executor) -> None:
+        """registry: opened read-only. uploader: one thread."""
         self._registry = registry
         self._engine = engine
+        self._uploader = uploader
         self._known = _newest_digests(registry)
 
+    async def run(self) -> None:
+        """Refreshes now and then, until it is cancelled."""
+        while True:
+            await asyncio.sleep(REFRESH_SECONDS)
+            try:
+                await run_in(self._uploader, self.refresh)
+            except Exception:
+                logger.exception("the store could not be read again; what is known stays")
+
     def refresh(self) -> None:
-        """Takes in what has changed; cheap when nothing has."""
+        """Takes in what has changed; cheap when nothing has. One thread at a time."""
         if not self._registry.refresh():
             return
         before, self._known = self._known, _newest_digests(self._registry)
@@ -120,12 +136,12 @@ class StoreFollower:
 
 
 def _newest_digests(registry: Registry) -> set[str]:
-    """What the ids point to."""
+    """The digests that ids point to now."""
     return {record.digest for record in registry.list()}
 
 
-def needed_digests(dispatcher: Dispatcher, pool: DevicePool, preparer: Preparer) -> set[str]:
-    """What requests that have not ended, pins and default heads may load from the disk again."""
+def needed_digests(dispatcher: Dispatcher, pool: DevicePool, catalogue: Catalogue) -> set[str]:
+    """Digests that requests that have not ended, pins and default heads may load again."""
     pinned = {adapter.digest for adapter in pool.stats().adapters if adapter.pinned}
-    _, default = split_reference(preparer.default_medusa)
+    _, default = split_reference(catalogue.default_medusa)
     return {*dispatcher.digests_in_use(), *pinned, *([default] if default else [])}

@@ -1,4 +1,4 @@
-"""The chat templates that LoRAs bring, as the last chats used them."""
+"""The chat templates that LoRAs bring, kept for those that chats used last."""
 
 from __future__ import annotations
 
@@ -8,22 +8,25 @@ from collections import OrderedDict
 from lorastack.adapters.formats.parse import chat_template
 from lorastack.adapters.store.registry import Registry
 
-MAX_KEPT = 256
-MAX_KEPT_CHARS = 4 << 20
+MAX_KEPT = 256  # templates
+MAX_KEPT_CHARS = 4 << 20  # in all of them
 
 
 class OwnTemplates:
     """Digest -> template, read from the store once while it is in use. For any thread."""
 
     def __init__(self, registry: Registry, models_own: str | None) -> None:
-        """models_own: the base model's template. An adapter's that equals it is not its own."""
+        """models_own: the base model's template; an adapter's that equals it counts as none."""
         self._registry = registry
         self._models_own = models_own
         self._keeping = threading.Lock()
         self._kept: OrderedDict[str, str | None] = OrderedDict()
 
     def of(self, digest: str) -> str | None:
-        """None if the model's serves. Raises NotFoundError, or what a malformed file raises."""
+        """A LoRA's own template; None if the model's serves.
+
+        Raises NotFoundError, or what a malformed file raises.
+        """
         with self._keeping:
             if digest in self._kept:
                 self._kept.move_to_end(digest)

@@ -59,7 +59,7 @@ class Transfers:
         self._registry = registry
         self._writer = writer
         self._uploader = uploader
-        # For as long as an answer is written, which is for its caller to read.
+        # Idle is a caller that does not read the answer that is being written.
         idle = config.transfer_idle
         self.pulls = Places("pull", together=PULLS, per_caller=PULLS_PER_CALLER, idle=idle)
         self.downloads = Places(
@@ -117,19 +117,19 @@ class Transfers:
             self._uploader.submit(self._release, holding)
 
     async def _bytes_of(self, record: Record, spec: FileSpec) -> AsyncGenerator[bytes, None]:
-        """Raises DataLossError if they are not what they were, NotFoundError if they are gone."""
+        """A file in pieces. Raises DataLossError if it has changed, NotFoundError if it is gone."""
         digest, offset = hashlib.sha256(), 0
         while data := await run_in(self._uploader, self._read, record, spec, offset):
             digest.update(data)
             offset += len(data)
             yield data
         if digest.hexdigest() != spec.sha256:
-            # Says so itself, unless an upload healed it by now.
+            # Raises the same, unless an upload has healed the file by now.
             await run_in(self._uploader, self._registry.verify_file, spec, record.digest)
             raise damaged_blob(spec, record.digest)
 
     def _read(self, record: Record, spec: FileSpec, offset: int) -> bytes:
-        """The next piece of a stored file, which is open only here: its caller may never read."""
+        """The next piece of a stored file. It is open only here: the caller may never read on."""
         try:
             with self._registry.path(spec).open("rb") as file:
                 file.seek(offset)
@@ -145,7 +145,7 @@ class Transfers:
     def _pull(
         self, request: adapters_pb2.PullAdapterRequest, caller: str, progress: _Progress
     ) -> tuple[Record, Sequence[str]]:
-        """The stored adapter, and what was left where it came from."""
+        """The stored adapter, and the names of files that were left where they came from."""
         check_id(request.id)
         if_digest = request.if_digest if request.HasField("if_digest") else None
         with self._source(request, progress.check) as source:
@@ -169,6 +169,7 @@ class Transfers:
     def _source(
         self, request: adapters_pb2.PullAdapterRequest, alive: Callable[[], None]
     ) -> AbstractContextManager[Source]:
+        """alive: raises once nobody waits for the pull."""
         source = request.WhichOneof("source")
         if source == "hub_id":
             address = HubAddress(

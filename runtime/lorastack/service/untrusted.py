@@ -20,14 +20,14 @@ from lorastack.text.trial import trial_body
 TEMPLATE_LIMITS = Limits(cpu=0.5, wall=20.0, memory=256 * MIB, output=0)  # output: the text's
 GRAMMAR_LIMITS = Limits(cpu=1.0, wall=20.0, memory=128 * MIB, output=4096)
 MAX_VERDICTS = 1024
-UPLOADER = "an upload"  # as a caller
-UPLOAD_PATIENCE = 10.0  # seconds, for which the store's one thread waits
+UPLOADER = "an upload"  # uploads take turns with callers, as one of them
+UPLOAD_PATIENCE = 10.0  # seconds that the store's one thread waits for a verdict
 
 Wanted = JsonSchema | Regex
 
 
 class Untrusted:
-    """Event loop only, `check_template` aside."""
+    """Runs callers' programs in a pool of processes. Event loop only, but for check_template."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class Untrusted:
         template_limits: Limits = TEMPLATE_LIMITS,
         grammar_limits: Limits = GRAMMAR_LIMITS,
     ) -> None:
-        """max_text: bytes that a template may give."""
+        """max_text: bytes of text that a template may give."""
         self._models_own = tokenizer.chat_template
         self._grammars = grammars
         self._template_limits = replace(template_limits, output=max_text)
@@ -72,7 +72,7 @@ class Untrusted:
             self._refuse_template(error)
 
     def check_template(self, template: str) -> None:
-        """Raises InvalidArgumentError for one that does not compile. From another thread.
+        """Raises InvalidArgumentError for one that does not compile. Not for the event loop.
 
         What takes too long to compile, or waits too long for a worker, is left to the first chat.
         """
@@ -96,7 +96,7 @@ class Untrusted:
             pass
 
     async def admit(self, wanted: Wanted, caller: str) -> int:
-        """Tries a grammar out; what passes may be compiled here. The bytes that it takes.
+        """Tries a grammar out; only what passes may be compiled here. Returns the bytes it takes.
 
         Raises InvalidArgumentError, and what `Pool.run` raises.
         """
@@ -106,7 +106,7 @@ class Untrusted:
         job = Job(task=GRAMMAR, body=body, limits=self._grammar_limits)
 
         def known() -> bytes | None:
-            """As of a trial that ended while this one waited."""
+            """The verdict of a trial that ended while this one waited."""
             if (verdict := self._verdicts.get(key)) is None:
                 return None
             self._verdicts.move_to_end(key)

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 class Uploads:
-    """readers run the plan; uploader is one thread of low priority for bytes and validation."""
+    """readers: threads for plans. uploader: one thread of low priority for bytes and validation."""
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class Uploads:
         self._places = Places("upload", together=UPLOADS, per_caller=UPLOADS_PER_CALLER, idle=idle)
 
     async def expire(self) -> None:
-        """Removes, now and then, what nobody went on with; until it is cancelled."""
+        """Removes uploads that nobody went on with, now and then, until it is cancelled."""
         while True:
             await asyncio.sleep(EXPIRE_INTERVAL)
             try:
@@ -65,7 +65,7 @@ class Uploads:
     async def plan(
         self, request: adapters_pb2.PlanUploadRequest
     ) -> adapters_pb2.PlanUploadResponse:
-        """Raises InvalidArgumentError."""
+        """The blobs that the store lacks of an adapter. Raises InvalidArgumentError."""
         check_id(request.id)
         files = convert.file_specs(request.files, "files", self._max_files)
         needed = await run_in(self._readers, self._registry.plan_upload, request.id, files)
@@ -79,7 +79,7 @@ class Uploads:
     ) -> Record:
         """Takes a header, then chunks until the stream ends, and commits. Raises what is wrong.
 
-        notes: for the log, whose adapter it is.
+        notes: gets the adapter's id, for the log.
         """
         async with self._places.take(caller) as place:
             return await self._receive(messages, caller, place, notes)

@@ -46,7 +46,7 @@ class _Field:
 
 @dataclass(frozen=True, slots=True)
 class _Fields:
-    """Of one message, by number. skipped: up to how many bytes it is not worth a walk."""
+    """The fields of a message by number. skipped: up to so many bytes are not walked."""
 
     fields: Mapping[int, _Field]
     skipped: int
@@ -75,7 +75,7 @@ class RequestReader:
             raise self._malformed() from None
 
     def _unzip(self, raw: bytes) -> bytes:
-        """No further than to the bound, whatever the rest would become."""
+        """The unzipped bytes. It stops at the bound, whatever the rest would become."""
         unzip = zlib.decompressobj(zlib.MAX_WBITS | 16)
         try:
             data = unzip.decompress(raw, self._max_bytes + 1)
@@ -98,7 +98,7 @@ class RequestReader:
 
 
 def request_readers(files: Iterable[FileDescriptor], lengths: Lengths) -> dict[str, RequestReader]:
-    """For every method of every service in these files, by its full name."""
+    """A reader for every method of every service in these files, by its full name."""
     return {
         f"/{service.full_name}/{method.name}": RequestReader(method.input_type, lengths)
         for file in files
@@ -108,6 +108,7 @@ def request_readers(files: Iterable[FileDescriptor], lengths: Lengths) -> dict[s
 
 
 def malformed(name: str) -> InvalidArgumentError:
+    """The error for bytes that are no message. name: the message's, for people."""
     return InvalidArgumentError(f"the bytes are not a {name}; is the client of another version?")
 
 
@@ -176,6 +177,7 @@ class _Walk:
                 self.message(raw, start, at, field.inner.fields)
 
     def _count(self, field: _Field | None) -> None:
+        """Counts one more field or entry. Raises InvalidArgumentError for too many."""
         self._num_records += 1
         self._num_single += field is None or field.single
         if self._num_records > MAX_RECORDS or self._num_single > MAX_SINGLE:
@@ -186,7 +188,7 @@ class _Walk:
             )
 
     def _extend(self, path: str, longest: int, packed: bytes | None) -> None:
-        """One entry more, or those of a packed list."""
+        """Counts one more entry, or all of a packed list."""
         count = 1 if packed is None else len(packed.translate(None, _CONTINUED))
         self._lengths[path] += count
         if self._lengths[path] > longest:

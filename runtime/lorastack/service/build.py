@@ -1,0 +1,101 @@
+"""From a configuration to a server that can start: ports, store, model, engine, in this order."""
+
+from __future__ import annotations
+
+import logging
+
+from lorastack import __version__
+from lorastack.adapters.memory.device import Copy
+from lorastack.adapters.memory.host import HostCache
+from lorastack.adapters.memory.loader import Validator
+from lorastack.adapters.memory.pool import DevicePool
+from lorastack.adapters.store.learned import Learned
+from lorastack.adapters.store.opening import Recovery
+from lorastack.adapters.store.registry import Registry
+from lorastack.config import AdapterConfig, ServerConfig
+from lorastack.service.describe import served
+from lorastack.service.dispatch import Dispatcher
+from lorastack.service.ports import Ports
+from lorastack.service.provision import Provision
+from lorastack.service.server import Server
+from lorastack.startup.engine import adapter_loader, build_engine
+from lorastack.startup.model import StartupProgress, load_model
+
+logger = logging.getLogger(__name__)
+
+
+def build_server(
+    config: ServerConfig,
+    progress: StartupProgress = lambda label, done, total: None,
+    copy: Copy | None = None,
+) -> Server:
+    """Loads the model and opens the store. progress: told what takes long, and bytes of it.
+
+    copy: copies adapters to the device; None: the pool's own way. Ports and the store come first,
+    so that what is wrong with them is told before a model loads. Raises the user's errors.
+    """
+    ports = Ports(config.service)
+    try:
+        return _build(config, ports, progress, copy)
+    except BaseException:
+        ports.close()
+        raise
+
+
+def _build(config: ServerConfig, ports: Ports, progress: StartupProgress, copy: Copy | None) -> Server:
+    limits = config.adapters
+    model = config.model.model or "the default model"
+    logger.info("lorastack %s: model %s, store %s", __version__, model, limits.store)
+    registry = _open_store(limits)
+    loaded = load_model(config.model, config.engine, limits.device_memory, progress)
+    validate = Validator(
+        shapes=loaded.decoder.shapes,
+        dtype=loaded.decoder.dtype,
+        base_names=(loaded.name, loaded.files.folder.name, *limits.base_names),
+        base_weight=loaded.files.base_weight,
+        base_token=loaded.tokenizer.token_id,
+    )
+    provision = Provision(
+        config=limits, model=loaded, registry=registry, validate=validate, progress=progress
+    )
+    provision.store_own_heads()
+    provision.pull_default_heads()
+    host = HostCache(limits.host_memory, adapter_loader(loaded, registry))
+    pool = DevicePool(
+        limits.device_memory, loaded.decoder.device, host, lambda: engine.wake(), copy=copy
+    )
+    dispatcher = Dispatcher(
+        max_buffered=config.engine.max_buffered_events,
+        max_parked=config.engine.max_parked,
+        reader_timeout=config.engine.reader_timeout,
+    )
+    learned = Learned(limits.store, registry.knows)
+    engine = build_engine(
+        loaded, config.engine, pool, learned.texts, dispatcher.deliver, dispatcher.fail
+    )
+    return Server(
+        config=config,
+        model=served(loaded, engine.max_context),
+        engine=engine,
+        pool=pool,
+        host=host,
+        registry=registry,
+        learned=learned,
+        validate=validate,
+        dispatcher=dispatcher,
+        ports=ports,
+    )
+
+
+def _open_store(limits: AdapterConfig) -> Registry:
+    registry = Registry(
+        limits.store,
+        max_upload=limits.max_upload,
+        max_files=limits.max_files,
+        max_staged=limits.max_staged,
+        read_only=limits.read_only_store,
+    )
+    if registry.recovery != Recovery(damaged=()):
+        level = logging.WARNING if registry.recovery.damaged else logging.INFO
+        logger.log(level, "store %s: %s", limits.store, registry.recovery)
+    return registry

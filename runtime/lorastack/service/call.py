@@ -1,0 +1,57 @@
+"""A call as the edge works on it: valid fields in our own types, ids and text still as given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lorastack.request import SamplingParams, SpeculationParams, StopParams
+from lorastack.text.grammar import JsonSchema, Regex
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A prompt as plain text."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ids:
+    """A prompt as token ids, run as they are."""
+
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A conversation: (role, content) pairs for a chat template."""
+
+    messages: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A conversation as text, rendered by an adapter's own chat template."""
+
+    text: str
+
+
+Given = Text | Ids | Chat | Rendered
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateCall:
+    """A GenerateRequest whose fields are each valid; filled by service.convert."""
+
+    request_id: str
+    input: Given
+    loras: tuple[tuple[str, float], ...]  # (id, scale)
+    medusa_id: str
+    sampling: SamplingParams
+    seeded: bool  # False: the server draws the seed
+    max_new_tokens: int | None  # None: up to the context limit
+    stop: StopParams  # its max_new_tokens is set later
+    speculation: SpeculationParams
+    num_logprobs: int | None
+    return_prompt: bool
+    response_format: JsonSchema | Regex | None = None
