@@ -10,8 +10,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lorastack.client.downloading import new_folder
+from lorastack.client.uploading import folder_files
 from lorastack.errors import InvalidArgumentError, Reason
-from lorastack.folders import belongs, folder_files, is_pickled_weights, new_folder
+from lorastack.folders import belongs, is_pickled_weights
 
 
 def convert_folder(source: Path, target: Path) -> tuple[dict[str, str], list[str]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lorastack.adapters.memory.loader import Validator
 from lorastack.adapters.store.manifest import adapter_digest, file_spec
-from lorastack.folders import adapter_files
+from lorastack.client.uploading import adapter_files
 from lorastack.startup.base import base_weight, model_shapes
 from lorastack.startup.folder import model_folder
 from lorastack.text.tokenizer import Tokenizer
