@@ -84,10 +84,10 @@ def list_adapters(
 ) -> None:
     """List all stored adapters."""
     with Client(server) as client:
-        found = client.list_adapters(prefix)
+        listed = client.list_adapters(prefix)
         stored, _ = client.disk_usage()
     if as_json:
-        print_json({"adapters": [to_dict(adapter) for adapter in found]})
+        print_json({"adapters": [to_dict(adapter) for adapter in listed]})
         return
     rows = [
         (
@@ -99,7 +99,7 @@ def list_adapters(
             Adapter.Residency.Name(adapter.residency).lower(),
             short_digest(adapter.digest),
         )
-        for adapter in found
+        for adapter in listed
     ]
     print_table(("id", "kind", "rank", "heads", "size", "where", "digest"), rows)
     typer.echo(f"{human_size(stored)} on the server's disk, with older revisions", err=True)
@@ -116,9 +116,9 @@ def show(adapter_id: Id, server: Server = DEFAULT_SERVER, as_json: Json = False)
 def revisions(adapter_id: Id, server: Server = DEFAULT_SERVER, as_json: Json = False) -> None:
     """List an id's revisions, newest first; ID@DIGEST serves one of them."""
     with Client(server) as client:
-        found = client.list_revisions(adapter_id)
+        listed = client.list_revisions(adapter_id)
     if as_json:
-        print_json({"revisions": [to_dict(adapter) for adapter in found]})
+        print_json({"revisions": [to_dict(adapter) for adapter in listed]})
         return
     rows = [
         (
@@ -128,7 +128,7 @@ def revisions(adapter_id: Id, server: Server = DEFAULT_SERVER, as_json: Json = F
             human_size(adapter.size_bytes),
             adapter.digest,
         )
-        for adapter in found
+        for adapter in listed
     ]
     print_table(("revision", "created", "kind", "size", "digest"), rows)
 
@@ -212,17 +212,17 @@ def default(
     with Client(server) as client:
         if medusa_id is None:
             info = client.model_info()
-            found = {
+            heads = {
                 "medusa_id": info.default_medusa_id,
                 "medusa_digest": info.default_medusa_digest,
             }
         else:
             wanted = "" if medusa_id == "none" else medusa_id
-            found = to_dict(client.set_default_medusa(wanted))
+            heads = to_dict(client.set_default_medusa(wanted))
     if as_json:
-        print_json(found)
+        print_json(heads)
     else:
-        typer.echo(one_line(" ".join(found.values())) if found["medusa_id"] else "none")
+        typer.echo(one_line(" ".join(heads.values())) if heads["medusa_id"] else "none")
 
 
 @adapters.command()
@@ -252,13 +252,13 @@ def verify(
     from lorastack.cli.verify import verify_folder
 
     with progress_bar("fetching the default model") as progress:
-        found = verify_folder(
+        facts = verify_folder(
             folder, model, progress, base_names=base_name or (), accept_base=accept_base
         )
     if as_json:
-        print_json(found)
+        print_json(facts)
     else:
-        _print_fields({"folder": str(folder), **found})
+        _print_fields({"folder": str(folder), **facts})
 
 
 @adapters.command()

@@ -90,8 +90,8 @@ def response_format(json_schema: str, regex: str) -> ResponseFormat | None:
 def _conversation(name: str) -> ChatMessages:
     text = read_text(name, "--messages")
     try:
-        found = json.loads(text)
-        return _chat([(turn["role"], turn["content"]) for turn in found])
+        turns = json.loads(text)
+        return _chat([(turn["role"], turn["content"]) for turn in turns])
     except (ValueError, TypeError, KeyError, RecursionError):
         raise typer.BadParameter(
             f'{name} is not a JSON list of {{"role": "user", "content": "text"}}',
