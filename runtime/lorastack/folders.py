@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from lorastack.errors import InvalidArgumentError, LorastackError, Reason
 from lorastack.printable import printable
 
-# What an adapter is made of: weights, configs, tokenizer files and templates, and words about it.
+# Weights, configs, tokenizer files, templates and model cards.
 _KEPT = (".json", ".jinja", ".md", ".safetensors")
 _PICKLES = (".pt", ".bin", ".pth")
-# What trainers save beside the weights, by the start of its name; an adapter does not need it.
+# How names start of files that trainers save beside the weights and an adapter does not need.
 _TRAINER_STATE = (
     *("optimizer", "scheduler", "scaler", "rng_state", "random_states", "training_args"),
     "trainer_state",
@@ -24,7 +24,7 @@ _MAX_NAMED = 64  # files that were left out; the others are counted
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """The names in a folder. files: what belongs to the adapter. left_out: all else, to be named.
+    """A folder's names. files: the adapter's; left_out: the others, as a message shows them.
 
     Both are sorted; names of folders end in a slash.
     """
@@ -36,9 +36,9 @@ class Choice:
 def choose(names: Iterable[str], where: str, files_in: Callable[[str], Collection[str]]) -> Choice:
     """Tells an adapter's files from what trainers, tools and systems leave beside them.
 
-    names: a folder's, those of its own folders with a slash at their end; files_in: what one of
-    those holds, so that a refusal can say which hold adapters. Raises InvalidArgumentError if no
-    weights are there that may be sent.
+    names: the folder's, inner folders with a slash at the end; where: the folder, for messages;
+    files_in: lists an inner folder, so that a refusal can say which hold adapters. Raises
+    InvalidArgumentError without weights that may be sent.
     """
     shown = sorted(names)
     files = [name for name in shown if belongs(name)]
@@ -52,13 +52,13 @@ def choose(names: Iterable[str], where: str, files_in: Callable[[str], Collectio
 
 
 def named(names: Sequence[str]) -> tuple[str, ...]:
-    """The names that fit into a message."""
+    """As many names as fit into a message, and the number of the others."""
     shown = tuple(map(printable, names[:_MAX_NAMED]))
     return shown if len(names) <= _MAX_NAMED else (*shown, f"and {len(names) - _MAX_NAMED} more")
 
 
 def belongs(name: str) -> bool:
-    """Whether a file is part of an adapter, by its name."""
+    """True if a file of this name is part of an adapter."""
     return (
         name.endswith(_KEPT)
         and not name.startswith((".", *_TRAINER_STATE))
@@ -67,12 +67,12 @@ def belongs(name: str) -> bool:
 
 
 def is_pickled_weights(name: str) -> bool:
-    """Whether a file holds an adapter's weights in a form that is never sent, by its name."""
+    """True if a file of this name holds pickled weights, which are never sent."""
     return name.endswith(_PICKLES) and not name.startswith((".", *_TRAINER_STATE))
 
 
 def _remedy(left_out: Sequence[str], files_in: Callable[[str], Collection[str]]) -> str:
-    """What to do about a folder without weights; "" if nothing in it tells."""
+    """What to do about a folder without weights; "" if its names give no hint."""
     pickles = [name for name in left_out if is_pickled_weights(name)]
     if pickles:
         shown = ", ".join(map(printable, pickles[:4]))
@@ -89,7 +89,7 @@ def _remedy(left_out: Sequence[str], files_in: Callable[[str], Collection[str]])
 
 
 def _is_adapter(name: str, files_in: Callable[[str], Collection[str]]) -> bool:
-    """Whether a folder in the folder is probably an adapter's."""
+    """True if an inner folder seems to hold an adapter."""
     try:
         return not {_CONFIG, _HEADS}.isdisjoint(files_in(name))
     except (OSError, LorastackError):

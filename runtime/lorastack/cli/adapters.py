@@ -1,4 +1,4 @@
-"""`lorastack adapters`: what a server stores, and a check of a folder without one."""
+"""`lorastack adapters`: what a server stores, and checks of folders and stores without one."""
 
 from __future__ import annotations
 
@@ -286,13 +286,13 @@ def fsck(
 
 
 def say_left_out(names: Sequence[str]) -> None:
-    """One line about what lies beside an adapter and is no part of it."""
+    """Prints one line that names the files beside an adapter that are no part of it."""
     line = f"left out, as an adapter does not need it: {', '.join(names)}"
     typer.echo(one_line(line), err=True)
 
 
 def show_stored(adapter: Adapter, as_json: bool) -> None:
-    """What has come into the store, with what its owner should know."""
+    """Prints an adapter that was just stored, after its warnings."""
     if not adapter.base_model:
         typer.echo(
             "warning: its config names no base model; only shapes were checked against the "
@@ -305,7 +305,7 @@ def show_stored(adapter: Adapter, as_json: bool) -> None:
 
 
 def show_adapter(adapter: Adapter, as_json: bool) -> None:
-    """All there is to say about one adapter."""
+    """Prints all fields of one adapter."""
     fields = to_dict(adapter)
     if as_json:
         print_json(fields)
@@ -318,7 +318,7 @@ def _kind(adapter: Adapter) -> str:
 
 
 def _print_fields(fields: dict[str, object]) -> None:
-    """Aligned names and values; those without a meaning for this adapter are left out."""
+    """Prints aligned names and values, without the empty ones."""
     shown = {name: value for name, value in fields.items() if value not in ("", 0, [], None)}
     width = max(map(len, shown))
     for name, value in shown.items():

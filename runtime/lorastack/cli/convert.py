@@ -1,4 +1,4 @@
-"""What `lorastack adapters convert` does; imports torch, so it is imported when it runs."""
+"""What `lorastack adapters convert` does. It imports torch, so only that command imports it."""
 
 from __future__ import annotations
 

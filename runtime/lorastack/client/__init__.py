@@ -1,12 +1,11 @@
-"""A typed client: generate, stream, upload. Needs neither torch nor transformers.
+"""Typed clients: generate, stream, upload. They need neither torch nor transformers.
 
     with Client() as client:
         print(client.generate(GenerateRequest(prompt="Hello", lora_id="lora-gsm8k")).text)
 
-Requests and replies are the messages of lorastack.v1; those that callers build or read most are
-names of this module too. A failed call raises the class of
-lorastack.errors that belongs to its status, with the server's reason and metadata. `AsyncClient`
-is the same for asyncio, for generation alone.
+Requests and replies are the messages of lorastack.v1; the most used ones are names of this module
+too. A failed call raises the class of lorastack.errors for its status, with the server's reason
+and metadata. `AsyncClient` has the generation calls for asyncio.
 """
 
 from __future__ import annotations

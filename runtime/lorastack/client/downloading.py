@@ -1,4 +1,4 @@
-"""How files that a server sends are written: into a new folder, and never on trust."""
+"""Writes files that a server sends into a new folder."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 class Receiver:
-    """Writes files that arrive one after the other: `begin`, the bytes by `write`; `end` at last.
+    """Writes files that arrive one after the other: `begin` and `write` for each, then `end`.
 
-    Nothing the other side says is trusted: names must be plain and new, bytes have their sha256.
+    Trusts nothing that is sent: names must be plain and new, and bytes must match their sha256.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -53,7 +53,7 @@ class Receiver:
         self._path: Path | None = None
 
     def begin(self, name: str, size: int, sha256: str) -> None:
-        """The next file. Raises InvalidArgumentError for its name, else what `end` raises."""
+        """Starts the next file. Raises InvalidArgumentError for its name, and as `end`."""
         self.end()
         path = self._folder / name
         plain = name not in ("", ".", "..") and not {"/", "\\", "\0"} & set(name)
@@ -64,7 +64,7 @@ class Receiver:
         self._digest = hashlib.sha256()
 
     def write(self, data: bytes) -> None:
-        """More bytes of the file. Raises InvalidArgumentError before the first `begin`."""
+        """Appends to the file. Raises InvalidArgumentError before the first `begin`."""
         if self._path is None:
             raise InvalidArgumentError("the server sent bytes of no file: refused")
         with self._path.open("ab") as file:

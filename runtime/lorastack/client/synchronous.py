@@ -69,20 +69,20 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Ends running calls too."""
+        """Closes the channel, which ends running calls."""
         self._channel.close()
 
     def generate(
         self, request: GenerateRequest, *, timeout: float | None = None
     ) -> GenerateResponse:
-        """The whole reply at once."""
+        """Returns the whole reply at once."""
         reply: GenerateResponse = self._call(self._generation.Generate, request, timeout)
         return reply
 
     def stream(
         self, request: GenerateRequest, *, timeout: float | None = None
     ) -> Iterator[GenerateStreamResponse]:
-        """The reply as it is made, its last message with `final`. Closing the iterator cancels."""
+        """Yields the reply as it is made; the last message has `final`. Closing it cancels."""
         patience = Patience(self._retries, timeout)
         begin = partial(self._generation.GenerateStream, request)
         return self._retried(begin, begin(timeout=patience.left()), patience)
@@ -116,7 +116,7 @@ class Client:
             request.page_token = page.next_page_token
 
     def delete_adapter(self, adapter_id: str, *, timeout: float | None = None) -> None:
-        """Raises NotFoundError."""
+        """Deletes an id with all its revisions. Raises NotFoundError."""
         request = adapters_pb2.DeleteAdapterRequest(id=adapter_id)
         self._call(self._adapters.DeleteAdapter, request, timeout)
 
@@ -137,9 +137,10 @@ class Client:
     def prune_revisions(
         self, adapter_id: str = "", *, keep: int | None = None, timeout: float | None = None
     ) -> adapters_pb2.PruneRevisionsResponse:
-        """Removes an id's old revisions, or "" for every id's, and the bytes only they needed.
+        """Removes old revisions of an id ("": of every id) and the bytes that only they used.
 
-        keep: how many stay of each; None: as many as the server keeps anyway. Raises NotFoundError.
+        keep: newest revisions of an id that stay; None: the server's own number. Raises
+        NotFoundError.
         """
         request = adapters_pb2.PruneRevisionsRequest(id=adapter_id, keep=keep)
         reply: adapters_pb2.PruneRevisionsResponse
@@ -147,23 +148,23 @@ class Client:
         return reply
 
     def disk_usage(self, *, timeout: float | None = None) -> tuple[int, int]:
-        """Bytes on the server's disk: of all adapters and revisions, and of unfinished uploads."""
+        """Bytes on the server's disk: (all adapters with revisions, unfinished uploads)."""
         request = adapters_pb2.ListAdaptersRequest(page_size=1)
         page = self._call(self._adapters.ListAdapters, request, timeout)
         return page.stored_bytes, page.staging_bytes
 
     def load(self, adapter_id: str, *, pin: bool = False, timeout: float | None = None) -> Adapter:
-        """Brings an adapter onto the device and waits until it is there. pin: until `unload`.
+        """Brings an adapter onto the device and waits for it. pin: keeps it there until `unload`.
 
-        Raises FailedPreconditionError if it can never fit, ResourceExhaustedError naming the pinned
-        adapters that are in its way.
+        Raises FailedPreconditionError if it can never fit, and ResourceExhaustedError naming the
+        pinned adapters in its way.
         """
         request = adapters_pb2.LoadAdapterRequest(id=adapter_id, pin=pin)
         reply: Adapter = self._call(self._adapters.LoadAdapter, request, timeout)
         return reply
 
     def unload(self, adapter_id: str, *, timeout: float | None = None) -> Adapter:
-        """Takes an adapter's pin and its copies in memory; running requests keep theirs."""
+        """Removes an adapter's pin and its copies in memory; running requests keep theirs."""
         request = adapters_pb2.UnloadAdapterRequest(id=adapter_id)
         reply: Adapter = self._call(self._adapters.UnloadAdapter, request, timeout)
         return reply
@@ -171,7 +172,7 @@ class Client:
     def set_default_medusa(
         self, medusa_id: str, *, timeout: float | None = None
     ) -> adapters_pb2.SetDefaultMedusaResponse:
-        """Heads for requests that name none, kept across restarts; "": no heads.
+        """Sets the heads of requests that name none, kept across restarts; "": no heads.
 
         Raises FailedPreconditionError if the server was started with --medusa.
         """
@@ -193,14 +194,14 @@ class Client:
     ) -> Adapter:
         """Stores a folder's adapter under an id; files that the server has are not sent again.
 
-        When the connection breaks, the server has no room for now, or a deletion takes what it
-        counted on, it tries again after RETRY_DELAYS, from the bytes that arrived.
-        if_digest: "" wants the id to be new, a digest wants it to point there, None replaces; after
-        a lost answer this may refuse an upload that has succeeded. accept_base: although its config
-        names another base model. progress: called with (bytes there, bytes in all). left_out:
-        called with the names of what is not part of the adapter and stays here: checkpoints,
-        optimizer states and other pickles, logs, hidden files. Raises InvalidArgumentError for a
-        folder without weights that may be sent, and what the server raises.
+        When the connection breaks, the server has no room for now, or a deletion takes files that
+        it counted on, it goes on from the bytes that arrived after `uploading.RETRY_DELAYS`.
+        if_digest: "": the id must be new; a digest: it must point there; None: replaces. After a
+        lost answer it may refuse an upload that has succeeded. accept_base: the config may name
+        another base model. progress: called with (bytes there, bytes in all). left_out: called with
+        the names of files that are not sent: checkpoints, optimizer states and other pickles, logs,
+        hidden files. Raises InvalidArgumentError for a folder without weights that may be sent, and
+        what the server raises.
         """
         paths, others = adapter_files(folder)
         if others and left_out is not None:
@@ -228,10 +229,9 @@ class Client:
     ) -> Adapter:
         """Lets the server fetch an adapter: from a hub, or from a folder of its own machine.
 
-        One of hub_id (organisation/name, at a revision, with a token if it is private) and folder.
-        if_digest, accept_base and left_out as in `upload`; progress: called with (bytes there,
-        bytes in all). Raises PermissionDeniedError if the server does not pull from there,
-        UnavailableError if the hub fails, and what an upload raises.
+        Give hub_id (organisation/name; with revision, and token if it is private) or folder.
+        if_digest, accept_base, progress and left_out: as in `upload`. Raises PermissionDeniedError
+        if the server does not pull from there, UnavailableError if the hub fails, and as `upload`.
         """
         request = adapters_pb2.PullAdapterRequest(
             id=adapter_id,
@@ -288,7 +288,7 @@ class Client:
             time.sleep(delay)
 
     def _retried(self, begin: Callable[..., Any], call: Any, patience: Patience) -> Iterator[Any]:
-        """The call's messages; until there is one, it may be begun again."""
+        """Yields the call's messages; begins it again only while it has given none."""
         while True:
             begun = False
             try:
@@ -305,7 +305,7 @@ class Client:
             call = begin(timeout=patience.left())
 
     def _parts(self, call: Any) -> Generator[Any]:
-        """A server stream's messages; the call ends with the iterator."""
+        """Yields a server stream's messages; the call ends with the iterator."""
         try:
             with our_errors(self._server):
                 yield from call

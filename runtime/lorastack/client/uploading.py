@@ -23,8 +23,7 @@ from lorastack.v1 import adapters_pb2
 CHUNK_BYTES = 512 * KIB
 # Seconds before each further try of an upload; a server's restart fits in.
 RETRY_DELAYS = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
-# Refusals that another try may be spared: the server makes room, heard nothing for too long, or
-# lost what it had.
+# Refusals that pass: the server makes room, heard nothing for too long, or lost bytes it had.
 _TRY_AGAIN = (
     Reason.UPLOAD_INCOMPLETE,
     Reason.STAGING_FULL,
@@ -36,9 +35,9 @@ Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 
 def adapter_files(folder: Path) -> tuple[list[Path], list[str]]:
-    """What an upload of a folder sends, sorted by name, and the names of what it leaves out.
+    """The files that an upload of a folder sends, sorted by name, and the names it leaves out.
 
-    Raises InvalidArgumentError for what is no folder of an adapter.
+    Raises InvalidArgumentError if the folder holds no adapter.
     """
     chosen = choose(_names(folder), str(folder), lambda name: _names(folder / name))
     paths = [folder / name for name in chosen.files]
@@ -64,7 +63,7 @@ def _names(folder: Path) -> list[str]:
 
 
 def file_spec(path: Path) -> adapters_pb2.FileSpec:
-    """What a file of an upload is announced as."""
+    """A file as an upload announces it: name, size in bytes, sha256."""
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     return adapters_pb2.FileSpec(name=path.name, size=path.stat().st_size, sha256=sha256)
@@ -96,7 +95,7 @@ def send_files(
                 )
                 return reply
         except UnavailableError:
-            if not planned or delay is None:  # nobody was there to begin with, or comes back
+            if not planned or delay is None:  # there was no server, or it does not come back
                 raise
         except (AbortedError, ResourceExhaustedError) as error:
             if error.reason not in _TRY_AGAIN or delay is None:
@@ -110,7 +109,7 @@ def upload_messages(
     needed: Sequence[tuple[Path, adapters_pb2.NeededBlob]],
     progress: Progress | None,
 ) -> Iterator[adapters_pb2.UploadAdapterRequest]:
-    """The header, then what is needed of the files, each from the offset that the server has."""
+    """Yields the header, then each needed file from the offset that the server already has."""
     yield adapters_pb2.UploadAdapterRequest(header=header)
     total = sum(path.stat().st_size for path, _ in needed)
     done = sum(blob.offset for _, blob in needed)
