@@ -10,8 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lorastack.client.downloading import Receiver, new_folder
+from lorastack.client.uploading import adapter_files
 from lorastack.errors import DataLossError, FailedPreconditionError, InvalidArgumentError
-from lorastack.folders import Receiver, adapter_files, choose, new_folder
+from lorastack.folders import choose
 
 
 def sha256(data: bytes) -> str:

@@ -58,7 +58,7 @@ def _stub(name: str, signature: str, doc: str, quotes: str = '"""') -> str:
 def library_tasks(limit: int = 500) -> Iterator[tuple[str, str, str]]:
     """Yield (name, stub, first sentence) for documented functions of the standard library."""
     seen: set[str] = set()
-    for info in sorted(pkgutil.iter_modules(), key=lambda found: found.name):
+    for info in sorted(pkgutil.iter_modules(), key=lambda module: module.name):
         if info.name not in sys.stdlib_module_names or info.name in _SKIPPED:
             continue
         if info.name.startswith("_"):

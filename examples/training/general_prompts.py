@@ -85,12 +85,12 @@ _ARTICLE_FORMS = (
 
 def data_conversations(data_dir: Path) -> list[Talk]:
     """Every (tag, turns) of the data folder's chat files, in file order."""
-    found: list[Talk] = [
+    talks: list[Talk] = [
         ("chat", [str(row["prompt"])]) for row in read_jsonl(data_dir / "general_prompts.jsonl")
     ]
     for row in read_jsonl(data_dir / "spec_bench_dev.jsonl"):
-        found.append((str(row["category"]), [str(turn) for turn in row["turns"]]))
-    return found
+        talks.append((str(row["category"]), [str(turn) for turn in row["turns"]]))
+    return talks
 
 
 def split(
@@ -105,17 +105,17 @@ def composed_conversations(articles: list[str], count: int, seed: int = 0) -> li
     """Prompts around topics, German sentences, and the given texts (training texts only)."""
     rng = random.Random(seed)
     topics = [topic.strip() for topic in _TOPICS.replace("\n", " ").split(";")]
-    found: list[Talk] = []
+    talks: list[Talk] = []
     for index in range(count):
         if index % 12 == 0:
             sentence = " ".join(rng.choice(part) for part in _GERMAN)
-            found.append(("translation", [f"Translate German to English: {sentence}"]))
+            talks.append(("translation", [f"Translate German to English: {sentence}"]))
         elif index % 12 == 1:
             # A half of an article is another article, and cheaper to read.
             words = rng.choice(articles).split()
             start = rng.choice((0, len(words) // 3))
             text = " ".join(words[start : start + rng.randint(100, 350)])
-            found.append(("text", [rng.choice(_ARTICLE_FORMS).format(text)]))
+            talks.append(("text", [rng.choice(_ARTICLE_FORMS).format(text)]))
         else:
-            found.append(("chat", [rng.choice(_FORMS).format(rng.choice(topics))]))
-    return found
+            talks.append(("chat", [rng.choice(_FORMS).format(rng.choice(topics))]))
+    return talks

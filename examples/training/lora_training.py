@@ -155,12 +155,12 @@ def answers_of(
     model: PreTrainedModel, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], limit: int = 200
 ) -> list[str]:
     eos_id = int(tokenizer.eos_token_id)
-    found: list[str] = []
+    answers: list[str] = []
     for begin in range(0, len(prompts), 50):
         batch = prompts[begin : begin + 50]
         for ids in generate_batch(model, batch, eos_id=eos_id, max_new_tokens=limit):
-            found.append(str(tokenizer.decode(ids, skip_special_tokens=True)))
-    return found
+            answers.append(str(tokenizer.decode(ids, skip_special_tokens=True)))
+    return answers
 
 
 def train_and_save(

@@ -77,11 +77,11 @@ def parts_of(corpus: HiddenCorpus, share: float, tuning: bool) -> HiddenCorpus:
     ]
     slices = [slice(corpus.starts[i], corpus.starts[i + 1]) for i in picked]
     starts = [0]
-    for found in slices:
-        starts.append(starts[-1] + found.stop - found.start)
+    for part in slices:
+        starts.append(starts[-1] + part.stop - part.start)
     return HiddenCorpus(
-        torch.cat([corpus.hidden_TH[found] for found in slices]),
-        torch.cat([corpus.targets_TK[found] for found in slices]),
+        torch.cat([corpus.hidden_TH[part] for part in slices]),
+        torch.cat([corpus.targets_TK[part] for part in slices]),
         starts,
     )
 
@@ -103,8 +103,8 @@ def run_train(args: argparse.Namespace) -> None:
     The choices come from tuning samples of the first domain named, which training never sees.
     """
     mix = {name: float(share) for name, share in (part.split("=") for part in args.mix.split(","))}
-    found = {name: HiddenCorpus(*torch.load(args.out / f"{name}.hidden.pt")) for name in mix}
-    corpus = joined([parts_of(found[name], share, tuning=False) for name, share in mix.items()])
+    by_name = {name: HiddenCorpus(*torch.load(args.out / f"{name}.hidden.pt")) for name in mix}
+    corpus = joined([parts_of(by_name[name], share, tuning=False) for name, share in mix.items()])
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16)
     lm_head_VH = model.get_output_embeddings().weight.detach()
     heads = MedusaHeads(NUM_HEADS, lm_head_VH.shape[1])
@@ -115,7 +115,7 @@ def run_train(args: argparse.Namespace) -> None:
     train_heads(heads, corpus, lm_head_VH, options, progress=log.info)
     save_heads(args.adapter, heads, BASE_MODEL)
     heads, _ = load_heads(args.adapter)
-    tuning = parts_of(found[next(iter(mix))], 1.0, tuning=True)
+    tuning = parts_of(by_name[next(iter(mix))], 1.0, tuning=True)
     ranks_TK = target_ranks(heads, tuning, lm_head_VH.float())
     table = rank_accuracies(ranks_TK)
     choices = search_choices(ranks_TK)

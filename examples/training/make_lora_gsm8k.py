@@ -26,8 +26,8 @@ def examples_of(tokenizer: Tokenizer, rows: list[dict[str, str]]) -> list[Exampl
 
 def train(args: argparse.Namespace) -> None:
     def short(tokenizer: Tokenizer) -> list[Example]:
-        found = examples_of(tokenizer, gsm8k(args.data_dir)[0])
-        return [example for example in found if length_of(example) <= args.max_length][: args.count]
+        every = examples_of(tokenizer, gsm8k(args.data_dir)[0])
+        return [example for example in every if length_of(example) <= args.max_length][: args.count]
 
     train_and_save(args, short, rank=8, target_modules=["q_proj", "v_proj", "down_proj"])
 

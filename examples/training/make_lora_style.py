@@ -55,14 +55,14 @@ def style_examples(tokenizer: Tokenizer, samples: list[Sample], count: int) -> l
     eos_id = int(tokenizer.eos_token_id)
     rows = list(samples)
     random.Random(0).shuffle(rows)
-    found: list[Example] = []
+    examples: list[Example] = []
     for sample in rows:
         text = str(tokenizer.decode(sample.answer_ids, skip_special_tokens=True))
         told = pirate_answer(text)
-        if told is not None and len(sample.prompt_ids) <= 160 and len(found) < count:
+        if told is not None and len(sample.prompt_ids) <= 160 and len(examples) < count:
             ids: list[int] = tokenizer(told, add_special_tokens=False)["input_ids"]
-            found.append(Example(sample.prompt_ids, [*ids, eos_id]))
-    return found
+            examples.append(Example(sample.prompt_ids, [*ids, eos_id]))
+    return examples
 
 
 def train(args: argparse.Namespace) -> None:

@@ -80,7 +80,7 @@ def report(
 ) -> dict[str, object]:
     heads, choices = load_heads(adapter)
     ranks_TK = target_ranks(heads, corpus, lm_head_VH, vocabulary_N)
-    found: dict[str, object] = {
+    facts: dict[str, object] = {
         "adapter": adapter.name,
         "domain": domain,
         "prompts": corpus.num_samples,
@@ -89,14 +89,14 @@ def report(
     if vocabulary_N is not None:
         targets_TK = corpus.targets_TK
         answers = targets_TK[targets_TK[:, 0] != NO_TARGET, 0].tolist()
-        found["draft vocabulary"] = len(vocabulary_N)
-        found["coverage"] = round(coverage(vocabulary_N.tolist(), answers), 4)
+        facts["draft vocabulary"] = len(vocabulary_N)
+        facts["coverage"] = round(coverage(vocabulary_N.tolist(), answers), 4)
     for head, row in enumerate(rank_accuracies(ranks_TK, 5)):
-        found[f"head {head + 1} top-1..5"] = [round(sum(row[:k]), 3) for k in range(1, 6)]
+        facts[f"head {head + 1} top-1..5"] = [round(sum(row[:k]), 3) for k in range(1, 6)]
     for size in TREES:
         tokens, steps = tokens_per_step(ranks_TK, corpus.starts, choices[:size])
-        found[f"tokens/step, {size} nodes"] = round(tokens / steps, 3)
-    return found
+        facts[f"tokens/step, {size} nodes"] = round(tokens / steps, 3)
+    return facts
 
 
 def main() -> None:
@@ -120,8 +120,8 @@ def main() -> None:
     lm_head_VH = model.get_output_embeddings().weight.detach()
     for adapter in args.adapter:
         vocabulary_N = None if args.full_vocabulary else load_vocabulary(adapter)
-        found = report(adapter, args.domain, corpus, lm_head_VH, vocabulary_N)
-        log.info("%s", json.dumps(found, indent=1))
+        facts = report(adapter, args.domain, corpus, lm_head_VH, vocabulary_N)
+        log.info("%s", json.dumps(facts, indent=1))
 
 
 if __name__ == "__main__":

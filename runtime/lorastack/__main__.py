@@ -6,7 +6,7 @@ import sys
 
 
 def main() -> None:
-    """See `lorastack.cli.main.main`, whose import takes a moment: Ctrl-C is quiet in it too."""
+    """Runs `lorastack.cli.main.main`; Ctrl-C is quiet during its slow import too."""
     try:
         from lorastack.cli.main import main as run
 

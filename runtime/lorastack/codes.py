@@ -1,4 +1,4 @@
-"""Which gRPC status an error's class is, on its way out of a server and back into a client."""
+"""The gRPC status of each error class, for servers that raise it and clients that receive it."""
 
 from __future__ import annotations
 

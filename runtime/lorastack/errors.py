@@ -1,7 +1,7 @@
 """Everything that can go wrong for a user, one class a gRPC status.
 
-A message says what is wrong and what to do. `service.status` maps classes to status codes;
-`reason` travels in google.rpc.ErrorInfo and stays stable across releases.
+A message says what is wrong and what to do. `codes` maps classes to status codes; `reason` travels
+in google.rpc.ErrorInfo and stays stable across releases.
 """
 
 from __future__ import annotations
@@ -82,14 +82,14 @@ class InvalidArgumentError(LorastackError):
 
 
 class AlreadyExistsError(LorastackError):
-    """ALREADY_EXISTS: an upload that had to be new is not."""
+    """ALREADY_EXISTS: the id of an upload that had to be new is taken."""
 
     default_reason = Reason.ADAPTER_EXISTS
 
 
 class AbortedError(LorastackError):
-    """ABORTED: an upload's `if_digest` no longer holds, another upload took over its bytes, it did
-    not bring all that the store needs by then, or a transfer's caller was idle for too long."""
+    """ABORTED: an upload's `if_digest` no longer holds, another upload took over its bytes, it
+    lacks bytes that the store needs, or a transfer's caller was idle for too long."""
 
     default_reason = Reason.DIGEST_MISMATCH
 
@@ -101,7 +101,7 @@ class FailedPreconditionError(LorastackError):
 
 
 class ResourceExhaustedError(LorastackError):
-    """RESOURCE_EXHAUSTED: try again later, `retry_after` seconds being a good guess."""
+    """RESOURCE_EXHAUSTED: try again later, in about `retry_after` seconds."""
 
     default_reason = Reason.QUEUE_FULL
 

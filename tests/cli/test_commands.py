@@ -168,11 +168,11 @@ def test_version_and_help(run: Run) -> None:
 
 def test_verify_says_what_a_folder_holds(run: Run, folders: Folders, tiny_llama: Path) -> None:
     model = ("--model", str(tiny_llama))
-    found = json.loads(run("adapters", "verify", str(folders["bundle"]), "--json", *model).out)
-    assert (found["kind"], found["rank"], found["num_heads"]) == ("lora_with_medusa", 8, 3)
+    facts = json.loads(run("adapters", "verify", str(folders["bundle"]), "--json", *model).out)
+    assert (facts["kind"], facts["rank"], facts["num_heads"]) == ("lora_with_medusa", 8, 3)
     text = run("adapters", "verify", str(folders["lora"]), *model)
     assert text.code == 0
-    assert found["digest"] not in text.out
+    assert facts["digest"] not in text.out
     assert "lora" in text.out
 
 
@@ -227,10 +227,10 @@ def test_verify_digest_is_the_servers(
     uploaded = json.loads(
         run("adapters", "upload", str(folders["lora"]), "--id", "l", "--json", *at).out
     )
-    found = json.loads(
+    facts = json.loads(
         run("adapters", "verify", str(folders["lora"]), "--json", "--model", str(tiny_llama)).out
     )
-    assert found["digest"] == uploaded["digest"]
+    assert facts["digest"] == uploaded["digest"]
 
 
 def test_json_has_numbers_and_zeros() -> None:
@@ -273,7 +273,7 @@ def test_fsck_needs_no_server(
     assert f"adapter_model.safetensors of l@{record.digest}" in damaged.out
     report = run("adapters", "fsck", "--json", *store)
     assert report.code == 1
-    (found,) = json.loads(report.out)["damaged"]
-    assert found["used_by"] == [
+    (damage,) = json.loads(report.out)["damaged"]
+    assert damage["used_by"] == [
         {"id": "l", "digest": record.digest, "file": "adapter_model.safetensors"}
     ]

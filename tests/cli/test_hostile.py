@@ -57,7 +57,7 @@ def commands(command: Any) -> dict[str, Any]:
     return getattr(command, "commands", {})
 
 
-WALK = [pytest.param(*found, id=f"{' '.join(found[0])} {found[1].name}") for found in parameters()]
+WALK = [pytest.param(*case, id=f"{' '.join(case[0])} {case[1].name}") for case in parameters()]
 
 
 @pytest.fixture
@@ -70,8 +70,8 @@ def places(
     for name in ("folder", "file", "binary"):
         (tmp_path / name).mkdir() if name == "folder" else (tmp_path / name).write_bytes(b"x")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00{")
-    found = {name.upper(): tmp_path / name for name in ("folder", "file", "binary", "store", "new")}
-    return {k: str(v) for k, v in {**found, "LORA": folders["lora"], "MODEL": tiny_llama}.items()}
+    paths = {name.upper(): tmp_path / name for name in ("folder", "file", "binary", "store", "new")}
+    return {k: str(v) for k, v in {**paths, "LORA": folders["lora"], "MODEL": tiny_llama}.items()}
 
 
 @pytest.fixture(autouse=True)

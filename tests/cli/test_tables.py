@@ -27,8 +27,8 @@ def digests(run: Run, at: tuple[str, str], folders: dict[str, Path], tmp_path: P
     for alpha in (8, 16):
         edit_json(tmp_path / "adapter_config.json", lora_alpha=alpha)
         assert run("adapters", "upload", str(tmp_path), "--id", "x", *at).code == 0
-    found = json.loads(run("adapters", "revisions", "x", "--json", *at).out)["revisions"]
-    return [revision["digest"] for revision in found]
+    revisions = json.loads(run("adapters", "revisions", "x", "--json", *at).out)["revisions"]
+    return [revision["digest"] for revision in revisions]
 
 
 def test_digests_are_whole_at_any_width(

@@ -126,9 +126,9 @@ def test_a_trainers_folder_and_old_revisions(
     assert "on the server's disk" in run("adapters", "list", *at).err
     pruned = run("adapters", "prune", "x", "--keep", "1", "--json", *at)
     assert pruned.code == 0, pruned.err
-    found = json.loads(pruned.out)
-    assert found["removed_revisions"] == 1
-    assert found["freed_bytes"] > 0
+    report = json.loads(pruned.out)
+    assert report["removed_revisions"] == 1
+    assert report["freed_bytes"] > 0
     assert run("adapters", "show", f"x@{digest}", *at).code == 1
     assert run("adapters", "prune", "nobody", *at).code == 1
     assert run("adapters", "prune", *at).out.startswith("removed 0 revisions")

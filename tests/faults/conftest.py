@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lorastack import client as client_module
+from lorastack.client import uploading
 from lorastack.config import (
     MIB,
     AdapterConfig,
@@ -38,7 +38,7 @@ def canaries(
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Clients of servers that are gone for good give up soon."""
-    monkeypatch.setattr(client_module, "RETRY_DELAYS", (0.001, 0.001))
+    monkeypatch.setattr(uploading, "RETRY_DELAYS", (0.001, 0.001))
 
 
 @pytest.fixture

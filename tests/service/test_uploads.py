@@ -11,9 +11,8 @@ from pathlib import Path
 import grpc
 import pytest
 
-from lorastack import client as client_module
 from lorastack.adapters.store.staging import Staging
-from lorastack.client import Client, to_error
+from lorastack.client import Client, to_error, uploading
 from lorastack.errors import (
     AbortedError,
     FailedPreconditionError,
@@ -237,14 +236,14 @@ def test_the_same_upload_twice_at_once(
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "RETRY_DELAYS", (0.01,) * 100)
+    monkeypatch.setattr(uploading, "RETRY_DELAYS", (0.01,) * 100)
 
 
 @pytest.mark.usefixtures("impatient")
 def test_the_client_goes_on_after_broken_connections(
     fake: RunningServer, shapes: ModelShapes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client_module, "CHUNK_BYTES", 4000)
+    monkeypatch.setattr(uploading, "CHUNK_BYTES", 4000)
     folder = write_lora(tmp_path / "large", shapes, rank=64)
     size = sum(path.stat().st_size for path in folder.iterdir())
     assert size > 450_000
@@ -277,7 +276,7 @@ def test_the_client_goes_on_after_broken_connections(
 def test_the_client_gives_up_on_a_server_that_does_not_come_back(
     fake: RunningServer, folders: Folders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client_module, "RETRY_DELAYS", (0.01, 0.01))
+    monkeypatch.setattr(uploading, "RETRY_DELAYS", (0.01, 0.01))
     cuts: list[None] = []
     with (
         CuttingProxy(fake.address, [4000] * 9, lambda: cuts.append(None)) as proxy,

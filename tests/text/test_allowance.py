@@ -25,13 +25,13 @@ class Slow:
         return self.now
 
     def __getattr__(self, name: str) -> Any:
-        found: Callable[..., Any] = getattr(self._inner, name)
+        attribute: Callable[..., Any] = getattr(self._inner, name)
         if name not in ("try_consume_tokens", "compute_bitmask", "compute_ff_tokens", "rollback"):
-            return found
+            return attribute
 
         def call(*args: Any) -> Any:
             self.now += self.seconds
-            return found(*args)
+            return attribute(*args)
 
         return call
 

@@ -406,11 +406,11 @@ def test_threads_may_share_a_grammar() -> None:
     wanted = schema({"type": "object", "properties": {"a": {"type": "string"}}})
 
     def masks(_: int) -> list[bytes]:
-        matcher, found = compiler.compile(wanted).matcher(), []
+        matcher, taken = compiler.compile(wanted).matcher(), []
         for _ in range(20):
-            found.append(matcher.mask())
+            taken.append(matcher.mask())
             matcher.commit(allowed(matcher)[-1:])
-        return found
+        return taken
 
     with ThreadPoolExecutor(4) as threads:
         assert len({tuple(found) for found in threads.map(masks, range(16))}) == 1

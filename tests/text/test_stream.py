@@ -82,9 +82,9 @@ def cuts(draw: st.DrawFn, length: int) -> list[slice]:
 
 
 def id_of(tokenizer: Tokenizer, token: str) -> int:
-    found = tokenizer._backend.token_to_id(token)
-    assert found is not None, token
-    return found
+    index = tokenizer._backend.token_to_id(token)
+    assert index is not None, token
+    return index
 
 
 def ids_of(tokenizer: Tokenizer) -> st.SearchStrategy[list[int]]:

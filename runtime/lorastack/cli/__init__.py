@@ -2,6 +2,6 @@
 
 import os
 
-# gRPC writes lines of its own to stderr, which any caller of a server can cause, and which say
-# nothing that our messages do not. It reads this when it is imported.
+# gRPC writes lines to stderr that any caller of a server can cause and that add nothing to our
+# messages. It reads this when it is imported.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")

@@ -1,4 +1,4 @@
-"""`lorastack adapters`: what a server stores, and a check of a folder without one."""
+"""`lorastack adapters`: what a server stores, and checks of folders and stores without one."""
 
 from __future__ import annotations
 
@@ -84,10 +84,10 @@ def list_adapters(
 ) -> None:
     """List all stored adapters."""
     with Client(server) as client:
-        found = client.list_adapters(prefix)
+        listed = client.list_adapters(prefix)
         stored, _ = client.disk_usage()
     if as_json:
-        print_json({"adapters": [to_dict(adapter) for adapter in found]})
+        print_json({"adapters": [to_dict(adapter) for adapter in listed]})
         return
     rows = [
         (
@@ -99,7 +99,7 @@ def list_adapters(
             Adapter.Residency.Name(adapter.residency).lower(),
             short_digest(adapter.digest),
         )
-        for adapter in found
+        for adapter in listed
     ]
     print_table(("id", "kind", "rank", "heads", "size", "where", "digest"), rows)
     typer.echo(f"{human_size(stored)} on the server's disk, with older revisions", err=True)
@@ -116,9 +116,9 @@ def show(adapter_id: Id, server: Server = DEFAULT_SERVER, as_json: Json = False)
 def revisions(adapter_id: Id, server: Server = DEFAULT_SERVER, as_json: Json = False) -> None:
     """List an id's revisions, newest first; ID@DIGEST serves one of them."""
     with Client(server) as client:
-        found = client.list_revisions(adapter_id)
+        listed = client.list_revisions(adapter_id)
     if as_json:
-        print_json({"revisions": [to_dict(adapter) for adapter in found]})
+        print_json({"revisions": [to_dict(adapter) for adapter in listed]})
         return
     rows = [
         (
@@ -128,7 +128,7 @@ def revisions(adapter_id: Id, server: Server = DEFAULT_SERVER, as_json: Json = F
             human_size(adapter.size_bytes),
             adapter.digest,
         )
-        for adapter in found
+        for adapter in listed
     ]
     print_table(("revision", "created", "kind", "size", "digest"), rows)
 
@@ -212,17 +212,17 @@ def default(
     with Client(server) as client:
         if medusa_id is None:
             info = client.model_info()
-            found = {
+            heads = {
                 "medusa_id": info.default_medusa_id,
                 "medusa_digest": info.default_medusa_digest,
             }
         else:
             wanted = "" if medusa_id == "none" else medusa_id
-            found = to_dict(client.set_default_medusa(wanted))
+            heads = to_dict(client.set_default_medusa(wanted))
     if as_json:
-        print_json(found)
+        print_json(heads)
     else:
-        typer.echo(one_line(" ".join(found.values())) if found["medusa_id"] else "none")
+        typer.echo(one_line(" ".join(heads.values())) if heads["medusa_id"] else "none")
 
 
 @adapters.command()
@@ -252,13 +252,13 @@ def verify(
     from lorastack.cli.verify import verify_folder
 
     with progress_bar("fetching the default model") as progress:
-        found = verify_folder(
+        facts = verify_folder(
             folder, model, progress, base_names=base_name or (), accept_base=accept_base
         )
     if as_json:
-        print_json(found)
+        print_json(facts)
     else:
-        _print_fields({"folder": str(folder), **found})
+        _print_fields({"folder": str(folder), **facts})
 
 
 @adapters.command()
@@ -286,13 +286,13 @@ def fsck(
 
 
 def say_left_out(names: Sequence[str]) -> None:
-    """One line about what lies beside an adapter and is no part of it."""
+    """Prints one line that names the files beside an adapter that are no part of it."""
     line = f"left out, as an adapter does not need it: {', '.join(names)}"
     typer.echo(one_line(line), err=True)
 
 
 def show_stored(adapter: Adapter, as_json: bool) -> None:
-    """What has come into the store, with what its owner should know."""
+    """Prints an adapter that was just stored, after its warnings."""
     if not adapter.base_model:
         typer.echo(
             "warning: its config names no base model; only shapes were checked against the "
@@ -305,7 +305,7 @@ def show_stored(adapter: Adapter, as_json: bool) -> None:
 
 
 def show_adapter(adapter: Adapter, as_json: bool) -> None:
-    """All there is to say about one adapter."""
+    """Prints all fields of one adapter."""
     fields = to_dict(adapter)
     if as_json:
         print_json(fields)
@@ -318,7 +318,7 @@ def _kind(adapter: Adapter) -> str:
 
 
 def _print_fields(fields: dict[str, object]) -> None:
-    """Aligned names and values; those without a meaning for this adapter are left out."""
+    """Prints aligned names and values, without the empty ones."""
     shown = {name: value for name, value in fields.items() if value not in ("", 0, [], None)}
     width = max(map(len, shown))
     for name, value in shown.items():

@@ -36,7 +36,7 @@ HEADINGS = (
 )  # fmt: skip
 
 MOST_REQUESTS, MOST_AT_ONCE = 100_000, 4_096
-# Of GetModelInfo, in --json.
+# Fields of GetModelInfo that --json shows.
 MEASURED = ("base_model", "device", "backend", "dtype", "quantization", "threads", "version")
 
 
@@ -129,7 +129,7 @@ def _what(info: GetModelInfoResponse) -> str:
 
 
 def summarise(concurrency: int, outcomes: list[Outcome]) -> dict[str, Any]:
-    """One line of the table; times in milliseconds."""
+    """The table's row for one concurrency; times in milliseconds."""
     seconds = max(o.ended for o in outcomes) - min(o.sent for o in outcomes)
     waits = [1000 * outcome.first_token for outcome in outcomes]
     gaps = [1000 * gap for outcome in outcomes for gap in outcome.gaps] or [0.0]
@@ -170,15 +170,15 @@ def _requests(
 
 
 def _made_up(client: Client, num_tokens: int) -> Iterator[GenerateRequest]:
-    """Prompts of that many tokens; each begins with its number, so that no cached prefix helps."""
+    """Yields prompts of `num_tokens` tokens; each has its own start, so no cached prefix helps."""
     for number in count():
-        text = f"{number}. {' '.join([FILLER] * (num_tokens // 10 + 1))}"  # of 16 words each
+        text = f"{number}. {' '.join([FILLER] * (num_tokens // 10 + 1))}"  # FILLER has 16 words
         ids = client.tokenize(TokenizeRequest(prompt=text))[:num_tokens]
         yield GenerateRequest(token_ids=TokenIds(ids=ids))
 
 
 def _read(path: str) -> Iterator[GenerateRequest]:
-    """A file's prompts, over and over."""
+    """Repeats a file's prompts without end."""
     lines = read_text(path, "--prompts").splitlines()
     try:
         prompts = [json.loads(line)["prompt"] for line in lines]

@@ -1,4 +1,4 @@
-"""What `lorastack adapters convert` does; imports torch, so it is imported when it runs."""
+"""What `lorastack adapters convert` does. It imports torch, so only that command imports it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lorastack.client.downloading import new_folder
+from lorastack.client.uploading import folder_files
 from lorastack.errors import InvalidArgumentError, Reason
-from lorastack.folders import belongs, folder_files, is_pickled_weights, new_folder
+from lorastack.folders import belongs, is_pickled_weights
 
 
 def convert_folder(source: Path, target: Path) -> tuple[dict[str, str], list[str]]:
@@ -49,21 +51,21 @@ def convert_folder(source: Path, target: Path) -> tuple[dict[str, str], list[str
 
 def _tensors(path: Path) -> dict[str, Tensor]:
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         # torch's own text recommends weights_only=False, which would run whatever is in there.
         raise _refused(
             f"{path.name} is damaged, or holds more than tensors: save its state_dict() with "
             "torch.save and convert that"
         ) from error
-    if not isinstance(found, dict) or not found:
-        raise _refused(f"{path.name} holds no table of tensors, but {type(found).__name__}")
-    for name, value in found.items():
+    if not isinstance(tensors, dict) or not tensors:
+        raise _refused(f"{path.name} holds no table of tensors, but {type(tensors).__name__}")
+    for name, value in tensors.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             kind = type(value).__name__
             raise _refused(f"{path.name}: {str(name)[:80]} is {kind}, not a tensor by name")
     # Copies: safetensors takes no tensors that share memory, as repeated blocks do.
-    return {name: value.detach().contiguous().clone() for name, value in found.items()}
+    return {name: value.detach().contiguous().clone() for name, value in tensors.items()}
 
 
 def _refused(message: str) -> InvalidArgumentError:

@@ -172,9 +172,9 @@ def generate(
 def _stream(client: Client, request: GenerateRequest, timeout: float | None) -> None:
     """Text to stdout as it comes; log probabilities, if asked for, and the summary to stderr."""
     final, tokens = GenerateResponse(), list[Token]()
-    foreign = sys.stdout.isatty()  # a file gets the text as it is
+    on_terminal = sys.stdout.isatty()  # a file gets the text as it is
     for part in client.stream(request, timeout=timeout):
-        typer.echo(shown(part.text) if foreign else part.text, nl=False)
+        typer.echo(shown(part.text) if on_terminal else part.text, nl=False)
         tokens.extend(token for token in part.tokens if token.HasField("logprob"))
         if part.HasField("final"):
             final = part.final

@@ -36,7 +36,7 @@ def set_input(
     chat: bool,
     system: str,
 ) -> None:
-    """Puts the one input that was given into the request. Raises BadParameter."""
+    """Puts the input into the request. Raises BadParameter unless exactly one is given."""
     given = [prompt is not None, bool(messages), bool(token_ids)]
     if sum(given) != 1:
         raise typer.BadParameter(
@@ -60,7 +60,7 @@ def set_input(
 
 
 def lora_ref(text: str) -> LoraRef:
-    """ID or ID:SCALE."""
+    """Parses ID or ID:SCALE. Raises BadParameter."""
     match = _LORA.fullmatch(text)
     try:
         if match is None:
@@ -74,7 +74,7 @@ def lora_ref(text: str) -> LoraRef:
 
 
 def response_format(json_schema: str, regex: str) -> ResponseFormat | None:
-    """json_schema: a file's path, or the schema itself, which begins with {."""
+    """None without both. json_schema: a file's path, or the schema itself, which begins with {."""
     if json_schema and regex:
         raise typer.BadParameter("give one of --json-schema and --regex", param_hint="--regex")
     if regex:
@@ -90,8 +90,8 @@ def response_format(json_schema: str, regex: str) -> ResponseFormat | None:
 def _conversation(name: str) -> ChatMessages:
     text = read_text(name, "--messages")
     try:
-        found = json.loads(text)
-        return _chat([(turn["role"], turn["content"]) for turn in found])
+        turns = json.loads(text)
+        return _chat([(turn["role"], turn["content"]) for turn in turns])
     except (ValueError, TypeError, KeyError, RecursionError):
         raise typer.BadParameter(
             f'{name} is not a JSON list of {{"role": "user", "content": "text"}}',
@@ -114,7 +114,7 @@ def _ids(text: str) -> TokenIds:
 
 
 def read_text(name: str, option: str) -> str:
-    """A text file; - is stdin. Raises BadParameter for what is no text of a request's size."""
+    """Reads a text file; - is stdin. Raises BadParameter if it is no text or too long to send."""
     try:
         if name == "-":
             return _whole(sys.stdin, "stdin", option)

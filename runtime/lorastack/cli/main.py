@@ -21,7 +21,7 @@ from lorastack.cli.transfer import convert, export, pull, push
 from lorastack.errors import LorastackError
 from lorastack.printable import one_line
 
-TRACEBACK = "LORASTACK_TRACEBACK"  # set: an error that nobody foresaw shows where it came from
+TRACEBACK = "LORASTACK_TRACEBACK"  # if set, an unforeseen error shows its traceback
 
 app = typer.Typer(
     name="lorastack",
@@ -60,7 +60,7 @@ def top(
 
 @cache
 def commands() -> Callable[..., int | None]:
-    """The whole tree of commands, groups with `commands` and all with `params`."""
+    """The tree of commands: groups have `commands`, all have `params`."""
     return cast(Callable[..., int | None], typer.main.get_command(app))
 
 
@@ -68,10 +68,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point. Exit codes: 0; 1 for a failure and 2 for wrong usage, each with one line on
     stderr; 130 after Ctrl-C.
 
-    arguments: for a caller in Python, who gets an error that nobody foresaw as it is.
+    arguments: from a caller in Python, who gets unforeseen errors as they are.
     """
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # names of files need not be text of any encoding
+        if isinstance(stream, io.TextIOWrapper):  # file names need not be valid text
             stream.reconfigure(errors="backslashreplace")
     if arguments is not None:
         sys.exit(_run(list(arguments)))
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(arguments: list[str]) -> int:
-    """The exit code; what went wrong has been said."""
+    """Runs a command and returns its exit code; an error has been printed."""
     try:
         code = commands()(args=arguments, prog_name="lorastack", standalone_mode=False)
         sys.stdout.flush()  # a closed pipe shows here, not when the interpreter ends
@@ -113,7 +113,7 @@ def _say(message: str) -> None:
 
 
 def _pipe_closed() -> int:
-    """Whoever read our output has enough of it. What is still buffered goes nowhere."""
+    """Our output's reader has closed it: what is still buffered is thrown away."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1
 

@@ -22,14 +22,14 @@ def _server(text: str) -> str:
 
 
 def not_empty(text: str | None) -> str | None:
-    """Option callback: an empty name is an unset shell variable, which is not what was meant."""
+    """Option callback: refuses "", which is mostly an unset shell variable."""
     if text == "":
         raise typer.BadParameter("it is empty; leave the option out for its default")
     return text
 
 
 def path(text: str) -> Path:
-    """Option parser; `Path("")` would be the current folder."""
+    """Option parser: refuses "", as `Path("")` would be the current folder."""
     if not text or "\0" in text:
         raise typer.BadParameter("it is empty, or no path (. is the current folder)")
     return Path(text)

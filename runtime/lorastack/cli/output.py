@@ -27,9 +27,9 @@ from rich.progress import (
 from lorastack.config import GIB, KIB, MIB, TIB
 from lorastack.printable import one_line, printable, printable_json
 
-NEWS_SECONDS = 5.0  # between two lines about one thing
+NEWS_SECONDS = 5.0  # between two log lines of a server's start
 
-StartupProgress = Callable[[str, int, int], None]  # what is going on; bytes done, bytes in all
+StartupProgress = Callable[[str, int, int], None]  # (label, bytes done, bytes in all)
 
 _WIDE = (FieldDescriptor.CPPTYPE_INT64, FieldDescriptor.CPPTYPE_UINT64)
 
@@ -69,9 +69,9 @@ def to_dict(message: Message) -> dict[str, Any]:
 
 
 def _widen(fields: dict[str, Any], descriptor: Any) -> None:
-    """protobuf's JSON writes 64-bit integers as strings; turns them back, in place.
+    """Turns the strings that protobuf's JSON has for 64-bit integers into numbers, in place.
 
-    descriptor: the message's, of whichever protobuf implementation is in use.
+    descriptor: the message's; its class depends on the protobuf implementation.
     """
     for field in descriptor.fields:
         value = fields.get(field.name)
@@ -112,7 +112,7 @@ def progress_bar(label: str) -> Iterator[Any]:
 
 @contextmanager
 def startup_bars() -> Iterator[StartupProgress]:
-    """Bars of a server's start on stderr, one after the other; between them the log has it."""
+    """Yields a StartupProgress that draws bars on stderr, one at a time; logs may come between."""
     progress = _progress()
     tasks: dict[str, TaskID] = {}
 
@@ -132,7 +132,7 @@ def startup_bars() -> Iterator[StartupProgress]:
 
 
 def startup_log() -> StartupProgress:
-    """The same in the log, every few seconds."""
+    """A StartupProgress that logs a line every NEWS_SECONDS."""
     next_news = time.monotonic() + NEWS_SECONDS
 
     def update(label: str, done: int, total: int) -> None:

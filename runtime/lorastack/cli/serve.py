@@ -38,7 +38,7 @@ class Device(StrEnum):
 
 
 class DType(StrEnum):
-    """Of weights, activations and KV; auto is float32 on a CPU without native bfloat16."""
+    """The type of weights, activations and KV; auto is float32 on a CPU without native bfloat16."""
 
     AUTO = "auto"
     FLOAT32 = "float32"
@@ -62,14 +62,14 @@ class Quantize(StrEnum):
 
 
 class LogFormat(StrEnum):
-    """On stderr."""
+    """How lines on stderr are written."""
 
     TEXT = "text"
     JSON = "json"
 
 
 class LogLevel(StrEnum):
-    """The least that is logged; debug has a line for every call that only looks."""
+    """The lowest level that is logged; debug has a line for every call that only reads."""
 
     DEBUG = "debug"
     INFO = "info"
@@ -78,7 +78,7 @@ class LogLevel(StrEnum):
 
 
 def _roots(folders: list[Path] | None) -> list[Path] | None:
-    """Option callback: "" would let clients read the folder that the server happens to be in."""
+    """Option callback: refuses "", which would open the server's current folder to clients."""
     if Path() in (folders or ()):
         raise typer.BadParameter("it is empty, or the current folder; write the folder's path")
     return folders

@@ -155,7 +155,7 @@ def convert(
 
 
 def _token(variable: str | None) -> str | None:
-    """Tokens come by the environment: arguments are seen by every process of the machine."""
+    """The token in a variable: arguments could be read by every process of the machine."""
     if variable is None:
         return None
     token = os.environ.get(variable, "").strip()

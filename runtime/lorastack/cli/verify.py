@@ -1,4 +1,4 @@
-"""What `lorastack adapters verify` does; imports torch, so it is imported when it runs."""
+"""What `lorastack adapters verify` does. It imports torch, so only that command imports it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lorastack.adapters.memory.loader import Validator
 from lorastack.adapters.store.manifest import adapter_digest, file_spec
-from lorastack.folders import adapter_files
+from lorastack.client.uploading import adapter_files
 from lorastack.startup.files import ModelFiles
 from lorastack.startup.folder import model_folder
 from lorastack.text.tokenizer import Tokenizer
@@ -22,9 +22,9 @@ def verify_folder(
     base_names: Sequence[str] = (),
     accept_base: bool = False,
 ) -> dict[str, object]:
-    """The checks of an upload, against the base model's folder. What the adapter is, by field.
+    """Checks a folder as an upload would, against the base model's folder. Facts by field.
 
-    base_names: what else adapters may call the model; accept_base: they may call it anything.
+    base_names: other names that adapters may give the model; accept_base: any name will do.
     Raises InvalidArgumentError or FailedPreconditionError as an upload would.
     """
     paths, left_out = adapter_files(folder)

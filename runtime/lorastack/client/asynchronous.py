@@ -1,4 +1,4 @@
-"""The client for asyncio: generation. What moves adapters about is for `Client`, in a thread."""
+"""The client for asyncio: generation calls. Move adapters with `Client`, in a thread."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lorastack.v1 import generation_pb2, generation_pb2_grpc
 
 
 class AsyncClient:
-    """As `Client`, for one event loop. Make it where the loop runs.
+    """`Client`'s generation calls for one event loop. Make it where the loop runs.
 
     Cancelling the task that waits for a call cancels the call.
     """
@@ -52,7 +52,7 @@ class AsyncClient:
     async def generate(
         self, request: generation_pb2.GenerateRequest, *, timeout: float | None = None
     ) -> generation_pb2.GenerateResponse:
-        """The whole reply at once."""
+        """Returns the whole reply at once."""
         reply: generation_pb2.GenerateResponse = await self._call(
             self._generation.Generate, request, timeout
         )
@@ -61,10 +61,10 @@ class AsyncClient:
     async def stream(
         self, request: generation_pb2.GenerateRequest, *, timeout: float | None = None
     ) -> AsyncIterator[generation_pb2.GenerateStreamResponse]:
-        """The reply as it is made, its last message with `final`.
+        """Yields the reply as it is made; the last message has `final`.
 
-        `aclose()` of the iterator cancels the call; leaving the loop over it does so when Python
-        collects it, so wrap it in `contextlib.aclosing` to be sure when.
+        `aclose()` of the iterator cancels the call. A loop that is left early cancels it only when
+        Python collects the iterator, with `contextlib.aclosing` at once.
         """
         patience = Patience(self._retries, timeout)
         while True:

@@ -1,4 +1,4 @@
-"""What both clients do about a call: the channel's settings, errors, and when to try again."""
+"""What both clients share: the channel's settings, errors, and when to try a call again."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CHANNEL_OPTIONS = [
     ("grpc.max_reconnect_backoff_ms", 2_000),
 ]
 ERRORS = {code: kind for kind, code in CODES.items()}
-LONGEST_TIMEOUT = 365 * 86_400.0  # seconds; gRPC cannot count much further, so beyond is none
+LONGEST_TIMEOUT = 365 * 86_400.0  # seconds; gRPC cannot count much further: beyond it, no deadline
 
 _HOST_PORT = re.compile(r"([!-9;-Z\\^-~]+|\[[0-9A-Fa-f:.%]+\]):(?P<port>[0-9]{1,5})")
 _SCHEME = re.compile(r"(unix|unix-abstract|dns|ipv4|ipv6):[!-~]+")  # as gRPC names them
@@ -80,7 +80,7 @@ def our_errors(server: str) -> Iterator[None]:
 
 
 class Patience:
-    """One call's tries: how many are left, and how much of its deadline."""
+    """One call's remaining retries and time."""
 
     def __init__(self, retries: int, timeout: float | None) -> None:
         self._retries = retries
@@ -88,14 +88,14 @@ class Patience:
         self._end = time.monotonic() + timeout if known and timeout is not None else None
 
     def left(self) -> float | None:
-        """Seconds until the deadline; None: there is none."""
+        """Seconds until the deadline, None without one."""
         return None if self._end is None else self._end - time.monotonic()
 
     def delay(self, error: ResourceExhaustedError) -> float:
         """Seconds until the next try, as the server asks (RetryInfo).
 
-        Raises the error itself if there is none: no try is left, the deadline comes before it, or
-        it is no full queue, which is all that passes by itself.
+        Raises the error itself if there is no next try: none is left, the deadline comes first, or
+        the error is not QUEUE_FULL, the only one that passes by itself.
         """
         delay = 1.0 if error.retry_after is None else error.retry_after
         left = self.left()

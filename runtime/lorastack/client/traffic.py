@@ -1,4 +1,4 @@
-"""Requests at a server and when their tokens arrive, as `lorastack bench` and benchmarks see it."""
+"""Sends requests and notes when their tokens arrive, for `lorastack bench` and benchmarks."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from lorastack.client import Client, GenerateRequest
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """One streamed request. Seconds of one monotonic clock, this process's.
+    """One streamed request; times are seconds of this process's monotonic clock.
 
-    arrivals: (when, tokens) of every message with tokens; steps: decoding steps, the prompt's own
-    left out, as the server counts them.
+    arrivals: (time, number of tokens) of every message with tokens; steps: decoding steps as the
+    server counts them, without the prompt's.
     """
 
     sent: float
@@ -39,12 +39,12 @@ class Outcome:
 
     @property
     def gaps(self) -> list[float]:
-        """Between messages with tokens; with heads, one message may bring several."""
+        """Seconds between messages with tokens; with heads, a message may bring several."""
         return [after - before for (before, _), (after, _) in pairwise(self.arrivals)]
 
 
 def send(client: Client, requests: Sequence[GenerateRequest], concurrency: int) -> list[Outcome]:
-    """All requests, at most `concurrency` at a time; outcomes in the order of the requests.
+    """Sends all requests, at most `concurrency` at a time; outcomes in their order.
 
     Every request must make a token. Raises what the client raises, once the others have ended.
     """
@@ -58,7 +58,7 @@ def send(client: Client, requests: Sequence[GenerateRequest], concurrency: int) 
 
 
 def stream(client: Client, request: GenerateRequest) -> Outcome:
-    """One request, to its end."""
+    """Sends one request and reads its stream to the end."""
     arrivals: list[tuple[float, int]] = []
     steps = 0
     sent = time.monotonic()
@@ -71,6 +71,6 @@ def stream(client: Client, request: GenerateRequest) -> Outcome:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """share: 0 to 1."""
+    """The value that `share` (0 to 1) of the values lie below."""
     ordered = sorted(values)
     return ordered[min(int(share * len(ordered)), len(ordered) - 1)]

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lorastack.errors import Reason, UnavailableError
-from lorastack.sandbox.turns import Turns
+from lorastack.sandbox.fair_queue import FairQueue
 from lorastack.sandbox.wire import CANCEL, JOB, PREFIX, SETUP, Job, Outcome, setup_bytes
 
 NUM_WORKERS = 2
@@ -57,7 +57,7 @@ class Pool:
     ) -> None:
         self._setups = setups
         self._seats = [_Seat() for _ in range(num_workers)]
-        self._turns = Turns(self._seats, max_waiting)
+        self._queue = FairQueue(self._seats, max_waiting)
         self._serving: set[asyncio.Task[bytes]] = set()
         self._closed = False
 
@@ -68,7 +68,7 @@ class Pool:
 
     @property
     def num_waiting(self) -> int:
-        return self._turns.num_waiting
+        return self._queue.num_waiting
 
     @property
     def pids(self) -> list[int]:
@@ -86,7 +86,7 @@ class Pool:
         """
         if self._closed:
             raise _shutting_down()
-        seat = await self._turns.take(caller)
+        seat = await self._queue.take(caller)
         serving: asyncio.Task[bytes] | None = None
         try:
             if known is not None and (result := known()) is not None:
@@ -102,14 +102,14 @@ class Pool:
         finally:
             # Before its caller goes on, so that what the result says is known to the next one.
             if serving is None or serving.done():
-                self._turns.give(seat)
+                self._queue.give(seat)
             else:
-                serving.add_done_callback(lambda _: self._turns.give(seat))
+                serving.add_done_callback(lambda _: self._queue.give(seat))
 
     async def close(self) -> None:
         """Ends the workers; whoever waits gets UnavailableError."""
         self._closed = True
-        self._turns.fail(_shutting_down())
+        self._queue.fail(_shutting_down())
         for seat in self._seats:
             seat.end()
         if self._serving:

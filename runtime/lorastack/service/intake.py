@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TypeVar
 
-from lorastack.sandbox.turns import Turns
+from lorastack.sandbox.fair_queue import FairQueue
 from lorastack.service.call import Chat, GenerateCall, Given, Rendered, Text
 from lorastack.service.catalogue import Catalogue
 from lorastack.service.prepare import Prepared, Preparer
@@ -40,8 +40,8 @@ class Intake:
         self._preparer = preparer
         self._untrusted = untrusted
         self._workers = workers
-        self._long = Turns(range(NUM_LONG), MAX_WAITING)
-        self._short = Turns(range(NUM_SHORT), sys.maxsize)
+        self._long = FairQueue(range(NUM_LONG), MAX_WAITING)
+        self._short = FairQueue(range(NUM_SHORT), sys.maxsize)
 
     @property
     def num_waiting(self) -> int:
@@ -93,13 +93,13 @@ class Intake:
 
     async def _run(self, work: Callable[[], T], is_long: bool, caller: str) -> T:
         """Runs `work` in a thread; it keeps its seat until it ends, even if nobody waits for it."""
-        turns = self._long if is_long else self._short
-        seat = await turns.take(caller)
+        queue = self._long if is_long else self._short
+        seat = await queue.take(caller)
         loop = asyncio.get_running_loop()
 
         def leave(_: object) -> None:
             with suppress(RuntimeError):  # the loop is closed
-                loop.call_soon_threadsafe(turns.give, seat)
+                loop.call_soon_threadsafe(queue.give, seat)
 
         working = self._workers.submit(work)
         working.add_done_callback(leave)

@@ -243,12 +243,12 @@ def refuse(wanted: JsonSchema | Regex, cause: str) -> NoReturn:
 
 def _mistake(message: str, wanted: JsonSchema | Regex) -> str:
     """llguidance's message on one line."""
-    if (found := _MISTAKE.search(message)) is None:
+    if (match := _MISTAKE.search(message)) is None:
         return message.partition("\n")[0].rpartition("(in regex): ")[2]
-    place = len(found["before"])
+    place = len(match["before"])
     if isinstance(wanted, JsonSchema):
-        return f"{found['what']} at character {place + 1} of the pattern {found[1]}"
-    return f"{found['what']} at character {_own_place(wanted.text, place) + 1}"
+        return f"{match['what']} at character {place + 1} of the pattern {match[1]}"
+    return f"{match['what']} at character {_own_place(wanted.text, place) + 1}"
 
 
 def _own_place(regex: str, place: int) -> int:

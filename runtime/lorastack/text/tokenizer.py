@@ -121,10 +121,10 @@ class Tokenizer:
         try:
             tokenizer = _from_files(folder, config, declared)
         except Exception as error:  # whatever a foreign file makes the loader raise
-            found = ", ".join(name for name in FILES if (folder / name).exists())
+            present = ", ".join(name for name in FILES if (folder / name).exists())
             raise invalid(
                 f"No tokenizer could be loaded from {folder}: {error_line(error)}. The folder "
-                f"needs a sound tokenizer.json or tokenizer.model; it has {found or 'neither'}."
+                f"needs a sound tokenizer.json or tokenizer.model; it has {present or 'neither'}."
             ) from error
         if not isinstance(tokenizer, kind):
             raise InvalidArgumentError(
@@ -269,11 +269,11 @@ def _configured(folder: Path) -> tuple[dict[str, Any], set[int]]:
     eos_ids: set[int] = set()
     for name in ("generation_config.json", "config.json"):
         path = folder / name
-        found = token_ids(path, read_object(path), "eos_token_id")
+        ids = token_ids(path, read_object(path), "eos_token_id")
         if is_int(size):
             rule = f"below vocab_size, {size}"
-            check(all(index < size for index in found), path, "eos_token_id", rule, found)
-        eos_ids |= set(found)
+            check(all(index < size for index in ids), path, "eos_token_id", rule, ids)
+        eos_ids |= set(ids)
     return config, eos_ids
 
 

@@ -167,9 +167,9 @@ class _Walk:
             return bool(mask[index // 8] >> index % 8 & 1 and tokens[index])
 
         tried = [chance.randrange(len(tokens)) for _ in range(NUM_PICKS)]
-        found = [index for index in (*tried, *self._structure) if fits(index)]
-        if found:
-            return found
+        allowed = [index for index in (*tried, *self._structure) if fits(index)]
+        if allowed:
+            return allowed
         place = next((i for i, byte in enumerate(mask) if byte), 0) * 8
         return [i for i in range(place, min(place + 8, len(tokens))) if fits(i)]
 

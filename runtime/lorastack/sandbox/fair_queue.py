@@ -12,7 +12,7 @@ from lorastack.errors import LorastackError, ResourceExhaustedError
 T = TypeVar("T")
 
 
-class Turns(Generic[T]):
+class FairQueue(Generic[T]):
     """Hands out seats, the last used first, round robin by caller. Event loop only.
 
     When more wait than may, those of the caller with most places in the queue are refused, so that
