@@ -1,81 +1,22 @@
-"""The decoder: tokens in, hidden states and logits out, everything as an argument."""
+"""From a model's folder to the backend that runs it."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import torch
-from torch import Tensor
 
-from lorastack.kernels.linear import pack_dense
-from lorastack.kernels.quantize import Kind, head_kind
-from lorastack.layout import ModelShapes
-from lorastack.lora.segments import LoraBatch
+from lorastack.kernels.ops import Ops, fastest_ops
+from lorastack.kernels.quantize import Kind
+from lorastack.model.backends.base import Backend
 from lorastack.model.backends.native import NativeBackend, native_isa
 from lorastack.model.backends.torch import TorchBackend
 from lorastack.model.checkpoint import Checkpoint
 from lorastack.model.config import DecoderConfig, load_config
-from lorastack.model.context import ForwardBatch, Outputs
 from lorastack.model.fetch.download import Progress
-from lorastack.model.kv import KVCache
-from lorastack.model.weights import Packing, load_weights, untie
-
-
-class Backend(Protocol):
-    """What runs a model's weights. Holds no state of a request."""
-
-    name: str
-
-    def forward(self, batch: ForwardBatch, kv: KVCache) -> Outputs: ...
-    def logits(self, hidden_XH: Tensor, lora: LoraBatch) -> Tensor: ...
-    def head_rows(self, ids_N: Tensor, out_NH: Tensor) -> None: ...
-
-
-class Decoder:
-    """A base model and the backend that runs it. quantization: its weights' `Kind`, or "".
-
-    dynamic_rope_begin: see `DecoderConfig`.
-    """
-
-    def __init__(
-        self,
-        shapes: ModelShapes,
-        backend: Backend,
-        device: torch.device,
-        dtype: torch.dtype,
-        quantization: str = "",
-        dynamic_rope_begin: int | None = None,
-    ) -> None:
-        self.shapes = shapes
-        self.device = device
-        self.dtype = dtype
-        self.quantization = quantization
-        self.dynamic_rope_begin = dynamic_rope_begin
-        self._backend = backend
-
-    @property
-    def backend(self) -> str:
-        return self._backend.name
-
-    def forward(self, batch: ForwardBatch, kv: KVCache) -> Outputs:
-        """Results of the tokens that the batch asks for. Writes all its keys and values to `kv`."""
-        return self._backend.forward(batch, kv)
-
-    def logits(self, hidden_XH: Tensor, lora: LoraBatch) -> Tensor:
-        """[X, V] of states after the final norm: float32, or float64 of a float64 model.
-
-        The segments index the X rows.
-        """
-        return self._backend.logits(hidden_XH, lora)
-
-    def head_rows(self, ids: Sequence[int], out_NH: Tensor) -> None:
-        """lm_head's rows of these tokens into a tensor on the CPU. Any thread."""
-        self._backend.head_rows(torch.tensor(ids), out_NH)
+from lorastack.model.weights import untie
 
 
 def load_decoder(
@@ -87,21 +28,19 @@ def load_decoder(
     native: bool = True,
     quantize: str | None = None,
     progress: Progress | None = None,
-) -> Decoder:
+) -> Backend:
     """Load a Hugging Face folder. InvalidArgumentError names what is not supported.
 
-    dtype: None for `default_dtype`. native: use the native kernels where they run. quantize: store
-    the weights as a `Kind`; the native kernels multiply them in bfloat16 only. progress: gets bytes
-    of the checkpoint.
+    dtype: None for `default_dtype`. native: use the native kernels where they run; False: all in
+    torch, as the reference does. quantize: store the weights as a `Kind`; the native kernels
+    multiply them in bfloat16 only. progress: gets bytes of the checkpoint.
     """
     config = load_config(path, max_context)
     checkpoint = Checkpoint(path, progress)
     config = untie(config, checkpoint)
     dtype = dtype or default_dtype(config, device, native)
     kind = None if quantize is None else Kind(quantize)
-    backend = _backend(checkpoint, config, device, dtype, native, kind)
-    begin = config.dynamic_rope_begin
-    return Decoder(config.shapes, backend, device, dtype, quantize or "", begin)
+    return _backend(checkpoint, config, device, dtype, native, kind)
 
 
 def default_dtype(config: DecoderConfig, device: torch.device, native: bool) -> torch.dtype:
@@ -121,11 +60,8 @@ def _backend(
     isa = native_isa(config, dtype, device, kind) if native else None
     if isa is not None:
         return NativeBackend.load(checkpoint, config, dtype, isa, kind)
-    dense = partial(pack_dense, kind=kind)
-    head = partial(pack_dense, kind=head_kind(kind))
-    packing = Packing(dense, pair=dense, head=head, copies=kind is not None)
-    weights = load_weights(checkpoint, config, device=device, dtype=dtype, packing=packing)
-    return TorchBackend(config, weights, device, dtype)
+    ops = fastest_ops(dtype, config.shapes.hidden_size, device) if native else Ops()
+    return TorchBackend.load(checkpoint, config, device, dtype, ops, kind)
 
 
 def fingerprint(path: Path) -> str:

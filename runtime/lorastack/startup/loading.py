@@ -23,9 +23,10 @@ from lorastack.errors import FailedPreconditionError, InvalidArgumentError, Reas
 from lorastack.kernels.native.library import library, missing
 from lorastack.kernels.packing import allocate
 from lorastack.kernels.quantize import Kind
+from lorastack.model.backends.base import Backend
 from lorastack.model.config import DecoderConfig, load_config
-from lorastack.model.decoder import Decoder, default_dtype, fingerprint, load_decoder
-from lorastack.model.kv import KVCache, page_nbytes
+from lorastack.model.decoder import default_dtype, fingerprint, load_decoder
+from lorastack.model.kv import page_nbytes
 from lorastack.model.size import weights_nbytes
 from lorastack.request import RowEvent
 from lorastack.speculation.calibration import Calibration
@@ -45,7 +46,7 @@ class LoadedModel:
     kv_memory: bytes for keys and values beside it. threads: of the CPU, in a step.
     """
 
-    decoder: Decoder
+    decoder: Backend
     tokenizer: Tokenizer
     name: str
     path: Path
@@ -85,7 +86,7 @@ def load_model(
             quantize=config.quantize,
             progress=partial(progress, "loading the weights"),
         )
-    if native and device.type == "cpu" and not decoder.backend.startswith("native"):
+    if native and device.type == "cpu" and not decoder.name.startswith("native"):
         why = missing(decoder.dtype) or f"no native kernels run {name} with these options"
         if config.backend == "native":
             raise InvalidArgumentError(
@@ -181,7 +182,7 @@ def build_engine(
             max_context,
             shapes.max_context,
         )
-    kv = KVCache(shapes, num_pages, config.page_size, decoder.dtype, decoder.device)
+    kv = decoder.make_kv(num_pages, config.page_size)
     runner, pages = Runner(decoder, kv), Pages(num_pages, config.page_size)
     return Engine(
         config=config,
