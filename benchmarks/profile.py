@@ -24,17 +24,17 @@ import typer
 from benchmarks.report import report, seconds
 from benchmarks.step import bandwidth
 from lorastack.kernels.attention import RowSpan
-from lorastack.kernels.heads import HeadsGroup, HeadsWeights, candidates
+from lorastack.kernels.heads import HeadsGroup, HeadsWeights
 from lorastack.kernels.native import build
 from lorastack.kernels.native.library import library
 from lorastack.kernels.packing import allocate
 from lorastack.layout import LAYER_TARGETS, ModelShapes, Part
 from lorastack.lora.segments import LoraBatch, Segment
 from lorastack.lora.weights import LoraWeights
+from lorastack.model.backends.base import Backend
 from lorastack.model.context import ForwardBatch
-from lorastack.model.decoder import Decoder, load_decoder
+from lorastack.model.decoder import load_decoder
 from lorastack.model.fetch.default import default_model
-from lorastack.model.kv import KVCache
 from lorastack.model.size import step_nbytes
 
 CPU = torch.device("cpu")
@@ -70,7 +70,7 @@ def main(
         ]
     floor = step_nbytes(decoder.shapes, torch.bfloat16) / speed
     report(
-        f"A step of {decoder.backend}, {threads} threads, ms",
+        f"A step of {decoder.name}, {threads} threads, ms",
         rows,
         gigabytes_a_second=round(speed / 1e9, 1),
         weights_floor_ms=round(1000 * floor, 2),
@@ -80,10 +80,10 @@ def main(
 class Profile:
     """Steps of one decoder."""
 
-    def __init__(self, decoder: Decoder, repeats: int) -> None:
+    def __init__(self, decoder: Backend, repeats: int) -> None:
         self._decoder = decoder
         self._repeats = repeats
-        self._kv = KVCache(decoder.shapes, 600, PAGE, decoder.dtype, CPU)
+        self._kv = decoder.make_kv(600, PAGE)
         self._kv.data.zero_()
         self._loras = [random_lora(decoder.shapes, seed) for seed in range(NUM_LORAS)]
         loaded = library()
@@ -101,12 +101,12 @@ class Profile:
         uses = [Segment(row, row + 1, self._loras[row % NUM_LORAS], 1.0) for row in range(count)]
         name = f"{count} rows, {past} past" + (f", {NUM_LORAS} LoRAs" if loras else "")
         lora = LoraBatch(tuple(uses) if loras else ())
-        batch = ForwardBatch(torch.arange(count) + 1000, spans, range(count), lora)
+        batch = ForwardBatch(range(1000, 1000 + count), spans, range(count), lora)
         return self._measure(name, batch, self._draft(count))
 
     def prompt(self, count: int, *, past: int) -> dict[str, object]:
         span = RowSpan(0, count, range((past + count) // PAGE), past)
-        batch = ForwardBatch(torch.arange(count) + 1000, (span,), (count - 1,))
+        batch = ForwardBatch(range(1000, 1000 + count), (span,), (count - 1,))
         return self._measure(f"prompt {past}..{past + count}", batch, None)
 
     def _measure(
@@ -135,7 +135,7 @@ class Profile:
             ids_N=torch.arange(DRAFT_VOCABULARY),
         )
         hidden_BH = torch.randn(count, size).to(self._decoder.dtype)
-        return partial(candidates, hidden_BH, [HeadsGroup(0, count, heads)], 8)
+        return partial(self._decoder.ops.propose, hidden_BH, [HeadsGroup(0, count, heads)], 8)
 
 
 def by_column(phases: Sequence[float], loras: bool) -> dict[str, float]:

@@ -33,10 +33,10 @@ from lorastack.kernels.native import library as native
 from lorastack.kernels.native.matrix import PackedMatrix, pack_matrix
 from lorastack.kernels.native.memory import HugePages
 from lorastack.kernels.quantize import Kind
+from lorastack.model.backends.base import Backend
 from lorastack.model.context import ForwardBatch, RowSpan
-from lorastack.model.decoder import Decoder, load_decoder
+from lorastack.model.decoder import load_decoder
 from lorastack.model.fetch.default import default_model
-from lorastack.model.kv import KVCache
 from lorastack.text.tokenizer import Tokenizer
 
 KINDS = (None, *Kind)
@@ -88,13 +88,13 @@ def name(kind: Kind | None) -> str:
     return "bfloat16" if kind is None else kind.value
 
 
-def load(kind: Kind | None) -> Decoder:
+def load(kind: Kind | None) -> Backend:
     return load_decoder(
         default_model(), device=CPU, dtype=torch.bfloat16, max_context=1024, quantize=kind
     )
 
 
-def quality(decoders: dict[str, Decoder], count: int) -> list[dict[str, object]]:
+def quality(decoders: dict[str, Backend], count: int) -> list[dict[str, object]]:
     """Perplexity, and agreement with the first decoder."""
     tokenizer = Tokenizer.load(default_model())
     problems = list(read_problems().values())[:count]
@@ -115,15 +115,15 @@ def quality(decoders: dict[str, Decoder], count: int) -> list[dict[str, object]]
     return rows
 
 
-def predict(decoder: Decoder, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+def predict(decoder: Backend, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
     """At every token but the last: the loss of the next one, and the likeliest one."""
-    kv = KVCache(decoder.shapes, CONTEXT // PAGE, PAGE, decoder.dtype, CPU)
+    kv = decoder.make_kv(CONTEXT // PAGE, PAGE)
     losses, best = [], []
     for start in range(0, len(ids) - 1, CHUNK):
         piece = torch.tensor(ids[start : start + CHUNK + 1])
         size = len(piece) - 1
         row = RowSpan(0, size, range(CONTEXT // PAGE), start)
-        out = decoder.forward(ForwardBatch(piece[:-1], (row,), range(size)), kv)
+        out = decoder.forward(ForwardBatch(piece[:-1].tolist(), (row,), range(size)), kv)
         losses.append(torch.nn.functional.cross_entropy(out.logits_XV, piece[1:], reduction="none"))
         best.append(out.best_X)
     return torch.cat(losses).double(), torch.cat(best)

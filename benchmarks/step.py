@@ -18,10 +18,10 @@ import typer
 
 from benchmarks.report import medians, report, seconds
 from lorastack.kernels.attention import RowSpan
+from lorastack.model.backends.base import Backend
 from lorastack.model.context import ForwardBatch
-from lorastack.model.decoder import Decoder, load_decoder
+from lorastack.model.decoder import load_decoder
 from lorastack.model.fetch.default import default_model
-from lorastack.model.kv import KVCache
 from lorastack.model.size import step_nbytes
 
 PAST, PAGE = 64, 16  # tokens
@@ -42,7 +42,7 @@ def main(
             load_decoder(default_model(), device=CPU, dtype=dtype, max_context=1024, native=native)
             for native in (True, False)
         ]
-        steps = {decoder.backend: Steps(decoder) for decoder in decoders}
+        steps = {decoder.name: Steps(decoder) for decoder in decoders}
         floor = step_nbytes(decoders[0].shapes, dtype) / speed
         rows = [measure(steps, count, floor, repeats) for count in (*ROWS, CHUNK)]
         report(
@@ -55,11 +55,11 @@ def main(
 class Steps:
     """Batches for one decoder."""
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: Backend) -> None:
         pages = (PAST + PAGE) // PAGE
         num_pages = max(max(ROWS) * pages, CHUNK // PAGE)
         self._decoder = decoder
-        self._kv = KVCache(decoder.shapes, num_pages, PAGE, decoder.dtype, CPU)
+        self._kv = decoder.make_kv(num_pages, PAGE)
         self._kv.data.zero_()
         self._pages = pages
 
@@ -71,7 +71,7 @@ class Steps:
         )
         if count == CHUNK:
             rows = (RowSpan(0, CHUNK, range(CHUNK // PAGE), 0),)
-        ids = torch.arange(count) + 1000
+        ids = range(1000, 1000 + count)
         outputs = (CHUNK - 1,) if count == CHUNK else range(count)
         self._decoder.forward(ForwardBatch(ids, rows, outputs), self._kv)
 

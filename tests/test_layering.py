@@ -23,7 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "sandbox": {"text"},
     "startup": {"engine", "model", "adapters", "kernels", "speculation", "text"},
     "engine": {"model", "adapters", "lora", "kernels", "speculation", "sampling", "text"},
-    "model": {"lora", "kernels"},
+    "model": {"lora", "kernels", "speculation"},
     "speculation": {"kernels"},
     "lora": {"kernels"},
     "train": {"adapters"},

@@ -12,13 +12,11 @@ from torch import Tensor
 
 from lorastack.adapters.formats.parse import parse
 from lorastack.adapters.memory.device import DeviceAdapter
-from lorastack.engine import proposer as module
 from lorastack.engine.batch import Batch, Proposal, RowAdapters, RowStep
 from lorastack.engine.runner import Runner
 from lorastack.kernels.heads import HeadsGroup
 from lorastack.layout import HEADS, LM_HEAD, MAX_RANK, ModelShapes, Part
 from lorastack.model.decoder import load_decoder
-from lorastack.model.kv import KVCache
 from lorastack.request import LoraUse, Request, SamplingParams, StopParams
 from tests.helpers.adapters import with_outputs, write_heads, write_lora
 from tests.helpers.packed import pack, read_tensors
@@ -43,9 +41,8 @@ class Drafts:
     """Rows that have just read their prompt, each in a page of its own."""
 
     def __init__(self, model: Path, shapes: ModelShapes, root: Path) -> None:
-        self._decoder = load_decoder(model, device=CPU, dtype=torch.float32, max_context=None)
-        kv = KVCache(shapes, 16, PAGE_SIZE, torch.float32, CPU)
-        self._runner = Runner(self._decoder, kv)
+        self.backend = load_decoder(model, device=CPU, dtype=torch.float32, max_context=None)
+        self._runner = Runner(self.backend, self.backend.make_kv(16, PAGE_SIZE))
         self._shapes = shapes
         output_VH = load_file(model / "model.safetensors")["model.embed_tokens.weight"]  # tied
         hidden = shapes.hidden_size
@@ -147,14 +144,14 @@ def test_one_call_drafts_for_all_rows_and_only_for_those_that_want_it(
     calls: list[tuple[str, list[HeadsGroup]]] = []
 
     def watch(name: str) -> None:
-        real = getattr(module, name)
+        real = getattr(drafts.backend.ops, name)
 
         def watched(hidden_BH: Tensor, groups: list[HeadsGroup], *rest: int) -> object:
             assert hidden_BH.shape[0] == sum(group.end - group.start for group in groups)
             calls.append((name, groups))
             return real(hidden_BH, groups, *rest)
 
-        monkeypatch.setattr(module, name, watched)
+        monkeypatch.setattr(drafts.backend.ops, name, watched)
 
     watch("propose")
     watch("states")

@@ -17,15 +17,16 @@ from torch import Tensor
 from lorastack.kernels.linear import Dense, pack_dense
 from lorastack.kernels.native.library import Isa
 from lorastack.kernels.native.matrix import PackedMatrix, pack_matrix, pack_pair
+from lorastack.kernels.ops import Ops
 from lorastack.kernels.quantize import Kind, head_kind
 from lorastack.layout import GROUPS, LM_HEAD, ModelShapes
 from lorastack.lora.segments import LoraBatch, Segment
 from lorastack.lora.weights import LM_HEAD_GROUP, GroupLora, LoraWeights, TargetLora
+from lorastack.model.backends.base import Backend
 from lorastack.model.backends.native import NativeBackend
 from lorastack.model.backends.torch import TorchBackend
 from lorastack.model.config import DecoderConfig
 from lorastack.model.context import ForwardBatch, RowSpan
-from lorastack.model.decoder import Decoder
 from lorastack.model.kv import KVCache
 from lorastack.model.weights import DecoderWeights, LayerWeights, Pack, Packing
 from tests.helpers.guarded import guarded, guarded_bytes
@@ -54,8 +55,8 @@ class Twins:
     """One model twice: native, and in torch and float32 from the same rounded weights."""
 
     config: DecoderConfig
-    native: Decoder
-    reference: Decoder
+    native: Backend
+    reference: Backend
 
     @property
     def dtype(self) -> torch.dtype:
@@ -63,10 +64,9 @@ class Twins:
 
     def caches(self, num_pages: int, page_size: int) -> tuple[KVCache, KVCache]:
         """For `native` and for `reference`, full of NaN."""
-        shapes = self.config.shapes
-        native = KVCache(shapes, num_pages, page_size, self.dtype, CPU)
+        native = self.native.make_kv(num_pages, page_size)
         native.data = guarded(native.data.fill_(torch.nan))
-        reference = KVCache(shapes, num_pages, page_size, torch.float32, CPU)
+        reference = self.reference.make_kv(num_pages, page_size)
         reference.data.fill_(torch.nan)
         return native, reference
 
@@ -108,13 +108,8 @@ def twins(
     plain = _weights(config, dtype, torch.float32, seed, plainly, poison)
     return Twins(
         config,
-        Decoder(config.shapes, GuardedBackend(config, native, dtype, isa), CPU, dtype),
-        Decoder(
-            config.shapes,
-            TorchBackend(config, plain, CPU, torch.float32),
-            CPU,
-            torch.float32,
-        ),
+        GuardedBackend(config, native, dtype, isa, kind),
+        TorchBackend(config, plain, CPU, torch.float32, Ops(), kind),
     )
 
 
@@ -226,11 +221,11 @@ class RowPart:
 
 
 def run(
-    decoder: Decoder, loras: Sequence[LoraWeights], kv: KVCache, parts: Sequence[RowPart]
+    backend: Backend, loras: Sequence[LoraWeights], kv: KVCache, parts: Sequence[RowPart]
 ) -> list[Tensor]:
     """Logits [T, V] of every part, all in one step."""
     every = range(sum(len(part.ids) for part in parts))
-    found = decoder.forward(lay_out(loras, parts, every), kv)
+    found = backend.forward(lay_out(loras, parts, every), kv)
     return list(found.logits_XV.split_with_sizes([len(part.ids) for part in parts]))
 
 
@@ -243,5 +238,5 @@ def lay_out(
         rows.append(RowSpan(start, end, part.pages, part.committed, part.parents))
         segments += [Segment(start, end, loras[which], scale) for which, scale in part.uses]
         start = end
-    ids = torch.tensor([token for part in parts for token in part.ids])
+    ids = [token for part in parts for token in part.ids]
     return ForwardBatch(ids, tuple(rows), outputs, LoraBatch(tuple(segments)))

@@ -28,7 +28,7 @@ from lorastack.engine.proposer import Proposer
 from lorastack.engine.runner import Runner, StepResults
 from lorastack.errors import LorastackError
 from lorastack.layout import AdapterLayout
-from lorastack.model.decoder import Decoder
+from lorastack.model.backends.base import Backend
 from lorastack.model.kv import KVCache
 from lorastack.request import Final, GeneratedToken, Request, RowEvent
 from lorastack.speculation.cost import CostCurve
@@ -99,7 +99,7 @@ class ScriptedRunner(Runner):
     """Its steps take what the script says, its drafts are the scripted ones."""
 
     def __init__(
-        self, decoder: Decoder, kv: KVCache, script: Script, chance: random.Random, clock: Clock
+        self, decoder: Backend, kv: KVCache, script: Script, chance: random.Random, clock: Clock
     ) -> None:
         super().__init__(decoder, kv)
         self._proposer = cast(Proposer, ScriptedProposer(decoder, script, chance, clock))
@@ -116,7 +116,7 @@ class ScriptedProposer:
     """Heads that are right about half the time, all or some or none of them; some drafts fail."""
 
     def __init__(
-        self, decoder: Decoder, script: Script, chance: random.Random, clock: Clock
+        self, decoder: Backend, script: Script, chance: random.Random, clock: Clock
     ) -> None:
         self._vocab_size = decoder.shapes.vocab_size
         self._script = script
@@ -224,7 +224,7 @@ class FlakyPool:
 class Bench:
     """What runs share: a model on plain torch, its tokenizer, adapters by digest."""
 
-    decoder: Decoder
+    decoder: Backend
     tokenizer: Tokenizer
     adapters: Mapping[str, DeviceAdapter]
 
@@ -254,9 +254,7 @@ class Bench:
         outputs: Mapping[str, Output],
     ) -> Engine:
         decoder = self.decoder
-        kv = KVCache(
-            decoder.shapes, script.num_pages, script.page_size, decoder.dtype, decoder.device
-        )
+        kv = decoder.make_kv(script.num_pages, script.page_size)
         kv.data.fill_(torch.nan)  # what nobody wrote must not matter
 
         def on_events(events: list[RowEvent]) -> None:

@@ -16,15 +16,12 @@ from lorastack.kernels.heads import (
     HeadsGroup,
     HeadsWeights,
     TopTokens,
-    propose,
     propose_reference,
-    states,
     states_reference,
-    top,
     top_reference,
 )
-from lorastack.kernels.native import library as native
 from lorastack.kernels.native.library import Isa
+from lorastack.kernels.ops import NativeOps, Ops
 from lorastack.layout import MAX_RANK
 from tests.helpers.guarded import guarded
 from tests.helpers.isas import each_of
@@ -36,18 +33,14 @@ SEEDS = st.integers(0, 2**20)
 
 
 @contextmanager
-def running(isa: Isa | None, num_threads: int = 2) -> Iterator[None]:
-    """None: plain torch."""
+def running(isa: Isa | None, num_threads: int = 2) -> Iterator[Ops]:
+    """The ops of these instructions; None: plain torch."""
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native, "isa_of", lambda _: isa)
-        if isa is None:
-            patch.setattr(native, "supported", lambda _: False)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)
+    try:
+        yield Ops() if isa is None else NativeOps(isa)
+    finally:
+        torch.set_num_threads(before)
 
 
 class Chance:
@@ -116,8 +109,8 @@ def test_states_equal_the_reference(isa: Isa | None, seed: int) -> None:
     chance = Chance(seed, torch.float32 if isa is None else DTYPES[isa])
     groups = chance.groups(exact=False)
     hidden_BH = chance.normal(num_rows(groups), chance.hidden)
-    with running(isa):
-        found_XH = states(hidden_BH, groups)
+    with running(isa) as ops:
+        found_XH = ops.states(hidden_BH, groups)
     rounded = 1e-5 if found_XH.dtype == torch.float32 else 0.03  # a bit of a value of 4
     expected_XH = states_reference(hidden_BH, groups)
     torch.testing.assert_close(found_XH, expected_XH, rtol=rounded, atol=rounded)
@@ -132,8 +125,8 @@ def test_candidates_are_the_references(
     chance = Chance(seed, torch.float32 if isa is None else DTYPES[isa])
     groups = chance.groups(exact=True)
     hidden_BH = chance.whole(2, num_rows(groups), chance.hidden)
-    with running(isa, num_threads):
-        found = propose(hidden_BH, groups, num)
+    with running(isa, num_threads) as ops:
+        found = ops.propose(hidden_BH, groups, num)
     assert_same(found, propose_reference(hidden_BH, groups, num))
 
 
@@ -149,12 +142,12 @@ def test_bits_depend_neither_on_company_nor_on_threads(
     place = data.draw(st.sampled_from([i for i, group in enumerate(groups) if group.num_states]))
     chosen = groups[place]
     row = data.draw(st.integers(chosen.start, chosen.end - 1))
-    with running(isa, data.draw(st.integers(1, 3))):
-        r_XH, found = states(hidden_BH, groups), propose(hidden_BH, groups, 5)
-    with running(isa, data.draw(st.integers(1, 3))):
+    with running(isa, data.draw(st.integers(1, 3))) as ops:
+        r_XH, found = ops.states(hidden_BH, groups), ops.propose(hidden_BH, groups, 5)
+    with running(isa, data.draw(st.integers(1, 3))) as ops:
         alone = [HeadsGroup(0, 1, chosen.heads)]
-        expected_KH = states(hidden_BH[row : row + 1].clone(), alone)
-        expected = propose(hidden_BH[row : row + 1].clone(), alone, 5)
+        expected_KH = ops.states(hidden_BH[row : row + 1].clone(), alone)
+        expected = ops.propose(hidden_BH[row : row + 1].clone(), alone, 5)
     before = sum(group.num_states for group in groups[:place])
     num_heads = chosen.heads.num_heads
     first = before + (row - chosen.start) * num_heads
@@ -172,11 +165,11 @@ def test_nan_stays_in_its_row_and_never_wins(isa: Isa | None) -> None:
     weights = chance.heads(exact=False)
     heads = HeadsWeights(weights.weight_LKHH, weights.bias_LKH, output_NH, None)
     groups = [HeadsGroup(0, 3, heads)]
-    with running(isa):
-        plain_XR = propose(hidden_BH, groups, 64).ids_XR
+    with running(isa) as ops:
+        plain_XR = ops.propose(hidden_BH, groups, 64).ids_XR
         hidden_BH[1, 7] = torch.inf
         hidden_BH[1, 8] = torch.nan
-        found_XR = propose(hidden_BH, groups, 64).ids_XR
+        found_XR = ops.propose(hidden_BH, groups, 64).ids_XR
     assert 5 not in plain_XR
     rows = found_XR.view(3, -1), plain_XR.view(3, -1)
     assert torch.equal(rows[0][0], rows[1][0])
@@ -196,11 +189,11 @@ def test_a_logit_that_is_not_finite_spoils_its_head_in_its_row(isa: Isa | None, 
     hidden_BH[:, 0] = 0
     output_KNH[1, 69], output_KNH[:, :, 0] = 0, 0
     groups = [HeadsGroup(0, 3, heads)]
-    with running(isa):
-        plain_BKR = propose(hidden_BH, groups, 4).logprobs_XR.view(3, 2, 4)
+    with running(isa) as ops:
+        plain_BKR = ops.propose(hidden_BH, groups, 4).logprobs_XR.view(3, 2, 4)
         hidden_BH[1, 0] = 1e20
         output_KNH[1, 69, 0] = bad if math.isnan(bad) else math.copysign(1e20, bad)
-        found_BKR = propose(hidden_BH, groups, 4).logprobs_XR.view(3, 2, 4)
+        found_BKR = ops.propose(hidden_BH, groups, 4).logprobs_XR.view(3, 2, 4)
     spoilt_BK = found_BKR.isnan().all(dim=-1)
     expected = torch.tensor(
         [[0, 1], [0, 1], [0, 1]] if math.isnan(bad) else [[0, 0], [0, 1], [0, 0]]
@@ -219,10 +212,10 @@ def test_the_head_maths_of_the_formats_page() -> None:
     for block in range(2):
         z_H = weight_LKHH[block, 1] @ r_H + bias_LKH[block, 1]
         r_H = r_H + z_H / (1 + torch.exp(-z_H))
-    groups = [HeadsGroup(0, 1, HeadsWeights(weight_LKHH, bias_LKH, output_KNH, None))]
-    torch.testing.assert_close(states(x_H[None], groups)[1], r_H)
+    groups, ops = [HeadsGroup(0, 1, HeadsWeights(weight_LKHH, bias_LKH, output_KNH, None))], Ops()
+    torch.testing.assert_close(ops.states(x_H[None], groups)[1], r_H)
     best_R = (output_KNH[1] @ r_H).argsort(descending=True)[:4]
-    found = propose(x_H[None], groups, 4)
+    found = ops.propose(x_H[None], groups, 4)
     assert torch.equal(found.ids_XR[1], best_R)
     expected_R = (output_KNH[1] @ r_H).log_softmax(0)[best_R]
     torch.testing.assert_close(found.logprobs_XR[1], expected_R)
@@ -231,7 +224,7 @@ def test_the_head_maths_of_the_formats_page() -> None:
 LEVELS = (-torch.inf, -1.0, 0.0, 2.0, 2.5, torch.nan, torch.inf)
 
 
-@pytest.mark.parametrize("way", [None, Isa.AVX512])
+@pytest.mark.parametrize("way", [pytest.param(None, id="torch"), *each_of(Isa.AVX512)])
 @given(SEEDS, st.integers(1, 90), st.integers(1, MAX_RANK), st.integers(1, len(LEVELS)))
 def test_top_equals_a_full_sort(
     way: Isa | None, seed: int, columns: int, num: int, num_levels: int
@@ -239,16 +232,16 @@ def test_top_equals_a_full_sort(
     generator = torch.Generator().manual_seed(seed)
     picked = torch.randint(num_levels, (3, columns), generator=generator)
     logits_XV = guarded(torch.tensor(LEVELS)[picked])
-    with running(way):
-        found = top(logits_XV, num)
+    with running(way) as ops:
+        found = ops.top(logits_XV, num)
     assert_same(found, top_reference(logits_XV, num))
 
 
-@pytest.mark.parametrize("way", [None, Isa.AVX512])
+@pytest.mark.parametrize("way", [pytest.param(None, id="torch"), *each_of(Isa.AVX512)])
 def test_top_of_a_whole_vocabulary(way: Isa | None) -> None:
     logits_XV = torch.randn(2, 50_000, generator=torch.Generator().manual_seed(0))
     expected_XR = logits_XV.argsort(dim=1, descending=True)[:, :7]
     logprobs_XR = logits_XV.double().log_softmax(-1).gather(1, expected_XR).float()
-    with running(way):
-        assert_same(top(logits_XV, 7), TopTokens(expected_XR, logprobs_XR))
-        assert top(torch.zeros(2, 50_000), 3).ids_XR.tolist() == [[0, 1, 2]] * 2
+    with running(way) as ops:
+        assert_same(ops.top(logits_XV, 7), TopTokens(expected_XR, logprobs_XR))
+        assert ops.top(torch.zeros(2, 50_000), 3).ids_XR.tolist() == [[0, 1, 2]] * 2

@@ -16,7 +16,7 @@ from lorastack.kernels.quantize import (
     dequantise,
     head_kind,
     pack_nibbles,
-    quantise,
+    quantise_torch,
     unpack_nibbles,
 )
 
@@ -47,7 +47,7 @@ def groups(weight_OI: Tensor, kind: Kind) -> Tensor:
 def test_every_weight_is_near(kind: Kind, seed: int, dtype: torch.dtype) -> None:
     """Within half a step of its group; in int4 on average, for what is clipped is further off."""
     weight_OI = random_weight(seed).to(dtype)
-    quantised = quantise(weight_OI, kind)
+    quantised = quantise_torch(weight_OI, kind)
     found_OI = dequantise(quantised)
     assert found_OI.shape == weight_OI.shape
     least, most = LIMITS[kind]
@@ -65,7 +65,7 @@ def test_every_weight_is_near(kind: Kind, seed: int, dtype: torch.dtype) -> None
 @pytest.mark.parametrize("kind", KINDS)
 @given(st.integers(0, 2**30))
 def test_what_the_kernels_multiply_is_exact_in_bfloat16(kind: Kind, seed: int) -> None:
-    quantised = quantise(random_weight(seed), kind)
+    quantised = quantise_torch(random_weight(seed), kind)
     assert quantised.scales.dtype == torch.bfloat16
     exact = quantised.codes.float() if kind is Kind.INT8 else dequantise(quantised)
     assert torch.equal(exact, exact.to(torch.bfloat16).float())
@@ -77,20 +77,20 @@ def test_an_output_is_quantised_by_itself(kind: Kind, seed: int) -> None:
     weight_OI = random_weight(seed)
     row = seed % len(weight_OI)
     assert torch.equal(
-        dequantise(quantise(weight_OI, kind))[row], dequantised(weight_OI[row], kind)
+        dequantise(quantise_torch(weight_OI, kind))[row], dequantised(weight_OI[row], kind)
     )
 
 
 def dequantised(row_I: Tensor, kind: Kind) -> Tensor:
-    return dequantise(quantise(row_I[None], kind))[0]
+    return dequantise(quantise_torch(row_I[None], kind))[0]
 
 
 def test_large_weights_are_cut_where_nobody_sees() -> None:
     """More than one chunk of rows."""
     weight_OI = torch.randn(700, 3000)
     for kind in KINDS:
-        found = dequantise(quantise(weight_OI, kind))
-        assert torch.equal(found[650:], dequantise(quantise(weight_OI[650:], kind)))
+        found = dequantise(quantise_torch(weight_OI, kind))
+        assert torch.equal(found[650:], dequantise(quantise_torch(weight_OI[650:], kind)))
 
 
 def test_int4_is_better_than_the_largest_value_alone_would_make_it() -> None:
@@ -98,7 +98,7 @@ def test_int4_is_better_than_the_largest_value_alone_would_make_it() -> None:
     grouped = weight_OI.unflatten(1, (-1, GROUP))
     scale = grouped.abs().amax(dim=2, keepdim=True) / 7
     naive = ((grouped / scale).round().clamp(-8, 7) * scale).flatten(1)
-    found = dequantise(quantise(weight_OI, Kind.INT4))
+    found = dequantise(quantise_torch(weight_OI, Kind.INT4))
     assert (found - weight_OI).norm() < 0.92 * (naive - weight_OI).norm()
 
 
@@ -111,7 +111,7 @@ def test_what_is_not_finite_is_refused(kind: Kind, bad: float, seed: int) -> Non
     row = seed % outputs
     weight_OI[row, seed // 7 % inputs] = bad
     with pytest.raises(NotFiniteError) as raised:
-        quantise(weight_OI, kind)
+        quantise_torch(weight_OI, kind)
     assert raised.value.row == row
 
 
@@ -138,7 +138,7 @@ def test_the_torch_layer_multiplies_by_that_weight(
     x = torch.randn(num_rows, 48).to(dtype)
     dense = pack_dense(weight_OI, bias_O, kind=kind)
     assert dense.weight.nbytes == 37 * 64 // (2 if kind is Kind.INT4 else 1)
-    expected_OI = dequantise(quantise(weight_OI, kind))
+    expected_OI = dequantise(quantise_torch(weight_OI, kind))
     assert torch.equal(plain_weight(dense), expected_OI)
     expected = torch.nn.functional.linear(x, expected_OI.to(dtype), bias_O)
     assert torch.equal(linear(x, dense), expected)

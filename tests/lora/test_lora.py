@@ -19,9 +19,9 @@ from lorastack.layout import (
 )
 from lorastack.lora.segments import LoraBatch, Segment
 from lorastack.lora.weights import LoraWeights
+from lorastack.model.backends.base import Backend
 from lorastack.model.context import ForwardBatch, RowSpan
-from lorastack.model.decoder import Decoder, load_decoder
-from lorastack.model.kv import KVCache
+from lorastack.model.decoder import load_decoder
 from tests.helpers.adapters import write_lora
 from tests.helpers.packed import pack, read_weights
 from tests.helpers.reference import Reference
@@ -40,12 +40,12 @@ def tokens(count: int, seed: int = 0) -> list[int]:
 
 
 def logits(
-    decoder: Decoder,
+    decoder: Backend,
     prompts: Sequence[list[int]],
     stacks: Sequence[Sequence[tuple[LoraWeights, float]]],
 ) -> list[Tensor]:
     """[T, V] of every prompt, all in one batch, each with its stack."""
-    kv = KVCache(decoder.shapes, 8 * len(prompts), 8, torch.float32, CPU)
+    kv = decoder.make_kv(8 * len(prompts), 8)
     rows: list[RowSpan] = []
     segments: list[Segment] = []
     start = 0
@@ -54,7 +54,7 @@ def logits(
         rows.append(RowSpan(start, end, range(8 * index, 8 * index + 8), 0))
         segments += [Segment(start, end, weights, scale) for weights, scale in stack]
         start = end
-    ids = torch.tensor([token for prompt in prompts for token in prompt])
+    ids = [token for prompt in prompts for token in prompt]
     lora = LoraBatch(tuple(segments))
     result = decoder.forward(ForwardBatch(ids, tuple(rows), range(len(ids)), lora), kv).logits_XV
     return list(result.split([len(prompt) for prompt in prompts]))
@@ -69,12 +69,12 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture(scope="module")
-def decoder(model: Path) -> Decoder:
+def decoder(model: Path) -> Backend:
     return load_decoder(model, device=CPU, dtype=torch.float32, max_context=None)
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_every_target_equals_peft(target: str, model: Path, decoder: Decoder, tmp_path: Path):
+def test_every_target_equals_peft(target: str, model: Path, decoder: Backend, tmp_path: Path):
     shapes = shapes_of(model)
     folder = write_lora(tmp_path / "lora", shapes, rank=5, alpha=12.0, targets=[target])
     reference = Reference(model, {"lora": folder})
@@ -85,7 +85,7 @@ def test_every_target_equals_peft(target: str, model: Path, decoder: Decoder, tm
     assert (result - reference.logits(prompt)).abs().max() > 0.05
 
 
-def test_mixed_batch_of_stacks_and_ranks_equals_peft(model: Path, decoder: Decoder, tmp_path: Path):
+def test_mixed_batch_of_stacks_and_ranks_equals_peft(model: Path, decoder: Backend, tmp_path: Path):
     """Base rows between adapted ones, ranks 2 and 11, stacks with scales, one adapter twice."""
     shapes = shapes_of(model)
     folders = {
@@ -114,7 +114,7 @@ def test_mixed_batch_of_stacks_and_ranks_equals_peft(model: Path, decoder: Decod
         torch.testing.assert_close(result, reference.logits(prompt, stack), **TOLERANCE)
 
 
-def test_base_rows_are_untouched(model: Path, decoder: Decoder, tmp_path: Path):
+def test_base_rows_are_untouched(model: Path, decoder: Backend, tmp_path: Path):
     shapes = shapes_of(model)
     lora = read_weights(write_lora(tmp_path / "lora", shapes, targets=TARGETS), shapes)
     prompts = [tokens(6, 1), tokens(6, 2), tokens(6, 3)]

@@ -12,8 +12,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lorastack.lora.segments import LoraBatch
+from lorastack.model.backends.base import Backend
 from lorastack.model.context import ForwardBatch, RowSpan
-from lorastack.model.decoder import Decoder, load_decoder
+from lorastack.model.decoder import load_decoder
 from lorastack.model.kv import KVCache, Move
 from tests.helpers.tiny import VOCAB_SIZE, build_llama, build_mistral
 
@@ -60,12 +61,12 @@ def build(folder: Path, *, mistral: bool = False, **overrides: Any) -> Path:
     return (build_mistral if mistral else build_llama)(folder, **overrides)
 
 
-def load(folder: Path) -> Decoder:
+def load(folder: Path) -> Backend:
     return load_decoder(folder, device=CPU, dtype=torch.float32, max_context=None)
 
 
-def cache(decoder: Decoder) -> KVCache:
-    kv = KVCache(decoder.shapes, NUM_PAGES, PAGE, torch.float32, CPU)
+def cache(decoder: Backend) -> KVCache:
+    kv = decoder.make_kv(NUM_PAGES, PAGE)
     kv.data.fill_(torch.nan)  # what an earlier owner left must not matter
     return kv
 
@@ -81,9 +82,9 @@ def tokens(count: int, seed: int = 0) -> list[int]:
     return torch.randint(4, VOCAB_SIZE, (count,), generator=generator).tolist()
 
 
-def run(decoder: Decoder, kv: KVCache, ids: list[int], *rows: RowSpan) -> Tensor:
+def run(decoder: Backend, kv: KVCache, ids: list[int], *rows: RowSpan) -> Tensor:
     """[T, V] of one step."""
-    return decoder.forward(ForwardBatch(torch.tensor(ids), rows, range(len(ids))), kv).logits_XV
+    return decoder.forward(ForwardBatch(ids, rows, range(len(ids))), kv).logits_XV
 
 
 def transformers_logits(folder: Path, ids: list[int]) -> Tensor:
@@ -247,7 +248,7 @@ def test_half_precision_gives_float32_logits_near_transformers(
     tiny_mistral: Path, dtype: torch.dtype
 ):
     decoder = load_decoder(tiny_mistral, device=CPU, dtype=dtype, max_context=None)
-    kv = KVCache(decoder.shapes, NUM_PAGES, PAGE, dtype, CPU)
+    kv = decoder.make_kv(NUM_PAGES, PAGE)
     ids = tokens(40)
     result = run(decoder, kv, ids, RowSpan(0, 40, shuffled_pages(), 0))
     assert result.dtype == torch.float32

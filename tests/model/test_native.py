@@ -18,10 +18,11 @@ from lorastack.kernels.native.library import Isa
 from lorastack.kernels.quantize import Kind
 from lorastack.layout import EMBED, LAYER_TARGETS, LM_HEAD
 from lorastack.lora.weights import LoraWeights
+from lorastack.model.backends.base import Backend
 from lorastack.model.backends.native import NativeBackend
 from lorastack.model.checkpoint import Checkpoint
 from lorastack.model.config import load_config
-from lorastack.model.decoder import Decoder, load_decoder
+from lorastack.model.decoder import load_decoder
 from lorastack.model.kv import KVCache, Move
 from tests.helpers.adapters import write_lora
 from tests.helpers.isas import each_of
@@ -55,13 +56,13 @@ STACKS: tuple[Uses, ...] = ((), ((ALL, 1.0),), ((SOME, 1.0),), ((ALL, 0.5), (WID
 class World:
     """A tiny model on one instruction set, and the same in torch and float32."""
 
-    native: Decoder
-    reference: Decoder
+    native: Backend
+    reference: Backend
     loras: list[LoraWeights]
     reference_loras: list[LoraWeights]
 
-    def cache(self, decoder: Decoder) -> KVCache:
-        kv = KVCache(decoder.shapes, NUM_PAGES, PAGE, decoder.dtype, CPU)
+    def cache(self, backend: Backend) -> KVCache:
+        kv = backend.make_kv(NUM_PAGES, PAGE)
         kv.data.fill_(torch.nan)  # what an earlier owner left must not matter
         return kv
 
@@ -93,7 +94,7 @@ def world(request: pytest.FixtureRequest, folder: Path, lora_folders: list[Path]
         folder, device=CPU, dtype=torch.float32, max_context=None, native=False, quantize=kind
     )
     return World(
-        Decoder(config.shapes, backend, CPU, dtype),
+        backend,
         reference,
         [read_weights(path, shapes, dtype) for path in lora_folders],
         [read_weights(path, shapes) for path in lora_folders],

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from lorastack.errors import InvalidArgumentError
 from lorastack.kernels.native.library import Isa, supported
-from lorastack.kernels.quantize import Kind, dequantise, quantise
+from lorastack.kernels.quantize import Kind, dequantise, quantise_torch
 from lorastack.model.decoder import load_decoder
 from tests.helpers.tiny import VOCAB_SIZE, build_llama
 
@@ -37,7 +37,7 @@ def test_head_rows_are_those_that_are_multiplied(
     ids = [0, 1, 15, 16, 40, VOCAB_SIZE - 1]
     out_NH = torch.full((len(ids), weight.shape[1]), torch.nan, dtype=dtype)
     decoder.head_rows(ids, out_NH)
-    assert torch.equal(out_NH, dequantise(quantise(weight, Kind.INT8))[ids].to(dtype))
+    assert torch.equal(out_NH, dequantise(quantise_torch(weight, Kind.INT8))[ids].to(dtype))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -45,7 +45,7 @@ def test_native_runs_bfloat16_and_torch_the_rest(folder: Path, kind: Kind) -> No
     def backend(dtype: torch.dtype | None) -> str:
         decoder = load_decoder(folder, device=CPU, dtype=dtype, max_context=None, quantize=kind)
         assert decoder.quantization == kind
-        return decoder.backend.partition(" ")[0]
+        return decoder.name.partition(" ")[0]
 
     here = supported(Isa.AMX) or supported(Isa.AVX512_BF16)
     assert backend(torch.float32) == "torch"

@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorastack.model.context import ForwardBatch, RowSpan
 from lorastack.model.decoder import load_decoder
-from lorastack.model.kv import KVCache
 
 pytestmark = pytest.mark.real
 CPU = torch.device("cpu")
@@ -33,9 +32,9 @@ def test_logits_and_greedy_tokens_equal_transformers(smollm: Path):
         )
         prompt_logits = model(torch.tensor([ids])).logits[0]
 
-    kv = KVCache(decoder.shapes, 32, 16, torch.float32, CPU)
+    kv = decoder.make_kv(32, 16)
     pages = list(range(31, -1, -1))
-    batch = ForwardBatch(torch.tensor(ids), (RowSpan(0, len(ids), pages, 0),), range(len(ids)))
+    batch = ForwardBatch(ids, (RowSpan(0, len(ids), pages, 0),), range(len(ids)))
     logits = decoder.forward(batch, kv).logits_XV
     assert (logits - prompt_logits).abs().max() < 1e-3
     output: list[int] = []
@@ -43,9 +42,7 @@ def test_logits_and_greedy_tokens_equal_transformers(smollm: Path):
         assert (logits[-1] - reference[0]).abs().max() < 1e-3
         output.append(int(logits[-1].argmax()))
         row = RowSpan(0, 1, pages, len(ids) + len(output) - 1)
-        logits = decoder.forward(
-            ForwardBatch(torch.tensor(output[-1:]), (row,), (0,)), kv
-        ).logits_XV
+        logits = decoder.forward(ForwardBatch(output[-1:], (row,), (0,)), kv).logits_XV
     assert output == expected.sequences[0, len(ids) :].tolist()
 
 

@@ -18,7 +18,6 @@ from lorastack.model.checkpoint import Checkpoint
 from lorastack.model.config import load_config
 from lorastack.model.context import ForwardBatch, RowSpan
 from lorastack.model.decoder import load_decoder
-from lorastack.model.kv import KVCache
 from lorastack.model.weights import Packing, load_weights
 
 
@@ -71,8 +70,8 @@ def stored(source: Path, folder: Path, *, tie: bool, embed: str, head: str) -> P
 
 def logits_of(folder: Path) -> Tensor:
     decoder = load_decoder(folder, device=CPU, dtype=torch.float32, max_context=64)
-    kv = KVCache(decoder.shapes, 2, 16, torch.float32, CPU)
-    batch = ForwardBatch(torch.tensor(IDS), (RowSpan(0, 5, [0], 0),), range(5))
+    kv = decoder.make_kv(2, 16)
+    batch = ForwardBatch(IDS, (RowSpan(0, 5, [0], 0),), range(5))
     rows = torch.empty(3, decoder.shapes.hidden_size)
     decoder.head_rows([5, 6, 7], rows)
     outputs = decoder.forward(batch, kv)

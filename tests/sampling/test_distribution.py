@@ -12,8 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorastack.kernels.best import best
-from lorastack.kernels.native.library import Isa, supported
+from lorastack.kernels.ops import NativeOps, fastest_ops
 from lorastack.kernels.sample import Sample
 from lorastack.request import SamplingParams, TokenSource, TypicalAcceptance
 from lorastack.sampling.processors import Processor, needs_processor
@@ -23,7 +22,8 @@ from lorastack.speculation.accept import Accepted, Nodes, accept, accept_typical
 from lorastack.speculation.tree import Tree
 from tests.helpers import chi_square
 
-ROWS = 50_000 if supported(Isa.AVX512) else 10_000  # of two tokens; torch takes a ms for each
+OPS = fastest_ops(torch.float32, 64, torch.device("cpu"))
+ROWS = 50_000 if isinstance(OPS, NativeOps) else 10_000  # of two tokens; torch takes a ms for each
 SIZE = 6
 PROMPT = (2, 2, 5)
 CONTEXTS: list[tuple[int, ...]] = [(), *((token,) for token in range(SIZE))]
@@ -68,7 +68,8 @@ class Model:
             for seed, context in zip(seeds, contexts, strict=True)
         ]
         processed = [self._processed[each.row] for each in samples]
-        return sample(self._logits_XV, best(self._logits_XV)[1].tolist(), samples, processed)
+        best_X = OPS.best(self._logits_XV)[1].tolist()
+        return sample(OPS, self._logits_XV, best_X, samples, processed)
 
     def posterior(self, context: tuple[int, ...], token: int) -> tuple[float, list[float]]:
         row = CONTEXTS.index(context)

@@ -1,4 +1,4 @@
-"""What is asked of the kernels, and log probabilities; tests/kernels/test_draw.py has the draws."""
+"""Whose logits a token is drawn from, and log-probabilities; see tests/kernels for the draws."""
 
 import pytest
 import torch
@@ -6,13 +6,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lorastack.kernels.best import best
+from lorastack.kernels.native.library import Isa
+from lorastack.kernels.ops import NativeOps, Ops
 from lorastack.kernels.sample import Sample
 from lorastack.request import SamplingParams
 from lorastack.sampling.processors import Processor
 from lorastack.sampling.reference import sample_reference
-from lorastack.sampling.sampler import NO_TOKEN, posterior, sample, token_logprobs
+from lorastack.sampling.sampler import NO_TOKEN, posterior, sample
+from tests.helpers.isas import needs
 
+WAYS = [
+    pytest.param(Ops(), id="torch"),
+    pytest.param(NativeOps(None), id="native", marks=needs(Isa.AVX512)),
+]
 params_strategy = st.builds(
     SamplingParams,
     temperature=st.sampled_from([0.0, 0.2, 0.7, 1.0, 3.0]),
@@ -32,50 +38,61 @@ def make_logits(seed: int, rows: int, size: int, levels: int | None) -> Tensor:
     return 3 * torch.randn(rows, size, generator=generator)
 
 
+@pytest.mark.parametrize(
+    ("ops", "dtype"),
+    [
+        *(pytest.param(*way.values, torch.float32, id=way.id, marks=way.marks) for way in WAYS),
+        pytest.param(Ops(), torch.float64, id="float64"),
+    ],
+)
 @given(
     st.integers(0, 2**32),
     st.lists(
         st.builds(Sample, st.integers(0, 4), params_strategy, st.integers(0, 10**6)), max_size=6
     ),
     st.sampled_from([None, 2, 5]),
-    st.sampled_from([torch.float32, torch.float64]),
     st.data(),
 )
 def test_draws_equal_the_reference(
+    ops: Ops,
+    dtype: torch.dtype,
     seed: int,
     samples: list[Sample],
     levels: int | None,
-    dtype: torch.dtype,
     data: st.DataObject,
 ) -> None:
     """Some rows have a processor, which gave them logits of their own."""
     logits_XV = make_logits(seed, 5, 20, levels).to(dtype)
     others_XV = make_logits(seed + 1, len(samples), 20, levels).to(dtype)
     own = [other_V if data.draw(st.booleans()) else None for other_V in others_XV]
-    assert sample(logits_XV, best(logits_XV)[1].tolist(), samples, own) == [
+    assert sample(ops, logits_XV, ops.best(logits_XV)[1].tolist(), samples, own) == [
         sample_reference((logits_XV[row] if own_V is None else own_V).tolist(), params, index)
         for (row, params, index), own_V in zip(samples, own, strict=True)
     ]
 
 
-def test_greedy_ties_go_to_the_lowest_id() -> None:
+@pytest.mark.parametrize("ops", WAYS)
+def test_greedy_ties_go_to_the_lowest_id(ops: Ops) -> None:
     logits_XV = torch.zeros(3, 4000)
     logits_XV[1, 1999:] = 1.0
     logits_XV[2, 7] = logits_XV[2, 3999] = 2.0
-    best_X = best(logits_XV)[1].tolist()
+    best_X = ops.best(logits_XV)[1].tolist()
     samples = [Sample(row, SamplingParams(), row) for row in range(3)]
-    assert sample(logits_XV, best_X, samples) == [0, 1999, 7]
+    assert ops.sample(logits_XV, best_X, samples) == [0, 1999, 7]
 
 
+@pytest.mark.parametrize("ops", WAYS)
 @given(st.integers(0, 2**32), st.integers(0, 25), st.sampled_from([None, 3]))
-def test_logprobs_equal_log_softmax(seed: int, num_top: int, levels: int | None) -> None:
-    logits_V = make_logits(seed, 1, 20, levels)[0]
-    expected = logits_V.double().log_softmax(0).tolist()
-    result = token_logprobs(logits_V, 7, num_top)
-    ranked = sorted(range(20), key=lambda token: (-expected[token], token))[:num_top]
-    assert result.logprob == pytest.approx(expected[7], abs=1e-12)
-    assert [token for token, _ in result.top] == ranked
-    assert [value for _, value in result.top] == pytest.approx([expected[t] for t in ranked])
+def test_logprobs_equal_log_softmax(ops: Ops, seed: int, num_top: int, levels: int | None) -> None:
+    logits_XV = make_logits(seed, 3, 20, levels)
+    rows, tokens = [2, 0, 2], [7, 19, 0]
+    results = ops.logprobs(logits_XV, rows, tokens, num_top)
+    for result, row, token in zip(results, rows, tokens, strict=True):
+        expected = logits_XV[row].double().log_softmax(0).tolist()
+        ranked = sorted(range(20), key=lambda token: (-expected[token], token))[:num_top]
+        assert result.logprob == pytest.approx(expected[token], abs=1e-12)
+        assert [token for token, _ in result.top] == ranked
+        assert [value for _, value in result.top] == pytest.approx([expected[t] for t in ranked])
 
 
 @given(st.integers(0, 2**32), st.sampled_from([0.3, 1.0, 4.0]), st.lists(st.integers(0, 19)))
@@ -102,6 +119,7 @@ odd_logits = st.sampled_from(
 )
 
 
+@pytest.mark.parametrize("ops", WAYS)
 @given(
     st.lists(st.lists(odd_logits, min_size=9, max_size=9), min_size=1, max_size=3),
     st.sets(st.integers(0, 8)),
@@ -119,7 +137,7 @@ odd_logits = st.sampled_from(
     ),
 )
 def test_whatever_the_values_a_token_is_allowed_or_there_is_none(
-    rows: list[list[float]], permitted: set[int], params: SamplingParams
+    ops: Ops, rows: list[list[float]], permitted: set[int], params: SamplingParams
 ) -> None:
     """As a grammar forbids: -inf. A row with a finite best gives a token, and one that is left."""
     logits_XV = torch.tensor(rows)
@@ -130,7 +148,7 @@ def test_whatever_the_values_a_token_is_allowed_or_there_is_none(
         masked_V[[token for token in range(9) if token not in permitted]] = -torch.inf
         processed.append(processor.apply(masked_V, [3, 3]))
     samples = [Sample(row, params, 5) for row in range(len(rows))]
-    found = sample(logits_XV, best(logits_XV)[1].tolist(), samples, processed)
+    found = sample(ops, logits_XV, ops.best(logits_XV)[1].tolist(), samples, processed)
     for token, row_V in zip(found, processed, strict=True):
         if row_V.max().isfinite():
             assert token in permitted and row_V[token].isfinite()

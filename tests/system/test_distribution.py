@@ -128,5 +128,5 @@ def test_a_rule_that_is_not_lossless_is_caught(
             for row, path, token in zip(rows, paths, drawn, strict=True)
         ]
 
-    monkeypatch.setattr("lorastack.engine.acceptance.accept", by_chance)
+    monkeypatch.setattr("lorastack.model.backends.accept.accept", by_chance)
     assert how_likely(generate(model, params, 100), chances) < 1e-12

@@ -1,4 +1,8 @@
-"""Which tokens a step's rows take: draws at nodes of their trees, by each row's own rule."""
+"""Which tokens a step's rows take, by each row's own rule.
+
+The backend samples and accepts for rows that take the model's own tokens by the match rule. The
+rest happens here, on the host: rows with a processor, and typical acceptance.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lorastack.engine.batch import RowStep
+from lorastack.kernels.ops import Ops
 from lorastack.kernels.sample import Sample
+from lorastack.model.context import Outputs, SampledTree
 from lorastack.sampling.sampler import posterior, sample
 from lorastack.speculation.accept import Accepted, Nodes, accept, accept_typical
 from lorastack.speculation.tree import Tree
@@ -16,65 +22,88 @@ from lorastack.speculation.tree import Tree
 
 @dataclass(frozen=True, slots=True)
 class SampledRow:
-    """A row that draws tokens. first_logit: its root's row in the step's logits."""
+    """A row that samples tokens. first_output: its root's place in the step's outputs."""
 
     index: int  # of its step in the batch
     step: RowStep
     tree: Tree  # the root alone where nothing is drafted
-    first_logit: int
+    first_output: int
+
+    @property
+    def by_backend(self) -> bool:
+        """True if the backend accepts its tokens."""
+        return self.step.processor is None and self.step.request.typical is None
+
+    @property
+    def sampled_tree(self) -> SampledTree:
+        """What the backend is told of it."""
+        params = self.step.request.sampling
+        return SampledTree(self.tree, self.first_output, params, self.step.num_generated)
 
 
-def accept_rows(
-    rows: Sequence[SampledRow], logits_XV: Tensor, best_X: Sequence[int]
-) -> list[Accepted]:
-    """What each row gains. logits_XV, best_X: the step's, see `Outputs`."""
+def accept_rows(ops: Ops, rows: Sequence[SampledRow], outputs: Outputs) -> list[Accepted]:
+    """What each row gains. outputs: the step's, of these rows."""
+    by_backend = iter(outputs.accepted)
+    accepted = {row.index: next(by_backend) for row in rows if row.by_backend}
+    on_host = [row for row in rows if not row.by_backend]
+    if on_host:
+        accepted |= _accept_on_host(ops, on_host, outputs)
+    return [accepted[row.index] for row in rows]
+
+
+def _accept_on_host(ops: Ops, rows: Sequence[SampledRow], outputs: Outputs) -> dict[int, Accepted]:
+    """By the rows' places in the batch."""
     accepted: dict[int, Accepted] = {}
+    best_X = outputs.best_X.tolist()
     exact = [row for row in rows if row.step.request.typical is None]
-    nodes = _Nodes(exact, logits_XV, best_X)
-    for row, found in zip(exact, accept([r.tree for r in exact], nodes.sample), strict=True):
-        accepted[row.index] = found
+    nodes = _Nodes(ops, exact, outputs.logits_XV, best_X)
+    for row, gain in zip(exact, accept([r.tree for r in exact], nodes.sample), strict=True):
+        accepted[row.index] = gain
     rules = [(row, rule) for row in rows if (rule := row.step.request.typical) is not None]
     if rules:
-        nodes = _Nodes([row for row, _ in rules], logits_XV, best_X)
+        nodes = _Nodes(ops, [row for row, _ in rules], outputs.logits_XV, best_X)
         trees, wanted = [row.tree for row, _ in rules], [rule for _, rule in rules]
         typical = accept_typical(trees, wanted, nodes.look, nodes.sample)
-        for (row, _), found in zip(rules, typical, strict=True):
-            accepted[row.index] = found
-    return [accepted[row.index] for row in rows]
+        for (row, _), gain in zip(rules, typical, strict=True):
+            accepted[row.index] = gain
+    return accepted
 
 
 @dataclass(frozen=True, slots=True)
 class _Nodes:
     """The nodes of some rows' trees, by what the model says there."""
 
+    ops: Ops
     rows: Sequence[SampledRow]
     logits_XV: Tensor
     best_X: Sequence[int]
 
     def sample(self, nodes: Nodes) -> list[int]:
+        """A token for each node, NO_TOKEN where none is left."""
         samples, processed = [], []
         for index, node, depth in nodes:
             row = self.rows[index]
-            place, token_index = row.first_logit + node, row.step.num_generated + depth
+            place, token_index = row.first_output + node, row.step.num_generated + depth
             samples.append(Sample(place, row.step.request.sampling, token_index))
             processed.append(self._processed(row, node))
-        return sample(self.logits_XV, self.best_X, samples, processed)
+        return sample(self.ops, self.logits_XV, self.best_X, samples, processed)
 
     def look(self, nodes: Nodes) -> list[tuple[float, list[float]]]:
         """Entropy at each node, and the chances of its children's tokens."""
-        found = []
+        posteriors = []
         for index, node, _ in nodes:
             row = self.rows[index]
             logits_V = self._processed(row, node)
             if logits_V is None:
-                logits_V = self.logits_XV[row.first_logit + node]
+                logits_V = self.logits_XV[row.first_output + node]
             tokens = [row.tree.tokens[child] for child in row.tree.children[node]]
-            found.append(posterior(logits_V, row.step.request.sampling.temperature, tokens))
-        return found
+            temperature = row.step.request.sampling.temperature
+            posteriors.append(posterior(logits_V, temperature, tokens))
+        return posteriors
 
     def _processed(self, row: SampledRow, node: int) -> Tensor | None:
         """None: the row takes the model's own logits."""
         if row.step.processor is None:
             return None
-        logits_V = self.logits_XV[row.first_logit + node]
+        logits_V = self.logits_XV[row.first_output + node]
         return row.step.processor.apply(logits_V, row.tree.path_to(node))

@@ -12,24 +12,17 @@ from torch import Tensor
 from lorastack.adapters.memory.device import DeviceAdapter
 from lorastack.engine.batch import Proposal, RowStep
 from lorastack.engine.stacks import Stacks
-from lorastack.kernels.heads import (
-    HeadsGroup,
-    HeadsWeights,
-    TopTokens,
-    propose,
-    states,
-    top,
-)
+from lorastack.kernels.heads import HeadsGroup, HeadsWeights, TopTokens
 from lorastack.layout import LM_HEAD, NO_LAYER, Part
-from lorastack.model.decoder import Decoder
+from lorastack.model.backends.base import Backend
 from lorastack.speculation.heads import heads_weights, own_outputs
 
 
 class Proposer:
     """Views into heads' buffers, made once while they are on the device; borrows the rest."""
 
-    def __init__(self, decoder: Decoder, stacks: Stacks) -> None:
-        self._decoder = decoder
+    def __init__(self, backend: Backend, stacks: Stacks) -> None:
+        self._backend = backend
         self._stacks = stacks
         self._views: WeakKeyDictionary[DeviceAdapter, HeadsWeights] = WeakKeyDictionary()
         self._failed: list[str] = []
@@ -74,14 +67,14 @@ class Proposer:
 
     def _propose(self, hidden_BH: Tensor, steps: Sequence[RowStep]) -> TopTokens:
         """Candidates of (row, head), all in one call."""
-        return propose(hidden_BH, self._groups(steps), _most_candidates(steps))
+        return self._backend.ops.propose(hidden_BH, self._groups(steps), _most_candidates(steps))
 
     def _propose_with_lm_head(self, hidden_BH: Tensor, steps: Sequence[RowStep]) -> TopTokens:
         """A second pass of lm_head over (rows x heads), through the row's LoRAs of it."""
-        r_YH = states(hidden_BH, self._groups(steps))
+        r_YH = self._backend.ops.states(hidden_BH, self._groups(steps))
         counts = [_heads_of(step).layout.num_heads for step in steps]
-        logits_YV = self._decoder.logits(r_YH, self._stacks.segments(steps, counts))
-        return top(logits_YV, _most_candidates(steps))
+        logits_YV = self._backend.logits(r_YH, self._stacks.segments(steps, counts))
+        return self._backend.ops.top(logits_YV, _most_candidates(steps))
 
     def _groups(self, steps: Sequence[RowStep]) -> list[HeadsGroup]:
         """Neighbouring rows of one heads digest, and these heads."""

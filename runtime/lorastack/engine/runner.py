@@ -7,19 +7,16 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from lorastack.engine.acceptance import SampledRow, accept_rows
 from lorastack.engine.batch import Batch, Proposal, RowResult, RowStep
 from lorastack.engine.proposer import Proposer
 from lorastack.engine.stacks import Stacks
 from lorastack.errors import InternalError, InvalidArgumentError, LorastackError, Reason
-from lorastack.model.context import ForwardBatch, RowSpan
-from lorastack.model.decoder import Decoder
+from lorastack.model.backends.base import Backend
+from lorastack.model.context import ForwardBatch, Outputs, RowSpan
 from lorastack.model.kv import KVCache, Move
 from lorastack.request import Request, TokenLogprobs
-from lorastack.sampling.sampler import NO_TOKEN, token_logprobs
+from lorastack.sampling.sampler import NO_TOKEN
 from lorastack.speculation.accept import Accepted
 from lorastack.speculation.tree import Tree
 
@@ -40,37 +37,37 @@ class StepResults:
 class Runner:
     """Owns the KV tensor and borrows weights and adapters."""
 
-    def __init__(self, decoder: Decoder, kv: KVCache) -> None:
-        self._decoder = decoder
+    def __init__(self, backend: Backend, kv: KVCache) -> None:
+        self._backend = backend
         self._kv = kv
         self._stacks = Stacks()
-        self._proposer = Proposer(decoder, self._stacks)
+        self._proposer = Proposer(backend, self._stacks)
 
     def rope_length(self, num_prompt: int) -> int:
         """What beside a row's tokens and LoRAs shapes its KV: the length of a prompt beyond that
         which dynamic RoPE begins at. Else 0."""
-        begin = self._decoder.dynamic_rope_begin
+        begin = self._backend.dynamic_rope_begin
         return num_prompt if begin is not None and num_prompt > begin else 0
 
     def run(self, batch: Batch) -> StepResults:
         """One forward pass."""
         forward, sampled = self._lay_out(batch)
-        found = self._decoder.forward(forward, self._kv)
+        outputs = self._backend.forward(forward, self._kv)
         results = [RowResult() for _ in batch.steps]
         if not sampled:
             return StepResults(results)
-        peaks_X = found.peaks_X.tolist()
-        accepted = accept_rows(sampled, found.logits_XV, found.best_X.tolist())
+        peaks_X = outputs.peaks_X.tolist()
+        accepted = accept_rows(self._backend.ops, sampled, outputs)
         self._move_kv(sampled, accepted)
         last = [
-            row.first_logit + (path.path or (0,))[-1]
+            row.first_output + (path.path or (0,))[-1]
             for row, path in zip(sampled, accepted, strict=True)
         ]
         began = time.monotonic()
-        proposals = self._proposer.propose([row.step for row in sampled], last, found.hidden_XH)
+        proposals = self._proposer.propose([row.step for row in sampled], last, outputs.hidden_XH)
         seconds = time.monotonic() - began
         for row, path, proposal in zip(sampled, accepted, proposals, strict=True):
-            results[row.index] = self._result(row, path, proposal, found.logits_XV, peaks_X)
+            results[row.index] = self._result(row, path, proposal, outputs, peaks_X)
         return StepResults(results, seconds, self._proposer.take_failed())
 
     def _lay_out(self, batch: Batch) -> tuple[ForwardBatch, list[SampledRow]]:
@@ -91,10 +88,11 @@ class Runner:
                 sampled.append(SampledRow(index, step, tree, len(outputs)))
                 outputs.extend(range(end - tree.num_nodes, end))
         forward = ForwardBatch(
-            torch.tensor(token_ids, device=self._decoder.device),
+            token_ids,
             tuple(spans),
             outputs,
             self._stacks.segments(batch.steps, [len(step.token_ids) for step in batch.steps]),
+            [row.sampled_tree for row in sampled if row.by_backend],
         )
         return forward, sampled
 
@@ -110,16 +108,16 @@ class Runner:
                 moves.append(Move(step.block_table, src, dst))
         self._kv.move(moves)
 
-    @staticmethod
     def _result(
+        self,
         row: SampledRow,
         accepted: Accepted,
         proposal: Proposal | None,
-        logits_XV: Tensor,
+        outputs: Outputs,
         peaks_X: list[float],
     ) -> RowResult:
         request, places = row.step.request, (0, *accepted.path)
-        nodes = [row.first_logit + node for node in places]
+        nodes = [row.first_output + node for node in places]
         tokens = accepted.tokens
         error: LorastackError | None = None
         for count, (node, token) in enumerate(zip(nodes, tokens, strict=True)):
@@ -131,16 +129,14 @@ class Runner:
                 # What came before is what the row would have without drafts.
                 nodes, tokens = nodes[:count], tokens[:count]
                 break
-        logprobs: tuple[TokenLogprobs, ...] = ()
+        logprobs: list[TokenLogprobs] = []
         if request.num_logprobs is not None:
-            logprobs = tuple(
-                token_logprobs(logits_XV[node], token, request.num_logprobs)
-                for node, token in zip(nodes, tokens, strict=True)
-            )
+            ops, num_top = self._backend.ops, request.num_logprobs
+            logprobs = ops.logprobs(outputs.logits_XV, nodes, tokens, num_top)
         return RowResult(
             tokens=tokens,
             sources=tuple(row.tree.sources[node] for node in accepted.path[: len(tokens)]),
-            logprobs=logprobs,
+            logprobs=tuple(logprobs),
             proposal=proposal,
             error=error,
         )

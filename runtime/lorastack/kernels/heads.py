@@ -13,17 +13,18 @@ all sums are float32.
 Candidates are int64, best first, ties to the lowest place; NaN counts as minus infinity. Where a
 head has fewer than `num` outputs, its best stands for what is missing. Beside them are their
 natural log-probabilities, float32, over all of that head's outputs: NaN where any of its logits in
-that row is not finite.
+that row is not finite. `top` gives the same of rows of logits [X, V].
 
 The native kernel reads the matrices where they lie and runs as one parallel region; a row's bits do
-not depend on the rows beside it. Elsewhere plain torch does the same. The plain reference works row
-by row. Source of the maths: Medusa (FasterDecoding/Medusa), versions 1 and 2 of its heads.
+not depend on the rows beside it. Plain torch takes a few matmuls a group, on any device. The plain
+reference works row by row. Source of the maths: Medusa (FasterDecoding/Medusa), versions 1 and 2 of
+its heads.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -32,7 +33,6 @@ from torch import Tensor
 from torch.nn.functional import linear, silu
 
 from lorastack.kernels.native import library as native
-from lorastack.kernels.native.matrix import PAD
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,57 +69,102 @@ class TopTokens(NamedTuple):
     logprobs_XR: Tensor
 
 
-def states(hidden_BH: Tensor, groups: Sequence[HeadsGroup]) -> Tensor:
-    """See the module. hidden_BH: contiguous, of the heads' dtype."""
-    isa = _isa(hidden_BH)
-    if isa is None:
-        return _torch_states(hidden_BH, groups)
+Top = Callable[[Tensor, int], TopTokens]  # `top` of float32 logits
+
+
+def states_torch(hidden_BH: Tensor, groups: Sequence[HeadsGroup]) -> Tensor:
+    """See the module. hidden_BH: contiguous, of the heads' dtype, on any device.
+
+    One matmul a group and block.
+    """
+    parts_XH = [hidden_BH[:0]]
+    for group in groups:
+        heads, x_BH = group.heads, hidden_BH[group.start : group.end]
+        size = x_BH.shape[1]
+        # The first blocks of all heads read the same state: one plain matmul.
+        weight_XH, bias_X = heads.weight_LKHH[0].view(-1, size), heads.bias_LKH[0].view(-1)
+        block_BKH = linear(x_BH, weight_XH, bias_X).view(-1, heads.num_heads, size)
+        r_BKH = x_BH[:, None] + silu(block_BKH)
+        for weight_KHH, bias_KH in zip(heads.weight_LKHH[1:], heads.bias_LKH[1:], strict=True):
+            r_BKH = r_BKH + silu(torch.einsum("bki,koi->bko", r_BKH, weight_KHH) + bias_KH)
+        parts_XH.append(r_BKH.view(-1, size))
+    return torch.cat(parts_XH)
+
+
+def top_torch(logits_XV: Tensor, num: int) -> TopTokens:
+    """See the module. logits_XV: V at least 1, on any device.
+
+    topk cuts ties anywhere: those rows are sorted.
+    """
+    ordered_XV = logits_XV.where(~logits_XV.isnan(), -torch.inf)
+    if num >= logits_XV.shape[1]:
+        return _weighed(logits_XV, _sorted(ordered_XV, num))
+    values_XR, places_XR = ordered_XV.topk(num + 1)
+    tied_X = (values_XR[:, 1:] == values_XR[:, :-1]).any(dim=1)
+    for row in tied_X.nonzero()[:, 0].tolist():
+        places_XR[row, :num] = _sorted(ordered_XV[row : row + 1], num)[0]
+    return _weighed(logits_XV, places_XR[:, :num])
+
+
+def _weighed(logits_XV: Tensor, places_XR: Tensor) -> TopTokens:
+    logprobs_XR = logits_XV.log_softmax(dim=-1).gather(1, places_XR).float()
+    finite_X = logits_XV.isfinite().all(dim=-1, keepdim=True)
+    return TopTokens(places_XR, logprobs_XR.where(finite_X, torch.nan))
+
+
+def propose_torch(
+    hidden_BH: Tensor, groups: Sequence[HeadsGroup], num: int, top: Top = top_torch
+) -> TopTokens:
+    """See the module. hidden_BH: as in `states_torch`; num, groups: as in `propose_native`.
+
+    top: runs in place of `top_torch`. One matmul a group.
+    """
+    parts: list[TopTokens] = []
+    for group, part_XH in _parts(states_torch(hidden_BH, groups), groups):
+        output = group.heads.output
+        assert output is not None
+        if output.dim() == 2:
+            logits_XN = linear(part_XH, output)
+        else:
+            r_BKH = part_XH.view(-1, group.heads.num_heads, part_XH.shape[1])
+            logits_XN = torch.einsum("bkh,knh->bkn", r_BKH, output).flatten(0, 1)
+        parts.append(_named(top(logits_XN.float().contiguous(), num), group.heads))
+    return _joined(parts, num, hidden_BH.device)
+
+
+def states_native(isa: native.Isa, hidden_BH: Tensor, groups: Sequence[HeadsGroup]) -> Tensor:
+    """See the module. hidden_BH: contiguous on a CPU that has `isa`, of its dtype, H a multiple of
+    `matrix.PAD`."""
     return _native(isa, hidden_BH, groups, None)
 
 
-def propose(hidden_BH: Tensor, groups: Sequence[HeadsGroup], num: int) -> TopTokens:
-    """See the module. hidden_BH: as in `states`; num: 1 to MAX_RANK; every group has an output."""
-    isa = _isa(hidden_BH)
-    if isa is None:
-        return _torch_propose(hidden_BH, groups, num)
-    found = _room(sum(group.num_states for group in groups), num)
-    _native(isa, hidden_BH, groups, found)
-    return found
+def propose_native(
+    isa: native.Isa, hidden_BH: Tensor, groups: Sequence[HeadsGroup], num: int
+) -> TopTokens:
+    """See the module. hidden_BH: as in `states_native`; num: 1 to MAX_RANK; every group has an
+    output."""
+    candidates = _room(sum(group.num_states for group in groups), num)
+    _native(isa, hidden_BH, groups, candidates)
+    return candidates
 
 
-def top(logits_XV: Tensor, num: int) -> TopTokens:
-    """The `num` best places of each row of logits, ordered and weighed as in `propose`.
-
-    logits_XV: contiguous, V at least 1.
-    """
-    usable = logits_XV.device.type == "cpu" and logits_XV.dtype == torch.float32
-    if not usable or not native.supported(native.Isa.AVX512):
-        return _torch_top(logits_XV, num)
+def top_native(logits_XV: Tensor, num: int) -> TopTokens:
+    """`top_torch` of contiguous float32 logits on a CPU with AVX512."""
     rows, columns = logits_XV.shape
-    found = _room(rows, num)
+    best = _room(rows, num)
     library = native.library()
     assert library is not None
     library.lorastack_top(
         *(logits_XV.data_ptr(), rows, columns, num),
-        *(found.ids_XR.data_ptr(), found.logprobs_XR.data_ptr(), torch.get_num_threads()),
+        *(best.ids_XR.data_ptr(), best.logprobs_XR.data_ptr(), torch.get_num_threads()),
     )
-    return found
-
-
-def _room(rows: int, num: int) -> TopTokens:
-    return TopTokens(torch.empty(rows, num, dtype=torch.int64), torch.empty(rows, num))
-
-
-def _isa(hidden_BH: Tensor) -> native.Isa | None:
-    if hidden_BH.device.type != "cpu" or hidden_BH.shape[1] % PAD:
-        return None
-    return native.isa_of(hidden_BH.dtype)
+    return best
 
 
 def _native(
-    isa: native.Isa, hidden_BH: Tensor, groups: Sequence[HeadsGroup], found: TopTokens | None
+    isa: native.Isa, hidden_BH: Tensor, groups: Sequence[HeadsGroup], out: TopTokens | None
 ) -> Tensor:
-    """The states; fills `found`."""
+    """The states; fills `out`."""
     num_states = sum(group.num_states for group in groups)
     r_XH = torch.empty(num_states, hidden_BH.shape[1], dtype=hidden_BH.dtype)
     structs = (native.Heads * len(groups))(*(_struct(group) for group in groups))
@@ -127,11 +172,11 @@ def _native(
         ctypes.addressof(structs),
         hidden_BH.data_ptr(),
         r_XH.data_ptr(),
-        None if found is None else found.ids_XR.data_ptr(),
-        None if found is None else found.logprobs_XR.data_ptr(),
+        None if out is None else out.ids_XR.data_ptr(),
+        None if out is None else out.logprobs_XR.data_ptr(),
         len(groups),
         hidden_BH.shape[1],
-        0 if found is None else found.ids_XR.shape[1],
+        0 if out is None else out.ids_XR.shape[1],
         torch.get_num_threads(),
         isa,
     )
@@ -158,37 +203,6 @@ def _struct(group: HeadsGroup) -> native.Heads:
     )
 
 
-def _torch_states(hidden_BH: Tensor, groups: Sequence[HeadsGroup]) -> Tensor:
-    """One matmul a group and block."""
-    parts_XH = [hidden_BH[:0]]
-    for group in groups:
-        heads, x_BH = group.heads, hidden_BH[group.start : group.end]
-        size = x_BH.shape[1]
-        # The first blocks of all heads read the same state: one plain matmul.
-        weight_XH, bias_X = heads.weight_LKHH[0].view(-1, size), heads.bias_LKH[0].view(-1)
-        block_BKH = linear(x_BH, weight_XH, bias_X).view(-1, heads.num_heads, size)
-        r_BKH = x_BH[:, None] + silu(block_BKH)
-        for weight_KHH, bias_KH in zip(heads.weight_LKHH[1:], heads.bias_LKH[1:], strict=True):
-            r_BKH = r_BKH + silu(torch.einsum("bki,koi->bko", r_BKH, weight_KHH) + bias_KH)
-        parts_XH.append(r_BKH.view(-1, size))
-    return torch.cat(parts_XH)
-
-
-def _torch_propose(hidden_BH: Tensor, groups: Sequence[HeadsGroup], num: int) -> TopTokens:
-    """One matmul a group."""
-    parts: list[TopTokens] = []
-    for group, part_XH in _parts(_torch_states(hidden_BH, groups), groups):
-        output = group.heads.output
-        assert output is not None
-        if output.dim() == 2:
-            logits_XN = linear(part_XH, output)
-        else:
-            r_BKH = part_XH.view(-1, group.heads.num_heads, part_XH.shape[1])
-            logits_XN = torch.einsum("bkh,knh->bkn", r_BKH, output).flatten(0, 1)
-        parts.append(_named(top(logits_XN.float().contiguous(), num), group.heads))
-    return _joined(parts, num, hidden_BH.device)
-
-
 def _parts(r_XH: Tensor, groups: Sequence[HeadsGroup]) -> Iterator[tuple[HeadsGroup, Tensor]]:
     """Each group and its states."""
     start = 0
@@ -198,9 +212,9 @@ def _parts(r_XH: Tensor, groups: Sequence[HeadsGroup]) -> Iterator[tuple[HeadsGr
         start = end
 
 
-def _named(found: TopTokens, heads: HeadsWeights) -> TopTokens:
+def _named(best: TopTokens, heads: HeadsWeights) -> TopTokens:
     """The tokens for which the outputs' places stand."""
-    return found if heads.ids_N is None else found._replace(ids_XR=heads.ids_N[found.ids_XR])
+    return best if heads.ids_N is None else best._replace(ids_XR=heads.ids_N[best.ids_XR])
 
 
 def _joined(parts: Sequence[TopTokens], num: int, device: torch.device) -> TopTokens:
@@ -210,22 +224,8 @@ def _joined(parts: Sequence[TopTokens], num: int, device: torch.device) -> TopTo
     return TopTokens(torch.cat(ids), torch.cat(logprobs))
 
 
-def _torch_top(logits_XV: Tensor, num: int) -> TopTokens:
-    """topk, which cuts ties anywhere: those rows are sorted."""
-    ordered_XV = logits_XV.where(~logits_XV.isnan(), -torch.inf)
-    if num >= logits_XV.shape[1]:
-        return _weighed(logits_XV, _sorted(ordered_XV, num))
-    values_XR, places_XR = ordered_XV.topk(num + 1)
-    tied_X = (values_XR[:, 1:] == values_XR[:, :-1]).any(dim=1)
-    for row in tied_X.nonzero()[:, 0].tolist():
-        places_XR[row, :num] = _sorted(ordered_XV[row : row + 1], num)[0]
-    return _weighed(logits_XV, places_XR[:, :num])
-
-
-def _weighed(logits_XV: Tensor, places_XR: Tensor) -> TopTokens:
-    logprobs_XR = logits_XV.log_softmax(dim=-1).gather(1, places_XR).float()
-    finite_X = logits_XV.isfinite().all(dim=-1, keepdim=True)
-    return TopTokens(places_XR, logprobs_XR.where(finite_X, torch.nan))
+def _room(rows: int, num: int) -> TopTokens:
+    return TopTokens(torch.empty(rows, num, dtype=torch.int64), torch.empty(rows, num))
 
 
 def states_reference(hidden_BH: Tensor, groups: Sequence[HeadsGroup]) -> Tensor:

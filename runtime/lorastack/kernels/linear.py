@@ -22,10 +22,11 @@ from torch.nn import functional
 
 from lorastack.kernels.quantize import (
     Kind,
+    Quantise,
     Quantised,
     dequantise,
     pack_nibbles,
-    quantise,
+    quantise_torch,
     unpack_nibbles,
 )
 
@@ -49,11 +50,15 @@ class Dense:
 
 
 def pack_dense(
-    weight_OI: Tensor, bias_O: Tensor | None = None, *, kind: Kind | None = None
+    weight_OI: Tensor,
+    bias_O: Tensor | None = None,
+    *,
+    kind: Kind | None = None,
+    quantise: Quantise = quantise_torch,
 ) -> Dense:
     """Lay a weight out for its device; the plain weight is not kept.
 
-    kind: quantised to it. Raises NotFiniteError then.
+    kind: what `quantise` makes of it. Raises NotFiniteError then.
     """
     if kind is not None:
         quantised = quantise(weight_OI, kind)

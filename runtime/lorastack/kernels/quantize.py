@@ -1,6 +1,6 @@
 """Weights as small integers with scales, and the weight that they stand for.
 
-Contract. `quantise(weight_OI, kind)` gives codes and scales; the weight they stand for is
+Contract. A weight [out, in] and a kind give codes and scales; the weight they stand for is
 code * scale, exactly, on every backend.
 
 - int8: codes -127..127, one scale an output, its largest magnitude / 127. Codes are exact in
@@ -18,6 +18,7 @@ faster, gives the bits that the latter gives on a CPU.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lorastack.kernels.native.library import Isa, library, supported
+from lorastack.kernels.native.library import library
 
 GROUP = 32  # inputs that share a scale in int4; inputs are padded to it with zeros
 _LARGEST = 127  # code of int8
@@ -69,39 +70,43 @@ class Quantised:
     inputs: int
 
 
-def quantise(weight_OI: Tensor, kind: Kind) -> Quantised:
+Quantise = Callable[[Tensor, Kind], Quantised]
+
+
+def quantise_torch(weight_OI: Tensor, kind: Kind) -> Quantised:
     """Codes and scales of a weight of any float dtype. Raises NotFiniteError."""
-    on_cpu, dtype = weight_OI.device.type == "cpu", weight_OI.dtype
-    native = on_cpu and dtype == torch.bfloat16 and supported(Isa.AVX512)
-    found = (_native if native else quantise_reference)(weight_OI, kind)
-    finite_O = found.scales.isfinite().all(dim=1)
+    return _checked(quantise_reference(weight_OI, kind))
+
+
+def quantise_native(weight_OI: Tensor, kind: Kind) -> Quantised:
+    """`quantise_torch` of a bfloat16 weight on a CPU with AVX512."""
+    native, weight_OI, quantised = library(), weight_OI.contiguous(), _empty(weight_OI, kind)
+    assert native is not None
+    native.lorastack_quantise(
+        *(weight_OI.data_ptr(), *weight_OI.shape, STORED[kind]),
+        *(quantised.codes.data_ptr(), quantised.scales.data_ptr(), torch.get_num_threads()),
+    )
+    return _checked(quantised)
+
+
+def _checked(quantised: Quantised) -> Quantised:
+    finite_O = quantised.scales.isfinite().all(dim=1)
     if not finite_O.all():
         raise NotFiniteError(int(finite_O.int().argmin()))
-    return found
+    return quantised
 
 
 def quantise_reference(weight_OI: Tensor, kind: Kind) -> Quantised:
-    """What `quantise` computes; a scale is not finite where a weight is not."""
-    found = _empty(weight_OI, kind)
-    (outputs, width), groups = found.codes.shape, found.scales.shape[1]
+    """The contract in plain torch; a scale is not finite where a weight is not."""
+    quantised = _empty(weight_OI, kind)
+    (outputs, width), groups = quantised.codes.shape, quantised.scales.shape[1]
     rows = max(1, _CHUNK // width)
     for start in range(0, outputs, rows):
         part = slice(start, start + rows)
-        values = pad(weight_OI[part].float(), (0, width - found.inputs))
-        codes, found.scales[part] = _quantised(values.view(-1, groups, width // groups), kind)
-        found.codes[part] = codes.flatten(1)
-    return found
-
-
-def _native(weight_OI: Tensor, kind: Kind) -> Quantised:
-    """`quantise_reference` of a bfloat16 weight on the CPU."""
-    loaded, weight_OI, found = library(), weight_OI.contiguous(), _empty(weight_OI, kind)
-    assert loaded is not None
-    loaded.lorastack_quantise(
-        *(weight_OI.data_ptr(), *weight_OI.shape, STORED[kind]),
-        *(found.codes.data_ptr(), found.scales.data_ptr(), torch.get_num_threads()),
-    )
-    return found
+        values = pad(weight_OI[part].float(), (0, width - quantised.inputs))
+        codes, quantised.scales[part] = _quantised(values.view(-1, groups, width // groups), kind)
+        quantised.codes[part] = codes.flatten(1)
+    return quantised
 
 
 def _empty(weight_OI: Tensor, kind: Kind) -> Quantised:

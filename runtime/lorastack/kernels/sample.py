@@ -1,17 +1,19 @@
 """One token of a row of logits, drawn.
 
-Contract. Tokens rank by logit, ties by the lower id. With temperature T above 0 the filters work in
-the order of transformers: top_k keeps the first k; top_p keeps the shortest run of first tokens
-whose probabilities (after temperature, among what top_k left) reach top_p; min_p keeps tokens at
-least min_p times as probable as the first. The token drawn is argmax(logit / T + Gumbel noise) over
-what is left, in float64. Non-finite logits, or a T so near 0 that the best logit / T is infinite,
-give some id.
+Contract. Each of `samples`, none of them greedy, gives a token of its row of logits_XV, float32 or
+float64, each row contiguous. The token depends on that row, params and token_index alone; params'
+seed and token_index choose the noise. Tokens rank by logit, ties by the lower id. With temperature
+T above 0 the filters work in the order of transformers: top_k keeps the first k; top_p keeps the
+shortest run of first tokens whose probabilities (after temperature, among what top_k left) reach
+top_p; min_p keeps tokens at least min_p times as probable as the first. The token drawn is
+argmax(logit / T + Gumbel noise) over what is left, in float64. Non-finite logits, or a T so near 0
+that the best logit / T is infinite, give some id.
 
 The vocabulary is never sorted, unless typical_p is asked for: whether a token is inside top_p's run
 takes one sum over the tokens before it. Both ways take these sums in float64 but not in one order,
 so they agree but for a sum within 1e-12 of top_p. The native kernel runs all rows as one parallel
-region, and computes noise only for tokens that it could make the best; typical_p and float64 are
-left to torch. The plain reference is in `lorastack.sampling`.
+region, and computes noise only for tokens that it could make the best; it has neither typical_p nor
+float64. The plain reference is in `lorastack.sampling`.
 """
 
 from __future__ import annotations
@@ -38,59 +40,8 @@ class Sample(NamedTuple):
     token_index: int
 
 
-def sample(logits_XV: Tensor, samples: Sequence[Sample]) -> list[int]:
-    """A token for each of `samples`, none of them greedy.
-
-    logits_XV: float32 or float64, each row contiguous. The seed and token_index choose the noise. A
-    token depends on its row's logits, params and token_index alone.
-    """
-    if not (
-        logits_XV.device.type == "cpu"
-        and logits_XV.dtype == torch.float32
-        and native.supported(native.Isa.AVX512)
-    ):
-        return sample_torch(logits_XV, samples)
-    plain = [each for each in samples if each.params.typical_p >= 1]
-    found = iter(_sample_native(logits_XV, plain) if plain else ())
-    return [
-        next(found) if params.typical_p >= 1 else _sample_row(logits_XV[row], params, index)
-        for row, params, index in samples
-    ]
-
-
-def _sample_native(logits_XV: Tensor, samples: Sequence[Sample]) -> list[int]:
-    """Without typical_p."""
-    structs = (native.Sample * len(samples))(
-        *(
-            native.Sample(
-                stream(params.seed, index),
-                params.temperature,
-                params.top_p,
-                params.min_p,
-                row,
-                min(params.top_k, logits_XV.shape[1]),
-            )
-            for row, params, index in samples
-        )
-    )
-    tokens = torch.empty(len(samples), dtype=torch.int64)
-    library = native.library()
-    assert library is not None
-    library.lorastack_sample_rows(
-        logits_XV.data_ptr(),
-        logits_XV.stride(0),
-        logits_XV.shape[1],
-        structs,
-        len(samples),
-        tokens.data_ptr(),
-        torch.get_num_threads(),
-    )
-    found: list[int] = tokens.tolist()
-    return found
-
-
 def sample_torch(logits_XV: Tensor, samples: Sequence[Sample]) -> list[int]:
-    """`sample` where there is no native kernel."""
+    """See the module. logits_XV: on any device. One token after the other, up to a ms each."""
     return [_sample_row(logits_XV[row], params, index) for row, params, index in samples]
 
 
@@ -149,3 +100,34 @@ def _top(logits_V: Tensor, num: int) -> Tensor:
     above = (logits_V > cut).nonzero()[:, 0]
     level = (logits_V == cut).nonzero()[: num - len(above), 0]
     return torch.cat([above, level])
+
+
+def sample_native(logits_XV: Tensor, samples: Sequence[Sample]) -> list[int]:
+    """See the module. logits_XV: float32 on a CPU with AVX512; none of `samples` has typical_p."""
+    structs = (native.Sample * len(samples))(
+        *(
+            native.Sample(
+                stream(params.seed, index),
+                params.temperature,
+                params.top_p,
+                params.min_p,
+                row,
+                min(params.top_k, logits_XV.shape[1]),
+            )
+            for row, params, index in samples
+        )
+    )
+    tokens = torch.empty(len(samples), dtype=torch.int64)
+    library = native.library()
+    assert library is not None
+    library.lorastack_sample_rows(
+        logits_XV.data_ptr(),
+        logits_XV.stride(0),
+        logits_XV.shape[1],
+        structs,
+        len(samples),
+        tokens.data_ptr(),
+        torch.get_num_threads(),
+    )
+    token_ids: list[int] = tokens.tolist()
+    return token_ids

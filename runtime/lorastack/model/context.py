@@ -1,4 +1,4 @@
-"""What one forward pass is about. Filled by the runner, read by the decoder."""
+"""What one step asks of a backend, and what it gives. Filled by the runner, read by the backend."""
 
 from __future__ import annotations
 
@@ -9,31 +9,54 @@ from torch import Tensor
 
 from lorastack.kernels.attention import RowSpan
 from lorastack.lora.segments import LoraBatch
+from lorastack.request import SamplingParams
+from lorastack.speculation.accept import Accepted
+from lorastack.speculation.tree import Tree
 
-__all__ = ["ForwardBatch", "Outputs", "RowSpan"]
+__all__ = ["ForwardBatch", "Outputs", "RowSpan", "SampledTree"]
+
+
+@dataclass(frozen=True, slots=True)
+class SampledTree:
+    """A row whose tokens are the model's own, accepted by the match rule (`speculation.accept`).
+
+    first_output: its root's place in the step's outputs; the other nodes follow in their order.
+    token_index: of the generated token that the sample at the root makes.
+    """
+
+    tree: Tree  # the root alone where nothing is drafted
+    first_output: int
+    params: SamplingParams
+    token_index: int
 
 
 @dataclass(frozen=True, slots=True)
 class ForwardBatch:
-    """One step: token_ids_T (int64, on the decoder's device), the rows that own its tokens in
-    order and without gaps, the LoRA segments over it, and which tokens' results are wanted (their
-    places in the step, rising)."""
+    """One step: all that a backend needs for it, in plain values, to be brought to its device once.
 
-    token_ids_T: Tensor
+    rows: they own the step's tokens in order and without gaps. outputs: tokens whose results are
+    wanted, as their places in the step, rising. lora: segments over the step's tokens. trees: rows
+    whose tokens the backend samples and accepts itself.
+    """
+
+    token_ids: Sequence[int]
     rows: tuple[RowSpan, ...]
     outputs: Sequence[int]
     lora: LoraBatch = field(default_factory=LoraBatch)
+    trees: Sequence[SampledTree] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Outputs:
-    """What a step gives for each of the X tokens whose results were wanted.
+    """What a step gives for each of the X tokens whose results were wanted, and for its trees.
 
-    hidden_XH: after the final norm. logits_XV: see `Decoder.logits`. peaks_X, best_X: the best
-    logit and its token, see `kernels.best`.
+    On the device, for what else is asked of a row: hidden_XH, after the final norm, and logits_XV,
+    see `Backend.logits`. On the host: peaks_X and best_X, the best logit and its token, see
+    `kernels.best`, and `accepted`, beside the batch's trees.
     """
 
     hidden_XH: Tensor
     logits_XV: Tensor
     peaks_X: Tensor
     best_X: Tensor
+    accepted: Sequence[Accepted]

@@ -42,7 +42,9 @@ def build_server(
         raise
 
 
-def _build(config: ServerConfig, ports: Ports, progress: StartupProgress, copy: Copy | None) -> Server:
+def _build(
+    config: ServerConfig, ports: Ports, progress: StartupProgress, copy: Copy | None
+) -> Server:
     limits = config.adapters
     model = config.model.model or "the default model"
     logger.info("lorastack %s: model %s, store %s", __version__, model, limits.store)

@@ -26,7 +26,7 @@ def served(loaded: LoadedModel, max_context: int) -> ServedModel:
         device=str(decoder.device),
         dtype=str(decoder.dtype).removeprefix("torch."),
         quantization=decoder.quantization,
-        backend=decoder.backend,
+        backend=decoder.name,
         kv_memory=loaded.kv_memory,
         threads=loaded.threads,
     )

@@ -15,7 +15,6 @@ from lorastack.engine.engine import Engine
 from lorastack.engine.pages import Pages
 from lorastack.engine.runner import Runner
 from lorastack.kernels.packing import allocate
-from lorastack.model.kv import KVCache
 from lorastack.request import RowEvent
 from lorastack.speculation.calibration import Calibration
 from lorastack.startup.model import LoadedModel
@@ -57,7 +56,7 @@ def build_engine(
             max_context,
             shapes.max_context,
         )
-    kv = KVCache(shapes, num_pages, config.page_size, decoder.dtype, decoder.device)
+    kv = decoder.make_kv(num_pages, config.page_size)
     runner, pages = Runner(decoder, kv), Pages(num_pages, config.page_size)
     return Engine(
         config=config,

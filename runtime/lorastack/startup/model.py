@@ -14,9 +14,10 @@ from lorastack.config import MIB, EngineConfig, ModelConfig
 from lorastack.errors import InvalidArgumentError, Reason
 from lorastack.kernels.native.library import library
 from lorastack.kernels.quantize import Kind
+from lorastack.model.backends.base import Backend
 from lorastack.model.backends.choose import Choice, choose
 from lorastack.model.config import DecoderConfig
-from lorastack.model.decoder import Decoder, read_decoder
+from lorastack.model.decoder import read_decoder
 from lorastack.model.fetch.download import Progress
 from lorastack.model.size import weights_nbytes
 from lorastack.startup.files import ModelFiles
@@ -44,7 +45,7 @@ class LoadedModel:
     CPU threads of a step.
     """
 
-    decoder: Decoder
+    decoder: Backend
     tokenizer: Tokenizer
     name: str
     files: ModelFiles

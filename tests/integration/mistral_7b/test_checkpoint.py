@@ -17,7 +17,6 @@ from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
 from lorastack.model.decoder import load_decoder
-from lorastack.model.kv import KVCache
 from lorastack.text.tokenizer import Tokenizer
 from tests.helpers.adapters import write_lora
 from tests.helpers.native import CPU, RowPart, run
@@ -56,7 +55,7 @@ def test_logits_are_those_of_transformers(
         decoder = load_decoder(shallow, device=CPU, dtype=dtype, max_context=64)
         lora = write_lora(tmp_path / "lora", decoder.shapes, rank=16, dtype=torch.bfloat16)
         weights = [read_weights(lora, decoder.shapes, dtype)]
-        kv = KVCache(decoder.shapes, 8, PAGE, dtype, CPU)
+        kv = decoder.make_kv(8, PAGE)
         parts = [RowPart(ids, 0, range(4)), RowPart(ids, 0, range(4, 8), ((0, 1.0),))]
         found = run(decoder, weights, kv, parts)
         del decoder, kv

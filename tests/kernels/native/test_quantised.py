@@ -13,7 +13,7 @@ from torch import Tensor
 from lorastack.kernels.native import library as native
 from lorastack.kernels.native.library import Isa
 from lorastack.kernels.native.matrix import PackedMatrix, matrix_rows, pack_matrix, pack_pair
-from lorastack.kernels.quantize import GROUP, Kind, dequantise, quantise
+from lorastack.kernels.quantize import GROUP, Kind, dequantise, quantise_torch
 from tests.helpers.guarded import guarded
 from tests.helpers.isas import each_of, needs
 
@@ -53,7 +53,7 @@ def case(seed: int) -> tuple[Tensor, Tensor]:
 def test_equals_the_bfloat16_kernel(isa: Isa, kind: Kind, seed: int) -> None:
     weight_OI, x_TI = case(seed)
     outputs, inputs = weight_OI.shape
-    quantised = quantise(weight_OI, kind)
+    quantised = quantise_torch(weight_OI, kind)
     if kind is Kind.INT8:
         plain = pack_matrix(quantised.codes[:, :inputs].bfloat16())
         expected = multiply(plain, x_TI, outputs, isa) * quantised.scales.float().T
@@ -110,4 +110,4 @@ def test_rows_of_int8(seed: int) -> None:
     ids_N = torch.randint(outputs, (9,))
     found = matrix_rows(pack_matrix(weight_OI, kind=Kind.INT8), ids_N)
     assert found.shape == (9, -(-inputs // GROUP) * GROUP)
-    assert torch.equal(found[:, :inputs], dequantise(quantise(weight_OI, Kind.INT8))[ids_N])
+    assert torch.equal(found[:, :inputs], dequantise(quantise_torch(weight_OI, Kind.INT8))[ids_N])

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lorastack.kernels.best import best_reference
+from lorastack.kernels.best import best_torch
 from lorastack.kernels.native.library import Isa
 from lorastack.layout import ModelShapes
 from lorastack.lora.weights import LoraWeights
@@ -128,7 +128,7 @@ def test_what_is_wanted_of_a_step(isa: Isa, seed: int) -> None:
     some = model.native.forward(lay_out(loras, parts, wanted), kv)
     assert torch.equal(some.logits_XV, whole.logits_XV[wanted])
     assert torch.equal(some.hidden_XH, whole.hidden_XH[wanted])
-    peaks_X, best_X = best_reference(some.logits_XV) if wanted else (some.peaks_X, some.best_X)
+    peaks_X, best_X = best_torch(some.logits_XV) if wanted else (some.peaks_X, some.best_X)
     assert torch.equal(some.peaks_X, peaks_X) and torch.equal(some.best_X, best_X)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lorastack.kernels.native.library import Matrix
-from lorastack.kernels.quantize import STORED, Kind, pack_nibbles, quantise
+from lorastack.kernels.quantize import STORED, Kind, Quantise, pack_nibbles, quantise_torch
 
 LANES = 16
 PAD = 32  # multiple of inputs and of outputs
@@ -52,13 +52,14 @@ def pack_matrix(
     bias_O: Tensor | None = None,
     *,
     kind: Kind | None = None,
+    quantise: Quantise = quantise_torch,
     keep: Keep = Tensor.contiguous,
 ) -> PackedMatrix:
     """Outputs in their order. keep: makes the contiguous copies that are returned.
 
-    kind: quantised to it. Raises NotFiniteError then.
+    kind: what `quantise` makes of it. Raises NotFiniteError then.
     """
-    return _pack(weight_OI, bias_O, _padded_rows, kind, keep)
+    return _pack(weight_OI, bias_O, _padded_rows, kind, quantise, keep)
 
 
 def pack_pair(
@@ -66,13 +67,14 @@ def pack_pair(
     bias_O: Tensor | None = None,
     *,
     kind: Kind | None = None,
+    quantise: Quantise = quantise_torch,
     keep: Keep = Tensor.contiguous,
 ) -> PackedMatrix:
     """Two matrices below each other (gate and up): panels of the first and the second in turn.
 
     Each half is padded like inputs: what it gives fills every input of the matrix that follows.
     """
-    return _pack(weight_OI, bias_O, _in_turn, kind, keep)
+    return _pack(weight_OI, bias_O, _in_turn, kind, quantise, keep)
 
 
 def matrix_rows(matrix: PackedMatrix, ids_N: Tensor) -> Tensor:
@@ -92,7 +94,12 @@ def matrix_rows(matrix: PackedMatrix, ids_N: Tensor) -> Tensor:
 
 
 def _pack(
-    weight_OI: Tensor, bias_O: Tensor | None, order: _Order, kind: Kind | None, keep: Keep
+    weight_OI: Tensor,
+    bias_O: Tensor | None,
+    order: _Order,
+    kind: Kind | None,
+    quantise: Quantise,
+    keep: Keep,
 ) -> PackedMatrix:
     bias = None if bias_O is None else order(bias_O.float())
     if kind is None:

@@ -22,11 +22,13 @@ from lorastack.kernels.linear import copy_rows
 from lorastack.kernels.native import library as native
 from lorastack.kernels.native.matrix import PAD, PackedMatrix, matrix_rows, pack_matrix, pack_pair
 from lorastack.kernels.native.memory import HugePages
+from lorastack.kernels.ops import NativeOps, Ops
 from lorastack.kernels.quantize import Kind, head_kind
 from lorastack.layout import GROUPS, LAYER_TARGETS
 from lorastack.lora.linear import add_embedding
 from lorastack.lora.segments import LoraBatch, Segment
 from lorastack.lora.weights import LM_HEAD_GROUP, GroupLora, LoraWeights, TargetLora
+from lorastack.model.backends.accept import accept_trees
 from lorastack.model.checkpoint import Checkpoint
 from lorastack.model.config import DecoderConfig
 from lorastack.model.context import ForwardBatch, Outputs
@@ -52,7 +54,7 @@ def native_isa(
 
 
 class NativeBackend:
-    """Owns the packed weights and the scratch memory of a step. Not thread-safe."""
+    """See `Backend`. Owns the packed weights and the scratch memory of a step."""
 
     def __init__(
         self,
@@ -60,14 +62,21 @@ class NativeBackend:
         weights: DecoderWeights[PackedMatrix],
         dtype: torch.dtype,
         isa: native.Isa,
+        kind: Kind | None = None,
     ) -> None:
+        """kind: what the weights are quantised to."""
         library = native.library()
         assert library is not None, "native_isa() comes first"
         self.name = f"native {isa.name.lower().replace('_', '-')}"
+        self.shapes = config.shapes
+        self.device = torch.device("cpu")
+        self.dtype = dtype
+        self.quantization = "" if kind is None else kind.value
+        self.dynamic_rope_begin = config.dynamic_rope_begin
+        self.ops: Ops = NativeOps(isa)
         self._library = library
         self._config = config
         self._weights = weights
-        self._dtype = dtype
         self._isa = isa
         self._scratch = torch.empty(0, dtype=torch.uint8)
         positions = torch.arange(config.shapes.max_context, dtype=torch.float32)
@@ -87,47 +96,49 @@ class NativeBackend:
         kind: Kind | None = None,
     ) -> NativeBackend:
         """kind: what weights are quantised to. Raises what `load_weights` raises."""
-        pages = HugePages()
+        pages, quantise = HugePages(), NativeOps(isa).quantise
         weights = load_weights(
             checkpoint,
             config,
             device=torch.device("cpu"),
             dtype=dtype,
             packing=Packing(
-                dense=partial(pack_matrix, kind=kind, keep=pages.copy),
-                pair=partial(pack_pair, kind=kind, keep=pages.copy),
-                head=partial(pack_matrix, kind=head_kind(kind), keep=pages.copy),
+                dense=partial(pack_matrix, kind=kind, quantise=quantise, keep=pages.copy),
+                pair=partial(pack_pair, kind=kind, quantise=quantise, keep=pages.copy),
+                head=partial(pack_matrix, kind=head_kind(kind), quantise=quantise, keep=pages.copy),
                 copies=True,
             ),
         )
-        return cls(config, weights, dtype, isa)
+        return cls(config, weights, dtype, isa, kind)
+
+    def make_kv(self, num_pages: int, page_size: int) -> KVCache:
+        """See `Backend`."""
+        return KVCache(self.shapes, num_pages, page_size, self.dtype, self.device)
 
     def forward(self, batch: ForwardBatch, kv: KVCache) -> Outputs:
-        """See `Decoder.forward`."""
+        """See `Backend`."""
         num_outputs, uses = len(batch.outputs), batch.lora.segments
         # Views are taken before the library runs: it leaves nothing of torch in the caches.
-        found = Outputs(
-            self._padded(num_outputs)[:num_outputs],
-            torch.empty(num_outputs, self._config.shapes.vocab_size),
-            torch.empty(num_outputs),
-            torch.empty(num_outputs, dtype=torch.int64),
-        )
+        hidden_XH = self._padded(num_outputs)[:num_outputs]
+        logits_XV = torch.empty(num_outputs, self.shapes.vocab_size)
+        peaks_X, best_X = torch.empty(num_outputs), torch.empty(num_outputs, dtype=torch.int64)
+        token_ids_T = torch.tensor(batch.token_ids, dtype=torch.int64)
         segments = _segments(uses, [self._targets_of(segment.weights) for segment in uses])
         rows = _Rows(batch)
-        embedded_TH = self._embedded(batch)
+        embedded_TH = self._embedded(token_ids_T, batch.lora)
         step = native.Step(
             rows.address,
             ctypes.addressof(segments),
-            batch.token_ids_T.data_ptr(),
+            token_ids_T.data_ptr(),
             None if embedded_TH is None else embedded_TH.data_ptr(),
             rows.outputs,
-            found.hidden_XH.data_ptr(),
-            found.logits_XV.data_ptr(),
-            found.peaks_X.data_ptr(),
-            found.best_X.data_ptr(),
+            hidden_XH.data_ptr(),
+            logits_XV.data_ptr(),
+            peaks_X.data_ptr(),
+            best_X.data_ptr(),
             None,
             len(batch.rows),
-            len(batch.token_ids_T),
+            len(token_ids_T),
             len(segments),
             num_outputs,
             torch.get_num_threads(),
@@ -135,11 +146,12 @@ class NativeBackend:
         model = self._model(kv)
         step.scratch = self._scratch_of(self._library.lorastack_scratch_bytes(model, step))
         self._library.lorastack_forward(model, step)
-        return found
+        accepted = accept_trees(self.ops, logits_XV, best_X, batch.trees)
+        return Outputs(hidden_XH, logits_XV, peaks_X, best_X, accepted)
 
     def logits(self, hidden_XH: Tensor, lora: LoraBatch) -> Tensor:
-        """float32 [X, V] of states after the final norm. The segments index the X rows."""
-        shapes, num_rows = self._config.shapes, len(hidden_XH)
+        """See `Backend`."""
+        shapes, num_rows = self.shapes, len(hidden_XH)
         x_XH = self._padded(num_rows)
         x_XH[:num_rows] = hidden_XH
         out_XV = torch.empty(num_rows, shapes.vocab_size)
@@ -163,23 +175,21 @@ class NativeBackend:
         self._library.lorastack_logits(head)
         return out_XV
 
-    def head_rows(self, ids_N: Tensor, out_NH: Tensor) -> None:
-        """lm_head's rows of these tokens. Any thread."""
-        copy_rows(partial(matrix_rows, self._weights.lm_head), ids_N, out_NH)
+    def head_rows(self, ids: Sequence[int], out_NH: Tensor) -> None:
+        """See `Backend`."""
+        copy_rows(partial(matrix_rows, self._weights.lm_head), torch.tensor(ids), out_NH)
 
-    def _embedded(self, batch: ForwardBatch) -> Tensor | None:
+    def _embedded(self, token_ids_T: Tensor, lora: LoraBatch) -> Tensor | None:
         """float32 [T, H] where a LoRA adapts the embedding; None: the library looks it up."""
-        if all(each.weights.embedding is None for each in batch.lora.segments):
+        if all(each.weights.embedding is None for each in lora.segments):
             return None
-        hidden_TH = embedding(batch.token_ids_T, self._weights.embed_VH)
-        add_embedding(batch.token_ids_T, hidden_TH, batch.lora)
+        hidden_TH = embedding(token_ids_T, self._weights.embed_VH)
+        add_embedding(token_ids_T, hidden_TH, lora)
         return hidden_TH.float()
 
     def _padded(self, num_rows: int) -> Tensor:
         """Uninitialised [num_rows rounded up, H]."""
-        return torch.empty(
-            -(-num_rows // ROWS) * ROWS, self._config.shapes.hidden_size, dtype=self._dtype
-        )
+        return torch.empty(-(-num_rows // ROWS) * ROWS, self.shapes.hidden_size, dtype=self.dtype)
 
     def _scratch_of(self, nbytes: int) -> int:
         """Address of at least so many bytes on a cache line, the same memory at every call."""
@@ -193,7 +203,7 @@ class NativeBackend:
         return self._models[kv].model
 
     def _describe(self, kv: KVCache) -> _Model:
-        shapes, weights = self._config.shapes, self._weights
+        shapes, weights = self.shapes, self._weights
         layers = (native.Layer * shapes.num_layers)(
             *(
                 native.Layer(
@@ -232,7 +242,7 @@ class NativeBackend:
     def _targets_of(self, weights: LoraWeights) -> _Targets:
         """[num_layers][7], then lm_head's, made once an adapter."""
         if weights not in self._targets:
-            num_layers = self._config.shapes.num_layers
+            num_layers = self.shapes.num_layers
             found = [native.Target()] * (num_layers * len(LAYER_TARGETS) + 1)
             for (layer, group), adapted in weights.groups.items():
                 start = -1

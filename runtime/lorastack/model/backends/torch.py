@@ -1,22 +1,27 @@
-"""A step in plain torch, on any device. `model.backends.native` is the other way."""
+"""A step in plain torch, on any device."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding, rms_norm, silu
 
 from lorastack.kernels.attention import AttentionPlan, attend, plan_attention
-from lorastack.kernels.best import best
-from lorastack.kernels.linear import Dense, copy_rows, linear, plain_weight
+from lorastack.kernels.linear import Dense, copy_rows, linear, pack_dense, plain_weight
+from lorastack.kernels.ops import Ops
+from lorastack.kernels.quantize import Kind, head_kind
 from lorastack.lora.linear import add_embedding, add_group, add_lm_head
 from lorastack.lora.segments import LoraBatch
+from lorastack.model.backends.accept import accept_trees
+from lorastack.model.checkpoint import Checkpoint
 from lorastack.model.config import DecoderConfig
 from lorastack.model.context import ForwardBatch, Outputs
 from lorastack.model.kv import KVCache
-from lorastack.model.weights import DecoderWeights, LayerWeights
+from lorastack.model.weights import DecoderWeights, LayerWeights, Packing, load_weights
 
 QKV, O, GATE_UP, DOWN = range(4)  # noqa: E741  indices into layout.GROUPS
 
@@ -31,7 +36,7 @@ class StepMeta:
 
 
 class TorchBackend:
-    """The reference for every other backend."""
+    """See `Backend`; with plain `Ops` the reference for every other one."""
 
     name = "torch"
 
@@ -41,44 +46,75 @@ class TorchBackend:
         weights: DecoderWeights[Dense],
         device: torch.device,
         dtype: torch.dtype,
+        ops: Ops,
+        kind: Kind | None = None,
     ) -> None:
-        shapes = config.shapes
+        """kind: what the weights are quantised to."""
+        self.shapes = shapes = config.shapes
+        self.device = device
+        self.dtype = dtype
+        self.quantization = "" if kind is None else kind.value
+        self.dynamic_rope_begin = config.dynamic_rope_begin
+        self.ops = ops
         self._weights = weights
         self._tied = shapes.tie_word_embeddings and weights.lm_head.scales is None
         self._eps = config.rms_eps
         self._window = config.window
         self._rope_scale = config.rope_scale
         self._inv_freq = config.inv_freq.to(device)
-        self._dtype = dtype
         self._logits_dtype = torch.promote_types(dtype, torch.float32)
         self._num_heads = shapes.num_heads
         self._head_dim = shapes.head_dim
         self._query_size = shapes.num_heads * shapes.head_dim
         self._key_size = shapes.num_kv_heads * shapes.head_dim
 
+    @classmethod
+    def load(
+        cls,
+        checkpoint: Checkpoint,
+        config: DecoderConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        ops: Ops,
+        kind: Kind | None = None,
+    ) -> TorchBackend:
+        """kind: what weights are quantised to. Raises what `load_weights` raises."""
+        dense = partial(pack_dense, kind=kind, quantise=ops.quantise)
+        head = partial(pack_dense, kind=head_kind(kind), quantise=ops.quantise)
+        packing = Packing(dense, pair=dense, head=head, copies=kind is not None)
+        weights = load_weights(checkpoint, config, device=device, dtype=dtype, packing=packing)
+        return cls(config, weights, device, dtype, ops, kind)
+
+    def make_kv(self, num_pages: int, page_size: int) -> KVCache:
+        """See `Backend`."""
+        return KVCache(self.shapes, num_pages, page_size, self.dtype, self.device)
+
     def forward(self, batch: ForwardBatch, kv: KVCache) -> Outputs:
-        """See `Decoder.forward`."""
+        """See `Backend`."""
         meta = self._prepare(batch, kv)
-        hidden_TH = embedding(batch.token_ids_T, self._weights.embed_VH)
-        add_embedding(batch.token_ids_T, hidden_TH, batch.lora)
+        token_ids_T = torch.tensor(batch.token_ids, dtype=torch.int64, device=self.device)
+        hidden_TH = embedding(token_ids_T, self._weights.embed_VH)
+        add_embedding(token_ids_T, hidden_TH, batch.lora)
         for layer in self._weights.layers:
             hidden_TH = self._layer(hidden_TH, layer, batch.lora, kv, meta)
         wanted_X = torch.tensor(batch.outputs, dtype=torch.int64, device=hidden_TH.device)
         hidden_XH = hidden_TH[wanted_X]
         hidden_XH = rms_norm(hidden_XH, (hidden_XH.shape[-1],), self._weights.norm, self._eps)
         logits_XV = self.logits(hidden_XH, batch.lora.select(batch.outputs))
-        return Outputs(hidden_XH, logits_XV, *best(logits_XV))
+        peaks_X, best_X = (each_X.cpu() for each_X in self.ops.best(logits_XV))
+        accepted = accept_trees(self.ops, logits_XV, best_X, batch.trees)
+        return Outputs(hidden_XH, logits_XV, peaks_X, best_X, accepted)
 
     def logits(self, hidden_XH: Tensor, lora: LoraBatch) -> Tensor:
-        """See `Decoder.logits`."""
+        """See `Backend`."""
         logits_XV = linear(hidden_XH, self._weights.lm_head).to(self._logits_dtype)
         add_lm_head(hidden_XH, logits_XV, lora)
         return logits_XV
 
-    def head_rows(self, ids_N: Tensor, out_NH: Tensor) -> None:
-        """lm_head's rows of these tokens."""
+    def head_rows(self, ids: Sequence[int], out_NH: Tensor) -> None:
+        """See `Backend`."""
         weight_VH = self._weights.embed_VH if self._tied else plain_weight(self._weights.lm_head)
-        copy_rows(weight_VH.__getitem__, ids_N, out_NH)
+        copy_rows(weight_VH.__getitem__, torch.tensor(ids), out_NH)
 
     def _prepare(self, batch: ForwardBatch, kv: KVCache) -> StepMeta:
         """Index tensors, masks and RoPE factors of a step; pages that begin now are cleared."""
@@ -87,7 +123,7 @@ class TorchBackend:
             page_size=kv.page_size,
             share=self._query_size // self._key_size,
             window=self._window,
-            dtype=self._dtype,
+            dtype=self.dtype,
             device=self._inv_freq.device,
         )
         kv.clear(plan.fresh_pages)
@@ -95,7 +131,7 @@ class TorchBackend:
         cos_TF, sin_TF = angle_TF.cos(), angle_TF.sin()
         cos_T1D = torch.cat((cos_TF, cos_TF), dim=-1).mul_(self._rope_scale)[:, None]
         sin_T1D = torch.cat((-sin_TF, sin_TF), dim=-1).mul_(self._rope_scale)[:, None]
-        return StepMeta(plan, cos_T1D.to(self._dtype), sin_T1D.to(self._dtype))
+        return StepMeta(plan, cos_T1D.to(self.dtype), sin_T1D.to(self.dtype))
 
     def _frequencies(self, plan: AttentionPlan, batch: ForwardBatch) -> Tensor:
         """[F], or [T, F] of dynamic RoPE: see `model.rope`."""

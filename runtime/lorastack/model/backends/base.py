@@ -1,0 +1,55 @@
+"""What a backend is: everything that the engine asks of the machine that runs a model.
+
+A step is one call, `forward`. It gets plain values and gives the tokens that most rows take beside
+tensors that may stay on the device, so that a backend can run the step from static buffers, with
+one copy to the device and one back. The bulk of the rest goes through `ops`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lorastack.kernels.ops import Ops
+from lorastack.layout import ModelShapes
+from lorastack.lora.segments import LoraBatch
+from lorastack.model.context import ForwardBatch, Outputs
+from lorastack.model.kv import KVCache
+
+
+class Backend(Protocol):
+    """A base model on a device. Holds no state of a request. Only `head_rows` is thread-safe.
+
+    name: the kind of backend and its instructions. quantization: its weights' `Kind`, or "".
+    dynamic_rope_begin: see `DecoderConfig`.
+    """
+
+    name: str
+    shapes: ModelShapes
+    device: torch.device
+    dtype: torch.dtype
+    quantization: str
+    dynamic_rope_begin: int | None
+    ops: Ops
+
+    def make_kv(self, num_pages: int, page_size: int) -> KVCache:
+        """Room for keys and values in the form that `forward` reads."""
+        ...
+
+    def forward(self, batch: ForwardBatch, kv: KVCache) -> Outputs:
+        """Runs a step. Writes the keys and values of all its tokens to `kv`."""
+        ...
+
+    def logits(self, hidden_XH: Tensor, lora: LoraBatch) -> Tensor:
+        """[X, V] of states after the final norm: float32, or float64 of a float64 model.
+
+        The segments index the X rows.
+        """
+        ...
+
+    def head_rows(self, ids: Sequence[int], out_NH: Tensor) -> None:
+        """Writes lm_head's rows of these tokens into a tensor on the CPU. Any thread."""
+        ...
