@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lorastack.kernels.packing import view, view_run
+from lorastack.kernels.segmented_lora import GroupLora, TargetLora
 from lorastack.layout import (
     EMBED,
     GROUPS,
@@ -20,24 +21,6 @@ from lorastack.layout import (
 
 # lm_head is applied like a group of one; embed_tokens is a lookup and stands alone.
 LM_HEAD_GROUP = (NO_LAYER, len(GROUPS))
-
-
-@dataclass(frozen=True, slots=True)
-class TargetLora:
-    """One target of a group. index: its place in the group; rank: its rows of the group's A."""
-
-    index: int
-    rank: slice
-    b_OR: Tensor
-    scale: float
-
-
-@dataclass(frozen=True, slots=True)
-class GroupLora:
-    """The targets of one (layer, group) and their joined A, [sum of ranks, in]."""
-
-    a_RI: Tensor
-    targets: tuple[TargetLora, ...]
 
 
 @dataclass(frozen=True, slots=True)
