@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-LAYOUT_VERSION = 2
 ALIGNMENT = 64  # bytes; every tensor starts on a cache line
 
 # Projections of a decoder layer, in buffer order: members of one group share their input.
@@ -120,7 +119,6 @@ class AdapterLayout:
     itemsize: int  # bytes an element
     num_heads: int  # Medusa heads, 0 for a plain LoRA
     draft_vocabulary: tuple[int, ...] = ()  # rising token ids that heads choose from; () for all
-    version: int = LAYOUT_VERSION
 
     @property
     def nbytes(self) -> int:
