@@ -10,6 +10,7 @@ program runs; nothing depends on the machine that compiles. Only x86-64 has nati
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import shutil
@@ -35,6 +36,14 @@ _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wal
 _QUIET = ("-Wno-maybe-uninitialized",)
 
 
+def sources() -> str:
+    """sha256 of the C++ sources. It is compiled in: library.py refuses a library of others."""
+    digest = hashlib.sha256()
+    for path in sorted((*HERE.glob("*.h"), *HERE.glob("*.cpp"))):
+        digest.update(f"{path.name} {path.stat().st_size} ".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
 def build(target: Path = LIBRARY, extra: tuple[str, ...] = ()) -> str:
     """Compile into `target`. extra: flags for every call of the compiler.
 
@@ -45,11 +54,12 @@ def build(target: Path = LIBRARY, extra: tuple[str, ...] = ()) -> str:
         return f"no native kernels for {platform.machine()} {sys.platform}"
     if compiler is None:
         return "no C++ compiler (c++, g++ or CXX)"
+    named = f'-DLORASTACK_SOURCES="{sources()}"'
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
 
         def compiled(name: str) -> str:
             output = str(Path(folder, name).with_suffix(".o"))
-            flags = (*_FLAGS, *_QUIET, *SOURCES[name], *extra)
+            flags = (*_FLAGS, *_QUIET, *SOURCES[name], named, *extra)
             _run(compiler, *flags, "-c", str(HERE / name), "-o", output)
             return output
 

@@ -36,6 +36,14 @@ void run_quantise(const uint16_t*, int, int, int, int8_t*, uint16_t*, int);
     default: return lorastack::avx512::call;                      \
   }
 
+const char lorastack_sources[] = LORASTACK_SOURCES;
+const int32_t lorastack_sizes[] = {
+    sizeof(lorastack_matrix),  sizeof(lorastack_layer), sizeof(lorastack_target),
+    sizeof(lorastack_segment), sizeof(lorastack_row),   sizeof(lorastack_model),
+    sizeof(lorastack_step),    sizeof(lorastack_lm_head), sizeof(lorastack_heads),
+    sizeof(lorastack_proposal), sizeof(lorastack_sample),
+};
+
 int64_t lorastack_scratch_bytes(const lorastack_model* model, const lorastack_step* step) {
   DISPATCH(model->isa, scratch_bytes(*model, *step))
 }

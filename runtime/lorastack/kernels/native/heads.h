@@ -199,10 +199,10 @@ struct HeadsPlan {
       const lorastack_heads& heads = proposal.groups[g];
       const T *weight = (const T*)heads.weight, *bias = (const T*)heads.bias;
       const T* const output = (const T*)heads.output;
-      const int rows = heads.end - heads.begin, num = heads.heads;
+      const int rows = heads.end - heads.start, num = heads.heads;
       if ((int)blocks.size() < heads.blocks) blocks.resize(heads.blocks);
       // All heads' first blocks read the same states.
-      blocks[0].add({weight, bias, nullptr, (const T*)proposal.x + (size_t)heads.begin * size,
+      blocks[0].add({weight, bias, nullptr, (const T*)proposal.x + (size_t)heads.start * size,
                      (size_t)size, num * size, rows, first, num});
       for (int at = num; at < heads.blocks * num; at++) {
         const int token = first + at % num;
@@ -211,7 +211,7 @@ struct HeadsPlan {
                               num});
       }
       const size_t matrix = (size_t)heads.outputs * size;
-      for (int head = 0; proposal.candidates && head < (heads.own ? num : 1); head++) {
+      for (int head = 0; proposal.tokens && head < (heads.own ? num : 1); head++) {
         const int step = heads.own ? num : 1;
         outputs.add({output + head * matrix, nullptr, heads.ids,
                      states + (size_t)(first + head) * size, (size_t)step * size, heads.outputs,
@@ -313,7 +313,7 @@ struct Proposing {
   void choose(const Product<T>& product, int state) {
     const size_t at = (product.first + (size_t)state * product.step) * proposal.num;
     top_of(logits_of(product, state), product.outputs, proposal.num, product.ids,
-           proposal.candidates + at, proposal.logprobs + at);
+           proposal.tokens + at, proposal.logprobs + at);
   }
 
   float* logits_of(const Product<T>& product, int state) {

@@ -28,13 +28,13 @@ Listed list_parts(const lorastack_segment* segments, int num_segments, int first
     const lorastack_segment& segment = segments[s];
     for (int i = 0; i < count; i++) {
       const lorastack_target& target = segment.targets[first_target + i];
-      if (!target.rank || segment.begin == segment.end) continue;
+      if (!target.rank || segment.start == segment.end) continue;
       LoraPart<T>& part = parts[found.parts++];
-      part = {segment.begin,      segment.end,         i,
+      part = {segment.start,      segment.end,         i,
               target.rank,        (const T*)target.a,  (const T*)target.b,
               target.scale * segment.scale, offset};
       found.chunks += shrink_chunks(part);
-      offset += shrunk_floats(segment.begin, segment.end, target.rank);
+      offset += shrunk_floats(segment.start, segment.end, target.rank);
     }
   }
   return found;
@@ -104,7 +104,7 @@ void logits(lorastack_lm_head head) {
   int64_t floats = 0;
   for (int s = 0; s < head.num_segments; s++) {
     const lorastack_segment& segment = head.segments[s];
-    floats += shrunk_floats(segment.begin, segment.end, segment.targets->rank);
+    floats += shrunk_floats(segment.start, segment.end, segment.targets->rank);
   }
   std::vector<float> shrunk(floats);
   head.scratch = shrunk.data();

@@ -62,7 +62,7 @@ inline size_t most_unpacked(const lorastack_model& model) {
   const lorastack_layer& layer = *model.layers;
   return std::max({unpacked_elements(layer.qkv), unpacked_elements(layer.o),
                    unpacked_elements(layer.gate_up), unpacked_elements(layer.down),
-                   unpacked_elements(model.head)});
+                   unpacked_elements(model.lm_head)});
 }
 
 template <class T>
@@ -81,7 +81,7 @@ Buffers<T> lay_out(const lorastack_model& model, const lorastack_step& step, int
   }
   for (int s = 0; s < step.num_segments; s++) {
     const lorastack_segment& segment = step.segments[s];
-    shrunk += 3 * shrunk_floats(segment.begin, segment.end, segment.max_rank);
+    shrunk += 3 * shrunk_floats(segment.start, segment.end, segment.max_rank);
   }
   b.capacity = (int)((longest + 32) / 32 * 32);
   b.ld_hidden = padded(model.hidden);
@@ -118,7 +118,7 @@ void plan_head(const lorastack_model& model, const lorastack_step& step, Buffers
     lorastack_segment& found = b.head_segments[s];
     found = segment;
     found.targets += (size_t)model.num_layers * TARGETS;
-    found.begin = (int32_t)(std::lower_bound(step.outputs, end, segment.begin) - step.outputs);
+    found.start = (int32_t)(std::lower_bound(step.outputs, end, segment.start) - step.outputs);
     found.end = (int32_t)(std::lower_bound(step.outputs, end, segment.end) - step.outputs);
   }
 }

@@ -245,7 +245,7 @@ struct Worker {
     }
     normalise(model.norm, (T*)step.out, model.hidden, step.outputs, step.num_outputs);
     const lorastack_lm_head head = {
-        model.head,      b.head_segments,  step.out,         step.logits,  b.shrunk,
+        model.lm_head,    b.head_segments,  step.out,         step.logits,  b.shrunk,
         step.num_segments, step.num_outputs, model.vocabulary, model.hidden, step.num_threads, 0};
     multiply_head<Isa>(head, member, parts, unpacked());
     member.phase(step.num_outputs, [&](int i) {
