@@ -10,17 +10,17 @@
 
 namespace lorastack::LORASTACK_ISA {
 
-constexpr int TILE_GROUP = 16;  // queries
-constexpr int SPAN = 32;        // positions: the inner side of a tile
+constexpr int TILE_QUERIES = 16;  // that one call takes
+constexpr int SPAN = 32;          // positions: the inner side of a tile
 
 // What one call works in. Everything is a tile, or rows of them.
 struct alignas(64) TileScratch {
-  uint16_t queries[MAX_HEAD / SPAN][16][SPAN];  // [pair of dimensions][query][2]
-  uint16_t gathered[2][16 * MAX_HEAD];          // keys or values that do not lie together
-  uint16_t values[4][16][SPAN];                 // [pair of positions][dimension][2]
-  uint16_t weights[TILE_GROUP][SPAN];
-  float scores[2][16][TILE_GROUP];
-  float sums[4][TILE_GROUP][LANES];
+  uint16_t queries[MAX_HEAD_DIM / SPAN][16][SPAN];  // [pair of dimensions][query][2]
+  uint16_t gathered[2][16 * MAX_HEAD_DIM];          // keys or values that do not lie together
+  uint16_t values[4][16][SPAN];                     // [pair of positions][dimension][2]
+  uint16_t weights[TILE_QUERIES][SPAN];
+  float scores[2][16][TILE_QUERIES];
+  float sums[4][TILE_QUERIES][LANES];
 };
 
 // Rows [16][size] of positions from `at`, as `offset` says keys or values. viewer: whose ancestors
@@ -49,7 +49,7 @@ INLINE void prefetch_span(const RowCache<uint16_t>& kv, int at, int limit, int64
 }
 
 // Columns begin..end of a tile of scores [position][query] into the queries' rows, from `at` on.
-INLINE void scatter_scores(const float (*tile)[TILE_GROUP], int begin, int end, float* scores,
+INLINE void scatter_scores(const float (*tile)[TILE_QUERIES], int begin, int end, float* scores,
                            int capacity, int at) {
   __m512 columns[LANES];
   tile_columns(tile, begin, end, columns);
@@ -98,15 +98,15 @@ INLINE float weigh(const Query<uint16_t>& query, float* scores, int begin, int e
   const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   __m512 peak = _mm512_set1_ps(MASKED);
   for (int at = begin; at < end; at += LANES) {
-    __m512 found = _mm512_loadu_ps(scores + at);
+    __m512 lane_scores = _mm512_loadu_ps(scores + at);
     if (at < query.first || at + LANES > length) {
       const __m512i place = _mm512_add_epi32(_mm512_set1_epi32(at), lanes);
       const __mmask16 seen = _mm512_cmplt_epi32_mask(place, _mm512_set1_epi32(length)) &
                              _mm512_cmpge_epi32_mask(place, _mm512_set1_epi32(query.first));
-      found = _mm512_mask_mov_ps(_mm512_set1_ps(MASKED), seen, found);
-      _mm512_storeu_ps(scores + at, found);
+      lane_scores = _mm512_mask_mov_ps(_mm512_set1_ps(MASKED), seen, lane_scores);
+      _mm512_storeu_ps(scores + at, lane_scores);
     }
-    peak = _mm512_max_ps(peak, found);
+    peak = _mm512_max_ps(peak, lane_scores);
   }
   const __m512 log2e = _mm512_set1_ps(scale * 1.44269504f);
   const __m512 top = _mm512_mul_ps(_mm512_set1_ps(_mm512_reduce_max_ps(peak)), log2e);
@@ -205,7 +205,7 @@ static void attend_tiles(const Query<uint16_t>* queries, int count, const RowCac
   }
   for (int at = begin; at < end; at += SPAN) {
     if (at < shared) {
-      if (count < TILE_GROUP) {  // else another group has read them just before
+      if (count < TILE_QUERIES) {  // else another group has read them just before
         prefetch_span(kv, at + SPAN, shared, 0, size, together);
         prefetch_span(kv, at, shared, kv.value_offset, size, together);
       }
@@ -218,7 +218,7 @@ static void attend_tiles(const Query<uint16_t>* queries, int count, const RowCac
                  next, s, scratch, capacity);
     }
   }
-  float norms[TILE_GROUP];
+  float norms[TILE_QUERIES];
   for (int g = 0; g < count; g++)
     norms[g] = weigh(queries[g], scratch + (size_t)g * capacity, begin, end, scale);
 

@@ -132,7 +132,7 @@ struct Range {
 };
 
 // The part of `count` things that belongs to a thread.
-INLINE Range part(int count, int thread, int size) {
+INLINE Range range_of(int count, int thread, int size) {
   return {(int)((int64_t)count * thread / size), (int)((int64_t)count * (thread + 1) / size)};
 }
 
@@ -164,7 +164,7 @@ class Member {
     int finished = 0;
     for (int i = 0; i < team_.size; i++) {
       const int owner = (thread_ + i) % team_.size;
-      const Range range = part(count, owner, team_.size);
+      const Range range = range_of(count, owner, team_.size);
       Counter& taken = mine[1 + owner];
       if (taken.value >= range.end - range.begin) continue;
       for (;;) {

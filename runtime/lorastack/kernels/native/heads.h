@@ -64,21 +64,21 @@ struct Products {
 };
 
 // A proposal. place: which of the outputs.
-struct Candidate {
+struct TopToken {
   float value = -INFINITY;
   int32_t place = INT32_MAX;
 
-  bool before(const Candidate& other) const {
+  bool before(const TopToken& other) const {
     return value > other.value || (value == other.value && place < other.place);
   }
 };
 
 // Takes its place among the `num` best, in any order of arrival.
-INLINE void offer(Candidate* best, int num, Candidate found) {
-  if (!found.before(best[num - 1])) return;
+INLINE void offer(TopToken* best, int num, TopToken token) {
+  if (!token.before(best[num - 1])) return;
   int at = num - 1;
-  for (; at > 0 && found.before(best[at - 1]); at--) best[at] = best[at - 1];
-  best[at] = found;
+  for (; at > 0 && token.before(best[at - 1]); at--) best[at] = best[at - 1];
+  best[at] = token;
 }
 
 // e^(logit - peak) to 3e-6; NaN for a logit that is not finite. peak: not below a finite logit.
@@ -99,7 +99,7 @@ INLINE __m512 share_512(__m512 logit, __m512 peak) {
 // null.
 INLINE void top_of(const float* row, int columns, int num, const int64_t* ids, int64_t* out,
                    float* logprobs) {
-  std::vector<Candidate> best(num);
+  std::vector<TopToken> best(num);
   for (int i = 0; i < columns; i += LANES) {
     const __mmask16 real = first(columns - i);
     const __m512 least = _mm512_set1_ps(best[num - 1].value);
@@ -107,11 +107,11 @@ INLINE void top_of(const float* row, int columns, int num, const int64_t* ids, i
                                         _mm512_set1_ps(-INFINITY));  // instead of NaN
     unsigned better = _mm512_mask_cmp_ps_mask(real, logits, least, _CMP_GE_OQ);
     if (!better) continue;
-    alignas(64) float found[LANES];
-    _mm512_store_ps(found, logits);
+    alignas(64) float lanes[LANES];
+    _mm512_store_ps(lanes, logits);
     for (; better; better &= better - 1) {
       const int lane = __builtin_ctz(better);
-      offer(best.data(), num, {found[lane], i + lane});
+      offer(best.data(), num, {lanes[lane], i + lane});
     }
   }
   const __m512 peak = _mm512_set1_ps(best[0].value);
@@ -123,9 +123,9 @@ INLINE void top_of(const float* row, int columns, int num, const int64_t* ids, i
   }
   const float log_total = logf(_mm512_reduce_add_ps(total));
   for (int i = 0; i < num; i++) {
-    const Candidate& found = best[i].place == INT32_MAX ? best[0] : best[i];
-    out[i] = ids ? ids[found.place] : found.place;
-    logprobs[i] = found.value - best[0].value - log_total;
+    const TopToken& token = best[i].place == INT32_MAX ? best[0] : best[i];
+    out[i] = ids ? ids[token.place] : token.place;
+    logprobs[i] = token.value - best[0].value - log_total;
   }
 }
 
@@ -153,8 +153,8 @@ INLINE void multiply_16(const typename Isa::E::T* matrix, const typename Isa::E:
   constexpr int ROWS = 8, STEP = 4 / sizeof(T);
   for (int row = 0; row < LANES; row += ROWS) {
     const T* const rows = matrix + (size_t)row * k;
-    __m512 found[ROWS];
-    for (int o = 0; o < ROWS; o++) found[o] = _mm512_setzero_ps();
+    __m512 totals[ROWS];
+    for (int o = 0; o < ROWS; o++) totals[o] = _mm512_setzero_ps();
     for (int line = 0; line < k; line += LINE) {
       for (int o = 0; o < ROWS; o++)
         _mm_prefetch(next + (size_t)(row + o) * k + line, _MM_HINT_T1);
@@ -166,13 +166,13 @@ INLINE void multiply_16(const typename Isa::E::T* matrix, const typename Isa::E:
           memcpy(&word, rows + (size_t)o * k + i, 4);
           const __m512i weight = _mm512_set1_epi32(word);
           if constexpr (E::half)
-            found[o] = _mm512_dpbf16_ps(found[o], (__m512bh)states, (__m512bh)weight);
+            totals[o] = _mm512_dpbf16_ps(totals[o], (__m512bh)states, (__m512bh)weight);
           else
-            found[o] = _mm512_fmadd_ps(states, _mm512_castsi512_ps(weight), found[o]);
+            totals[o] = _mm512_fmadd_ps(states, _mm512_castsi512_ps(weight), totals[o]);
         }
       }
     }
-    for (int o = 0; o < ROWS; o++) _mm512_store_ps(sums[row + o], found[o]);
+    for (int o = 0; o < ROWS; o++) _mm512_store_ps(sums[row + o], totals[o]);
   }
 }
 
@@ -229,7 +229,7 @@ struct HeadsPlan {
 };
 
 template <class Isa>
-struct Proposing {
+struct ProposalWorker {
   using E = typename Isa::E;
   using T = typename E::T;
   const lorastack_proposal& proposal;
@@ -345,14 +345,14 @@ void propose_with(const lorastack_proposal& proposal) {
 #pragma omp parallel num_threads(proposal.num_threads)
   {
     const int thread = omp_get_thread_num();
-    Proposing<Isa>{proposal, plan, thread, Member(team, thread)}.run();
+    ProposalWorker<Isa>{proposal, plan, thread, Member(team, thread)}.run();
   }
 }
 
 }  // namespace lorastack::LORASTACK_ISA
 
 // The entry point of one instruction set, for dispatch.cpp.
-#define LORASTACK_EXPORT_DRAFT(name, Isa)                                 \
-  namespace lorastack::name {                                             \
+#define LORASTACK_EXPORT_HEADS(name, Isa)                                               \
+  namespace lorastack::name {                                                           \
   void run_propose(const lorastack_proposal& proposal) { propose_with<Isa>(proposal); } \
   }

@@ -110,11 +110,11 @@ static void expand_tiles(const LoraPart<uint16_t>* parts, int count, float* shru
         }
       }
     }
-    alignas(64) float found[2][16][TILE_TOKENS];
-    _tile_stored(0, found[0], 64);
-    _tile_stored(1, found[1], 64);
+    alignas(64) float updates[2][16][TILE_TOKENS];
+    _tile_stored(0, updates[0], 64);
+    _tile_stored(1, updates[1], 64);
     for (int side = 0; side < 2; side++)
-      if (touched[side]) add_columns(found[side], num, panels[side].sums + (begin - row) * ld, ld);
+      if (touched[side]) add_columns(updates[side], num, panels[side].sums + (begin - row) * ld, ld);
   }
 }
 

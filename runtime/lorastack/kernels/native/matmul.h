@@ -60,7 +60,7 @@ namespace lorastack::LORASTACK_ISA {
 struct Avx512Bf16 {
   using E = BF16;
   static constexpr bool tiles = false;
-  static constexpr int PASS = 12;  // rows for which weights are read once
+  static constexpr int FEW_ROWS = 12;  // rows for which weights are read once
 
   template <int M, class Source>
   static void rows(const uint16_t* x, size_t ldx, Source& source, int k, Block* out, int row) {
@@ -121,7 +121,7 @@ struct Avx512F32 {
 struct AmxBf16 {
   using E = BF16;
   static constexpr bool tiles = true;
-  static constexpr int PASS = BLOCK_ROWS;
+  static constexpr int FEW_ROWS = BLOCK_ROWS;
 };
 #endif
 
@@ -255,7 +255,7 @@ INLINE void blocks(const T* x, size_t ldx, int rows, Source& source, const loras
 template <class Isa, class Kind, class Epilogue>
 INLINE void multiply_codes(const uint16_t* x, size_t ldx, int rows, const lorastack_matrix& matrix,
                            int pair, uint16_t* unpacked, Epilogue&& epilogue) {
-  if (rows <= Isa::PASS) {
+  if (rows <= Isa::FEW_ROWS) {
     Codes<Kind> codes(matrix, pair);
     return blocks<Isa>(x, ldx, rows, codes, matrix, pair, epilogue);
   }

@@ -87,8 +87,8 @@ class Codes {
   INLINE_METHOD Tiles<uint16_t> at(int k) {
     if (k == 0) unpack_both(0);
     if (k + K_STEP < end_) unpack_both(k + K_STEP);
-    const auto& found = unpacked_[k / K_STEP % 2];
-    return {found[0], found[1]};
+    const auto& pair = unpacked_[k / K_STEP % 2];
+    return {pair[0], pair[1]};
   }
 
  private:

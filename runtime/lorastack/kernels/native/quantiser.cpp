@@ -146,10 +146,10 @@ void quantise_int8(const uint16_t* row, int inputs, int8_t* codes, uint16_t* sca
 void quantise_int4(const uint16_t* row, int inputs, int8_t* codes, uint16_t* scales) {
   for (int begin = 0; begin < inputs; begin += LANES * GROUP) {
     const int num = std::min(LANES, ceil_div(inputs - begin, GROUP));
-    const __m512 found = int4_scales(row, inputs, begin);
-    store_scales(found, num, scales + begin / GROUP);
+    const __m512 group_scales = int4_scales(row, inputs, begin);
+    store_scales(group_scales, num, scales + begin / GROUP);
     alignas(64) float inverses[LANES];
-    _mm512_store_ps(inverses, inverse_of(found));
+    _mm512_store_ps(inverses, inverse_of(group_scales));
     for (int i = 0; i < num; i++) {
       const int place = begin + i * GROUP;
       const __m512 inverse = _mm512_set1_ps(inverses[i]);
@@ -166,11 +166,11 @@ void run_quantise(const uint16_t* weights, int rows, int inputs, int kind, int8_
 #pragma omp parallel for num_threads(num_threads)
   for (int row = 0; row < rows; row++) {
     const uint16_t* weight = weights + (size_t)row * inputs;
-    int8_t* const found = codes + row * groups * GROUP;
+    int8_t* const row_codes = codes + row * groups * GROUP;
     if (kind == LORASTACK_INT8)
-      quantise_int8(weight, inputs, found, scales + row);
+      quantise_int8(weight, inputs, row_codes, scales + row);
     else
-      quantise_int4(weight, inputs, found, scales + row * groups);
+      quantise_int4(weight, inputs, row_codes, scales + row * groups);
   }
 }
 
