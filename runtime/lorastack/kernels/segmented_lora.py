@@ -47,7 +47,7 @@ GroupSegment: TypeAlias = tuple[int, int, float, GroupLora]  # start, end, scale
 
 
 def segmented_lora(x_TI: Tensor, outs: Sequence[Tensor], segments: Iterable[GroupSegment]) -> None:
-    """One shrink for all targets of a segment, one expand a target."""
+    """See the module. outs: by the target's index. One shrink a segment, one expand a target."""
     for start, end, scale, group in segments:
         if start == end:
             continue
@@ -63,7 +63,7 @@ def segmented_lora(x_TI: Tensor, outs: Sequence[Tensor], segments: Iterable[Grou
 
 
 def held(scale: float, dtype: torch.dtype) -> float:
-    """The scale, or infinity of its sign where the dtype cannot hold it: torch would raise."""
+    """The scale; infinity of its sign where the dtype cannot hold it, as torch would raise."""
     return scale if abs(scale) <= torch.finfo(dtype).max else math.copysign(math.inf, scale)
 
 

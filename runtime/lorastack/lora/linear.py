@@ -1,4 +1,4 @@
-"""The adapted layers: what the decoder calls after each projection of the base model."""
+"""LoRA updates: what the decoder calls after each projection of the base model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def add_group(
 ) -> None:
     """Add the LoRA updates of GROUPS[group] of a layer to its outputs, in place.
 
-    x_TI: the group's input; outs: one [T, out] tensor a target, in the group's order.
+    x_TI: the group's input; outs: one [T, O] tensor a target, in the group's order.
     """
     if lora:
         segmented_lora(x_TI, outs, _group_segments(lora, (layer, group)))
@@ -35,7 +35,7 @@ def add_embedding(token_ids_T: Tensor, hidden_TH: Tensor, lora: LoraBatch) -> No
         if weights is None or segment.start == segment.end:
             continue
         tokens = slice(segment.start, segment.end)
-        # Not a matmul, whose bits may depend on the number of tokens.
+        # A matmul's bits may depend on the number of tokens; these do not.
         a_TR = weights.a_RV.t()[token_ids_T[tokens]].float()
         delta_TH = (a_TR[:, None] * weights.b_HR.float()).sum(-1)
         scale = held(weights.scale * segment.scale, hidden_TH.dtype)

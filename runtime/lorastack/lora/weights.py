@@ -1,4 +1,4 @@
-"""An adapter's LoRA part as views of its flat buffer. Nothing is copied."""
+"""An adapter's LoRA weights as views of its flat buffer. Nothing is copied."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LM_HEAD_GROUP = (NO_LAYER, len(GROUPS))
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingLora:
-    """embed_tokens: a token's update is scale * B @ A[:, token]. a_RV: [r, V]; b_HR: [H, r]."""
+    """embed_tokens: a token's update is scale * B @ A[:, token]."""
 
     a_RV: Tensor
     b_HR: Tensor
@@ -34,9 +34,9 @@ class EmbeddingLora:
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class LoraWeights:
-    """groups: by (layer, index into GROUPS), and LM_HEAD_GROUP; absent where nothing is adapted.
+    """An adapter's LoRA. groups: by (layer, index into GROUPS) or LM_HEAD_GROUP, if adapted.
 
-    Compared by identity, so that what is derived from it can be kept for as long as it lives.
+    Compared by identity, so it can be the weak key of what is derived from it.
     """
 
     groups: Mapping[tuple[int, int], GroupLora]
@@ -44,7 +44,7 @@ class LoraWeights:
 
     @classmethod
     def from_buffer(cls, buffer: Tensor, layout: AdapterLayout) -> LoraWeights:
-        """Views of `buffer`; they live as long as it does. Empty for an adapter of heads only."""
+        """Views of `buffer`, which they keep alive. Empty for an adapter of heads only."""
         groups: dict[tuple[int, int], GroupLora] = {}
         for layer in sorted({layer for layer, target, _ in layout.slots if target != HEADS}):
             for index, group in enumerate((*GROUPS, (LM_HEAD,))):

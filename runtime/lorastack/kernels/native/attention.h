@@ -15,12 +15,12 @@ constexpr int MAX_QUERIES = 4;  // queries that share one pass over keys and val
 constexpr int MAX_HEAD_DIM = 256;
 constexpr float MASKED = -INFINITY;
 
-// Where a row's KV is. slots: element offset of the keys of logical slot s, of the first kv head.
+// A row's KV. slots[s]: element offset of the keys of logical slot s, of the first kv head.
 template <class T>
 struct RowCache {
-  const T* data;          // of the layer
-  const int64_t* slots;   // [num_slots]
-  int64_t value_offset;   // from keys to values
+  const T* data;         // of the layer
+  const int64_t* slots;  // [num_slots]
+  int64_t value_offset;  // from keys to values
 };
 
 // One query: its head's vector, where its output goes, and what it sees.
@@ -28,10 +28,10 @@ template <class T>
 struct Query {
   const T* q;
   T* out;
-  int linear;        // positions 0..linear - 1 are slots 0..linear - 1
-  int first;         // positions before it are outside the window
-  int num_tail;      // ancestors behind the linear prefix, itself last
-  const int* tail;   // their logical slots, by position
+  int linear;       // positions 0..linear - 1 are slots 0..linear - 1
+  int first;        // positions before it are outside the window
+  int num_tail;     // ancestors behind the linear prefix, itself last
+  const int* tail;  // their logical slots, by position
 };
 
 // Sum of the 16 lanes of each of 16 vectors, as one vector.
@@ -67,7 +67,7 @@ INLINE __m512 dot(const typename E::T* a, const typename E::T* b, int size) {
   return sum;
 }
 
-// Scores of 16 positions that begin at `at`; those outside [0, count) of it are not read.
+// Scores of the 16 positions whose offsets begin at `at`; only the first `count` are read.
 template <class E>
 INLINE __m512 scores_16(const typename E::T* q, const RowCache<typename E::T>& kv,
                         const int64_t* at, int count, int size) {
@@ -77,7 +77,7 @@ INLINE __m512 scores_16(const typename E::T* q, const RowCache<typename E::T>& k
   return reduce_16(dots);
 }
 
-// One to MAX_QUERIES queries of a kv head. scratch: MAX_QUERIES rows of `capacity` floats.
+// Attention of one to MAX_QUERIES queries of a kv head. scratch: MAX_QUERIES rows of `capacity` floats.
 template <class E>
 void attend(const Query<typename E::T>* queries, int count, const RowCache<typename E::T>& kv,
             int size, float scale, float* scratch, int capacity) {

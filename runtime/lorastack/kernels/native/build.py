@@ -2,10 +2,11 @@
 
     python -m lorastack.kernels.native.build [TARGET FLAG...]
 
-With a target it is a library for tests, compiled with further flags (see `make check-native`).
+TARGET and FLAGs make another library, for tests (see `make check-native`).
 
 Each source is compiled for its own instruction set, and `dispatch.cpp` chooses among them when the
-program runs; nothing depends on the machine that compiles. Only x86-64 has native kernels so far.
+program runs, so a library does not depend on the machine that compiles it. Native kernels are for
+x86-64 only.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "amx.cpp": (*_BF16, "-mamx-tile", "-mamx-bf16"),
 }
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra")
-# GCC's own intrinsics trip this one.
+# GCC's own intrinsics raise this warning.
 _QUIET = ("-Wno-maybe-uninitialized",)
 
 
 def sources() -> str:
-    """sha256 of the C++ sources. It is compiled in: library.py refuses a library of others."""
+    """sha256 of the C++ sources, compiled into the library, which library.py compares at load."""
     digest = hashlib.sha256()
     for path in sorted((*HERE.glob("*.h"), *HERE.glob("*.cpp"))):
         digest.update(f"{path.name} {path.stat().st_size} ".encode() + path.read_bytes())
@@ -45,9 +46,9 @@ def sources() -> str:
 
 
 def build(target: Path = LIBRARY, extra: tuple[str, ...] = ()) -> str:
-    """Compile into `target`. extra: flags for every call of the compiler.
+    """Compile the library into `target`. extra: flags for every call of the compiler.
 
-    Returns "" or why there is no library: the caller goes on without it.
+    Returns "", or why no library was made: callers go on without it.
     """
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     if platform.machine() != "x86_64" or sys.platform != "linux":
@@ -65,7 +66,7 @@ def build(target: Path = LIBRARY, extra: tuple[str, ...] = ()) -> str:
 
         try:
             objects = list(pool.map(compiled, SOURCES))
-            made = target.with_suffix(f".{os.getpid()}")  # running servers have the old one mapped
+            made = target.with_suffix(f".{os.getpid()}")  # the old one may be mapped
             _run(compiler, "-shared", "-fopenmp", *extra, *objects, "-o", str(made))
         except subprocess.CalledProcessError as error:
             return f"{compiler} failed:\n{error.stderr}"

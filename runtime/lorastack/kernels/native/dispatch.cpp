@@ -1,4 +1,4 @@
-// Which instruction set runs, decided when the program runs. Compiled for any x86-64.
+// The library's functions, which choose the instruction set at run time. Compiled for any x86-64.
 #include "abi.h"
 
 #include <sys/syscall.h>

@@ -29,8 +29,8 @@ struct Product {
   const T* states;
   size_t stride;
   int outputs, count, first, step;
-  int tile = 0;  // of 16 packed states, where its own begin
-  size_t logits = 0;  // of all logits, where its own begin: [count][outputs]
+  int tile = 0;       // its first tile of 16 packed states
+  size_t logits = 0;  // where its own begin among all logits: [count][outputs]
 
   int tiles() const { return ceil_div(count, LANES); }
   int strips() const { return ceil_div(outputs, LANES); }  // of 16 rows of the matrix
@@ -54,7 +54,8 @@ struct Products {
     all.push_back(product);
   }
 
-  // The product that has thing `index` of all; `index` becomes its number in the product.
+  // The product that holds item `index` of all, where `count` gives a product's items. `index`
+  // becomes the item's number in the product.
   template <class Count>
   const Product<T>& find(int& index, Count&& count) const {
     const Product<T>* product = all.data();
@@ -63,7 +64,7 @@ struct Products {
   }
 };
 
-// A proposal. place: which of the outputs.
+// One of a head's best outputs. value: its logit; place: its row of the output matrix.
 struct TopToken {
   float value = -INFINITY;
   int32_t place = INT32_MAX;
@@ -73,7 +74,7 @@ struct TopToken {
   }
 };
 
-// Takes its place among the `num` best, in any order of arrival.
+// Inserts a token into the `num` best; tokens may come in any order.
 INLINE void offer(TopToken* best, int num, TopToken token) {
   if (!token.before(best[num - 1])) return;
   int at = num - 1;
@@ -85,7 +86,7 @@ INLINE void offer(TopToken* best, int num, TopToken token) {
 INLINE __m512 share_512(__m512 logit, __m512 peak) {
   const __m512 x = _mm512_mul_ps(_mm512_sub_ps(logit, peak), _mm512_set1_ps(1.44269504f));
   const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEG_INF);
-  const __m512 f = _mm512_sub_ps(x, n);  // of minus infinity NaN
+  const __m512 f = _mm512_sub_ps(x, n);  // NaN for minus infinity
   __m512 p = _mm512_set1_ps(0.0135341659f);  // 2^f on [0, 1], of least relative error
   p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.0520114712f));
   p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.241442740f));
@@ -185,9 +186,9 @@ template <class T>
 struct HeadsPlan {
   std::vector<Products<T>> blocks;
   Products<T> outputs;
-  std::vector<Line> packed;            // tiles of the phase at hand
-  std::vector<Line> spare;             // a thread's last few rows of a matrix
-  std::unique_ptr<float[]> logits;     // of each output and state
+  std::vector<Line> packed;         // tiles of the current phase
+  std::vector<Line> spare;          // for each thread: the last rows of a matrix, if fewer than 16
+  std::unique_ptr<float[]> logits;  // of each output and state
   size_t tile_lines;
 
   HeadsPlan(const lorastack_proposal& proposal) {
@@ -284,7 +285,7 @@ struct ProposalWorker {
     });
   }
 
-  // r + SiLU(W r + b), 16 values of 16 states; hidden is a multiple of 16, so of one head.
+  // Stores r + SiLU(W r + b): 16 values of 16 states, of one head since hidden is a multiple of 16.
   void finish_block(const Product<T>& product, int row, int index, float (*sums)[LANES]) {
     const int begin = index * LANES, count = std::min(product.count - begin, LANES);
     const int head = row / proposal.hidden, column = row % proposal.hidden;
@@ -300,7 +301,7 @@ struct ProposalWorker {
     }
   }
 
-  // `rows` logits from `row` on of 16 states.
+  // Stores logits row..row + rows of 16 states.
   void keep(const Product<T>& product, int row, int rows, int index, float (*sums)[LANES]) {
     const int begin = index * LANES, count = std::min(product.count - begin, LANES);
     __m512 columns[LANES];

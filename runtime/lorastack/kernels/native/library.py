@@ -1,4 +1,4 @@
-"""The compiled library's interface: ctypes mirrors of abi.h."""
+"""The compiled library: ctypes mirrors of abi.h, loading, and what this machine can run of it."""
 
 from __future__ import annotations
 
@@ -257,13 +257,13 @@ def _mismatch(loaded: ctypes.CDLL) -> str:
 
 @cache
 def supported(isa: Isa) -> bool:
-    """Whether the library is there and this machine runs that part of it."""
+    """True if the library is there and this machine runs its kernels for `isa`."""
     loaded = library()
     return loaded is not None and loaded.lorastack_supports(isa) == 1
 
 
 def isa_of(dtype: torch.dtype) -> Isa | None:
-    """The best instructions for weights of a dtype on this machine; None: there are none."""
+    """The best instruction set for weights of a dtype on this machine, None without one."""
     wanted = {
         torch.bfloat16: (Isa.AMX, Isa.AVX512_BF16),
         torch.float32: (Isa.AVX512,),
@@ -272,7 +272,7 @@ def isa_of(dtype: torch.dtype) -> Isa | None:
 
 
 def missing(dtype: torch.dtype) -> str:
-    """Why `isa_of` finds nothing for a dtype, with the remedy if there is one; "" if it does."""
+    """Why `isa_of` gives None for a dtype, with the remedy if there is one; "" if it does not."""
     if isa_of(dtype) is not None:
         return ""
     if library() is None:

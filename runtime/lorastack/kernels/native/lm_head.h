@@ -15,10 +15,10 @@ namespace lorastack::LORASTACK_ISA {
 constexpr int LM_HEAD_PAIRS = 8;  // pairs of lm_head's panels in one chunk
 
 struct PartCounts {
-  int parts, chunks;  // chunks of their shrinks
+  int parts, chunks;  // chunks: of all their shrinks
 };
 
-// The LoRA parts of `count` targets of every segment, from table place `first_target` on.
+// Lists the LoRA parts of every segment's targets first_target..first_target + count.
 template <class T>
 PartCounts list_parts(const lorastack_segment* segments, int num_segments, int first_target,
                       int count, LoraPart<T>* parts) {
@@ -40,7 +40,7 @@ PartCounts list_parts(const lorastack_segment* segments, int num_segments, int f
   return counts;
 }
 
-// Chunk number `chunk` of the shrinks of all parts.
+// Runs chunk number `chunk` of the shrinks of all parts.
 template <class E>
 INLINE void shrink_chunk(const LoraPart<typename E::T>* parts, int chunk, const typename E::T* x,
                          size_t ldx, int k, float* shrunk) {
@@ -52,7 +52,7 @@ INLINE void shrink_chunk(const LoraPart<typename E::T>* parts, int chunk, const 
 #endif
 }
 
-// All parts' updates to both panels of a block.
+// Adds all parts' updates to both panels of a block.
 template <class E>
 INLINE void expand_panels(const LoraPart<typename E::T>* parts, int count, float* shrunk,
                           const Panel (&panels)[2], int row, int rows) {
@@ -63,7 +63,8 @@ INLINE void expand_panels(const LoraPart<typename E::T>* parts, int count, float
 #endif
 }
 
-// lm_head on rows of final states, and its LoRAs. parts: room for one a segment; unpacked: of weights.
+// lm_head and its LoRAs on rows of final states. parts: room for one a segment; unpacked: room for
+// `unpacked_elements`.
 template <class Isa>
 void multiply_lm_head(const lorastack_lm_head& lm_head, Member& member,
                       LoraPart<typename Isa::E::T>* parts, typename Isa::E::T* unpacked) {

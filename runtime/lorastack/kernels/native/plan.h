@@ -37,15 +37,15 @@ struct Token {
 template <class T>
 struct Buffers {
   T *x, *qkv, *context, *inner;
-  T* unpacked;  // a thread's, after each other: weights of a pair of panels
+  T* unpacked;  // for each thread: weights of a pair of panels
   float *hidden, *shrunk, *scores;
   Token* tokens;
   int32_t* tails;
-  int64_t* slots;     // of all rows, one after the other
-  int64_t* row_slots;  // where a row's begin
-  int32_t* passes;    // attention groups of all rows before a row
+  int64_t* slots;      // of all rows, one after the other
+  int64_t* row_slots;  // where each row's begin
+  int32_t* passes;     // attention passes of all rows before each row, then of all
   Counter* counters;
-  LoraPart<T>* parts;  // per thread
+  LoraPart<T>* parts;  // max_parts for each thread
   lorastack_segment* lm_head_segments;  // over the outputs, with lm_head's targets
   int64_t unpacked_elements;  // of a thread
   int capacity, ld_hidden, ld_qkv, ld_context, ld_inner, max_parts;
@@ -57,7 +57,7 @@ inline int64_t num_step_counters(const lorastack_model& model, const lorastack_s
 
 inline int depth_bound(const lorastack_row& row) { return row.parents ? row.end - row.start : 0; }
 
-// Of all matrices; those of the layers are alike.
+// Elements that the largest matrix needs; all layers are alike.
 inline size_t most_unpacked(const lorastack_model& model) {
   const lorastack_layer& layer = *model.layers;
   return std::max({unpacked_elements(layer.qkv), unpacked_elements(layer.o),
@@ -109,7 +109,7 @@ Buffers<T> lay_out(const lorastack_model& model, const lorastack_step& step, int
   return b;
 }
 
-// The same segments over the step's outputs.
+// The step's segments over its outputs, with lm_head's targets.
 template <class T>
 void plan_lm_head(const lorastack_model& model, const lorastack_step& step, Buffers<T>& b) {
   const int32_t* end = step.outputs + step.num_outputs;

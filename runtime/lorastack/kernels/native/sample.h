@@ -61,7 +61,7 @@ INLINE __m512d exp_512(__m512d x) {
   return _mm512_scalef_pd(p, n);
 }
 
-// Tokens by rising id. ids: null if they are the places.
+// Tokens by rising id. ids: null where places are ids.
 struct Tokens {
   const float* logits;
   const int32_t* ids;
@@ -92,7 +92,7 @@ struct TokenLogit {
 };
 constexpr TokenLogit BEHIND_ALL = {-INFINITY, INT32_MAX};
 
-// A row's first `num` tokens.
+// The `num` tokens of a row that rank first.
 class TopK {
  public:
   // num: 1 to columns - 1.
@@ -118,7 +118,7 @@ class TopK {
   std::vector<float> logits_;
   std::vector<int32_t> ids_;
 
-  // Not above the num-th logit, and mostly close: the num-th of the maxima of many groups.
+  // A bound not above the num-th logit, and mostly close: the num-th of the maxima of many groups.
   static float bound(const float* row, int columns, int num) {
     const int64_t groups = (4 * (int64_t)num + LANES - 1) / LANES * LANES;
     if (groups >= columns) return -INFINITY;
@@ -136,7 +136,7 @@ class TopK {
     return maxima[num - 1];
   }
 
-  // Takes what ranks before `last`.
+  // Keeps the tokens that rank before `last`.
   void keep(const Tokens& tokens, const TokenLogit& last) {
     for (int i = 0; i < tokens.count; i += LANES) {
       const __mmask16 real = first(tokens.count - i);
@@ -170,7 +170,7 @@ class Sampling {
     const double share = (1 - sample_.top_p) * total / tokens.count * SLACK;
     const double least = std::max(log(std::max(sample_.min_p, share)), -NOISE_RANGE);
     TokenLogit winner = find(tokens, least, BEHIND_ALL);
-    // Outside the run, and with it all that ranks behind it.
+    // Such a winner is outside the run, and so is all that ranks behind it.
     while (limited && winner.id != best_.id && weigh(tokens, winner) >= enough)
       winner = find(tokens, least, winner);
     return winner.id;
@@ -203,7 +203,7 @@ class Sampling {
     return _mm512_reduce_add_pd(_mm512_add_pd(low, high));
   }
 
-  // The best score before `end`, which leaves the row's first token at least.
+  // The token with the best score of those that rank before `end`, or else the row's first token.
   TokenLogit find(const Tokens& tokens, double least, const TokenLogit& end) const {
     // Rounding in float32 is far below a thousandth.
     const __m512 lowest = _mm512_set1_ps((float)least - 1e-3f);
@@ -245,17 +245,18 @@ class Sampling {
     return token.logit / sample_.temperature - log(-log(uniform));
   }
 
-  // Times a token's weight: what its rest must not exceed if it is to reach the score.
+  // Times a token's weight it bounds the `rest` with which the token reaches the score.
   __m512 bound_of(double score) const {
     return _mm512_set1_ps((float)(exp(peak_ - score) * (1 + 1e-3) / UNIT));
   }
 };
 
+// The token that a sample takes from its row.
 INLINE int64_t sample_of(const float* row, int columns, const lorastack_sample& sample) {
   float value;
   int64_t place;
   best_of(row, columns, &value, &place);
-  // NaN or infinite: nothing to draw from. Or the temperature is 0 or next to it.
+  // Nothing to draw from (NaN or infinite), or the temperature is 0 or next to it.
   if (!isfinite(value / sample.temperature)) return place;
   const Sampling sampling(sample, {value, (int32_t)place});
   if (sample.top_k <= 0 || sample.top_k >= columns) return sampling.run({row, nullptr, columns});

@@ -50,7 +50,7 @@ struct StepWorker {
     });
   }
 
-  // tokens: which ones, null for all.
+  // RMSNorm of `count` tokens' hidden states into `out`. tokens: which ones, null for all.
   void normalise(const void* weight_, T* out, int ld, const int32_t* tokens, int count) {
     const T* weight = (const T*)weight_;
     const int size = model.hidden;
@@ -83,7 +83,7 @@ struct StepWorker {
                    [&](int chunk) { shrink_chunk<E>(parts, chunk, x, ldx, k, b.shrunk); });
   }
 
-  // Bias and LoRA of a block. first: its first panel's number; panels: which outputs they are.
+  // Adds bias and LoRA to a block. first: its first panel's number; panels: their outputs.
   void finish(const lorastack_matrix& matrix, int first, int row, int rows,
               const Panel (&panels)[2]) {
     for (int half = 0; matrix.bias && half < 2; half++) {
@@ -190,7 +190,7 @@ struct StepWorker {
     });
   }
 
-  // A group of queries of one row and kv head at a time.
+  // Takes up to max_queries queries of one row and kv head at a time.
   void attention(const lorastack_layer& layer) {
     const int share = model.heads / model.kv_heads, dim = model.head_dim;
     const int64_t head_stride = (int64_t)model.page_size * dim;
