@@ -1,4 +1,4 @@
-"""Puts the native library into wheels and editable installs where a C++ compiler is at hand."""
+"""Builds the native library into wheels and editable installs where there is a C++ compiler."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ BUILD = "runtime/lorastack/kernels/native/build.py"
 
 
 class NativeBuildHook(BuildHookInterface[Any]):
-    """Without a library the package works in plain torch, so a failure is only told."""
+    """Warns if the build fails: without a library the package runs in plain torch."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         spec = importlib.util.spec_from_file_location("native_build", Path(self.root, BUILD))

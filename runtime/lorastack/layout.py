@@ -1,8 +1,8 @@
-"""Shapes of the base model and the byte layout of an adapter. No torch here.
+"""Shapes of the base model and the layout of an adapter's buffer. No torch here.
 
 An adapter on a device is ONE flat buffer; `AdapterLayout` says where each tensor lies in it.
-Tensor names carry shape suffixes from one legend: T step tokens, B rows, N tree nodes, H hidden,
-V vocabulary, K heads, R rank, D head dimension.
+Tensor names carry shape suffixes from one legend: T step tokens, B rows, X selected rows, N tree
+nodes, H hidden, V vocabulary, K heads, L blocks, R rank, D head dimension, I inputs, O outputs.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-LAYOUT_VERSION = 2
-ALIGNMENT = 64  # bytes; every tensor starts on a cache line
+ALIGNMENT = 64  # bytes of a cache line, on which runs of tensors start
 
-# Projections of a decoder layer, in buffer order: members of one group share their input.
+# Projections of a decoder layer in buffer order; those of one group share their input.
 GROUPS: tuple[tuple[str, ...], ...] = (
     ("q_proj", "k_proj", "v_proj"),
     ("o_proj",),
@@ -26,7 +25,7 @@ EMBED = "embed_tokens"
 LM_HEAD = "lm_head"
 HEADS = "heads"
 MAX_RANK = 64  # candidates that a tree may ask of one head
-MAX_DRAFT_VOCABULARY = 16384  # tokens that heads may choose from, when they name theirs
+MAX_DRAFT_VOCABULARY = 16384  # tokens of a vocabulary that heads bring themselves
 NO_LAYER = -1  # the `layer` of embed_tokens and lm_head; for heads see `head_block`
 
 
@@ -42,7 +41,7 @@ class Part(StrEnum):
 
 
 class AdapterKind(StrEnum):
-    """What a folder holds."""
+    """What an adapter's folder holds."""
 
     LORA = "lora"
     MEDUSA = "medusa"
@@ -93,7 +92,7 @@ DRAFT_KEY: TensorKey = (0, HEADS, Part.DRAFT)
 
 
 def head_block(head: int, block: int, num_heads: int) -> int:
-    """The `layer` of one block of one head (all 0-based): all heads' first blocks come first."""
+    """The `layer` of a head's block, both counted from 0: all heads' first blocks come first."""
     return block * num_heads + head
 
 
@@ -114,13 +113,11 @@ class AdapterLayout:
     """
 
     slots: Mapping[TensorKey, TensorSlot]
-    # LoRA scale of a (layer, target): alpha/r or alpha/sqrt(r)
-    scales: Mapping[tuple[int, str], float]
+    scales: Mapping[tuple[int, str], float]  # by (layer, target): alpha / r or alpha / sqrt(r)
     num_elements: int
     itemsize: int  # bytes an element
     num_heads: int  # Medusa heads, 0 for a plain LoRA
-    draft_vocabulary: tuple[int, ...] = ()  # rising token ids that heads choose from; () for all
-    version: int = LAYOUT_VERSION
+    draft_vocabulary: tuple[int, ...] = ()  # rising token ids that heads choose from, () for all
 
     @property
     def nbytes(self) -> int:

@@ -19,9 +19,10 @@ from lorastack.kernels.native.library import Isa
 from lorastack.kernels.native.matrix import PackedMatrix, pack_matrix, pack_pair
 from lorastack.kernels.ops import Ops
 from lorastack.kernels.quantize import Kind, head_kind
+from lorastack.kernels.segmented_lora import GroupLora, TargetLora
 from lorastack.layout import GROUPS, LM_HEAD, ModelShapes
 from lorastack.lora.segments import LoraBatch, Segment
-from lorastack.lora.weights import LM_HEAD_GROUP, GroupLora, LoraWeights, TargetLora
+from lorastack.lora.weights import LM_HEAD_GROUP, LoraWeights
 from lorastack.model.backends.base import Backend
 from lorastack.model.backends.native import NativeBackend
 from lorastack.model.backends.torch import TorchBackend

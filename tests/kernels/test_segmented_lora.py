@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorastack.kernels.segmented_lora import (
-    KernelSegment,
-    SegmentTarget,
+    GroupLora,
+    GroupSegment,
+    TargetLora,
     segmented_lora,
     segmented_lora_reference,
 )
@@ -22,23 +23,23 @@ OUTS = (10, 6, 6)
 
 def segment(
     start: int, end: int, ranks: dict[int, int], scale: float, seed: int, dtype: torch.dtype
-) -> KernelSegment:
-    """ranks: rank of each adapted target (index into OUTS)."""
+) -> GroupSegment:
+    """ranks: rank of each adapted target (index into OUTS); scale: both factors."""
     generator = torch.Generator().manual_seed(seed)
-    targets: list[SegmentTarget] = []
+    targets: list[TargetLora] = []
     offset = 0
     for index, rank in ranks.items():
         b_OR = torch.randn(OUTS[index], rank, generator=generator).to(dtype)
-        targets.append(SegmentTarget(index, slice(offset, offset + rank), b_OR, scale))
+        targets.append(TargetLora(index, slice(offset, offset + rank), b_OR, 2.0 * scale))
         offset += rank
     a_RI = torch.randn(offset, INNER, generator=generator).to(dtype)
-    return KernelSegment(start, end, a_RI, tuple(targets))
+    return start, end, 0.5, GroupLora(a_RI, tuple(targets))
 
 
 @st.composite
-def segments(draw: st.DrawFn) -> list[KernelSegment]:
+def segments(draw: st.DrawFn) -> list[GroupSegment]:
     """Empty, single-token, unsorted, overlapping (stacked) and mixed-rank segments."""
-    result: list[KernelSegment] = []
+    result: list[GroupSegment] = []
     for _ in range(draw(st.integers(0, 5))):
         start = draw(st.integers(0, TOKENS))
         end = draw(st.integers(start, TOKENS))
@@ -57,7 +58,7 @@ def fused_outputs() -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
 
 @settings(deadline=None)
 @given(segments())
-def test_equals_the_reference(drawn: list[KernelSegment]):
+def test_equals_the_reference(drawn: list[GroupSegment]):
     x_TI = torch.randn(TOKENS, INNER, generator=torch.Generator().manual_seed(1))
     fused, outs = fused_outputs()
     expected, expected_outs = fused_outputs()

@@ -1,8 +1,8 @@
-"""Where an adapter's tensors lie in its one flat buffer, and looking at them there.
+"""Where an adapter's tensors lie in its one flat buffer, and views of them there.
 
 Contract. The buffer is one 1-D tensor of one dtype; `AdapterLayout` says where each tensor lies.
-Runs start on a cache line (`ALIGNMENT` bytes). A run is one tensor, or tensors that one call reads
-together and that therefore lie without gaps:
+Runs start on a cache line (`ALIGNMENT` bytes). A run is one tensor, or several that one call reads
+together and that lie without gaps:
 
 - the A parts of a layer's group, in the group's order: one [sum of ranks, in] matrix;
 - the weights of all heads' blocks, by block, then head: [L, K, H, H]; their biases: [L, K, H];
@@ -43,11 +43,11 @@ def allocate(
     dtype: torch.dtype,
     pinned: bool = False,
 ) -> tuple[AdapterLayout, Tensor]:
-    """A buffer on the CPU for tensors of these shapes, its contents still to be written.
+    """The layout and a buffer on the CPU for tensors of these shapes, still to be written.
 
     scales: LoRA scale of every (layer, target) present; num_heads: Medusa heads, 0 for none;
-    draft_vocabulary: the tokens they choose from; pinned: page-locked, for copies to a CUDA device.
-    Padding is zero already, so equal adapters give equal bytes.
+    draft_vocabulary: the tokens they choose from, () for all; pinned: page-locked, for copies to a
+    CUDA device. Padding is zero already, so equal adapters give equal bytes.
     """
     slots: dict[TensorKey, TensorSlot] = {}
     padding: list[slice] = []
@@ -77,13 +77,13 @@ def allocate(
 
 
 def view(buffer: Tensor, layout: AdapterLayout, key: TensorKey) -> Tensor:
-    """The tensor `key` inside `buffer`, not copied. KeyError when the adapter has none."""
+    """A view of the tensor `key` in `buffer`. Raises KeyError if the adapter has none."""
     slot = layout.slots[key]
     return buffer[slot.offset : slot.offset + prod(slot.shape)].view(slot.shape)
 
 
 def view_run(buffer: Tensor, layout: AdapterLayout, keys: tuple[TensorKey, ...]) -> Tensor:
-    """Gapless neighbours `keys` as one tensor, joined along their first dimension."""
+    """A view of the neighbours `keys` as one tensor, joined along their first dimension."""
     first, last = layout.slots[keys[0]], layout.slots[keys[-1]]
     end = last.offset + prod(last.shape)
     size = sum(prod(layout.slots[key].shape) for key in keys)

@@ -1,4 +1,4 @@
-"""The adapted layers: what the decoder calls after each projection of the base model."""
+"""LoRA updates: what the decoder calls after each projection of the base model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from lorastack.kernels.segmented_lora import KernelSegment, SegmentTarget, held, segmented_lora
+from lorastack.kernels.segmented_lora import GroupSegment, held, segmented_lora
 from lorastack.lora.segments import LoraBatch
 from lorastack.lora.weights import LM_HEAD_GROUP
 
@@ -16,16 +16,16 @@ def add_group(
 ) -> None:
     """Add the LoRA updates of GROUPS[group] of a layer to its outputs, in place.
 
-    x_TI: the group's input; outs: one [T, out] tensor a target, in the group's order.
+    x_TI: the group's input; outs: one [T, O] tensor a target, in the group's order.
     """
     if lora:
-        segmented_lora(x_TI, outs, _kernel_segments(lora, (layer, group)))
+        segmented_lora(x_TI, outs, _group_segments(lora, (layer, group)))
 
 
 def add_lm_head(hidden_XH: Tensor, logits_XV: Tensor, lora: LoraBatch) -> None:
     """Add lm_head's LoRA updates in place. Segments index the X rows."""
     if lora:
-        segmented_lora(hidden_XH, (logits_XV,), _kernel_segments(lora, LM_HEAD_GROUP))
+        segmented_lora(hidden_XH, (logits_XV,), _group_segments(lora, LM_HEAD_GROUP))
 
 
 def add_embedding(token_ids_T: Tensor, hidden_TH: Tensor, lora: LoraBatch) -> None:
@@ -35,18 +35,15 @@ def add_embedding(token_ids_T: Tensor, hidden_TH: Tensor, lora: LoraBatch) -> No
         if weights is None or segment.start == segment.end:
             continue
         tokens = slice(segment.start, segment.end)
-        # Not a matmul, whose bits may depend on the number of tokens.
+        # A matmul's bits may depend on the number of tokens; these do not.
         a_TR = weights.a_RV.t()[token_ids_T[tokens]].float()
         delta_TH = (a_TR[:, None] * weights.b_HR.float()).sum(-1)
         scale = held(weights.scale * segment.scale, hidden_TH.dtype)
         hidden_TH[tokens].add_(delta_TH, alpha=scale)
 
 
-def _kernel_segments(lora: LoraBatch, key: tuple[int, int]) -> Iterator[KernelSegment]:
+def _group_segments(lora: LoraBatch, key: tuple[int, int]) -> Iterator[GroupSegment]:
+    """The segments whose LoRA adapts the group `key` of `LoraWeights.groups`."""
     for segment in lora.segments:
-        if weights := segment.weights.groups.get(key):
-            targets = tuple(
-                SegmentTarget(target.index, target.rank, target.b_OR, target.scale * segment.scale)
-                for target in weights.targets
-            )
-            yield KernelSegment(segment.start, segment.end, weights.a_RI, targets)
+        if group := segment.weights.groups.get(key):
+            yield segment.start, segment.end, segment.scale, group

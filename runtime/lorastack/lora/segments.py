@@ -11,7 +11,7 @@ from lorastack.lora.weights import LoraWeights
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Tokens start..end of the step use `weights`, times `scale` (1 for a plain request)."""
+    """Tokens start..end of the step use `weights`, scaled by the request's `scale` (1: as is)."""
 
     start: int
     end: int
@@ -21,9 +21,9 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class LoraBatch:
-    """The segments of a step, filled by the runner. False when no token has a LoRA.
+    """The segments of a step. False when no token has a LoRA.
 
-    Several segments may cover one slice (a stack, added in this order), and one adapter may own
+    Several segments may cover one slice (a stack, added in this order), and one adapter may have
     several segments.
     """
 
@@ -33,7 +33,7 @@ class LoraBatch:
         return bool(self.segments)
 
     def select(self, tokens: Sequence[int]) -> LoraBatch:
-        """The segments over these tokens alone. tokens: places in the step, rising."""
+        """The segments over some of the tokens. tokens: their places in the step, rising."""
         return LoraBatch(
             tuple(
                 replace(

@@ -1,4 +1,4 @@
-"""An adapter's LoRA part as views of its flat buffer. Nothing is copied."""
+"""An adapter's LoRA weights as views of its flat buffer. Nothing is copied."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lorastack.kernels.packing import view, view_run
+from lorastack.kernels.segmented_lora import GroupLora, TargetLora
 from lorastack.layout import (
     EMBED,
     GROUPS,
@@ -23,26 +24,8 @@ LM_HEAD_GROUP = (NO_LAYER, len(GROUPS))
 
 
 @dataclass(frozen=True, slots=True)
-class TargetLora:
-    """One target of a group. index: its place in the group; rank: its rows of the group's A."""
-
-    index: int
-    rank: slice
-    b_OR: Tensor
-    scale: float
-
-
-@dataclass(frozen=True, slots=True)
-class GroupLora:
-    """The targets of one (layer, group) and their joined A, [sum of ranks, in]."""
-
-    a_RI: Tensor
-    targets: tuple[TargetLora, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class EmbeddingLora:
-    """embed_tokens: a token's update is scale * B @ A[:, token]. a_RV: [r, V]; b_HR: [H, r]."""
+    """embed_tokens: a token's update is scale * B @ A[:, token]."""
 
     a_RV: Tensor
     b_HR: Tensor
@@ -51,9 +34,9 @@ class EmbeddingLora:
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class LoraWeights:
-    """groups: by (layer, index into GROUPS), and LM_HEAD_GROUP; absent where nothing is adapted.
+    """An adapter's LoRA. groups: by (layer, index into GROUPS) or LM_HEAD_GROUP, if adapted.
 
-    Compared by identity, so that what is derived from it can be kept for as long as it lives.
+    Compared by identity, so it can be the weak key of what is derived from it.
     """
 
     groups: Mapping[tuple[int, int], GroupLora]
@@ -61,7 +44,7 @@ class LoraWeights:
 
     @classmethod
     def from_buffer(cls, buffer: Tensor, layout: AdapterLayout) -> LoraWeights:
-        """Views of `buffer`; they live as long as it does. Empty for an adapter of heads only."""
+        """Views of `buffer`, which they keep alive. Empty for an adapter of heads only."""
         groups: dict[tuple[int, int], GroupLora] = {}
         for layer in sorted({layer for layer, target, _ in layout.slots if target != HEADS}):
             for index, group in enumerate((*GROUPS, (LM_HEAD,))):

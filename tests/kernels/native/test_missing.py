@@ -10,16 +10,19 @@ import torch
 
 from lorastack.config import MIB, EngineConfig, ModelConfig
 from lorastack.errors import InvalidArgumentError
+from lorastack.kernels.native import build
 from lorastack.kernels.native import library as native
 from lorastack.kernels.native.library import Isa, missing
 from lorastack.startup import model
 
 ENGINE = EngineConfig(kv_memory=MIB)
 
+LOAD = native._load
+
 
 def only(monkeypatch: pytest.MonkeyPatch, *found: Isa, built: bool = True) -> None:
-    monkeypatch.setattr(native, "library", lambda: object() if built else None)
-    monkeypatch.setattr(model, "library", native.library)
+    monkeypatch.setattr(native, "_load", (lambda path: (object(), "")) if built else LOAD)
+    monkeypatch.setattr(build, "LIBRARY", Path("/nowhere.so"))
     monkeypatch.setattr(native, "supported", lambda isa: isa in found)
 
 

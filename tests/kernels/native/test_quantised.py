@@ -28,7 +28,7 @@ def multiply(matrix: PackedMatrix, x_TI: Tensor, outputs: int, isa: Isa) -> Tens
     x = torch.zeros(-(-rows // 32) * 32, matrix.inputs, dtype=torch.bfloat16)
     x[:rows, : x_TI.shape[1]] = x_TI
     x, out_TO = guarded(x), guarded(torch.full((rows, outputs), torch.nan))
-    head = native.Head(
+    head = native.LmHead(
         *(matrix.struct, None, x.data_ptr(), out_TO.data_ptr(), None),
         *(0, rows, outputs, matrix.inputs, 2, isa),
     )

@@ -10,6 +10,8 @@ extern "C" {
 enum { LORASTACK_AMX, LORASTACK_AVX512_BF16, LORASTACK_AVX512 };
 enum { LORASTACK_PLAIN, LORASTACK_INT8, LORASTACK_INT4 };  // how weights are stored
 
+// A step.
+
 // A packed weight. k: padded inputs; panels: even; bias: packed like the outputs, or null; scales: of
 // quantised weights, see quantised.h.
 struct lorastack_matrix {
@@ -32,11 +34,11 @@ struct lorastack_target {
   int32_t rank;
 };
 
-// Tokens begin..end use an adapter's targets: in a step [num_layers][7], then lm_head's. max_rank: the
+// Tokens start..end use an adapter's targets: in a step [num_layers][7], then lm_head's. max_rank: the
 // largest of them.
 struct lorastack_segment {
   const lorastack_target* targets;
-  int32_t begin, end;
+  int32_t start, end;
   float scale;
   int32_t max_rank;
 };
@@ -50,7 +52,7 @@ struct lorastack_row {
 // embed: [vocabulary][hidden].
 struct lorastack_model {
   const lorastack_layer* layers;
-  lorastack_matrix head;
+  lorastack_matrix lm_head;
   const void *embed, *norm;
   const float *cosine, *sine;  // [positions][head_dim / 2]
   int32_t num_layers, hidden, inner, heads, kv_heads, head_dim, page_size, vocabulary;
@@ -59,9 +61,10 @@ struct lorastack_model {
   int32_t isa, unused;
 };
 
-// tokens: [T] ids; embedded: [T][hidden] instead of the embedding's rows, or null. outputs: the tokens
-// whose results are wanted, rising. Of these: out, states after the final norm, [rounded up to 32][hidden];
-// logits, [..][vocabulary]; the best logit and its place, as lorastack_best gives them.
+// tokens: [T] ids; embedded: [T][hidden] instead of the embedding's rows, or null. outputs: the X tokens
+// whose results are wanted, rising. out: their states after the final norm, [X up to a multiple of 32]
+// [hidden]; logits: [X][vocabulary]; peaks and best: the best logit and its id, as lorastack_best gives
+// them.
 struct lorastack_step {
   const lorastack_row* rows;
   const lorastack_segment* segments;
@@ -71,62 +74,46 @@ struct lorastack_step {
   void* out;
   float *logits, *peaks;
   int64_t* best;
-  void* scratch;
+  void* scratch;  // lorastack_scratch_bytes of it, on a cache line
   int32_t num_rows, num_tokens, num_segments, num_outputs, num_threads, unused;
 };
 
-// Rows of states after the final norm into logits. x: [rows][k], readable up to a multiple of 32 rows;
-// out: [rows][outputs] float32; segments index the rows, their targets are lm_head's, one each.
+// lm_head alone.
+
+// Rows of states after the final norm into logits. x: [rows][inputs], readable up to a multiple of 32
+// rows; out: [rows][outputs]; segments index the rows, their targets are lm_head's, one each.
 struct lorastack_lm_head {
   lorastack_matrix matrix;
   const lorastack_segment* segments;
   const void* x;
-  float *out, *scratch;  // scratch: of a step; on its own it has none
+  float *out, *scratch;  // scratch: the step's; null in lorastack_logits
   int32_t num_segments, rows, outputs, inputs, num_threads, isa;
 };
 
-LORASTACK_API int64_t lorastack_scratch_bytes(const lorastack_model* model,
-                                              const lorastack_step* step);
-LORASTACK_API void lorastack_forward(const lorastack_model* model, const lorastack_step* step);
-LORASTACK_API void lorastack_logits(const lorastack_lm_head* head);
-// The best of each row of logits [rows][columns]: its value and its place, the first among equals; a
-// row that holds NaN gives NaN.
-LORASTACK_API void lorastack_best(const float* logits, int32_t rows, int32_t columns, float* values,
-                                  int64_t* places, int32_t num_threads);
-// Weights [rows][inputs] in bfloat16, quantised to a kind: codes [rows][inputs rounded up to 32] and
-// bfloat16 scales [rows][1, or in int4 one for each 32 codes]. A scale is not finite where a weight is not.
-LORASTACK_API void lorastack_quantise(const uint16_t* weights, int32_t rows, int32_t inputs,
-                                      int32_t kind, int8_t* codes, uint16_t* scales,
-                                      int32_t num_threads);
-LORASTACK_API int32_t lorastack_supports(int32_t isa);  // 1: this machine runs it
+// Medusa heads.
 
-// Heads that the rows begin..end share. weight: [blocks][heads][hidden][hidden], bias: [blocks][heads]
-// [hidden], output: [outputs][hidden] for all heads or, if `own`, one a head; ids: of output's rows, or
-// null for their places. Everything lies where the adapter has it.
+// The heads of rows start..end. weight: [blocks][heads][hidden][hidden], bias: [blocks][heads][hidden],
+// output: [outputs][hidden] for all heads or, if `own`, one a head; ids: of output's rows, or null where
+// they are the places. Everything lies where the adapter has it.
 struct lorastack_heads {
   const void *weight, *bias, *output;
   const int64_t* ids;
-  int32_t begin, end, heads, blocks, outputs, own;
+  int32_t start, end, heads, blocks, outputs, own;
 };
 
-// states: [X][hidden], what the heads make of x, by (row, head), group after group; candidates:
-// [X][num] ids, best first, and logprobs: theirs over all outputs of the head, or both null if only
-// states are wanted. hidden: a multiple of 32.
+// x: [rows][hidden], of the heads' type; states: [X][hidden], what the heads make of it, by (row, head),
+// group after group; tokens: [X][num] ids, best first, and logprobs: theirs over all outputs of the head,
+// or both null if only states are wanted. hidden: a multiple of 32.
 struct lorastack_proposal {
   const lorastack_heads* groups;
-  const void* x;  // [rows][hidden], of the heads' type
+  const void* x;
   void* states;
-  int64_t* candidates;
+  int64_t* tokens;
   float* logprobs;
   int32_t num_groups, hidden, num, num_threads, isa, unused;
 };
 
-LORASTACK_API void lorastack_propose(const lorastack_proposal* proposal);
-// The `num` best of each row of logits [rows][columns], best first, the first among equals; NaN counts
-// as minus infinity, and where there are fewer columns the best stands for what is missing. logprobs:
-// theirs over the whole row, NaN if any of its logits is not finite, as a head's above.
-LORASTACK_API void lorastack_top(const float* logits, int32_t rows, int32_t columns, int32_t num,
-                                 int64_t* places, float* logprobs, int32_t num_threads);
+// Samples.
 
 // One token from row `row` of the logits. start: of its stream of noise, see gumbel.py; top_k: 0 for no
 // limit. Temperature 0 takes the best.
@@ -136,8 +123,35 @@ struct lorastack_sample {
   int32_t row, top_k;
 };
 
+// Functions.
+
+LORASTACK_API int32_t lorastack_supports(int32_t isa);  // 1: this machine runs it
+LORASTACK_API int64_t lorastack_scratch_bytes(const lorastack_model* model,
+                                              const lorastack_step* step);
+LORASTACK_API void lorastack_forward(const lorastack_model* model, const lorastack_step* step);
+LORASTACK_API void lorastack_logits(const lorastack_lm_head* lm_head);
+LORASTACK_API void lorastack_propose(const lorastack_proposal* proposal);
+// The best of each row of logits [rows][columns]: its value and its place, the first among equals; a
+// row that holds NaN gives NaN.
+LORASTACK_API void lorastack_best(const float* logits, int32_t rows, int32_t columns, float* values,
+                                  int64_t* places, int32_t num_threads);
+// The `num` best of each row of logits [rows][columns], best first, the first among equals; NaN counts
+// as minus infinity, and where there are fewer columns the best stands for what is missing. logprobs:
+// theirs over the whole row, NaN if any of its logits is not finite, as in a proposal.
+LORASTACK_API void lorastack_top(const float* logits, int32_t rows, int32_t columns, int32_t num,
+                                 int64_t* places, float* logprobs, int32_t num_threads);
 // tokens: one a sample. stride: floats from one row of logits to the next.
 LORASTACK_API void lorastack_sample_rows(const float* logits, int64_t stride, int32_t columns,
-                                       const lorastack_sample* samples, int32_t num_samples,
-                                       int64_t* tokens, int32_t num_threads);
+                                         const lorastack_sample* samples, int32_t num_samples,
+                                         int64_t* tokens, int32_t num_threads);
+// Weights [rows][inputs] in bfloat16, quantised to a kind: codes [rows][inputs rounded up to 32] and
+// bfloat16 scales [rows][1, or in int4 one for each 32 codes]. A scale is not finite where a weight is not.
+LORASTACK_API void lorastack_quantise(const uint16_t* weights, int32_t rows, int32_t inputs,
+                                      int32_t kind, int8_t* codes, uint16_t* scales,
+                                      int32_t num_threads);
+
+// What library.py compares before it calls anything: the hash of the sources that build.py gives, and
+// the sizes of the structs in this order.
+LORASTACK_API extern const char lorastack_sources[65];
+LORASTACK_API extern const int32_t lorastack_sizes[11];
 }

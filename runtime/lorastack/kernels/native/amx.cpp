@@ -3,4 +3,4 @@
 #include "worker.h"
 
 LORASTACK_EXPORT(amx, AmxBf16)
-LORASTACK_EXPORT_DRAFT(amx, AmxBf16)
+LORASTACK_EXPORT_HEADS(amx, AmxBf16)

@@ -11,16 +11,16 @@
 
 namespace lorastack::LORASTACK_ISA {
 
-constexpr int GROUP = 4;      // queries that share one pass over keys and values
-constexpr int MAX_HEAD = 256;  // head dimension
+constexpr int MAX_QUERIES = 4;  // queries that share one pass over keys and values
+constexpr int MAX_HEAD_DIM = 256;
 constexpr float MASKED = -INFINITY;
 
-// Where a row's KV is. slots: element offset of the keys of logical slot s, of the first kv head.
+// A row's KV. slots[s]: element offset of the keys of logical slot s, of the first kv head.
 template <class T>
 struct RowCache {
-  const T* data;          // of the layer
-  const int64_t* slots;   // [num_slots]
-  int64_t value_offset;   // from keys to values
+  const T* data;         // of the layer
+  const int64_t* slots;  // [num_slots]
+  int64_t value_offset;  // from keys to values
 };
 
 // One query: its head's vector, where its output goes, and what it sees.
@@ -28,10 +28,10 @@ template <class T>
 struct Query {
   const T* q;
   T* out;
-  int linear;        // positions 0..linear - 1 are slots 0..linear - 1
-  int first;         // positions before it are outside the window
-  int num_tail;      // ancestors behind the linear prefix, itself last
-  const int* tail;   // their logical slots, by position
+  int linear;       // positions 0..linear - 1 are slots 0..linear - 1
+  int first;        // positions before it are outside the window
+  int num_tail;     // ancestors behind the linear prefix, itself last
+  const int* tail;  // their logical slots, by position
 };
 
 // Sum of the 16 lanes of each of 16 vectors, as one vector.
@@ -67,25 +67,24 @@ INLINE __m512 dot(const typename E::T* a, const typename E::T* b, int size) {
   return sum;
 }
 
-// Scores of 16 positions that begin at `at`; those outside [0, count) of it are not read.
+// Scores of the 16 positions whose offsets begin at `at`; only the first `count` are read.
 template <class E>
 INLINE __m512 scores_16(const typename E::T* q, const RowCache<typename E::T>& kv,
-                                   const int64_t* at, int count, int size) {
+                        const int64_t* at, int count, int size) {
   __m512 dots[16];
   for (int i = 0; i < 16; i++)
     dots[i] = i < count ? dot<E>(q, kv.data + at[i], size) : _mm512_setzero_ps();
   return reduce_16(dots);
 }
 
-// One to GROUP queries of a kv head. scratch: GROUP rows of `capacity` floats.
+// Attention of one to MAX_QUERIES queries of a kv head. scratch: MAX_QUERIES rows of `capacity` floats.
 template <class E>
-void attend(const Query<typename E::T>* queries, int count,
-                       const RowCache<typename E::T>& kv, int size, float scale, float* scratch,
-                       int capacity) {
+void attend(const Query<typename E::T>* queries, int count, const RowCache<typename E::T>& kv,
+            int size, float scale, float* scratch, int capacity) {
   using T = typename E::T;
   int linear = 0, begin = 1 << 30;
-  float norm[GROUP];
-  int length[GROUP];
+  float norm[MAX_QUERIES];
+  int length[MAX_QUERIES];
   for (int g = 0; g < count; g++) {
     const Query<T>& query = queries[g];
     float* scores = scratch + (size_t)g * capacity;
@@ -104,13 +103,13 @@ void attend(const Query<typename E::T>* queries, int count,
                                           : kv.slots[query.tail[at + i - query.linear]];
         slots = tail;
       }
-      __m512 found = _mm512_mul_ps(scores_16<E>(query.q, kv, slots, valid, size),
-                                   _mm512_set1_ps(scale));
+      __m512 lane_scores = _mm512_mul_ps(scores_16<E>(query.q, kv, slots, valid, size),
+                                         _mm512_set1_ps(scale));
       __mmask16 seen = first(valid);
       if (at < query.first) seen &= (__mmask16)(0xffff << (query.first - at));
-      found = _mm512_mask_mov_ps(_mm512_set1_ps(MASKED), seen, found);
-      _mm512_storeu_ps(scores + at, found);
-      peak = _mm512_max_ps(peak, found);
+      lane_scores = _mm512_mask_mov_ps(_mm512_set1_ps(MASKED), seen, lane_scores);
+      _mm512_storeu_ps(scores + at, lane_scores);
+      peak = _mm512_max_ps(peak, lane_scores);
     }
     __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(peak));
     __m512 total = _mm512_setzero_ps();
@@ -123,8 +122,8 @@ void attend(const Query<typename E::T>* queries, int count,
   }
   for (int d = 0; d < size; d += 64) {
     const int parts = (size - d < 64 ? size - d : 64) / LANES;
-    __m512 sums[GROUP][4];
-    for (int g = 0; g < GROUP; g++)
+    __m512 sums[MAX_QUERIES][4];
+    for (int g = 0; g < MAX_QUERIES; g++)
       for (int i = 0; i < 4; i++) sums[g][i] = _mm512_setzero_ps();
     for (int at = begin; at < linear; at++) {
       const T* v = kv.data + kv.slots[at] + kv.value_offset + d;

@@ -10,21 +10,21 @@
 
 namespace lorastack::LORASTACK_ISA {
 
-constexpr int TILE_GROUP = 16;  // queries
-constexpr int SPAN = 32;        // positions: the inner side of a tile
+constexpr int TILE_QUERIES = 16;  // that one call takes
+constexpr int SPAN = 32;          // positions: the inner side of a tile
 
 // What one call works in. Everything is a tile, or rows of them.
 struct alignas(64) TileScratch {
-  uint16_t queries[MAX_HEAD / SPAN][16][SPAN];  // [pair of dimensions][query][2]
-  uint16_t gathered[2][16 * MAX_HEAD];          // keys or values that do not lie together
-  uint16_t values[4][16][SPAN];                 // [pair of positions][dimension][2]
-  uint16_t weights[TILE_GROUP][SPAN];
-  float scores[2][16][TILE_GROUP];
-  float sums[4][TILE_GROUP][LANES];
+  uint16_t queries[MAX_HEAD_DIM / SPAN][16][SPAN];  // [pair of dimensions][query][2]
+  uint16_t gathered[2][16 * MAX_HEAD_DIM];          // keys or values that do not lie together
+  uint16_t values[4][16][SPAN];                     // [pair of positions][dimension][2]
+  uint16_t weights[TILE_QUERIES][SPAN];
+  float scores[2][16][TILE_QUERIES];
+  float sums[4][TILE_QUERIES][LANES];
 };
 
-// Rows [16][size] of positions from `at`, as `offset` says keys or values. viewer: whose ancestors
-// count; null: every position is the slot of its number. Rows from `limit` on are any, but readable.
+// Keys or values (at `offset`) of 16 positions from `at` on, [16][size]. viewer: a query whose
+// ancestors are the last positions; null: position p is slot p. Rows from `limit` on hold anything.
 INLINE const uint16_t* rows_of_16(const RowCache<uint16_t>& kv, const Query<uint16_t>* viewer,
                                   int at, int limit, int64_t offset, int size, bool together,
                                   uint16_t* scratch) {
@@ -38,7 +38,7 @@ INLINE const uint16_t* rows_of_16(const RowCache<uint16_t>& kv, const Query<uint
   return scratch;
 }
 
-// Asks for 32 rows of keys or values from `at` on, if they lie together.
+// Prefetches 32 rows of keys or values from `at` on, if they lie together.
 INLINE void prefetch_span(const RowCache<uint16_t>& kv, int at, int limit, int64_t offset, int size,
                           bool together) {
   for (int half = at; together && half < at + SPAN && half < limit; half += 16) {
@@ -49,7 +49,7 @@ INLINE void prefetch_span(const RowCache<uint16_t>& kv, int at, int limit, int64
 }
 
 // Columns begin..end of a tile of scores [position][query] into the queries' rows, from `at` on.
-INLINE void scatter_scores(const float (*tile)[TILE_GROUP], int begin, int end, float* scores,
+INLINE void scatter_scores(const float (*tile)[TILE_QUERIES], int begin, int end, float* scores,
                            int capacity, int at) {
   __m512 columns[LANES];
   tile_columns(tile, begin, end, columns);
@@ -91,27 +91,27 @@ INLINE __m512 exp2_512(__m512 x) {
   return _mm512_maskz_scalef_ps(alive, _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f)), n);
 }
 
-// Softmax weights in place of a query's scores, in bfloat16; gives one over their sum. What it does
-// not see of [begin, end) gets 0.
+// Replaces a query's scores by softmax weights in bfloat16 and returns one over their sum. What the
+// query does not see of [begin, end) gets 0.
 INLINE float weigh(const Query<uint16_t>& query, float* scores, int begin, int end, float scale) {
   const int length = query.linear + query.num_tail;
   const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   __m512 peak = _mm512_set1_ps(MASKED);
   for (int at = begin; at < end; at += LANES) {
-    __m512 found = _mm512_loadu_ps(scores + at);
+    __m512 lane_scores = _mm512_loadu_ps(scores + at);
     if (at < query.first || at + LANES > length) {
       const __m512i place = _mm512_add_epi32(_mm512_set1_epi32(at), lanes);
       const __mmask16 seen = _mm512_cmplt_epi32_mask(place, _mm512_set1_epi32(length)) &
                              _mm512_cmpge_epi32_mask(place, _mm512_set1_epi32(query.first));
-      found = _mm512_mask_mov_ps(_mm512_set1_ps(MASKED), seen, found);
-      _mm512_storeu_ps(scores + at, found);
+      lane_scores = _mm512_mask_mov_ps(_mm512_set1_ps(MASKED), seen, lane_scores);
+      _mm512_storeu_ps(scores + at, lane_scores);
     }
-    peak = _mm512_max_ps(peak, found);
+    peak = _mm512_max_ps(peak, lane_scores);
   }
   const __m512 log2e = _mm512_set1_ps(scale * 1.44269504f);
   const __m512 top = _mm512_mul_ps(_mm512_set1_ps(_mm512_reduce_max_ps(peak)), log2e);
   __m512 total = _mm512_setzero_ps();
-  uint16_t* weights = (uint16_t*)scores;  // behind what is still to be read
+  uint16_t* weights = (uint16_t*)scores;  // each lies before the scores still to be read
   for (int at = begin; at < end; at += LANES) {
     const __m512 weight = exp2_512(_mm512_fmsub_ps(_mm512_loadu_ps(scores + at), log2e, top));
     BF16::store(weights + at, weight);
@@ -151,8 +151,8 @@ INLINE void add_values(const uint16_t* weights, int stride, int halves, const Ti
   _tile_dpbf16ps(3, 4, 6);
 }
 
-// Undoes the order of dimensions that `interleave` left, and divides by the sum of weights. Whether
-// all are numbers.
+// Stores a query's output: undoes the order of dimensions that `interleave` left and multiplies by
+// `norm`. False if any sum is NaN.
 INLINE bool store_context(const TileScratch& s, int g, int halves, float norm, uint16_t* out) {
   const __m512i even = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
   const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(8));
@@ -167,7 +167,7 @@ INLINE bool store_context(const TileScratch& s, int g, int halves, float norm, u
   return !wild;
 }
 
-// Where queries of the same token as number `begin` end: they see the same.
+// The end of the queries from `begin` on that belong to one token: they see the same.
 INLINE int same_view(const Query<uint16_t>* queries, int begin, int count) {
   int end = begin + 1;
   while (end < count && queries[end].linear == queries[begin].linear &&
@@ -177,7 +177,7 @@ INLINE int same_view(const Query<uint16_t>* queries, int begin, int count) {
   return end;
 }
 
-// One to 16 queries of a kv head, of a chain or of a tree. scratch: 16 rows of `capacity` floats, a
+// Attention of one to 16 queries of a kv head, in a chain or a tree. scratch: 16 rows of `capacity` floats, a
 // multiple of 32. together: 16 positions from a multiple of 16 on lie in one page.
 static void attend_tiles(const Query<uint16_t>* queries, int count, const RowCache<uint16_t>& kv,
                          int size, float scale, bool together, float* scratch, int capacity) {
@@ -191,7 +191,7 @@ static void attend_tiles(const Query<uint16_t>* queries, int count, const RowCac
     linear = std::min(linear, queries[g].linear);
     tree |= queries[g].num_tail > 0;
   }
-  // Up to here all queries see the same slots, later ones of a chain none of an earlier one's tail.
+  // Before it position p is slot p for every query that sees it; in a chain everywhere.
   const int shared = tree ? linear / SPAN * SPAN : longest;
   const int end = (longest + SPAN - 1) / SPAN * SPAN;
   const bool one_view = same_view(queries, 0, count) == count;
@@ -205,7 +205,7 @@ static void attend_tiles(const Query<uint16_t>* queries, int count, const RowCac
   }
   for (int at = begin; at < end; at += SPAN) {
     if (at < shared) {
-      if (count < TILE_GROUP) {  // else another group has read them just before
+      if (count < TILE_QUERIES) {  // else another pass has just read them
         prefetch_span(kv, at + SPAN, shared, 0, size, together);
         prefetch_span(kv, at, shared, kv.value_offset, size, together);
       }
@@ -218,7 +218,7 @@ static void attend_tiles(const Query<uint16_t>* queries, int count, const RowCac
                  next, s, scratch, capacity);
     }
   }
-  float norms[TILE_GROUP];
+  float norms[TILE_QUERIES];
   for (int g = 0; g < count; g++)
     norms[g] = weigh(queries[g], scratch + (size_t)g * capacity, begin, end, scale);
 
@@ -260,7 +260,7 @@ static void attend_tiles(const Query<uint16_t>* queries, int count, const RowCac
       numbers &= store_context(s, g, halves, norms[g], queries[g].out + d);
   }
   if (numbers || one_view) return;
-  // Nought times infinity is no number, even for a query that does not look there: one by one.
+  // Zero times infinity is NaN even for a query that does not look there: token by token.
   for (int g = 0, next; g < count; g = next) {
     next = same_view(queries, g, count);
     attend_tiles(queries + g, next - g, kv, size, scale, together, scratch, capacity);

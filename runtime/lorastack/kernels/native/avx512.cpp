@@ -5,7 +5,7 @@
 #include "worker.h"
 
 LORASTACK_EXPORT(avx512, Avx512F32)
-LORASTACK_EXPORT_DRAFT(avx512, Avx512F32)
+LORASTACK_EXPORT_HEADS(avx512, Avx512F32)
 
 namespace lorastack::avx512 {
 

@@ -16,10 +16,10 @@ INLINE void best_of(const float* row, int columns, float* value, int64_t* place)
   __mmask16 unordered = 0;
   for (int i = 0; i < columns; i += LANES, at = _mm512_add_epi32(at, step)) {
     const __mmask16 real = first(columns - i);
-    const __m512 found = _mm512_maskz_loadu_ps(real, row + i);
-    unordered |= _mm512_mask_cmp_ps_mask(real, found, found, _CMP_UNORD_Q);
-    const __mmask16 better = _mm512_mask_cmp_ps_mask(real, found, best, _CMP_GT_OQ);
-    best = _mm512_mask_mov_ps(best, better, found);
+    const __m512 logits = _mm512_maskz_loadu_ps(real, row + i);
+    unordered |= _mm512_mask_cmp_ps_mask(real, logits, logits, _CMP_UNORD_Q);
+    const __mmask16 better = _mm512_mask_cmp_ps_mask(real, logits, best, _CMP_GT_OQ);
+    best = _mm512_mask_mov_ps(best, better, logits);
     places = _mm512_mask_mov_epi32(places, better, at);
   }
   const float top = _mm512_reduce_max_ps(best);

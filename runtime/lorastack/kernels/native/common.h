@@ -15,7 +15,7 @@
 
 #ifdef LORASTACK_PROFILE
 #include <omp.h>
-extern "C" double lorastack_phase_seconds[];  // of thread 0's phases, in their order
+extern "C" double lorastack_phase_seconds[];  // of each phase of thread 0, in order
 extern "C" int32_t lorastack_num_phases;
 #endif
 
@@ -86,7 +86,7 @@ INLINE __m512 silu_512(__m512 x) {
       x, _mm512_div_ps(_mm512_mask_mov_ps(one, negative, e), _mm512_add_ps(one, e)));
 }
 
-// 16 vectors as the rows of a matrix become its columns.
+// Transposes a matrix of 16 vectors.
 INLINE void transpose_16(__m512 v[16]) {
   __m512 t[16];
   for (int i = 0; i < 16; i += 2) {
@@ -131,20 +131,20 @@ struct Range {
   int begin, end;
 };
 
-// The part of `count` things that belongs to a thread.
-INLINE Range part(int count, int thread, int size) {
+// The part of 0..count that belongs to a thread.
+INLINE Range range_of(int count, int thread, int size) {
   return {(int)((int64_t)count * thread / size), (int)((int64_t)count * (thread + 1) / size)};
 }
 
 // A phase of a step: chunks of work that do not depend on each other. A thread takes those of its
-// own part, then what others have left, and goes on when all are done, whoever did them. So a
-// thread that the system has put aside delays the others by the chunk it holds, not by its absence.
+// own part, then what others have left, and goes on when all are done, whoever did them. A thread
+// that the system has put aside delays the others by the chunk it holds, not by its absence.
 struct alignas(64) Counter {
   volatile int value;
 };
 
 struct Team {
-  Counter* counters;  // zeros: a phase has one for what is done and one a thread for what is taken
+  Counter* counters;  // zeroed; a phase has one for chunks done, and one a thread for chunks taken
   int size;
 };
 
@@ -164,7 +164,7 @@ class Member {
     int finished = 0;
     for (int i = 0; i < team_.size; i++) {
       const int owner = (thread_ + i) % team_.size;
-      const Range range = part(count, owner, team_.size);
+      const Range range = range_of(count, owner, team_.size);
       Counter& taken = mine[1 + owner];
       if (taken.value >= range.end - range.begin) continue;
       for (;;) {

@@ -1,4 +1,4 @@
-// Which instruction set runs, decided when the program runs. Compiled for any x86-64.
+// The library's functions, which choose the instruction set at run time. Compiled for any x86-64.
 #include "abi.h"
 
 #include <sys/syscall.h>
@@ -15,8 +15,8 @@ LORASTACK_API int32_t lorastack_num_phases;
   namespace lorastack::name {                                           \
   int64_t scratch_bytes(const lorastack_model&, const lorastack_step&); \
   void run_step(const lorastack_model&, const lorastack_step&);         \
-  void run_logits(const lorastack_lm_head&);                               \
-  void run_propose(const lorastack_proposal&);                               \
+  void run_logits(const lorastack_lm_head&);                            \
+  void run_propose(const lorastack_proposal&);                          \
   }
 DECLARE(amx)
 DECLARE(avx512_bf16)
@@ -29,12 +29,20 @@ void run_samples(const float*, int64_t, int, const lorastack_sample*, int, int64
 void run_quantise(const uint16_t*, int, int, int, int8_t*, uint16_t*, int);
 }
 
-#define DISPATCH(isa, call)                                       \
-  switch (isa) {                                                  \
-    case LORASTACK_AMX: return lorastack::amx::call;              \
+#define DISPATCH(isa, call)                                          \
+  switch (isa) {                                                     \
+    case LORASTACK_AMX: return lorastack::amx::call;                 \
     case LORASTACK_AVX512_BF16: return lorastack::avx512_bf16::call; \
-    default: return lorastack::avx512::call;                      \
+    default: return lorastack::avx512::call;                         \
   }
+
+const char lorastack_sources[] = LORASTACK_SOURCES;
+const int32_t lorastack_sizes[] = {
+    sizeof(lorastack_matrix),   sizeof(lorastack_layer),   sizeof(lorastack_target),
+    sizeof(lorastack_segment),  sizeof(lorastack_row),     sizeof(lorastack_model),
+    sizeof(lorastack_step),     sizeof(lorastack_lm_head), sizeof(lorastack_heads),
+    sizeof(lorastack_proposal), sizeof(lorastack_sample),
+};
 
 int64_t lorastack_scratch_bytes(const lorastack_model* model, const lorastack_step* step) {
   DISPATCH(model->isa, scratch_bytes(*model, *step))
@@ -44,14 +52,18 @@ void lorastack_forward(const lorastack_model* model, const lorastack_step* step)
   DISPATCH(model->isa, run_step(*model, *step))
 }
 
-void lorastack_logits(const lorastack_lm_head* head) { DISPATCH(head->isa, run_logits(*head)) }
+void lorastack_logits(const lorastack_lm_head* lm_head) {
+  DISPATCH(lm_head->isa, run_logits(*lm_head))
+}
 
 void lorastack_best(const float* logits, int32_t rows, int32_t columns, float* values,
                     int64_t* places, int32_t num_threads) {
   lorastack::avx512::run_best(logits, rows, columns, values, places, num_threads);
 }
 
-void lorastack_propose(const lorastack_proposal* proposal) { DISPATCH(proposal->isa, run_propose(*proposal)) }
+void lorastack_propose(const lorastack_proposal* proposal) {
+  DISPATCH(proposal->isa, run_propose(*proposal))
+}
 
 void lorastack_top(const float* logits, int32_t rows, int32_t columns, int32_t num, int64_t* places,
                    float* logprobs, int32_t num_threads) {
@@ -59,8 +71,8 @@ void lorastack_top(const float* logits, int32_t rows, int32_t columns, int32_t n
 }
 
 void lorastack_sample_rows(const float* logits, int64_t stride, int32_t columns,
-                         const lorastack_sample* samples, int32_t num_samples, int64_t* tokens,
-                         int32_t num_threads) {
+                           const lorastack_sample* samples, int32_t num_samples, int64_t* tokens,
+                           int32_t num_threads) {
   lorastack::avx512::run_samples(logits, stride, columns, samples, num_samples, tokens, num_threads);
 }
 

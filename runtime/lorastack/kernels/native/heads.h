@@ -29,8 +29,8 @@ struct Product {
   const T* states;
   size_t stride;
   int outputs, count, first, step;
-  int tile = 0;  // of 16 packed states, where its own begin
-  size_t logits = 0;  // of all logits, where its own begin: [count][outputs]
+  int tile = 0;       // its first tile of 16 packed states
+  size_t logits = 0;  // where its own begin among all logits: [count][outputs]
 
   int tiles() const { return ceil_div(count, LANES); }
   int strips() const { return ceil_div(outputs, LANES); }  // of 16 rows of the matrix
@@ -54,7 +54,8 @@ struct Products {
     all.push_back(product);
   }
 
-  // The product that has thing `index` of all; `index` becomes its number in the product.
+  // The product that holds item `index` of all, where `count` gives a product's items. `index`
+  // becomes the item's number in the product.
   template <class Count>
   const Product<T>& find(int& index, Count&& count) const {
     const Product<T>* product = all.data();
@@ -63,29 +64,29 @@ struct Products {
   }
 };
 
-// A proposal. place: which of the outputs.
-struct Candidate {
+// One of a head's best outputs. value: its logit; place: its row of the output matrix.
+struct TopToken {
   float value = -INFINITY;
   int32_t place = INT32_MAX;
 
-  bool before(const Candidate& other) const {
+  bool before(const TopToken& other) const {
     return value > other.value || (value == other.value && place < other.place);
   }
 };
 
-// Takes its place among the `num` best, in any order of arrival.
-INLINE void offer(Candidate* best, int num, Candidate found) {
-  if (!found.before(best[num - 1])) return;
+// Inserts a token into the `num` best; tokens may come in any order.
+INLINE void offer(TopToken* best, int num, TopToken token) {
+  if (!token.before(best[num - 1])) return;
   int at = num - 1;
-  for (; at > 0 && found.before(best[at - 1]); at--) best[at] = best[at - 1];
-  best[at] = found;
+  for (; at > 0 && token.before(best[at - 1]); at--) best[at] = best[at - 1];
+  best[at] = token;
 }
 
 // e^(logit - peak) to 3e-6; NaN for a logit that is not finite. peak: not below a finite logit.
 INLINE __m512 share_512(__m512 logit, __m512 peak) {
   const __m512 x = _mm512_mul_ps(_mm512_sub_ps(logit, peak), _mm512_set1_ps(1.44269504f));
   const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEG_INF);
-  const __m512 f = _mm512_sub_ps(x, n);  // of minus infinity NaN
+  const __m512 f = _mm512_sub_ps(x, n);  // NaN for minus infinity
   __m512 p = _mm512_set1_ps(0.0135341659f);  // 2^f on [0, 1], of least relative error
   p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.0520114712f));
   p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.241442740f));
@@ -99,7 +100,7 @@ INLINE __m512 share_512(__m512 logit, __m512 peak) {
 // null.
 INLINE void top_of(const float* row, int columns, int num, const int64_t* ids, int64_t* out,
                    float* logprobs) {
-  std::vector<Candidate> best(num);
+  std::vector<TopToken> best(num);
   for (int i = 0; i < columns; i += LANES) {
     const __mmask16 real = first(columns - i);
     const __m512 least = _mm512_set1_ps(best[num - 1].value);
@@ -107,11 +108,11 @@ INLINE void top_of(const float* row, int columns, int num, const int64_t* ids, i
                                         _mm512_set1_ps(-INFINITY));  // instead of NaN
     unsigned better = _mm512_mask_cmp_ps_mask(real, logits, least, _CMP_GE_OQ);
     if (!better) continue;
-    alignas(64) float found[LANES];
-    _mm512_store_ps(found, logits);
+    alignas(64) float lanes[LANES];
+    _mm512_store_ps(lanes, logits);
     for (; better; better &= better - 1) {
       const int lane = __builtin_ctz(better);
-      offer(best.data(), num, {found[lane], i + lane});
+      offer(best.data(), num, {lanes[lane], i + lane});
     }
   }
   const __m512 peak = _mm512_set1_ps(best[0].value);
@@ -123,9 +124,9 @@ INLINE void top_of(const float* row, int columns, int num, const int64_t* ids, i
   }
   const float log_total = logf(_mm512_reduce_add_ps(total));
   for (int i = 0; i < num; i++) {
-    const Candidate& found = best[i].place == INT32_MAX ? best[0] : best[i];
-    out[i] = ids ? ids[found.place] : found.place;
-    logprobs[i] = found.value - best[0].value - log_total;
+    const TopToken& token = best[i].place == INT32_MAX ? best[0] : best[i];
+    out[i] = ids ? ids[token.place] : token.place;
+    logprobs[i] = token.value - best[0].value - log_total;
   }
 }
 
@@ -153,8 +154,8 @@ INLINE void multiply_16(const typename Isa::E::T* matrix, const typename Isa::E:
   constexpr int ROWS = 8, STEP = 4 / sizeof(T);
   for (int row = 0; row < LANES; row += ROWS) {
     const T* const rows = matrix + (size_t)row * k;
-    __m512 found[ROWS];
-    for (int o = 0; o < ROWS; o++) found[o] = _mm512_setzero_ps();
+    __m512 totals[ROWS];
+    for (int o = 0; o < ROWS; o++) totals[o] = _mm512_setzero_ps();
     for (int line = 0; line < k; line += LINE) {
       for (int o = 0; o < ROWS; o++)
         _mm_prefetch(next + (size_t)(row + o) * k + line, _MM_HINT_T1);
@@ -166,13 +167,13 @@ INLINE void multiply_16(const typename Isa::E::T* matrix, const typename Isa::E:
           memcpy(&word, rows + (size_t)o * k + i, 4);
           const __m512i weight = _mm512_set1_epi32(word);
           if constexpr (E::half)
-            found[o] = _mm512_dpbf16_ps(found[o], (__m512bh)states, (__m512bh)weight);
+            totals[o] = _mm512_dpbf16_ps(totals[o], (__m512bh)states, (__m512bh)weight);
           else
-            found[o] = _mm512_fmadd_ps(states, _mm512_castsi512_ps(weight), found[o]);
+            totals[o] = _mm512_fmadd_ps(states, _mm512_castsi512_ps(weight), totals[o]);
         }
       }
     }
-    for (int o = 0; o < ROWS; o++) _mm512_store_ps(sums[row + o], found[o]);
+    for (int o = 0; o < ROWS; o++) _mm512_store_ps(sums[row + o], totals[o]);
   }
 }
 
@@ -185,9 +186,9 @@ template <class T>
 struct HeadsPlan {
   std::vector<Products<T>> blocks;
   Products<T> outputs;
-  std::vector<Line> packed;            // tiles of the phase at hand
-  std::vector<Line> spare;             // a thread's last few rows of a matrix
-  std::unique_ptr<float[]> logits;     // of each output and state
+  std::vector<Line> packed;         // tiles of the current phase
+  std::vector<Line> spare;          // for each thread: the last rows of a matrix, if fewer than 16
+  std::unique_ptr<float[]> logits;  // of each output and state
   size_t tile_lines;
 
   HeadsPlan(const lorastack_proposal& proposal) {
@@ -199,10 +200,10 @@ struct HeadsPlan {
       const lorastack_heads& heads = proposal.groups[g];
       const T *weight = (const T*)heads.weight, *bias = (const T*)heads.bias;
       const T* const output = (const T*)heads.output;
-      const int rows = heads.end - heads.begin, num = heads.heads;
+      const int rows = heads.end - heads.start, num = heads.heads;
       if ((int)blocks.size() < heads.blocks) blocks.resize(heads.blocks);
       // All heads' first blocks read the same states.
-      blocks[0].add({weight, bias, nullptr, (const T*)proposal.x + (size_t)heads.begin * size,
+      blocks[0].add({weight, bias, nullptr, (const T*)proposal.x + (size_t)heads.start * size,
                      (size_t)size, num * size, rows, first, num});
       for (int at = num; at < heads.blocks * num; at++) {
         const int token = first + at % num;
@@ -211,7 +212,7 @@ struct HeadsPlan {
                               num});
       }
       const size_t matrix = (size_t)heads.outputs * size;
-      for (int head = 0; proposal.candidates && head < (heads.own ? num : 1); head++) {
+      for (int head = 0; proposal.tokens && head < (heads.own ? num : 1); head++) {
         const int step = heads.own ? num : 1;
         outputs.add({output + head * matrix, nullptr, heads.ids,
                      states + (size_t)(first + head) * size, (size_t)step * size, heads.outputs,
@@ -229,7 +230,7 @@ struct HeadsPlan {
 };
 
 template <class Isa>
-struct Proposing {
+struct ProposalWorker {
   using E = typename Isa::E;
   using T = typename E::T;
   const lorastack_proposal& proposal;
@@ -284,7 +285,7 @@ struct Proposing {
     });
   }
 
-  // r + SiLU(W r + b), 16 values of 16 states; hidden is a multiple of 16, so of one head.
+  // Stores r + SiLU(W r + b): 16 values of 16 states, of one head since hidden is a multiple of 16.
   void finish_block(const Product<T>& product, int row, int index, float (*sums)[LANES]) {
     const int begin = index * LANES, count = std::min(product.count - begin, LANES);
     const int head = row / proposal.hidden, column = row % proposal.hidden;
@@ -300,7 +301,7 @@ struct Proposing {
     }
   }
 
-  // `rows` logits from `row` on of 16 states.
+  // Stores logits row..row + rows of 16 states.
   void keep(const Product<T>& product, int row, int rows, int index, float (*sums)[LANES]) {
     const int begin = index * LANES, count = std::min(product.count - begin, LANES);
     __m512 columns[LANES];
@@ -313,7 +314,7 @@ struct Proposing {
   void choose(const Product<T>& product, int state) {
     const size_t at = (product.first + (size_t)state * product.step) * proposal.num;
     top_of(logits_of(product, state), product.outputs, proposal.num, product.ids,
-           proposal.candidates + at, proposal.logprobs + at);
+           proposal.tokens + at, proposal.logprobs + at);
   }
 
   float* logits_of(const Product<T>& product, int state) {
@@ -345,14 +346,14 @@ void propose_with(const lorastack_proposal& proposal) {
 #pragma omp parallel num_threads(proposal.num_threads)
   {
     const int thread = omp_get_thread_num();
-    Proposing<Isa>{proposal, plan, thread, Member(team, thread)}.run();
+    ProposalWorker<Isa>{proposal, plan, thread, Member(team, thread)}.run();
   }
 }
 
 }  // namespace lorastack::LORASTACK_ISA
 
 // The entry point of one instruction set, for dispatch.cpp.
-#define LORASTACK_EXPORT_DRAFT(name, Isa)                                 \
-  namespace lorastack::name {                                             \
+#define LORASTACK_EXPORT_HEADS(name, Isa)                                               \
+  namespace lorastack::name {                                                           \
   void run_propose(const lorastack_proposal& proposal) { propose_with<Isa>(proposal); } \
   }

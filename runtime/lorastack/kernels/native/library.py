@@ -1,12 +1,23 @@
-"""The compiled library's interface: ctypes mirrors of abi.h."""
+"""The compiled library: ctypes mirrors of abi.h, loading, and what this machine can run of it."""
 
 from __future__ import annotations
 
 import ctypes
 import logging
-from ctypes import POINTER, Structure, c_double, c_float, c_int32, c_int64, c_uint64, c_void_p
+from ctypes import (
+    POINTER,
+    Structure,
+    c_char,
+    c_double,
+    c_float,
+    c_int32,
+    c_int64,
+    c_uint64,
+    c_void_p,
+)
 from enum import IntEnum
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,7 +66,7 @@ class Target(Structure):
 class Segment(Structure):
     _fields_ = (
         ("targets", c_void_p),
-        ("begin", c_int32),
+        ("start", c_int32),
         ("end", c_int32),
         ("scale", c_float),
         ("max_rank", c_int32),
@@ -76,7 +87,7 @@ class Row(Structure):
 class Model(Structure):
     _fields_ = (
         ("layers", c_void_p),
-        ("head", Matrix),
+        ("lm_head", Matrix),
         ("embed", c_void_p),
         ("norm", c_void_p),
         ("cosine", c_void_p),
@@ -139,7 +150,7 @@ class Heads(Structure):
         ("bias", c_void_p),
         ("output", c_void_p),
         ("ids", c_void_p),
-        ("begin", c_int32),
+        ("start", c_int32),
         ("end", c_int32),
         ("heads", c_int32),
         ("blocks", c_int32),
@@ -153,7 +164,7 @@ class Proposal(Structure):
         ("groups", c_void_p),
         ("x", c_void_p),
         ("states", c_void_p),
-        ("candidates", c_void_p),
+        ("tokens", c_void_p),
         ("logprobs", c_void_p),
         ("num_groups", c_int32),
         ("hidden", c_int32),
@@ -175,64 +186,84 @@ class Sample(Structure):
     )
 
 
-@cache
+# In the order of abi.h, whose sizes the library has too.
+STRUCTS: tuple[type[Structure], ...] = (
+    *(Matrix, Layer, Target, Segment, Row, Model, Step),
+    *(LmHead, Heads, Proposal, Sample),
+)
+# A function's result, then its arguments.
+FUNCTIONS: dict[str, tuple[Any, ...]] = {
+    "lorastack_scratch_bytes": (c_int64, POINTER(Model), POINTER(Step)),
+    "lorastack_forward": (None, POINTER(Model), POINTER(Step)),
+    "lorastack_logits": (None, POINTER(LmHead)),
+    "lorastack_best": (None, c_void_p, c_int32, c_int32, c_void_p, c_void_p, c_int32),
+    "lorastack_propose": (None, POINTER(Proposal)),
+    "lorastack_top": (None, c_void_p, c_int32, c_int32, c_int32, c_void_p, c_void_p, c_int32),
+    "lorastack_sample_rows": (
+        *(None, c_void_p, c_int64, c_int32),
+        *(POINTER(Sample), c_int32, c_void_p, c_int32),
+    ),
+    "lorastack_quantise": (
+        *(None, c_void_p, c_int32, c_int32, c_int32),
+        *(c_void_p, c_void_p, c_int32),
+    ),
+    "lorastack_supports": (c_int32, c_int32),
+}
+
+
 def library() -> Any | None:
-    """The loaded library; None where it was not built.
+    """The loaded library; None where there is none that fits these sources, see `missing`.
 
     It is linked with OpenMP under the name that torch's own has. Torch is imported by now, so both
     share one pool of threads.
     """
+    return _load(build.LIBRARY)[0]
+
+
+@cache
+def _load(path: Path) -> tuple[Any | None, str]:
+    """The library, or None and why, which is logged once."""
+    loaded, problem = None, "the native library is not built"
+    if path.exists():
+        try:
+            loaded = ctypes.CDLL(str(path))
+            problem = _mismatch(loaded)
+        except OSError as error:
+            problem = f"the native library cannot be loaded: {error}"
+    if problem:
+        problem += "; build it with `python -m lorastack.kernels.native.build`"
+        log.warning("no native kernels, steps run in plain torch: %s", problem)
+        return None, problem
+    for name, (result, *arguments) in FUNCTIONS.items():
+        function = getattr(loaded, name)
+        function.restype, function.argtypes = result, arguments
+    return loaded, ""
+
+
+def _mismatch(loaded: ctypes.CDLL) -> str:
+    """Why a library must not be called, "" if it may. Reads its constants and calls nothing."""
+    sources = build.sources().encode()
     try:
-        loaded = ctypes.CDLL(str(build.LIBRARY))
-    except OSError as error:
-        log.warning(
-            "no native kernels, steps run in plain torch: %s; "
-            "build them with `python -m lorastack.kernels.native.build`",
-            error,
-        )
-        return None
-    loaded.lorastack_scratch_bytes.restype = c_int64
-    loaded.lorastack_scratch_bytes.argtypes = (POINTER(Model), POINTER(Step))
-    loaded.lorastack_forward.restype = None
-    loaded.lorastack_forward.argtypes = (POINTER(Model), POINTER(Step))
-    loaded.lorastack_logits.restype = None
-    loaded.lorastack_logits.argtypes = (POINTER(LmHead),)
-    loaded.lorastack_best.restype = None
-    loaded.lorastack_best.argtypes = (
-        *(c_void_p, c_int32, c_int32),
-        *(c_void_p, c_void_p, c_int32),
-    )
-    loaded.lorastack_propose.restype = None
-    loaded.lorastack_propose.argtypes = (POINTER(Proposal),)
-    loaded.lorastack_top.restype = None
-    loaded.lorastack_top.argtypes = (
-        *(c_void_p, c_int32, c_int32),
-        *(c_int32, c_void_p, c_void_p, c_int32),
-    )
-    loaded.lorastack_sample_rows.restype = None
-    loaded.lorastack_sample_rows.argtypes = (
-        *(c_void_p, c_int64, c_int32),
-        *(POINTER(Sample), c_int32, c_void_p, c_int32),
-    )
-    loaded.lorastack_quantise.restype = None
-    loaded.lorastack_quantise.argtypes = (
-        *(c_void_p, c_int32, c_int32, c_int32),
-        *(c_void_p, c_void_p, c_int32),
-    )
-    loaded.lorastack_supports.restype = c_int32
-    loaded.lorastack_supports.argtypes = (c_int32,)
-    return loaded
+        its_sources = (c_char * len(sources)).in_dll(loaded, "lorastack_sources").value
+        if its_sources != sources:
+            return "the native library is stale, built from other sources"
+        its_sizes = (c_int32 * len(STRUCTS)).in_dll(loaded, "lorastack_sizes")
+    except ValueError:  # no such symbol
+        return "the native library is stale, of another version"
+    if list(its_sizes) != [ctypes.sizeof(struct) for struct in STRUCTS]:
+        return "the native library does not fit, its structs have other sizes"
+    return ""
 
 
 @cache
 def supported(isa: Isa) -> bool:
-    """Whether the library is there and this machine runs that part of it."""
+    """True if the library is there and this machine runs its kernels for `isa`."""
     loaded = library()
     return loaded is not None and loaded.lorastack_supports(isa) == 1
 
 
 def isa_of(dtype: torch.dtype) -> Isa | None:
-    """The best instructions for weights of a dtype on this machine; None: there are none."""
+    """The best instruction set for weights of a dtype on this machine, None without one."""
     wanted = {
         torch.bfloat16: (Isa.AMX, Isa.AVX512_BF16),
         torch.float32: (Isa.AVX512,),
@@ -241,14 +272,11 @@ def isa_of(dtype: torch.dtype) -> Isa | None:
 
 
 def missing(dtype: torch.dtype) -> str:
-    """Why `isa_of` finds nothing for a dtype, with the remedy if there is one; "" if it does."""
+    """Why `isa_of` gives None for a dtype, with the remedy if there is one; "" if it does not."""
     if isa_of(dtype) is not None:
         return ""
     if library() is None:
-        return (
-            "the native library is not built; build it with "
-            "`python -m lorastack.kernels.native.build`"
-        )
+        return _load(build.LIBRARY)[1]
     if not supported(Isa.AVX512):
         return "this CPU lacks AVX512"
     if dtype == torch.bfloat16:

@@ -12,35 +12,35 @@
 
 namespace lorastack::LORASTACK_ISA {
 
-constexpr int HEAD_PAIRS = 8;  // pairs of lm_head's panels in one chunk
+constexpr int LM_HEAD_PAIRS = 8;  // pairs of lm_head's panels in one chunk
 
-struct Listed {
-  int parts, chunks;  // chunks of their shrinks
+struct PartCounts {
+  int parts, chunks;  // chunks: of all their shrinks
 };
 
-// The LoRA parts of `count` targets of every segment, from table place `first_target` on.
+// Lists the LoRA parts of every segment's targets first_target..first_target + count.
 template <class T>
-Listed list_parts(const lorastack_segment* segments, int num_segments, int first_target, int count,
-                  LoraPart<T>* parts) {
-  Listed found = {0, 0};
+PartCounts list_parts(const lorastack_segment* segments, int num_segments, int first_target,
+                      int count, LoraPart<T>* parts) {
+  PartCounts counts = {0, 0};
   int64_t offset = 0;
   for (int s = 0; s < num_segments; s++) {
     const lorastack_segment& segment = segments[s];
     for (int i = 0; i < count; i++) {
       const lorastack_target& target = segment.targets[first_target + i];
-      if (!target.rank || segment.begin == segment.end) continue;
-      LoraPart<T>& part = parts[found.parts++];
-      part = {segment.begin,      segment.end,         i,
+      if (!target.rank || segment.start == segment.end) continue;
+      LoraPart<T>& part = parts[counts.parts++];
+      part = {segment.start,      segment.end,         i,
               target.rank,        (const T*)target.a,  (const T*)target.b,
               target.scale * segment.scale, offset};
-      found.chunks += shrink_chunks(part);
-      offset += shrunk_floats(segment.begin, segment.end, target.rank);
+      counts.chunks += shrink_chunks(part);
+      offset += shrunk_floats(segment.start, segment.end, target.rank);
     }
   }
-  return found;
+  return counts;
 }
 
-// Chunk number `chunk` of the shrinks of all parts.
+// Runs chunk number `chunk` of the shrinks of all parts.
 template <class E>
 INLINE void shrink_chunk(const LoraPart<typename E::T>* parts, int chunk, const typename E::T* x,
                          size_t ldx, int k, float* shrunk) {
@@ -52,7 +52,7 @@ INLINE void shrink_chunk(const LoraPart<typename E::T>* parts, int chunk, const 
 #endif
 }
 
-// All parts' updates to both panels of a block.
+// Adds all parts' updates to both panels of a block.
 template <class E>
 INLINE void expand_panels(const LoraPart<typename E::T>* parts, int count, float* shrunk,
                           const Panel (&panels)[2], int row, int rows) {
@@ -63,64 +63,65 @@ INLINE void expand_panels(const LoraPart<typename E::T>* parts, int count, float
 #endif
 }
 
-// lm_head on rows of final states, and its LoRAs. parts: room for one a segment; unpacked: of weights.
+// lm_head and its LoRAs on rows of final states. parts: room for one a segment; unpacked: room for
+// `unpacked_elements`.
 template <class Isa>
-void multiply_head(const lorastack_lm_head& head, Member& member,
-                   LoraPart<typename Isa::E::T>* parts, typename Isa::E::T* unpacked) {
+void multiply_lm_head(const lorastack_lm_head& lm_head, Member& member,
+                      LoraPart<typename Isa::E::T>* parts, typename Isa::E::T* unpacked) {
   using E = typename Isa::E;
   using T = typename E::T;
-  const Listed found = list_parts(head.segments, head.num_segments, 0, 1, parts);
-  const T* x = (const T*)head.x;
-  if (found.parts)
-    member.phase(found.chunks, [&](int chunk) {
-      shrink_chunk<E>(parts, chunk, x, head.inputs, head.inputs, head.scratch);
+  const PartCounts counts = list_parts(lm_head.segments, lm_head.num_segments, 0, 1, parts);
+  const T* x = (const T*)lm_head.x;
+  if (counts.parts)
+    member.phase(counts.chunks, [&](int chunk) {
+      shrink_chunk<E>(parts, chunk, x, lm_head.inputs, lm_head.inputs, lm_head.scratch);
     });
   auto store = [&](Block& block, int row, int count, int panel) {
-    if (found.parts) {
-      const Panel panels[2] = {{0, panel * LANES, head.outputs, block.sums[0]},
-                               {0, (panel + 1) * LANES, head.outputs, block.sums[0] + LANES}};
-      expand_panels<E>(parts, found.parts, head.scratch, panels, row, count);
+    if (counts.parts) {
+      const Panel panels[2] = {{0, panel * LANES, lm_head.outputs, block.sums[0]},
+                               {0, (panel + 1) * LANES, lm_head.outputs, block.sums[0] + LANES}};
+      expand_panels<E>(parts, counts.parts, lm_head.scratch, panels, row, count);
     }
     for (int half = 0; half < 2; half++) {
       const int column = (panel + half) * LANES;
-      if (column >= head.outputs) continue;
+      if (column >= lm_head.outputs) continue;
       float* sums = &block.sums[0][half * LANES];
-      const __mmask16 mask = first(head.outputs - column);
+      const __mmask16 mask = first(lm_head.outputs - column);
       for (int m = 0; m < count; m++)
-        _mm512_mask_storeu_ps(head.out + (size_t)(row + m) * head.outputs + column, mask,
+        _mm512_mask_storeu_ps(lm_head.out + (size_t)(row + m) * lm_head.outputs + column, mask,
                               _mm512_load_ps(sums + m * BLOCK_COLS));
     }
   };
-  const int pairs = head.rows ? head.matrix.panels / 2 : 0;
-  member.phase(ceil_div(pairs, HEAD_PAIRS), [&](int chunk) {
-    const int end = (chunk + 1) * HEAD_PAIRS < pairs ? (chunk + 1) * HEAD_PAIRS : pairs;
-    for (int pair = chunk * HEAD_PAIRS; pair < end; pair++)
-      matmul<Isa>(x, head.inputs, head.rows, head.matrix, pair, unpacked, store);
+  const int pairs = lm_head.rows ? lm_head.matrix.panels / 2 : 0;
+  member.phase(ceil_div(pairs, LM_HEAD_PAIRS), [&](int chunk) {
+    const int end = (chunk + 1) * LM_HEAD_PAIRS < pairs ? (chunk + 1) * LM_HEAD_PAIRS : pairs;
+    for (int pair = chunk * LM_HEAD_PAIRS; pair < end; pair++)
+      matmul<Isa>(x, lm_head.inputs, lm_head.rows, lm_head.matrix, pair, unpacked, store);
   });
 }
 
 template <class Isa>
-void logits(lorastack_lm_head head) {
+void logits(lorastack_lm_head lm_head) {
   int64_t floats = 0;
-  for (int s = 0; s < head.num_segments; s++) {
-    const lorastack_segment& segment = head.segments[s];
-    floats += shrunk_floats(segment.begin, segment.end, segment.targets->rank);
+  for (int s = 0; s < lm_head.num_segments; s++) {
+    const lorastack_segment& segment = lm_head.segments[s];
+    floats += shrunk_floats(segment.start, segment.end, segment.targets->rank);
   }
   std::vector<float> shrunk(floats);
-  head.scratch = shrunk.data();
+  lm_head.scratch = shrunk.data();
   std::vector<LoraPart<typename Isa::E::T>> parts(
-      (size_t)head.num_threads * (head.num_segments + 1));
-  const size_t elements = unpacked_elements(head.matrix);
-  std::vector<typename Isa::E::T> unpacked(elements * head.num_threads + LANES);
-  std::vector<Counter> counters(num_counters(2, head.num_threads));
-  Team team{counters.data(), head.num_threads};
-#pragma omp parallel num_threads(head.num_threads)
+      (size_t)lm_head.num_threads * (lm_head.num_segments + 1));
+  const size_t elements = unpacked_elements(lm_head.matrix);
+  std::vector<typename Isa::E::T> unpacked(elements * lm_head.num_threads + LANES);
+  std::vector<Counter> counters(num_counters(2, lm_head.num_threads));
+  Team team{counters.data(), lm_head.num_threads};
+#pragma omp parallel num_threads(lm_head.num_threads)
   {
     const int thread = omp_get_thread_num();
     Member member(team, thread);
     begin_tiles<Isa>();
-    multiply_head<Isa>(head, member, &parts[(size_t)thread * (head.num_segments + 1)],
-                       unpacked.data() + thread * elements);
+    multiply_lm_head<Isa>(lm_head, member, &parts[(size_t)thread * (lm_head.num_segments + 1)],
+                          unpacked.data() + thread * elements);
     end_tiles<Isa>();
   }
 }

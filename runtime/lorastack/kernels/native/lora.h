@@ -20,7 +20,7 @@ struct LoraPart {
   int64_t shrunk;
 };
 
-constexpr int SHRINK_ROWS = 8;  // of an A, in one chunk
+constexpr int SHRINK_ROWS = 8;  // rows of an A in one chunk
 
 template <class T>
 INLINE int shrink_chunks(const LoraPart<T>& lora) {
@@ -28,11 +28,11 @@ INLINE int shrink_chunks(const LoraPart<T>& lora) {
 }
 
 #ifndef __AMX_BF16__
-// Room for the shrunk tokens of a segment, in floats.
+// Floats that the shrunk tokens of a segment take.
 INLINE int64_t shrunk_floats(int begin, int end, int rank) { return (int64_t)(end - begin) * rank; }
 #endif
 
-// One row of an A with up to four tokens.
+// One row of an A times up to four tokens.
 template <class E>
 INLINE void shrink_row(const typename E::T* a, const typename E::T* x, size_t ldx, int num, int k,
                        float* out) {
@@ -57,7 +57,7 @@ INLINE void shrink_row(const typename E::T* a, const typename E::T* x, size_t ld
   for (int n = 0; n < num; n++) out[n] = _mm512_reduce_add_ps(sums[n]);
 }
 
-// SHRINK_ROWS rows of one A with all its tokens.
+// SHRINK_ROWS rows of one A times all its tokens.
 template <class E>
 INLINE void shrink(const LoraPart<typename E::T>& lora, int chunk, const typename E::T* x,
                    size_t ldx, int k, float* shrunk) {

@@ -1,8 +1,8 @@
 // Low-rank updates on AMX tiles.
 //
 // Shrunk tokens are scaled, rounded to bfloat16 and laid out as tiles [pair of ranks][token][2] of 16
-// tokens of the step and 32 ranks; tokens of others are zeros there, so that every adapter's update
-// is added to the same 16 outputs x 16 tokens, and a token's sum is of its own adapters alone.
+// tokens of the step and 32 ranks; others' tokens are zeros there. Every adapter's update is added
+// to the same 16 outputs x 16 tokens, and a token's sum is that of its own adapters alone.
 #pragma once
 
 #include "lora.h"
@@ -13,7 +13,7 @@ namespace lorastack::LORASTACK_ISA {
 
 constexpr int TILE_TOKENS = 16, TILE_RANKS = 32, TILE_ELEMENTS = TILE_TOKENS * TILE_RANKS;
 
-// Room for the shrunk tokens of a segment, in floats.
+// Floats that the shrunk tokens of a segment take.
 INLINE int64_t shrunk_floats(int begin, int end, int rank) {
   const int tiles = begin < end ? (end - 1) / TILE_TOKENS - begin / TILE_TOKENS + 1 : 0;
   return (int64_t)tiles * ceil_div(rank, TILE_RANKS) * TILE_ELEMENTS / 2;
@@ -28,7 +28,7 @@ INLINE uint16_t rounded(float value) {
   return (uint16_t)_mm_extract_epi16((__m128i)_mm_cvtneps_pbh(_mm_set_ss(value)), 0);
 }
 
-// What `shrink` does, into tiles: SHRINK_ROWS ranks of one part with all its tokens.
+// What `shrink` does, into tiles: SHRINK_ROWS ranks of one part times all its tokens.
 INLINE void shrink_tiles(const LoraPart<uint16_t>& lora, int chunk, const uint16_t* x, size_t ldx,
                          int k, float* shrunk) {
   const int begin = chunk * SHRINK_ROWS, end = std::min(begin + SHRINK_ROWS, lora.rank);
@@ -110,11 +110,11 @@ static void expand_tiles(const LoraPart<uint16_t>* parts, int count, float* shru
         }
       }
     }
-    alignas(64) float found[2][16][TILE_TOKENS];
-    _tile_stored(0, found[0], 64);
-    _tile_stored(1, found[1], 64);
+    alignas(64) float updates[2][16][TILE_TOKENS];
+    _tile_stored(0, updates[0], 64);
+    _tile_stored(1, updates[1], 64);
     for (int side = 0; side < 2; side++)
-      if (touched[side]) add_columns(found[side], num, panels[side].sums + (begin - row) * ld, ld);
+      if (touched[side]) add_columns(updates[side], num, panels[side].sums + (begin - row) * ld, ld);
   }
 }
 

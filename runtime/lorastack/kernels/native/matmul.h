@@ -60,7 +60,7 @@ namespace lorastack::LORASTACK_ISA {
 struct Avx512Bf16 {
   using E = BF16;
   static constexpr bool tiles = false;
-  static constexpr int PASS = 12;  // rows for which weights are read once
+  static constexpr int FEW_ROWS = 12;  // up to so many rows, weights are read once
 
   template <int M, class Source>
   static void rows(const uint16_t* x, size_t ldx, Source& source, int k, Block* out, int row) {
@@ -121,7 +121,7 @@ struct Avx512F32 {
 struct AmxBf16 {
   using E = BF16;
   static constexpr bool tiles = true;
-  static constexpr int PASS = BLOCK_ROWS;
+  static constexpr int FEW_ROWS = BLOCK_ROWS;
 };
 #endif
 
@@ -200,8 +200,8 @@ template <class Isa, class T, class Source>
 INLINE void block(const T* x, size_t ldx, int rows, Source& source, int k, Block* out) {
 #ifdef __AMX_BF16__
   if constexpr (Isa::tiles) {
-    // Where X leaves the first cache, its rows that nobody wants are not read. Setting the tiles up
-    // takes as long as a dozen of them.
+    // Where X does not fit the first cache, rows of padding are not read. Setting the tiles up takes
+    // as long as reading a dozen.
     const bool exact = k >= MANY_INPUTS && rows % 16;
     if (exact) configure_tiles(rows);
     if (rows <= 16)
@@ -226,7 +226,7 @@ INLINE size_t unpacked_elements(const lorastack_matrix& matrix) {
   return matrix.kind == LORASTACK_PLAIN ? 0 : (size_t)matrix.k * BLOCK_COLS;
 }
 
-// int8: the outputs' scales, which the sums still lack.
+// Multiplies sums of int8 codes by their outputs' scales.
 INLINE void scale_sums(const lorastack_matrix& matrix, int pair, int rows, Block* out) {
   const uint16_t* scales = (const uint16_t*)matrix.scales + pair * BLOCK_COLS;
   for (int column = 0; column < BLOCK_COLS; column += LANES) {
@@ -238,7 +238,7 @@ INLINE void scale_sums(const lorastack_matrix& matrix, int pair, int rows, Block
   }
 }
 
-// A pair of panels in as many blocks of rows as there are.
+// A pair of panels times all rows, block by block.
 template <class Isa, class T, class Source, class Epilogue>
 INLINE void blocks(const T* x, size_t ldx, int rows, Source& source, const lorastack_matrix& matrix,
                    int pair, Epilogue&& epilogue) {
@@ -251,11 +251,11 @@ INLINE void blocks(const T* x, size_t ldx, int rows, Source& source, const loras
   }
 }
 
-// Few rows: weights are unpacked on the way, and read once. More: unpacked once before.
+// For few rows weights are unpacked on the way, for more once before.
 template <class Isa, class Kind, class Epilogue>
 INLINE void multiply_codes(const uint16_t* x, size_t ldx, int rows, const lorastack_matrix& matrix,
                            int pair, uint16_t* unpacked, Epilogue&& epilogue) {
-  if (rows <= Isa::PASS) {
+  if (rows <= Isa::FEW_ROWS) {
     Codes<Kind> codes(matrix, pair);
     return blocks<Isa>(x, ldx, rows, codes, matrix, pair, epilogue);
   }

@@ -1,8 +1,8 @@
 """Weights in the order in which the native kernels read them.
 
-A panel is 16 outputs. In bfloat16 it is [K / 2][16][2], in float32 [K][16]; inputs and outputs are
-padded with zeros to multiples of 32. The codes of quantised weights are int8 [K][16] and, of int4,
-int32 [K / 8][16], eight inputs in one. The plain reference of what is done with it is
+A panel is 16 outputs of K inputs. In bfloat16 it is [K / 2][16][2], in float32 [K][16]; inputs and
+outputs are padded with zeros to multiples of 32. The codes of quantised weights are int8 [K][16],
+for int4 int32 [K / 8][16] with eight inputs in one. The plain reference of a product is
 torch.nn.functional.linear on the weight that was packed, dequantised where it was quantised.
 """
 
@@ -19,7 +19,7 @@ from lorastack.kernels.native.library import Matrix
 from lorastack.kernels.quantize import STORED, Kind, Quantise, pack_nibbles, quantise_torch
 
 LANES = 16
-PAD = 32  # multiple of inputs and of outputs
+PAD = 32  # inputs and outputs are padded to a multiple of it
 
 Keep = Callable[[Tensor], Tensor]
 _Order = Callable[[Tensor], Tensor]
@@ -29,7 +29,7 @@ _Order = Callable[[Tensor], Tensor]
 class PackedMatrix:
     """panels: [outputs / 16, ...], opaque; bias: float32, one a padded output; inputs: padded.
 
-    scales: bfloat16 [outputs / 16, groups, 16] of a weight of some `kind`.
+    kind: what the weight is quantised to; scales: bfloat16 [outputs / 16, groups, 16] of its codes.
     """
 
     panels: Tensor
@@ -40,7 +40,7 @@ class PackedMatrix:
 
     @property
     def struct(self) -> Matrix:
-        """Borrows the tensors."""
+        """The matrix for the library; it borrows the tensors."""
         bias = None if self.bias is None else self.bias.data_ptr()
         scales = None if self.scales is None else self.scales.data_ptr()
         panels, stored = len(self.panels), STORED[self.kind]
@@ -55,9 +55,9 @@ def pack_matrix(
     quantise: Quantise = quantise_torch,
     keep: Keep = Tensor.contiguous,
 ) -> PackedMatrix:
-    """Outputs in their order. keep: makes the contiguous copies that are returned.
+    """Pack a weight with its outputs in order. keep: makes the contiguous copies that are returned.
 
-    kind: what `quantise` makes of it. Raises NotFiniteError then.
+    kind: quantise to it, which raises NotFiniteError for a weight that is not finite.
     """
     return _pack(weight_OI, bias_O, _padded_rows, kind, quantise, keep)
 
@@ -70,9 +70,10 @@ def pack_pair(
     quantise: Quantise = quantise_torch,
     keep: Keep = Tensor.contiguous,
 ) -> PackedMatrix:
-    """Two matrices below each other (gate and up): panels of the first and the second in turn.
+    """Pack two matrices of equal size, one below the other (gate and up): their panels alternate.
 
-    Each half is padded like inputs: what it gives fills every input of the matrix that follows.
+    Each half is padded by itself, like the inputs of the matrix that reads its outputs. kind and
+    keep: as in `pack_matrix`.
     """
     return _pack(weight_OI, bias_O, _in_turn, kind, quantise, keep)
 
@@ -80,7 +81,7 @@ def pack_pair(
 def matrix_rows(matrix: PackedMatrix, ids_N: Tensor) -> Tensor:
     """Rows of the weight that `pack_matrix` packed, padding included: [N, inputs].
 
-    Of an int8 weight what its codes stand for, float32.
+    Rows of an int8 weight are dequantised, in float32. int4 is not supported.
     """
     assert matrix.kind is not Kind.INT4, "nobody reads rows of int4"
     panels, panel_N, lane_N = matrix.panels, ids_N // LANES, ids_N % LANES
@@ -117,7 +118,7 @@ def _pack(
 def _panels(rows_OI: Tensor, keep: Keep) -> Tensor:
     if rows_OI.dtype != torch.bfloat16:
         return keep(_transposed(rows_OI))
-    # Pairs of inputs as one value, which torch moves faster too.
+    # Pairs of inputs are one value, which torch also moves faster.
     return keep(_transposed(rows_OI.view(torch.int32))).unsqueeze(-1).view(torch.bfloat16)
 
 
@@ -135,7 +136,7 @@ def _padded_rows(rows: Tensor) -> Tensor:
 
 
 def _padded(tensor: Tensor, *missing: int) -> Tensor:
-    """`pad` copies even where nothing is missing."""
+    """`pad`, but no copy where nothing is missing."""
     return pad(tensor, missing) if any(missing) else tensor
 
 

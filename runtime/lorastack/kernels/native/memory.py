@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 HUGE_PAGE = 2 << 20
-BLOCK = 64 << 20  # bytes that are reserved at once; what is not used is never touched
+BLOCK = 64 << 20  # bytes reserved at once; the system gives memory only for what is touched
 ALIGNMENT = 64
 
 
 class HugePages:
-    """Hands out memory that lives as long as any tensor in it."""
+    """Copies tensors into blocks of huge pages; a block lives as long as any tensor in it."""
 
     def __init__(self) -> None:
         self._free = torch.empty(0, dtype=torch.uint8)
@@ -34,17 +34,17 @@ class HugePages:
 
 
 def give_back() -> None:
-    """Memory that was freed goes back to the system.
+    """Return freed memory to the system.
 
-    glibc keeps what lies between blocks in use, as long as nobody asks: a fifth of a 7B model in 4
-    bits, once it was quantised.
+    glibc by itself keeps what lies between blocks in use: a fifth of a 7B model after it was
+    quantised to 4 bits.
     """
     with suppress(AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def _reserve(nbytes: int) -> Tensor:
-    """Untouched bytes, from a huge page's begin on."""
+    """At least `nbytes` untouched bytes that begin on a huge page."""
     size = -(-nbytes // HUGE_PAGE) * HUGE_PAGE
     block = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):

@@ -23,9 +23,9 @@ struct Arena {
   int64_t used = 0;
   template <class T>
   T* take(int64_t count) {
-    T* found = base ? reinterpret_cast<T*>(base + used) : nullptr;
+    T* piece = base ? reinterpret_cast<T*>(base + used) : nullptr;
     used += (count * (int64_t)sizeof(T) + 63) / 64 * 64;
-    return found;
+    return piece;
   }
 };
 
@@ -37,16 +37,16 @@ struct Token {
 template <class T>
 struct Buffers {
   T *x, *qkv, *context, *inner;
-  T* unpacked;  // a thread's, after each other: weights of a pair of panels
+  T* unpacked;  // for each thread: weights of a pair of panels
   float *hidden, *shrunk, *scores;
   Token* tokens;
   int32_t* tails;
-  int64_t* slots;     // of all rows, one after the other
-  int64_t* row_slots;  // where a row's begin
-  int32_t* groups;    // attention groups of all rows before a row
+  int64_t* slots;      // of all rows, one after the other
+  int64_t* row_slots;  // where each row's begin
+  int32_t* passes;     // attention passes of all rows before each row, then of all
   Counter* counters;
-  LoraPart<T>* parts;  // per thread
-  lorastack_segment* head_segments;  // over the outputs, with lm_head's targets
+  LoraPart<T>* parts;  // max_parts for each thread
+  lorastack_segment* lm_head_segments;  // over the outputs, with lm_head's targets
   int64_t unpacked_elements;  // of a thread
   int capacity, ld_hidden, ld_qkv, ld_context, ld_inner, max_parts;
 };
@@ -57,16 +57,16 @@ inline int64_t num_step_counters(const lorastack_model& model, const lorastack_s
 
 inline int depth_bound(const lorastack_row& row) { return row.parents ? row.end - row.start : 0; }
 
-// Of all matrices; those of the layers are alike.
+// Elements that the largest matrix needs; all layers are alike.
 inline size_t most_unpacked(const lorastack_model& model) {
   const lorastack_layer& layer = *model.layers;
   return std::max({unpacked_elements(layer.qkv), unpacked_elements(layer.o),
                    unpacked_elements(layer.gate_up), unpacked_elements(layer.down),
-                   unpacked_elements(model.head)});
+                   unpacked_elements(model.lm_head)});
 }
 
 template <class T>
-Buffers<T> lay_out(const lorastack_model& model, const lorastack_step& step, int group,
+Buffers<T> lay_out(const lorastack_model& model, const lorastack_step& step, int max_queries,
                    Arena& arena) {
   const int rows = ceil_div(step.num_tokens, BLOCK_ROWS) * BLOCK_ROWS;
   const int query = model.heads * model.head_dim, key = model.kv_heads * model.head_dim;
@@ -81,7 +81,7 @@ Buffers<T> lay_out(const lorastack_model& model, const lorastack_step& step, int
   }
   for (int s = 0; s < step.num_segments; s++) {
     const lorastack_segment& segment = step.segments[s];
-    shrunk += 3 * shrunk_floats(segment.begin, segment.end, segment.max_rank);
+    shrunk += 3 * shrunk_floats(segment.start, segment.end, segment.max_rank);
   }
   b.capacity = (int)((longest + 32) / 32 * 32);
   b.ld_hidden = padded(model.hidden);
@@ -97,44 +97,44 @@ Buffers<T> lay_out(const lorastack_model& model, const lorastack_step& step, int
   b.unpacked_elements = (int64_t)most_unpacked(model);
   b.unpacked = arena.take<T>(step.num_threads * b.unpacked_elements);
   b.shrunk = arena.take<float>(shrunk);
-  b.scores = arena.take<float>((int64_t)step.num_threads * group * b.capacity);
+  b.scores = arena.take<float>((int64_t)step.num_threads * max_queries * b.capacity);
   b.tokens = arena.take<Token>(step.num_tokens);
   b.tails = arena.take<int32_t>(tails);
   b.slots = arena.take<int64_t>(slots);
   b.row_slots = arena.take<int64_t>(step.num_rows);
-  b.groups = arena.take<int32_t>(step.num_rows + 1);
+  b.passes = arena.take<int32_t>(step.num_rows + 1);
   b.counters = arena.take<Counter>(num_step_counters(model, step));
   b.parts = arena.take<LoraPart<T>>((int64_t)step.num_threads * b.max_parts);
-  b.head_segments = arena.take<lorastack_segment>(step.num_segments);
+  b.lm_head_segments = arena.take<lorastack_segment>(step.num_segments);
   return b;
 }
 
-// The same segments over the step's outputs.
+// The step's segments over its outputs, with lm_head's targets.
 template <class T>
-void plan_head(const lorastack_model& model, const lorastack_step& step, Buffers<T>& b) {
+void plan_lm_head(const lorastack_model& model, const lorastack_step& step, Buffers<T>& b) {
   const int32_t* end = step.outputs + step.num_outputs;
   for (int s = 0; s < step.num_segments; s++) {
     const lorastack_segment& segment = step.segments[s];
-    lorastack_segment& found = b.head_segments[s];
-    found = segment;
-    found.targets += (size_t)model.num_layers * TARGETS;
-    found.begin = (int32_t)(std::lower_bound(step.outputs, end, segment.begin) - step.outputs);
-    found.end = (int32_t)(std::lower_bound(step.outputs, end, segment.end) - step.outputs);
+    lorastack_segment& moved = b.lm_head_segments[s];
+    moved = segment;
+    moved.targets += (size_t)model.num_layers * TARGETS;
+    moved.start = (int32_t)(std::lower_bound(step.outputs, end, segment.start) - step.outputs);
+    moved.end = (int32_t)(std::lower_bound(step.outputs, end, segment.end) - step.outputs);
   }
 }
 
 // Where every row's slots lie and what every token sees.
 template <class T>
-void plan(const lorastack_model& model, const lorastack_step& step, int group, Buffers<T>& b) {
+void plan(const lorastack_model& model, const lorastack_step& step, int max_queries, Buffers<T>& b) {
   const int64_t page_elements = 2ll * model.kv_heads * model.page_size * model.head_dim;
   int64_t at = 0;
   int32_t tail = 0;
-  b.groups[0] = 0;
+  b.passes[0] = 0;
   for (int r = 0; r < step.num_rows; r++) {
     const lorastack_row& row = step.rows[r];
     b.row_slots[r] = at;
     const int queries = (row.end - row.start) * (model.heads / model.kv_heads);
-    b.groups[r + 1] = b.groups[r] + ceil_div(queries, group);
+    b.passes[r + 1] = b.passes[r] + ceil_div(queries, max_queries);
     const int used = row.committed + row.end - row.start;
     for (int s = 0; s < used; s++) {
       const int place = s % model.page_size;

@@ -20,7 +20,7 @@ INLINE __m512 load_scales(const uint16_t* scales) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
 
-// A line of two inputs from their floats, which are exact in bfloat16: their upper halves.
+// Stores a line of two inputs, the upper halves of their floats, which are exact in bfloat16.
 INLINE void store_line(uint16_t* out, __m512 even, __m512 odd) {
   constexpr int AND_OR = 0xea;  // (a & b) | c
   const __m512i upper = _mm512_set1_epi32((int)0xffff0000);
@@ -75,7 +75,7 @@ class Codes {
     }
   }
 
-  // Input k's tile of panel `half`.
+  // Unpacks the tile of panel `half` that begins at input k.
   INLINE_METHOD void unpack(int k, int half, uint16_t* out) const {
     const size_t tile = k / K_STEP;
     const uint8_t* codes = codes_[half] + tile * Kind::BYTES;
@@ -87,8 +87,8 @@ class Codes {
   INLINE_METHOD Tiles<uint16_t> at(int k) {
     if (k == 0) unpack_both(0);
     if (k + K_STEP < end_) unpack_both(k + K_STEP);
-    const auto& found = unpacked_[k / K_STEP % 2];
-    return {found[0], found[1]};
+    const auto& pair = unpacked_[k / K_STEP % 2];
+    return {pair[0], pair[1]};
   }
 
  private:
@@ -102,7 +102,7 @@ class Codes {
   alignas(64) uint16_t unpacked_[2][2][TILE];
 };
 
-// All of a pair: the panels as `Plain` reads them.
+// Unpacks a whole pair into panels as `Plain` reads them.
 template <class Kind>
 void unpack_pair(const lorastack_matrix& matrix, int pair, uint16_t* out) {
   const Codes<Kind> codes(matrix, pair);

@@ -33,7 +33,7 @@ INLINE __m512 without_tiny(__m512 scale) {
   return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(_mm512_abs_ps(scale), tiny, _CMP_NLT_UQ), scale);
 }
 
-// bfloat16 not below a positive scale.
+// A positive scale rounded up to bfloat16.
 INLINE __m512 rounded_up(__m512 scale) {
   const __m512i above = _mm512_add_epi32(_mm512_castps_si512(scale), _mm512_set1_epi32(0xffff));
   return odd(above);
@@ -41,7 +41,7 @@ INLINE __m512 rounded_up(__m512 scale) {
 
 // The nearest number of 5 significant bits, of two the even one. Subnormal numbers are tiny anyway.
 INLINE __m512 shortened(__m512 scale) {
-  constexpr int DROPPED = 19;  // of the 23 bits behind the first
+  constexpr int DROPPED = 19;  // of the 23 bits that follow the first
   const __m512i bits = _mm512_castps_si512(scale);
   const __m512i last = _mm512_and_epi32(_mm512_srli_epi32(bits, DROPPED), _mm512_set1_epi32(1));
   const __m512i half = _mm512_add_epi32(last, _mm512_set1_epi32((1 << (DROPPED - 1)) - 1));
@@ -63,7 +63,7 @@ INLINE __m512 squared_error(__m512 weight, __m512 inverse) {
   return _mm512_mul_ps(off, off);
 }
 
-// Of 16 groups, in steps of their scales: neighbours are summed first, then neighbouring sums.
+// Sums for 16 groups, in units of their scales: neighbours are added first, then neighbouring sums.
 template <int NUM>
 INLINE __m512 squared_errors(const __m512i* pairs, __m512 inverse) {
   if constexpr (NUM == 1)
@@ -93,7 +93,7 @@ INLINE __m512 int4_scales(const uint16_t* row, int inputs, int begin) {
   const __m512 extreme = _mm512_mask_mov_ps(_mm512_castsi512_ps(high), below, low);
   const __m512 largest = _mm512_abs_ps(extreme);
   __m512 best = _mm512_set1_ps(INFINITY);
-  __m512 scale = largest;  // of zeros; what is not finite finds no better one
+  __m512 scale = largest;  // stays where all weights are 0 or one is not finite
   for (const float code : {8.8f, 8.2f, 7.6f, 7.0f}) {
     const __m512 tried = without_tiny(shortened(_mm512_div_ps(extreme, _mm512_set1_ps(-code))));
     const __m512 step = _mm512_div_ps(tried, largest);  // so that no square overflows or vanishes
@@ -123,7 +123,7 @@ INLINE __m512i code_of(__m512 weight, __m512 inverse, int least, int most) {
                           _mm512_set1_epi32(most));
 }
 
-// 32 codes.
+// Stores 32 codes.
 INLINE void store_codes(__m512i pairs, __m512 inverse, int least, int most, int8_t* codes) {
   const __m512i evens = code_of(even(pairs), inverse, least, most);
   const __m512i odds = code_of(odd(pairs), inverse, least, most);
@@ -146,10 +146,10 @@ void quantise_int8(const uint16_t* row, int inputs, int8_t* codes, uint16_t* sca
 void quantise_int4(const uint16_t* row, int inputs, int8_t* codes, uint16_t* scales) {
   for (int begin = 0; begin < inputs; begin += LANES * GROUP) {
     const int num = std::min(LANES, ceil_div(inputs - begin, GROUP));
-    const __m512 found = int4_scales(row, inputs, begin);
-    store_scales(found, num, scales + begin / GROUP);
+    const __m512 group_scales = int4_scales(row, inputs, begin);
+    store_scales(group_scales, num, scales + begin / GROUP);
     alignas(64) float inverses[LANES];
-    _mm512_store_ps(inverses, inverse_of(found));
+    _mm512_store_ps(inverses, inverse_of(group_scales));
     for (int i = 0; i < num; i++) {
       const int place = begin + i * GROUP;
       const __m512 inverse = _mm512_set1_ps(inverses[i]);
@@ -166,11 +166,11 @@ void run_quantise(const uint16_t* weights, int rows, int inputs, int kind, int8_
 #pragma omp parallel for num_threads(num_threads)
   for (int row = 0; row < rows; row++) {
     const uint16_t* weight = weights + (size_t)row * inputs;
-    int8_t* const found = codes + row * groups * GROUP;
+    int8_t* const row_codes = codes + row * groups * GROUP;
     if (kind == LORASTACK_INT8)
-      quantise_int8(weight, inputs, found, scales + row);
+      quantise_int8(weight, inputs, row_codes, scales + row);
     else
-      quantise_int4(weight, inputs, found, scales + row * groups);
+      quantise_int4(weight, inputs, row_codes, scales + row * groups);
   }
 }
 

@@ -61,7 +61,7 @@ INLINE __m512d exp_512(__m512d x) {
   return _mm512_scalef_pd(p, n);
 }
 
-// Tokens by rising id. ids: null if they are the places.
+// Tokens by rising id. ids: null where places are ids.
 struct Tokens {
   const float* logits;
   const int32_t* ids;
@@ -75,11 +75,11 @@ struct Tokens {
 };
 
 // Tokens rank by logit, ties by the lower id.
-struct Rank {
+struct TokenLogit {
   float logit;
   int32_t id;
 
-  bool before(const Rank& other) const {
+  bool before(const TokenLogit& other) const {
     return logit > other.logit || (logit == other.logit && id < other.id);
   }
   // Which of 16 tokens rank before this one.
@@ -90,13 +90,13 @@ struct Rank {
     return above | _mm512_mask_cmplt_epi32_mask(level, ids, _mm512_set1_epi32(id));
   }
 };
-constexpr Rank BEHIND_ALL = {-INFINITY, INT32_MAX};
+constexpr TokenLogit BEHIND_ALL = {-INFINITY, INT32_MAX};
 
-// A row's first `num` tokens.
-class Chosen {
+// The `num` tokens of a row that rank first.
+class TopK {
  public:
   // num: 1 to columns - 1.
-  Chosen(const float* row, int columns, int num) {
+  TopK(const float* row, int columns, int num) {
     keep({row, nullptr, columns}, {bound(row, columns, num), INT32_MAX});
     std::vector<float> order = logits_;
     std::nth_element(order.begin(), order.begin() + num - 1, order.end(), std::greater<float>());
@@ -118,7 +118,7 @@ class Chosen {
   std::vector<float> logits_;
   std::vector<int32_t> ids_;
 
-  // Not above the num-th logit, and mostly close: the num-th of the maxima of many groups.
+  // A bound not above the num-th logit, and mostly close: the num-th of the maxima of many groups.
   static float bound(const float* row, int columns, int num) {
     const int64_t groups = (4 * (int64_t)num + LANES - 1) / LANES * LANES;
     if (groups >= columns) return -INFINITY;
@@ -126,18 +126,18 @@ class Chosen {
     for (int64_t at = groups; at < columns; at += groups)
       for (int i = 0; i < groups && at + i < columns; i += LANES) {
         const __mmask16 real = first((int)(columns - at) - i);
-        float* const found = maxima.data() + i;
-        _mm512_storeu_ps(found, _mm512_mask_max_ps(_mm512_loadu_ps(found), real,
-                                                   _mm512_loadu_ps(found),
-                                                   _mm512_maskz_loadu_ps(real, row + at + i)));
+        float* const largest = maxima.data() + i;
+        const __m512 logits = _mm512_maskz_loadu_ps(real, row + at + i);
+        _mm512_storeu_ps(largest, _mm512_mask_max_ps(_mm512_loadu_ps(largest), real,
+                                                     _mm512_loadu_ps(largest), logits));
       }
     std::nth_element(maxima.begin(), maxima.begin() + num - 1, maxima.end(),
                      std::greater<float>());
     return maxima[num - 1];
   }
 
-  // Takes what ranks before `last`.
-  void keep(const Tokens& tokens, const Rank& last) {
+  // Keeps the tokens that rank before `last`.
+  void keep(const Tokens& tokens, const TokenLogit& last) {
     for (int i = 0; i < tokens.count; i += LANES) {
       const __mmask16 real = first(tokens.count - i);
       const __m512 logits = _mm512_maskz_loadu_ps(real, tokens.logits + i);
@@ -156,36 +156,36 @@ class Chosen {
 class Sampling {
  public:
   // best: the row's first token, of finite logit / T.
-  Sampling(const lorastack_sample& wanted, const Rank& best)
-      : wanted_(wanted),
+  Sampling(const lorastack_sample& sample, const TokenLogit& best)
+      : sample_(sample),
         best_(best),
-        peak_(best.logit / wanted.temperature),
-        inverse_(std::min(1 / wanted.temperature, DBL_MAX)) {}
+        peak_(best.logit / sample.temperature),
+        inverse_(std::min(1 / sample.temperature, DBL_MAX)) {}
 
   int32_t run(const Tokens& tokens) const {
-    const bool limited = wanted_.top_p < 1;
-    const double total = limited ? weigh(tokens, BEHIND_ALL) : 0, enough = wanted_.top_p * total;
+    const bool limited = sample_.top_p < 1;
+    const double total = limited ? weigh(tokens, BEHIND_ALL) : 0, enough = sample_.top_p * total;
     // A token inside top_p's run has more than 1 - top_p at and behind it, shared among at most all
     // tokens, none above its own. Lighter ones need no noise.
-    const double share = (1 - wanted_.top_p) * total / tokens.count * SLACK;
-    const double least = std::max(log(std::max(wanted_.min_p, share)), -NOISE_RANGE);
-    Rank found = find(tokens, least, BEHIND_ALL);
-    // Outside the run, and with it all that ranks behind it.
-    while (limited && found.id != best_.id && weigh(tokens, found) >= enough)
-      found = find(tokens, least, found);
-    return found.id;
+    const double share = (1 - sample_.top_p) * total / tokens.count * SLACK;
+    const double least = std::max(log(std::max(sample_.min_p, share)), -NOISE_RANGE);
+    TokenLogit winner = find(tokens, least, BEHIND_ALL);
+    // Such a winner is outside the run, and so is all that ranks behind it.
+    while (limited && winner.id != best_.id && weigh(tokens, winner) >= enough)
+      winner = find(tokens, least, winner);
+    return winner.id;
   }
 
  private:
   static constexpr double SLACK = 1 - 1e-6;  // for rounding of float64 sums
   static constexpr double NOISE_RANGE = 40.35;  // between the smallest and the largest noise
   static constexpr double UNIT = 0x1p-52;       // of a uniform
-  const lorastack_sample& wanted_;
-  const Rank best_;
+  const lorastack_sample& sample_;
+  const TokenLogit best_;
   const double peak_, inverse_;
 
   // The sum of e^(logit / T - peak) of the tokens before `end`.
-  double weigh(const Tokens& tokens, const Rank& end) const {
+  double weigh(const Tokens& tokens, const TokenLogit& end) const {
     const __m512d top = _mm512_set1_pd(best_.logit), inverse = _mm512_set1_pd(inverse_);
     auto weights = [&](__m256 logits) {
       return exp_512(_mm512_mul_pd(_mm512_sub_pd(_mm512_cvtps_pd(logits), top), inverse));
@@ -203,13 +203,13 @@ class Sampling {
     return _mm512_reduce_add_pd(_mm512_add_pd(low, high));
   }
 
-  // The best score before `end`, which leaves the row's first token at least.
-  Rank find(const Tokens& tokens, double least, const Rank& end) const {
+  // The token with the best score of those that rank before `end`, or else the row's first token.
+  TokenLogit find(const Tokens& tokens, double least, const TokenLogit& end) const {
     // Rounding in float32 is far below a thousandth.
     const __m512 lowest = _mm512_set1_ps((float)least - 1e-3f);
     const __m512 inverse = _mm512_set1_ps((float)std::min(inverse_, (double)FLT_MAX));
-    Rank found = best_;
-    double score = score_of(found);
+    TokenLogit winner = best_;
+    double score = score_of(winner);
     __m512 bound = bound_of(score);
     for (int i = 0; i < tokens.count; i += LANES) {
       const __mmask16 real = first(tokens.count - i);
@@ -221,45 +221,46 @@ class Sampling {
       if (!left) continue;
       const __m512i ids = tokens.ids_at(i, real);
       const __m512 rest = _mm512_insertf32x8(
-          _mm512_castps256_ps512(rest_256(wanted_.start, _mm512_castsi512_si256(ids))),
-          rest_256(wanted_.start, _mm512_extracti32x8_epi32(ids, 1)), 1);
+          _mm512_castps256_ps512(rest_256(sample_.start, _mm512_castsi512_si256(ids))),
+          rest_256(sample_.start, _mm512_extracti32x8_epi32(ids, 1)), 1);
       unsigned passed = _mm512_mask_cmp_ps_mask(end.after(logits, ids, left), rest,
                                                 _mm512_mul_ps(exp_512(x), bound), _CMP_LE_OQ);
       for (; passed; passed &= passed - 1) {
         const int place = i + __builtin_ctz(passed);
-        const Rank token = {tokens.logits[place], tokens.ids ? tokens.ids[place] : place};
-        if (exp(token.logit / wanted_.temperature - peak_) < wanted_.min_p) continue;
+        const TokenLogit token = {tokens.logits[place], tokens.ids ? tokens.ids[place] : place};
+        if (exp(token.logit / sample_.temperature - peak_) < sample_.min_p) continue;
         const double other = score_of(token);
-        if (other < score || (other == score && !token.before(found))) continue;
-        found = token;
+        if (other < score || (other == score && !token.before(winner))) continue;
+        winner = token;
         score = other;
         bound = bound_of(score);
       }
     }
-    return found;
+    return winner;
   }
 
-  double score_of(const Rank& token) const {
-    const uint64_t bits = mix(wanted_.start + token.id * TOKEN_STEP);
+  double score_of(const TokenLogit& token) const {
+    const uint64_t bits = mix(sample_.start + token.id * TOKEN_STEP);
     const double uniform = ((double)(bits >> 12) + 0.5) * UNIT;
-    return token.logit / wanted_.temperature - log(-log(uniform));
+    return token.logit / sample_.temperature - log(-log(uniform));
   }
 
-  // Times a token's weight: what its rest must not exceed if it is to reach the score.
+  // Times a token's weight it bounds the `rest` with which the token reaches the score.
   __m512 bound_of(double score) const {
     return _mm512_set1_ps((float)(exp(peak_ - score) * (1 + 1e-3) / UNIT));
   }
 };
 
-INLINE int64_t sample_of(const float* row, int columns, const lorastack_sample& wanted) {
+// The token that a sample takes from its row.
+INLINE int64_t sample_of(const float* row, int columns, const lorastack_sample& sample) {
   float value;
   int64_t place;
   best_of(row, columns, &value, &place);
-  // NaN or infinite: nothing to draw from. Or the temperature is 0 or next to it.
-  if (!isfinite(value / wanted.temperature)) return place;
-  const Sampling sampling(wanted, {value, (int32_t)place});
-  if (wanted.top_k <= 0 || wanted.top_k >= columns) return sampling.run({row, nullptr, columns});
-  return sampling.run(Chosen(row, columns, wanted.top_k).tokens());
+  // Nothing to draw from (NaN or infinite), or the temperature is 0 or next to it.
+  if (!isfinite(value / sample.temperature)) return place;
+  const Sampling sampling(sample, {value, (int32_t)place});
+  if (sample.top_k <= 0 || sample.top_k >= columns) return sampling.run({row, nullptr, columns});
+  return sampling.run(TopK(row, columns, sample.top_k).tokens());
 }
 
 }  // namespace lorastack::LORASTACK_ISA

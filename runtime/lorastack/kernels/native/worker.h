@@ -20,10 +20,10 @@ constexpr Group QKV = {0, 3}, O = {3, 1}, GATE_UP = {4, 2}, DOWN = {6, 1};
 
 // Queries that attention takes at once.
 template <class Isa>
-constexpr int group_size = Isa::tiles ? 16 : GROUP;
+constexpr int max_queries = Isa::tiles ? 16 : MAX_QUERIES;
 
 template <class Isa>
-struct Worker {
+struct StepWorker {
   using E = typename Isa::E;
   using T = typename E::T;
   const lorastack_model& model;
@@ -50,7 +50,7 @@ struct Worker {
     });
   }
 
-  // tokens: which ones, null for all.
+  // RMSNorm of `count` tokens' hidden states into `out`. tokens: which ones, null for all.
   void normalise(const void* weight_, T* out, int ld, const int32_t* tokens, int count) {
     const T* weight = (const T*)weight_;
     const int size = model.hidden;
@@ -75,15 +75,15 @@ struct Worker {
   // Lists the group's LoRA parts of a layer and runs their shrinks.
   void shrink_group(int layer, Group group, const T* x, int ldx, int k) {
     const int first_target = layer * TARGETS + group.first;
-    const Listed found =
+    const PartCounts counts =
         list_parts(step.segments, step.num_segments, first_target, group.count, parts);
-    num_parts = found.parts;
+    num_parts = counts.parts;
     if (num_parts)
-      member.phase(found.chunks,
+      member.phase(counts.chunks,
                    [&](int chunk) { shrink_chunk<E>(parts, chunk, x, ldx, k, b.shrunk); });
   }
 
-  // Bias and LoRA of a block. first: its first panel's number; panels: which outputs they are.
+  // Adds bias and LoRA to a block. first: its first panel's number; panels: their outputs.
   void finish(const lorastack_matrix& matrix, int first, int row, int rows,
               const Panel (&panels)[2]) {
     for (int half = 0; matrix.bias && half < 2; half++) {
@@ -190,37 +190,40 @@ struct Worker {
     });
   }
 
-  // A group of queries of one row and kv head at a time.
+  // Takes up to max_queries queries of one row and kv head at a time.
   void attention(const lorastack_layer& layer) {
     const int share = model.heads / model.kv_heads, dim = model.head_dim;
     const int64_t head_stride = (int64_t)model.page_size * dim;
-    const int groups = b.groups[step.num_rows];
-    constexpr int GROUP = group_size<Isa>;
-    float* scores = b.scores + (size_t)thread * GROUP * b.capacity;
-    member.phase(groups * model.kv_heads, [&](int chunk) {
-      const int head = chunk % model.kv_heads, group = chunk / model.kv_heads;
+    const int passes = b.passes[step.num_rows];
+    constexpr int QUERIES = max_queries<Isa>;
+    float* scores = b.scores + (size_t)thread * QUERIES * b.capacity;
+    member.phase(passes * model.kv_heads, [&](int chunk) {
+      const int head = chunk % model.kv_heads, pass = chunk / model.kv_heads;
       int r = 0;
-      while (b.groups[r + 1] <= group) r++;
+      while (b.passes[r + 1] <= pass) r++;
       const lorastack_row& row = step.rows[r];
-      const int begin = (group - b.groups[r]) * GROUP, queries = (row.end - row.start) * share;
-      const int count = queries - begin < GROUP ? queries - begin : GROUP;
-      Query<T> found[GROUP];
+      const int begin = (pass - b.passes[r]) * QUERIES, queries = (row.end - row.start) * share;
+      const int count = queries - begin < QUERIES ? queries - begin : QUERIES;
+      Query<T> query_pass[QUERIES];
       for (int g = 0; g < count; g++) {
         const int t = row.start + (begin + g) / share, h = head * share + (begin + g) % share;
         const Token& token = b.tokens[t];
         const int oldest = model.window ? token.position + 1 - model.window : 0;
-        found[g] = {b.qkv + (size_t)t * b.ld_qkv + h * dim,
-                    b.context + (size_t)t * b.ld_context + h * dim,
-                    token.linear, oldest > 0 ? oldest : 0, token.num_tail, b.tails + token.tail};
+        query_pass[g] = {b.qkv + (size_t)t * b.ld_qkv + h * dim,
+                         b.context + (size_t)t * b.ld_context + h * dim,
+                         token.linear,
+                         oldest > 0 ? oldest : 0,
+                         token.num_tail,
+                         b.tails + token.tail};
       }
       const RowCache<T> cache = {(const T*)layer.kv + head * head_stride, b.slots + b.row_slots[r],
                                  model.kv_heads * head_stride};
       const float scale = 1.0f / sqrtf((float)dim);
 #ifdef __AMX_BF16__
       const bool together = model.page_size % 16 == 0;
-      attend_tiles(found, count, cache, dim, scale, together, scores, b.capacity);
+      attend_tiles(query_pass, count, cache, dim, scale, together, scores, b.capacity);
 #else
-      attend<E>(found, count, cache, dim, scale, scores, b.capacity);
+      attend<E>(query_pass, count, cache, dim, scale, scores, b.capacity);
 #endif
     });
   }
@@ -244,10 +247,10 @@ struct Worker {
       project_back(layer.down, b.inner, b.ld_inner);
     }
     normalise(model.norm, (T*)step.out, model.hidden, step.outputs, step.num_outputs);
-    const lorastack_lm_head head = {
-        model.head,      b.head_segments,  step.out,         step.logits,  b.shrunk,
-        step.num_segments, step.num_outputs, model.vocabulary, model.hidden, step.num_threads, 0};
-    multiply_head<Isa>(head, member, parts, unpacked());
+    const lorastack_lm_head lm_head = {
+        model.lm_head,     b.lm_head_segments, step.out,         step.logits,  b.shrunk,
+        step.num_segments, step.num_outputs,   model.vocabulary, model.hidden, step.num_threads, 0};
+    multiply_lm_head<Isa>(lm_head, member, parts, unpacked());
     member.phase(step.num_outputs, [&](int i) {
       best_of(step.logits + (size_t)i * model.vocabulary, model.vocabulary, step.peaks + i,
               step.best + i);
@@ -260,15 +263,15 @@ template <class Isa>
 void forward(const lorastack_model& model, const lorastack_step& step) {
   using T = typename Isa::E::T;
   Arena arena{(char*)step.scratch};
-  Buffers<T> buffers = lay_out<T>(model, step, group_size<Isa>, arena);
-  plan(model, step, group_size<Isa>, buffers);
-  plan_head(model, step, buffers);
+  Buffers<T> buffers = lay_out<T>(model, step, max_queries<Isa>, arena);
+  plan(model, step, max_queries<Isa>, buffers);
+  plan_lm_head(model, step, buffers);
   memset((void*)buffers.counters, 0, sizeof(Counter) * num_step_counters(model, step));
   Team team{buffers.counters, step.num_threads};
 #pragma omp parallel num_threads(step.num_threads)
   {
     const int thread = omp_get_thread_num();
-    Worker<Isa> worker{model, step, buffers, thread,
+    StepWorker<Isa> worker{model, step, buffers, thread,
                        buffers.parts + (size_t)thread * buffers.max_parts, Member(team, thread)};
     worker.run();
   }
@@ -281,11 +284,11 @@ void forward(const lorastack_model& model, const lorastack_step& step) {
   namespace lorastack::name {                                                           \
   int64_t scratch_bytes(const lorastack_model& model, const lorastack_step& step) {     \
     Arena arena{nullptr};                                                               \
-    lay_out<Isa::E::T>(model, step, group_size<Isa>, arena);                         \
+    lay_out<Isa::E::T>(model, step, max_queries<Isa>, arena);                           \
     return arena.used;                                                                  \
   }                                                                                     \
   void run_step(const lorastack_model& model, const lorastack_step& step) {             \
     forward<Isa>(model, step);                                                          \
   }                                                                                     \
-  void run_logits(const lorastack_lm_head& head) { logits<Isa>(head); }                    \
+  void run_logits(const lorastack_lm_head& lm_head) { logits<Isa>(lm_head); }      \
   }

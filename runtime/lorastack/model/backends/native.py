@@ -24,10 +24,11 @@ from lorastack.kernels.native.matrix import PAD, PackedMatrix, matrix_rows, pack
 from lorastack.kernels.native.memory import HugePages
 from lorastack.kernels.ops import NativeOps, Ops
 from lorastack.kernels.quantize import Kind, head_kind
+from lorastack.kernels.segmented_lora import GroupLora, TargetLora
 from lorastack.layout import GROUPS, LAYER_TARGETS
 from lorastack.lora.linear import add_embedding
 from lorastack.lora.segments import LoraBatch, Segment
-from lorastack.lora.weights import LM_HEAD_GROUP, GroupLora, LoraWeights, TargetLora
+from lorastack.lora.weights import LM_HEAD_GROUP, LoraWeights
 from lorastack.model.backends.accept import accept_trees
 from lorastack.model.checkpoint import Checkpoint
 from lorastack.model.config import DecoderConfig
