@@ -28,7 +28,6 @@ from lorastack.engine.speculator import Speculator
 from lorastack.errors import DataLossError
 from lorastack.layout import AdapterLayout
 from lorastack.request import (
-    GeneratedToken,
     LoraUse,
     Request,
     RowEvent,
@@ -204,7 +203,6 @@ class World:
             self.pace,
             Speculator(costs or CheapHeads(), limits.max_nodes, limits.max_step_tokens, {}),
             frozenset({0}),
-            lambda id, source, logprobs: GeneratedToken(id=id, source=source, logprobs=logprobs),
         )
         self.tokens: dict[str, list[int]] = {}
         self.last: dict[str, RowEvent] = {}

@@ -32,7 +32,7 @@ from lorastack.errors import (
     ResourceExhaustedError,
     UnavailableError,
 )
-from lorastack.request import GeneratedToken, Request, RowEvent, TokenLogprobs, TokenSource
+from lorastack.request import Request, RowEvent
 from lorastack.speculation.calibration import Calibration
 from lorastack.text.stream import TextStream
 from lorastack.text.tokenizer import Tokenizer
@@ -81,7 +81,7 @@ class Engine:
         self._costs = costs
         self._speculator = Speculator(costs, config.max_nodes, config.max_step_tokens, calibrations)
         self._scheduler = Scheduler(
-            config, pages, pool, self._pace, self._speculator, tokenizer.eos_ids, self._describe
+            config, pages, pool, self._pace, self._speculator, tokenizer.eos_ids
         )
         self._residency = Residency(pool, in_use=self._scheduler.uses, on_forgotten=self._forgotten)
         self._changed = threading.Condition()
@@ -375,14 +375,3 @@ class Engine:
                 self._changed.notify()
             elif future is not None:
                 future.set_exception(UnavailableError("the server is shutting down"))
-
-    def _describe(
-        self, token_id: int, source: TokenSource, logprobs: TokenLogprobs | None
-    ) -> GeneratedToken:
-        return GeneratedToken(
-            id=token_id,
-            source=source,
-            special=self._tokenizer.is_special(token_id),
-            text=self._tokenizer.token_text(token_id),
-            logprobs=logprobs,
-        )

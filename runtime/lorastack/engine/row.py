@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from lorastack.engine.batch import Proposal, RowResult
@@ -16,7 +16,6 @@ from lorastack.request import (
     RowEvent,
     SpeculationStats,
     Timings,
-    TokenLogprobs,
     TokenSource,
 )
 from lorastack.sampling.processors import Processor, needs_processor
@@ -132,13 +131,7 @@ class Row:
             self.adapter_wait += now - self.adapter_wait_start
             self.adapter_wait_start = None
 
-    def append(
-        self,
-        result: RowResult,
-        eos_ids: frozenset[int],
-        describe: Callable[[int, TokenSource, TokenLogprobs | None], GeneratedToken],
-        now: float,
-    ) -> RowEvent:
+    def append(self, result: RowResult, eos_ids: frozenset[int], now: float) -> RowEvent:
         """Take a step's tokens up to the first that ends the row. The event says what is new."""
         if self.first_token is None:
             self.first_token = now
@@ -150,7 +143,7 @@ class Row:
             source = result.sources[index] if index < len(result.sources) else TokenSource.MODEL
             logprobs = result.logprobs[index] if result.logprobs else None
             self.tokens.append(token)
-            emitted.append(describe(token, source, logprobs))
+            emitted.append(GeneratedToken(id=token, source=source, logprobs=logprobs))
             if token in stop.stop_token_ids:
                 finish = FinishReason.STOP_TOKEN
             elif token in eos_ids and not stop.ignore_eos:

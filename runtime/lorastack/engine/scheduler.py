@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -19,16 +19,9 @@ from lorastack.engine.pages import Pages
 from lorastack.engine.row import Row
 from lorastack.engine.speculator import Speculator
 from lorastack.errors import DeadlineExceededError, InternalError, LorastackError, Reason
-from lorastack.request import (
-    FinishReason,
-    GeneratedToken,
-    RowEvent,
-    TokenLogprobs,
-    TokenSource,
-)
+from lorastack.request import FinishReason, RowEvent
 from lorastack.speculation.tree import Tree
 
-Describe = Callable[[int, TokenSource, TokenLogprobs | None], GeneratedToken]
 NUM_CANDIDATES = 8  # that a head proposes
 
 log = logging.getLogger(__name__)
@@ -66,7 +59,6 @@ class Scheduler:
         pace: Pace,
         speculator: Speculator,
         eos_ids: frozenset[int],
-        describe: Describe,
     ) -> None:
         self.num_preemptions = 0
         self._config = config
@@ -75,7 +67,6 @@ class Scheduler:
         self._pace = pace
         self._speculator = speculator
         self._eos_ids = eos_ids
-        self._describe = describe
         self._waiting: deque[Row] = deque()
         self._running: list[Row] = []  # in order of admission
         self._planned: list[Plan] = []
@@ -302,7 +293,7 @@ class Scheduler:
         """What a step gave a row. An error ends it behind the tokens that came before."""
         self._commit(row, step, result)
         if result.tokens:
-            event = row.append(result, self._eos_ids, self._describe, now)
+            event = row.append(result, self._eos_ids, now)
             if event.final is not None:
                 self._remove(row)
             self._events.append(event)
