@@ -89,6 +89,17 @@ def test_prompt_chunks_and_decode_rows_share_a_step() -> None:
     assert sorted(len(step.token_ids) for step in batch.steps) == [1, 4]
 
 
+def test_a_prompt_chunk_of_one_token_is_a_prompt() -> None:
+    """Its last token alone makes a token, as any last token does."""
+    world = World(64, max_step_tokens=1)
+    world.scheduler.add(make_row(make_request("row", [2] * 3, 2, ignore_eos=True)))
+    seen = []
+    while (batch := world.step()) is not None:
+        assert [len(step.token_ids) for step in batch.steps] == [1]
+        seen.append((batch.prompt_tokens, batch.steps[0].decodes))
+    assert seen == [(1, False), (1, False), (0, True), (0, True)]
+
+
 def test_a_prompt_takes_less_beside_a_row_that_decodes() -> None:
     world = World(64, max_step_tokens=30)
     world.scheduler.add(make_row(make_request("short", [1], 30, ignore_eos=True)))

@@ -55,8 +55,11 @@ class RowStep:
 
     @property
     def decodes(self) -> bool:
-        """Whether it brings no prompt, but its last token and a tree behind it, if any."""
-        return self.tree is not None or len(self.token_ids) == 1
+        """True if only the row's last token had no KV, so that all it brings behind it is a tree.
+
+        A chunk of one token that more of the prompt follows does not decode.
+        """
+        return self.samples and (self.tree is not None or len(self.token_ids) == 1)
 
     @property
     def stack(self) -> list[tuple[str, float]]:

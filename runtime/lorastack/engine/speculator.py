@@ -20,7 +20,7 @@ MAX_CHAIN = 16  # tokens that prompt lookup or a grammar proposes
 # their worth and cost may be wrong, or have changed.
 PROBE_STEPS = 32
 MAX_PAUSE = 16  # steps for which nobody looks for drafts, once none paid for long
-NO_HEADS = ""  # stands for a digest
+WITHOUT_HEADS = ""  # in place of a heads digest: what rows without heads teach
 
 
 class Speculator:
@@ -169,4 +169,4 @@ class Speculator:
 
 def _digest(row: Row) -> str:
     """Of its heads, or what stands for none."""
-    return row.request.heads.digest if row.request.heads else NO_HEADS
+    return row.request.heads.digest if row.request.heads else WITHOUT_HEADS
