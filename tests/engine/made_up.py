@@ -17,7 +17,7 @@ import torch
 from lorastack.adapters.memory.device import DeviceAdapter
 from lorastack.config import EngineConfig
 from lorastack.engine.apart import run_apart
-from lorastack.engine.batch import Batch, Proposal, RowResult, RowStep
+from lorastack.engine.batch import Batch, RowResult, RowStep
 from lorastack.engine.costs import Costs
 from lorastack.engine.pace import Pace
 from lorastack.engine.pages import Pages
@@ -35,6 +35,7 @@ from lorastack.request import (
     StopParams,
 )
 from lorastack.speculation.accept import accept
+from lorastack.speculation.proposal import Proposal
 from tests.helpers.costs import CheapHeads
 
 PAGE, VOCAB, NUM_HEADS = 4, 7, 2

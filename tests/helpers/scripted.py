@@ -20,7 +20,7 @@ import torch
 from lorastack.adapters.memory.device import DeviceAdapter
 from lorastack.adapters.memory.pool import DevicePool
 from lorastack.config import EngineConfig
-from lorastack.engine.batch import Batch, Proposal, RowStep
+from lorastack.engine.batch import Batch, RowStep
 from lorastack.engine.costs import Costs
 from lorastack.engine.engine import Engine
 from lorastack.engine.pages import Pages
@@ -32,6 +32,7 @@ from lorastack.model.decoder import Decoder
 from lorastack.model.kv import KVCache
 from lorastack.request import Final, GeneratedToken, Request, RowEvent
 from lorastack.speculation.cost import CostCurve
+from lorastack.speculation.proposal import Proposal
 from lorastack.text.tokenizer import Tokenizer
 
 TIMED = ("engine", "scheduler", "runner")  # modules of lorastack.engine that look at the clock

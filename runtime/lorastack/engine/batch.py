@@ -11,18 +11,8 @@ from lorastack.adapters.memory.device import DeviceAdapter
 from lorastack.errors import LorastackError
 from lorastack.request import Request, TokenLogprobs, TokenSource
 from lorastack.sampling.processors import Processor
+from lorastack.speculation.proposal import Proposal
 from lorastack.speculation.tree import Tree
-
-
-@dataclass(frozen=True, slots=True)
-class Proposal:
-    """What a row's heads propose, [head][rank], best first.
-
-    logprobs: natural logarithms, over what the head chooses from.
-    """
-
-    ids: tuple[tuple[int, ...], ...]
-    logprobs: tuple[tuple[float, ...], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

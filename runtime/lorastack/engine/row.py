@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from lorastack.engine.batch import Proposal, RowResult
+from lorastack.engine.batch import RowResult
 from lorastack.engine.pages import root_hash
 from lorastack.request import (
     Final,
@@ -19,7 +19,8 @@ from lorastack.request import (
     TokenSource,
 )
 from lorastack.sampling.processors import Processor, needs_processor
-from lorastack.speculation.lookup import Lookup
+from lorastack.speculation.lookup import NOWHERE, Continuation, Lookup
+from lorastack.speculation.proposal import Proposal
 from lorastack.text.stream import TextStream
 
 
@@ -41,7 +42,7 @@ class Row:
     page_hashes: list[bytes] = field(default_factory=list)  # of the published pages, in order
     proposal: Proposal | None = None
     lookup: Lookup = field(default_factory=Lookup)  # of the tokens read so far
-    found: tuple[int, tuple[int, ...]] = (0, ())  # what it proposes in this step
+    continuation: Continuation = NOWHERE  # what the lookup gave for this step
     parked: bool = False  # its reader is slow: keeps its pages, takes no step
     cancelled: bool = False
     num_cached: int = 0  # prompt tokens found in the prefix cache at first admission
@@ -112,10 +113,10 @@ class Row:
         self.pages, self.page_hashes, self.num_computed = [], [], 0
         self.proposal = None
 
-    def look_up(self, limit: int) -> tuple[int, tuple[int, ...]]:
-        """What followed the row's last tokens earlier, see `Lookup.propose`."""
+    def look_up(self, limit: int) -> Continuation:
+        """At most `limit` tokens that followed the row's last ones earlier."""
         self.read(len(self.tokens))
-        return self.lookup.propose(limit)
+        return self.lookup.find(limit)
 
     def read(self, count: int) -> None:
         """The lookup takes in the row's first `count` tokens."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lorastack.engine.acceptance import SampledRow, accept_rows
-from lorastack.engine.batch import Batch, Proposal, RowResult, RowStep
+from lorastack.engine.batch import Batch, RowResult, RowStep
 from lorastack.engine.proposer import Proposer
 from lorastack.engine.stacks import Stacks
 from lorastack.errors import InternalError, InvalidArgumentError, LorastackError, Reason
@@ -21,6 +21,7 @@ from lorastack.model.kv import KVCache, Move
 from lorastack.request import Request, TokenLogprobs
 from lorastack.sampling.sampler import NO_TOKEN, token_logprobs
 from lorastack.speculation.accept import Accepted
+from lorastack.speculation.proposal import Proposal
 from lorastack.speculation.tree import Tree
 
 

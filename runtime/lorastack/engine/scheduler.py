@@ -36,7 +36,7 @@ class Plan:
     adapters: RowAdapters
 
     @property
-    def draws(self) -> bool:
+    def samples(self) -> bool:
         """Its tokens are the last without KV, so that the next one is drawn."""
         return self.num_tokens == self.row.num_pending
 
@@ -260,11 +260,11 @@ class Scheduler:
         """Of each plan's row, if it decodes, something is proposed, and pages are left for it."""
         decoding = [plan.row for plan in plans if plan.row.num_pending == 1]
         fixed_tokens = sum(plan.num_tokens for plan in plans)
-        num_drawing = sum(plan.draws for plan in plans)
+        num_samples = sum(plan.samples for plan in plans)
         trees: dict[Row, Tree | None] = {}
         with _advisory():
-            drafted = self._speculator.draft(decoding, fixed_tokens, num_drawing)
-            trees = dict(zip(decoding, drafted, strict=True))
+            of_rows = self._speculator.trees(decoding, fixed_tokens, num_samples)
+            trees = dict(zip(decoding, of_rows, strict=True))
         grown = []
         for plan in plans:
             row = plan.row
@@ -282,10 +282,10 @@ class Scheduler:
             block_table=tuple(row.pages),
             committed=start,
             num_generated=row.num_generated,
-            samples=plan.draws,
+            samples=plan.samples,
             tree=tree,
             adapters=plan.adapters,
-            num_candidates=NUM_CANDIDATES if plan.draws and plan.adapters.heads else 0,
+            num_candidates=NUM_CANDIDATES if plan.samples and plan.adapters.heads else 0,
             processor=row.processor,
         )
 
