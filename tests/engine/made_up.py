@@ -15,6 +15,7 @@ from collections.abc import Collection, Sequence
 import torch
 
 from lorastack.adapters.memory.device import DeviceAdapter
+from lorastack.adapters.memory.pool import DevicePool
 from lorastack.config import EngineConfig
 from lorastack.engine.apart import run_apart
 from lorastack.engine.batch import Batch, RowResult, RowStep
@@ -189,8 +190,10 @@ class World:
         num_pages: int = 16,
         seed: int = 0,
         costs: Costs | None = None,
+        pool: DevicePool | None = None,
         **config: int,
     ) -> None:
+        """pool: in place of `self.pool`."""
         self.chance = random.Random(seed)
         self.pages = Pages(num_pages, PAGE)
         self.pool = Pool(self.chance)
@@ -200,7 +203,7 @@ class World:
         self.scheduler = Scheduler(
             limits,
             self.pages,
-            self.pool,  # type: ignore[arg-type]
+            pool or self.pool,  # type: ignore[arg-type]
             self.pace,
             Speculator(costs or CheapHeads(), limits.max_nodes, limits.max_step_tokens, {}),
             frozenset({0}),
@@ -222,7 +225,7 @@ class World:
 
     def run(self, limit: int = 3000) -> None:
         for _ in range(limit):
-            if self.scheduler.num_rows == 0:
+            if not len(self.scheduler.rows):
                 return
             self.step()
         raise AssertionError("rows do not end")

@@ -184,5 +184,5 @@ def test_whatever_stops_a_schedule_everything_can_be_freed(
     world.scheduler.end_all(error)
     events = world.scheduler.take_events()
     assert [event.error for event in events] == [error] * 6
-    assert world.scheduler.num_rows == 0
+    assert not len(world.scheduler.rows)
     world.assert_idle()

@@ -228,7 +228,7 @@ def test_a_deadline_longer_than_anything_can_wait(
         return wait(timeout)
 
     monkeypatch.setattr(live.engine._changed, "wait", record)
-    monkeypatch.setattr(live.engine._scheduler, "wake_time", lambda: far)
+    monkeypatch.setattr(live.engine._scheduler.rows, "wake_time", lambda: far)
     for _ in range(2):
         live.client.generate(ask(max_new_tokens=1))
         wait_until(lambda: bool(waits), "the loop rests")

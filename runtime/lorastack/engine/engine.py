@@ -83,7 +83,9 @@ class Engine:
         self._scheduler = Scheduler(
             config, pages, pool, self._pace, self._speculator, tokenizer.eos_ids
         )
-        self._residency = Residency(pool, in_use=self._scheduler.uses, on_forgotten=self._forgotten)
+        self._residency = Residency(
+            pool, in_use=self._scheduler.rows.uses, on_forgotten=self._forgotten
+        )
         self._changed = threading.Condition()
         self._inbox: deque[Command] = deque()
         self._unsent: list[RowEvent] = []
@@ -220,7 +222,7 @@ class Engine:
     @property
     def num_preemptions(self) -> int:
         """Since the start: rows that gave up their pages."""
-        return self._scheduler.num_preemptions
+        return self._scheduler.rows.num_preemptions
 
     @property
     def num_pages_held(self) -> int:
@@ -338,12 +340,13 @@ class Engine:
             self._changed.notify_all()
 
     def _count(self) -> None:
-        self._num_rows, self._num_waiting = self._scheduler.num_rows, self._scheduler.num_waiting
-        self._num_parked = self._scheduler.num_parked
+        rows = self._scheduler.rows
+        self._num_rows, self._num_waiting = len(rows), rows.num_waiting
+        self._num_parked = rows.num_parked
 
     def _rest(self) -> None:
         """Sleep until a command, a loaded adapter or the next deadline."""
-        wake_time = self._scheduler.wake_time()
+        wake_time = self._scheduler.rows.wake_time()
         timeout = None
         if wake_time is not None:
             timeout = min(max(wake_time - time.monotonic(), 0.0), LONGEST_REST)
@@ -360,7 +363,7 @@ class Engine:
 
     def _set(self, request_id: str, **flags: bool) -> None:
         def apply() -> None:
-            row = self._scheduler.find(request_id)
+            row = self._scheduler.rows.find(request_id)
             if row is not None:
                 for name, value in flags.items():
                     setattr(row, name, value)

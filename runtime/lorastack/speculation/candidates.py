@@ -22,7 +22,7 @@ FORCED = 0.98  # chance of a token that a grammar forces: it may go on in other 
 
 
 class Node(NamedTuple):
-    """parent: its place in order of worth, counted from 1; 0 is the root. depth: the root's is 0."""
+    """parent: its place in order of worth, from 1; 0 is the root. depth: 0 at the root."""
 
     parent: int
     token: int
