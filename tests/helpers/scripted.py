@@ -35,7 +35,7 @@ from lorastack.speculation.cost import CostCurve
 from lorastack.speculation.proposal import Proposal
 from lorastack.text.tokenizer import Tokenizer
 
-TIMED = ("engine", "scheduler", "runner")  # modules of lorastack.engine that look at the clock
+TIMED = ("engine", "loop", "scheduler", "runner")  # modules of the engine that read the clock
 MAX_STEPS = 20_000
 
 
@@ -305,7 +305,7 @@ class Bench:
                     parked ^= {name}
                 if chance.random() < script.cancelling:
                     engine.cancel(name)
-            engine._step()
+            engine._loop.step()
             if all(output.ended for output in outputs.values()):
                 return
         raise AssertionError(f"never ended: {[n for n, each in outputs.items() if not each.ended]}")
