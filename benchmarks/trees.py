@@ -32,8 +32,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from benchmarks.report import report
 from lorastack.model.fetch.default import default_model
 from lorastack.speculation.calibration import Calibration
-from lorastack.speculation.candidates import Node, Proposals, grow, looked_up
+from lorastack.speculation.candidates import Node, grow, looked_up
 from lorastack.speculation.lookup import Lookup
+from lorastack.speculation.proposal import Proposal
 from lorastack.train.distill import Sample, chat_ids, distill, read_samples
 from lorastack.train.heads import Path_, load_heads
 from lorastack.train.hidden import hidden_corpus
@@ -249,15 +250,15 @@ def adaptive(
         lookup = Lookup(answer.prompt_ids + answer.ids[:1]) if looks_up else Lookup()
         at = steps = 0
         while at < len(answer.ids) - 1:
-            match, chain = lookup.propose(MAX_DEPTH)
-            chains = [looked_up(match, chain, calibration)]
-            proposals = Proposals(candidates[at], logprobs[at], chains)
-            stream = grow(proposals, calibration, MAX_NODES, MAX_DEPTH)
+            continuation = lookup.find(MAX_DEPTH)
+            chains = [looked_up(continuation, calibration)]
+            proposal = Proposal(candidates[at], logprobs[at])
+            stream = grow(proposal, chains, calibration, MAX_NODES, MAX_DEPTH)
             nodes = list(takewhile(lambda node: node.worth >= threshold, stream))
             drawn = accepted(nodes, answer.ids[at + 1 :])
             if learns:
-                calibration.record_draft(proposals.ids, proposals.logprobs, drawn)
-                calibration.record_lookup(match, chain, drawn)
+                calibration.record_proposal(proposal, drawn)
+                calibration.record_lookup(*continuation, drawn)
             if looks_up:
                 for token in drawn:
                     lookup.push(token)

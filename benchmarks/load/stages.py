@@ -106,7 +106,7 @@ def _row(rows: int, clocks: Clocks) -> dict[str, object]:
 def _time_stages(clocks: Clocks) -> None:
     """Clocks around the functions that do the work."""
     from lorastack.engine import runner
-    from lorastack.engine.engine import Engine
+    from lorastack.engine.loop import StepLoop
     from lorastack.engine.proposer import Proposer
     from lorastack.engine.scheduler import Scheduler
     from lorastack.engine.speculator import Speculator
@@ -114,12 +114,12 @@ def _time_stages(clocks: Clocks) -> None:
     places: list[tuple[Any, str, str]] = [
         (Scheduler, "schedule", "schedule"),
         (Scheduler, "update", "update"),
-        (Engine, "_publish", "_publish"),
+        (StepLoop, "_publish", "_publish"),
         (runner.Runner, "run", "run"),
         (runner.Runner, "_move_kv", "_move_kv"),
         (runner, "accept_rows", "accept"),
         (Proposer, "propose", "run heads"),
-        (Speculator, "draft", "draft trees"),
+        (Speculator, "trees", "draft trees"),
         (Speculator, "choose_heads", "choose_heads"),
         (Speculator, "learn", "learn"),
     ]

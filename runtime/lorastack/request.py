@@ -173,12 +173,10 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GeneratedToken:
-    """One token of the output. text: what it decodes to alone, for display."""
+    """One token of the output."""
 
     id: int
     source: TokenSource
-    special: bool = False
-    text: str = ""
     logprobs: TokenLogprobs | None = None
 
 

@@ -15,9 +15,10 @@ from collections.abc import Collection, Sequence
 import torch
 
 from lorastack.adapters.memory.device import DeviceAdapter
+from lorastack.adapters.memory.pool import DevicePool
 from lorastack.config import EngineConfig
 from lorastack.engine.apart import run_apart
-from lorastack.engine.batch import Batch, Proposal, RowResult, RowStep
+from lorastack.engine.batch import Batch, RowResult, RowStep
 from lorastack.engine.costs import Costs
 from lorastack.engine.pace import Pace
 from lorastack.engine.pages import Pages
@@ -28,7 +29,6 @@ from lorastack.engine.speculator import Speculator
 from lorastack.errors import DataLossError
 from lorastack.layout import AdapterLayout
 from lorastack.request import (
-    GeneratedToken,
     LoraUse,
     Request,
     RowEvent,
@@ -36,6 +36,7 @@ from lorastack.request import (
     StopParams,
 )
 from lorastack.speculation.accept import accept
+from lorastack.speculation.proposal import Proposal
 from tests.helpers.costs import CheapHeads
 
 PAGE, VOCAB, NUM_HEADS = 4, 7, 2
@@ -189,8 +190,10 @@ class World:
         num_pages: int = 16,
         seed: int = 0,
         costs: Costs | None = None,
+        pool: DevicePool | None = None,
         **config: int,
     ) -> None:
+        """pool: in place of `self.pool`."""
         self.chance = random.Random(seed)
         self.pages = Pages(num_pages, PAGE)
         self.pool = Pool(self.chance)
@@ -200,11 +203,10 @@ class World:
         self.scheduler = Scheduler(
             limits,
             self.pages,
-            self.pool,  # type: ignore[arg-type]
+            pool or self.pool,  # type: ignore[arg-type]
             self.pace,
             Speculator(costs or CheapHeads(), limits.max_nodes, limits.max_step_tokens, {}),
             frozenset({0}),
-            lambda id, source, logprobs: GeneratedToken(id=id, source=source, logprobs=logprobs),
         )
         self.tokens: dict[str, list[int]] = {}
         self.last: dict[str, RowEvent] = {}
@@ -223,7 +225,7 @@ class World:
 
     def run(self, limit: int = 3000) -> None:
         for _ in range(limit):
-            if self.scheduler.num_rows == 0:
+            if not len(self.scheduler.rows):
                 return
             self.step()
         raise AssertionError("rows do not end")

@@ -154,7 +154,7 @@ def test_an_adapter_whose_acquisition_raises_ends_its_rows_alone(
     check(world, asked, uses[digest])
 
 
-@pytest.mark.parametrize("part", ["choose_heads", "draft", "learn"])
+@pytest.mark.parametrize("part", ["choose_heads", "trees", "learn"])
 def test_a_fault_in_drafting_costs_no_token(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(64, max_rows=5)
     monkeypatch.setattr(world.scheduler._speculator, part, explode)
@@ -164,7 +164,7 @@ def test_a_fault_in_drafting_costs_no_token(part: str, monkeypatch: pytest.Monke
     check(world, asked, set())
 
 
-@pytest.mark.parametrize("raising", ["draft", "_step", None])
+@pytest.mark.parametrize("raising", ["_trees", "_step", None])
 def test_whatever_stops_a_schedule_everything_can_be_freed(
     raising: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,9 +173,7 @@ def test_whatever_stops_a_schedule_everything_can_be_freed(
     for request in requests(6):
         world.scheduler.add(make_row(request))
     world.step()
-    if raising == "draft":
-        monkeypatch.setattr(world.scheduler, "_trees", explode)
-    elif raising:
+    if raising:
         monkeypatch.setattr(world.scheduler, raising, explode)
     try:
         while world.scheduler.schedule() is None:
@@ -186,5 +184,5 @@ def test_whatever_stops_a_schedule_everything_can_be_freed(
     world.scheduler.end_all(error)
     events = world.scheduler.take_events()
     assert [event.error for event in events] == [error] * 6
-    assert world.scheduler.num_rows == 0
+    assert not len(world.scheduler.rows)
     world.assert_idle()

@@ -31,10 +31,9 @@ def test_rows_that_lost_their_lora_go_on_where_they_were(
     rows: list[tuple[tuple[str, ...], int]], max_rows: int
 ) -> None:
     """Room for two of four LoRAs. A row that runs is computed once: it keeps its pages."""
-    world = World(256, max_rows=max_rows)
     expected = {}
     with bench(2, load) as made:
-        world.scheduler._pool = made.pool
+        world = World(256, pool=made.pool, max_rows=max_rows)
         for index, (stack, max_new) in enumerate(rows):
             loras = tuple(LoraUse(lora_id=digest, digest=digest) for digest in stack)
             heads = HeadsUse(medusa_id="heads", digest="heads")
@@ -45,10 +44,10 @@ def test_rows_that_lost_their_lora_go_on_where_they_were(
             world.scheduler.add(make_row(request))
         computed: dict[str, int] = {}
         for _ in range(2000):
-            if world.scheduler.num_rows == 0:
+            if not len(world.scheduler.rows):
                 break
             world.step()
-            for row in world.scheduler._running:
+            for row in world.scheduler.rows.running:
                 name = row.request.request_id
                 assert row.num_computed >= computed.get(name, 0)
                 computed[name] = row.num_computed

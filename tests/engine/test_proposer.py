@@ -12,12 +12,13 @@ from torch import Tensor
 
 from lorastack.adapters.formats.parse import parse
 from lorastack.adapters.memory.device import DeviceAdapter
-from lorastack.engine.batch import Batch, Proposal, RowAdapters, RowStep
+from lorastack.engine.batch import Batch, RowAdapters, RowStep
 from lorastack.engine.runner import Runner
 from lorastack.kernels.heads import HeadsGroup
 from lorastack.layout import HEADS, LM_HEAD, MAX_RANK, ModelShapes, Part
 from lorastack.model.decoder import load_decoder
 from lorastack.request import LoraUse, Request, SamplingParams, StopParams
+from lorastack.speculation.proposal import Proposal
 from tests.helpers.adapters import with_outputs, write_heads, write_lora
 from tests.helpers.packed import pack, read_tensors
 

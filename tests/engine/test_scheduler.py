@@ -62,7 +62,7 @@ def test_tokens_survive_everything(
         for _ in range(world.chance.randrange(3)):
             world.step()
         if world.chance.random() < 0.3:
-            row = world.scheduler.find(str(world.chance.randrange(index + 1)))
+            row = world.scheduler.rows.find(str(world.chance.randrange(index + 1)))
             if row is not None:
                 row.parked = True
                 world.step()
@@ -87,6 +87,17 @@ def test_prompt_chunks_and_decode_rows_share_a_step() -> None:
     batch = world.step()
     assert batch is not None
     assert sorted(len(step.token_ids) for step in batch.steps) == [1, 4]
+
+
+def test_a_prompt_chunk_of_one_token_is_a_prompt() -> None:
+    """Its last token alone makes a token, as any last token does."""
+    world = World(64, max_step_tokens=1)
+    world.scheduler.add(make_row(make_request("row", [2] * 3, 2, ignore_eos=True)))
+    seen = []
+    while (batch := world.step()) is not None:
+        assert [len(step.token_ids) for step in batch.steps] == [1]
+        seen.append((batch.prompt_tokens, batch.steps[0].decodes))
+    assert seen == [(1, False), (1, False), (0, True), (0, True)]
 
 
 def test_a_prompt_takes_less_beside_a_row_that_decodes() -> None:
@@ -128,7 +139,7 @@ def test_drafts_shrink_as_rows_come_and_end_where_tokens_cost_more() -> None:
             request = make_request(str(index), [1, 2], 20, heads=heads, ignore_eos=True)
             world.scheduler.add(make_row(request))
         drafted[num_rows] = set()
-        while world.scheduler.num_rows:
+        while len(world.scheduler.rows):
             batch = world.step()
             if batch and len(batch.steps) == num_rows:
                 nodes = [step.tree.num_nodes - 1 if step.tree else 0 for step in batch.steps]
@@ -176,7 +187,7 @@ def test_cancel_deadline_and_time_limit_end_a_row_within_one_step() -> None:
         stop=StopParams(max_new_tokens=50, time_limit=0.0),
     )
     world.scheduler.add(make_row(limited))
-    row = world.scheduler.find("cancel")
+    row = world.scheduler.rows.find("cancel")
     assert row is not None
     row.cancelled = True
     world.step()
@@ -194,9 +205,9 @@ def test_cancel_deadline_and_time_limit_end_a_row_within_one_step() -> None:
 def test_parked_rows_give_way_to_running_ones() -> None:
     world = World(6)
     world.scheduler.add(make_row(make_request("slow", [1] * 12, 8, ignore_eos=True)))
-    while world.scheduler.num_waiting or world.pages.num_held == 0:
+    while world.scheduler.rows.num_waiting or world.pages.num_held == 0:
         world.step()
-    row = world.scheduler.find("slow")
+    row = world.scheduler.rows.find("slow")
     assert row is not None
     row.parked = True
     world.scheduler.add(make_row(make_request("next", [2] * 12, 8, ignore_eos=True)))
@@ -213,7 +224,7 @@ def test_a_parked_row_keeps_its_slot_for_one_that_cannot_start() -> None:
     world.scheduler.add(make_row(make_request("slow", [1] * 12, 8, ignore_eos=True)))
     while world.pages.num_held == 0:
         world.step()
-    row = world.scheduler.find("slow")
+    row = world.scheduler.rows.find("slow")
     assert row is not None
     row.parked = True
     world.pool.missing.add("late")

@@ -175,6 +175,6 @@ class LiveServer:
     def assert_idle(self) -> None:
         """Every request ended, and nothing is held: no page, no pin."""
         wait_until(lambda: self.engine.num_rows == 0, "all rows end")
-        assert self.engine.num_pages_held == 0
+        assert self.engine.num_pages["held"] == 0
         pins = {each.digest: each.in_use for each in self.pool.stats().adapters if each.in_use}
         assert pins == {}

@@ -20,7 +20,7 @@ import torch
 from lorastack.adapters.memory.device import DeviceAdapter
 from lorastack.adapters.memory.pool import DevicePool
 from lorastack.config import EngineConfig
-from lorastack.engine.batch import Batch, Proposal, RowStep
+from lorastack.engine.batch import Batch, RowStep
 from lorastack.engine.costs import Costs
 from lorastack.engine.engine import Engine
 from lorastack.engine.pages import Pages
@@ -32,9 +32,10 @@ from lorastack.model.backends.base import Backend
 from lorastack.model.kv import KVCache
 from lorastack.request import Final, GeneratedToken, Request, RowEvent
 from lorastack.speculation.cost import CostCurve
+from lorastack.speculation.proposal import Proposal
 from lorastack.text.tokenizer import Tokenizer
 
-TIMED = ("engine", "scheduler", "runner")  # modules of lorastack.engine that look at the clock
+TIMED = ("engine", "loop", "scheduler", "runner")  # modules of the engine that read the clock
 MAX_STEPS = 20_000
 
 
@@ -302,7 +303,7 @@ class Bench:
                     parked ^= {name}
                 if chance.random() < script.cancelling:
                     engine.cancel(name)
-            engine._step()
+            engine._loop.step()
             if all(output.ended for output in outputs.values()):
                 return
         raise AssertionError(f"never ended: {[n for n, each in outputs.items() if not each.ended]}")

@@ -249,8 +249,7 @@ class FakeEngine:
         if num_logprobs is not None:
             top = tuple((index, -float(index + 1)) for index in range(num_logprobs))
             logprobs = TokenLogprobs(logprob=-0.5, top=top)
-        text = self.tokenizer.token_text(token_id)
-        return GeneratedToken(id=token_id, source=TokenSource.MODEL, text=text, logprobs=logprobs)
+        return GeneratedToken(id=token_id, source=TokenSource.MODEL, logprobs=logprobs)
 
     def _end(self, row: FakeRow, reason: FinishReason) -> RowEvent:
         request = row.request

@@ -8,7 +8,15 @@ import pytest
 
 from lorastack.errors import InvalidArgumentError, LorastackError, Reason, UnimplementedError
 from lorastack.layout import ModelShapes
-from lorastack.request import SamplingParams, SpeculationParams, TypicalAcceptance
+from lorastack.request import (
+    GeneratedToken,
+    RowEvent,
+    SamplingParams,
+    SpeculationParams,
+    TokenLogprobs,
+    TokenSource,
+    TypicalAcceptance,
+)
 from lorastack.service import convert, limits
 from lorastack.service.call import Chat, GenerateCall, Ids, Text
 from lorastack.service.served import ServedModel
@@ -268,3 +276,29 @@ def test_a_top_k_of_the_whole_vocabulary_is_no_limit(model: ServedModel) -> None
 
 def test_scale_zero_is_a_scale(model: ServedModel) -> None:
     assert call(model, **loras({"lora_id": "a", "scale": 0})).loras == (("a", 0.0),)
+
+
+def test_a_reply_names_its_tokens(tokenizer: Tokenizer) -> None:
+    bos, the, *_ = tokenizer.encode("the")
+    unknown = tokenizer.vocab_size + 5
+    tokens = (
+        GeneratedToken(
+            id=the,
+            source=TokenSource.HEADS,
+            logprobs=TokenLogprobs(logprob=-0.5, top=((the, -0.5), (bos, -1.0))),
+        ),
+        GeneratedToken(id=bos, source=TokenSource.MODEL),
+        GeneratedToken(id=unknown, source=TokenSource.MODEL),
+    )
+    events = [
+        RowEvent(request_id="id", text="the", tokens=tokens[:2]),
+        RowEvent(request_id="id", tokens=tokens[2:]),
+    ]
+    part = convert.stream_part(events, tokenizer)
+    assert (part.text, list(part.token_ids)) == ("the", [the, bos, unknown])
+    assert [(t.text, t.special, t.source) for t in part.tokens] == [
+        ("the", False, pb.Token.HEADS),
+        ("<s>", True, pb.Token.MODEL),
+        ("", False, pb.Token.MODEL),
+    ]
+    assert [top.text for top in part.tokens[0].top] == ["the", "<s>"]

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorastack.speculation.calibration import NUM_WORTHS, Calibration
+from lorastack.speculation.proposal import Proposal
 
 logprobs = st.floats(-40.0, 0.0)
 
@@ -56,11 +57,11 @@ def test_likely_candidates_say_nothing_of_unlikely_ones() -> None:
     assert chance(calibration, 0, math.log(0.05)) == pytest.approx(0.045)
 
 
-def test_a_draft_teaches_each_head_up_to_the_last_draw() -> None:
+def test_a_proposal_teaches_each_head_up_to_the_last_sample() -> None:
     calibration, single = Calibration(), Calibration()
-    ids = [(5, 6), (7, 8), (9, 9)]
-    logs = [(-0.5, -1.5), (-0.7, -2.0), (-0.1, -3.0)]
-    calibration.record_draft(ids, logs, drawn=(5, 4))
+    ids = ((5, 6), (7, 8), (9, 9))
+    logs = ((-0.5, -1.5), (-0.7, -2.0), (-0.1, -3.0))
+    calibration.record_proposal(Proposal(ids, logs), sampled=(5, 4))
     for head, log, accepted in ((0, -0.5, 1), (0, -1.5, 0), (1, -0.7, 0), (1, -2.0, 0)):
         single.record(head, log, bool(accepted))
     assert calibration.to_json() == single.to_json()
@@ -70,8 +71,8 @@ def test_prompt_lookup_is_learnt_by_match_and_depth() -> None:
     calibration = Calibration()
     before = calibration.lookup_probability(4, 0)
     for _ in range(2000):
-        calibration.record_lookup(2, (5, 6), drawn=(7, 6))
-        calibration.record_lookup(16, range(8), drawn=range(9))
+        calibration.record_lookup(2, (5, 6), sampled=(7, 6))
+        calibration.record_lookup(16, range(8), sampled=range(9))
     assert calibration.lookup_probability(2, 0) < 0.02
     assert 0.95 < calibration.lookup_probability(16, 3) < 1.0
     assert calibration.lookup_probability(2, 1) == Calibration().lookup_probability(2, 1)
@@ -116,7 +117,7 @@ def test_a_copy_stays_as_it_was() -> None:
     calibration.record_worths([0.5])
     copy, before = calibration.copy(), calibration.to_json()
     assert copy.to_json() == before
-    calibration.record_draft([(1,), (2,)], [(-0.3,), (-0.6,)], (1, 3))
+    calibration.record_proposal(Proposal(((1,), (2,)), ((-0.3,), (-0.6,))), (1, 3))
     calibration.record_lookup(2, (5,), (6,))
     calibration.record_worths([0.1])
     assert copy.to_json() == before != calibration.to_json()
@@ -131,7 +132,7 @@ def test_storage_is_bounded() -> None:
 
 def _used() -> str:
     calibration = Calibration()
-    calibration.record_draft([(1,), (2,)], [(-0.3,), (-0.6,)], (1, 3))
+    calibration.record_proposal(Proposal(((1,), (2,)), ((-0.3,), (-0.6,))), (1, 3))
     return calibration.to_json()
 
 

@@ -1,4 +1,5 @@
 from itertools import count, pairwise
+from typing import NamedTuple
 
 import pytest
 from hypothesis import given
@@ -6,24 +7,35 @@ from hypothesis import strategies as st
 
 from lorastack.request import TokenSource
 from lorastack.speculation.calibration import Calibration
-from lorastack.speculation.candidates import Node, Proposals, Stream, forced, grow, looked_up
+from lorastack.speculation.candidates import Candidates, Chain, Node, forced, grow, looked_up
+from lorastack.speculation.lookup import Continuation
+from lorastack.speculation.proposal import Proposal
 
 ENOUGH = 10_000
 Path = tuple[int, ...]
 
 
+class Sources(NamedTuple):
+    proposal: Proposal | None
+    chains: tuple[Chain, ...] = ()
+
+
+HEAD = Proposal(((1, 2),), ((-0.01, -5.0),))
+
+
 @st.composite
-def proposals(draw: st.DrawFn) -> Proposals:
+def sources(draw: st.DrawFn) -> Sources:
     """Up to three heads of up to three candidates, a looked-up and a forced chain."""
     ids, logprobs = [], []
     for _ in range(draw(st.integers(0, 3))):
         tokens = draw(st.lists(st.integers(0, 4), min_size=1, max_size=3, unique=True))
         logs = draw(st.lists(st.floats(-9.0, 0.0), min_size=len(tokens), max_size=len(tokens)))
-        ids.append(tokens)
-        logprobs.append(sorted(logs, reverse=True))
+        ids.append(tuple(tokens))
+        logprobs.append(tuple(sorted(logs, reverse=True)))
+    proposal = Proposal(tuple(ids), tuple(logprobs)) if ids else None
     tokens = st.lists(st.integers(0, 4), max_size=4)
-    lookup = looked_up(draw(st.integers(2, 16)), draw(tokens), Calibration())
-    return Proposals(ids, logprobs, (lookup, forced(draw(tokens))))
+    continuation = Continuation(draw(st.integers(2, 16)), tuple(draw(tokens)))
+    return Sources(proposal, (looked_up(continuation, Calibration()), forced(draw(tokens))))
 
 
 @st.composite
@@ -37,12 +49,13 @@ def calibrations(draw: st.DrawFn) -> Calibration:
     return calibration
 
 
-def chances(given_: Proposals, calibration: Calibration, path: Path) -> dict[int, float]:
+def chances(given_: Sources, calibration: Calibration, path: Path) -> dict[int, float]:
     """Of every token that may follow `path`."""
     depth = len(path)
     found: dict[int, float] = {}
-    if depth < len(given_.ids):
-        for token, log in zip(given_.ids[depth], given_.logprobs[depth], strict=True):
+    proposal = given_.proposal
+    if proposal is not None and depth < len(proposal.ids):
+        for token, log in zip(proposal.ids[depth], proposal.logprobs[depth], strict=True):
             found[token] = calibration.probabilities(depth, (log,))[0]
     for chain in given_.chains:
         if path == tuple(chain.tokens[:depth]) and depth < len(chain.tokens):
@@ -53,7 +66,7 @@ def chances(given_: Proposals, calibration: Calibration, path: Path) -> dict[int
     return found
 
 
-def all_worths(given_: Proposals, calibration: Calibration, max_depth: int) -> dict[Path, float]:
+def all_worths(given_: Sources, calibration: Calibration, max_depth: int) -> dict[Path, float]:
     worths: dict[Path, float] = {(): 1.0}
     todo: list[Path] = [()]
     for path in todo:
@@ -71,11 +84,11 @@ def paths_of(nodes: list[Node]) -> list[Path]:
     return paths[1:]
 
 
-@given(proposals(), calibrations(), st.integers(0, 5))
-def test_the_stream_is_every_node_once_best_first(
-    given_: Proposals, calibration: Calibration, max_depth: int
+@given(sources(), calibrations(), st.integers(0, 5))
+def test_candidates_are_every_node_once_best_first(
+    given_: Sources, calibration: Calibration, max_depth: int
 ) -> None:
-    nodes = list(grow(given_, calibration, ENOUGH, max_depth))
+    nodes = list(grow(*given_, calibration, ENOUGH, max_depth))
     expected = all_worths(given_, calibration, max_depth)
     paths = paths_of(nodes)
     assert sorted([(), *paths]) == sorted(expected)
@@ -86,38 +99,37 @@ def test_the_stream_is_every_node_once_best_first(
     assert all(before.worth >= after.worth for before, after in pairwise(nodes))
 
 
-@given(proposals(), calibrations(), st.integers(0, 12))
+@given(sources(), calibrations(), st.integers(0, 12))
 def test_the_first_nodes_are_the_best_tree_of_their_number(
-    given_: Proposals, calibration: Calibration, max_nodes: int
+    given_: Sources, calibration: Calibration, max_nodes: int
 ) -> None:
-    nodes = list(grow(given_, calibration, max_nodes, 3))
+    nodes = list(grow(*given_, calibration, max_nodes, 3))
     worths = all_worths(given_, calibration, 3)
     del worths[()]
     best = sorted(worths.values(), reverse=True)[:max_nodes]
     assert [node.worth for node in nodes] == pytest.approx(best)
 
 
-@given(proposals(), calibrations(), st.data())
-def test_a_prefix_of_the_stream_is_a_tree(
-    given_: Proposals, calibration: Calibration, data: st.DataObject
+@given(sources(), calibrations(), st.data())
+def test_the_first_candidates_are_a_tree(
+    given_: Sources, calibration: Calibration, data: st.DataObject
 ) -> None:
-    stream = Stream(given_, calibration, max_nodes=12, max_depth=4)
-    worths = list(stream.worths())
+    candidates = Candidates(*given_, calibration, max_nodes=12, max_depth=4)
+    worths = list(candidates.worths())
     size = data.draw(st.integers(0, len(worths)))
-    drafted = stream.drafted(7, size)
-    assert drafted.num_nodes == 1 + size
-    assert (drafted.tokens[0], drafted.parents[0]) == (7, -1)
-    depths = [len(drafted.path_to(node)) for node in range(1, 1 + size)]
-    assert depths == [node.depth for node in stream.nodes[:size]]
-    for children in drafted.children:
-        tokens = [drafted.tokens[child] for child in children]
+    tree = candidates.tree(7, size)
+    assert tree.num_nodes == 1 + size
+    assert (tree.tokens[0], tree.parents[0]) == (7, -1)
+    depths = [len(tree.path_to(node)) for node in range(1, 1 + size)]
+    assert depths == [node.depth for node in candidates.nodes[:size]]
+    for children in tree.children:
+        tokens = [tree.tokens[child] for child in children]
         assert len(set(tokens)) == len(tokens)
 
 
 def test_a_node_belongs_to_the_surest_source() -> None:
-    chain = looked_up(16, (2, 9), Calibration())
-    given_ = Proposals([(1, 2)], [(-0.01, -5.0)], (chain,))
-    nodes = list(grow(given_, Calibration(), ENOUGH, 4))
+    chain = looked_up(Continuation(16, (2, 9)), Calibration())
+    nodes = list(grow(HEAD, [chain], Calibration(), ENOUGH, 4))
     sources = {path: node.source for path, node in zip(paths_of(nodes), nodes, strict=True)}
     assert sources == {
         (1,): TokenSource.HEADS,
@@ -127,14 +139,13 @@ def test_a_node_belongs_to_the_surest_source() -> None:
 
 
 def test_forced_tokens_come_first_and_leave_little_to_others() -> None:
-    given_ = Proposals([(1, 2)], [(-0.01, -5.0)], (forced((3, 4, 5)),))
-    nodes = list(grow(given_, Calibration(), 3, 8))
+    nodes = list(grow(HEAD, [forced((3, 4, 5))], Calibration(), 3, 8))
     assert [(node.token, node.source) for node in nodes] == [
         (token, TokenSource.GRAMMAR) for token in (3, 4, 5)
     ]
 
 
-def test_nodes_are_found_only_when_asked_for() -> None:
+def test_nodes_are_made_only_when_asked_for() -> None:
     reads = count()
 
     class Reading(Calibration):
@@ -142,14 +153,15 @@ def test_nodes_are_found_only_when_asked_for() -> None:
             next(reads)
             return [0.5]
 
-    stream = Stream(Proposals([(1,), (2,)], [(-1.0,), (-1.0,)]), Reading(), 8, 8)
-    worths = stream.worths()
+    proposal = Proposal(((1,), (2,)), ((-1.0,), (-1.0,)))
+    candidates = Candidates(proposal, (), Reading(), max_nodes=8, max_depth=8)
+    worths = candidates.worths()
     assert next(worths) == 0.5
     assert next(reads) == 1  # the first head's alone
-    assert list(stream.worths()) == [0.5, 0.25]
+    assert list(candidates.worths()) == [0.5, 0.25]
 
 
 def test_nothing_proposed_gives_nothing() -> None:
-    assert list(grow(Proposals(), Calibration(), 8, 8)) == []
-    assert list(grow(Proposals([(1,)], [(-1.0,)]), Calibration(), 0, 8)) == []
-    assert list(grow(Proposals([(1,)], [(-1.0,)]), Calibration(), 8, 0)) == []
+    assert list(grow(None, (), Calibration(), 8, 8)) == []
+    assert list(grow(HEAD, (), Calibration(), 0, 8)) == []
+    assert list(grow(HEAD, (), Calibration(), 8, 0)) == []

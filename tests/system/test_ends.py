@@ -51,7 +51,7 @@ def test_cancelling_frees_everything_within_one_step(
     running = live.client.stream(request)
     for _ in range(3):
         next(running)
-    assert live.engine.num_rows == 1 and live.engine.num_pages_held > 0
+    assert live.engine.num_rows == 1 and live.engine.num_pages["held"] > 0
     running.close()
     live.assert_idle()
     # The step that runs at the moment of the cancel, and none after it.
@@ -171,7 +171,7 @@ def test_rows_that_cannot_finish_in_time_end_unavailable(start: StartServer) -> 
         asyncio.run_coroutine_threadsafe(server.server.stop(0.0), server.loop).result(30)
         with pytest.raises(UnavailableError):
             rest.result()
-    assert server.engine.num_rows == 0 and server.engine.num_pages_held == 0
+    assert server.engine.num_rows == 0 and server.engine.num_pages["held"] == 0
 
 
 def test_an_adapter_larger_than_the_device_budget(start: StartServer, zoo: dict[str, Path]) -> None:

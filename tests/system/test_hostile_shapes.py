@@ -132,7 +132,8 @@ class Canary:
         self._given: list[int] = []  # steps that gave it something
         self._num_routed = 0
         self._worked: list[float] = []  # the loop thread's own time, whenever it passed one on
-        deliver, route, run = engine._on_events, dispatcher._route, engine._runner.run
+        loop = engine._loop
+        deliver, route, run = loop._on_events, dispatcher._route, engine._runner.run
 
         def run_slowly(batch: Batch) -> StepResults:
             time.sleep(STEP_SECONDS)
@@ -151,7 +152,7 @@ class Canary:
                     self._worked.append(time.thread_time())
 
         monkeypatch.setattr(engine._runner, "run", run_slowly)
-        monkeypatch.setattr(engine, "_on_events", record)
+        monkeypatch.setattr(loop, "_on_events", record)
         monkeypatch.setattr(dispatcher, "_route", record_routed)
         request = ask("canary", ignore_eos=True, max_new_tokens=15_000, off=True)
         request.request_id = "canary"

@@ -110,7 +110,8 @@ def count_evictions(
     """Request ids as they are preempted; digests as they are loaded."""
     preempted: list[str] = []
     loaded: list[str] = []
-    preempt, take_in = server.engine._scheduler._preempt, server.pool._take_in
+    queues = server.engine._scheduler.rows
+    preempt, take_in = queues._preempt, server.pool._take_in
 
     def record_preempt(row: Row) -> None:
         preempted.append(row.request.request_id)
@@ -120,7 +121,7 @@ def count_evictions(
         loaded.append(adapter.digest)
         take_in(adapter, now)
 
-    monkeypatch.setattr(server.engine._scheduler, "_preempt", record_preempt)
+    monkeypatch.setattr(queues, "_preempt", record_preempt)
     monkeypatch.setattr(server.pool, "_take_in", record_load)
     return preempted, loaded
 

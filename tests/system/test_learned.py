@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lorastack.config import AdapterConfig
-from lorastack.engine.speculator import NO_HEADS
+from lorastack.engine.speculator import WITHOUT_HEADS
 from tests.helpers.live import PATIENCE, ROOMY, LiveServer, ask, wait_until
 from tests.helpers.zoo import FAMILIAR, NARROW_HEADS, TRAINED_HEADS
 
@@ -36,7 +36,7 @@ def test_a_restart_forgets_nothing(tmp_path: Path, tiny_llama: Path, zoo: dict[s
         known = acceptance(server)
         digest = server.digests[TRAINED_HEADS]
         worths = server.engine._speculator.calibrations[digest].mean_worths
-    assert known.keys() == {*server.digests.values(), NO_HEADS}
+    assert known.keys() == {*server.digests.values(), WITHOUT_HEADS}
     assert worths[0] > 0
     with serve(tiny_llama, tmp_path) as server:
         assert acceptance(server) == known
@@ -65,11 +65,11 @@ def test_each_change_is_handed_over_once(
         generate(server, "none")
         engine = server.engine
         first = engine.learned().result(PATIENCE)
-        assert first.keys() == {NO_HEADS}
+        assert first.keys() == {WITHOUT_HEADS}
         assert engine.learned().result(PATIENCE) == {}
-        before = first[NO_HEADS].to_json()
+        before = first[WITHOUT_HEADS].to_json()
         generate(server, "none")
-        assert first[NO_HEADS].to_json() == before  # a copy
+        assert first[WITHOUT_HEADS].to_json() == before  # a copy
         engine.close()
         (last,) = engine.learned().result(0).values()
-        assert last.to_json() == acceptance(server)[NO_HEADS] != before
+        assert last.to_json() == acceptance(server)[WITHOUT_HEADS] != before

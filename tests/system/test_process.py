@@ -17,7 +17,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from lorastack.client import Client
-from lorastack.engine.engine import MAX_FAULTS
+from lorastack.engine.loop import MAX_FAULTS
 from lorastack.errors import InternalError, UnavailableError
 from lorastack.kernels.native import build
 from lorastack.kernels.native.library import Isa

@@ -11,7 +11,7 @@ import grpc
 import pytest
 
 from lorastack.engine.batch import Batch
-from lorastack.engine.engine import MAX_FAULTS
+from lorastack.engine.loop import MAX_FAULTS
 from lorastack.engine.runner import StepResults
 from lorastack.errors import InternalError, InvalidArgumentError, LorastackError, Reason
 from lorastack.request import Request, SamplingParams, StopParams
@@ -184,12 +184,12 @@ def test_a_fault_that_stays_ends_the_process(start: StartServer) -> None:
     server = start()
     running = server.client.stream(ask("go on", ignore_eos=True, max_new_tokens=None))
     next(running)
-    server.engine._pool.poll = explode  # type: ignore[assignment, method-assign]
+    server.pool.poll = explode  # type: ignore[assignment, method-assign]
     server.engine.wake()
     wait_until(server.server._dispatcher.failed.is_set, "the engine gives up")
     with pytest.raises(LorastackError):
         list(running)
-    assert server.engine.num_rows == 0 and server.engine.num_pages_held == 0
+    assert server.engine.num_rows == 0 and server.engine.num_pages["held"] == 0
 
 
 def test_a_device_that_fails_every_step_ends_the_process(start: StartServer) -> None:
@@ -206,11 +206,11 @@ def test_a_device_that_fails_every_step_ends_the_process(start: StartServer) -> 
 def test_an_order_that_fails_is_nobody_elses(
     live: LiveServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(live.engine._residency, "load", explode)
+    monkeypatch.setattr(live.engine._loop.residency, "load", explode)
     with bystander(live):
         with pytest.raises(InternalError):
             live.engine.load("sha256:0", pin=False).result(30)
-        live.engine._command(explode)
+        live.engine._inbox.post(explode)
         with pytest.raises(InternalError):
             live.engine.load("sha256:0", pin=False).result(30)
 
@@ -221,14 +221,15 @@ def test_a_deadline_longer_than_anything_can_wait(
 ) -> None:
     """While no row can run, the step thread waits for the next deadline."""
     waits: list[float | None] = []
-    wait = live.engine._changed.wait
+    changed = live.engine._inbox._changed
+    wait = changed.wait
 
     def record(timeout: float | None = None) -> bool:
         waits.append(timeout)
         return wait(timeout)
 
-    monkeypatch.setattr(live.engine._changed, "wait", record)
-    monkeypatch.setattr(live.engine._scheduler, "wake_time", lambda: far)
+    monkeypatch.setattr(changed, "wait", record)
+    monkeypatch.setattr(live.engine._scheduler.rows, "wake_time", lambda: far)
     for _ in range(2):
         live.client.generate(ask(max_new_tokens=1))
         wait_until(lambda: bool(waits), "the loop rests")

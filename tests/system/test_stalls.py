@@ -31,8 +31,8 @@ class StepLog:
     def __init__(self, server: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
         self.steps: dict[str, list[int]] = {}
         self._engine = server.engine
-        self._deliver = server.engine._on_events
-        monkeypatch.setattr(server.engine, "_on_events", self._record)
+        self._deliver = server.engine._loop._on_events
+        monkeypatch.setattr(server.engine._loop, "_on_events", self._record)
 
     def _record(self, events: list[RowEvent]) -> None:
         for event in events:

@@ -11,18 +11,8 @@ from lorastack.adapters.memory.device import DeviceAdapter
 from lorastack.errors import LorastackError
 from lorastack.request import Request, TokenLogprobs, TokenSource
 from lorastack.sampling.processors import Processor
+from lorastack.speculation.proposal import Proposal
 from lorastack.speculation.tree import Tree
-
-
-@dataclass(frozen=True, slots=True)
-class Proposal:
-    """What a row's heads propose, [head][rank], best first.
-
-    logprobs: natural logarithms, over what the head chooses from.
-    """
-
-    ids: tuple[tuple[int, ...], ...]
-    logprobs: tuple[tuple[float, ...], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,8 +45,11 @@ class RowStep:
 
     @property
     def decodes(self) -> bool:
-        """Whether it brings no prompt, but its last token and a tree behind it, if any."""
-        return self.tree is not None or len(self.token_ids) == 1
+        """True if only the row's last token had no KV, so that all it brings behind it is a tree.
+
+        A chunk of one token that more of the prompt follows does not decode.
+        """
+        return self.samples and (self.tree is not None or len(self.token_ids) == 1)
 
     @property
     def stack(self) -> list[tuple[str, float]]:

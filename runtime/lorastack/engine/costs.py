@@ -31,8 +31,8 @@ class Costs:
     def record(self, batch: Batch, seconds: float, heads_seconds: float) -> None:
         """seconds: of the whole step."""
         self.step.record(sum(len(step.token_ids) for step in batch.steps), seconds - heads_seconds)
-        if num_drafts := sum(step.num_candidates > 0 for step in batch.steps):
-            self.heads.record(num_drafts, heads_seconds)
+        if num_proposals := sum(step.num_candidates > 0 for step in batch.steps):
+            self.heads.record(num_proposals, heads_seconds)
 
 
 def measure(runner: Runner, pages: Pages) -> Costs:

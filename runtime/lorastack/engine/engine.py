@@ -1,46 +1,28 @@
-"""The engine: a thread that schedules, runs and updates until it is told to stop."""
+"""The engine: what any thread may ask of the step loop, which runs in a thread of its own."""
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-
-import torch
 
 from lorastack.adapters.memory.pool import DevicePool
 from lorastack.config import EngineConfig
-from lorastack.engine.apart import run_apart
-from lorastack.engine.batch import Batch
-from lorastack.engine.command import Command
-from lorastack.engine.costs import Costs, try_step
+from lorastack.engine.costs import Costs
+from lorastack.engine.inbox import Inbox
+from lorastack.engine.loop import StepLoop
 from lorastack.engine.pace import Pace
 from lorastack.engine.pages import Pages
-from lorastack.engine.residency import Residency
 from lorastack.engine.row import Row
 from lorastack.engine.runner import Runner
 from lorastack.engine.scheduler import Scheduler
 from lorastack.engine.speculator import Speculator
-from lorastack.errors import (
-    InternalError,
-    InvalidArgumentError,
-    LorastackError,
-    Reason,
-    ResourceExhaustedError,
-    UnavailableError,
-)
-from lorastack.request import GeneratedToken, Request, RowEvent, TokenLogprobs, TokenSource
+from lorastack.errors import InvalidArgumentError, Reason, UnavailableError
+from lorastack.request import Request, RowEvent
 from lorastack.speculation.calibration import Calibration
 from lorastack.text.stream import TextStream
 from lorastack.text.tokenizer import Tokenizer
-
-log = logging.getLogger(__name__)
-
-MAX_FAULTS = 3  # that no row caused, without a row that got on in between
-LONGEST_REST = 3600.0  # seconds; what a condition can wait for is bounded
 
 
 class Engine:
@@ -67,40 +49,31 @@ class Engine:
         on_failure: Callable[[BaseException], None],
     ) -> None:
         self.max_context = max_context
-        self.num_steps = 0
-        self.heads_failures: Counter[str] = Counter()  # by digest: steps in which they gave NaN
         self._vocab_size = vocab_size
-        self._config = config
         self._runner = runner
         self._tokenizer = tokenizer
-        self._pages = pages
-        self._pool = pool
-        self._on_events = on_events
-        self._on_failure = on_failure
-        self._pace = Pace(config.max_step_tokens)
-        self._costs = costs
         self._speculator = Speculator(costs, config.max_nodes, config.max_step_tokens, calibrations)
-        self._scheduler = Scheduler(
-            config, pages, pool, self._pace, self._speculator, tokenizer.eos_ids, self._describe
+        pace = Pace(config.max_step_tokens)
+        self._scheduler = Scheduler(config, pages, pool, pace, self._speculator, tokenizer.eos_ids)
+        self._inbox = Inbox(config.max_queue)
+        self._loop = StepLoop(
+            inbox=self._inbox,
+            scheduler=self._scheduler,
+            runner=runner,
+            pages=pages,
+            pool=pool,
+            pace=pace,
+            costs=costs,
+            speculator=self._speculator,
+            on_events=on_events,
+            on_failure=on_failure,
         )
-        self._residency = Residency(pool, in_use=self._scheduler.uses, on_forgotten=self._forgotten)
-        self._changed = threading.Condition()
-        self._inbox: deque[Command] = deque()
-        self._unsent: list[RowEvent] = []
-        self._num_faults = 0
-        self._num_submitted = 0  # in the inbox, not yet with the scheduler
-        self._num_rows = 0  # with the scheduler, as of its last step
-        self._num_waiting = 0
-        self._num_parked = 0
-        self._woken = False
-        self._draining = False
-        self._closed = False
-        self._thread = threading.Thread(target=self._main, name="lorastack-step", daemon=True)
-
-    # -- any thread -------------------------------------------------------------------------------
+        self._thread = threading.Thread(target=self._loop.run, name="lorastack-step", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
+
+    # -- requests ---------------------------------------------------------------------------------
 
     def submit(self, request: Request) -> None:
         """Queue a request.
@@ -126,17 +99,7 @@ class Engine:
             submitted=time.monotonic(),
             rope_length=self._runner.rope_length(len(request.prompt_ids)),
         )
-        with self._changed:
-            if self._draining or self._closed:
-                raise UnavailableError("the server is shutting down; try another one")
-            if self._num_submitted + self._num_waiting >= self._config.max_queue:
-                raise ResourceExhaustedError(
-                    f"{self._config.max_queue} requests are waiting already; try again later",
-                    retry_after=1.0,
-                )
-            self._num_submitted += 1
-            self._inbox.append(Command(lambda: self._scheduler.add(row)))
-            self._changed.notify()
+        self._inbox.submit(lambda: self._scheduler.add(row))
 
     def cancel(self, request_id: str) -> None:
         """End a request at its next step; unknown ids are ignored (it may just have ended)."""
@@ -149,21 +112,28 @@ class Engine:
     def resume(self, request_id: str) -> None:
         self._set(request_id, parked=False)
 
+    def _set(self, request_id: str, **flags: bool) -> None:
+        def apply() -> None:
+            row = self._scheduler.rows.find(request_id)
+            if row is not None:
+                for name, value in flags.items():
+                    setattr(row, name, value)
+
+        self._inbox.post(apply)
+
+    # -- adapters ---------------------------------------------------------------------------------
+
     def load(self, digest: str, pin: bool) -> Future[None]:
         """Brings an adapter to the device, and keeps it there if `pin`; done when it is there.
 
         The future ends with what its load ended with, FailedPreconditionError ADAPTER_TOO_LARGE,
         or ResourceExhaustedError DEVICE_MEMORY_PINNED (metadata digests: those that hold the room).
         """
-        future: Future[None] = Future()
-        self._command(lambda: self._residency.load(digest, pin, future), future)
-        return future
+        return self._order(lambda future: self._loop.residency.load(digest, pin, future))
 
     def unload(self, digest: str) -> Future[None]:
         """Unpins an adapter; done when no row uses it and its copies in memory are gone."""
-        future: Future[None] = Future()
-        self._command(lambda: self._residency.unload(digest, future), future)
-        return future
+        return self._order(lambda future: self._loop.residency.unload(digest, future))
 
     def forget(self, digest: str) -> None:
         """The store has no id for this digest any more.
@@ -171,7 +141,11 @@ class Engine:
         Rows that use it finish on the old bytes; then its copies, its prefix-cache pages and what
         was learnt about it go.
         """
-        self._command(lambda: self._residency.forget(digest))
+        self._inbox.post(lambda: self._loop.residency.forget(digest))
+
+    def wake(self) -> None:
+        """Something the loop waits for may have happened (an adapter was loaded)."""
+        self._inbox.wake()
 
     def learned(self) -> Future[dict[str, Calibration]]:
         """Copies of what has changed since the last call, by heads digest; see `build_engine`.
@@ -184,205 +158,62 @@ class Engine:
             if future.set_running_or_notify_cancel():
                 future.set_result(self._speculator.take_learned())
 
-        with self._changed:
-            if not self._closed:
-                self._inbox.append(Command(take, future))
-                self._changed.notify()
-                return future
-        self.close()  # the thread may be about to end
-        take()
+        if not self._inbox.post(take, future):
+            self.close()  # the thread may be about to end
+            take()
         return future
 
-    def wake(self) -> None:
-        """Something the loop waits for may have happened (an adapter was loaded)."""
-        with self._changed:
-            self._woken = True
-            self._changed.notify()
+    def _order(self, order: Callable[[Future[None]], None]) -> Future[None]:
+        """A future that the step thread ends. UnavailableError if it is too late for that."""
+        future: Future[None] = Future()
+        if not self._inbox.post(lambda: order(future), future):
+            future.set_exception(UnavailableError("the server is shutting down"))
+        return future
+
+    # -- state ------------------------------------------------------------------------------------
+
+    @property
+    def num_steps(self) -> int:
+        return self._loop.num_steps
 
     @property
     def num_rows(self) -> int:
         """Requests in the engine: waiting and running."""
-        with self._changed:
-            return self._num_submitted + self._num_rows
+        return self._inbox.num_rows
 
     @property
     def num_waiting(self) -> int:
-        """Of these, the ones that have not started."""
-        with self._changed:
-            return self._num_submitted + self._num_waiting
+        """Requests that have not started."""
+        return self._inbox.num_waiting
 
     @property
     def num_parked(self) -> int:
-        """Of these, the ones whose readers do not read."""
-        with self._changed:
-            return self._num_parked
+        """Requests whose readers do not read."""
+        return self._inbox.state.num_parked
 
     @property
     def num_preemptions(self) -> int:
-        """Since the start: rows that gave up their pages."""
-        return self._scheduler.num_preemptions
+        """Since the start: how often a row gave up its pages."""
+        return self._inbox.state.num_preemptions
 
     @property
-    def num_pages_held(self) -> int:
-        return self._pages.num_held
+    def num_pages(self) -> Mapping[str, int]:
+        """KV pages: held by rows, cached for later ones, free."""
+        return self._inbox.state.num_pages
 
     @property
-    def num_pages(self) -> dict[str, int]:
-        """KV pages: held by rows, cached for later ones, free. A step may change them meanwhile."""
-        held, cached = self._pages.num_held, self._pages.num_cached
-        return {"held": held, "cached": cached, "free": self._pages.num_pages - held - cached}
+    def heads_failures(self) -> Mapping[str, int]:
+        """By heads digest: steps in which they gave NaN or infinity."""
+        return self._inbox.state.heads_failures
+
+    # -- the end ----------------------------------------------------------------------------------
 
     def drain(self, timeout: float) -> bool:
         """Refuse new requests and wait up to `timeout` seconds for the others; True: all ended."""
-        with self._changed:
-            self._draining = True
-            return self._changed.wait_for(
-                lambda: self._closed or self._num_submitted + self._num_rows == 0,
-                min(timeout, threading.TIMEOUT_MAX),
-            )
+        return self._inbox.drain(timeout)
 
     def close(self) -> None:
         """End what is left with UNAVAILABLE and stop the thread."""
-        with self._changed:
-            self._draining = self._closed = True
-            self._changed.notify_all()
+        self._inbox.close()
         if self._thread.is_alive():
             self._thread.join()
-
-    # -- step thread ------------------------------------------------------------------------------
-
-    @torch.inference_mode()
-    def _main(self) -> None:
-        try:
-            while not self._closed:
-                try:
-                    self._step()
-                except Exception as error:
-                    self._start_over(error)
-            self._end_all(UnavailableError("the server shut down; send the request again"))
-        except BaseException as error:
-            log.critical("the step loop cannot go on", exc_info=error)
-            with self._changed:
-                self._closed = True
-            try:
-                self._end_all(InternalError("the server failed; its log says why"))
-            finally:
-                self._on_failure(error)
-
-    def _step(self) -> None:
-        self._take_inbox()
-        self._pool.poll()
-        batch = self._scheduler.schedule()
-        if batch is not None:
-            self.num_steps += 1
-            self._run(batch)
-        self._residency.step()
-        self._publish()
-        if batch is None and not self._pool.blocked:
-            self._rest()
-
-    def _run(self, batch: Batch) -> None:
-        began = time.monotonic()
-        results = run_apart(self._runner.run, batch)
-        if results.whole:
-            self._record(batch, time.monotonic() - began, results.heads_seconds)
-        self._note_failures(results.failed_heads)
-        self._scheduler.update(results.rows)
-        if not results.whole and all(row.error is not None for row in results.rows):
-            try_step(self._runner, self._pages)  # is it these rows, or the device?
-        self._num_faults = 0
-
-    def _start_over(self, error: Exception) -> None:
-        """After a fault that no row alone caused: all rows end, and the loop goes on.
-
-        Raises the error when that has not helped.
-        """
-        self._num_faults += 1
-        if self._num_faults > MAX_FAULTS:
-            raise error
-        log.error("the step loop failed; all rows end, and it goes on", exc_info=error)
-        self._scheduler.end_all(
-            InternalError("the server failed; its log says why", reason=Reason.STEP_FAILED)
-        )
-
-    def _forgotten(self, digest: str) -> None:
-        self._pages.forget(digest)
-        self._speculator.forget(digest)
-
-    def _record(self, batch: Batch, seconds: float, heads_seconds: float) -> None:
-        decoding = any(step.decodes for step in batch.steps)
-        self._pace.record(prompt_tokens=batch.prompt_tokens, decoding=decoding, seconds=seconds)
-        self._costs.record(batch, seconds, heads_seconds)
-
-    def _note_failures(self, digests: Sequence[str]) -> None:
-        for digest in digests:
-            if digest not in self.heads_failures:
-                log.error("heads %s gave NaN or infinity; their rows go on undrafted", digest)
-            self.heads_failures[digest] += 1
-
-    def _take_inbox(self) -> None:
-        with self._changed:
-            commands, self._inbox = self._inbox, deque()
-            for command in commands:
-                command.carry_out()
-            self._num_submitted = 0
-            self._count()
-
-    def _publish(self) -> None:
-        self._unsent += self._scheduler.take_events()
-        if self._unsent:
-            self._on_events(self._unsent)
-            self._unsent = []
-        with self._changed:
-            self._count()
-            self._changed.notify_all()
-
-    def _count(self) -> None:
-        self._num_rows, self._num_waiting = self._scheduler.num_rows, self._scheduler.num_waiting
-        self._num_parked = self._scheduler.num_parked
-
-    def _rest(self) -> None:
-        """Sleep until a command, a loaded adapter or the next deadline."""
-        wake_time = self._scheduler.wake_time()
-        timeout = None
-        if wake_time is not None:
-            timeout = min(max(wake_time - time.monotonic(), 0.0), LONGEST_REST)
-        with self._changed:
-            if not (self._woken or self._inbox or self._closed):
-                self._changed.wait(timeout)
-            self._woken = False
-
-    def _end_all(self, error: LorastackError) -> None:
-        self._take_inbox()
-        self._scheduler.end_all(error)
-        self._residency.end(error)
-        self._publish()
-
-    def _set(self, request_id: str, **flags: bool) -> None:
-        def apply() -> None:
-            row = self._scheduler.find(request_id)
-            if row is not None:
-                for name, value in flags.items():
-                    setattr(row, name, value)
-
-        self._command(apply)
-
-    def _command(self, command: Callable[[], None], future: Future[None] | None = None) -> None:
-        """Has the step thread run it. Too late for that, `future` says so."""
-        with self._changed:
-            if not self._closed:
-                self._inbox.append(Command(command, future))
-                self._changed.notify()
-            elif future is not None:
-                future.set_exception(UnavailableError("the server is shutting down"))
-
-    def _describe(
-        self, token_id: int, source: TokenSource, logprobs: TokenLogprobs | None
-    ) -> GeneratedToken:
-        return GeneratedToken(
-            id=token_id,
-            source=source,
-            special=self._tokenizer.is_special(token_id),
-            text=self._tokenizer.token_text(token_id),
-            logprobs=logprobs,
-        )

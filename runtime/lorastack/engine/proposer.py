@@ -10,12 +10,13 @@ from weakref import WeakKeyDictionary
 from torch import Tensor
 
 from lorastack.adapters.memory.device import DeviceAdapter
-from lorastack.engine.batch import Proposal, RowStep
+from lorastack.engine.batch import RowStep
 from lorastack.engine.stacks import Stacks
 from lorastack.kernels.heads import HeadsGroup, HeadsWeights, TopTokens
 from lorastack.layout import LM_HEAD, NO_LAYER, Part
 from lorastack.model.backends.base import Backend
 from lorastack.speculation.heads import heads_weights, own_outputs
+from lorastack.speculation.proposal import Proposal
 
 
 class Proposer:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from lorastack.engine.batch import Proposal, RowResult
+from lorastack.engine.batch import RowResult
 from lorastack.engine.pages import root_hash
 from lorastack.request import (
     Final,
@@ -16,11 +16,11 @@ from lorastack.request import (
     RowEvent,
     SpeculationStats,
     Timings,
-    TokenLogprobs,
     TokenSource,
 )
 from lorastack.sampling.processors import Processor, needs_processor
-from lorastack.speculation.lookup import Lookup
+from lorastack.speculation.lookup import NOWHERE, Continuation, Lookup
+from lorastack.speculation.proposal import Proposal
 from lorastack.text.stream import TextStream
 
 
@@ -42,7 +42,7 @@ class Row:
     page_hashes: list[bytes] = field(default_factory=list)  # of the published pages, in order
     proposal: Proposal | None = None
     lookup: Lookup = field(default_factory=Lookup)  # of the tokens read so far
-    found: tuple[int, tuple[int, ...]] = (0, ())  # what it proposes in this step
+    continuation: Continuation = NOWHERE  # what the lookup gave for this step
     parked: bool = False  # its reader is slow: keeps its pages, takes no step
     cancelled: bool = False
     num_cached: int = 0  # prompt tokens found in the prefix cache at first admission
@@ -113,10 +113,10 @@ class Row:
         self.pages, self.page_hashes, self.num_computed = [], [], 0
         self.proposal = None
 
-    def look_up(self, limit: int) -> tuple[int, tuple[int, ...]]:
-        """What followed the row's last tokens earlier, see `Lookup.propose`."""
+    def look_up(self, limit: int) -> Continuation:
+        """At most `limit` tokens that followed the row's last ones earlier."""
         self.read(len(self.tokens))
-        return self.lookup.propose(limit)
+        return self.lookup.find(limit)
 
     def read(self, count: int) -> None:
         """The lookup takes in the row's first `count` tokens."""
@@ -132,13 +132,7 @@ class Row:
             self.adapter_wait += now - self.adapter_wait_start
             self.adapter_wait_start = None
 
-    def append(
-        self,
-        result: RowResult,
-        eos_ids: frozenset[int],
-        describe: Callable[[int, TokenSource, TokenLogprobs | None], GeneratedToken],
-        now: float,
-    ) -> RowEvent:
+    def append(self, result: RowResult, eos_ids: frozenset[int], now: float) -> RowEvent:
         """Take a step's tokens up to the first that ends the row. The event says what is new."""
         if self.first_token is None:
             self.first_token = now
@@ -150,7 +144,7 @@ class Row:
             source = result.sources[index] if index < len(result.sources) else TokenSource.MODEL
             logprobs = result.logprobs[index] if result.logprobs else None
             self.tokens.append(token)
-            emitted.append(describe(token, source, logprobs))
+            emitted.append(GeneratedToken(id=token, source=source, logprobs=logprobs))
             if token in stop.stop_token_ids:
                 finish = FinishReason.STOP_TOKEN
             elif token in eos_ids and not stop.ignore_eos:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lorastack.engine.acceptance import SampledRow, accept_rows
-from lorastack.engine.batch import Batch, Proposal, RowResult, RowStep
+from lorastack.engine.batch import Batch, RowResult, RowStep
 from lorastack.engine.proposer import Proposer
 from lorastack.engine.stacks import Stacks
 from lorastack.errors import InternalError, InvalidArgumentError, LorastackError, Reason
@@ -18,6 +18,7 @@ from lorastack.model.kv import KVCache, Move
 from lorastack.request import Request, TokenLogprobs
 from lorastack.sampling.sampler import NO_TOKEN
 from lorastack.speculation.accept import Accepted
+from lorastack.speculation.proposal import Proposal
 from lorastack.speculation.tree import Tree
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -16,19 +15,13 @@ from lorastack.engine.batch import Batch, RowAdapters, RowResult, RowStep
 from lorastack.engine.holds import Holds
 from lorastack.engine.pace import Pace
 from lorastack.engine.pages import Pages
+from lorastack.engine.queues import RowQueues
 from lorastack.engine.row import Row
 from lorastack.engine.speculator import Speculator
 from lorastack.errors import DeadlineExceededError, InternalError, LorastackError, Reason
-from lorastack.request import (
-    FinishReason,
-    GeneratedToken,
-    RowEvent,
-    TokenLogprobs,
-    TokenSource,
-)
+from lorastack.request import FinishReason, RowEvent
 from lorastack.speculation.tree import Tree
 
-Describe = Callable[[int, TokenSource, TokenLogprobs | None], GeneratedToken]
 NUM_CANDIDATES = 8  # that a head proposes
 
 log = logging.getLogger(__name__)
@@ -43,7 +36,7 @@ class Plan:
     adapters: RowAdapters
 
     @property
-    def draws(self) -> bool:
+    def samples(self) -> bool:
         """Its tokens are the last without KV, so that the next one is drawn."""
         return self.num_tokens == self.row.num_pending
 
@@ -66,18 +59,13 @@ class Scheduler:
         pace: Pace,
         speculator: Speculator,
         eos_ids: frozenset[int],
-        describe: Describe,
     ) -> None:
-        self.num_preemptions = 0
-        self._config = config
         self._pool = pool
         self._holds = Holds(pages, pool)
+        self.rows = RowQueues(config.max_rows, self._holds)
         self._pace = pace
         self._speculator = speculator
         self._eos_ids = eos_ids
-        self._describe = describe
-        self._waiting: deque[Row] = deque()
-        self._running: list[Row] = []  # in order of admission
         self._planned: list[Plan] = []
         self._scheduled: list[tuple[Row, RowStep]] = []
         self._events: list[RowEvent] = []
@@ -85,37 +73,12 @@ class Scheduler:
     # -- requests in, events out ------------------------------------------------------------------
 
     def add(self, row: Row) -> None:
-        self._waiting.append(row)
-
-    def find(self, request_id: str) -> Row | None:
-        return next((row for row in self._rows() if row.request.request_id == request_id), None)
-
-    def uses(self, digest: str) -> bool:
-        """Whether any row, waiting or running, is to run with this adapter."""
-        return any(row.uses(digest) for row in self._rows())
+        self.rows.waiting.append(row)
 
     def take_events(self) -> list[RowEvent]:
         """What happened since the last call."""
         events, self._events = self._events, []
         return events
-
-    @property
-    def num_rows(self) -> int:
-        return len(self._waiting) + len(self._running)
-
-    @property
-    def num_waiting(self) -> int:
-        """Those whose readers read: a parked row that gave up its pages waits for nothing here."""
-        return sum(not row.parked for row in self._waiting)
-
-    @property
-    def num_parked(self) -> int:
-        return sum(row.parked for row in self._rows())
-
-    def wake_time(self) -> float | None:
-        """When the next deadline or time limit falls due."""
-        times = [row.wake_time for row in self._rows()]
-        return min((at for at in times if at is not None), default=None)
 
     # -- one step ---------------------------------------------------------------------------------
 
@@ -123,12 +86,13 @@ class Scheduler:
         """Pages, adapters and tokens for as many rows as fit; None when no row can run."""
         now = time.monotonic()
         self._end_overdue(now)
-        decoding = [row for row in self._running if row.num_pending == 1 and not row.parked]
+        decoding = [row for row in self.rows.running if row.num_pending == 1 and not row.parked]
         with _advisory():
             self._speculator.choose_heads(decoding)
-        budget = self._pace.budget(decoding=len(decoding), waiting=self._num_unread(decoding))
-        for row in list(self._running):
-            if row.parked or row not in self._running:  # preempted by a row before it
+        num_reading = self.rows.num_active - len(decoding)  # with prompt tokens left
+        budget = self._pace.budget(decoding=len(decoding), waiting=num_reading)
+        for row in list(self.rows.running):
+            if row.parked or row not in self.rows.running:  # preempted by a row before it
                 continue
             with self._blaming(row):
                 budget -= self._schedule_row(row, budget, now)
@@ -156,14 +120,10 @@ class Scheduler:
     def end_all(self, error: LorastackError) -> None:
         """Every row ends with `error`, and what it held is free."""
         self._planned, self._scheduled = [], []
-        for row in list(self._rows()):
+        for row in list(self.rows):
             self._end(row, error)
 
     # -- inside -----------------------------------------------------------------------------------
-
-    def _rows(self) -> Iterator[Row]:
-        yield from self._running
-        yield from self._waiting
 
     @contextmanager
     def _blaming(self, row: Row) -> Iterator[None]:
@@ -183,7 +143,7 @@ class Scheduler:
             )
 
     def _end_overdue(self, now: float) -> None:
-        for row in list(self._rows()):
+        for row in list(self.rows):
             with self._blaming(row):
                 self._end_if_overdue(row, now)
 
@@ -196,11 +156,6 @@ class Scheduler:
         elif limit is not None and now >= row.submitted + limit:
             self._finish(row, FinishReason.TIME_LIMIT, now)
 
-    def _num_unread(self, decoding: list[Row]) -> int:
-        """Rows beside these that run, or could, and have prompt tokens left."""
-        num_active = sum(not row.parked for row in self._rows())
-        return min(num_active, self._config.max_rows) - len(decoding)
-
     def _schedule_row(self, row: Row, budget: int, now: float) -> int:
         """Plan one running row; returns how much of the prompt budget it took."""
         decoding = row.num_pending == 1
@@ -209,7 +164,7 @@ class Scheduler:
         if adapters is None:
             return 0
         # A row without budget has asked none the less: one that does not ask loses its adapters.
-        if num_tokens <= 0 or not self._make_room(row, row.num_computed + num_tokens):
+        if num_tokens <= 0 or not self.rows.make_room(row, row.num_computed + num_tokens):
             self._holds.unpin(row)
             return 0
         self._planned.append(Plan(row, num_tokens, adapters))
@@ -221,9 +176,9 @@ class Scheduler:
         That is, until it is overdue: then a slot is kept for it. No more rows ask for LoRAs than
         could start, as that may take them from running rows.
         """
-        num_slots = self._config.max_rows - sum(not row.parked for row in self._running)
+        num_slots = self.rows.num_slots
         num_asking = 0
-        for place, row in enumerate(admission_order(self._waiting, self._running, now)):
+        for place, row in enumerate(admission_order(self.rows.waiting, self.rows.running, now)):
             if row.parked:
                 continue
             may_ask = num_asking < num_slots or self._pool.holds(row.lora_digests)
@@ -255,13 +210,9 @@ class Scheduler:
 
     def _start(self, row: Row, adapters: RowAdapters, budget: int, now: float) -> bool:
         """Plan a waiting row's first chunk; False: not enough pages."""
-        if not self._has_slot():
-            self._preempt_parked()
-        if not self._holds.begin(row, now, self._preempt_parked):
+        if not self.rows.start(row, now):
             self._holds.unpin(row)
             return False
-        self._waiting.remove(row)
-        self._running.append(row)
         self._planned.append(Plan(row, min(row.num_pending, budget), adapters))
         return True
 
@@ -269,16 +220,16 @@ class Scheduler:
         """Of each plan's row, if it decodes, something is proposed, and pages are left for it."""
         decoding = [plan.row for plan in plans if plan.row.num_pending == 1]
         fixed_tokens = sum(plan.num_tokens for plan in plans)
-        num_drawing = sum(plan.draws for plan in plans)
+        num_samples = sum(plan.samples for plan in plans)
         trees: dict[Row, Tree | None] = {}
         with _advisory():
-            drafted = self._speculator.draft(decoding, fixed_tokens, num_drawing)
-            trees = dict(zip(decoding, drafted, strict=True))
+            of_rows = self._speculator.trees(decoding, fixed_tokens, num_samples)
+            trees = dict(zip(decoding, of_rows, strict=True))
         grown = []
         for plan in plans:
             row = plan.row
             tree = trees.get(row)
-            fits = tree is None or self._grow(row, row.num_computed + tree.num_nodes)
+            fits = tree is None or self.rows.grow(row, row.num_computed + tree.num_nodes)
             grown.append(tree if fits else None)
         return grown
 
@@ -291,10 +242,10 @@ class Scheduler:
             block_table=tuple(row.pages),
             committed=start,
             num_generated=row.num_generated,
-            samples=plan.draws,
+            samples=plan.samples,
             tree=tree,
             adapters=plan.adapters,
-            num_candidates=NUM_CANDIDATES if plan.draws and plan.adapters.heads else 0,
+            num_candidates=NUM_CANDIDATES if plan.samples and plan.adapters.heads else 0,
             processor=row.processor,
         )
 
@@ -302,9 +253,9 @@ class Scheduler:
         """What a step gave a row. An error ends it behind the tokens that came before."""
         self._commit(row, step, result)
         if result.tokens:
-            event = row.append(result, self._eos_ids, self._describe, now)
+            event = row.append(result, self._eos_ids, now)
             if event.final is not None:
-                self._remove(row)
+                self.rows.remove(row)
             self._events.append(event)
             if event.final is not None:
                 return
@@ -330,62 +281,16 @@ class Scheduler:
         """See `Holds.pin`."""
         return self._holds.pin(row, now, heads=self._speculator.wants_heads(row))
 
-    # -- room -------------------------------------------------------------------------------------
-
-    def _make_room(self, row: Row, num_slots: int) -> bool:
-        """Pages for `num_slots` tokens, taken from later rows if need be; False: it had to yield.
-
-        Rows are planned from the oldest, so that a victim, parked or younger, has no step planned.
-        """
-        while not self._grow(row, num_slots):
-            victim = self._running[-1]
-            self._preempt(victim)
-            if victim is row:
-                return False
-        return True
-
-    def _grow(self, row: Row, num_slots: int) -> bool:
-        """Pages for `num_slots` tokens if there are enough, those of parked rows included."""
-        while not self._holds.grow(row, num_slots):
-            if not self._preempt_parked():
-                return False
-        return True
-
-    def _has_slot(self) -> bool:
-        return len(self._running) < self._config.max_rows
-
-    def _preempt_parked(self) -> bool:
-        """Take back the pages of the latest parked row; False: there is none."""
-        parked = next((row for row in reversed(self._running) if row.parked), None)
-        if parked is not None:
-            self._preempt(parked)
-        return parked is not None
-
-    def _preempt(self, row: Row) -> None:
-        """Back to the head of the queue, pages given up; its tokens stay and are computed again."""
-        self.num_preemptions += 1
-        self._running.remove(row)
-        self._holds.free(row)
-        row.preempt()
-        self._waiting.appendleft(row)
-
     # -- ends -------------------------------------------------------------------------------------
 
     def _finish(self, row: Row, reason: FinishReason, now: float) -> None:
         event = row.finish(reason, now)
-        self._remove(row)
+        self.rows.remove(row)
         self._events.append(event)
 
     def _end(self, row: Row, error: LorastackError) -> None:
         self._events.append(RowEvent(request_id=row.request.request_id, error=error))
-        self._remove(row)
-
-    def _remove(self, row: Row) -> None:
-        if row in self._running:
-            self._running.remove(row)
-        elif row in self._waiting:
-            self._waiting.remove(row)
-        self._holds.free(row)
+        self.rows.remove(row)
 
 
 @contextmanager

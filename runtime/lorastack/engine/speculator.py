@@ -12,7 +12,8 @@ from lorastack.engine.costs import Costs
 from lorastack.engine.row import Row
 from lorastack.speculation.budget import allot, pays
 from lorastack.speculation.calibration import Calibration
-from lorastack.speculation.candidates import Chain, Proposals, Stream, forced, looked_up
+from lorastack.speculation.candidates import Candidates, Chain, forced, looked_up
+from lorastack.speculation.lookup import NOWHERE
 from lorastack.speculation.tree import Tree
 
 MAX_CHAIN = 16  # tokens that prompt lookup or a grammar proposes
@@ -20,7 +21,7 @@ MAX_CHAIN = 16  # tokens that prompt lookup or a grammar proposes
 # their worth and cost may be wrong, or have changed.
 PROBE_STEPS = 32
 MAX_PAUSE = 16  # steps for which nobody looks for drafts, once none paid for long
-NO_HEADS = ""  # stands for a digest
+WITHOUT_HEADS = ""  # in place of a heads digest: what rows without heads teach
 
 
 class Speculator:
@@ -40,7 +41,7 @@ class Speculator:
         self._max_nodes = max_nodes
         self._max_step_tokens = max_step_tokens
         self._num_steps = 0
-        self._pause = self._pause_left = 0  # steps without drafts, see `draft`
+        self._pause = self._pause_left = 0  # steps without drafts, see `trees`
         self._idle: set[Row] = set()  # rows whose heads do not run in this step
         self._dull: set[str] = set()  # heads digests that run for no row
 
@@ -78,49 +79,48 @@ class Speculator:
             return False
         return row.num_generated > 0 or _digest(row) not in self._dull
 
-    def draft(self, rows: Sequence[Row], fixed_tokens: int, num_drawing: int) -> list[Tree | None]:
+    def trees(self, rows: Sequence[Row], fixed_tokens: int, num_samples: int) -> list[Tree | None]:
         """The trees of rows that decode; None: a row brings its last token alone.
 
-        fixed_tokens: of the whole step without trees. num_drawing: its rows that make a token.
+        fixed_tokens: of the whole step without trees. num_samples: its rows that make a token.
 
         While nothing pays, looking for it would be all that speculation does to a step: then it is
         left out for one step, three, seven and so on, but for rows whose heads ran.
         """
         paused = self._pause_left > 0
         self._pause_left -= paused
-        streams = [self._stream(row, paused) for row in rows]
-        drafting = [stream for stream in streams if stream is not None]
+        by_row = [self._candidates(row, paused) for row in rows]
+        drafting = [candidates for candidates in by_row if candidates is not None]
         if not drafting:
             return [None] * len(rows)
-        worths = [stream.worths() for stream in drafting]
+        worths = [candidates.worths() for candidates in drafting]
         room = self._room(fixed_tokens)
-        allotted = allot(worths, fixed_tokens, num_drawing, self._costs.step, room)
+        allotted = allot(worths, fixed_tokens, num_samples, self._costs.step, room)
         self._pause = 0 if any(allotted) else min(2 * self._pause + 1, MAX_PAUSE)
         self._pause_left = self._pause
         if self._pause and self._num_steps % PROBE_STEPS == 0 and len(drafting) <= room:
-            allotted = [min(len(stream.nodes), 1) for stream in drafting]
+            allotted = [min(len(candidates.nodes), 1) for candidates in drafting]
         counts = iter(allotted)
         trees: list[Tree | None] = []
-        for row, stream in zip(rows, streams, strict=True):
-            count = next(counts) if stream is not None else 0
-            tree = None
-            if stream is not None and count:
-                tree = stream.drafted(row.tokens[-1], count)
-            if stream is not None and row.proposal is not None:
-                self._calibration(row).record_worths(node.worth for node in stream.nodes)
-            trees.append(tree)
+        for row, candidates in zip(rows, by_row, strict=True):
+            if candidates is None:
+                trees.append(None)
+                continue
+            count = next(counts)
+            trees.append(candidates.tree(row.tokens[-1], count) if count else None)
+            if row.proposal is not None:
+                self._calibration(row).record_worths(node.worth for node in candidates.nodes)
         return trees
 
     def learn(self, row: Row, result: RowResult) -> None:
         """What the step at hand drew where the row's sources proposed something."""
-        match, tokens = row.found
-        if row.proposal is None and not tokens:
+        if row.proposal is None and not row.continuation.tokens:
             return
         calibration = self._calibration(row)
         if row.proposal is not None:
-            calibration.record_draft(row.proposal.ids, row.proposal.logprobs, result.tokens)
-        if tokens:
-            calibration.record_lookup(match, tokens, result.tokens)
+            calibration.record_proposal(row.proposal, result.tokens)
+        if row.continuation.tokens:
+            calibration.record_lookup(*row.continuation, result.tokens)
         self._changed.add(_digest(row))
 
     def take_learned(self) -> dict[str, Calibration]:
@@ -133,9 +133,9 @@ class Speculator:
         self.calibrations.pop(digest, None)
         self._changed.discard(digest)
 
-    def _stream(self, row: Row, paused: bool) -> Stream | None:
+    def _candidates(self, row: Row, paused: bool) -> Candidates | None:
         """None: nothing may be drafted, or there is nothing to. paused: only if its heads ran."""
-        row.found = (0, ())
+        row.continuation = NOWHERE
         max_nodes, max_depth = self.max_nodes(row), row.num_left - 1
         if not max_nodes or max_depth < 1 or (paused and row.proposal is None):
             return None
@@ -144,14 +144,14 @@ class Speculator:
         chains: list[Chain] = []
         if row.matcher is not None and (tokens := row.matcher.forced(limit)):
             chains.append(forced(tokens))
-        row.found = row.look_up(limit)
-        if row.found[1]:
-            chains.append(looked_up(*row.found, calibration))
-        proposal = row.proposal
-        if proposal is None and not chains:
+        row.continuation = row.look_up(limit)
+        if row.continuation.tokens:
+            chains.append(looked_up(row.continuation, calibration))
+        if row.proposal is None and not chains:
             return None
-        ids, logprobs = (proposal.ids, proposal.logprobs) if proposal else ((), ())
-        return Stream(Proposals(ids, logprobs, chains), calibration, max_nodes, max_depth)
+        return Candidates(
+            row.proposal, chains, calibration, max_nodes=max_nodes, max_depth=max_depth
+        )
 
     def _room(self, fixed_tokens: int) -> int:
         """For drafted nodes in a step with so many tokens besides."""
@@ -169,4 +169,4 @@ class Speculator:
 
 def _digest(row: Row) -> str:
     """Of its heads, or what stands for none."""
-    return row.request.heads.digest if row.request.heads else NO_HEADS
+    return row.request.heads.digest if row.request.heads else WITHOUT_HEADS

@@ -298,7 +298,10 @@ def _adapters_used(request: Request) -> generation_pb2.AdaptersUsed:
 
 def _token(token: GeneratedToken, tokenizer: Tokenizer) -> generation_pb2.Token:
     message = generation_pb2.Token(
-        id=token.id, text=token.text, special=token.special, source=_SOURCES[token.source]
+        id=token.id,
+        text=tokenizer.token_text(token.id),
+        special=tokenizer.is_special(token.id),
+        source=_SOURCES[token.source],
     )
     if token.logprobs is not None:
         message.logprob = token.logprobs.logprob

@@ -20,10 +20,10 @@ from lorastack.speculation.tree import Tree
 # (row, node, depth) triples. `depth` is the number of tokens accepted before: the generated index
 # of what is drawn at the node counts from the row's own.
 Nodes = Sequence[tuple[int, int, int]]
-# Nodes -> the token drawn at each.
-Sample = Callable[[Nodes], Sequence[int]]
+# Nodes -> the token sampled at each.
+SampleAt = Callable[[Nodes], Sequence[int]]
 # Nodes -> the entropy of what may follow each, and the probabilities of its children's tokens.
-Look = Callable[[Nodes], Sequence[tuple[float, Sequence[float]]]]
+LookAt = Callable[[Nodes], Sequence[tuple[float, Sequence[float]]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class Accepted:
     tokens: tuple[int, ...]
 
 
-def accept(rows: Sequence[Tree], sample: Sample) -> list[Accepted]:
+def accept(rows: Sequence[Tree], sample: SampleAt) -> list[Accepted]:
     """Descend all rows' trees level by level; one call of `sample` a level.
 
     Nodes off the accepted path are never drawn.
@@ -55,11 +55,11 @@ def accept(rows: Sequence[Tree], sample: Sample) -> list[Accepted]:
                 paths[row].append(child)
                 descending.append((row, child, depth + 1))
         level = descending
-    return [Accepted(tuple(path), tuple(drawn)) for path, drawn in zip(paths, tokens, strict=True)]
+    return [Accepted(tuple(path), tuple(own)) for path, own in zip(paths, tokens, strict=True)]
 
 
 def accept_typical(
-    rows: Sequence[Tree], rules: Sequence[TypicalAcceptance], look: Look, sample: Sample
+    rows: Sequence[Tree], rules: Sequence[TypicalAcceptance], look: LookAt, sample: SampleAt
 ) -> list[Accepted]:
     """Medusa's typical acceptance. NOT lossless: the drafts decide which tokens come.
 
@@ -73,21 +73,21 @@ def accept_typical(
     best: list[tuple[int, ...]] = [() for _ in rows]
     level: list[tuple[int, float, tuple[int, ...]]] = [(row, 0.0, ()) for row in range(len(rows))]
     while level := [state for state in level if rows[state[0]].children[_end(state[2])]]:
-        found = []
+        longer = []
         seen = look([(row, _end(path), len(path)) for row, _, path in level])
         for (row, total, path), (entropy, chances) in zip(level, seen, strict=True):
             least = min(rules[row].epsilon, rules[row].delta * math.exp(-entropy))
             for child, chance in zip(rows[row].children[_end(path)], chances, strict=True):
                 if chance > least:
-                    found.append((row, total + math.log(chance), (*path, child)))
+                    longer.append((row, total + math.log(chance), (*path, child)))
         # A path of this level is longer than those before; the best of a row comes last and stays.
-        for row, _, path in sorted(found, key=lambda state: (-state[1], state[2]), reverse=True):
+        for row, _, path in sorted(longer, key=lambda state: (-state[1], state[2]), reverse=True):
             best[row] = path
-        level = found
-    drawn = sample([(row, _end(path), len(path)) for row, path in enumerate(best)])
+        level = longer
+    last = sample([(row, _end(path), len(path)) for row, path in enumerate(best)])
     return [
-        Accepted(path, (*(drafted.tokens[node] for node in path), token))
-        for drafted, path, token in zip(rows, best, drawn, strict=True)
+        Accepted(path, (*(tree.tokens[node] for node in path), token))
+        for tree, path, token in zip(rows, best, last, strict=True)
     ]
 
 

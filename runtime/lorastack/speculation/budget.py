@@ -17,7 +17,7 @@ _LOOK_EVERY = 8  # nodes after which `allot` asks whether more can be worth it
 
 
 def allot(
-    streams: Sequence[Iterable[float]],
+    worths: Sequence[Iterable[float]],
     fixed_tokens: int,
     num_rows: int,
     cost: CostCurve,
@@ -27,12 +27,12 @@ def allot(
 
     At most `max_nodes` together.
 
-    streams: per row, its nodes' worths, non-increasing; where one ends is the row's cap. They are
-    read hardly further than it takes to know. fixed_tokens: of the step without any node. num_rows:
-    those that get a token of their own, with a stream or without. Ties go to fewer nodes.
+    worths: per row, its candidates', non-increasing; where they end is the row's cap. They are read
+    hardly further than it takes to know. fixed_tokens: of the step without any node. num_rows: rows
+    that get a token of their own, with candidates or without. Ties go to fewer nodes.
     """
-    iterators = [iter(worths) for worths in streams]
-    nodes = [(-next(worths, 0.0), row) for row, worths in enumerate(iterators)]
+    iterators = [iter(of_row) for of_row in worths]
+    nodes = [(-next(left, 0.0), row) for row, left in enumerate(iterators)]
     heapq.heapify(nodes)
     tokens, gain = fixed_tokens, float(num_rows)
     best_rate = gain / cost.seconds(tokens)
@@ -50,7 +50,7 @@ def allot(
         if rate > best_rate:
             best_rate, best = rate, len(taken)
         heapq.heapreplace(nodes, (-next(iterators[row], 0.0), row))
-    counts = [0] * len(streams)
+    counts = [0] * len(worths)
     for row in taken[:best]:
         counts[row] += 1
     return counts

@@ -15,6 +15,8 @@ from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from lorastack.speculation.proposal import Proposal
+
 NUM_WORTHS = 16  # of a draft's best nodes, whose mean worths are kept
 
 _VERSION = 1
@@ -83,14 +85,10 @@ class Calibration:
         """What was drawn where this candidate stood; call it for those not drafted too."""
         self._cells(head).record(_bin(logprob), math.exp(logprob), accepted=accepted)
 
-    def record_draft(
-        self,
-        ids: Sequence[Sequence[int]],
-        logprobs: Sequence[Sequence[float]],
-        drawn: Sequence[int],
-    ) -> None:
-        """A step's proposal ([head][rank]) and what it drew: the accepted tokens and the last."""
-        for head, (tokens, logs, token) in enumerate(zip(ids, logprobs, drawn, strict=False)):
+    def record_proposal(self, proposal: Proposal, sampled: Sequence[int]) -> None:
+        """What was proposed for a step, and its samples: the accepted tokens and the last."""
+        by_head = zip(proposal.ids, proposal.logprobs, sampled, strict=False)
+        for head, (tokens, logs, token) in enumerate(by_head):
             record = self._cells(head).record
             for candidate, log in zip(tokens, logs, strict=True):
                 record(_bin(log), math.exp(log), accepted=candidate == token)
@@ -109,12 +107,12 @@ class Calibration:
         """Chance of a looked-up token, those before it being accepted. depth: from 0."""
         return min(self._lookup[_match(match)].ratios[min(depth, _MAX_DEPTH - 1)], _SURE)
 
-    def record_lookup(self, match: int, tokens: Sequence[int], drawn: Sequence[int]) -> None:
-        """A step's looked-up tokens, and what it drew: the accepted tokens and the last."""
-        for depth, (token, came) in enumerate(zip(tokens, drawn, strict=False)):
+    def record_lookup(self, match: int, tokens: Sequence[int], sampled: Sequence[int]) -> None:
+        """What was looked up for a step, and its samples: the accepted tokens and the last."""
+        for depth, (token, sample) in enumerate(zip(tokens, sampled, strict=False)):
             cell = min(depth, _MAX_DEPTH - 1)
-            self._lookup[_match(match)].record(cell, 1.0, accepted=token == came)
-            if token != came:
+            self._lookup[_match(match)].record(cell, 1.0, accepted=token == sample)
+            if token != sample:
                 return
 
     # -- drafts -----------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
-"""One stream of draft nodes out of all that a row's sources propose, best first. Pure.
+"""The nodes that may enter a row's tree, out of all its sources, best first. Pure.
 
 A node is worth the chance that it is accepted: its parent's worth times its own chance once the
-parent is. No node is worth more than its parent or the sibling before it, so the first n nodes of
-the stream are a tree, and none of n nodes is worth more.
+parent is. No node is worth more than its parent or the sibling before it, so the first n nodes
+are a tree, and no tree of n nodes is worth more.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ from typing import NamedTuple
 
 from lorastack.request import TokenSource
 from lorastack.speculation.calibration import Calibration
+from lorastack.speculation.lookup import Continuation
+from lorastack.speculation.proposal import Proposal
 from lorastack.speculation.tree import Tree
 
 FORCED = 0.98  # chance of a token that a grammar forces: it may go on in other tokens
 
 
 class Node(NamedTuple):
-    """parent: its place in the stream, counted from 1; 0 is the root. depth: the root's is 0."""
+    """parent: its place in order of worth, from 1; 0 is the root. depth: 0 at the root."""
 
     parent: int
     token: int
@@ -37,43 +39,43 @@ class Chain(NamedTuple):
     source: TokenSource
 
 
-def looked_up(match: int, tokens: Sequence[int], calibration: Calibration) -> Chain:
-    """What `Lookup.propose` gave."""
+def looked_up(continuation: Continuation, calibration: Calibration) -> Chain:
+    """The chain of what `Lookup.find` gave."""
+    match, tokens = continuation
     chances = [calibration.lookup_probability(match, depth) for depth in range(len(tokens))]
     return Chain(tokens, chances, TokenSource.PROMPT_LOOKUP)
 
 
 def forced(tokens: Sequence[int]) -> Chain:
-    """What a grammar lets follow."""
+    """The chain of tokens that a grammar leaves no choice but to follow."""
     return Chain(tokens, [FORCED] * len(tokens), TokenSource.GRAMMAR)
 
 
-class Proposals(NamedTuple):
-    """What a row's sources propose; each may be empty. ids, logprobs: [head][rank], best first."""
-
-    ids: Sequence[Sequence[int]] = ()
-    logprobs: Sequence[Sequence[float]] = ()
-    chains: Sequence[Chain] = ()
-
-
-class Stream:
-    """A row's nodes, found as they are asked for."""
+class Candidates:
+    """The nodes that may enter a row's tree, best first, made as they are asked for."""
 
     def __init__(
-        self, proposals: Proposals, calibration: Calibration, max_nodes: int, max_depth: int
+        self,
+        proposal: Proposal | None,
+        chains: Sequence[Chain],
+        calibration: Calibration,
+        *,
+        max_nodes: int,
+        max_depth: int,
     ) -> None:
-        self._more = grow(proposals, calibration, max_nodes, max_depth)
-        self.nodes: list[Node] = []  # found so far
+        """As `grow`."""
+        self._more = grow(proposal, chains, calibration, max_nodes, max_depth)
+        self.nodes: list[Node] = []  # made so far
 
     def worths(self) -> Iterator[float]:
-        """Of all nodes, best first."""
+        """The worths of all nodes, best first."""
         yield from (node.worth for node in self.nodes)
         for node in self._more:
             self.nodes.append(node)
             yield node.worth
 
-    def drafted(self, last_token: int, count: int) -> Tree:
-        """The tree of the best `count` nodes, which must have been found."""
+    def tree(self, last_token: int, count: int) -> Tree:
+        """The row's last token and the best `count` nodes, which `worths` must have reached."""
         nodes = self.nodes[:count]
         return Tree(
             (last_token, *[node.token for node in nodes]),
@@ -83,9 +85,13 @@ class Stream:
 
 
 def grow(
-    proposals: Proposals, calibration: Calibration, max_nodes: int, max_depth: int
+    proposal: Proposal | None,
+    chains: Sequence[Chain],
+    calibration: Calibration,
+    max_nodes: int,
+    max_depth: int,
 ) -> Iterator[Node]:
-    """Nodes in order of worth, as many as there are up to the limits."""
+    """The nodes that a row's heads and chains give, in order of worth, up to both limits."""
     by_heads: dict[int, list[_Candidate]] = {}
     frontier: list[tuple[float, int, _Siblings, int]] = []  # -worth, order of ties, which sibling
     order = count()
@@ -99,13 +105,13 @@ def grow(
         if depth == max_depth:
             return
         if depth not in by_heads:
-            by_heads[depth] = _of_heads(proposals, calibration, depth)
+            by_heads[depth] = _of_heads(proposal, calibration, depth)
         candidates = by_heads[depth]
         for chain in chains:
             candidates = _joined(candidates, chain, depth)
         push(_Siblings(node, worth, depth, chains, candidates), 0)
 
-    expand(0, 1.0, 0, [chain for chain in proposals.chains if chain.tokens])
+    expand(0, 1.0, 0, [chain for chain in chains if chain.tokens])
     for node in range(1, max_nodes + 1):
         if not frontier:
             return
@@ -132,12 +138,12 @@ class _Siblings(NamedTuple):
     candidates: Sequence[_Candidate]
 
 
-def _of_heads(proposals: Proposals, calibration: Calibration, depth: int) -> list[_Candidate]:
-    if depth >= len(proposals.ids):
+def _of_heads(proposal: Proposal | None, calibration: Calibration, depth: int) -> list[_Candidate]:
+    if proposal is None or depth >= len(proposal.ids):
         return []
-    chances = calibration.probabilities(depth, proposals.logprobs[depth])
+    chances = calibration.probabilities(depth, proposal.logprobs[depth])
     # What was learnt may turn the heads' own order around.
-    return sorted(zip(chances, proposals.ids[depth], repeat(TokenSource.HEADS)), reverse=True)
+    return sorted(zip(chances, proposal.ids[depth], repeat(TokenSource.HEADS)), reverse=True)
 
 
 def _joined(candidates: list[_Candidate], chain: Chain, depth: int) -> list[_Candidate]:

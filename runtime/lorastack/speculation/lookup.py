@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 SHORTEST, LONGEST = 2, 4  # tokens of an n-gram that is looked for
 MATCH_CAP = 16  # longer matches than this are not measured
+
+
+class Continuation(NamedTuple):
+    """match: how many of the row's last tokens stood before. tokens: what followed them there."""
+
+    match: int
+    tokens: tuple[int, ...]
+
+
+NOWHERE = Continuation(0, ())
 
 
 class Lookup:
@@ -35,18 +46,19 @@ class Lookup:
                 after[tuple(tokens[end - length :])] = end
         tokens.append(token)
 
-    def propose(self, limit: int) -> tuple[int, tuple[int, ...]]:
-        """(how many of the last tokens match, at most `limit` tokens that followed them then).
+    def find(self, limit: int) -> Continuation:
+        """At most `limit` tokens that followed the last ones where they stood before, or NOWHERE.
 
         Of the last 4, 3 or 2 tokens, the most that stood somewhere before, where they last did; the
-        match's length counts the tokens before them too, up to MATCH_CAP. (0, ()): nowhere.
+        match's length counts the tokens before them too, up to MATCH_CAP.
         """
         tokens = self._tokens
         for length in range(min(LONGEST, len(tokens)), SHORTEST - 1, -1):
             start = self._after[length - SHORTEST].get(tuple(tokens[-length:]))
             if start is not None:
-                return self._match(start, length), tuple(tokens[start : start + limit])
-        return 0, ()
+                match = self._match(start, length)
+                return Continuation(match, tuple(tokens[start : start + limit]))
+        return NOWHERE
 
     def _match(self, start: int, length: int) -> int:
         """How many tokens before `start` equal the last ones; `length` are known to."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ FILES = (
 )
 # Names of the class that takes tokenizer.json as it is.
 PLAIN_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
+TEXTS_KEPT = 1 << 15  # tokens whose `token_text` is remembered
 # What tokenizer_config.json may hold, where transformers would fail on anything else or take it
 # for something else.
 _SWITCH = (lambda value: isinstance(value, bool), "true, false or null")
@@ -106,6 +108,7 @@ class Tokenizer:
         self.vocab_size: int = max(vocab.values()) + 1
         self.longest_token = max(len(token.encode()) for token in vocab)
         self._make_joiner = joiner_factory(json.loads(self._backend.to_str())["decoder"])
+        self._text_of = lru_cache(TEXTS_KEPT)(self._alone)
 
     @staticmethod
     def load(folder: Path) -> Tokenizer:
@@ -222,7 +225,10 @@ class Tokenizer:
         return token_id
 
     def token_text(self, token_id: int) -> str:
-        """A token by itself, special ones by name, for display."""
+        """A token by itself, special ones by name, for display; "" for ids without an entry."""
+        return self._text_of(token_id)
+
+    def _alone(self, token_id: int) -> str:
         entry: str | None = self._backend.id_to_token(token_id)
         if entry is None or token_id in self._special_ids:
             return entry or ""

@@ -22,8 +22,9 @@ import torch
 
 from lorastack.cli.main import main
 from lorastack.engine import runner
-from lorastack.engine.batch import Proposal, RowStep
+from lorastack.engine.batch import RowStep
 from lorastack.engine.proposer import Proposer
+from lorastack.speculation.proposal import Proposal
 from lorastack.startup import engine as startup_engine
 from tests.helpers.costs import CheapHeads
 from tests.helpers.scripted import guessed_places

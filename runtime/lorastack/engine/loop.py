@@ -1,0 +1,172 @@
+"""The step loop: commands, one step, its results, until it is told to stop. Step thread only."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from lorastack.adapters.memory.pool import DevicePool
+from lorastack.engine.apart import run_apart
+from lorastack.engine.batch import Batch
+from lorastack.engine.costs import Costs, try_step
+from lorastack.engine.inbox import EngineState, Inbox
+from lorastack.engine.pace import Pace
+from lorastack.engine.pages import Pages
+from lorastack.engine.residency import Residency
+from lorastack.engine.runner import Runner
+from lorastack.engine.scheduler import Scheduler
+from lorastack.engine.speculator import Speculator
+from lorastack.errors import InternalError, LorastackError, Reason, UnavailableError
+from lorastack.request import RowEvent
+
+MAX_FAULTS = 3  # faults that no row caused, without a step that went well in between
+
+log = logging.getLogger(__name__)
+
+
+class StepLoop:
+    """Runs what it is given, step by step."""
+
+    def __init__(
+        self,
+        *,
+        inbox: Inbox,
+        scheduler: Scheduler,
+        runner: Runner,
+        pages: Pages,
+        pool: DevicePool,
+        pace: Pace,
+        costs: Costs,
+        speculator: Speculator,
+        on_events: Callable[[list[RowEvent]], None],
+        on_failure: Callable[[BaseException], None],
+    ) -> None:
+        """on_events, on_failure: see `Engine`."""
+        self.num_steps = 0
+        self.residency = Residency(
+            pool, in_use=scheduler.rows.uses, on_forgotten=self._forget_digest
+        )
+        self._inbox = inbox
+        self._scheduler = scheduler
+        self._runner = runner
+        self._pages = pages
+        self._pool = pool
+        self._pace = pace
+        self._costs = costs
+        self._speculator = speculator
+        self._on_events = on_events
+        self._on_failure = on_failure
+        self._unsent: list[RowEvent] = []  # events that `_on_events` has not taken
+        self._heads_failures: dict[str, int] = {}  # replaced, never changed: others read it
+        self._num_faults = 0
+        inbox.publish(self._state())
+
+    @torch.inference_mode()
+    def run(self) -> None:
+        """Steps until the inbox is closed, or the loop cannot go on; all rows have ended then."""
+        try:
+            while not self._inbox.closed:
+                try:
+                    self.step()
+                except Exception as error:
+                    self._start_over(error)
+            self._end_all(UnavailableError("the server shut down; send the request again"))
+        except BaseException as error:
+            log.critical("the step loop cannot go on", exc_info=error)
+            self._inbox.close()
+            try:
+                self._end_all(InternalError("the server failed; its log says why"))
+            finally:
+                self._on_failure(error)
+
+    def step(self) -> None:
+        """Commands, loaded adapters, a batch, operators' orders, events; a rest if no row ran."""
+        self._inbox.carry_out(self._state)
+        self._pool.poll()
+        batch = self._scheduler.schedule()
+        if batch is not None:
+            self.num_steps += 1
+            self._run(batch)
+        self.residency.step()
+        self._publish()
+        if batch is None and not self._pool.blocked:
+            self._rest()
+
+    def _run(self, batch: Batch) -> None:
+        began = time.monotonic()
+        results = run_apart(self._runner.run, batch)
+        if results.whole:
+            self._learn_costs(batch, time.monotonic() - began, results.heads_seconds)
+        self._note_failures(results.failed_heads)
+        self._scheduler.update(results.rows)
+        if not results.whole and all(row.error is not None for row in results.rows):
+            try_step(self._runner, self._pages)  # is it these rows, or the device?
+        self._num_faults = 0
+
+    def _start_over(self, error: Exception) -> None:
+        """After a fault that no row alone caused: all rows end, and the loop goes on.
+
+        Raises the error when that has not helped.
+        """
+        self._num_faults += 1
+        if self._num_faults > MAX_FAULTS:
+            raise error
+        log.error("the step loop failed; all rows end, and it goes on", exc_info=error)
+        self._scheduler.end_all(
+            InternalError("the server failed; its log says why", reason=Reason.STEP_FAILED)
+        )
+
+    def _learn_costs(self, batch: Batch, seconds: float, heads_seconds: float) -> None:
+        decoding = any(step.decodes for step in batch.steps)
+        self._pace.record(prompt_tokens=batch.prompt_tokens, decoding=decoding, seconds=seconds)
+        self._costs.record(batch, seconds, heads_seconds)
+
+    def _note_failures(self, digests: Sequence[str]) -> None:
+        if not digests:
+            return
+        counts = dict(self._heads_failures)
+        for digest in digests:
+            if digest not in counts:
+                log.error("heads %s gave NaN or infinity; their rows go on undrafted", digest)
+            counts[digest] = counts.get(digest, 0) + 1
+        self._heads_failures = counts
+
+    def _publish(self) -> None:
+        self._unsent += self._scheduler.take_events()
+        if self._unsent:
+            self._on_events(self._unsent)
+            self._unsent = []
+        self._inbox.publish(self._state())
+
+    def _state(self) -> EngineState:
+        rows, pages = self._scheduler.rows, self._pages
+        free = pages.num_available - pages.num_cached
+        return EngineState(
+            num_rows=len(rows),
+            num_waiting=rows.num_waiting,
+            num_parked=rows.num_parked,
+            num_preemptions=rows.num_preemptions,
+            num_pages={"held": pages.num_held, "cached": pages.num_cached, "free": free},
+            heads_failures=self._heads_failures,
+        )
+
+    def _rest(self) -> None:
+        """Sleep until a command, a loaded adapter or the next deadline."""
+        wake_time = self._scheduler.rows.wake_time()
+        if wake_time is None:
+            self._inbox.rest(None)
+        else:
+            self._inbox.rest(max(wake_time - time.monotonic(), 0.0))
+
+    def _end_all(self, error: LorastackError) -> None:
+        self._inbox.carry_out(self._state)
+        self._scheduler.end_all(error)
+        self.residency.end(error)
+        self._publish()
+
+    def _forget_digest(self, digest: str) -> None:
+        self._pages.forget(digest)
+        self._speculator.forget(digest)
