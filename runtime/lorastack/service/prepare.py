@@ -10,6 +10,7 @@ import logging
 import secrets
 from dataclasses import dataclass, replace
 
+from lorastack.adapters.store.ids import NO_HEADS, RESERVED_IDS
 from lorastack.adapters.store.manifest import Record
 from lorastack.adapters.store.registry import Registry
 from lorastack.errors import (
@@ -32,9 +33,7 @@ from lorastack.service.templates import OwnTemplates
 from lorastack.text.grammar import GrammarCompiler, JsonSchema, Regex
 from lorastack.text.tokenizer import Tokenizer
 
-NO_HEADS = "none"
 TEXT_SLACK = 1024  # bytes beyond what fills the context: a tokenizer may drop some
-RESERVED_IDS = frozenset({NO_HEADS, "base", "default"})
 
 logger = logging.getLogger(__name__)
 
