@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorastack.adapters.formats.parse import ParsedAdapter, parse
+from lorastack.adapters.formats.validate import Validator
 from lorastack.adapters.store.manifest import FileSpec, Record
-from lorastack.adapters.store.registry import Registry, Upload
+from lorastack.adapters.store.registry import Registry, Upload, Validate
 from lorastack.errors import InvalidArgumentError, Reason
 from lorastack.layout import AdapterKind, ModelShapes
 
@@ -54,6 +55,13 @@ ANYTHING = ParsedAdapter(
     tensors={},
     base_copies={},
 )
+
+
+def no_copies(name: str) -> torch.Tensor:
+    raise AssertionError(f"asked for {name}")
+
+
+VALIDATE = Validator(shapes=SHAPES, base_names=("tiny",), base_weight=no_copies)
 # Adapters to the store: it looks at no byte of them.
 ONE = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"one" * 100}
 TWO = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"two" * 200}
@@ -110,12 +118,17 @@ def send(upload: Upload, blobs: Sequence[bytes], chunk: int = 1 << 20) -> None:
 
 
 def store(
-    registry: Registry, adapter_id: str, contents: Mapping[str, bytes], if_digest: str | None = None
+    registry: Registry,
+    adapter_id: str,
+    contents: Mapping[str, bytes],
+    if_digest: str | None = None,
+    *,
+    validate: Validate = accept,
 ) -> Record:
-    """Uploads files whatever they are."""
+    """Uploads files, whatever they are unless `validate` looks."""
     upload = registry.begin_upload(adapter_id, specs_of(contents), if_digest)
     send(upload, list(contents.values()))
-    return upload.commit(accept, base_fingerprint="base")
+    return upload.commit(validate, base_fingerprint="base")
 
 
 def read_folder(folder: Path) -> dict[str, bytes]:

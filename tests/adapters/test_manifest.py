@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from lorastack.adapters.formats.parse import parse
 from lorastack.adapters.formats.patterns import Names
-from lorastack.adapters.memory.loader import Loader, Validator
+from lorastack.adapters.formats.validate import Validator
+from lorastack.adapters.memory.loader import Loader
 from lorastack.adapters.store.manifest import Manifest, runs
 from lorastack.adapters.store.registry import Registry
 from lorastack.errors import DataLossError, InvalidArgumentError

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel as HFModel
 from lorastack.adapters.formats.fields import CONFIGS, READ, TRAINING
 from lorastack.adapters.formats.parse import parse
 from lorastack.adapters.formats.targets import module_names
-from lorastack.adapters.memory.loader import Validator
+from lorastack.adapters.formats.validate import Validator
 from lorastack.errors import InvalidArgumentError, Reason
 from lorastack.layout import EMBED, LM_HEAD, NO_LAYER, ModelShapes, Part
 from tests.adapters.folders import SHAPES, edit_json, files_of

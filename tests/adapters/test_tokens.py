@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from lorastack.adapters.formats.parse import ParsedAdapter
-from lorastack.adapters.memory.loader import Validator
+from lorastack.adapters.formats.validate import Validator
 from lorastack.errors import InvalidArgumentError
 from tests.adapters.folders import SHAPES, files_of
 from tests.helpers.adapters import write_heads, write_lora

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from lorastack.adapters.memory.loader import Validator
+from lorastack.adapters.formats.validate import Validator
 from lorastack.adapters.memory.pool import AdapterStats, PoolStats
 from lorastack.adapters.store.learned import Learned
 from lorastack.adapters.store.registry import Registry

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from lorastack.adapters.memory.loader import Validator
+from lorastack.adapters.formats.validate import Validator
 from lorastack.adapters.store.manifest import FileSpec, Record
 from lorastack.adapters.store.registry import Registry
 from lorastack.errors import (

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
 
-from lorastack.adapters.memory.loader import Validator
+from lorastack.adapters.formats.validate import Validator
 from lorastack.adapters.store.manifest import adapter_digest, file_spec
 from lorastack.folders import adapter_files
 from lorastack.startup.base import base_weight, model_shapes

@@ -19,9 +19,9 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 from prometheus_client import CollectorRegistry
 
 from lorastack import __version__
+from lorastack.adapters.formats.validate import Validator
 from lorastack.adapters.memory.device import Copy
 from lorastack.adapters.memory.host import HostCache
-from lorastack.adapters.memory.loader import Validator
 from lorastack.adapters.memory.pool import DevicePool
 from lorastack.adapters.memory.threads import be_nice
 from lorastack.adapters.store.learned import Learned

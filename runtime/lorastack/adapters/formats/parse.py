@@ -157,7 +157,7 @@ def check_base(
 def check_chat_template(parsed: ParsedAdapter, files: Mapping[str, Path]) -> None:
     """Raises InvalidArgumentError naming the file of a template that is too long.
 
-    Whether it is a template at all is for whoever can run it without harm (`load.Validator`).
+    Whether it is a template at all is for whoever can run it without harm (`validate.Validator`).
     """
     if len(parsed.chat_template or "") > MAX_TEMPLATE:
         file = TEMPLATE_NAME if TEMPLATE_NAME in files else TOKENIZER_CONFIG_NAME
