@@ -21,14 +21,30 @@ def read_object(path: Path) -> dict[str, Any]:
     Raises InvalidArgumentError for a file that cannot be read, is not JSON or no object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise invalid(f"{path} cannot be read as JSON: {error_line(error)}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise _unreadable(str(path), error) from error
+    return parse_object(text, str(path))
+
+
+def parse_object(text: str, name: str) -> dict[str, Any]:
+    """A text's JSON object; `name` is what errors call the text.
+
+    Raises InvalidArgumentError for what is not JSON or no object.
+    """
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _unreadable(name, error) from error
     if not isinstance(value, dict):
-        raise invalid(f"{path} must hold a JSON object, not {shown(value)}")
+        raise invalid(f"{name} must hold a JSON object, not {shown(value)}")
     return value
+
+
+def _unreadable(name: str, error: Exception) -> InvalidArgumentError:
+    return invalid(f"{name} cannot be read as JSON: {error_line(error)}")
 
 
 def check(ok: bool, path: Path, field: str, rule: str, value: object) -> None:

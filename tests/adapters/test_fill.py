@@ -15,9 +15,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lorastack.adapters.formats.dtypes import DTYPES
-from lorastack.adapters.formats.tensorfile import TensorEntry, read_header
+from lorastack.adapters.formats.tensorfile import read_header
 from lorastack.adapters.memory import fill as fill_module
 from lorastack.adapters.memory.fill import Place, fill
+from lorastack.tensorheader import TensorEntry
 from tests.adapters.folders import sha256
 
 TENSORS = st.lists(

@@ -20,7 +20,7 @@ import numpy as np
 
 from lorastack.adapters.formats.peft import text_field
 from lorastack.adapters.formats.refusal import invalid, unsupported
-from lorastack.adapters.formats.tensorfile import INTEGERS, TensorEntry, read_header
+from lorastack.adapters.formats.tensorfile import INTEGERS, read_header
 from lorastack.layout import (
     HEADS,
     MAX_DRAFT_VOCABULARY,
@@ -30,6 +30,7 @@ from lorastack.layout import (
     TensorKey,
     head_block,
 )
+from lorastack.tensorheader import TensorEntry
 
 CONFIG_NAME = "config.json"
 VOCABULARY_NAME = "draft_vocabulary.safetensors"

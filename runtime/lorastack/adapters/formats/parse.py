@@ -15,9 +15,10 @@ from lorastack.adapters.formats import medusa, peft
 from lorastack.adapters.formats.base_names import Same, same_model
 from lorastack.adapters.formats.jsonfile import read_object, read_text
 from lorastack.adapters.formats.refusal import invalid
-from lorastack.adapters.formats.tensorfile import TensorEntry, check_finite, read_header
+from lorastack.adapters.formats.tensorfile import check_finite, read_header
 from lorastack.errors import FailedPreconditionError, InvalidArgumentError, Reason
 from lorastack.layout import AdapterKind, ModelShapes, TensorKey
+from lorastack.tensorheader import TensorEntry
 
 MAX_CONFIG = 4 << 20  # bytes of one file of JSON or text
 MAX_TEMPLATE = 64 << 10  # characters; those of well-known models have 20,000 at most

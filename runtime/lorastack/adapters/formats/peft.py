@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from lorastack.adapters.formats.fields import check_fields
 from lorastack.adapters.formats.refusal import invalid, unsupported
 from lorastack.adapters.formats.targets import Adapted, TargetRules, module_names
-from lorastack.adapters.formats.tensorfile import TensorEntry
 from lorastack.layout import EMBED, LM_HEAD, ModelShapes, Part, TensorKey
+from lorastack.tensorheader import TensorEntry
 
 CONFIG_NAME = "adapter_config.json"
 MAX_ALPHA = 1e6  # with scales of requests bounded too, what they make is far from infinite

@@ -18,9 +18,10 @@ from lorastack.adapters.formats.parse import (
     parse,
 )
 from lorastack.adapters.formats.refusal import invalid, unsupported
-from lorastack.adapters.formats.tensorfile import TensorEntry, pieces
+from lorastack.adapters.formats.tensorfile import pieces
 from lorastack.adapters.formats.tokens import TokenId, check_tokens
 from lorastack.layout import EMBED, LM_HEAD, ModelShapes
+from lorastack.tensorheader import TensorEntry
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from lorastack.adapters.formats.dtypes import DTYPES
-from lorastack.adapters.formats.tensorfile import TensorEntry
+from lorastack.tensorheader import TensorEntry
 
 CHUNK = 4 << 20  # bytes
 CHUNKS = 4
