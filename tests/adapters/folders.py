@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lorastack.adapters.formats.facts import Facts
 from lorastack.adapters.formats.parse import ParsedAdapter, parse
 from lorastack.adapters.formats.validate import Validator
 from lorastack.adapters.store.manifest import FileSpec, Record
@@ -40,15 +41,19 @@ LORA_CONFIG, HEADS_CONFIG = "adapter_config.json", "config.json"
 Q_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 Q_B = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
 Edit = Callable[[dict[str, torch.Tensor]], None]
-ANYTHING = ParsedAdapter(
+FACTS = Facts(
     kind=AdapterKind.LORA,
-    base_models=(),
+    base_model="",
     rank=1,
     alpha=1.0,
     target_modules=("q_proj",),
     num_heads=0,
     num_layers=0,
     medusa_version=0,
+)
+ANYTHING = ParsedAdapter(
+    facts=FACTS,
+    base_models=(),
     draft_vocabulary=(),
     scales={},
     chat_template=None,

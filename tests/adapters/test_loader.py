@@ -73,10 +73,10 @@ def upload(registry: Registry, adapter_id: str, contents: Mapping[str, bytes]) -
 
 def test_from_folder_to_buffer(registry: Registry, bundle: Path, medusa_version: int) -> None:
     digest = upload(registry, "a", read_folder(bundle))
-    manifest = registry.manifest(digest)
-    assert manifest.kind is AdapterKind.LORA_WITH_MEDUSA
-    assert (manifest.rank, manifest.num_heads, manifest.num_layers) == (3, 2, 2)
-    assert manifest.medusa_version == medusa_version
+    facts = registry.manifest(digest).facts
+    assert facts.kind is AdapterKind.LORA_WITH_MEDUSA
+    assert (facts.rank, facts.num_heads, facts.num_layers) == (3, 2, 2)
+    assert facts.medusa_version == medusa_version
     packed = loader(registry)(digest)
     assert packed.digest == digest
     assert packed.nbytes == packed.buffer.numel() * 4

@@ -167,8 +167,8 @@ def test_same_modules_scales_and_tensors(
             pair = layer.lora_A["default"].weight, layer.lora_B["default"].weight
         assert torch.equal(tensors[index, target, Part.A], pair[0])
         assert torch.equal(tensors[index, target, Part.B], pair[1])
-    assert parsed.rank == max(layer.r["default"] for layer in layers.values())
-    assert parsed.target_modules == tuple(sorted({target for _, target in layers}))
+    assert parsed.facts.rank == max(layer.r["default"] for layer in layers.values())
+    assert parsed.facts.target_modules == tuple(sorted({target for _, target in layers}))
 
 
 @pytest.mark.parametrize(("fields", "named"), UNSUPPORTED.values(), ids=UNSUPPORTED.keys())

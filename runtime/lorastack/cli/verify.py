@@ -40,18 +40,10 @@ def verify_folder(
     specs = [file_spec(path) for path in paths]
     return {
         "digest": adapter_digest(specs),
-        "kind": parsed.kind.value,
-        "base_model": parsed.base_model,
+        **parsed.facts.to_json(),
         "checked_against": name,
-        "rank": parsed.rank,
-        "alpha": parsed.alpha,
-        "target_modules": list(parsed.target_modules),
-        "num_heads": parsed.num_heads,
-        "num_layers": parsed.num_layers,
-        "medusa_version": parsed.medusa_version,
         "draft_vocabulary": len(parsed.draft_vocabulary),
         "own_chat_template": parsed.chat_template is not None,
-        "warnings": list(parsed.warnings),
         "size_bytes": sum(spec.size for spec in specs),
         "left_out": left_out,
     }

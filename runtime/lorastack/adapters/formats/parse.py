@@ -13,6 +13,7 @@ from pathlib import Path
 
 from lorastack.adapters.formats import medusa, peft
 from lorastack.adapters.formats.base_names import Same, same_model
+from lorastack.adapters.formats.facts import Facts
 from lorastack.adapters.formats.jsonfile import read_object, read_text
 from lorastack.adapters.formats.refusal import invalid
 from lorastack.adapters.formats.tensorfile import check_finite, read_header
@@ -32,25 +33,13 @@ _CODE = (".py", ".pyc", ".so")
 class ParsedAdapter:
     """A folder that fits the base model, its values still on disk."""
 
-    kind: AdapterKind
-    base_models: tuple[str, ...]  # names found in the configs: none, one, or two that differ
-    rank: int  # the largest of any module; 0 without a LoRA
-    alpha: float
-    target_modules: tuple[str, ...]
-    num_heads: int
-    num_layers: int  # blocks a head; 0 without heads
-    medusa_version: int  # 0 without heads
+    facts: Facts
+    base_models: tuple[str, ...]  # names in the configs: none, one, or two that differ
     draft_vocabulary: tuple[int, ...]  # of the heads; () for all tokens
     scales: Mapping[tuple[int, str], float]
     chat_template: str | None
     tensors: Mapping[TensorKey, TensorEntry]
     base_copies: Mapping[str, TensorEntry]  # base tensor name -> the folder's copy of it
-    warnings: tuple[str, ...] = ()  # what its owner should know
-
-    @property
-    def base_model(self) -> str:
-        """The base model's name; "" if the folder names none."""
-        return self.base_models[0] if self.base_models else ""
 
 
 def parse(
@@ -107,15 +96,19 @@ def _combine(
     if lora is None or heads is None:
         kind = AdapterKind.LORA if heads is None else AdapterKind.MEDUSA
     names = [part.base_model for part in (lora, heads) if part is not None and part.base_model]
-    return ParsedAdapter(
+    facts = Facts(
         kind=kind,
-        base_models=tuple(dict.fromkeys(names)),
+        base_model=names[0] if names else "",
         rank=lora.rank if lora else 0,
         alpha=lora.alpha if lora else 0.0,
         target_modules=lora.target_modules if lora else (),
         num_heads=heads.num_heads if heads else 0,
         num_layers=heads.num_layers if heads else 0,
         medusa_version=heads.version if heads else 0,
+    )
+    return ParsedAdapter(
+        facts=facts,
+        base_models=tuple(dict.fromkeys(names)),
         draft_vocabulary=heads.draft_vocabulary if heads else (),
         scales=lora.scales if lora else {},
         chat_template=template,

@@ -64,7 +64,7 @@ class Validator:
             _check_fits(entry, self.dtype)
         for name, entry in parsed.base_copies.items():
             _check_copy(name, entry, self.base_weight(name))
-        return replace(parsed, warnings=warnings)
+        return replace(parsed, facts=replace(parsed.facts, warnings=warnings))
 
     def _trained_rows(self, parsed: ParsedAdapter) -> int:
         """Rows of the vocabulary that the LoRA adapts."""

@@ -77,7 +77,7 @@ class Loader:
         vocabulary = parsed.draft_vocabulary
         if vocabulary:
             shapes[DRAFT_KEY] = (len(vocabulary), self.shapes.hidden_size)
-        return self.allocate(shapes, parsed.scales, parsed.num_heads, vocabulary)
+        return self.allocate(shapes, parsed.scales, parsed.facts.num_heads, vocabulary)
 
 
 def _place(buffer: Tensor, slot: TensorSlot) -> Tensor:

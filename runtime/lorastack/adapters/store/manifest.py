@@ -26,9 +26,9 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from lorastack.adapters.formats.facts import Facts
 from lorastack.adapters.store.durable import hash_file
 from lorastack.errors import InvalidArgumentError
-from lorastack.layout import AdapterKind
 
 FORMAT = "lorastack-store 1\n"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -103,23 +103,18 @@ def _is_plain(name: str) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """An immutable adapter: its files, and what validation found out about it."""
+    """An immutable adapter: its files, and what validation found out about it.
+
+    A manifest's JSON has the facts beside the other fields.
+    """
 
     digest: str
     files: tuple[FileSpec, ...]  # those that the digest covers
-    kind: AdapterKind
-    base_model: str  # the name in its config; "" if none
+    facts: Facts
     base_fingerprint: str  # of the base model it was validated against
-    rank: int
-    alpha: float
-    target_modules: tuple[str, ...]
-    num_heads: int
-    num_layers: int
-    medusa_version: int
     # (scale, how many modules in a row have it), modules by layer and target; empty without a LoRA,
     # and in manifests of versions that did not write it down.
     scales: tuple[tuple[float, int], ...] = ()
-    warnings: tuple[str, ...] = ()  # what its owner should know
 
     @property
     def module_scales(self) -> list[float] | None:
@@ -129,6 +124,8 @@ class Manifest:
     def to_bytes(self) -> bytes:
         """With a hash of the rest: a load trusts the scales."""
         fields = asdict(self)
+        del fields["facts"]
+        fields |= self.facts.to_json()
         return _dump({**fields, "check": _check(fields)})
 
     @classmethod
@@ -139,12 +136,13 @@ class Manifest:
         # Older versions wrote neither a check nor scales.
         if (check is not None or "scales" in fields) and check != _check(fields):
             raise ValueError("the manifest's check does not fit its other fields")
-        fields["files"] = tuple(FileSpec(**spec) for spec in fields["files"])
-        fields["kind"] = AdapterKind(fields["kind"])
-        fields["target_modules"] = tuple(fields["target_modules"])
-        fields["warnings"] = tuple(fields.get("warnings", ()))
-        fields["scales"] = tuple(_run(run) for run in fields.get("scales", ()))
-        manifest = cls(**fields)
+        manifest = cls(
+            digest=fields.pop("digest"),
+            files=tuple(FileSpec(**spec) for spec in fields.pop("files")),
+            base_fingerprint=fields.pop("base_fingerprint"),
+            scales=tuple(_run(run) for run in fields.pop("scales", ())),
+            facts=Facts.from_json(fields),
+        )
         if adapter_digest(manifest.files) != manifest.digest:
             raise ValueError("the manifest's files do not give its digest")
         return manifest

@@ -116,17 +116,9 @@ class Upload:
         return Manifest(
             digest=digest,
             files=tuple(spec for spec in self.files if in_digest(spec.name)),
-            kind=parsed.kind,
-            base_model=parsed.base_model,
+            facts=parsed.facts,
             base_fingerprint=base_fingerprint,
-            rank=parsed.rank,
-            alpha=parsed.alpha,
-            target_modules=parsed.target_modules,
-            num_heads=parsed.num_heads,
-            num_layers=parsed.num_layers,
-            medusa_version=parsed.medusa_version,
             scales=runs(parsed.scales.values()),
-            warnings=parsed.warnings,
         )
 
     def _check_open(self) -> None:
