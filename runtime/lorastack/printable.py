@@ -29,4 +29,4 @@ def error_line(error: BaseException) -> str:
 
 def printable_json(text: str) -> str:
     r"""JSON with whatever does not print written as \u009b, ..."""
-    return _IN_JSON.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    return _IN_JSON.sub(lambda match: f"\\u{ord(match[0]):04x}", text)

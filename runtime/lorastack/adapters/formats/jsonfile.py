@@ -49,8 +49,8 @@ def parse_first(text: str, key: str, name: str) -> object:
 
     For large files whose writers put it first: the rest is not read. Raises as `parse_object`.
     """
-    found = re.search(rf'"{re.escape(key)}"\s*:\s*', text)
-    return _parse(text, found.end(), name, whole=False) if found else None
+    mention = re.search(rf'"{re.escape(key)}"\s*:\s*', text)
+    return _parse(text, mention.end(), name, whole=False) if mention else None
 
 
 def _parse(text: str, start: int, name: str, *, whole: bool) -> object:

@@ -111,17 +111,17 @@ def _expected(
 ) -> dict[str, tuple[TensorKey, tuple[int, ...]]]:
     """Tensor name -> (key, shape) of everything that such heads have."""
     hidden = shapes.hidden_size
-    found: dict[str, tuple[TensorKey, tuple[int, ...]]] = {}
+    expected: dict[str, tuple[TensorKey, tuple[int, ...]]] = {}
     for head in range(num_heads):
         for block in range(num_layers):
             layer = head_block(head, block, num_heads)
             name = f"{head}.{block}.linear"
-            found[f"{name}.weight"] = (layer, HEADS, Part.WEIGHT), (hidden, hidden)
-            found[f"{name}.bias"] = (layer, HEADS, Part.BIAS), (hidden,)
+            expected[f"{name}.weight"] = (layer, HEADS, Part.WEIGHT), (hidden, hidden)
+            expected[f"{name}.bias"] = (layer, HEADS, Part.BIAS), (hidden,)
         if version == 1:
             key = (head, HEADS, Part.OUTPUT)
-            found[f"{head}.{num_layers}.weight"] = key, (shapes.vocab_size, hidden)
-    return found
+            expected[f"{head}.{num_layers}.weight"] = key, (shapes.vocab_size, hidden)
+    return expected
 
 
 def _version(config: Mapping[str, object], entries: Mapping[str, TensorEntry]) -> int:

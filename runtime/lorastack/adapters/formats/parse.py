@@ -189,10 +189,10 @@ def _tensors(files: Mapping[str, Path]) -> dict[str, TensorEntry]:
         raise invalid("the folder has no .safetensors file")
     entries: dict[str, TensorEntry] = {}
     for name in names:
-        found = read_header(files[name], name)
-        if twice := sorted(found.keys() & entries.keys()):
+        in_file = read_header(files[name], name)
+        if twice := sorted(in_file.keys() & entries.keys()):
             raise invalid(f"tensor {twice[0]} is in {name} and in another file of the folder")
-        entries |= found
+        entries |= in_file
     return entries
 
 

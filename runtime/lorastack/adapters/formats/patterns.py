@@ -145,10 +145,10 @@ class _Run:
             matching = self._class(operation, arguments, flags)
             return (positions & matching) << 1 if forward else positions >> 1 & matching
         if operation is ops.BRANCH:
-            found = 0
+            ends = 0
             for branch in arguments[1]:
-                found |= self.image(branch, flags, positions, forward=forward)
-            return found
+                ends |= self.image(branch, flags, positions, forward=forward)
+            return ends
         if operation is ops.SUBPATTERN:
             _, added, removed, tree = arguments
             return self.image(tree, (flags | added) & ~removed, positions, forward=forward)
@@ -180,13 +180,13 @@ class _Run:
             before, positions = positions, self.image(tree, flags, positions, forward=forward)
             if positions == before:
                 break
-        found = latest = positions
+        reached = latest = positions
         for _ in range(int(most) - least):
-            latest = self.image(tree, flags, latest, forward=forward) & ~found
+            latest = self.image(tree, flags, latest, forward=forward) & ~reached
             if not latest:
                 break
-            found |= latest
-        return found
+            reached |= latest
+        return reached
 
     def _anchor(self, kind: Any) -> int:
         names = self._names

@@ -62,10 +62,10 @@ def parse_peft(
     modules = module_names(shapes)
     alpha = _alpha(config.get("lora_alpha", 8), "lora_alpha")
     adapted = _resolved(config, alpha, shapes) if scales is None else None
-    found, base_copies = _sort_tensors(entries, modules, shapes)
+    parts, base_copies = _sort_tensors(entries, modules, shapes)
     if adapted is None:
-        adapted = _known(found, modules, scales or ())
-    if strangers := sorted(found.keys() - adapted.keys()):
+        adapted = _known(parts, modules, scales or ())
+    if strangers := sorted(parts.keys() - adapted.keys()):
         raise invalid(f"{CONFIG_NAME} does not target {strangers[0]}, but tensors adapt it")
     tensors: dict[TensorKey, TensorEntry] = {}
     for module in sorted(adapted):
@@ -73,7 +73,7 @@ def parse_peft(
         out_size, in_size = shapes.target_shape(target)
         rank = adapted[module].rank
         for part, shape in ((Part.A, (rank, in_size)), (Part.B, (out_size, rank))):
-            entry = found.get(module, {}).get(part)
+            entry = parts.get(module, {}).get(part)
             if entry is None:
                 raise invalid(f"{CONFIG_NAME} targets {module}, but its lora_{part} is missing")
             _check_shape(entry, shape)
@@ -107,16 +107,16 @@ def _resolved(
 
 
 def _known(
-    found: Mapping[str, Mapping[Part, TensorEntry]],
+    parts: Mapping[str, Mapping[Part, TensorEntry]],
     modules: Mapping[str, tuple[int, str]],
     scales: Sequence[float],
 ) -> dict[str, Adapted]:
     """As resolved before. Ranks are what the tensors have."""
-    if not scales or len(found) != len(scales):
-        raise invalid(f"{len(found)} modules have a LoRA, but {len(scales)} scales are known")
+    if not scales or len(parts) != len(scales):
+        raise invalid(f"{len(parts)} modules have a LoRA, but {len(scales)} scales are known")
     adapted = {}
-    for module, scale in zip(sorted(found, key=modules.__getitem__), scales, strict=True):
-        shape = found[module][Part.A].shape if Part.A in found[module] else ()
+    for module, scale in zip(sorted(parts, key=modules.__getitem__), scales, strict=True):
+        shape = parts[module][Part.A].shape if Part.A in parts[module] else ()
         adapted[module] = Adapted(shape[0] if shape else 0, scale)
     return adapted
 
@@ -125,7 +125,7 @@ def _sort_tensors(
     entries: Mapping[str, TensorEntry], modules: Mapping[str, tuple[int, str]], shapes: ModelShapes
 ) -> tuple[dict[str, dict[Part, TensorEntry]], dict[str, TensorEntry]]:
     """(module -> part -> entry, base tensor name -> entry). Every tensor must find its place."""
-    found: dict[str, dict[Part, TensorEntry]] = {}
+    parts: dict[str, dict[Part, TensorEntry]] = {}
     copies: dict[str, TensorEntry] = {}
     for name, entry in entries.items():
         match = _TENSOR.fullmatch(name)
@@ -155,8 +155,8 @@ def _sort_tensors(
             raise invalid(f"tensor {name} has the wrong kind of LoRA for {module}")
         else:
             kind = Part.A if part in ("lora_A.weight", "lora_embedding_A") else Part.B
-            found.setdefault(module, {})[kind] = entry
-    return found, copies
+            parts.setdefault(module, {})[kind] = entry
+    return parts, copies
 
 
 def _check_shape(entry: TensorEntry, shape: tuple[int, ...]) -> None:

@@ -69,10 +69,10 @@ class BlobStore:
 
     def keep_only(self, referenced: set[str]) -> tuple[int, int]:
         """Removes all other blobs; (their number, their bytes)."""
-        with os.scandir(self._folder) as found:
+        with os.scandir(self._folder) as entries:
             orphans = [
                 (entry.path, entry.stat().st_size)
-                for entry in found
+                for entry in entries
                 if entry.name not in referenced and entry.name not in self._held
             ]
         for path, _ in orphans:

@@ -87,7 +87,7 @@ def check_store(root: Path, progress: Callable[[int, int], None]) -> Report:
         num_revisions=sum(len(pointer.revisions) for pointer in tables.pointers.values()),
         num_blobs=len(tables.blobs),
         size_bytes=sum(tables.blobs.values()),
-        damaged=tuple(sorted(damage, key=lambda found: found.path)),
+        damaged=tuple(sorted(damage, key=lambda item: item.path)),
         orphans=tuple(sorted(stored - _needed_files(tables))),
         staged=tuple(_staged(root / "staging")),
     )
@@ -96,8 +96,8 @@ def check_store(root: Path, progress: Callable[[int, int], None]) -> Report:
 def _problem(path: Path, sha256: str, size: int) -> str:
     """What is wrong with a blob; "" if nothing is."""
     try:
-        if (found := path.stat().st_size) != size:
-            return f"{found} bytes instead of {size}"
+        if (actual := path.stat().st_size) != size:
+            return f"{actual} bytes instead of {size}"
         return "" if hash_file(path) == sha256 else "the bytes do not have this sha256"
     except FileNotFoundError:
         return "missing"

@@ -57,9 +57,9 @@ class Learned:
 
 def _read(path: Path) -> dict[str, str]:
     try:
-        found = read_object(path, path.name, 4 * MAX_BYTES)  # quotes in a text take two bytes
-        texts = {digest: text for digest, text in found.items() if isinstance(text, str)}
-        if len(texts) < len(found):
+        fields = read_object(path, path.name, 4 * MAX_BYTES)  # quotes in a text take two bytes
+        texts = {digest: text for digest, text in fields.items() if isinstance(text, str)}
+        if len(texts) < len(fields):
             raise invalid(f"{path.name} holds more than texts")
     except FileNotFoundError:
         return {}

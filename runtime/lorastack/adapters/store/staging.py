@@ -65,16 +65,16 @@ class StagingArea:
     def recover(self) -> tuple[int, int]:
         """Takes in what an earlier run left; (uploads removed, uploads kept). Once."""
         for folder in list(self._root.iterdir()):
-            num_bytes, changed_at = _found(folder)
+            num_bytes, changed_at = _bytes_and_change(folder)
             self._staged[folder.name] = _Staged("", 0, changed_at, running=False)
             self._add(folder.name, num_bytes)
-        found = len(self._staged)
+        num_left = len(self._staged)
         self.expire()
         with self._lock:
             self._reduce()
             while self._num_bytes > self._max_bytes:
                 self._make_room()
-        return found - len(self._staged), len(self._staged)
+        return num_left - len(self._staged), len(self._staged)
 
     def sizes(self, key: str, needed: Iterable[FileSpec]) -> dict[str, int]:
         """sha256 -> how many bytes of it an upload has here."""
@@ -145,7 +145,7 @@ class StagingArea:
             callers = Counter(upload.caller for upload in waiting.values())
             most = callers.most_common(1)[0][0]
             theirs = [key for key in waiting if waiting[key].caller == most]
-            self._drop(min(theirs, key=lambda key: _worth(waiting[key])))
+            self._drop(min(theirs, key=lambda key: _loss(waiting[key])))
 
     def _make_room(self, caller: str | None = None) -> None:
         """Drops the oldest waiting upload: a caller's, or of those who hold the most."""
@@ -153,15 +153,15 @@ class StagingArea:
         if caller is None:
             callers = {upload.caller for upload in waiting.values()}
             caller = max(callers, key=self._held.__getitem__, default="")
-        found = [key for key in waiting if waiting[key].caller == caller]
-        if not found:
+        theirs = [key for key in waiting if waiting[key].caller == caller]
+        if not theirs:
             raise ResourceExhaustedError(
                 "unfinished uploads take all the room there is for them: try again, what has "
                 "arrived is kept",
                 reason=Reason.STAGING_FULL,
                 retry_after=RETRY_SECONDS,
             )
-        self._drop(min(found, key=lambda key: waiting[key].changed_at))
+        self._drop(min(theirs, key=lambda key: waiting[key].changed_at))
 
     def _waiting(self) -> Iterator[tuple[str, _Staged]]:
         return ((key, upload) for key, upload in self._staged.items() if not upload.running)
@@ -288,7 +288,7 @@ def _size(path: Path, size: int) -> int:
     return staged if staged <= size else 0
 
 
-def _found(folder: Path) -> tuple[int, float]:
+def _bytes_and_change(folder: Path) -> tuple[int, float]:
     """A folder's bytes and its last change. One that is not ours is old enough to go."""
     try:
         files = [path.stat() for path in folder.iterdir()]
@@ -298,6 +298,6 @@ def _found(folder: Path) -> tuple[int, float]:
     return sum(file.st_size for file in files), changed_at
 
 
-def _worth(upload: _Staged) -> tuple[int, float]:
+def _loss(upload: _Staged) -> tuple[int, float]:
     """Orders waiting uploads by how little is lost with them."""
     return upload.num_bytes, upload.changed_at

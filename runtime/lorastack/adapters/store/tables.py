@@ -108,19 +108,19 @@ class Tables:
                 field="digest",
             )
         pointer = self._known_pointer(adapter_id)
-        found = {
+        fitting = {
             revision.digest: revision
             for revision in pointer.revisions
             if revision.digest.startswith(f"sha256:{digits}")
         }
-        if not found:
+        if not fitting:
             raise _no_revision(adapter_id, f"{adapter_id}@{start}")
-        if len(found) > 1:
+        if len(fitting) > 1:
             raise InvalidArgumentError(
-                f"{start!r} fits {len(found)} revisions of {adapter_id!r}: write more digits",
+                f"{start!r} fits {len(fitting)} revisions of {adapter_id!r}: write more digits",
                 field="digest",
             )
-        return self.record(adapter_id, *found.values())
+        return self.record(adapter_id, *fitting.values())
 
     def revisions(self, adapter_id: str) -> list[Record]:
         """All revisions of an id, newest first; without those whose manifest is damaged.
