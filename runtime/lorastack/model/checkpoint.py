@@ -90,7 +90,7 @@ class Checkpoint:
                 self._progress(self._num_read, self.nbytes)
 
     def equal(self, name: str, other: str) -> bool:
-        """Whether two tensors are stored with the same shape, dtype and bytes."""
+        """True if two tensors are stored with the same shape, dtype and bytes."""
         one, two = self._find(name), self._find(other)
         if (one.shape, one.dtype) != (two.shape, two.dtype):
             return False
@@ -149,7 +149,7 @@ def _shards(folder: Path, weight_map: object) -> list[Path]:
 
 
 def _read_header(file: Path) -> dict[str, TensorEntry]:
-    """By name. Tensors may leave gaps, and be of dtypes that are not read."""
+    """Tensors by name. They may leave gaps, and have dtypes that cannot be read."""
     shown = str(file)
     header = read_header(file, shown, max_bytes=MAX_HEADER, parse=parse_object, invalid=invalid)
     tensors = {}

@@ -1,7 +1,7 @@
 """Heads that a Medusa-2 checkpoint has beside its backbone, as the folder of a Medusa adapter.
 
-Their tensors are `medusa_head.{i}.{l}.linear.weight` and so on: without the prefix, the names that
-published heads have (`adapters.formats.medusa`).
+Their tensors are `medusa_head.{i}.{l}.linear.weight` and so on; without the prefix these are the
+names of published heads (`adapters.formats.medusa`).
 """
 
 from __future__ import annotations

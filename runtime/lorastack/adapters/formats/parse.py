@@ -22,7 +22,7 @@ from lorastack.layout import AdapterKind, ModelShapes, TensorKey
 from lorastack.tensorheader import TensorEntry
 
 MAX_CONFIG = 4 << 20  # bytes of one file of JSON or text
-MAX_TEMPLATE = 64 << 10  # characters; those of well-known models have 20,000 at most
+MAX_TEMPLATE = 64 << 10  # characters; well-known models' templates have 20,000 at most
 TEMPLATE_NAME = "chat_template.jinja"
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
@@ -47,8 +47,8 @@ def parse(
 ) -> ParsedAdapter:
     """A folder, given as file name -> where its bytes are.
 
-    scales: those that an earlier call found for the same files, in the order of (layer, target);
-    then no pattern is matched and no template read. Raises InvalidArgumentError naming the file,
+    scales: the result of an earlier call for the same files, in the order of (layer, target); with
+    them, no pattern is matched and no template read. Raises InvalidArgumentError naming the file,
     field, or tensor with both shapes.
     """
     _check_names(files)
@@ -120,12 +120,11 @@ def _combine(
 def check_base(
     parsed: ParsedAdapter, base_names: Collection[str], *, accept: bool = False
 ) -> tuple[str, ...]:
-    """Warnings about the name that the folder has for its base model.
+    """Compares the folder's name for its base model with the server's; returns warnings.
 
-    base_names: what the server's model is called (hub id, folder, aliases); `base_names.same_model`
-    says which names mean the same. A folder that names no base passes; its shapes were checked
-    anyway. accept: any name passes. Raises FailedPreconditionError when it is another model's, and
-    InvalidArgumentError for a name that would spoil a listing.
+    base_names: what the server's model is called (hub id, folder, aliases). A folder that names no
+    base passes, as its shapes were checked; accept: any name passes. Raises FailedPreconditionError
+    for another model's name, and InvalidArgumentError for one that cannot be printed.
     """
     warnings = []
     for name in parsed.base_models:
@@ -151,7 +150,7 @@ def check_base(
 def check_chat_template(parsed: ParsedAdapter, files: Mapping[str, Path]) -> None:
     """Raises InvalidArgumentError naming the file of a template that is too long.
 
-    Whether it is a template at all is for whoever can run it without harm (`validate.Validator`).
+    `validate.Validator` compiles it, where that does no harm.
     """
     if len(parsed.chat_template or "") > MAX_TEMPLATE:
         file = TEMPLATE_NAME if TEMPLATE_NAME in files else TOKENIZER_CONFIG_NAME
@@ -181,7 +180,7 @@ def _config(files: Mapping[str, Path], name: str) -> dict[str, object] | None:
 
 
 def _tensors(files: Mapping[str, Path]) -> dict[str, TensorEntry]:
-    """All tensors of all files of weights."""
+    """The tensors of all .safetensors files, by name, but for the draft vocabulary."""
     names = sorted(
         name for name in files if name.endswith(".safetensors") and name != medusa.VOCABULARY_NAME
     )
@@ -214,9 +213,10 @@ def _check_unmatched(names: set[str], no_heads_config: bool) -> None:
 
 
 def chat_template(files: Mapping[str, Path]) -> str | None:
-    """The folder's own chat template: the jinja file, else the tokenizer config's default one.
+    """The folder's own chat template: the jinja file, or else the tokenizer config's default.
 
-    files: file name -> path. Raises InvalidArgumentError for a malformed file.
+    files: file name -> path. None without a template. Raises InvalidArgumentError for a malformed
+    file.
     """
     if TEMPLATE_NAME in files:
         return read_text(files[TEMPLATE_NAME], TEMPLATE_NAME, MAX_CONFIG)

@@ -17,9 +17,9 @@ from lorastack.layout import EMBED, LM_HEAD, ModelShapes, Part, TensorKey
 from lorastack.tensorheader import TensorEntry
 
 CONFIG_NAME = "adapter_config.json"
-MAX_ALPHA = 1e6  # with scales of requests bounded too, what they make is far from infinite
-MAX_PATTERNS = 1024  # of one field; PEFT's EVA writes one for each of a model's projections
-MAX_TEXT = 1024  # characters of a name in a config, which every listing repeats
+MAX_ALPHA = 1e6  # bounded, as scales of requests are, so that products stay finite
+MAX_PATTERNS = 1024  # in one field; PEFT's EVA writes one for each projection of a model
+MAX_TEXT = 1024  # characters of a name in a config: listings show it
 # PEFT's choice for Llama and Mistral when a config names no targets.
 _DEFAULT_TARGETS = frozenset({"q_proj", "v_proj"})
 
@@ -55,9 +55,9 @@ def parse_peft(
 ) -> LoraPart:
     """The LoRA of a PEFT folder. `entries`: its PEFT tensors by name.
 
-    scales: what an earlier call found for the same folder, in the order of (layer, target); no
-    pattern is matched then. Raises InvalidArgumentError naming the field, or the tensor and both
-    shapes.
+    scales: the result of an earlier call for the same folder, in the order of (layer, target); with
+    them, no pattern is matched. Raises InvalidArgumentError naming the field, or the tensor and
+    both shapes.
     """
     modules = module_names(shapes)
     alpha = _alpha(config.get("lora_alpha", 8), "lora_alpha")
@@ -93,7 +93,7 @@ def parse_peft(
 def _resolved(
     config: Mapping[str, object], alpha: float, shapes: ModelShapes
 ) -> dict[str, Adapted]:
-    """By the config's own words: module -> how it is adapted."""
+    """Module -> how it is adapted, by the rules of the config."""
     check_fields(config, CONFIG_NAME)
     adapted = _rules(config, alpha).resolve(module_names(shapes))
     if not adapted:
@@ -111,7 +111,7 @@ def _known(
     modules: Mapping[str, tuple[int, str]],
     scales: Sequence[float],
 ) -> dict[str, Adapted]:
-    """As resolved before. Ranks are what the tensors have."""
+    """Module -> how it is adapted, with scales that are known and the ranks of the tensors."""
     if not scales or len(parts) != len(scales):
         raise invalid(f"{len(parts)} modules have a LoRA, but {len(scales)} scales are known")
     adapted = {}
@@ -124,7 +124,7 @@ def _known(
 def _sort_tensors(
     entries: Mapping[str, TensorEntry], modules: Mapping[str, tuple[int, str]], shapes: ModelShapes
 ) -> tuple[dict[str, dict[Part, TensorEntry]], dict[str, TensorEntry]]:
-    """(module -> part -> entry, base tensor name -> entry). Every tensor must find its place."""
+    """(module -> part -> entry, base tensor name -> entry). A tensor without a place is refused."""
     parts: dict[str, dict[Part, TensorEntry]] = {}
     copies: dict[str, TensorEntry] = {}
     for name, entry in entries.items():
@@ -237,7 +237,7 @@ def _layers(config: Mapping[str, object]) -> frozenset[int] | None:
 
 
 def _layers_pattern(config: Mapping[str, object]) -> tuple[str, ...]:
-    """In the config's order: the first pattern that matches decides."""
+    """In the config's order."""
     value = config.get("layers_pattern") or []
     items = [value] if isinstance(value, str) else value
     if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
@@ -252,7 +252,7 @@ def _check_number(field: str, patterns: Sized) -> None:
 
 
 def text_field(config: Mapping[str, object], field: str) -> str:
-    """A short string that may be missing or null ("")."""
+    """A short string of the config; "" if it is missing or null."""
     value = config.get(field)
     if value is not None and not isinstance(value, str):
         raise invalid(f"{field} must be a string")

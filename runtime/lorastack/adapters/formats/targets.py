@@ -52,7 +52,7 @@ class TargetRules:
     use_rslora: bool
 
     def resolve(self, modules: Mapping[str, tuple[int, str]]) -> dict[str, Adapted]:
-        """Those of the modules that PEFT would wrap (names without `base_model.model.`).
+        """The modules that PEFT would wrap (names without `base_model.model.`), and how.
 
         Raises InvalidArgumentError for a bad pattern, or ones that take too many steps.
         """
@@ -79,7 +79,7 @@ class TargetRules:
         return targeted & ~excluded
 
     def _layers(self, names: Names, modules: Mapping[str, tuple[int, str]]) -> int:
-        """The modules of the layers to transform; a name has one number, its layer's."""
+        """The modules of the layers to transform; with layers_patterns, those that one matches."""
         layers = self.layers_to_transform or ()
         in_layers = names.chosen(name for name, (layer, _) in modules.items() if layer in layers)
         named = 0

@@ -22,12 +22,13 @@ from lorastack.tensorheader import TensorEntry
 MAX_HEADER = 1 << 20  # bytes
 MAX_TENSORS = 4096
 MAX_NAME = 256  # characters of a tensor's name
-# Values are read in pieces of this size: small enough for the processor's cache, and for torch not
-# to bring in its OpenMP threads; large enough that what Python adds does not matter.
+# Bytes that are read at once: few enough for the processor's cache, and for torch to start no
+# OpenMP threads; enough that Python's own time does not matter.
 PIECE = 1 << 16
 
-# How to look for bad values by dtype: all bits but the sign's, and the first of the patterns that
-# are no number or an infinity; of F64, those that become one in float32, the widest we compute in.
+# How to find bad values by dtype: the mask of all bits but the sign's, and the smallest masked
+# value that is an infinity or NaN. For F64, the smallest that becomes infinite in float32, the
+# widest dtype that is computed with.
 _NOT_FINITE: dict[str, tuple[type[np.unsignedinteger], int, int]] = {
     "F16": (np.uint16, 0x7FFF, 0x7C00),
     "BF16": (np.uint16, 0x7FFF, 0x7F80),
@@ -41,7 +42,7 @@ INTEGERS = ("I32", "I64")
 def read_header(path: Path, name: str, dtypes: Collection[str] = FLOATS) -> dict[str, TensorEntry]:
     """Tensors of a safetensors file by name; `name` is what errors call the file.
 
-    dtypes: those that are accepted. Raises InvalidArgumentError for a truncated file, a header that
+    dtypes: the accepted ones. Raises InvalidArgumentError for a truncated file, a header that
     is too large or malformed, too many tensors, offsets that overlap, leave gaps or disagree with
     the shapes, and other dtypes.
     """

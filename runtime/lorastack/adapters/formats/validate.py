@@ -30,9 +30,9 @@ class Validator:
 
     base_names: what the server's model is called, aliases too. base_weight: base tensor name
     (model.embed_tokens.weight, lm_head.weight) -> that tensor, to compare copies that PEFT saved.
-    dtype: what the server computes with, and adapters are converted to. base_token: a token's id in
-    the base model's tokenizer, None if it has none; without, tokenizer files are not looked at.
-    check_template: compiles a chat template; raises what is wrong with it.
+    dtype: the server computes with it, and adapters are converted to it. base_token: a token's id
+    in the base model's tokenizer, None if it has none; without base_token, tokenizer files are not
+    read. check_template: compiles a chat template and raises if it is malformed.
     """
 
     shapes: ModelShapes
@@ -43,7 +43,7 @@ class Validator:
     check_template: Callable[[str], None] | None = None
 
     def __call__(self, files: Mapping[str, Path], *, accept_base: bool = False) -> ParsedAdapter:
-        """accept_base: another base model's name is no objection.
+        """The checked folder, with warnings. accept_base: any base model's name passes.
 
         Raises InvalidArgumentError or FailedPreconditionError.
         """
@@ -67,13 +67,13 @@ class Validator:
         return replace(parsed, facts=replace(parsed.facts, warnings=warnings))
 
     def _trained_rows(self, parsed: ParsedAdapter) -> int:
-        """Rows of the vocabulary that the LoRA adapts."""
+        """How many rows of the embedding or the lm_head the LoRA adapts."""
         adapts = any(target in (EMBED, LM_HEAD) for _, target in parsed.scales)
         return self.shapes.vocab_size if adapts else 0
 
 
 def _check_fits(entry: TensorEntry, dtype: torch.dtype) -> None:
-    """No finite value may become an infinity in the dtype that the server computes with."""
+    """Raises if a finite value becomes an infinity in the dtype that the server computes with."""
     stored = DTYPES[entry.dtype]
     if torch.finfo(stored).max <= torch.finfo(dtype).max:
         return
@@ -87,7 +87,7 @@ def _check_fits(entry: TensorEntry, dtype: torch.dtype) -> None:
 
 
 def _check_copy(name: str, entry: TensorEntry, base: Tensor) -> None:
-    """A copy of a base weight must be that weight, up to the rounding of either's dtype."""
+    """Raises unless a copy equals the base weight, either of them rounded to the other's dtype."""
     if entry.shape != base.shape:
         raise invalid(
             f"tensor {entry.name} has shape {list(entry.shape)}, but the base model's {name} has "

@@ -1,4 +1,4 @@
-"""Is every byte of a store what its name says? Reads only; a server may use the store meanwhile."""
+"""Checks every byte of a store. Reads only; a server may use the store meanwhile."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ class Damage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StagedUpload:
-    """The bytes of an upload that is running or waits to be resumed."""
+    """What an upload that is running or waits to be resumed has on the disk."""
 
     key: str
     size_bytes: int
 
 
-NUM_LOOKS = 5
+NUM_LOOKS = 5  # at tables of a store that changes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,8 +54,8 @@ class Report:
     num_blobs: int
     size_bytes: int
     damaged: tuple[Damage, ...]
-    # Paths that no adapter needs: of a deleted adapter or an unfinished upload. A start removes
-    # them; a running server may be about to use them.
+    # Paths that no adapter needs: left by a deleted adapter or an unfinished upload. A start
+    # removes them; a running server may be about to use them.
     orphans: tuple[str, ...]
     staged: tuple[StagedUpload, ...]
 
@@ -106,7 +106,7 @@ def _problem(path: Path, sha256: str, size: int) -> str:
 
 
 def _damaged_blobs(root: Path, tables: Tables, suspects: list[str]) -> Iterator[Damage]:
-    """Those of the suspects that are still needed and still wrong."""
+    """The suspects that are still needed and still wrong."""
     problems = {
         sha256: problem
         for sha256 in suspects

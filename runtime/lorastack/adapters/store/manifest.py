@@ -51,15 +51,15 @@ def file_spec(path: Path) -> FileSpec:
 
 
 def in_digest(name: str) -> bool:
-    """Whether a file is part of the digest: configs, templates and safetensors are."""
+    """True for files that the digest covers: configs, templates and safetensors."""
     return name.endswith((*_CONFIG_SUFFIXES, ".safetensors"))
 
 
 def adapter_digest(files: Iterable[FileSpec]) -> str:
     """The identity of an adapter: "sha256:" + hex over its config files and safetensors.
 
-    Hashed are lines of name, size and sha256, each ended by a NUL, sorted by name. Configs are all
-    .json and .jinja files (a chat template changes answers); a README changes nothing.
+    The hash covers name, size and sha256 of each file, each ended by a NUL, sorted by name. Configs
+    are all .json and .jinja files (a chat template changes answers); a README changes nothing.
     """
     digest = hashlib.sha256()
     for spec in sorted(files, key=lambda spec: spec.name):
@@ -109,20 +109,20 @@ class Manifest:
     """
 
     digest: str
-    files: tuple[FileSpec, ...]  # those that the digest covers
+    files: tuple[FileSpec, ...]  # the ones that the digest covers
     facts: Facts
     base_fingerprint: str  # of the base model it was validated against
-    # (scale, how many modules in a row have it), modules by layer and target; empty without a LoRA,
-    # and in manifests of versions that did not write it down.
+    # (scale, number of successive modules that have it), modules sorted by layer and target; empty
+    # without a LoRA, and in manifests of older versions.
     scales: tuple[tuple[float, int], ...] = ()
 
     @property
     def module_scales(self) -> list[float] | None:
-        """The scale of every module that has a LoRA, by layer and target; None: not known."""
+        """The scale of every module that has a LoRA, by layer and target; None if not known."""
         return [scale for scale, count in self.scales for _ in range(count)] or None
 
     def to_bytes(self) -> bytes:
-        """With a hash of the rest: a load trusts the scales."""
+        """As JSON, with a hash of all fields, as a load trusts the scales."""
         fields = asdict(self)
         del fields["facts"]
         fields |= self.facts.to_json()
@@ -152,7 +152,7 @@ class Manifest:
 class Revision:
     """One state of an id. created_at: seconds since the epoch.
 
-    other_files: those outside the digest, a README for one; another id of the digest has its own.
+    other_files: outside the digest, a README for one; another id with this digest has its own.
     """
 
     revision: int  # 1-based
@@ -184,7 +184,7 @@ class Pointer:
     def after(
         cls, old: Pointer | None, adapter_id: str, digest: str, other_files: tuple[FileSpec, ...]
     ) -> Pointer:
-        """An id's pointer once this is its newest content. old: what it has been."""
+        """An id's pointer with a new newest revision. old: the pointer until now."""
         revision = Revision(
             revision=1, digest=digest, created_at=time.time(), other_files=other_files
         )
@@ -242,7 +242,7 @@ class Record:
 
 
 def runs(scales: Iterable[float]) -> tuple[tuple[float, int], ...]:
-    """As a manifest writes them: most adapters have one scale for all modules."""
+    """Scales as a manifest has them. Most adapters have one scale for all modules."""
     return tuple((scale, len(list(same))) for scale, same in groupby(scales))
 
 

@@ -35,8 +35,10 @@ class Registry:
         max_staged: int = 8 * GIB,
         read_only: bool = False,
     ) -> None:
-        """Opens or creates the store. max_upload: bytes of all files of one adapter; max_staged:
-        of all unfinished uploads, of which a caller has half, or as much as one adapter may need.
+        """Opens or creates the store.
+
+        max_upload: bytes of all files of one adapter. max_staged: bytes of all unfinished uploads;
+        a caller gets half of them, or max_upload if that is more.
 
         read_only: writes nothing and takes no lock, so another process may write; `refresh` takes
         in its changes. Raises FailedPreconditionError if another process writes the store, another
@@ -89,7 +91,7 @@ class Registry:
         return self._contents.tables.starting_with(prefix)
 
     def knows(self, digest: str) -> bool:
-        """Whether a revision of any id has this digest."""
+        """True if a revision of any id has this digest."""
         return digest in self._contents.tables.digests
 
     def default_medusa(self) -> str:
@@ -97,11 +99,11 @@ class Registry:
         return self._contents.tables.default_medusa
 
     def stored_bytes(self) -> int:
-        """On the disk, of all revisions of all ids; what several share counts once."""
+        """Bytes of all revisions of all ids; files that several share count once."""
         return sum(self._contents.tables.blobs.values())
 
     def staging_bytes(self) -> int:
-        """On the disk, of all unfinished uploads."""
+        """Bytes of all unfinished uploads."""
         return self._staging.num_bytes
 
     def hold(self, reference: str) -> Record:
@@ -168,7 +170,7 @@ class Registry:
         return self._uploads.begin(adapter_id, files, if_digest, sender)
 
     def expire_uploads(self) -> int:
-        """Removes those that nobody went on with for a day; their number."""
+        """Removes the unfinished uploads that nobody resumed for a day; their number."""
         return self._staging.expire()
 
     # -- changes ----------------------------------------------------------------------------------
@@ -201,7 +203,7 @@ class Registry:
             )
 
     def set_default_medusa(self, reference: str) -> None:
-        """Stores which heads requests get that name none; "": no heads.
+        """Stores the heads of requests that name none; "" for no heads.
 
         Raises NotFoundError, DataLossError or FailedPreconditionError.
         """

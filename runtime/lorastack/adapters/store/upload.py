@@ -28,8 +28,8 @@ Validate = Callable[[Mapping[str, Path]], ParsedAdapter]
 class Upload:
     """Made by `Uploads.begin`; ends in `commit`, `suspend` or `abort`.
 
-    Any thread may call anything. An upload that has ended, be it because another one of the same
-    files under the same id took over, raises AbortedError when it goes on.
+    Any thread may call anything. An upload that has ended raises AbortedError when it goes on;
+    another one of the same files under the same id ends it, too.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Upload:
         publish: Callable[[Upload, Manifest], Record],
         forget: Callable[[Upload], None],
     ) -> None:
-        """publish: makes the adapter visible; forget: called when the upload ends."""
+        """publish: makes the checked adapter visible; forget: called when the upload ends."""
         self.id = adapter_id
         self.files = files
         self.if_digest = if_digest
@@ -73,7 +73,7 @@ class Upload:
     def write(self, sha256: str, offset: int, data: bytes) -> None:
         """Appends to a blob. The first chunk may start before the end of what is staged.
 
-        Bytes of a blob that is stored by now are dropped: the caller planned before that.
+        Bytes of a blob that needs none are dropped: it was stored after the caller planned.
         Raises InvalidArgumentError, ResourceExhaustedError or AbortedError.
         """
         with self._using:
@@ -84,10 +84,11 @@ class Upload:
                 self.staging.write(sha256, offset, data)
 
     def commit(self, validate: Validate, *, base_fingerprint: str) -> Record:
-        """Checks everything and makes it visible and durable; nothing is stored otherwise.
+        """Checks all files and makes the adapter visible and durable, or else stores nothing.
 
-        validate gets file name -> path and raises if the adapter is not acceptable.
-        base_fingerprint: of the base model that `validate` compares with.
+        validate: gets file name -> path; what it raises is raised here. base_fingerprint: the base
+        model's, for which it validates. Also raises InvalidArgumentError, AlreadyExistsError,
+        AbortedError, DataLossError or ResourceExhaustedError.
         """
         with self._using:
             self._check_open()
@@ -97,7 +98,7 @@ class Upload:
                 self._end(keep=False)
 
     def suspend(self) -> None:
-        """Ends it; what is staged waits for `begin_upload` with the same id and files.
+        """Ends the upload; the staged bytes wait for the next one of the same id and files.
 
         This and `abort` may be called again, and after `commit`.
         """
@@ -105,7 +106,7 @@ class Upload:
             self._end(keep=True)
 
     def abort(self) -> None:
-        """Ends it and forgets the staged bytes."""
+        """Ends the upload and drops the staged bytes."""
         with self._using:
             self._end(keep=False)
 
