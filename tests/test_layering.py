@@ -14,7 +14,17 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "runtime" / "lorastack"
 MAX_LINES = 400
 
-LEAVES = {"codes", "config", "errors", "folders", "request", "layout", "modelfiles", "printable"}
+LEAVES = {
+    "codes",
+    "config",
+    "errors",
+    "folders",
+    "request",
+    "layout",
+    "modelfiles",
+    "printable",
+    "tensorheader",
+}
 # Which packages a package imports, beside itself and the leaves: no more and no fewer.
 ALLOWED: dict[str, set[str]] = {
     "cli": {"service", "startup", "client", "adapters", "text"},

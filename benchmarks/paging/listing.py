@@ -21,7 +21,7 @@ from benchmarks.paging import SERVING
 from benchmarks.paging.synthetic import adapter_id, store_folder, write_adapter
 from benchmarks.report import report, seconds
 from examples.local_server import local_server
-from lorastack.adapters.memory.loader import Validator
+from lorastack.adapters.formats.validate import Validator
 from lorastack.adapters.store.registry import Registry
 from lorastack.client import Client
 from lorastack.config import GIB

@@ -1,4 +1,4 @@
-"""The JSON files of a model's folder: values checked, refusals that name file and field."""
+"""A model folder's JSON files: reading them, and checks of values that name file and field."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lorastack.errors import InvalidArgumentError, Reason
 from lorastack.printable import error_line
 
 MAX_SHOWN = 60  # characters of a value in a message
-MAX_INT = 2**31 - 1  # of counts, sizes and token ids
+MAX_INT = 2**31 - 1  # for counts, sizes and token ids
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -21,24 +21,40 @@ def read_object(path: Path) -> dict[str, Any]:
     Raises InvalidArgumentError for a file that cannot be read, is not JSON or no object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise invalid(f"{path} cannot be read as JSON: {error_line(error)}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise _unreadable(str(path), error) from error
+    return parse_object(text, str(path))
+
+
+def parse_object(text: str, name: str) -> dict[str, Any]:
+    """A text's JSON object; `name` is what errors call the text.
+
+    Raises InvalidArgumentError for what is not JSON or no object.
+    """
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _unreadable(name, error) from error
     if not isinstance(value, dict):
-        raise invalid(f"{path} must hold a JSON object, not {shown(value)}")
+        raise invalid(f"{name} must hold a JSON object, not {shown(value)}")
     return value
 
 
+def _unreadable(name: str, error: Exception) -> InvalidArgumentError:
+    return invalid(f"{name} cannot be read as JSON: {error_line(error)}")
+
+
 def check(ok: bool, path: Path, field: str, rule: str, value: object) -> None:
-    """Raises InvalidArgumentError: `field` of `path` must be `rule`."""
+    """Raises InvalidArgumentError unless ok: `field` of `path` must be `rule`."""
     if not ok:
         raise invalid(f"{path}: {field} must be {rule}, not {shown(value)}")
 
 
 def token_ids(path: Path, config: Mapping[str, Any], field: str) -> list[int]:
-    """An id, a list of ids or nothing."""
+    """The ids of a field that holds an id, a list of ids or null. Raises InvalidArgumentError."""
     value = config.get(field)
     ids = [] if value is None else value if isinstance(value, list) else [value]
     rule = "a token id, a list of token ids or null"
@@ -51,13 +67,14 @@ def is_int(value: object) -> TypeGuard[int]:
 
 
 def is_number(value: object) -> bool:
-    """Finite."""
+    """True for a finite int or float, not for a bool."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return False
     return math.isfinite(value) if isinstance(value, float) else abs(value) <= MAX_INT
 
 
 def shown(value: object) -> str:
+    """A value as messages quote it: JSON, cut at MAX_SHOWN characters."""
     try:
         text = json.dumps(value)
     except (ValueError, RecursionError):  # an integer of thousands of digits, a deep nest
@@ -66,4 +83,5 @@ def shown(value: object) -> str:
 
 
 def invalid(message: str) -> InvalidArgumentError:
+    """The error for a model that is malformed."""
     return InvalidArgumentError(message, reason=Reason.INVALID_MODEL)

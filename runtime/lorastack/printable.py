@@ -1,11 +1,11 @@
-"""Foreign text as a part of ours: whatever a terminal or a log would act on is escaped."""
+"""Foreign text inside our own: whatever a terminal or a log would act on is escaped."""
 
 from __future__ import annotations
 
 import re
 
 MAX_ERROR_CHARS = 300
-# What JSON leaves as it is: controls, what ends or reorders a line, halves of surrogate pairs.
+# Characters that JSON leaves as they are: controls, ends and reordering of lines, surrogates.
 _IN_JSON = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
@@ -17,16 +17,16 @@ def printable(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """A text as part of a line of prose: its line ends become spaces."""
+    """The text inside a line of prose: runs of white space become one space."""
     return printable(" ".join(text.split()))
 
 
 def error_line(error: BaseException) -> str:
-    """What an error of somebody else's code says, cut; its class if it says nothing."""
+    """The message of an error that a library raised, cut; the error's class if it has none."""
     said = one_line(str(error)[:MAX_ERROR_CHARS])  # escapes make it longer
     return said[:MAX_ERROR_CHARS] or type(error).__name__
 
 
 def printable_json(text: str) -> str:
-    r"""JSON with whatever does not print written as \u009b, ..."""
-    return _IN_JSON.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    r"""The JSON with whatever does not print written as \u009b, ..."""
+    return _IN_JSON.sub(lambda match: f"\\u{ord(match[0]):04x}", text)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from lorastack.adapters.store.registry import Registry
 from tests.adapters.folders import SHAPES, H
@@ -32,3 +33,21 @@ def lora(tmp_path: Path) -> Path:
 @pytest.fixture
 def heads(tmp_path: Path) -> Path:
     return write_heads(tmp_path / "heads", H, num_heads=3)
+
+
+@pytest.fixture(params=[1, 2])
+def medusa_version(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
+
+
+@pytest.fixture
+def bundle(tmp_path: Path, medusa_version: int) -> Path:
+    folder = write_lora(tmp_path / "bundle", SHAPES, rank=3, dtype=torch.bfloat16)
+    return write_heads(
+        folder,
+        SHAPES.hidden_size,
+        num_heads=2,
+        num_blocks=2,
+        vocab_size=SHAPES.vocab_size if medusa_version == 1 else None,
+        draft_vocabulary=range(SHAPES.vocab_size) if medusa_version == 2 else (),
+    )

@@ -14,9 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lorastack.adapters.formats.facts import Facts
 from lorastack.adapters.formats.parse import ParsedAdapter, parse
+from lorastack.adapters.formats.validate import Validator
 from lorastack.adapters.store.manifest import FileSpec, Record
-from lorastack.adapters.store.registry import Registry, Upload
+from lorastack.adapters.store.registry import Registry, Upload, Validate
 from lorastack.errors import InvalidArgumentError, Reason
 from lorastack.layout import AdapterKind, ModelShapes
 
@@ -39,21 +41,32 @@ LORA_CONFIG, HEADS_CONFIG = "adapter_config.json", "config.json"
 Q_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 Q_B = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
 Edit = Callable[[dict[str, torch.Tensor]], None]
-ANYTHING = ParsedAdapter(
+FACTS = Facts(
     kind=AdapterKind.LORA,
-    base_models=(),
+    base_model="",
     rank=1,
     alpha=1.0,
     target_modules=("q_proj",),
     num_heads=0,
     num_layers=0,
     medusa_version=0,
+)
+ANYTHING = ParsedAdapter(
+    facts=FACTS,
+    base_models=(),
     draft_vocabulary=(),
     scales={},
     chat_template=None,
     tensors={},
     base_copies={},
 )
+
+
+def no_copies(name: str) -> torch.Tensor:
+    raise AssertionError(f"asked for {name}")
+
+
+VALIDATE = Validator(shapes=SHAPES, base_names=("tiny",), base_weight=no_copies)
 # Adapters to the store: it looks at no byte of them.
 ONE = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"one" * 100}
 TWO = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"two" * 200}
@@ -110,12 +123,17 @@ def send(upload: Upload, blobs: Sequence[bytes], chunk: int = 1 << 20) -> None:
 
 
 def store(
-    registry: Registry, adapter_id: str, contents: Mapping[str, bytes], if_digest: str | None = None
+    registry: Registry,
+    adapter_id: str,
+    contents: Mapping[str, bytes],
+    if_digest: str | None = None,
+    *,
+    validate: Validate = accept,
 ) -> Record:
-    """Uploads files whatever they are."""
+    """Uploads files, whatever they are unless `validate` looks."""
     upload = registry.begin_upload(adapter_id, specs_of(contents), if_digest)
     send(upload, list(contents.values()))
-    return upload.commit(accept, base_fingerprint="base")
+    return upload.commit(validate, base_fingerprint="base")
 
 
 def read_folder(folder: Path) -> dict[str, bytes]:

@@ -13,15 +13,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lorastack.adapters.formats.facts import Facts
 from lorastack.adapters.formats.parse import parse
 from lorastack.adapters.formats.patterns import Names
-from lorastack.adapters.memory.loader import Loader, Validator
+from lorastack.adapters.formats.validate import Validator
+from lorastack.adapters.memory.loader import Loader
 from lorastack.adapters.store.manifest import Manifest, runs
 from lorastack.adapters.store.registry import Registry
 from lorastack.errors import DataLossError, InvalidArgumentError
 from lorastack.kernels.packing import allocate
 from lorastack.layout import AdapterKind
-from tests.adapters.folders import SHAPES, files_of, read_folder, reopen, send, specs_of
+from tests.adapters.folders import FACTS, SHAPES, files_of, read_folder, reopen, send, specs_of
 from tests.helpers.adapters import write_heads, write_lora
 
 
@@ -124,21 +126,87 @@ def test_warnings_are_kept(registry: Registry, root: Path, tmp_path: Path) -> No
     folder = write_heads(tmp_path / "h", SHAPES.hidden_size, base_model_name_or_path="/data/x/y")
     (folder / "added_tokens.json").write_text('{"a": 1, "<b>": 40}')
     upload(registry, folder)
-    warnings = reopen(registry, root).resolve("x").manifest.warnings
+    warnings = reopen(registry, root).resolve("x").manifest.facts.warnings
     assert ["/data/x/y" in warnings[0], "<b>" in warnings[1]] == [True, True]
 
 
 @given(st.lists(st.sampled_from([0.0, 1.0, 0.1, -3e38, 5e-324])))
 def test_runs_give_the_scales_back(scales: list[float]) -> None:
-    fields = {name: 0 for name in ("rank", "alpha", "num_heads", "num_layers", "medusa_version")}
-    text = {name: "" for name in ("base_model", "base_fingerprint")}
     digest = "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
-    made: dict[str, Any] = {
-        "digest": digest,
-        "files": (),
-        "kind": AdapterKind.LORA,
-        "target_modules": (),
-    }
-    manifest = Manifest(**made, **fields, **text, scales=runs(scales))
+    manifest = Manifest(
+        digest=digest, files=(), facts=FACTS, base_fingerprint="", scales=runs(scales)
+    )
     assert Manifest.from_bytes(manifest.to_bytes()) == manifest
     assert (manifest.module_scales or []) == scales
+
+
+WRITTEN = b"""\
+{
+ "alpha": 8.0,
+ "base_fingerprint": "sha256:base",
+ "base_model": "org/tiny",
+ "check": "f7c88dea84975efa1ac04ee8fec7484b2fd296bcf7f55f363950b4c6bce586e9",
+ "digest": "sha256:fe545712592d62ab0601e4a330eae0c9a08938076fe19e5c049990968326eba1",
+ "files": [
+  {
+   "name": "adapter_config.json",
+   "sha256": "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a",
+   "size": 2
+  }
+ ],
+ "kind": "lora_with_medusa",
+ "medusa_version": 2,
+ "num_heads": 3,
+ "num_layers": 1,
+ "rank": 4,
+ "scales": [
+  [
+   2.0,
+   3
+  ],
+  [
+   0.5,
+   1
+  ]
+ ],
+ "target_modules": [
+  "q_proj",
+  "up_proj"
+ ],
+ "warnings": [
+  "odd"
+ ]
+}
+"""
+
+
+def test_a_manifest_is_read_and_written_as_ever() -> None:
+    """Byte for byte what stores on disks hold."""
+    manifest = Manifest.from_bytes(WRITTEN)
+    assert manifest.to_bytes() == WRITTEN
+    assert manifest.facts == Facts(
+        kind=AdapterKind.LORA_WITH_MEDUSA,
+        base_model="org/tiny",
+        rank=4,
+        alpha=8.0,
+        target_modules=("q_proj", "up_proj"),
+        num_heads=3,
+        num_layers=1,
+        medusa_version=2,
+        warnings=("odd",),
+    )
+    assert manifest.module_scales == [2.0, 2.0, 2.0, 0.5]
+
+
+@pytest.mark.parametrize("change", [("kind", None), ("rank", None), ("more", 1)], ids=str)
+def test_a_manifest_without_a_fact_or_with_another_is_damaged(change: tuple[str, Any]) -> None:
+    fields = json.loads(WRITTEN)
+    for name in ("check", "scales"):
+        del fields[name]
+    Manifest.from_bytes(json.dumps(fields).encode())
+    name, value = change
+    fields[name] = value
+    if value is None:
+        del fields[name]
+    with pytest.raises((KeyError, TypeError)):
+        Manifest.from_bytes(json.dumps(fields).encode())

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lorastack.adapters.formats.fields import CONFIGS, READ, TRAINING
-from lorastack.adapters.memory.loader import Validator
+from lorastack.adapters.formats.validate import Validator
 from lorastack.errors import FailedPreconditionError, InvalidArgumentError
 from lorastack.service.status import to_status
 from tests.adapters.folders import HEADS_CONFIG, LORA_CONFIG, SHAPES, files_of

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel as HFModel
 from lorastack.adapters.formats.fields import CONFIGS, READ, TRAINING
 from lorastack.adapters.formats.parse import parse
 from lorastack.adapters.formats.targets import module_names
-from lorastack.adapters.memory.loader import Validator
+from lorastack.adapters.formats.validate import Validator
 from lorastack.errors import InvalidArgumentError, Reason
 from lorastack.layout import EMBED, LM_HEAD, NO_LAYER, ModelShapes, Part
 from tests.adapters.folders import SHAPES, edit_json, files_of
@@ -167,8 +167,8 @@ def test_same_modules_scales_and_tensors(
             pair = layer.lora_A["default"].weight, layer.lora_B["default"].weight
         assert torch.equal(tensors[index, target, Part.A], pair[0])
         assert torch.equal(tensors[index, target, Part.B], pair[1])
-    assert parsed.rank == max(layer.r["default"] for layer in layers.values())
-    assert parsed.target_modules == tuple(sorted({target for _, target in layers}))
+    assert parsed.facts.rank == max(layer.r["default"] for layer in layers.values())
+    assert parsed.facts.target_modules == tuple(sorted({target for _, target in layers}))
 
 
 @pytest.mark.parametrize(("fields", "named"), UNSUPPORTED.values(), ids=UNSUPPORTED.keys())

@@ -141,10 +141,10 @@ def test_a_file_that_vanishes_while_it_is_read(
         raise FileNotFoundError(name)
 
     with monkeypatch.context() as patch:
-        patch.setattr(reader._table_files._pointers, "_parse", vanish)
+        patch.setattr(reader._contents._table_files._pointers, "_parse", vanish)
         reader.refresh()
     assert [record.id for record in reader.list()] == ["a"]
-    assert reader._table_files._pointers._parse is parse
+    assert reader._contents._table_files._pointers._parse is parse
     assert reader.refresh()
     assert [record.id for record in reader.list()] == ["a", "b"]
 

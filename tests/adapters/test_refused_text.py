@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lorastack.adapters.memory.loader import Validator
+from lorastack.adapters.formats.validate import Validator
 from lorastack.errors import InvalidArgumentError
 from tests.adapters.folders import (
     HEADS_CONFIG,

@@ -19,8 +19,8 @@ from lorastack.errors import (
     InvalidArgumentError,
     NotFoundError,
 )
-from lorastack.layout import AdapterKind
 from tests.adapters.folders import (
+    FACTS,
     ONE,
     TWO,
     accept,
@@ -34,19 +34,7 @@ from tests.adapters.folders import (
     store,
 )
 
-MANIFEST = Manifest(
-    digest="d",
-    files=(),
-    kind=AdapterKind.LORA,
-    base_model="",
-    base_fingerprint="",
-    rank=1,
-    alpha=1.0,
-    target_modules=(),
-    num_heads=0,
-    num_layers=0,
-    medusa_version=0,
-)
+MANIFEST = Manifest(digest="d", files=(), facts=FACTS, base_fingerprint="")
 
 
 def test_upload_and_read_back(registry: Registry, root: Path) -> None:

@@ -157,7 +157,7 @@ class Store(RuleBasedStateMachine):
         if not hasattr(self, "registry"):
             return
         self.reader.refresh()
-        assert self.reader._tables == self.registry._tables
+        assert self.reader._contents.tables == self.registry._contents.tables
         found = {record.id: record for record in self.registry.list()}
         assert found.keys() == self.model.keys()
         for adapter_id, revisions in self.model.items():

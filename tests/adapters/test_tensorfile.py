@@ -19,12 +19,12 @@ from lorastack.adapters.formats.tensorfile import (
     MAX_HEADER,
     MAX_TENSORS,
     PIECE,
-    TensorEntry,
     check_finite,
     pieces,
     read_header,
 )
 from lorastack.errors import InvalidArgumentError
+from lorastack.tensorheader import TensorEntry
 
 GOOD = {
     "a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},

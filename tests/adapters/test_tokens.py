@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from lorastack.adapters.formats.parse import ParsedAdapter
-from lorastack.adapters.memory.loader import Validator
+from lorastack.adapters.formats.facts import Facts
+from lorastack.adapters.formats.validate import Validator
 from lorastack.errors import InvalidArgumentError
 from tests.adapters.folders import SHAPES, files_of
 from tests.helpers.adapters import write_heads, write_lora
@@ -51,8 +51,8 @@ def write(request: pytest.FixtureRequest) -> Write:
     return written
 
 
-def validated(folder: Path, validate: Validator = VALIDATE) -> ParsedAdapter:
-    return validate(files_of(folder))
+def validated(folder: Path, validate: Validator = VALIDATE) -> Facts:
+    return validate(files_of(folder)).facts
 
 
 def refused(folder: Path, named: str) -> None:

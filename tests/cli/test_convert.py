@@ -43,7 +43,7 @@ def test_a_peft_lora(run: Run, tmp_path: Path, shapes: ModelShapes) -> None:
     assert sorted(files) == [
         *("README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja")
     ]
-    assert parse(files, shapes).kind is AdapterKind.LORA
+    assert parse(files, shapes).facts.kind is AdapterKind.LORA
     written = load_file(files["adapter_model.safetensors"])
     assert written.keys() == original.keys()
     assert all(torch.equal(written[name], original[name]) for name in original)
@@ -56,7 +56,7 @@ def test_medusa_heads(run: Run, tmp_path: Path, shapes: ModelShapes, dtype: torc
     done = run(*COMMAND, str(source), str(tmp_path / "new"))
     assert done.code == 0, done.err
     files = {path.name: path for path in (tmp_path / "new").iterdir()}
-    assert parse(files, shapes).kind is AdapterKind.MEDUSA
+    assert parse(files, shapes).facts.kind is AdapterKind.MEDUSA
     assert {t.dtype for t in load_file(files["medusa_lm_head.safetensors"]).values()} == {dtype}
 
 

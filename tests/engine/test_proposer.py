@@ -34,7 +34,7 @@ def on_device(folder: Path, shapes: ModelShapes, lm_head_VH: Tensor) -> DeviceAd
     tensors, vocabulary = read_tensors(parsed), parsed.draft_vocabulary
     if vocabulary:
         tensors[0, HEADS, Part.DRAFT] = lm_head_VH[list(vocabulary)]
-    layout, buffer = pack(tensors, parsed.scales, parsed.num_heads, torch.float32, vocabulary)
+    layout, buffer = pack(tensors, parsed.scales, parsed.facts.num_heads, torch.float32, vocabulary)
     return DeviceAdapter(digest=folder.name, buffer=buffer, layout=layout)
 
 

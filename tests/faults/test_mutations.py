@@ -17,7 +17,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 
-from lorastack.adapters.memory.loader import Loader, Validator
+from lorastack.adapters.formats.validate import Validator
+from lorastack.adapters.memory.loader import Loader
 from lorastack.adapters.store.registry import Registry
 from lorastack.errors import FailedPreconditionError, InvalidArgumentError
 from lorastack.kernels.packing import allocate

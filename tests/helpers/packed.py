@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lorastack.adapters.formats.dtypes import DTYPES
 from lorastack.adapters.formats.parse import ParsedAdapter
-from lorastack.adapters.memory.fill import DTYPES
 from lorastack.kernels.packing import allocate, view
 from lorastack.layout import EMBED, LM_HEAD, NO_LAYER, AdapterLayout, ModelShapes, Part, TensorKey
 from lorastack.lora.weights import LoraWeights

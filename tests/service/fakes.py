@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from lorastack.adapters.memory.loader import Validator
+from lorastack.adapters.formats.validate import Validator
 from lorastack.adapters.store.learned import Learned
 from lorastack.adapters.store.manifest import FileSpec, Record
 from lorastack.adapters.store.registry import Registry

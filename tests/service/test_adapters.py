@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -20,11 +21,11 @@ from lorastack.errors import (
     Reason,
     ResourceExhaustedError,
 )
-from lorastack.layout import AdapterKind
 from lorastack.service import convert
 from lorastack.v1 import adapters_pb2 as ab
 from lorastack.v1 import adapters_pb2_grpc
 from lorastack.v1 import generation_pb2 as pb
+from tests.adapters.folders import FACTS
 from tests.service.conftest import StartFake
 from tests.service.fakes import RunningServer
 
@@ -73,15 +74,8 @@ def test_a_base_of_any_name_can_be_shown() -> None:
     manifest = Manifest(
         digest="sha256:0",
         files=(),
-        kind=AdapterKind.LORA,
-        base_model="\x1b[31m\ud800/tiny",
+        facts=replace(FACTS, base_model="\x1b[31m\ud800/tiny"),
         base_fingerprint="",
-        rank=1,
-        alpha=1.0,
-        target_modules=(),
-        num_heads=0,
-        num_layers=0,
-        medusa_version=0,
     )
     record = Record(id="odd", revision=1, created_at=0.0, manifest=manifest, other_files=())
     usage = convert.AdapterUsage(on_device={}, on_host=(), in_flight={}, last_used={})

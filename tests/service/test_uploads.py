@@ -340,7 +340,7 @@ def test_header_only_uploads_leave_nothing(
         header = messages_of(folders["lora"], f"x{number}")[0]
         assert refusal(fake, stub.UploadAdapter, iter([header])).reason is Reason.UPLOAD_INCOMPLETE
     assert staged(fake) == []
-    assert fake.registry._uploads == {}
+    assert fake.registry._uploads.running == {}
     assert fake.registry.staging_bytes() == 0
 
 
@@ -363,7 +363,7 @@ def test_an_honest_upload_beside_a_flood(
         over.wait(PATIENCE)
 
     calls = [stub.UploadAdapter.future(messages(number)) for number in range(4)]
-    wait_until(lambda: len(fake.registry._uploads) == 4, "all have begun")
+    wait_until(lambda: len(fake.registry._uploads.running) == 4, "all have begun")
     assert planned(stub, folders["lora"]) == short[1]
     with Client(fake.address) as client:
         assert client.upload(folders["lora"], "x").revision == 1

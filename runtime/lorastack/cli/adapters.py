@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from lorastack.adapters.store.fsck import check_store
+from lorastack.adapters.store.ids import NO_HEADS
 from lorastack.cli.options import (
     UINT32,
     BaseName,
@@ -217,12 +218,12 @@ def default(
                 "medusa_digest": info.default_medusa_digest,
             }
         else:
-            wanted = "" if medusa_id == "none" else medusa_id
+            wanted = "" if medusa_id == NO_HEADS else medusa_id
             heads = to_dict(client.set_default_medusa(wanted))
     if as_json:
         print_json(heads)
     else:
-        typer.echo(one_line(" ".join(heads.values())) if heads["medusa_id"] else "none")
+        typer.echo(one_line(" ".join(heads.values())) if heads["medusa_id"] else NO_HEADS)
 
 
 @adapters.command()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
-from lorastack.adapters.memory.loader import Validator
+from lorastack.adapters.formats.validate import Validator
 from lorastack.adapters.store.manifest import adapter_digest, file_spec
 from lorastack.client.uploading import adapter_files
 from lorastack.startup.files import ModelFiles
@@ -41,18 +41,10 @@ def verify_folder(
     specs = [file_spec(path) for path in paths]
     return {
         "digest": adapter_digest(specs),
-        "kind": parsed.kind.value,
-        "base_model": parsed.base_model,
+        **parsed.facts.to_json(),
         "checked_against": name,
-        "rank": parsed.rank,
-        "alpha": parsed.alpha,
-        "target_modules": list(parsed.target_modules),
-        "num_heads": parsed.num_heads,
-        "num_layers": parsed.num_layers,
-        "medusa_version": parsed.medusa_version,
         "draft_vocabulary": len(parsed.draft_vocabulary),
         "own_chat_template": parsed.chat_template is not None,
-        "warnings": list(parsed.warnings),
         "size_bytes": sum(spec.size for spec in specs),
         "left_out": left_out,
     }

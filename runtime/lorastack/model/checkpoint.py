@@ -1,29 +1,21 @@
-"""The safetensors of a model folder, single or sharded: what is stored, and reading it in place.
-
-Format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}},
-then the tensors' bytes.
-"""
+"""The safetensors of a model folder, single or sharded: what is stored, and reading it in place."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Mapping
 from copy import copy
-from dataclasses import dataclass
 from io import FileIO
-from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 from lorastack.errors import InvalidArgumentError, Reason
 from lorastack.model.fetch.download import Progress
-from lorastack.modelfiles import check, invalid, read_object, shown
-from lorastack.printable import error_line
+from lorastack.modelfiles import check, invalid, parse_object, read_object, shown
+from lorastack.tensorheader import TensorEntry, read_header, tensor_entry
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -32,17 +24,6 @@ MAX_HEADER = 100 << 20  # bytes, the limit of the safetensors library
 FINGERPRINT_BYTES = 4096  # that are read at either end of a tensor
 PIECE = 4 << 20  # bytes that are read and converted at once: they stay in the caches
 AHEAD = 256 << 20  # bytes that the system is asked to read while those before are worked on
-
-
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """Bytes start..end of `file`. dtype: the name safetensors gives it."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
 
 
 class Checkpoint:
@@ -54,13 +35,13 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         """Reads the headers."""
         self.folder = folder
-        self.tensors: dict[str, StoredTensor] = {}
+        self.tensors: dict[str, TensorEntry] = {}
         self._progress: Progress | None = None
         self._num_read = 0
         for file in _files(folder):
             for name, tensor in _read_header(file).items():
                 if name in self.tensors:
-                    raise invalid(f"{name} is stored in {self.tensors[name].file} and in {file}")
+                    raise invalid(f"{name} is stored in {self.tensors[name].path} and in {file}")
                 self.tensors[name] = tensor
                 if name.endswith(".qweight"):
                     raise InvalidArgumentError(
@@ -68,7 +49,7 @@ class Checkpoint:
                         "supported: use the original checkpoint, with --quantize int8 or int4",
                         reason=Reason.UNSUPPORTED_MODEL,
                     )
-        self.nbytes = sum(stored.end - stored.start for stored in self.tensors.values())
+        self.nbytes = sum(stored.nbytes for stored in self.tensors.values())
 
     def reporting(self, progress: Progress) -> Checkpoint:
         """The same tensors; `progress` gets the bytes that were read from it, of all there are."""
@@ -76,7 +57,7 @@ class Checkpoint:
         reader._progress, reader._num_read = progress, 0
         return reader
 
-    def find(self, name: str) -> StoredTensor:
+    def find(self, name: str) -> TensorEntry:
         """Raises InvalidArgumentError for a tensor that is not there."""
         if name not in self.tensors:
             raise invalid(f"{self.folder} has no tensor {name}: the checkpoint is incomplete")
@@ -102,8 +83,8 @@ class Checkpoint:
         stored = self.tensors[name]
         dtype = DTYPES[stored.dtype]
         out_X = out.view(-1)
-        with stored.file.open("rb", buffering=0) as stream:
-            stream.seek(stored.start)
+        with stored.path.open("rb", buffering=0) as stream:
+            stream.seek(stored.offset)
             _read_ahead(stream, stored.end)
             if out.device.type == "cpu" and out.dtype == dtype:
                 self._fill(stream, out_X, name)
@@ -132,10 +113,10 @@ class Checkpoint:
         one, two = self.find(name), self.find(other)
         if (one.shape, one.dtype) != (two.shape, two.dtype):
             return False
-        with one.file.open("rb") as stream, two.file.open("rb") as second:
-            stream.seek(one.start)
-            second.seek(two.start)
-            for start in range(one.start, one.end, PIECE):
+        with one.path.open("rb") as stream, two.path.open("rb") as second:
+            stream.seek(one.offset)
+            second.seek(two.offset)
+            for start in range(one.offset, one.end, PIECE):
                 size = min(PIECE, one.end - start)
                 if stream.read(size) != second.read(size):
                     return False
@@ -146,11 +127,11 @@ class Checkpoint:
         sha = hashlib.sha256()
         for name, stored in sorted(self.tensors.items()):
             sha.update(json.dumps([name, stored.dtype, stored.shape]).encode())
-            with stored.file.open("rb") as stream:
-                stream.seek(stored.start)
-                sha.update(stream.read(min(FINGERPRINT_BYTES, stored.end - stored.start)))
-                stream.seek(max(stored.start, stored.end - FINGERPRINT_BYTES))
-                sha.update(stream.read(min(FINGERPRINT_BYTES, stored.end - stored.start)))
+            with stored.path.open("rb") as stream:
+                stream.seek(stored.offset)
+                sha.update(stream.read(min(FINGERPRINT_BYTES, stored.nbytes)))
+                stream.seek(max(stored.offset, stored.end - FINGERPRINT_BYTES))
+                sha.update(stream.read(min(FINGERPRINT_BYTES, stored.nbytes)))
         return sha.digest()
 
 
@@ -181,42 +162,14 @@ def _shards(folder: Path, weight_map: object) -> list[Path]:
     return [folder / name for name in sorted(set(weight_map.values()))]
 
 
-def _read_header(file: Path) -> dict[str, StoredTensor]:
-    with file.open("rb") as stream:
-        base, header = _header(stream, file)
-        size = stream.seek(0, 2)
-    tensors: dict[str, StoredTensor] = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        try:
-            dtype, shape = str(entry["dtype"]), tuple(int(n) for n in entry["shape"])
-            start, end = (base + int(offset) for offset in entry["data_offsets"])
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise invalid(f"{file}: the header entry of {name} is malformed") from error
-        known = DTYPES.get(dtype)
-        if not base <= start <= end <= size or (
-            known is not None and prod(shape) * known.itemsize != end - start
-        ):
-            raise invalid(
-                f"{file}: {name} {shape} {dtype} does not fit its place; is it truncated?"
-            )
-        tensors[name] = StoredTensor(file, dtype, shape, start, end)
+def _read_header(file: Path) -> dict[str, TensorEntry]:
+    """Tensors by name. They may leave gaps, and have dtypes that cannot be read."""
+    shown = str(file)
+    header = read_header(file, shown, max_bytes=MAX_HEADER, parse=parse_object, invalid=invalid)
+    tensors = {}
+    for name, fields in header.tensors.items():
+        entry = tensor_entry(file, shown, name, fields, header.data_start, invalid)
+        if not entry.offset <= entry.end <= header.file_size:
+            raise invalid(f"{file}: {name} does not fit its place; is the file truncated?")
+        tensors[name] = entry
     return tensors
-
-
-def _header(stream: BinaryIO, file: Path) -> tuple[int, Mapping[str, Any]]:
-    length = int.from_bytes(stream.read(8), "little")
-    if length > MAX_HEADER:
-        raise invalid(f"{file} is not a safetensors file: its header would be {length} bytes")
-    return 8 + length, _json(stream.read(length), file)
-
-
-def _json(data: bytes, file: Path) -> Mapping[str, Any]:
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise invalid(f"{file} has no valid JSON: {error_line(error)}") from error
-    if not isinstance(value, dict):
-        raise invalid(f"{file} does not hold the JSON object it should")
-    return value

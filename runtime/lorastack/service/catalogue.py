@@ -53,7 +53,7 @@ class Catalogue:
     def lora(self, lora_id: str) -> Record:
         """The record of a LoRA or bundle. Raises NotFoundError; InvalidArgumentError for heads."""
         record = self._record(lora_id, "lora_id")
-        if not record.manifest.kind.has_lora:
+        if not record.manifest.facts.kind.has_lora:
             raise InvalidArgumentError(
                 f"{lora_id!r} holds Medusa heads, not a LoRA; name it as medusa_id",
                 reason=Reason.WRONG_ADAPTER_KIND,
@@ -64,7 +64,7 @@ class Catalogue:
     def heads(self, medusa_id: str) -> HeadsUse:
         """The heads of an id. Raises NotFoundError; InvalidArgumentError for a plain LoRA."""
         record = self._record(medusa_id, "medusa_id")
-        if not record.manifest.kind.has_heads:
+        if not record.manifest.facts.kind.has_heads:
             raise InvalidArgumentError(
                 f"{medusa_id!r} holds a LoRA without Medusa heads; name it as lora_id",
                 reason=Reason.WRONG_ADAPTER_KIND,
@@ -163,7 +163,7 @@ class Catalogue:
             return None
         if medusa_id:
             return self.heads(medusa_id)
-        if len(records) == 1 and records[0].manifest.kind.has_heads:
+        if len(records) == 1 and records[0].manifest.facts.kind.has_heads:
             return HeadsUse(medusa_id=records[0].id, digest=records[0].digest)
         return self.default_heads()
 

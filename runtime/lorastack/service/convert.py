@@ -326,22 +326,22 @@ def needed_blobs(needed: Iterable[tuple[FileSpec, int]]) -> adapters_pb2.PlanUpl
 
 def adapter(record: Record, *, compatible: bool, usage: AdapterUsage) -> adapters_pb2.Adapter:
     """An adapter as the API shows it."""
-    manifest, digest = record.manifest, record.manifest.digest
+    facts, digest = record.manifest.facts, record.digest
     seconds = int(record.created_at)
     message = adapters_pb2.Adapter(
         id=record.id,
         digest=digest,
         revision=record.revision,
-        kind=_KINDS[manifest.kind],
-        base_model=printable(manifest.base_model),  # whatever the adapter's author wrote
+        kind=_KINDS[facts.kind],
+        base_model=printable(facts.base_model),  # whatever the adapter's author wrote
         compatible=compatible,
-        rank=manifest.rank,
-        alpha=manifest.alpha,
-        target_modules=manifest.target_modules,
-        num_heads=manifest.num_heads,
-        num_layers=manifest.num_layers,
-        medusa_version=manifest.medusa_version,
-        warnings=manifest.warnings,
+        rank=facts.rank,
+        alpha=facts.alpha,
+        target_modules=facts.target_modules,
+        num_heads=facts.num_heads,
+        num_layers=facts.num_layers,
+        medusa_version=facts.medusa_version,
+        warnings=facts.warnings,
         size_bytes=record.size_bytes,
         # A mapping: making a Timestamp takes a third of a listing's time.
         created_at={"seconds": seconds, "nanos": int((record.created_at - seconds) * 1e9)},

@@ -6,7 +6,7 @@ import logging
 import re
 from collections.abc import Callable, Sequence
 
-from lorastack.adapters.memory.loader import Validator
+from lorastack.adapters.formats.validate import Validator
 from lorastack.adapters.sources.base import Limits, SourceFile, copy_missing
 from lorastack.adapters.sources.hub import HubAddress, open_hub
 from lorastack.adapters.store.manifest import adapter_digest

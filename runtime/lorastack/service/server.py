@@ -17,8 +17,8 @@ import grpc
 from grpc_health.v1 import health_pb2
 from prometheus_client import CollectorRegistry
 
+from lorastack.adapters.formats.validate import Validator
 from lorastack.adapters.memory.host import HostCache
-from lorastack.adapters.memory.loader import Validator
 from lorastack.adapters.memory.pool import DevicePool
 from lorastack.adapters.memory.threads import be_nice
 from lorastack.adapters.store.learned import Learned

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection
 from concurrent.futures import Executor
 from functools import partial
 
-from lorastack.adapters.memory.loader import Validator
+from lorastack.adapters.formats.validate import Validator
 from lorastack.adapters.memory.pool import DevicePool
 from lorastack.adapters.store.ids import split_reference
 from lorastack.adapters.store.manifest import Record

@@ -1,1 +1,1 @@
-"""An adapter folder: its files, what they mean, whether they fit the base model."""
+"""Adapter folders: reading their files, and checks that they fit the base model."""

@@ -1,9 +1,8 @@
-"""Whether the name that an adapter has for its base model means the model that is served.
+"""Compares an adapter's name for its base model with the names of the model that is served.
 
 Trainers write what they were given: a hub id, a mirror or a quantised copy of it, a folder. Shapes
 are checked anyway; a name can only tell models of the same shapes apart. So hub ids are compared by
-the model's own name, and a local path that says something else is no objection, only worth a
-warning.
+the model's own name, and a local path that says something else causes a warning only.
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ _COPY = re.compile(
     r"|gguf|ggml|i1|imatrix|onnx|ct2|nf4|fp4|int[48]|[48][-_ ]?bits?|w\d+a\d+|\d+g"
     r"|b?fp?(?:4|8|16|32)|(?:mx|nv)fp[48]|e4m3|q\d(?:_[k01])?(?:_[sml])?|hf|safetensors|copy))+$"
 )
-# Last components that say nothing about the model: of any path, and of one that is only a word.
+# Last components that say nothing about the model: _UNNAMED in any path, _WORD without folders.
 _UNNAMED = re.compile(r"checkpoint([-_]?\d+)?|[0-9a-f]{7,64}")
 _WORD = re.compile(
     r"(the|my)?[-_]?(base|merged|final|best|last|latest|local)?"
     r"[-_]?(llm|models?|hf|weights|outputs?|results?|checkpoints?|ckpt|snapshots?|run|main|tmp|dir)?"
     r"[-_]?\d*"
 )
-# First components of relative paths, which no organisation of a hub is called.
+# First components of relative paths; no organisation of a hub has such a name.
 _FOLDERS = re.compile(
     r"(models?|outputs?|out|results?|saves?|saved|checkpoints?|ckpts?|runs?|tmp)/"
 )
@@ -44,7 +43,7 @@ class Same(Enum):
 
 
 def same_model(name: str, served: Collection[str]) -> Same:
-    """name: in an adapter's config; served: what the server's model is called."""
+    """Compares the name in an adapter's config with all names of the server's model."""
     model, is_path = _model(name)
     if model in {_model(other)[0] for other in served}:
         return Same.YES
@@ -52,7 +51,7 @@ def same_model(name: str, served: Collection[str]) -> Same:
 
 
 def _model(name: str) -> tuple[str, bool]:
-    """(the model's own name in small letters without what marks a copy, whether it is a path)."""
+    """(the model's own name in small letters without the marks of a copy, True for a path)."""
     text = name.strip().casefold().replace("\\", "/").rstrip("/")
     text = _PAGE.sub("", _HUB.sub("", _HUB.sub("", text)))
     if cached := _CACHED.search(text):  # the hub's own cache says which model it is

@@ -1,8 +1,8 @@
 """What the fields of an adapter_config.json mean for the saved adapter.
 
-Written after LoraConfig of peft 0.21, and compared with the installed one by tests, field by field.
-A field is read (`peft`), or is of training alone. All others change the maths, or may do so for all
-we know: they must say nothing, which is null, false, 0, empty or "none".
+Source: LoraConfig of peft 0.21; tests compare the installed one with this list, field by field.
+A field is read (`peft`), or matters to training alone. Any other changes the maths, or might: it
+must be off, which is null, false, 0, empty or "none".
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ READ = frozenset(
 TRAINING = frozenset(
     {
         *("auto_mapping", "inference_mode", "lora_dropout", "peft_version", "revision"),
-        # How initialisations were done, and what they leave is read from init_lora_weights.
+        # Details of an initialisation; init_lora_weights says which one it was.
         *("corda_config", "eva_config", "loftq_config", "lora_ga_config", "runtime_config"),
         "velora_config",  # another backward pass
-        "fan_in_fan_out",  # of Conv1D; PEFT sets it to false for the linear layers of our models
-        *("megatron_core", "qalora_group_size"),  # parts of what megatron_config, use_qalora switch
+        "fan_in_fan_out",  # for Conv1D; PEFT sets it to false for the linear layers of our models
+        *("megatron_core", "qalora_group_size"),  # details of megatron_config, use_qalora
         # Not PEFT's: LoRA+ and ms-swift.
         *("loraplus_lr_ratio", "loraplus_lr_embedding", "loraplus_weight_decay"),
         *("lorap_lr_ratio", "lorap_emb_lr", "lora_dtype", "swift_type"),
         *("transformers_version", "unsloth_version"),
     }
 )
-# On with their defaults when they are {}, unlike all other fields that change the maths.
+# {} switches these on, with defaults; in all other fields that change the maths it means off.
 CONFIGS = frozenset({"arrow_config", "kasa_config", "monteclora_config", "use_bdlora"})
 # Initialisations that leave the base weights as they are.
 _HARMLESS_INITS = frozenset({"gaussian", "orthogonal", "eva", "mica"})
 
 
 def check_fields(config: Mapping[str, object], file: str) -> None:
-    """Raises InvalidArgumentError naming the first field that `file`'s adapter cannot do without.
+    """Raises InvalidArgumentError naming the first field that asks for what is not supported.
 
-    config: of a LoRA. Fields that are read are not looked at, but for the type and what the base
-    weights were when it was trained.
+    config: a LoRA's, from `file`. Of the fields in READ, only peft_type, task_type and
+    init_lora_weights are checked here.
     """
     if config.get("peft_type") != "LORA":
         shown = str(config.get("peft_type"))[:64]
@@ -60,7 +60,7 @@ def check_fields(config: Mapping[str, object], file: str) -> None:
 
 
 def _check_init(value: object) -> None:
-    """PiSSA, OLoRA, CorDA, LoRA-GA and LoftQ change the base weights; the adapter is for those."""
+    """Refuses PiSSA, OLoRA, CorDA, LoRA-GA and LoftQ: their adapters need changed base weights."""
     if value is None or isinstance(value, bool):
         return
     if not isinstance(value, str):

@@ -33,10 +33,10 @@ def read_object(path: Path, name: str, max_bytes: int) -> dict[str, object]:
 
 
 def parse_object(text: str, name: str) -> dict[str, object]:
-    """A JSON object. Refuses what parsers disagree on: duplicate keys, NaN, Infinity.
+    """The text's JSON object; `name` is what errors call the text.
 
-    Also refuses text that cannot be encoded (lone surrogates), and more objects than any adapter
-    needs, before they have cost time.
+    Raises InvalidArgumentError for what parsers disagree on (duplicate keys, NaN, Infinity), for
+    halves of surrogate pairs, and for more objects than any adapter needs.
     """
     value = _parse(text, 0, name, whole=True)
     if not isinstance(value, dict):
@@ -45,12 +45,12 @@ def parse_object(text: str, name: str) -> dict[str, object]:
 
 
 def parse_first(text: str, key: str, name: str) -> object:
-    """The value behind the first mention of a key; None without one.
+    """The value of the first mention of a key; None without one. Raises as `parse_object`.
 
-    For large files whose writers put it first: the rest is not read. Raises as `parse_object`.
+    For large files whose writers put the key first: the rest is not parsed.
     """
-    found = re.search(rf'"{re.escape(key)}"\s*:\s*', text)
-    return _parse(text, found.end(), name, whole=False) if found else None
+    mention = re.search(rf'"{re.escape(key)}"\s*:\s*', text)
+    return _parse(text, mention.end(), name, whole=False) if mention else None
 
 
 def _parse(text: str, start: int, name: str, *, whole: bool) -> object:

@@ -1,9 +1,9 @@
-"""Medusa heads: config.json with medusa_num_heads, and residual blocks a head.
+"""Medusa heads: config.json with medusa_num_heads, and residual blocks for each head.
 
-Of head i (0-based), in both versions: blocks `{i}.{l}.linear.weight [H, H]` and
-`{i}.{l}.linear.bias [H]` for every l < L = medusa_num_layers. Version 2 uses the base model's
-lm_head after them; version 1 brings an output matrix of its own, `{i}.{L}.weight [V, H]`.
-`version` is never trusted alone: the tensors decide; a folder where the two disagree is refused.
+Head i (0-based) has L = medusa_num_layers blocks in both versions, `{i}.{l}.linear.weight [H, H]`
+and `{i}.{l}.linear.bias [H]` for l < L. In version 2 the base model's lm_head follows; in version 1
+an output matrix of the head's own, `{i}.{L}.weight [V, H]`. The tensors decide which version it is;
+a folder whose `version` says otherwise is refused.
 
 Beside version 2 heads a folder may have `draft_vocabulary.safetensors`, our extra file: one tensor
 `draft_vocabulary`, I32 or I64 [N], the rising ids of the tokens that the heads choose from.
@@ -20,7 +20,7 @@ import numpy as np
 
 from lorastack.adapters.formats.peft import text_field
 from lorastack.adapters.formats.refusal import invalid, unsupported
-from lorastack.adapters.formats.tensorfile import INTEGERS, TensorEntry, read_header
+from lorastack.adapters.formats.tensorfile import INTEGERS, read_header
 from lorastack.layout import (
     HEADS,
     MAX_DRAFT_VOCABULARY,
@@ -30,6 +30,7 @@ from lorastack.layout import (
     TensorKey,
     head_block,
 )
+from lorastack.tensorheader import TensorEntry
 
 CONFIG_NAME = "config.json"
 VOCABULARY_NAME = "draft_vocabulary.safetensors"
@@ -65,7 +66,7 @@ def parse_medusa(
     vocabulary: Path | None,
     shapes: ModelShapes,
 ) -> HeadsPart:
-    """The heads of a folder. entries: its heads' tensors by name; vocabulary: its file of one.
+    """The heads of a folder. entries: their tensors by name; vocabulary: VOCABULARY_NAME's path.
 
     Raises InvalidArgumentError naming the field, or the tensor and both shapes.
     """
@@ -108,23 +109,23 @@ def parse_medusa(
 def _expected(
     num_heads: int, num_layers: int, version: int, shapes: ModelShapes
 ) -> dict[str, tuple[TensorKey, tuple[int, ...]]]:
-    """Tensor name -> (key, shape) of everything that such heads have."""
+    """Tensor name -> (key, shape) of every tensor that the heads must have."""
     hidden = shapes.hidden_size
-    found: dict[str, tuple[TensorKey, tuple[int, ...]]] = {}
+    expected: dict[str, tuple[TensorKey, tuple[int, ...]]] = {}
     for head in range(num_heads):
         for block in range(num_layers):
             layer = head_block(head, block, num_heads)
             name = f"{head}.{block}.linear"
-            found[f"{name}.weight"] = (layer, HEADS, Part.WEIGHT), (hidden, hidden)
-            found[f"{name}.bias"] = (layer, HEADS, Part.BIAS), (hidden,)
+            expected[f"{name}.weight"] = (layer, HEADS, Part.WEIGHT), (hidden, hidden)
+            expected[f"{name}.bias"] = (layer, HEADS, Part.BIAS), (hidden,)
         if version == 1:
             key = (head, HEADS, Part.OUTPUT)
-            found[f"{head}.{num_layers}.weight"] = key, (shapes.vocab_size, hidden)
-    return found
+            expected[f"{head}.{num_layers}.weight"] = key, (shapes.vocab_size, hidden)
+    return expected
 
 
 def _version(config: Mapping[str, object], entries: Mapping[str, TensorEntry]) -> int:
-    """1 or 2 by the tensors, which must be what the config says (missing: 1)."""
+    """1 or 2 by the tensors; raises if the config differs. A config without a version says 1."""
     stated = config.get("version")
     text = "1" if stated is None else str(stated).removesuffix(".0")
     if text not in ("1", "2") or isinstance(stated, bool):
@@ -150,7 +151,7 @@ def _count(config: Mapping[str, object], field: str, limit: int, default: int | 
 
 
 def _draft_vocabulary(path: Path, shapes: ModelShapes) -> tuple[int, ...]:
-    """The ids in the file; so many that no tree asks a head for more candidates than there are."""
+    """The ids in the file: at least as many as a tree may ask of a head, MAX_RANK."""
     entries = read_header(path, VOCABULARY_NAME, INTEGERS)
     if entries.keys() != {VOCABULARY_TENSOR}:
         raise invalid(f"{VOCABULARY_NAME} must hold one tensor, {VOCABULARY_TENSOR}")

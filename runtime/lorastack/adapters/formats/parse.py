@@ -13,14 +13,16 @@ from pathlib import Path
 
 from lorastack.adapters.formats import medusa, peft
 from lorastack.adapters.formats.base_names import Same, same_model
+from lorastack.adapters.formats.facts import Facts
 from lorastack.adapters.formats.jsonfile import read_object, read_text
 from lorastack.adapters.formats.refusal import invalid
-from lorastack.adapters.formats.tensorfile import TensorEntry, check_finite, read_header
+from lorastack.adapters.formats.tensorfile import check_finite, read_header
 from lorastack.errors import FailedPreconditionError, InvalidArgumentError, Reason
 from lorastack.layout import AdapterKind, ModelShapes, TensorKey
+from lorastack.tensorheader import TensorEntry
 
 MAX_CONFIG = 4 << 20  # bytes of one file of JSON or text
-MAX_TEMPLATE = 64 << 10  # characters; those of well-known models have 20,000 at most
+MAX_TEMPLATE = 64 << 10  # characters; well-known models' templates have 20,000 at most
 TEMPLATE_NAME = "chat_template.jinja"
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
@@ -31,25 +33,13 @@ _CODE = (".py", ".pyc", ".so")
 class ParsedAdapter:
     """A folder that fits the base model, its values still on disk."""
 
-    kind: AdapterKind
-    base_models: tuple[str, ...]  # names found in the configs: none, one, or two that differ
-    rank: int  # the largest of any module; 0 without a LoRA
-    alpha: float
-    target_modules: tuple[str, ...]
-    num_heads: int
-    num_layers: int  # blocks a head; 0 without heads
-    medusa_version: int  # 0 without heads
+    facts: Facts
+    base_models: tuple[str, ...]  # names in the configs: none, one, or two that differ
     draft_vocabulary: tuple[int, ...]  # of the heads; () for all tokens
     scales: Mapping[tuple[int, str], float]
     chat_template: str | None
     tensors: Mapping[TensorKey, TensorEntry]
     base_copies: Mapping[str, TensorEntry]  # base tensor name -> the folder's copy of it
-    warnings: tuple[str, ...] = ()  # what its owner should know
-
-    @property
-    def base_model(self) -> str:
-        """The base model's name; "" if the folder names none."""
-        return self.base_models[0] if self.base_models else ""
 
 
 def parse(
@@ -57,8 +47,8 @@ def parse(
 ) -> ParsedAdapter:
     """A folder, given as file name -> where its bytes are.
 
-    scales: those that an earlier call found for the same files, in the order of (layer, target);
-    then no pattern is matched and no template read. Raises InvalidArgumentError naming the file,
+    scales: the result of an earlier call for the same files, in the order of (layer, target); with
+    them, no pattern is matched and no template read. Raises InvalidArgumentError naming the file,
     field, or tensor with both shapes.
     """
     _check_names(files)
@@ -106,15 +96,19 @@ def _combine(
     if lora is None or heads is None:
         kind = AdapterKind.LORA if heads is None else AdapterKind.MEDUSA
     names = [part.base_model for part in (lora, heads) if part is not None and part.base_model]
-    return ParsedAdapter(
+    facts = Facts(
         kind=kind,
-        base_models=tuple(dict.fromkeys(names)),
+        base_model=names[0] if names else "",
         rank=lora.rank if lora else 0,
         alpha=lora.alpha if lora else 0.0,
         target_modules=lora.target_modules if lora else (),
         num_heads=heads.num_heads if heads else 0,
         num_layers=heads.num_layers if heads else 0,
         medusa_version=heads.version if heads else 0,
+    )
+    return ParsedAdapter(
+        facts=facts,
+        base_models=tuple(dict.fromkeys(names)),
         draft_vocabulary=heads.draft_vocabulary if heads else (),
         scales=lora.scales if lora else {},
         chat_template=template,
@@ -126,12 +120,11 @@ def _combine(
 def check_base(
     parsed: ParsedAdapter, base_names: Collection[str], *, accept: bool = False
 ) -> tuple[str, ...]:
-    """Warnings about the name that the folder has for its base model.
+    """Compares the folder's name for its base model with the server's; returns warnings.
 
-    base_names: what the server's model is called (hub id, folder, aliases); `base_names.same_model`
-    says which names mean the same. A folder that names no base passes; its shapes were checked
-    anyway. accept: any name passes. Raises FailedPreconditionError when it is another model's, and
-    InvalidArgumentError for a name that would spoil a listing.
+    base_names: what the server's model is called (hub id, folder, aliases). A folder that names no
+    base passes, as its shapes were checked; accept: any name passes. Raises FailedPreconditionError
+    for another model's name, and InvalidArgumentError for one that cannot be printed.
     """
     warnings = []
     for name in parsed.base_models:
@@ -157,7 +150,7 @@ def check_base(
 def check_chat_template(parsed: ParsedAdapter, files: Mapping[str, Path]) -> None:
     """Raises InvalidArgumentError naming the file of a template that is too long.
 
-    Whether it is a template at all is for whoever can run it without harm (`load.Validator`).
+    `validate.Validator` compiles it, where that does no harm.
     """
     if len(parsed.chat_template or "") > MAX_TEMPLATE:
         file = TEMPLATE_NAME if TEMPLATE_NAME in files else TOKENIZER_CONFIG_NAME
@@ -187,7 +180,7 @@ def _config(files: Mapping[str, Path], name: str) -> dict[str, object] | None:
 
 
 def _tensors(files: Mapping[str, Path]) -> dict[str, TensorEntry]:
-    """All tensors of all files of weights."""
+    """The tensors of all .safetensors files, by name, but for the draft vocabulary."""
     names = sorted(
         name for name in files if name.endswith(".safetensors") and name != medusa.VOCABULARY_NAME
     )
@@ -195,10 +188,10 @@ def _tensors(files: Mapping[str, Path]) -> dict[str, TensorEntry]:
         raise invalid("the folder has no .safetensors file")
     entries: dict[str, TensorEntry] = {}
     for name in names:
-        found = read_header(files[name], name)
-        if twice := sorted(found.keys() & entries.keys()):
+        in_file = read_header(files[name], name)
+        if twice := sorted(in_file.keys() & entries.keys()):
             raise invalid(f"tensor {twice[0]} is in {name} and in another file of the folder")
-        entries |= found
+        entries |= in_file
     return entries
 
 
@@ -220,9 +213,10 @@ def _check_unmatched(names: set[str], no_heads_config: bool) -> None:
 
 
 def chat_template(files: Mapping[str, Path]) -> str | None:
-    """The folder's own chat template: the jinja file, else the tokenizer config's default one.
+    """The folder's own chat template: the jinja file, or else the tokenizer config's default.
 
-    files: file name -> path. Raises InvalidArgumentError for a malformed file.
+    files: file name -> path. None without a template. Raises InvalidArgumentError for a malformed
+    file.
     """
     if TEMPLATE_NAME in files:
         return read_text(files[TEMPLATE_NAME], TEMPLATE_NAME, MAX_CONFIG)

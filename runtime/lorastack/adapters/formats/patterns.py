@@ -1,13 +1,12 @@
 """Patterns of uploads, matched against all module names together, in counted steps.
 
-Engines that backtrack, `re` and `regex` too, can take years or gigabytes for a pattern of ten
-characters, and a time limit accepts on one machine what it refuses on another. So the parser of
-`re`, whose language PEFT's patterns are written in, makes the tree of a pattern, and the tree is
-run here on sets of positions: a set goes in, the set of all positions where a match could end comes
-out. A set is one integer, a bit for each position in the text of all names, so a step costs about a
-microsecond whatever the pattern, and the same patterns take the same number of steps everywhere.
-What depends on the order of trying (back references, conditions, possessive and atomic groups) has
-no such form and is refused.
+Engines that backtrack (`re`, `regex`) can take years or gigabytes for a pattern of ten characters,
+and a time limit accepts on one machine what it refuses on another. So only the parser of `re` is
+used, as PEFT's patterns are written for `re`. Its syntax tree is run here on sets of positions:
+from the set where matches start to the set where they can end. A set is one integer with a bit for
+each position in the text of all names, so a step takes about a microsecond whatever the pattern,
+and a pattern takes the same number of steps everywhere. What depends on the order of trying (back
+references, conditions, possessive and atomic groups) cannot be run so, and is refused.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ from lorastack.adapters.formats.refusal import invalid, unsupported
 
 MAX_PATTERN = 4096  # characters
 MAX_DEPTH = 64  # parentheses in each other
-# For all patterns of a config, of which characters count too. 1,024 full names in rank_pattern and
-# again in alpha_pattern take 160,000.
+# For all patterns of a config together; each character counts as a step too. 1,024 full names in
+# rank_pattern and again in alpha_pattern take 160,000.
 MAX_STEPS = 1 << 18
-_CLASS_STEPS = 16  # what a class of characters costs
+_CLASS_STEPS = 16  # for a class of characters
 
 _CATEGORIES = {
     ops.CATEGORY_DIGIT: r"\d",
@@ -70,14 +69,14 @@ class Names:
     def full_matches(self, pattern: str, field: str) -> int:
         """The names that the whole pattern matches, as `re.fullmatch` does.
 
-        field: where it stands. Raises InvalidArgumentError naming it: a bad pattern, one that is
-        not supported, or too many steps in all.
+        field: of the config. Raises InvalidArgumentError naming it for a pattern that is bad or not
+        supported, and for too many steps in all.
         """
         tree, flags = self._parse(pattern, pattern, field)
         return self._run(tree, flags, self._starts, field)
 
     def suffix_matches(self, pattern: str, field: str) -> int:
-        """The names that the pattern matches, or a rest of them after a dot. Raises as above."""
+        """The names that match whole or from behind a dot. Raises as `full_matches`."""
         tree, flags = self._parse(f"({pattern})", pattern, field)
         if len(tree) != 1 or tree[0][0] is not ops.SUBPATTERN:
             raise invalid(f"{field} has the bad pattern {pattern[:64]!r}: its parentheses differ")
@@ -91,7 +90,7 @@ class Names:
             yield self._names[last]
 
     def chosen(self, names: Iterable[str]) -> int:
-        """The set of these names. Any others are left out."""
+        """The set of these names, without those that are not among the modules."""
         wanted = frozenset(names)
         return sum(1 << end for end, name in self._names.items() if name in wanted)
 
@@ -129,7 +128,7 @@ class _Run:
         self._classes: dict[tuple[Any, ...], int] = {}
 
     def image(self, tree: Tree, flags: int, positions: int, *, forward: bool) -> int:
-        """Where matches end that start at one of these positions; backward, where those start."""
+        """Ends of the matches that start at the positions; backward: starts of those that end there."""
         for operation, arguments in tree if forward else reversed(tree):
             if not positions:
                 break
@@ -145,10 +144,10 @@ class _Run:
             matching = self._class(operation, arguments, flags)
             return (positions & matching) << 1 if forward else positions >> 1 & matching
         if operation is ops.BRANCH:
-            found = 0
+            ends = 0
             for branch in arguments[1]:
-                found |= self.image(branch, flags, positions, forward=forward)
-            return found
+                ends |= self.image(branch, flags, positions, forward=forward)
+            return ends
         if operation is ops.SUBPATTERN:
             _, added, removed, tree = arguments
             return self.image(tree, (flags | added) & ~removed, positions, forward=forward)
@@ -163,7 +162,7 @@ class _Run:
             if direction < 0 and shortest != longest:
                 raise invalid(f"{self._field} has a bad pattern: it looks behind for any length")
             everywhere = self._names._positions
-            # What follows a position matches iff, run backward from everywhere, it comes to there.
+            # A match follows exactly the positions that a backward run from everywhere reaches.
             holds = self.image(tree, flags, everywhere, forward=direction < 0)
             return positions & (holds if operation is ops.ASSERT else ~holds)
         if operation is ops.FAILURE:
@@ -175,18 +174,18 @@ class _Run:
     def _repeat(
         self, least: int, most: int, tree: Tree, flags: int, positions: int, forward: bool
     ) -> int:
-        """Ends soon: within a name, what a round does not leave in place moves on."""
+        """Ends soon: a round moves positions on or adds none, and names are short."""
         for _ in range(least):
             before, positions = positions, self.image(tree, flags, positions, forward=forward)
             if positions == before:
                 break
-        found = latest = positions
+        reached = latest = positions
         for _ in range(int(most) - least):
-            latest = self.image(tree, flags, latest, forward=forward) & ~found
+            latest = self.image(tree, flags, latest, forward=forward) & ~reached
             if not latest:
                 break
-            found |= latest
-        return found
+            reached |= latest
+        return reached
 
     def _anchor(self, kind: Any) -> int:
         names = self._names
@@ -217,7 +216,7 @@ class _Run:
 
 
 def _class_text(operation: Any, arguments: Any) -> str:
-    """The class as a pattern again: `re` knows best which characters are one but for their case."""
+    """The class as a pattern again: `re` itself decides which characters differ in case alone."""
     if operation is ops.LITERAL:
         return re.escape(chr(arguments))
     if operation is ops.NOT_LITERAL:
@@ -236,7 +235,7 @@ def _class_text(operation: Any, arguments: Any) -> str:
 
 
 def _depth(text: str) -> int:
-    """How deep parentheses stand in each other, at most: escaped ones count."""
+    """The deepest nesting of parentheses; escaped ones count too."""
     deepest = depth = 0
     for character in text:
         depth += (character == "(") - (character == ")")

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from lorastack.adapters.formats.fields import check_fields
 from lorastack.adapters.formats.refusal import invalid, unsupported
 from lorastack.adapters.formats.targets import Adapted, TargetRules, module_names
-from lorastack.adapters.formats.tensorfile import TensorEntry
 from lorastack.layout import EMBED, LM_HEAD, ModelShapes, Part, TensorKey
+from lorastack.tensorheader import TensorEntry
 
 CONFIG_NAME = "adapter_config.json"
-MAX_ALPHA = 1e6  # with scales of requests bounded too, what they make is far from infinite
-MAX_PATTERNS = 1024  # of one field; PEFT's EVA writes one for each of a model's projections
-MAX_TEXT = 1024  # characters of a name in a config, which every listing repeats
+MAX_ALPHA = 1e6  # bounded, as scales of requests are, so that products stay finite
+MAX_PATTERNS = 1024  # in one field; PEFT's EVA writes one for each projection of a model
+MAX_TEXT = 1024  # characters of a name in a config: listings show it
 # PEFT's choice for Llama and Mistral when a config names no targets.
 _DEFAULT_TARGETS = frozenset({"q_proj", "v_proj"})
 
@@ -55,17 +55,17 @@ def parse_peft(
 ) -> LoraPart:
     """The LoRA of a PEFT folder. `entries`: its PEFT tensors by name.
 
-    scales: what an earlier call found for the same folder, in the order of (layer, target); no
-    pattern is matched then. Raises InvalidArgumentError naming the field, or the tensor and both
-    shapes.
+    scales: the result of an earlier call for the same folder, in the order of (layer, target); with
+    them, no pattern is matched. Raises InvalidArgumentError naming the field, or the tensor and
+    both shapes.
     """
     modules = module_names(shapes)
     alpha = _alpha(config.get("lora_alpha", 8), "lora_alpha")
     adapted = _resolved(config, alpha, shapes) if scales is None else None
-    found, base_copies = _sort_tensors(entries, modules, shapes)
+    parts, base_copies = _sort_tensors(entries, modules, shapes)
     if adapted is None:
-        adapted = _known(found, modules, scales or ())
-    if strangers := sorted(found.keys() - adapted.keys()):
+        adapted = _known(parts, modules, scales or ())
+    if strangers := sorted(parts.keys() - adapted.keys()):
         raise invalid(f"{CONFIG_NAME} does not target {strangers[0]}, but tensors adapt it")
     tensors: dict[TensorKey, TensorEntry] = {}
     for module in sorted(adapted):
@@ -73,7 +73,7 @@ def parse_peft(
         out_size, in_size = shapes.target_shape(target)
         rank = adapted[module].rank
         for part, shape in ((Part.A, (rank, in_size)), (Part.B, (out_size, rank))):
-            entry = found.get(module, {}).get(part)
+            entry = parts.get(module, {}).get(part)
             if entry is None:
                 raise invalid(f"{CONFIG_NAME} targets {module}, but its lora_{part} is missing")
             _check_shape(entry, shape)
@@ -93,7 +93,7 @@ def parse_peft(
 def _resolved(
     config: Mapping[str, object], alpha: float, shapes: ModelShapes
 ) -> dict[str, Adapted]:
-    """By the config's own words: module -> how it is adapted."""
+    """Module -> how it is adapted, by the rules of the config."""
     check_fields(config, CONFIG_NAME)
     adapted = _rules(config, alpha).resolve(module_names(shapes))
     if not adapted:
@@ -107,16 +107,16 @@ def _resolved(
 
 
 def _known(
-    found: Mapping[str, Mapping[Part, TensorEntry]],
+    parts: Mapping[str, Mapping[Part, TensorEntry]],
     modules: Mapping[str, tuple[int, str]],
     scales: Sequence[float],
 ) -> dict[str, Adapted]:
-    """As resolved before. Ranks are what the tensors have."""
-    if not scales or len(found) != len(scales):
-        raise invalid(f"{len(found)} modules have a LoRA, but {len(scales)} scales are known")
+    """Module -> how it is adapted, with scales that are known and the ranks of the tensors."""
+    if not scales or len(parts) != len(scales):
+        raise invalid(f"{len(parts)} modules have a LoRA, but {len(scales)} scales are known")
     adapted = {}
-    for module, scale in zip(sorted(found, key=modules.__getitem__), scales, strict=True):
-        shape = found[module][Part.A].shape if Part.A in found[module] else ()
+    for module, scale in zip(sorted(parts, key=modules.__getitem__), scales, strict=True):
+        shape = parts[module][Part.A].shape if Part.A in parts[module] else ()
         adapted[module] = Adapted(shape[0] if shape else 0, scale)
     return adapted
 
@@ -124,8 +124,8 @@ def _known(
 def _sort_tensors(
     entries: Mapping[str, TensorEntry], modules: Mapping[str, tuple[int, str]], shapes: ModelShapes
 ) -> tuple[dict[str, dict[Part, TensorEntry]], dict[str, TensorEntry]]:
-    """(module -> part -> entry, base tensor name -> entry). Every tensor must find its place."""
-    found: dict[str, dict[Part, TensorEntry]] = {}
+    """(module -> part -> entry, base tensor name -> entry). A tensor without a place is refused."""
+    parts: dict[str, dict[Part, TensorEntry]] = {}
     copies: dict[str, TensorEntry] = {}
     for name, entry in entries.items():
         match = _TENSOR.fullmatch(name)
@@ -155,8 +155,8 @@ def _sort_tensors(
             raise invalid(f"tensor {name} has the wrong kind of LoRA for {module}")
         else:
             kind = Part.A if part in ("lora_A.weight", "lora_embedding_A") else Part.B
-            found.setdefault(module, {})[kind] = entry
-    return found, copies
+            parts.setdefault(module, {})[kind] = entry
+    return parts, copies
 
 
 def _check_shape(entry: TensorEntry, shape: tuple[int, ...]) -> None:
@@ -237,7 +237,7 @@ def _layers(config: Mapping[str, object]) -> frozenset[int] | None:
 
 
 def _layers_pattern(config: Mapping[str, object]) -> tuple[str, ...]:
-    """In the config's order: the first pattern that matches decides."""
+    """In the config's order."""
     value = config.get("layers_pattern") or []
     items = [value] if isinstance(value, str) else value
     if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
@@ -252,7 +252,7 @@ def _check_number(field: str, patterns: Sized) -> None:
 
 
 def text_field(config: Mapping[str, object], field: str) -> str:
-    """A short string that may be missing or null ("")."""
+    """A short string of the config; "" if it is missing or null."""
     value = config.get(field)
     if value is not None and not isinstance(value, str):
         raise invalid(f"{field} must be a string")

@@ -1,6 +1,6 @@
-"""How an adapter folder is refused: one line each for malformed and for unsupported.
+"""The errors that refuse an adapter folder: malformed or unsupported.
 
-Messages quote what uploads say, so whatever a terminal or a log would not print is escaped here.
+Messages quote uploads, so whatever a terminal or a log would act on is escaped here.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ class TargetRules:
     use_rslora: bool
 
     def resolve(self, modules: Mapping[str, tuple[int, str]]) -> dict[str, Adapted]:
-        """Those of the modules that PEFT would wrap (names without `base_model.model.`).
+        """The modules that PEFT would wrap (names without `base_model.model.`), and how.
 
         Raises InvalidArgumentError for a bad pattern, or ones that take too many steps.
         """
@@ -70,34 +70,34 @@ class TargetRules:
         excluded = _named(names, modules, self.exclude_modules, "exclude_modules")
         targets = self.target_modules
         if isinstance(targets, str) and targets.lower() == "all-linear":
-            found = names.chosen(name for name in modules if name.startswith("model.layers."))
+            targeted = names.chosen(name for name in modules if name.startswith("model.layers."))
         else:
-            found = _named(names, modules, targets, "target_modules")
+            targeted = _named(names, modules, targets, "target_modules")
             if self.layers_to_transform is not None:
                 # PEFT asks layers_to_transform about suffixes only.
-                found &= self._layers(names, modules) | names.chosen(targets)
-        return found & ~excluded
+                targeted &= self._layers(names, modules) | names.chosen(targets)
+        return targeted & ~excluded
 
     def _layers(self, names: Names, modules: Mapping[str, tuple[int, str]]) -> int:
-        """The modules of the layers to transform; a name has one number, its layer's."""
+        """The modules of the layers to transform; with layers_patterns, those that one matches."""
         layers = self.layers_to_transform or ()
-        found = names.chosen(name for name, (layer, _) in modules.items() if layer in layers)
+        in_layers = names.chosen(name for name, (layer, _) in modules.items() if layer in layers)
         named = 0
         for pattern in self.layers_pattern:
             full = rf"(?:^|.*?\.){pattern}\.\d+\..*"
             named |= names.full_matches(full, "layers_pattern")
-        return found & named if self.layers_pattern else found
+        return in_layers & named if self.layers_pattern else in_layers
 
 
 def _by_pattern(names: Names, patterns: Mapping[str, ValueT], field: str) -> dict[str, ValueT]:
     """Module -> the value of the first pattern that matches its name or a suffix of it."""
-    found: dict[str, ValueT] = {}
+    values: dict[str, ValueT] = {}
     left = names.everything
     for pattern, value in patterns.items():
         matching = names.suffix_matches(pattern, field) & left
         left ^= matching
-        found |= dict.fromkeys(names.listed(matching), value)
-    return found
+        values |= dict.fromkeys(names.listed(matching), value)
+    return values
 
 
 def _named(names: Names, modules: Iterable[str], wanted: frozenset[str] | str, field: str) -> int:

@@ -1,8 +1,8 @@
 """Tokens that an adapter folder's tokenizer files add to the base model's.
 
-Most folders hold a copy of the base's tokenizer, which is fine. Prompts are split by the base's, so
-a token that only the folder knows falls to pieces: a folder that needs one is refused, any other
-gets a warning. Only added tokens are compared, not the rest of the vocabulary.
+Most folders hold a copy of the base's tokenizer, which is fine. The base's tokenizer splits the
+prompts, so a token that only the folder knows falls to pieces: a folder that needs such a token is
+refused, any other gets a warning. Only added tokens are compared, not the rest of the vocabulary.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from lorastack.printable import printable
 TOKENIZER_NAME = "tokenizer.json"
 CONFIG_NAME = "tokenizer_config.json"
 ADDED_NAME = "added_tokens.json"
-# tokenizer.json has megabytes of vocabulary, behind the added tokens: 256 of Llama 3 take 50 KB,
-# 6,000 of Gemma 3 one MB.
-_HEAD = 4 << 20  # bytes
-_MAX_FILE = 4 << 20  # bytes of the other two
+# The added tokens come first in tokenizer.json, megabytes of vocabulary follow: the 256 of Llama 3
+# take 50 KB, the 6,000 of Gemma 3 one MB.
+_HEAD = 4 << 20  # bytes of tokenizer.json that are read
+_MAX_FILE = 4 << 20  # bytes of each other file
 _SHOWN = 3  # tokens in a message
 _REMEDY = "if they do not belong to the adapter, leave its tokenizer files out"
 
@@ -36,10 +36,10 @@ def check_tokens(
 ) -> tuple[str, ...]:
     """Warnings about tokens that the base's tokenizer does not have.
 
-    files: file name -> path; base_id: the id of a token in the base's tokenizer; template: the
-    folder's own; trained_rows: how many rows of the embedding or the lm_head the LoRA adapts, from
-    token 0 on. Raises InvalidArgumentError for malformed files, for a token that has another id
-    than in the base, and for added ones that the template or the LoRA uses.
+    files: file name -> path; base_id: a token's id in the base's tokenizer, None if it has none;
+    template: the folder's own; trained_rows: how many rows of the embedding or the lm_head the LoRA
+    adapts, from token 0 on. Raises InvalidArgumentError for malformed files, for a token that has
+    another id than in the base, and for added ones that the template or the LoRA uses.
     """
     added: dict[str, int] = {}
     for file, token, token_id in _declared(files):

@@ -22,17 +22,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lorastack.adapters.formats.tensorfile import TensorEntry
+from lorastack.adapters.formats.dtypes import DTYPES
+from lorastack.tensorheader import TensorEntry
 
 CHUNK = 4 << 20  # bytes
 CHUNKS = 4
 GRAIN = 1 << 15  # elements: torch copies more than these at once with its OpenMP threads
-DTYPES = {
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
 
 Bytes = npt.NDArray[np.uint8]
 Place = tuple[TensorEntry, Tensor]  # a stored tensor, and the flat view that its values go to

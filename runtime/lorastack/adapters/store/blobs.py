@@ -12,7 +12,7 @@ from lorastack.adapters.store.durable import hash_file, sync_folder
 from lorastack.adapters.store.manifest import FileSpec
 from lorastack.errors import DataLossError
 
-_DAMAGED = 0  # mtime of a blob that was found damaged: a mark that survives a restart
+_DAMAGED = 0  # mtime that marks a damaged blob, also for the next run
 
 
 class BlobStore:
@@ -26,9 +26,9 @@ class BlobStore:
         return self._folder / sha256
 
     def has(self, spec: FileSpec) -> bool:
-        """Whether a file of that name and size is there that `check` has not marked.
+        """True if a file of that name and size is there and `check` has not marked it.
 
-        Its bytes are not looked at.
+        Its bytes are not read.
         """
         try:
             status = self.path(spec.sha256).stat()
@@ -43,7 +43,7 @@ class BlobStore:
         sync_folder(self._folder)
 
     def check(self, spec: FileSpec, digest: str, *, mark: bool = False) -> None:
-        """Raises DataLossError naming the blob if its bytes are gone or not what they were.
+        """Raises DataLossError naming the blob if its bytes are gone or changed.
 
         mark: uploads have to bring a damaged blob again. Its bytes stay: it may have been misread.
         """
@@ -59,20 +59,20 @@ class BlobStore:
             raise damaged_blob(spec, digest)
 
     def hold(self, names: Iterable[str]) -> None:
-        """Keeps these blobs whatever `keep_only` is told, until they are released."""
+        """Keeps these blobs through `keep_only`, until they are released as often as held."""
         self._held.update(names)
 
     def release(self, names: Iterable[str]) -> None:
-        """As often as they were held."""
+        """Undoes one `hold` of these blobs."""
         self._held.subtract(names)
         self._held = +self._held
 
     def keep_only(self, referenced: set[str]) -> tuple[int, int]:
         """Removes all other blobs; (their number, their bytes)."""
-        with os.scandir(self._folder) as found:
+        with os.scandir(self._folder) as entries:
             orphans = [
                 (entry.path, entry.stat().st_size)
-                for entry in found
+                for entry in entries
                 if entry.name not in referenced and entry.name not in self._held
             ]
         for path, _ in orphans:
@@ -81,7 +81,7 @@ class BlobStore:
 
 
 def damaged_blob(spec: FileSpec, digest: str) -> DataLossError:
-    """What to raise when a file of an adapter is not what its name says."""
+    """The error for a stored file whose bytes do not have its sha256."""
     return DataLossError(
         f"stored bytes of {spec.name} of adapter {digest} are damaged (blob {spec.sha256}): "
         "upload the adapter again",

@@ -1,4 +1,4 @@
-"""Is every byte of a store what its name says? Reads only; a server may use the store meanwhile."""
+"""Checks every byte of a store. Reads only; a server may use the store meanwhile."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ class Damage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StagedUpload:
-    """The bytes of an upload that is running or waits to be resumed."""
+    """What an upload that is running or waits to be resumed has on the disk."""
 
     key: str
     size_bytes: int
 
 
-NUM_LOOKS = 5
+NUM_LOOKS = 5  # at tables of a store that changes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,8 +54,8 @@ class Report:
     num_blobs: int
     size_bytes: int
     damaged: tuple[Damage, ...]
-    # Paths that no adapter needs: of a deleted adapter or an unfinished upload. A start removes
-    # them; a running server may be about to use them.
+    # Paths that no adapter needs: left by a deleted adapter or an unfinished upload. A start
+    # removes them; a running server may be about to use them.
     orphans: tuple[str, ...]
     staged: tuple[StagedUpload, ...]
 
@@ -87,7 +87,7 @@ def check_store(root: Path, progress: Callable[[int, int], None]) -> Report:
         num_revisions=sum(len(pointer.revisions) for pointer in tables.pointers.values()),
         num_blobs=len(tables.blobs),
         size_bytes=sum(tables.blobs.values()),
-        damaged=tuple(sorted(damage, key=lambda found: found.path)),
+        damaged=tuple(sorted(damage, key=lambda item: item.path)),
         orphans=tuple(sorted(stored - _needed_files(tables))),
         staged=tuple(_staged(root / "staging")),
     )
@@ -96,8 +96,8 @@ def check_store(root: Path, progress: Callable[[int, int], None]) -> Report:
 def _problem(path: Path, sha256: str, size: int) -> str:
     """What is wrong with a blob; "" if nothing is."""
     try:
-        if (found := path.stat().st_size) != size:
-            return f"{found} bytes instead of {size}"
+        if (actual := path.stat().st_size) != size:
+            return f"{actual} bytes instead of {size}"
         return "" if hash_file(path) == sha256 else "the bytes do not have this sha256"
     except FileNotFoundError:
         return "missing"
@@ -106,7 +106,7 @@ def _problem(path: Path, sha256: str, size: int) -> str:
 
 
 def _damaged_blobs(root: Path, tables: Tables, suspects: list[str]) -> Iterator[Damage]:
-    """Those of the suspects that are still needed and still wrong."""
+    """The suspects that are still needed and still wrong."""
     problems = {
         sha256: problem
         for sha256 in suspects

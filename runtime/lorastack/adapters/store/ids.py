@@ -9,12 +9,13 @@ from lorastack.errors import InvalidArgumentError
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 _ID = re.compile(rf"({_NAME}/)?{_NAME}")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
-NO_HEADS = "none"  # the word for no heads where an id of heads may stand
+NO_HEADS = "none"  # in place of an id of heads: no heads
+# Words with a meaning of their own in place of an id.
 RESERVED_IDS = frozenset({NO_HEADS, "base", "default"})
 
 
 def check_id(adapter_id: str) -> None:
-    """Raises InvalidArgumentError unless an adapter may be stored under this id."""
+    """Raises InvalidArgumentError unless an adapter can be stored under this id."""
     if adapter_id in RESERVED_IDS:
         raise InvalidArgumentError(f"the id {adapter_id!r} is reserved: choose another one")
     if not _ID.fullmatch(adapter_id):

@@ -1,7 +1,7 @@
-"""What serving taught about heads, kept beside them. Losing it costs nothing but a while to learn.
+"""What serving taught about heads, kept beside them. If it is lost, it is learnt again.
 
-One JSON object: digest -> the learner's own text, the last changed one last. What belongs to no
-heads has the digest "".
+One JSON object: digest -> the learner's own text, the last changed one last. The digest is "" for
+what belongs to no heads.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lorastack.adapters.store.durable import replace_file
 from lorastack.config import MIB
 from lorastack.errors import InvalidArgumentError
 
-MAX_BYTES = MIB  # of all texts; beyond, those that did not change for longest are dropped
+MAX_BYTES = MIB  # for all texts: those that did not change for longest are dropped beyond it
 
 logger = logging.getLogger(__name__)
 
@@ -26,14 +26,14 @@ class Learned:
     """The store's texts. One thread at a time."""
 
     def __init__(self, root: Path, knows: Callable[[str], bool]) -> None:
-        """Reads them; a damaged file counts as empty. knows: whether the store has a digest."""
+        """Reads them; a damaged file counts as empty. knows: True for a digest in the store."""
         self._path = root / "acceptance.json"
         self._knows = knows
         self._saved = _read(self._path)
         self.texts: Mapping[str, str] = self._kept(self._saved)
 
     def save(self, newer: Mapping[str, str]) -> None:
-        """Takes in newer texts, drops those of deleted adapters, and writes what has changed.
+        """Takes in newer texts, drops those of deleted adapters, and writes if anything changed.
 
         Raises OSError; the next call tries again. Only for the process that writes the store.
         """
@@ -57,9 +57,9 @@ class Learned:
 
 def _read(path: Path) -> dict[str, str]:
     try:
-        found = read_object(path, path.name, 4 * MAX_BYTES)  # quotes in a text take two bytes
-        texts = {digest: text for digest, text in found.items() if isinstance(text, str)}
-        if len(texts) < len(found):
+        fields = read_object(path, path.name, 4 * MAX_BYTES)  # quotes in a text take two bytes
+        texts = {digest: text for digest, text in fields.items() if isinstance(text, str)}
+        if len(texts) < len(fields):
             raise invalid(f"{path.name} holds more than texts")
     except FileNotFoundError:
         return {}

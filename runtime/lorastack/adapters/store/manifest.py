@@ -26,9 +26,9 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from lorastack.adapters.formats.facts import Facts
 from lorastack.adapters.store.durable import hash_file
 from lorastack.errors import InvalidArgumentError
-from lorastack.layout import AdapterKind
 
 FORMAT = "lorastack-store 1\n"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -51,15 +51,15 @@ def file_spec(path: Path) -> FileSpec:
 
 
 def in_digest(name: str) -> bool:
-    """Whether a file is part of the digest: configs, templates and safetensors are."""
+    """True for files that the digest covers: configs, templates and safetensors."""
     return name.endswith((*_CONFIG_SUFFIXES, ".safetensors"))
 
 
 def adapter_digest(files: Iterable[FileSpec]) -> str:
     """The identity of an adapter: "sha256:" + hex over its config files and safetensors.
 
-    Hashed are lines of name, size and sha256, each ended by a NUL, sorted by name. Configs are all
-    .json and .jinja files (a chat template changes answers); a README changes nothing.
+    The hash covers name, size and sha256 of each file, each ended by a NUL, sorted by name. Configs
+    are all .json and .jinja files (a chat template changes answers); a README changes nothing.
     """
     digest = hashlib.sha256()
     for spec in sorted(files, key=lambda spec: spec.name):
@@ -103,32 +103,29 @@ def _is_plain(name: str) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """An immutable adapter: its files, and what validation found out about it."""
+    """An immutable adapter: its files, and what validation found out about it.
+
+    A manifest's JSON has the facts beside the other fields.
+    """
 
     digest: str
-    files: tuple[FileSpec, ...]  # those that the digest covers
-    kind: AdapterKind
-    base_model: str  # the name in its config; "" if none
+    files: tuple[FileSpec, ...]  # the ones that the digest covers
+    facts: Facts
     base_fingerprint: str  # of the base model it was validated against
-    rank: int
-    alpha: float
-    target_modules: tuple[str, ...]
-    num_heads: int
-    num_layers: int
-    medusa_version: int
-    # (scale, how many modules in a row have it), modules by layer and target; empty without a LoRA,
-    # and in manifests of versions that did not write it down.
+    # (scale, number of successive modules that have it), modules sorted by layer and target; empty
+    # without a LoRA, and in manifests of older versions.
     scales: tuple[tuple[float, int], ...] = ()
-    warnings: tuple[str, ...] = ()  # what its owner should know
 
     @property
     def module_scales(self) -> list[float] | None:
-        """The scale of every module that has a LoRA, by layer and target; None: not known."""
+        """The scale of every module that has a LoRA, by layer and target; None if not known."""
         return [scale for scale, count in self.scales for _ in range(count)] or None
 
     def to_bytes(self) -> bytes:
-        """With a hash of the rest: a load trusts the scales."""
+        """As JSON, with a hash of all fields, as a load trusts the scales."""
         fields = asdict(self)
+        del fields["facts"]
+        fields |= self.facts.to_json()
         return _dump({**fields, "check": _check(fields)})
 
     @classmethod
@@ -139,12 +136,13 @@ class Manifest:
         # Older versions wrote neither a check nor scales.
         if (check is not None or "scales" in fields) and check != _check(fields):
             raise ValueError("the manifest's check does not fit its other fields")
-        fields["files"] = tuple(FileSpec(**spec) for spec in fields["files"])
-        fields["kind"] = AdapterKind(fields["kind"])
-        fields["target_modules"] = tuple(fields["target_modules"])
-        fields["warnings"] = tuple(fields.get("warnings", ()))
-        fields["scales"] = tuple(_run(run) for run in fields.get("scales", ()))
-        manifest = cls(**fields)
+        manifest = cls(
+            digest=fields.pop("digest"),
+            files=tuple(FileSpec(**spec) for spec in fields.pop("files")),
+            base_fingerprint=fields.pop("base_fingerprint"),
+            scales=tuple(_run(run) for run in fields.pop("scales", ())),
+            facts=Facts.from_json(fields),
+        )
         if adapter_digest(manifest.files) != manifest.digest:
             raise ValueError("the manifest's files do not give its digest")
         return manifest
@@ -154,7 +152,7 @@ class Manifest:
 class Revision:
     """One state of an id. created_at: seconds since the epoch.
 
-    other_files: those outside the digest, a README for one; another id of the digest has its own.
+    other_files: outside the digest, a README for one; another id with this digest has its own.
     """
 
     revision: int  # 1-based
@@ -186,7 +184,7 @@ class Pointer:
     def after(
         cls, old: Pointer | None, adapter_id: str, digest: str, other_files: tuple[FileSpec, ...]
     ) -> Pointer:
-        """An id's pointer once this is its newest content. old: what it has been."""
+        """An id's pointer with a new newest revision. old: the pointer until now."""
         revision = Revision(
             revision=1, digest=digest, created_at=time.time(), other_files=other_files
         )
@@ -244,7 +242,7 @@ class Record:
 
 
 def runs(scales: Iterable[float]) -> tuple[tuple[float, int], ...]:
-    """As a manifest writes them: most adapters have one scale for all modules."""
+    """Scales as a manifest has them. Most adapters have one scale for all modules."""
     return tuple((scale, len(list(same))) for scale, same in groupby(scales))
 
 

@@ -18,10 +18,10 @@ from lorastack.adapters.store.manifest import FORMAT, Manifest, Pointer
 from lorastack.adapters.store.tables import Tables, manifest_name
 from lorastack.errors import FailedPreconditionError, Reason
 
-# Something else is there, or in the way to it.
+# Errors that say: something else is there, or on the way there.
 _NO_FOLDER = (errno.EEXIST, errno.ENOTDIR, errno.ENOENT, errno.ELOOP, errno.ENAMETOOLONG)
 _DEFAULT_MEDUSA = "default_medusa.json"
-# A folder that changed a moment ago may change once more within the same tick of its clock.
+# A folder that changed a moment ago may change again within the same tick of its clock.
 _SETTLED_NS = 2_000_000_000
 
 ParsedT = TypeVar("ParsedT")
@@ -30,8 +30,8 @@ ParsedT = TypeVar("ParsedT")
 def lock_store(root: Path) -> int:
     """The descriptor that holds the store's lock until it is closed.
 
-    Raises FailedPreconditionError if another process has it, the folder cannot be written, or there
-    can be none.
+    Raises FailedPreconditionError if another process has the lock, or the folder cannot be made or
+    written.
     """
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -92,7 +92,7 @@ def check_format(root: Path) -> None:
 
 
 def write_default(root: Path, reference: str) -> None:
-    """Stores which heads are the default, durably."""
+    """Stores the reference of the default heads, durably; "" for none."""
     replace_file(root / _DEFAULT_MEDUSA, json.dumps({"id": reference}).encode() + b"\n")
 
 
@@ -128,7 +128,7 @@ class TableFiles:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recovery:
-    """What opening a store did and found. All zero, but for `damaged`, if it is only read."""
+    """What opening a store removed, kept and found damaged. All but `damaged` is 0 if read-only."""
 
     expired_uploads: int = 0  # unfinished, and nobody went on with them
     kept_uploads: int = 0  # unfinished, waiting for the rest
@@ -146,7 +146,7 @@ class Recovery:
 
 @dataclass(frozen=True, slots=True)
 class _File(Generic[ParsedT]):
-    """state: changes whenever the file is replaced. parsed: None if it cannot be read."""
+    """state: changes when the file is replaced. parsed: None for a file that cannot be read."""
 
     state: tuple[int, int, int]
     parsed: ParsedT | None
@@ -163,7 +163,7 @@ class _Folder(Generic[ParsedT]):
         self.refresh()
 
     def refresh(self) -> bool:
-        """Parses what is new; whether anything is. One `stat` while the folder stays as it is."""
+        """Parses what is new; True if anything is. One `stat` while the folder stays as it is."""
         changed_at = os.stat(self._path).st_mtime_ns
         if changed_at == self._changed_at:
             return False

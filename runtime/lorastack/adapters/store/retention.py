@@ -13,20 +13,20 @@ from lorastack.errors import DataLossError, NotFoundError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pruned:
-    """What went with old revisions. digests: those that no id has any more."""
+    """What was removed with old revisions. digests: the ones that no id has any more."""
 
     num_revisions: int
-    num_bytes: int  # of the disk
+    num_bytes: int  # freed on the disk
     digests: frozenset[str]
 
 
 def shortened(
     tables: Tables, keep: int, adapter_id: str, in_use: Collection[str]
 ) -> dict[str, Pointer]:
-    """The pointers that lose revisions, by id: an id's, or "" for those of all ids.
+    """The shorter pointers, by id, of the ids that lose revisions.
 
-    keep: how many revisions an id has at most, at least 1. in_use: digests that stay whatever
-    their number, as the default heads do. Raises NotFoundError or DataLossError.
+    keep: how many revisions an id keeps, at least 1; more if their digests are in_use or the
+    default heads'. adapter_id: "" for all ids. Raises NotFoundError or DataLossError.
     """
     needed = {*in_use}
     with suppress(NotFoundError, DataLossError):
@@ -42,14 +42,14 @@ def shortened(
 
 
 def num_revisions(tables: Tables) -> int:
-    """Of all ids."""
+    """The number of revisions of all ids."""
     return sum(len(pointer.revisions) for pointer in tables.pointers.values())
 
 
 def _keeping(pointer: Pointer, keep: int, needed: Collection[str]) -> Pointer:
-    """With at most so many revisions, the newest ones, and beside them those of needed digests.
+    """The pointer with its `keep` newest revisions, and the older ones of needed digests.
 
-    A content that is there once more, further on, goes first: nobody loses anything by that.
+    Revisions whose content comes again further on go first: nobody loses anything by that.
     """
     keep = max(keep, 1)
     last = {revision.digest: revision for revision in pointer.revisions}

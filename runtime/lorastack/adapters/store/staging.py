@@ -1,6 +1,6 @@
 """Bytes of uploads on their way in: kept when a connection breaks, so that a later try goes on.
 
-Nothing is made on the disk before an upload's first byte. What there is, is known in memory: the
+Nothing is made on the disk before an upload's first byte. Memory knows all that is there: the
 folder is walked once, when the store is opened.
 """
 
@@ -21,19 +21,19 @@ from lorastack.adapters.store.manifest import FileSpec
 from lorastack.errors import AbortedError, InvalidArgumentError, Reason, ResourceExhaustedError
 
 STAGING_EXPIRES = 24 * 3600.0  # seconds since the last byte
-MAX_WAITING = 256  # uploads that nobody goes on with, of all callers
-RETRY_SECONDS = 10.0  # what a caller is told when there is no room
+MAX_WAITING = 256  # uploads of all callers that wait to be resumed
+RETRY_SECONDS = 10.0  # after which a caller that finds no room should try again
 
 
 def staging_key(adapter_id: str, files: Sequence[FileSpec]) -> str:
-    """Names an upload's folder: only the same files under the same id go on from its bytes."""
+    """The name of an upload's folder: only the same files under the same id resume from it."""
     lines = sorted(f"{spec.name}\0{spec.size}\0{spec.sha256}\0" for spec in files)
     return hashlib.sha256(f"{adapter_id}\0{''.join(lines)}".encode()).hexdigest()
 
 
 @dataclass(slots=True)
 class _Staged:
-    """What one upload has on the disk. changed_at: of its last byte, seconds since the epoch."""
+    """What one upload has on the disk. changed_at: its last byte's, in seconds since the epoch."""
 
     caller: str
     num_bytes: int
@@ -44,8 +44,8 @@ class _Staged:
 class StagingArea:
     """All unfinished uploads of a store. Any thread may call anything.
 
-    Uploads that nobody goes on with are dropped when there are too many of them, or when a running
-    one needs their room: first those of the caller that holds the most.
+    Uploads that wait to be resumed are dropped when there are too many of them, or when a running
+    one needs their room: first the uploads of the caller that holds the most bytes.
     """
 
     def __init__(self, root: Path, *, max_bytes: int, max_bytes_per_caller: int) -> None:
@@ -59,22 +59,22 @@ class StagingArea:
 
     @property
     def num_bytes(self) -> int:
-        """On the disk, of all uploads."""
+        """Bytes on the disk, of all uploads."""
         return self._num_bytes
 
     def recover(self) -> tuple[int, int]:
-        """Takes in what an earlier run left; (uploads removed, uploads kept). Once."""
+        """Takes in what an earlier run left; (uploads removed, uploads kept). Called once."""
         for folder in list(self._root.iterdir()):
-            num_bytes, changed_at = _found(folder)
+            num_bytes, changed_at = _bytes_and_change(folder)
             self._staged[folder.name] = _Staged("", 0, changed_at, running=False)
             self._add(folder.name, num_bytes)
-        found = len(self._staged)
+        num_left = len(self._staged)
         self.expire()
         with self._lock:
             self._reduce()
             while self._num_bytes > self._max_bytes:
                 self._make_room()
-        return found - len(self._staged), len(self._staged)
+        return num_left - len(self._staged), len(self._staged)
 
     def sizes(self, key: str, needed: Iterable[FileSpec]) -> dict[str, int]:
         """sha256 -> how many bytes of it an upload has here."""
@@ -86,7 +86,7 @@ class StagingArea:
         }
 
     def open(self, key: str, needed: Iterable[FileSpec], caller: str) -> Staging:
-        """Goes on from the bytes that are here; `close` ends it."""
+        """Starts or resumes an upload; its `close` ends it."""
         with self._lock:
             if (upload := self._staged.get(key)) is not None:
                 self._held[upload.caller] -= upload.num_bytes
@@ -96,7 +96,7 @@ class StagingArea:
         return Staging(self, key, needed, self.sizes(key, needed), caller)
 
     def close(self, key: str, *, keep: bool) -> None:
-        """An upload has ended; keep: what it brought waits for the next try."""
+        """Ends an upload; keep: its bytes wait for the next try."""
         with self._lock:
             upload = self._staged.get(key)
             if upload is None:
@@ -108,7 +108,7 @@ class StagingArea:
             self._reduce()
 
     def expire(self) -> int:
-        """Drops the uploads nobody went on with for long, or that have no bytes; their number."""
+        """Drops waiting uploads that are too old or have no bytes; their number."""
         with self._lock:
             before = time.time() - STAGING_EXPIRES
             waiting = dict(self._waiting())
@@ -140,28 +140,28 @@ class StagingArea:
             self._add(key, num_bytes)
 
     def _reduce(self) -> None:
-        """Drops what is sent again the soonest, of who has the most, while too many wait."""
+        """While too many uploads wait: drops the smallest of the caller with the most of them."""
         while len(waiting := dict(self._waiting())) > MAX_WAITING:
             callers = Counter(upload.caller for upload in waiting.values())
             most = callers.most_common(1)[0][0]
             theirs = [key for key in waiting if waiting[key].caller == most]
-            self._drop(min(theirs, key=lambda key: _worth(waiting[key])))
+            self._drop(min(theirs, key=lambda key: _loss(waiting[key])))
 
     def _make_room(self, caller: str | None = None) -> None:
-        """Drops the oldest waiting upload: a caller's, or of those who hold the most."""
+        """Drops the oldest waiting upload of the caller; None: of the one with the most bytes."""
         waiting = dict(self._waiting())
         if caller is None:
             callers = {upload.caller for upload in waiting.values()}
             caller = max(callers, key=self._held.__getitem__, default="")
-        found = [key for key in waiting if waiting[key].caller == caller]
-        if not found:
+        theirs = [key for key in waiting if waiting[key].caller == caller]
+        if not theirs:
             raise ResourceExhaustedError(
                 "unfinished uploads take all the room there is for them: try again, what has "
                 "arrived is kept",
                 reason=Reason.STAGING_FULL,
                 retry_after=RETRY_SECONDS,
             )
-        self._drop(min(found, key=lambda key: waiting[key].changed_at))
+        self._drop(min(theirs, key=lambda key: waiting[key].changed_at))
 
     def _waiting(self) -> Iterator[tuple[str, _Staged]]:
         return ((key, upload) for key, upload in self._staged.items() if not upload.running)
@@ -183,7 +183,7 @@ class StagingArea:
 class Staging:
     """The blobs of one upload while they arrive, each in order of its bytes. Not thread-safe.
 
-    Nothing is known about bytes that an earlier try left, so `finish` hashes what is on the disk.
+    Bytes of an earlier try may be damaged, so `finish` hashes what is on the disk.
     """
 
     def __init__(
@@ -194,15 +194,15 @@ class Staging:
         sizes: dict[str, int],
         caller: str,
     ) -> None:
-        """sizes: what is here of the needed blobs, by sha256."""
+        """sizes: sha256 of each needed blob -> how many of its bytes are here."""
         self._area = area
         self._key = key
         self._caller = caller
         self._folder = area.folder(key)
         self._needed = {spec.sha256: spec for spec in needed}
         self._sizes = sizes
-        self._on_disk = dict(sizes)  # more than `sizes` when a caller overlaps with an earlier try
-        self._arriving: set[str] = set()  # what this try wrote to
+        self._on_disk = dict(sizes)  # more than `sizes` where a caller sends bytes again
+        self._arriving: set[str] = set()  # blobs that this try wrote to
 
     @property
     def needed(self) -> frozenset[str]:
@@ -225,7 +225,7 @@ class Staging:
         """Appends to a blob; the first chunk may overlap with bytes of an earlier try.
 
         Raises InvalidArgumentError for a wrong place or too many bytes, AbortedError for a first
-        chunk behind bytes that are no longer here, ResourceExhaustedError.
+        chunk behind bytes that are no longer here, ResourceExhaustedError for lack of room.
         """
         spec, size = self._needed[sha256], self._sizes[sha256]
         first = sha256 not in self._arriving
@@ -269,7 +269,7 @@ class Staging:
         return [self.path(sha256) for sha256 in self._needed]
 
     def close(self, *, keep: bool) -> None:
-        """The upload has ended; keep: a later one may go on."""
+        """Ends the upload; keep: a later one may resume it."""
         self._area.close(self._key, keep=keep)
 
     def _make_empty(self, sha256: str) -> None:
@@ -280,7 +280,7 @@ class Staging:
 
 
 def _size(path: Path, size: int) -> int:
-    """0 for a file that is longer than it may be: it is not worth a look."""
+    """Bytes of a file; 0 for one that is longer than `size`, which cannot be right."""
     try:
         staged = path.stat().st_size
     except FileNotFoundError:
@@ -288,8 +288,8 @@ def _size(path: Path, size: int) -> int:
     return staged if staged <= size else 0
 
 
-def _found(folder: Path) -> tuple[int, float]:
-    """A folder's bytes and its last change. One that is not ours is old enough to go."""
+def _bytes_and_change(folder: Path) -> tuple[int, float]:
+    """A folder's bytes and its last change: 0 if it is empty or no folder, so that it expires."""
     try:
         files = [path.stat() for path in folder.iterdir()]
     except OSError:
@@ -298,6 +298,6 @@ def _found(folder: Path) -> tuple[int, float]:
     return sum(file.st_size for file in files), changed_at
 
 
-def _worth(upload: _Staged) -> tuple[int, float]:
-    """Orders waiting uploads by how little is lost with them."""
+def _loss(upload: _Staged) -> tuple[int, float]:
+    """Orders waiting uploads by what is lost with them."""
     return upload.num_bytes, upload.changed_at

@@ -25,8 +25,9 @@ _DIGITS = re.compile(rf"[0-9a-f]{{{MIN_DIGITS},64}}")
 class Tables:
     """The store at one moment. Never changed: after a change another one takes its place.
 
-    So look-ups need no lock. What they need is kept ready, and carried over where that is cheap:
-    with thousands of adapters, deriving it anew at every upload would hold the interpreter's lock.
+    So look-ups need no lock. Their fields are derived from the others, and carried over where that
+    is cheap: with thousands of adapters, deriving all at every upload would hold the interpreter's
+    lock.
     """
 
     pointers: Mapping[str, Pointer]  # by id
@@ -34,8 +35,8 @@ class Tables:
     damaged_pointers: frozenset[str]  # names of files that cannot be read
     damaged_manifests: frozenset[str]
     default_medusa: str  # "" if none
-    # The newest revision of every id, sorted by id. Ids whose newest manifest is damaged are left
-    # out: they cannot be served.
+    # The newest revision of every id, sorted by id, without ids whose newest manifest is damaged:
+    # they cannot be served.
     newest: tuple[Record, ...]
     digests: frozenset[str]  # of all revisions of all ids
     blobs: Mapping[str, int]  # sha256 -> size of every file of these revisions
@@ -50,7 +51,7 @@ class Tables:
         damaged_manifests: frozenset[str],
         default_medusa: str,
     ) -> Tables:
-        """Derives the rest."""
+        """Tables with all derived fields."""
         digests = _digests(pointers)
         return cls(
             pointers=pointers,
@@ -73,11 +74,11 @@ class Tables:
         return tuple(sorted(self.damaged_pointers | self.damaged_manifests))
 
     def has_pointer(self, adapter_id: str) -> bool:
-        """Whether there is one, be it damaged."""
+        """True if the id has a pointer, be it damaged."""
         return adapter_id in self.pointers or file_name(adapter_id) in self.damaged_pointers
 
     def starting_with(self, prefix: str) -> list[Record]:
-        """Those of `newest` whose id starts with the prefix."""
+        """The records of `newest` whose id starts with the prefix."""
         first = bisect_left(self.newest, prefix, key=lambda record: record.id)
         # No id is longer, and none has a character beyond ASCII.
         last = bisect_left(self.newest, prefix + "\x7f", key=lambda record: record.id)
@@ -108,19 +109,19 @@ class Tables:
                 field="digest",
             )
         pointer = self._known_pointer(adapter_id)
-        found = {
+        fitting = {
             revision.digest: revision
             for revision in pointer.revisions
             if revision.digest.startswith(f"sha256:{digits}")
         }
-        if not found:
+        if not fitting:
             raise _no_revision(adapter_id, f"{adapter_id}@{start}")
-        if len(found) > 1:
+        if len(fitting) > 1:
             raise InvalidArgumentError(
-                f"{start!r} fits {len(found)} revisions of {adapter_id!r}: write more digits",
+                f"{start!r} fits {len(fitting)} revisions of {adapter_id!r}: write more digits",
                 field="digest",
             )
-        return self.record(adapter_id, *found.values())
+        return self.record(adapter_id, *fitting.values())
 
     def revisions(self, adapter_id: str) -> list[Record]:
         """All revisions of an id, newest first; without those whose manifest is damaged.
@@ -152,7 +153,7 @@ class Tables:
         return manifest
 
     def check_condition(self, adapter_id: str, if_digest: str | None) -> None:
-        """An upload's. None: anything goes; "": the id must be new; else it must point there.
+        """Checks an upload's if_digest: "" if the id must be new, a digest if it must point there.
 
         Raises InvalidArgumentError, AlreadyExistsError or AbortedError.
         """
@@ -178,7 +179,7 @@ class Tables:
             )
 
     def with_manifest(self, manifest: Manifest) -> Tables:
-        """manifest: that of a new digest, or one that takes the place of an older one."""
+        """manifest: of a new digest, or in the place of an older one."""
         if self.manifests.get(manifest.digest) == manifest:
             return self
         manifests = {**self.manifests, manifest.digest: manifest}
@@ -194,13 +195,13 @@ class Tables:
         )
 
     def with_pointer(self, pointer: Pointer) -> Tables:
-        """pointer: with a new or changed newest revision, whose manifest is known."""
+        """pointer: its newest revision is new or changed, and has a manifest."""
         newest = self.record(pointer.id, pointer.newest)
         pointers = {**self.pointers, pointer.id: pointer}
         blobs = {**self.blobs, **{spec.sha256: spec.size for spec in newest.files}}
         known = self.pointers.get(pointer.id)
         if known is not None and len(known.revisions) == len(pointer.revisions):
-            blobs = _blobs(pointers, self.manifests)  # its newest revision may have lost a file
+            blobs = _blobs(pointers, self.manifests)  # the changed revision may lack a file now
         return replace(
             self,
             pointers=pointers,
@@ -223,7 +224,7 @@ class Tables:
         )
 
     def with_fewer_revisions(self, shorter: Mapping[str, Pointer]) -> Tables:
-        """shorter: by id, pointers that lost some of their older revisions."""
+        """shorter: id -> pointer without some of its older revisions."""
         if not shorter:
             return self
         pointers = {**self.pointers, **shorter}
@@ -235,7 +236,7 @@ class Tables:
         )
 
     def with_manifests_of(self, digests: Collection[str]) -> Tables:
-        """Without all other manifests."""
+        """With the manifests of these digests alone."""
         names = {manifest_name(digest) for digest in digests}
         return replace(
             self,
@@ -247,11 +248,11 @@ class Tables:
         return replace(self, default_medusa=reference)
 
     def files(self, revision: Revision) -> tuple[FileSpec, ...]:
-        """Those that are known: without those of a damaged manifest."""
+        """The revision's files, without the ones of a damaged manifest."""
         return _files(revision, self.manifests)
 
     def stored_blobs(self) -> set[str]:
-        """sha256 of all files of all manifests and revisions."""
+        """sha256 of every file of every manifest and revision."""
         of_manifests = (spec for m in self.manifests.values() for spec in m.files)
         return {spec.sha256 for spec in of_manifests} | self.blobs.keys()
 
@@ -260,7 +261,7 @@ class Tables:
         return {manifest_name(digest) for digest in self.manifests} | self.damaged_manifests
 
     def _newest(self, adapter_id: str, *record: Record) -> tuple[Record, ...]:
-        """`newest` with this record for the id, or without any."""
+        """`newest` with this record for the id; without a record, without the id."""
         first = bisect_left(self.newest, adapter_id, key=lambda known: known.id)
         last = bisect_right(self.newest, adapter_id, key=lambda known: known.id)
         return (*self.newest[:first], *record, *self.newest[last:])

@@ -1,32 +1,35 @@
-"""One adapter on its way into the store."""
+"""Adapters on their way into the store: one upload, and all that have not ended."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from threading import Lock
 
 from lorastack.adapters.formats.parse import ParsedAdapter
 from lorastack.adapters.store.blobs import BlobStore
+from lorastack.adapters.store.contents import Contents
+from lorastack.adapters.store.ids import check_id
 from lorastack.adapters.store.manifest import (
     FileSpec,
     Manifest,
     Record,
     adapter_digest,
+    check_files,
     in_digest,
     runs,
 )
-from lorastack.adapters.store.staging import Staging
+from lorastack.adapters.store.staging import Staging, StagingArea, staging_key
 from lorastack.errors import AbortedError, InvalidArgumentError, Reason
 
 Validate = Callable[[Mapping[str, Path]], ParsedAdapter]
 
 
 class Upload:
-    """Made by `Registry.begin_upload`; ends in `commit`, `suspend` or `abort`.
+    """Made by `Uploads.begin`; ends in `commit`, `suspend` or `abort`.
 
-    Any thread may call anything. An upload that has ended, be it because another one of the same
-    files under the same id took over, raises AbortedError when it goes on.
+    Any thread may call anything. An upload that has ended raises AbortedError when it goes on;
+    another one of the same files under the same id ends it, too.
     """
 
     def __init__(
@@ -40,7 +43,7 @@ class Upload:
         publish: Callable[[Upload, Manifest], Record],
         forget: Callable[[Upload], None],
     ) -> None:
-        """publish: makes the adapter visible; forget: called when the upload ends."""
+        """publish: makes the checked adapter visible; forget: called when the upload ends."""
         self.id = adapter_id
         self.files = files
         self.if_digest = if_digest
@@ -70,7 +73,7 @@ class Upload:
     def write(self, sha256: str, offset: int, data: bytes) -> None:
         """Appends to a blob. The first chunk may start before the end of what is staged.
 
-        Bytes of a blob that is stored by now are dropped: the caller planned before that.
+        Bytes of a blob that needs none are dropped: it was stored after the caller planned.
         Raises InvalidArgumentError, ResourceExhaustedError or AbortedError.
         """
         with self._using:
@@ -81,10 +84,11 @@ class Upload:
                 self.staging.write(sha256, offset, data)
 
     def commit(self, validate: Validate, *, base_fingerprint: str) -> Record:
-        """Checks everything and makes it visible and durable; nothing is stored otherwise.
+        """Checks all files and makes the adapter visible and durable, or else stores nothing.
 
-        validate gets file name -> path and raises if the adapter is not acceptable.
-        base_fingerprint: of the base model that `validate` compares with.
+        validate: gets file name -> path; what it raises is raised here. base_fingerprint: the base
+        model's, for which it validates. Also raises InvalidArgumentError, AlreadyExistsError,
+        AbortedError, DataLossError or ResourceExhaustedError.
         """
         with self._using:
             self._check_open()
@@ -94,7 +98,7 @@ class Upload:
                 self._end(keep=False)
 
     def suspend(self) -> None:
-        """Ends it; what is staged waits for `begin_upload` with the same id and files.
+        """Ends the upload; the staged bytes wait for the next one of the same id and files.
 
         This and `abort` may be called again, and after `commit`.
         """
@@ -102,7 +106,7 @@ class Upload:
             self._end(keep=True)
 
     def abort(self) -> None:
-        """Ends it and forgets the staged bytes."""
+        """Ends the upload and drops the staged bytes."""
         with self._using:
             self._end(keep=False)
 
@@ -116,17 +120,9 @@ class Upload:
         return Manifest(
             digest=digest,
             files=tuple(spec for spec in self.files if in_digest(spec.name)),
-            kind=parsed.kind,
-            base_model=parsed.base_model,
+            facts=parsed.facts,
             base_fingerprint=base_fingerprint,
-            rank=parsed.rank,
-            alpha=parsed.alpha,
-            target_modules=parsed.target_modules,
-            num_heads=parsed.num_heads,
-            num_layers=parsed.num_layers,
-            medusa_version=parsed.medusa_version,
             scales=runs(parsed.scales.values()),
-            warnings=parsed.warnings,
         )
 
     def _check_open(self) -> None:
@@ -147,3 +143,83 @@ class Upload:
     def _path(self, spec: FileSpec) -> Path:
         folder = self.staging if spec.sha256 in self.needed else self._blobs
         return folder.path(spec.sha256)
+
+
+class Uploads:
+    """All uploads of a store that have not ended. Any thread may call anything."""
+
+    def __init__(
+        self, contents: Contents, staging: StagingArea, *, max_files: int, max_bytes: int
+    ) -> None:
+        """max_files, max_bytes: of one adapter."""
+        self.running: dict[str, Upload] = {}  # by staging key
+        self._contents = contents
+        self._staging = staging
+        self._max_files = max_files
+        self._max_bytes = max_bytes
+
+    def plan(self, adapter_id: str, files: Sequence[FileSpec]) -> tuple[tuple[FileSpec, int], ...]:
+        """See `Registry.plan_upload`."""
+        self._contents.check_writable()
+        self._check(adapter_id, files)
+        needed = self._missing(files)
+        sizes = self._staging.sizes(staging_key(adapter_id, files), needed)
+        return tuple((spec, sizes[spec.sha256]) for spec in needed)
+
+    def begin(
+        self, adapter_id: str, files: Sequence[FileSpec], if_digest: str | None, sender: str
+    ) -> Upload:
+        """See `Registry.begin_upload`."""
+        self._check(adapter_id, files)
+        key = staging_key(adapter_id, files)
+        while True:
+            with self._contents.changing():
+                self._contents.tables.check_condition(adapter_id, if_digest)
+                older = self.running.get(key)
+                if older is None:
+                    upload = Upload(
+                        adapter_id=adapter_id,
+                        files=tuple(files),
+                        if_digest=if_digest,
+                        staging=self._staging.open(key, self._missing(files), sender),
+                        blobs=self._contents.blobs,
+                        publish=self._publish,
+                        forget=self._forget,
+                    )
+                    # What is stored already must still be there when it is committed.
+                    self._contents.blobs.hold(spec.sha256 for spec in files)
+                    self.running[key] = upload
+                    return upload
+            older.suspend()  # outside, as it may have to wait for its commit
+
+    def _check(self, adapter_id: str, files: Sequence[FileSpec]) -> None:
+        check_id(adapter_id)
+        check_files(files, max_files=self._max_files, max_bytes=self._max_bytes)
+
+    def _missing(self, files: Sequence[FileSpec]) -> tuple[FileSpec, ...]:
+        """The files whose bytes must travel, equal ones once.
+
+        Bytes count as present only if an id has them in one of its revisions, not because a file
+        happens to lie there.
+        """
+        listed = self._contents.tables.blobs
+        unique = {spec.sha256: spec for spec in files}
+        return tuple(
+            spec
+            for spec in unique.values()
+            if listed.get(spec.sha256) != spec.size or not self._contents.blobs.has(spec)
+        )
+
+    def _publish(self, upload: Upload, manifest: Manifest) -> Record:
+        """Makes a checked upload visible."""
+        with self._contents.changing():
+            self._contents.tables.check_condition(upload.id, upload.if_digest)
+            self._contents.blobs.adopt(upload.staging.paths())
+            self._contents.put_manifest(manifest)
+            others = tuple(spec for spec in upload.files if not in_digest(spec.name))
+            return self._contents.point(upload.id, manifest.digest, others)
+
+    def _forget(self, upload: Upload) -> None:
+        with self._contents.lock:
+            self._contents.blobs.release(spec.sha256 for spec in upload.files)
+            del self.running[staging_key(upload.id, upload.files)]

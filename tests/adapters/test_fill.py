@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 from torch import Tensor
 
-from lorastack.adapters.formats.tensorfile import TensorEntry, read_header
-from lorastack.adapters.memory import fill as reading
-from lorastack.adapters.memory.fill import DTYPES, Place, fill
+from lorastack.adapters.formats.dtypes import DTYPES
+from lorastack.adapters.formats.tensorfile import read_header
+from lorastack.adapters.memory import fill as fill_module
+from lorastack.adapters.memory.fill import Place, fill
+from lorastack.tensorheader import TensorEntry
 from tests.adapters.folders import sha256
 
 TENSORS = st.lists(
@@ -26,8 +28,8 @@ TENSORS = st.lists(
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "CHUNK", 64)
-    monkeypatch.setattr(reading, "GRAIN", 5)
+    monkeypatch.setattr(fill_module, "CHUNK", 64)
+    monkeypatch.setattr(fill_module, "GRAIN", 5)
 
 
 def write(path: Path, tensors: dict[str, Tensor], padding: int = 0) -> dict[str, TensorEntry]:
@@ -81,8 +83,8 @@ def test_a_file_that_ends_early_has_another_hash(tmp_path: Path) -> None:
 NO_OPENMP = """
 import os, sys, torch
 from pathlib import Path
-from lorastack.adapters.memory import fill as reading
-from lorastack.adapters.memory.loader import _check_copy
+from lorastack.adapters.memory import fill as fill_module
+from lorastack.adapters.formats.validate import _check_copy
 from lorastack.adapters.formats.tensorfile import check_finite, read_header
 
 def num_threads():
@@ -92,12 +94,12 @@ def counting(data, batch):
     unpack(data, batch)
     counts.append(num_threads())
 
-unpack, reading._unpack, counts = reading._unpack, counting, []
+unpack, fill_module._unpack, counts = fill_module._unpack, counting, []
 path = Path(sys.argv[1])
 (entry,) = read_header(path, "x").values()
 before = num_threads()
 target = torch.empty(entry.nbytes // 2)
-reading.fill([path], [(entry, target)])
+fill_module.fill([path], [(entry, target)])
 check_finite(entry)
 _check_copy("base", entry, target.view(entry.shape))
 assert counts and max(counts) <= before + 2 and num_threads() == before, (before, counts)

@@ -35,9 +35,9 @@ from tests.helpers.adapters import write_draft_vocabulary, write_heads
 
 def test_a_lora(lora: Path) -> None:
     parsed = parse_folder(lora)
-    assert parsed.kind is AdapterKind.LORA
-    assert (parsed.rank, parsed.alpha, parsed.num_heads) == (4, 16.0, 0)
-    assert parsed.target_modules == ("q_proj", "up_proj")
+    assert parsed.facts.kind is AdapterKind.LORA
+    assert (parsed.facts.rank, parsed.facts.alpha, parsed.facts.num_heads) == (4, 16.0, 0)
+    assert parsed.facts.target_modules == ("q_proj", "up_proj")
     assert parsed.scales == dict.fromkeys(
         [(i, t) for i in (0, 1) for t in ("q_proj", "up_proj")], 4.0
     )
@@ -45,8 +45,12 @@ def test_a_lora(lora: Path) -> None:
 
 def test_heads(heads: Path) -> None:
     parsed = parse_folder(heads)
-    assert parsed.kind is AdapterKind.MEDUSA
-    assert (parsed.num_heads, parsed.num_layers, parsed.medusa_version) == (3, 1, 2)
+    assert parsed.facts.kind is AdapterKind.MEDUSA
+    assert (parsed.facts.num_heads, parsed.facts.num_layers, parsed.facts.medusa_version) == (
+        3,
+        1,
+        2,
+    )
     assert parsed.tensors.keys() == {
         (head, HEADS, part) for head in range(3) for part in (Part.WEIGHT, Part.BIAS)
     }
@@ -59,7 +63,11 @@ def test_heads_of_both_versions(tmp_path: Path, version: int, num_blocks: int) -
     vocab_size = SHAPES.vocab_size if version == 1 else None
     folder = write_heads(tmp_path / "x", H, num_blocks=num_blocks, vocab_size=vocab_size)
     parsed = parse_folder(folder)
-    assert (parsed.num_heads, parsed.num_layers, parsed.medusa_version) == (3, num_blocks, version)
+    assert (parsed.facts.num_heads, parsed.facts.num_layers, parsed.facts.medusa_version) == (
+        3,
+        num_blocks,
+        version,
+    )
     names = {entry.name for entry in parsed.tensors.values()}
     assert names == load_file(folder / HEADS_FILE).keys()
     for head in range(3):
@@ -83,7 +91,7 @@ def test_published_version_one_heads(tmp_path: Path) -> None:
     )
     assert "version" not in json.loads((folder / HEADS_CONFIG).read_text())
     parsed = parse_folder(folder)
-    assert (parsed.num_heads, parsed.medusa_version, len(parsed.tensors)) == (5, 1, 15)
+    assert (parsed.facts.num_heads, parsed.facts.medusa_version, len(parsed.tensors)) == (5, 1, 15)
     check_base(parsed, ["vicuna-7b-v1.3"])
 
 
@@ -97,14 +105,14 @@ def test_a_bundle_in_one_or_several_files(lora: Path, heads: Path, one_file: boo
     else:
         shutil.copy(heads / HEADS_FILE, lora)
     parsed = parse_folder(lora)
-    assert parsed.kind is AdapterKind.LORA_WITH_MEDUSA
-    assert (parsed.rank, parsed.num_heads, len(parsed.tensors)) == (4, 3, 4 * 2 + 6)
+    assert parsed.facts.kind is AdapterKind.LORA_WITH_MEDUSA
+    assert (parsed.facts.rank, parsed.facts.num_heads, len(parsed.tensors)) == (4, 3, 4 * 2 + 6)
 
 
 @pytest.mark.parametrize("version", ["2", 2, 2.0, "2.0"])
 def test_versions_that_mean_two(heads: Path, version: object) -> None:
     edit_json(heads / HEADS_CONFIG, version=version)
-    assert parse_folder(heads).medusa_version == 2
+    assert parse_folder(heads).facts.medusa_version == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
@@ -121,7 +129,7 @@ def test_harmless_files_are_kept(lora: Path) -> None:
     for name in ("README.md", "tokenizer.json", "special_tokens_map.json", "merges.txt"):
         (lora / name).write_text("{}")
     (lora / "config.json").write_text(json.dumps({"model_type": "llama"}))  # the base model's
-    assert parse_folder(lora).kind is AdapterKind.LORA
+    assert parse_folder(lora).facts.kind is AdapterKind.LORA
 
 
 def test_chat_templates(lora: Path) -> None:
@@ -158,7 +166,7 @@ def test_base_names(lora: Path, heads: Path, named: str | None, served: str, sam
     edit_json(lora / LORA_CONFIG, base_model_name_or_path=named)
     for folder in (heads, lora):
         parsed = parse_folder(folder)
-        assert parsed.base_model == (named or "")
+        assert parsed.facts.base_model == (named or "")
         if same:
             assert check_base(parsed, ["other", served]) == ()
             continue
