@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 
 from lorastack import __version__
+from lorastack.adapters.formats.validate import Validator
 from lorastack.adapters.memory.device import Copy
 from lorastack.adapters.memory.host import HostCache
-from lorastack.adapters.formats.validate import Validator
 from lorastack.adapters.memory.pool import DevicePool
 from lorastack.adapters.store.learned import Learned
 from lorastack.adapters.store.opening import Recovery
