@@ -80,8 +80,13 @@ class Row:
 
     @property
     def num_pending(self) -> int:
-        """Tokens without KV; 1: its next step decodes."""
+        """Tokens without KV."""
         return len(self.tokens) - self.num_computed
+
+    @property
+    def decodes(self) -> bool:
+        """True if only its last token has no KV: its next step makes a token and may draft."""
+        return self.num_pending == 1
 
     @property
     def kv_root(self) -> bytes:

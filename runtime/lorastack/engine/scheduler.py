@@ -86,7 +86,7 @@ class Scheduler:
         """Pages, adapters and tokens for as many rows as fit; None when no row can run."""
         now = time.monotonic()
         self._end_overdue(now)
-        decoding = [row for row in self.rows.running if row.num_pending == 1 and not row.parked]
+        decoding = [row for row in self.rows.running if row.decodes and not row.parked]
         with _advisory():
             self._speculator.choose_heads(decoding)
         num_reading = self.rows.num_active - len(decoding)  # with prompt tokens left
@@ -158,8 +158,7 @@ class Scheduler:
 
     def _schedule_row(self, row: Row, budget: int, now: float) -> int:
         """Plan one running row; returns how much of the prompt budget it took."""
-        decoding = row.num_pending == 1
-        num_tokens = 1 if decoding else min(row.num_pending, budget)
+        num_tokens = 1 if row.decodes else min(row.num_pending, budget)
         adapters = self._pin(row, now)
         if adapters is None:
             return 0
@@ -168,7 +167,7 @@ class Scheduler:
             self._holds.unpin(row)
             return 0
         self._planned.append(Plan(row, num_tokens, adapters))
-        return 0 if decoding else num_tokens
+        return 0 if row.decodes else num_tokens
 
     def _admit(self, budget: int, now: float) -> None:
         """Start waiting rows; one whose LoRAs are missing waits aside, and others go before it.
@@ -218,7 +217,7 @@ class Scheduler:
 
     def _trees(self, plans: list[Plan]) -> list[Tree | None]:
         """Of each plan's row, if it decodes, something is proposed, and pages are left for it."""
-        decoding = [plan.row for plan in plans if plan.row.num_pending == 1]
+        decoding = [plan.row for plan in plans if plan.row.decodes]
         fixed_tokens = sum(plan.num_tokens for plan in plans)
         num_samples = sum(plan.samples for plan in plans)
         trees: dict[Row, Tree | None] = {}
@@ -265,7 +264,7 @@ class Scheduler:
     def _commit(self, row: Row, step: RowStep, result: RowResult) -> None:
         """KV of the step's own tokens and of the accepted nodes now counts as the row's."""
         drafted = step.tree.sources[1:] if step.tree else ()
-        if row.num_pending == 1:
+        if step.decodes:
             row.count_step(drafted)
             with _advisory():
                 self._speculator.learn(row, result)

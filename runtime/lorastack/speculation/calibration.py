@@ -164,24 +164,24 @@ class Calibration:
     @staticmethod
     def from_json(text: str) -> Calibration:
         """What `to_json` gave; anything else gives a fresh one."""
-        found = Calibration()
+        restored = Calibration()
         try:
             state = json.loads(text)
             if state["version"] != _VERSION or len(state["heads"]) > _MAX_HEADS:
                 return Calibration()
-            found._heads = [_loaded(cells, _NUM_BINS) for cells in state["heads"]]
-            found._lookup = [_loaded(cells, _MAX_DEPTH) for cells in state["lookup"]]
+            restored._heads = [_loaded(cells, _NUM_BINS) for cells in state["heads"]]
+            restored._lookup = [_loaded(cells, _MAX_DEPTH) for cells in state["lookup"]]
             pairs = [
                 (_number(worth, 0.0, 1.0), _number(weight, 0.0, 1.0))
                 for worth, weight in state["worths"]
             ]
         except (ValueError, TypeError, KeyError, RecursionError):
             return Calibration()
-        if len(found._lookup) != len(_MATCHES) or len(pairs) != NUM_WORTHS:
+        if len(restored._lookup) != len(_MATCHES) or len(pairs) != NUM_WORTHS:
             return Calibration()
-        found._worths = [worth for worth, _ in pairs]
-        found._worth_weights = [weight for _, weight in pairs]
-        return found
+        restored._worths = [worth for worth, _ in pairs]
+        restored._worth_weights = [weight for _, weight in pairs]
+        return restored
 
 
 def _bin(logprob: float) -> int:
