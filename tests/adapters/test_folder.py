@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorastack.adapters.sources import folder as rooted
+from lorastack.adapters.sources import folder as folder_module
 from lorastack.adapters.sources.base import Limits
 from lorastack.adapters.sources.folder import find_files
 from lorastack.errors import (
@@ -120,7 +120,7 @@ def test_links_that_stay_inside_work(root: Path, tmp_path: Path) -> None:
 def test_a_link_swapped_in_after_the_check_is_not_followed(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, swapped: str
 ) -> None:
-    honest = rooted._open_beneath
+    honest = folder_module._open_beneath
 
     def swap_first(base: Path, parts: tuple[str, ...], flags: int) -> int:
         if "/".join(parts) == swapped and not (root / swapped).is_symlink():
@@ -128,7 +128,7 @@ def test_a_link_swapped_in_after_the_check_is_not_followed(
             (root / swapped).symlink_to(tmp_path / "outside" / Path(swapped).relative_to("lora"))
         return honest(base, parts, flags)
 
-    monkeypatch.setattr(rooted, "_open_beneath", swap_first)
+    monkeypatch.setattr(folder_module, "_open_beneath", swap_first)
     refusal(LorastackError, root / "lora", root)
     assert (root / swapped).is_symlink()
 
@@ -137,14 +137,14 @@ def test_a_parent_swapped_for_a_link_is_not_followed(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The folder is checked, then replaced before its files are opened."""
-    honest = rooted.choose
+    honest = folder_module.choose
 
     def swap_then_choose(names: list[str], where: str, files_in: object) -> object:
         (root / "lora").rename(root / "kept")
         (root / "lora").symlink_to(tmp_path / "outside")
         return honest(names, where, files_in)
 
-    monkeypatch.setattr(rooted, "choose", swap_then_choose)
+    monkeypatch.setattr(folder_module, "choose", swap_then_choose)
     refusal(LorastackError, root / "lora", root)
 
 
@@ -176,9 +176,9 @@ def test_files_are_counted_before_any_is_opened(
     for number in range(20):
         (root / "lora" / f"{number}.json").write_bytes(b"{}")
     with monkeypatch.context() as patch:
-        patch.setattr(rooted, "_open_file", None)
+        patch.setattr(folder_module, "_open_file", None)
         assert "22 files" in refusal(InvalidArgumentError, root / "lora", root).message
-    monkeypatch.setattr(rooted, "MAX_ENTRIES", 21)
+    monkeypatch.setattr(folder_module, "MAX_ENTRIES", 21)
     assert "more than 21" in refusal(InvalidArgumentError, root / "lora", root).message
 
 
@@ -231,7 +231,7 @@ def test_a_folder_of_folders_names_those_with_adapters(root: Path, tmp_path: Pat
 
 
 def test_limits_hold_before_anything_is_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rooted, "describe", None)
+    monkeypatch.setattr(folder_module, "describe", None)
     for limits in (Limits(max_files=1, max_bytes=1 << 30), Limits(max_files=8, max_bytes=1000)):
         with pytest.raises(InvalidArgumentError):
             read(root / "lora", root, limits=limits)
