@@ -330,7 +330,7 @@ def adapter(record: Record, *, compatible: bool, usage: AdapterUsage) -> adapter
         digest=digest,
         revision=record.revision,
         kind=_KINDS[manifest.kind],
-        base_model=printable(manifest.base_model),  # whatever the adapter's author wrote
+        base_model=printable(manifest.base_model),  # any text of whoever made it
         compatible=compatible,
         rank=manifest.rank,
         alpha=manifest.alpha,
@@ -340,7 +340,7 @@ def adapter(record: Record, *, compatible: bool, usage: AdapterUsage) -> adapter
         medusa_version=manifest.medusa_version,
         warnings=manifest.warnings,
         size_bytes=record.size_bytes,
-        # A mapping: making a Timestamp takes a third of a listing's time.
+        # As a mapping: making a message of it takes a third of a listing's time.
         created_at={"seconds": seconds, "nanos": int((record.created_at - seconds) * 1e9)},
         residency=adapters_pb2.Adapter.DISK,
         in_flight=usage.in_flight.get(digest, 0),

@@ -9,7 +9,8 @@ from lorastack.errors import InvalidArgumentError
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 _ID = re.compile(rf"({_NAME}/)?{_NAME}")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
-NO_HEADS = "none"  # the word for no heads where an id of heads may stand
+NO_HEADS = "none"  # in place of an id of heads: no heads
+# Words with a meaning of their own in place of an id.
 RESERVED_IDS = frozenset({NO_HEADS, "base", "default"})
 
 
