@@ -15,7 +15,7 @@ RESERVED_IDS = frozenset({NO_HEADS, "base", "default"})
 
 
 def check_id(adapter_id: str) -> None:
-    """Raises InvalidArgumentError unless an adapter may be stored under this id."""
+    """Raises InvalidArgumentError unless an adapter can be stored under this id."""
     if adapter_id in RESERVED_IDS:
         raise InvalidArgumentError(f"the id {adapter_id!r} is reserved: choose another one")
     if not _ID.fullmatch(adapter_id):
