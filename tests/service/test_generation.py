@@ -266,5 +266,5 @@ def test_a_deadline_too_far_off_to_wait_for_is_none(remaining: float | None) -> 
 
 def test_deadlines_of_days_hold() -> None:
     before = time.monotonic()
-    deadline = _deadline(7 * 86_400.0)
-    assert deadline is not None and 0 <= deadline - before - 7 * 86_400 < PATIENCE
+    found = _deadline(7 * 86_400.0)
+    assert found is not None and 0 <= found - before - 7 * 86_400 < PATIENCE

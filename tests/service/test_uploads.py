@@ -15,10 +15,8 @@ from lorastack.adapters.store.staging import Staging
 from lorastack.client import Client, to_error, uploading
 from lorastack.errors import (
     AbortedError,
-    FailedPreconditionError,
     InvalidArgumentError,
     LorastackError,
-    NotFoundError,
     Reason,
     ResourceExhaustedError,
     UnavailableError,
@@ -388,41 +386,3 @@ def test_the_client_goes_on_when_there_is_room(
     monkeypatch.setattr(Staging, "write", write)
     assert client.upload(folders["lora"], "x").revision == 1
     assert refusals == []
-
-
-def test_old_revisions_go(start_fake: StartFake, folders: Folders) -> None:
-    """But not what requests and pins use."""
-    fake = start_fake(keep_revisions=2)
-    with Client(fake.address) as client:
-        first = client.upload(folders["lora"], "x")
-        second = client.upload(folders["other"], "x")
-        assert client.load(f"x@{first.digest}", pin=True).pinned
-        for _ in range(5):
-            client.upload(folders["bundle"], "x")
-            client.rollback("x", second.digest.removeprefix("sha256:")[:8])
-        kept = {revision.digest for revision in client.list_revisions("x")}
-        assert kept == {first.digest, second.digest, client.upload(folders["bundle"], "y").digest}
-        client.unload(f"x@{first.digest}")
-        stored, _ = client.disk_usage()
-        pruned = client.prune_revisions("x", keep=1)
-        assert pruned.removed_revisions == len(kept) - 1
-        assert client.disk_usage()[0] == stored - pruned.freed_bytes < stored
-        assert [r.digest for r in client.list_revisions("x")] == [second.digest]
-        assert first.digest in fake.engine.forgotten
-        with pytest.raises(NotFoundError, match="adapters revisions x"):
-            client.get_adapter(f"x@{first.digest}")
-        with pytest.raises(InvalidArgumentError, match="at least 1"):
-            client.prune_revisions(keep=0)
-
-
-def test_another_base_models_name(client: Client, folders: Folders, tmp_path: Path) -> None:
-    for path in folders["lora"].iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    config = tmp_path / "adapter_config.json"
-    text = config.read_text().replace("{", '{"base_model_name_or_path": "other/base",', 1)
-    config.write_text(text)
-    with pytest.raises(FailedPreconditionError, match="--accept-base") as caught:
-        client.upload(tmp_path, "x")
-    assert caught.value.reason is Reason.BASE_MODEL_DIFFERS
-    accepted = client.upload(tmp_path, "x", accept_base=True)
-    assert (accepted.base_model, accepted.compatible) == ("other/base", True)

@@ -86,8 +86,7 @@ class Preparer:
     def encode(self, given: Given) -> tuple[int, ...]:
         """The token ids of a prompt; the model's own template makes text of a chat.
 
-        Raises InvalidArgumentError for one that is empty, too long, or has a token that the model
-        lacks.
+        Raises InvalidArgumentError if it is empty, too long, or has a token that the model lacks.
         """
         tokenizer = self._model.tokenizer
         match given:
