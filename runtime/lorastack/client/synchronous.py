@@ -195,7 +195,7 @@ class Client:
         """Stores a folder's adapter under an id; files that the server has are not sent again.
 
         When the connection breaks, the server has no room for now, or a deletion takes files that
-        it counted on, it goes on from the bytes that arrived after `uploading.RETRY_DELAYS`.
+        it counted on, it waits `uploading.RETRY_DELAYS` and goes on from the bytes that arrived.
         if_digest: "": the id must be new; a digest: it must point there; None: replaces. After a
         lost answer it may refuse an upload that has succeeded. accept_base: the config may name
         another base model. progress: called with (bytes there, bytes in all). left_out: called with
