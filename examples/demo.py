@@ -89,7 +89,7 @@ def main() -> int:
 
 
 def run(wanted: str, console: Console) -> tuple[str, bool | None]:
-    """The dtype, and whether AUTO and OFF gave every row the same tokens; None: it was not run."""
+    """The dtype, and True if AUTO and OFF gave every row the same tokens; None: it was not run."""
 
     def tell(line: str) -> None:
         console.print(" ", line.partition(": ")[2], highlight=False)

@@ -40,8 +40,8 @@ def local_server(
 ) -> Iterator[LocalServer]:
     """Serve with `options` of `lorastack serve` and an empty store until the block ends.
 
-    command: another module of the project that serves, and takes its options. on_news: gets each
-    line that the server logs while it starts.
+    command: starts another module of the project that serves with the same options. on_news: gets
+    each line that the server logs while it starts.
 
     Leaves nothing behind. Raises RuntimeError with the server's last words if it does not start.
     """

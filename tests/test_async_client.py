@@ -101,7 +101,7 @@ def test_a_stream_that_is_left_is_cancelled(fake: RunningServer) -> None:  # noq
 
 
 def refuse(fake: RunningServer, *errors: LorastackError) -> None:  # noqa: F811
-    """The next requests are refused so, one after the other."""
+    """Makes the next requests fail with these errors, one after the other."""
     left, submit = list(errors), fake.engine.submit
 
     def refusing(request: object) -> None:

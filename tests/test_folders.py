@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all, and files that are taken from another side."""
+"""Adapter folders on a client's machine: what is sent, and how received files are written."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_a_folder_of_folders(tmp_path: Path) -> None:
 
 @given(names=st.lists(st.text(min_size=1)), data=st.data())
 def test_names_are_told_apart_and_can_be_sent(names: list[str], data: st.DataObject) -> None:
-    """Every name is either of the adapter or left out, and those named fit into any message."""
+    """Every name is sent or left out, and the names that are left out fit into any message."""
     names = [*{*names, "w.safetensors"}]
     choice = choose(names, "here", lambda name: ())
     left = [name for name in names if name not in choice.files]

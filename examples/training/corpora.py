@@ -1,4 +1,4 @@
-"""Reading the data folder, and what of GSM8K is held out."""
+"""Reads the data folder, and holds a part of GSM8K out."""
 
 import json
 from pathlib import Path

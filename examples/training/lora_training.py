@@ -120,7 +120,7 @@ def train_lora(
 def save_lora(tuned: PeftModel, folder: Path) -> None:
     """PEFT's layout, weights in bfloat16, naming the published base instead of a local folder.
 
-    PEFT also writes a card of its own, over ours: so it saves beside.
+    PEFT would write a card of its own over ours, so it saves into another folder first.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as saved:

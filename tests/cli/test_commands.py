@@ -179,7 +179,7 @@ def test_verify_says_what_a_folder_holds(run: Run, folders: Folders, tiny_llama:
 def test_warnings_are_for_people_too(
     run: Run, at: tuple[str, str], folders: Folders, tiny_llama: Path, tmp_path: Path
 ) -> None:
-    """Of an upload on stderr, and wherever the adapter is shown."""
+    """An upload prints them on stderr; `show` and `verify` list them."""
     for path in folders["lora"].iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     edit_json(tmp_path / "adapter_config.json", base_model_name_or_path="/data/checkpoint-7")

@@ -18,7 +18,7 @@ COMMAND = ("adapters", "convert")
 
 
 def pickled(folder: Path, name: str) -> Path:
-    """Turns the folder's safetensors file into what torch.save writes; (the folder)."""
+    """Replaces the folder's safetensors file by what torch.save writes; returns the folder."""
     weights = next(folder.glob("*.safetensors"))
     torch.save(load_file(weights), folder / name)
     weights.unlink()

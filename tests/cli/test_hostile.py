@@ -25,7 +25,7 @@ VALUES = (
     *(str(1 << 31), str(1 << 32), str(1 << 64), "9" * 5000, "1" + "0" * 400 + "GiB"),
     *("caf\udce9", "\x00", "a\nb", "\x1b[31m", "x" * 10_000, "[", "{", '{"a": 1}', "[[[1]]]"),
     *("/dev/null/x", "/dev/null", "/proc/nothing", "/proc/self/mem", "../..", "none", "a/b/c"),
-    *("FOLDER", "FILE", "BINARY"),  # of the test
+    *("FOLDER", "FILE", "BINARY"),  # paths of the test
 )
 # What a command needs beside the parameter that is tried.
 GOOD: dict[str, tuple[str, ...]] = {
@@ -43,7 +43,7 @@ ARGUMENTS = {
 
 
 def parameters() -> Iterator[tuple[tuple[str, ...], Any]]:
-    """(command, parameter) for all that take a value."""
+    """(command, parameter) for every parameter that takes a value."""
     todo: list[tuple[tuple[str, ...], Any]] = [((), tree())]
     while todo:
         path, command = todo.pop()
@@ -76,7 +76,7 @@ def places(
 
 @pytest.fixture(autouse=True)
 def nothing_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No hub, and no server that runs: `serve` ends where it would load the default model."""
+    """No hub is asked and no server runs: `serve` ends where it would load the default model."""
     load = build_module.load_model
 
     def stop(config: ModelConfig, *rest: Any) -> Any:
@@ -91,7 +91,7 @@ def nothing_outside(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def line(path: tuple[str, ...], parameter: Any, value: str, address: str) -> list[str]:
-    """A command line whose one odd value is this one. Values are glued on: some begin with -."""
+    """A command line in which only `value` is odd. Values are glued on, as some begin with -."""
 
     def wanted(name: str) -> str:
         return ARGUMENTS.get(f"{path[-1]} {name}") or ARGUMENTS[name]

@@ -29,7 +29,7 @@ def test_bars_of_a_start_follow_each_other(
         assert label in text and size in text
         assert (
             text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1
-        )  # drawn, and ended: a log line fits
+        )  # drawn and ended, so that a log line may follow
     assert "fetching" not in after
     assert capfd.readouterr().err.strip() == ""
 

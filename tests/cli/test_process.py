@@ -20,7 +20,7 @@ SECONDS = 100  # a process starts slowly on a busy machine; this only bounds a h
 
 
 def run(*arguments: str | bytes, stdin: bytes = b"", code: int, **environment: str) -> list[str]:
-    """The lines of stderr."""
+    """Runs the command, which must end with `code`; the lines of its stderr."""
     done = subprocess.run(
         [*COMMAND, *arguments],
         input=stdin,
@@ -111,7 +111,7 @@ def test_ctrl_c_ends_without_a_word(fake: RunningServer, command: tuple[str, ...
 
 
 def started(*arguments: str) -> subprocess.Popen[bytes]:
-    """Ctrl-C reaches it, also where whoever runs the tests in the background ignores it."""
+    """A process that Ctrl-C reaches, even where the tests run in the background and ignore it."""
     return subprocess.Popen(
         [*COMMAND, *arguments],
         stdout=subprocess.PIPE,

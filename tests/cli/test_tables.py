@@ -21,7 +21,7 @@ def at(fake: RunningServer, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
 
 @pytest.fixture
 def digests(run: Run, at: tuple[str, str], folders: dict[str, Path], tmp_path: Path) -> list[str]:
-    """Of two revisions of x, newest first."""
+    """Digests of two revisions of x, newest first."""
     for path in folders["lora"].iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     for alpha in (8, 16):

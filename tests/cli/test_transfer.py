@@ -109,7 +109,7 @@ def test_push(
 def test_a_trainers_folder_and_old_revisions(
     run: Run, at: tuple[str, str], folders: Folders, tmp_path: Path
 ) -> None:
-    """What stays behind is named in one line; what is not needed any more is removed."""
+    """Files that are not sent are named in one line; `prune` removes old revisions."""
     folder = tmp_path / "out"
     folder.mkdir()
     for path in folders["lora"].iterdir():

@@ -1,4 +1,4 @@
-"""Whoever waits for a seat is served in turn with the other callers."""
+"""Those who wait for a seat are served round robin by caller."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_who_leaves_in_the_moment_of_its_turn_takes_no_seat_away() -> None:
         assert await waits == "seat"
         gone, waits = await queued(queue, "a", "a")
         waits.cancel()
-        assert not (await queued(queue, "b"))[0].done()  # in its place
+        assert not (await queued(queue, "b"))[0].done()  # it waits in the place that was left
         gone.cancel()
         queue.fail(UnavailableError("over"))
         queue.give("seat")

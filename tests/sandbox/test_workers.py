@@ -158,7 +158,7 @@ def test_what_does_not_compile_is_found_without_a_chat(
         await asyncio.to_thread(sandbox.untrusted.check_template, template)
 
     for fine in ("{{ messages[99].content }}" + FOR_EVER, "{{ 9**9**9**9 }}", CHATML):
-        sandbox.run(check(fine))  # chats would fail, but that is for them to say
+        sandbox.run(check(fine))  # it is compiled only: a chat with it would fail
     with pytest.raises(InvalidArgumentError, match="cannot be compiled") as refusal:
         sandbox.run(check(template))
     assert refusal.value.reason is Reason.INVALID_ADAPTER
@@ -294,7 +294,7 @@ def test_the_same_grammar_asked_for_by_many_is_tried_by_few(sandbox: Sandbox) ->
 
 
 async def started(pool: Pool, num_jobs: int) -> None:
-    """When so many children run."""
+    """Waits until `num_jobs` children run."""
     while sum(len(psutil.Process(pid).children()) for pid in pool.pids) < num_jobs:
         await asyncio.sleep(0.001)
 
@@ -331,7 +331,7 @@ def test_a_worker_that_dies_is_replaced(sandbox: Sandbox) -> None:
     pool = sandbox.untrusted.pool
 
     async def kill_all() -> list[psutil.Process]:
-        """Once one has a child, which is given back."""
+        """Waits for a child, kills all workers and returns their children."""
         await started(pool, 1)
         workers = [psutil.Process(pid) for pid in pool.pids]
         children = [child for worker in workers for child in worker.children()]
@@ -342,7 +342,7 @@ def test_a_worker_that_dies_is_replaced(sandbox: Sandbox) -> None:
     async def check() -> None:
         job = asyncio.create_task(pool.run(endless(), "caller"))
         children = await kill_all()
-        # A job is tried once more, and a worker that died idle is nobody's business.
+        # A job is tried once more; no caller hears of a worker that died idle.
         texts = [sandbox.untrusted.render("x", CHAT, "caller") for _ in range(3)]
         assert await asyncio.gather(*texts) == ["x"] * 3
         children += await kill_all()
@@ -364,7 +364,7 @@ def test_a_job_that_gets_no_processor_is_not_the_callers_fault(sandbox: Sandbox)
 
 
 def test_closing_while_a_worker_is_told_its_task() -> None:
-    """Nobody hears of anything but the end."""
+    """Every caller hears that the server ends, and nothing else."""
     asked, go_on = threading.Event(), threading.Event()
 
     def setup() -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""Grammars that take long end their own row: by a clock that the tests turn."""
+"""Grammars that take long end their own row: by a clock that the tests set."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.text.test_grammar import allowed, tokenizer_of
 
 
 class Slow:
-    """llguidance, each of whose answers takes what the test says."""
+    """llguidance whose answers take as long as the test says."""
 
     def __init__(self, inner: Any) -> None:
         self._inner = inner
@@ -82,7 +82,7 @@ def test_many_slow_answers_end_the_row_and_as_many_quick_ones_do_not(
 def test_masks_of_a_tree_count_and_its_tokens_only_if_they_stay(
     slow: Slow, matcher: RowMatcher
 ) -> None:
-    """However many nodes a step looks at, it takes no more than a row may at once."""
+    """However many nodes a step has, it takes no longer than a row may at once."""
     for _ in range(30):  # nothing is saved up beyond the limit
         matcher.commit(A)
     slow.seconds = 0.5 * SECONDS_PER_TOKEN
@@ -107,7 +107,7 @@ def test_what_a_library_panics_with_is_the_row_s_error(matcher: RowMatcher) -> N
 
 
 def test_nobody_asks_again_what_took_one_row_too_long(slow: Slow) -> None:
-    """Neither those that run by then nor those to come: one grammar stops the thread once."""
+    """Neither rows that run by then nor later ones: one grammar stops the thread once."""
     ends = tokenizer_of("bytes").eos_ids
     grammar = CompiledGrammar(slow, ends, 300, Clock(slow.clock))  # type: ignore[arg-type]
     slow.deep_copy = lambda: slow

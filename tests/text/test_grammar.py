@@ -29,7 +29,7 @@ PIECES = ["▁", "▁▁", "▁a", "ab", '"', '{"', '":', ",", ":", "▁[", "]",
 
 
 def spaces_backend() -> Backend:
-    """As Llama 2's: a space before every text, characters without a token as bytes."""
+    """Like Llama 2's: a space before every text, characters without a token as bytes."""
     letters = [chr(code) for code in range(0x61, 0x7B)] + list("0123456789.-+eE[{")
     tokens = [*("<unk>", "<s>", "</s>"), *(f"<0x{byte:02X}>" for byte in range(256))]
     tokens += dict.fromkeys([*PIECES, *letters])
@@ -54,7 +54,7 @@ def tokenizer_of(family: str) -> Tokenizer:
 
 
 def text_of(family: str, tokens: list[int]) -> str:
-    """Of an output, behind a prompt with text or without."""
+    """The text of an output, behind a prompt with text or without."""
     tokenizer = tokenizer_of(family)
     before = [] if family == "spaces, no prompt" else tokenizer.encode_part("x")
     return tokenizer.decode([*before, *tokens]).removeprefix("x" if before else "")
@@ -88,7 +88,7 @@ def fresh(grammar: Grammar, tokens: Iterable[int]) -> Matcher:
 
 
 def walk(data: st.DataObject, grammar: Grammar, ends: frozenset[int]) -> list[int]:
-    """Any allowed tokens, up to an end token, which is left out."""
+    """Random allowed tokens up to an end token, which is left out."""
     matcher, tokens = grammar.matcher(), []
     for _ in range(300):
         choices = allowed(matcher)
@@ -133,15 +133,15 @@ def test_whatever_is_allowed_matches_the_expression(
 @settings(max_examples=60, deadline=None)
 @given(pattern=PATTERNS, data=st.data())
 def test_every_text_that_matches_is_allowed(family: str, pattern: str, data: st.DataObject) -> None:
-    """By the tokens in which the model is used to see it."""
+    """In the tokens in which the model mostly sees it."""
     tokenizer = tokenizer_of(family)
     text = data.draw(st.from_regex(pattern, fullmatch=True))
     ids = tokenizer.encode_part(text)
     assume(ids and tokenizer.decode(ids) == text)
     matcher = compiled(Regex(pattern), family).matcher()
     if family == "spaces" or (family != "bytes" and ids[0] not in allowed(matcher)):
-        # The space before every text belongs to the prompt. Without one it is asked for only if
-        # texts may begin with their own.
+        # The space before every text belongs to the prompt. Without a prompt it is asked for only
+        # if texts may begin with a space of their own.
         assume(tokenizer.token(ids[0]) == "▁")
         del ids[0]
     for token in ids:
@@ -250,8 +250,8 @@ def test_any_order_of_places_gives_what_a_fresh_matcher_gives(
 def test_forced_tokens_are_the_only_ones_allowed(
     family: str, wanted: JsonSchema | Regex, data: st.DataObject
 ) -> None:
-    # Text that spells a special token llguidance cuts otherwise in what it forces than in its masks
-    # (docs/log.md): such a draft is merely rejected.
+    # llguidance cuts text that spells a special token differently when it forces it than in its
+    # masks (docs/log.md): such a draft is merely rejected.
     assume("</s>" not in wanted.text)
     matcher = compiled(wanted, family).matcher()
     for _ in range(4):
@@ -393,7 +393,7 @@ def test_the_last_grammars_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grammar_module, "MAX_KEPT", 2)
     compiler.compile(Regex("a"))
     second = compiler.compile(Regex("b"))
-    assert compiler.compile(Regex("a")) is first  # the schema was asked for longest ago
+    assert compiler.compile(Regex("a")) is first  # the schema was the least recently used
     monkeypatch.setattr(grammar_module, "MAX_KEPT", 9)
     monkeypatch.setattr(grammar_module, "MAX_KEPT_CHARS", 3)
     compiler.compile(Regex("cc"))

@@ -40,7 +40,8 @@ Folder = Annotated[
     typer.Argument(metavar="DIR", parser=path, help="The adapter's folder.", show_default=False),
 ]
 AcceptBase = Annotated[
-    bool, typer.Option("--accept-base", help="Although its config names another base model.")
+    bool,
+    typer.Option("--accept-base", help="Take it although its config names another base model."),
 ]
 Id = Annotated[str, typer.Argument(metavar="ID", help="The adapter's id.", show_default=False)]
 

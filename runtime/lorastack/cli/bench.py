@@ -51,12 +51,14 @@ def bench(
             min=1,
             max=MOST_REQUESTS,
             metavar="N",
-            help="For each concurrency, at least as many.",
+            help="Requests for each concurrency; at least as many as run at once.",
         ),
     ] = 32,
     prompt_tokens: Annotated[
         int,
-        typer.Option("--prompt-tokens", min=1, max=UINT32, metavar="N", help="Of made-up prompts."),
+        typer.Option(
+            "--prompt-tokens", min=1, max=UINT32, metavar="N", help="Length of made-up prompts."
+        ),
     ] = 64,
     prompts: Annotated[
         str,
@@ -73,7 +75,7 @@ def bench(
             min=1,
             max=UINT32,
             metavar="N",
-            help="Every request makes as many.",
+            help="Tokens that every request makes.",
         ),
     ] = 64,
     lora: Annotated[

@@ -114,7 +114,7 @@ def generate(
             min=0,
             max=UINT32,
             metavar="N",
-            help="And of as many likely ones; implies --logprobs.",
+            help="Also of the N likeliest tokens at each place; implies --logprobs.",
         ),
     ] = 0,
     no_speculation: Annotated[

@@ -222,7 +222,7 @@ def serve(
             metavar="SIZE",
             callback=size,
             envvar="LORASTACK_DEVICE_ADAPTER_MEMORY",
-            help="For adapters beside the model.",
+            help="Device memory for adapters, beside the model.",
         ),
     ] = "2GiB",
     host_adapter_memory: Annotated[
@@ -232,7 +232,7 @@ def serve(
             metavar="SIZE",
             callback=size,
             envvar="LORASTACK_HOST_ADAPTER_MEMORY",
-            help="For adapters kept ready in host memory.",
+            help="Host memory for adapters that are kept ready.",
         ),
     ] = "8GiB",
     kv_memory: Annotated[
@@ -242,7 +242,7 @@ def serve(
             metavar="SIZE",
             callback=size,
             envvar="LORASTACK_KV_MEMORY",
-            help="For keys and values of all rows.",
+            help="Memory for keys and values of all rows.",
             show_default="4GiB, or what is left",
         ),
     ] = None,

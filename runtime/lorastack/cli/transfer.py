@@ -105,7 +105,7 @@ def push(
         str, typer.Argument(metavar="ORG/NAME", help="The hub's name for it.", show_default=False)
     ],
     private: Annotated[
-        bool, typer.Option("--private", help="If the repository must be created.")
+        bool, typer.Option("--private", help="Create the repository private, if there is none.")
     ] = False,
     token_env: TokenEnv = None,
     server: Server = DEFAULT_SERVER,

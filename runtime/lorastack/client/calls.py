@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import cast
 
@@ -31,6 +31,7 @@ CHANNEL_OPTIONS = [
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2_000),
 ]
+Progress = Callable[[int, int], None]  # bytes done, bytes in all
 ERRORS = {code: kind for kind, code in CODES.items()}
 LONGEST_TIMEOUT = 365 * 86_400.0  # seconds; gRPC cannot count much further: beyond it, no deadline
 

@@ -6,16 +6,18 @@ import errno
 import hashlib
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lorastack.client.calls import Progress
 from lorastack.errors import (
     DataLossError,
     FailedPreconditionError,
     InvalidArgumentError,
     Reason,
 )
+from lorastack.v1 import adapters_pb2
 
 
 @contextmanager
@@ -82,6 +84,25 @@ class Receiver:
                 "ones): try again"
             )
         self._path = None
+
+
+def receive_files(
+    folder: Path,
+    parts: Iterable[adapters_pb2.DownloadAdapterResponse],
+    total: int,
+    progress: Progress | None,
+) -> None:
+    """Writes the files of a download into a folder. total: their bytes. Raises as `Receiver`."""
+    receiver, received = Receiver(folder), 0
+    for part in parts:
+        if part.WhichOneof("part") == "file":
+            receiver.begin(part.file.name, part.file.size, part.file.sha256)
+        else:
+            receiver.write(part.data)
+            received += len(part.data)
+        if progress is not None:
+            progress(received, total)
+    receiver.end()
 
 
 def _taken(target: Path) -> FailedPreconditionError:

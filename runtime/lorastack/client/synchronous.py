@@ -16,11 +16,12 @@ from lorastack.client.calls import (
     CHANNEL_OPTIONS,
     DEFAULT_SERVER,
     Patience,
+    Progress,
     check_server,
     our_errors,
 )
-from lorastack.client.downloading import Receiver, new_folder
-from lorastack.client.uploading import Progress, adapter_files, file_spec, send_files
+from lorastack.client.downloading import new_folder, receive_files
+from lorastack.client.uploading import adapter_files, file_spec, send_files
 from lorastack.errors import ResourceExhaustedError
 from lorastack.v1 import adapters_pb2, adapters_pb2_grpc, generation_pb2, generation_pb2_grpc
 from lorastack.v1.adapters_pb2 import Adapter
@@ -195,7 +196,7 @@ class Client:
         """Stores a folder's adapter under an id; files that the server has are not sent again.
 
         When the connection breaks, the server has no room for now, or a deletion takes files that
-        it counted on, it goes on from the bytes that arrived after `uploading.RETRY_DELAYS`.
+        it counted on, it waits `uploading.RETRY_DELAYS` and goes on from the bytes that arrived.
         if_digest: "": the id must be new; a digest: it must point there; None: replaces. After a
         lost answer it may refuse an upload that has succeeded. accept_base: the config may name
         another base model. progress: called with (bytes there, bytes in all). left_out: called with
@@ -265,16 +266,8 @@ class Client:
             adapter = self.get_adapter(adapter_id)
             # By its digest: a new revision meanwhile is not mixed in.
             request = adapters_pb2.DownloadAdapterRequest(id=f"{adapter.id}@{adapter.digest}")
-            receiver, received = Receiver(staged), 0
-            for reply in self._parts(self._adapters.DownloadAdapter(request)):
-                if reply.WhichOneof("part") == "file":
-                    receiver.begin(reply.file.name, reply.file.size, reply.file.sha256)
-                else:
-                    receiver.write(reply.data)
-                    received += len(reply.data)
-                if progress is not None:
-                    progress(received, adapter.size_bytes)
-            receiver.end()
+            parts = self._parts(self._adapters.DownloadAdapter(request))
+            receive_files(staged, parts, adapter.size_bytes, progress)
         return adapter
 
     def _call(self, method: Any, request: Any, timeout: float | None) -> Any:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lorastack.client.calls import our_errors
+from lorastack.client.calls import Progress, our_errors
 from lorastack.config import KIB
 from lorastack.errors import (
     AbortedError,
@@ -30,8 +30,6 @@ _TRY_AGAIN = (
     Reason.TOO_MANY_TRANSFERS,
     Reason.TRANSFER_IDLE,
 )
-
-Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 
 def adapter_files(folder: Path) -> tuple[list[Path], list[str]]:

@@ -1,1 +1,1 @@
-"""Worker processes for what callers write that is a program: chat templates and grammars."""
+"""Worker processes for programs that callers write: chat templates and grammars."""

@@ -1,4 +1,4 @@
-"""Few seats, many callers: whoever waits is served in turn with the other callers."""
+"""Few seats, many callers: those who wait are served round robin by caller."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ T = TypeVar("T")
 class FairQueue(Generic[T]):
     """Hands out seats, the last used first, round robin by caller. Event loop only.
 
-    When more wait than may, those of the caller with most places in the queue are refused, so that
-    nobody can fill it for the others.
+    When the queue is full, the caller with most places in it loses its last one, so that nobody can
+    fill it for the others.
     """
 
     def __init__(self, seats: Iterable[T], max_waiting: int) -> None:
@@ -41,12 +41,12 @@ class FairQueue(Generic[T]):
         except asyncio.CancelledError:
             if place.cancelled():
                 self._leave(caller, place)
-            elif place.exception() is None:  # it was given in the same moment
+            elif place.exception() is None:  # a seat came in the same moment
                 self.give(place.result())
             raise
 
     def give(self, seat: T) -> None:
-        """Back, for whoever is next."""
+        """Takes a seat back, for the next in the queue."""
         while self._waiting:
             caller, places = self._waiting.popitem(last=False)
             place = places.popleft()
@@ -58,7 +58,7 @@ class FairQueue(Generic[T]):
         self._free.append(seat)
 
     def fail(self, error: LorastackError) -> None:
-        """Ends all waiting."""
+        """Ends all waiting with an error."""
         waiting, self._waiting = self._waiting, OrderedDict()
         for places in waiting.values():
             for place in places:

@@ -45,7 +45,7 @@ class JobError(Exception):
 class Pool:
     """Runs jobs in worker processes, callers in turn. Event loop only.
 
-    setups: by task, what its workers are told before their first job; called in a thread.
+    setups: by task, gives what workers are told before its first job; called in a thread.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Pool:
 
     @property
     def num_running(self) -> int:
-        """Jobs that a worker has."""
+        """Jobs that workers have now."""
         return len(self._serving)
 
     @property
@@ -72,15 +72,15 @@ class Pool:
 
     @property
     def pids(self) -> list[int]:
-        """Of the workers that run."""
+        """Process ids of the running workers."""
         return [seat.process.pid for seat in self._seats if seat.process and seat.alive]
 
     async def run(
         self, job: Job, caller: str, known: Callable[[], bytes | None] | None = None
     ) -> bytes:
-        """The job's result. Whoever is cancelled here frees the worker at once.
+        """Runs a job and returns its result. Cancelling this frees the worker at once.
 
-        known: asked when a worker is free; a result that somebody else's job gave meanwhile.
+        known: asked when a worker is free, for a result that another job has given meanwhile.
         Raises JobError, ResourceExhaustedError if too many wait, UnavailableError if the worker
         died or the server ends.
         """
@@ -100,7 +100,7 @@ class Pool:
                 seat.cancel()
             raise
         finally:
-            # Before its caller goes on, so that what the result says is known to the next one.
+            # The next one wakes after our caller has gone on: its `known` sees what the result did.
             if serving is None or serving.done():
                 self._queue.give(seat)
             else:
@@ -119,7 +119,7 @@ class Pool:
         try:
             try:
                 outcome, payload = await self._attempt(seat, job)
-            except (OSError, EOFError):  # the worker is gone, perhaps since long ago
+            except (OSError, EOFError):  # the worker has ended, perhaps long ago
                 outcome, payload = await self._attempt(seat, job)
         except (OSError, EOFError) as error:
             raise UnavailableError(
@@ -156,11 +156,11 @@ class Pool:
     def _served(self, serving: asyncio.Task[bytes]) -> None:
         self._serving.discard(serving)
         if not serving.cancelled():
-            serving.exception()  # its caller may have gone
+            serving.exception()  # read, as its caller may have gone
 
 
 class _Seat:
-    """One worker process, or none yet. prepared: the tasks that it was told about."""
+    """One worker process, or none yet. prepared: tasks that it was told about."""
 
     def __init__(self) -> None:
         self.process: subprocess.Popen[bytes] | None = None
@@ -175,7 +175,7 @@ class _Seat:
         return self.process is not None and self.process.poll() is None
 
     async def start(self) -> None:
-        """In place of one that died."""
+        """Starts a worker, in place of one that died."""
         self.end()
         ours, theirs = socket.socketpair()
         self._reader, self._writer = await asyncio.open_unix_connection(sock=ours)
@@ -201,17 +201,17 @@ class _Seat:
         await self._writer.drain()
 
     def cancel(self) -> None:
-        """The caller has gone."""
+        """Stops the job, as its caller has gone."""
         self._abandoned = True
         if self._busy and self._writer is not None:
             self._writer.write(PREFIX.pack(0, CANCEL))
 
     def free(self) -> None:
-        """For the next job."""
+        """Makes the seat ready for the next job."""
         self._busy = self._abandoned = False
 
     def end(self) -> None:
-        """Its child ends with it."""
+        """Ends the worker, and its child with it."""
         if self._writer is not None:
             self._writer.close()
         if self.process is not None:

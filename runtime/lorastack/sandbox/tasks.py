@@ -1,4 +1,4 @@
-"""What workers can do. Each task prepares itself once in the worker and runs in a child a job."""
+"""The tasks of workers. Each is prepared once in a worker and runs each job in a child of it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ TEMPLATE, GRAMMAR = "template", "grammar"
 
 
 class RefusalError(Exception):
-    """What the caller wrote is at fault; the text says why."""
+    """What the caller wrote is at fault; the message says why."""
 
 
 def prepare(task: str, given: Mapping[str, Any]) -> Run:
-    """Loads what the jobs of a task need, out of `given`: see what prepares each."""
+    """Loads what the jobs of a task need; `given` is what its `_prepare_` function says."""
     return _prepare_grammars(given) if task == GRAMMAR else _prepare_templates(given)
 
 
@@ -59,6 +59,7 @@ def _prepare_templates(given: Mapping[str, Any]) -> Run:
 
 
 def _prepare_grammars(given: Mapping[str, Any]) -> Run:
+    """given: what `GrammarCompiler.trial_setup` gives."""
     from lorastack.text import trial
 
     vocabulary = trial.vocabulary_of(given)

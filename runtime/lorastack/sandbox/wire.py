@@ -24,18 +24,18 @@ class Outcome(IntEnum):
     """How a job ended: the kind of a reply."""
 
     DONE = 16  # the payload is the result
-    REFUSED = 17  # by the task; the payload says why
+    REFUSED = 17  # the task refused; the payload says why
     CANCELLED = 18
-    TOO_SLOW = 19  # processor time
-    TOO_LATE = 20  # the wall clock: others had the processors
+    TOO_SLOW = 19  # out of processor time
+    TOO_LATE = 20  # out of time by the wall clock: others had the processors
     TOO_MUCH_MEMORY = 21
-    TOO_LONG = 22  # the result
-    CRASHED = 23  # by a signal, as when the stack ends
+    TOO_LONG = 22  # its result is
+    CRASHED = 23  # a signal ended it, as when the stack is full
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """Of one job. Seconds and bytes. memory: beyond what the worker has before the job."""
+    """Limits of one job, in seconds and bytes. memory: beyond what the worker has before it."""
 
     cpu: float
     wall: float
@@ -46,7 +46,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """One piece of work. task: see `sandbox.tasks`. body: what the task takes, read by it alone."""
+    """One piece of work. task: see `sandbox.tasks`. body: its input, read by the task alone."""
 
     task: str
     body: bytes

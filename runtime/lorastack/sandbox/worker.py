@@ -23,7 +23,7 @@ from typing import NoReturn
 from lorastack.sandbox.tasks import RefusalError, Run, prepare
 from lorastack.sandbox.wire import JOB, PREFIX, SETUP, Job, Limits, Outcome
 
-NICENESS = 10  # rows wait for nobody here
+NICENESS = 10  # no row in the batch waits for a worker
 MAX_DESCRIPTORS = 32  # enough to import a module
 _PR_SET_PDEATHSIG = 1
 
@@ -38,7 +38,7 @@ class Supervisor:
         self._libc = ctypes.CDLL(None)
 
     def serve(self) -> None:
-        """Until the server is gone."""
+        """Serves jobs until the server is gone."""
         while (frame := self._receive()) is not None:
             kind, payload = frame
             if kind == SETUP:
@@ -60,7 +60,7 @@ class Supervisor:
         return None if payload is None else (kind, payload)
 
     def _read(self, length: int) -> bytes | None:
-        """None if the server has gone."""
+        """The next `length` bytes; None if the server has gone."""
         data = bytearray()
         while len(data) < length:
             part = self._server.recv(min(length - len(data), 1 << 20))
@@ -85,7 +85,7 @@ class Supervisor:
         return outcome, bytes(data[1:]) if outcome <= Outcome.REFUSED else b""
 
     def _collect(self, reading: int, data: bytearray, limits: Limits) -> Outcome | None:
-        """Reads all that the child writes. What ended it before it was done, if anything."""
+        """Reads what the child writes into `data`. Returns what cut it short, if anything did."""
         end = time.monotonic() + limits.wall
         while True:
             left = max(0.0, end - time.monotonic())
@@ -105,7 +105,7 @@ class Supervisor:
         status = 1
         try:
             self._libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-            # The server's socket, and what a crash might print.
+            # Closes the server's socket, and hides what a crash might print.
             for standard in (0, 1, 2):
                 os.dup2(self._nowhere, standard)
             _confine(job.limits)
@@ -121,7 +121,7 @@ def _confine(limits: Limits) -> None:
     """Sets what this process may take; there is no way back."""
     with open("/proc/self/statm", encoding="ascii") as file:
         size = int(file.read().split()[0]) * resource.getpagesize()
-    # The signal ends the process to the millisecond, unless it is told not to.
+    # SIGPROF ends the process to the millisecond, unless it ignores that; RLIMIT_CPU still does.
     signal.setitimer(signal.ITIMER_PROF, limits.cpu)
     for what, most in (
         (resource.RLIMIT_CPU, math.ceil(limits.cpu) + 1),
@@ -147,12 +147,12 @@ def _reply(run: Run, body: bytes) -> bytes:
 
 
 def _ended(status: int, data: bytearray) -> Outcome:
-    """What a child's end and words mean."""
+    """The outcome, by a child's exit status and what it wrote."""
     if os.WIFSIGNALED(status):
         match os.WTERMSIG(status):
             case signal.SIGPROF | signal.SIGXCPU:
                 return Outcome.TOO_SLOW
-            case signal.SIGABRT | signal.SIGKILL:  # as Rust does without memory, and the system
+            case signal.SIGABRT | signal.SIGKILL:  # without memory Rust aborts, the system kills
                 return Outcome.TOO_MUCH_MEMORY
         return Outcome.CRASHED
     return Outcome(data[0]) if data and os.WEXITSTATUS(status) == 0 else Outcome.CRASHED

@@ -7,28 +7,28 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 # Common grammars take half a millisecond a token, all in all, with a vocabulary of 49,152.
-MOST_SECONDS = 0.1  # at once: what first masks may cost, and the longest anybody waits for a row
+MOST_SECONDS = 0.1  # at once: for a row's first masks, and the longest that others wait for it
 SECONDS_PER_TOKEN = 0.003
 
 
 class Clock:
-    """What the rows of one grammar share.
+    """The clock that the rows of one grammar share.
 
-    too_slow: one answer took more than a row may have at once. It would take as long for the next
-    row, so nobody asks again.
+    too_slow: one answer took more than MOST_SECONDS. It would for the next row too, so none asks
+    again.
     """
 
     def __init__(self, seconds: Callable[[], float] = time.thread_time) -> None:
-        """seconds: that the calling thread has computed for, so that a busy machine ends nobody."""
+        """seconds: the calling thread's processor time, so that a busy machine ends no row."""
         self.seconds = seconds
         self.too_slow = False
 
 
 class Allowance:
-    """Seconds that one row has left: every token adds some, up to a limit; work takes from it.
+    """Seconds of grammar work that one row has left: tokens add to them, work takes from them.
 
-    All work counts: a row with many drafts asks for many masks, but only tokens that it keeps add
-    to the allowance.
+    Masks of drafts are work too, but only tokens that the row keeps add SECONDS_PER_TOKEN each, up
+    to MOST_SECONDS.
     """
 
     def __init__(self, clock: Clock) -> None:
@@ -44,7 +44,7 @@ class Allowance:
 
     @contextmanager
     def spending(self) -> Iterator[None]:
-        """Takes off what the block takes: one answer."""
+        """Subtracts the time of the block, which is one answer."""
         began = self._clock.seconds()
         try:
             yield

@@ -35,9 +35,9 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher
 
 MAX_KEPT = 64  # compiled grammars
-MAX_KEPT_CHARS = 1 << 20  # of their texts
-MAX_KEPT_BYTES = 256 * MIB  # of themselves
-MAX_BYTES = GIB  # of all that are kept or belong to a request
+MAX_KEPT_CHARS = 1 << 20  # characters of their texts
+MAX_KEPT_BYTES = 256 * MIB  # memory that they take
+MAX_BYTES = GIB  # memory of all grammars, kept ones and those of requests
 # What a mask may cost once a row is under way: a tenth of a second at worst. Objects of 200
 # optional properties, enumerations of 1,000 and words in any script need less than half.
 INITIAL_FUEL = 200_000
@@ -68,13 +68,13 @@ class Regex:
 
 
 class GrammarCompiler:
-    """Compiles grammars for one model and keeps the last ones. For any thread.
+    """Compiles grammars for one model and keeps the last ones. Thread-safe.
 
     What callers write is compiled here only after a trial (`text.trial`) in another process.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
-        """vocab_size: the model's outputs; those that the tokenizer lacks are never allowed."""
+        """vocab_size: the model's outputs; those without a token are never allowed."""
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._end_ids = frozenset(index for index in tokenizer.eos_ids if index < vocab_size)
@@ -82,11 +82,11 @@ class GrammarCompiler:
         self._vocabulary: Vocabulary | None = None  # built when the first grammar is asked for
         self._keeping = threading.Lock()
         self._kept: OrderedDict[tuple[JsonSchema | Regex, int], CompiledGrammar] = OrderedDict()
-        # Bytes of all that a request or we still hold.
+        # Bytes of every grammar that a request or `_kept` still holds.
         self._sizes: WeakKeyDictionary[CompiledGrammar, int] = WeakKeyDictionary()
 
     def kept(self, wanted: JsonSchema | Regex, num_dropped: int = 0) -> Grammar | None:
-        """The grammar, if it is among the last that were asked for. num_dropped: see `compile`."""
+        """The grammar if it is still kept, else None. num_dropped: see `compile`."""
         with self._keeping:
             if (grammar := self._kept.get((wanted, num_dropped))) is not None:
                 self._kept.move_to_end((wanted, num_dropped))
@@ -105,12 +105,12 @@ class GrammarCompiler:
     def compile(
         self, wanted: JsonSchema | Regex, num_dropped: int = 0, num_bytes: int = 0
     ) -> Grammar:
-        """num_dropped: spaces that the text loses at its beginning (`Joiner.num_dropped` behind
-        the prompt). num_bytes: what the grammar takes, as its trial found.
+        """The grammar, kept or compiled. num_dropped: spaces that the text loses at its beginning
+        (`Joiner.num_dropped` behind the prompt); num_bytes: its memory, as its trial measured it.
 
-        Raises InvalidArgumentError for what is malformed (saying where), not supported, too complex
-        or without any text that follows it; ResourceExhaustedError while requests hold too large
-        ones; FailedPreconditionError as `check_model`.
+        Raises InvalidArgumentError if it is malformed (saying where), not supported, too complex,
+        or no text follows it; ResourceExhaustedError while grammars of requests leave no room;
+        FailedPreconditionError as `check_model`.
         """
         if (kept := self.kept(wanted, num_dropped)) is not None:
             return kept
@@ -125,7 +125,7 @@ class GrammarCompiler:
         return grammar
 
     def trial_setup(self) -> dict[str, object]:
-        """What `trial.vocabulary_of` makes our vocabulary of again, elsewhere: JSON."""
+        """What `trial.vocabulary_of` rebuilds our vocabulary from in another process, as JSON."""
         tokens = token_bytes(self._tokenizer, self._end_ids, self._vocab_size)
         return {
             "tokens": [token.decode("latin-1") for token in tokens],
@@ -146,7 +146,7 @@ class GrammarCompiler:
                 )
 
     def _too_many(self) -> bool:
-        """Of the kept ones, by number, text or size."""
+        """True if the kept grammars exceed a limit: their number, characters or bytes."""
         num_chars = sum(len(wanted.text) for wanted, _ in self._kept)
         num_bytes = sum(self._sizes[grammar] for grammar in self._kept.values())
         too_large = num_chars > MAX_KEPT_CHARS or num_bytes > MAX_KEPT_BYTES
@@ -171,8 +171,8 @@ def compile_start(
     num_dropped: int = 0,
     take_mask: Callable[[LLMatcher], bytes] | None = None,
 ) -> LLMatcher:
-    """llguidance before the first token. num_dropped: spaces that its text loses. take_mask: how
-    its first mask is taken, which is part of it. Raises InvalidArgumentError."""
+    """llguidance's matcher before the first token. num_dropped: spaces that its text loses.
+    take_mask: takes its first mask, which is a check too. Raises InvalidArgumentError."""
     # Deferred, as in `Vocabulary`.
     from llguidance import LLMatcher
 
@@ -208,7 +208,10 @@ def _checked(
     grammar: str,
     take_mask: Callable[[LLMatcher], bytes],
 ) -> LLMatcher:
-    """grammar: in llguidance's form. Raises InvalidArgumentError."""
+    """A matcher whose first mask allows something. Raises InvalidArgumentError if none does.
+
+    grammar: in llguidance's form.
+    """
     from llguidance import LLMatcher, LLParserLimits
 
     limits = LLParserLimits(
@@ -221,19 +224,19 @@ def _checked(
     start = LLMatcher(vocabulary.llguidance, grammar, log_level=0, limits=limits)
     if start.is_error():
         refuse(wanted, _mistake(start.get_error(), wanted))
-    # Not every contradiction is found before it is asked for a token.
+    # Some contradictions show only when a token is asked for.
     if not any(take_mask(start)) or start.is_error():
         refuse(wanted, "no text of this model's tokens follows it, or it is too complex")
     return start
 
 
 def refusal(wanted: JsonSchema | Regex, cause: str) -> str:
-    """What the caller hears."""
+    """The message for the caller."""
     return f"{wanted.field} must be {wanted.rule}: {cause}"
 
 
 def refuse(wanted: JsonSchema | Regex, cause: str) -> NoReturn:
-    """Raises InvalidArgumentError for what was asked for, saying why."""
+    """Raises InvalidArgumentError for `wanted`, with its cause."""
     raise InvalidArgumentError(
         refusal(wanted, cause[:MAX_MESSAGE_CHARS]),
         reason=Reason.INVALID_GRAMMAR,
@@ -252,14 +255,14 @@ def _mistake(message: str, wanted: JsonSchema | Regex) -> str:
 
 
 def _own_place(regex: str, place: int) -> int:
-    """Where the expression has what stands at `place` once llguidance has rewritten it."""
+    """The place in the expression that llguidance's rewriting of it has at `place`."""
     from llguidance import regex_to_lark
 
     return bisect_left(range(len(regex)), place, key=lambda end: len(regex_to_lark(regex[:end])))
 
 
 def _ends_in_escape(regex: str) -> bool:
-    """llguidance drops an escape at the end without a word."""
+    """True if an escape at the end lacks its character, which llguidance drops silently."""
     return (len(regex) - len(regex.rstrip("\\"))) % 2 == 1
 
 

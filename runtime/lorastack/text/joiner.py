@@ -1,13 +1,13 @@
 """How tokens join into text, one at a time.
 
-A tokenizer.json says it as a chain of decoders over the whole list of tokens. Two families are
-known here, those of Llama and Mistral models; each has a joiner whose pieces, put together, are
-what the chain gives for the whole list.
+A tokenizer.json describes it as a chain of decoders over the whole list of tokens. Two families are
+known here, those of Llama and Mistral models; each has a joiner whose joined pieces are what the
+chain gives for the whole list.
 
-A joiner may stand behind a prompt: then its pieces are the text of prompt and output together
-without the prompt's own, which they begin with. It differs from the end of the prompt's own in one
-case: a prompt that ends inside a character shows U+FFFD there. If the output completes the
-character, it is the output's; the prompt's other characters never are.
+A joiner may stand behind a prompt: then its pieces are the text of prompt and output together,
+less the prompt's text at its beginning. One case needs a rule: a prompt that ends inside a
+character shows U+FFFD there. If the output completes the character, it belongs to the output; no
+other character of the prompt ever does.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ UNKNOWN_CHARACTER = "\ufffd"
 _HEX = "0123456789abcdefABCDEF"
 _BYTE_TOKENS = {f"<0x{high}{low}>": int(high + low, 16) for high in _HEX for low in _HEX}
 _CONTINUATIONS = bytes(range(0x80, 0xC0))  # bytes inside a character
-MAX_RUN = 4096  # bytes that are read of the run that a prompt ends with
+MAX_RUN = 4096  # bytes: a longer run at a prompt's end is read in part
 
 
 class Joiner(Protocol):
@@ -32,17 +32,17 @@ class Joiner(Protocol):
 
     @property
     def num_dropped(self) -> int:
-        """So many spaces at the beginning are left out; none behind a prompt with text."""
+        """Spaces that are left out at the text's beginning; 0 behind a prompt with text."""
         ...
 
     @property
     def has_broken_bytes(self) -> bool:
-        """Behind a prompt whose last tokens are bytes, and no whole characters: byte tokens that
-        follow them may show as U+FFFD, one each."""
+        """True if the prompt's last tokens are bytes that are not whole characters: byte tokens
+        that follow may show as U+FFFD, one each."""
         ...
 
     def follow(self, before: Iterable[str]) -> None:
-        """Stand behind a prompt of these tokens, its last one first; as few as needed are read.
+        """Stands behind a prompt of these tokens, last one first; reads no more than needed.
 
         Called once, before all else.
         """
@@ -53,20 +53,20 @@ class Joiner(Protocol):
         ...
 
     def flush(self) -> str:
-        """What was held back, unfinished characters as U+FFFD. Nothing follows."""
+        """What was held back, unfinished characters as U+FFFD. Nothing is pushed afterwards."""
         ...
 
     def alone(self, token: str) -> str:
-        """A token inside a text, by itself, for display."""
+        """The text of one token by itself, for display."""
         ...
 
     def raw(self, token: str) -> bytes:
-        """What a token inside a text adds to it, in UTF-8, be it part of a character."""
+        """The UTF-8 bytes that a token adds to a text, perhaps part of a character."""
         ...
 
 
 def joiner_factory(decoder: Mapping[str, Any] | None) -> Callable[[], Joiner]:
-    """A maker of joiners for the `decoder` of a tokenizer.json.
+    """Makes joiners for the `decoder` of a tokenizer.json.
 
     Raises InvalidArgumentError naming a decoder that is not known.
     """
@@ -128,7 +128,7 @@ class ByteLevelJoiner:
     """GPT-2, Llama 3, SmolLM2, Tekken: every character of a token stands for a byte."""
 
     num_dropped = 0
-    has_broken_bytes = False  # a character that begins after them is one
+    has_broken_bytes = False  # characters that begin after broken bytes stay whole
 
     def __init__(self) -> None:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
@@ -138,7 +138,7 @@ class ByteLevelJoiner:
         held = b""
         for token in before:
             held = _token_bytes(token) + held
-            if len(held) >= 3:  # all that an unfinished character may have
+            if len(held) >= 3:  # an unfinished character has at most three
                 break
         self._utf8.decode(held[-3:])
         self._marked = self._utf8.getstate()[0] != b""
@@ -211,7 +211,7 @@ class SpacesJoiner:
                 self._take_spaces(map(self.alone, chain((token,), tokens)))
                 break
             run.append(byte)
-            if len(run) == MAX_RUN:  # what stands before is taken for whole characters
+            if len(run) == MAX_RUN:  # takes what stands before for whole characters
                 self._strip = 0
                 break
         run.reverse()
@@ -254,7 +254,7 @@ class SpacesJoiner:
         text = self._taken(whole)
         if text.startswith(given):
             return text[len(given) :]
-        # The output's bytes change what the prompt's are: these were unfinished, or are no longer.
+        # The output's bytes break a run that was text, or complete one that was not.
         if whole == UNKNOWN_CHARACTER * len(run):
             return whole[num_given:]
         return whole[len(run[:num_given].decode(errors="ignore")) :]
@@ -273,7 +273,7 @@ class SpacesJoiner:
         return taken
 
     def _take_spaces(self, texts: Iterable[str]) -> None:
-        """Some parts of the text, in any order, use up the spaces that are to be left out."""
+        """Counts parts of the text, in any order, against the spaces that are left out."""
         for text in texts if self._strip else ():
             self._strip = _left(self._strip, text)
             if not self._strip:

@@ -1,4 +1,4 @@
-"""Where rows stand in their grammar: request.Grammar and request.Matcher over llguidance."""
+"""request.Grammar and request.Matcher over llguidance: where each row stands in its grammar."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class CompiledGrammar:
         vocab_size: int,
         clock: Clock | None = None,
     ) -> None:
-        """start: at the beginning of the text; it stays there. vocab_size: the model's outputs."""
+        """start: stays at the beginning of the text. vocab_size: the model's outputs."""
         self._start = start
         self._copying = threading.Lock()
         self._end_ids = end_ids
@@ -35,7 +35,7 @@ class CompiledGrammar:
         self._clock = clock or Clock()
 
     def matcher(self) -> RowMatcher:
-        """A fresh one, in microseconds."""
+        """A matcher for a new row; takes microseconds."""
         with self._copying:  # llguidance's objects refuse two threads at once
             copy = self._start.deep_copy()
         return RowMatcher(copy, self._end_ids, self._only_ends, Allowance(self._clock))
@@ -56,9 +56,9 @@ class RowMatcher:
         self._end_ids = end_ids
         self._only_ends = only_ends
         self._allowance = allowance
-        self._path: tuple[int, ...] = ()  # behind the committed tokens, before an end token
+        self._path: tuple[int, ...] = ()  # tokens since the commit, before an end token
         self._ended = False  # an end token follows `_path`
-        self._has_ended = False  # one was committed
+        self._has_ended = False  # an end token was committed
 
     def seek(self, path: Sequence[int]) -> None:
         """Raises ValueError for a path that the grammar does not allow; the place is then lost
@@ -87,7 +87,7 @@ class RowMatcher:
             if self._is_at_end():
                 return self._only_ends
             mask = self._ask(self._inner.compute_bitmask)
-        # llguidance gives room for one more word at times.
+        # llguidance's mask may be one word longer.
         return bytes(len(self._only_ends)) if mask is None else mask[: len(self._only_ends)]
 
     def forced(self, limit: int) -> tuple[int, ...]:
@@ -108,17 +108,17 @@ class RowMatcher:
         return list(path[:length])
 
     def _ask(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
-        """What llguidance answers; None, and `error` says why, where the grammar is given up.
+        """llguidance's answer; None if the grammar is given up, and `error` says why.
 
-        It hit one of its limits, or the vocabulary's, and does not come back from that, or it took
-        more time than the row has.
+        That is when it hits a limit, its own or the vocabulary's, from which it does not recover,
+        or takes more time than the row has.
         """
         answer, cause = None, ""
         try:
             if not self._allowance.used_up:
                 with self._allowance.spending():
                     answer = call(*args, **kwargs)
-        except BaseException as failure:  # its panics are no Exceptions
+        except BaseException as failure:  # its panics are not Exceptions
             if isinstance(failure, KeyboardInterrupt):
                 raise
             answer, cause = None, str(failure) or type(failure).__name__

@@ -18,7 +18,7 @@ from lorastack.text.joiner import Joiner, joiner_factory
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# Whatever changes ids, text or prompts.
+# Every file that may change ids, text or prompts.
 FILES = (
     "added_tokens.json",
     "chat_template.jinja",
@@ -32,7 +32,7 @@ FILES = (
 # Names of the class that takes tokenizer.json as it is.
 PLAIN_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
 TEXTS_KEPT = 1 << 15  # tokens whose `token_text` is remembered
-# What tokenizer_config.json may hold, where transformers would fail on anything else or take it
+# What fields of tokenizer_config.json may hold; transformers fails on other values, or takes them
 # for something else.
 _SWITCH = (lambda value: isinstance(value, bool), "true, false or null")
 _TOKEN = (
@@ -73,7 +73,7 @@ def _is_added_token(value: object) -> bool:
 
 
 def _is_template(value: object) -> bool:
-    """One, or a list of {name, template}."""
+    """True for a template, or a list of {name, template}."""
     if not isinstance(value, list):
         return isinstance(value, str)
     texts = [
@@ -112,12 +112,12 @@ class Tokenizer:
 
     @staticmethod
     def load(folder: Path) -> Tokenizer:
-        """From a Hugging Face model folder; nothing is downloaded and none of its code is run.
+        """Loads a Hugging Face model folder's; downloads nothing and runs none of its code.
 
-        Raises InvalidArgumentError if there is none, or one that has no fast form.
+        Raises InvalidArgumentError if there is none, or none with a fast form.
         """
-        # Deferred: importing it takes half a second, which the weights are read in. By a call, as a
-        # statement gives the module that it then replaces, where another thread is importing it.
+        # Deferred: the import takes half a second, in which the weights are read. A call, because a
+        # statement gives a module that is about to be replaced if another thread is importing it.
         kind = import_module("transformers").PreTrainedTokenizerFast
         config, eos_ids = _configured(folder)
         declared = _declared(folder)
@@ -137,7 +137,7 @@ class Tokenizer:
             )
         if not len(tokenizer):
             raise invalid(f"{folder / 'tokenizer.json'} has no tokens")
-        # Beyond the model's vocabulary it never comes.
+        # An end token beyond the model's vocabulary never comes.
         own = tokenizer.eos_token_id
         size = config.get("vocab_size")
         if own is not None and not (is_int(size) and own >= size):
@@ -154,7 +154,7 @@ class Tokenizer:
 
     @property
     def chat_template(self) -> str | None:
-        """The model's own, Jinja."""
+        """The model's own chat template, Jinja; None without one."""
         template = self._hf.chat_template
         return template.get("default") if isinstance(template, dict) else template
 
@@ -249,7 +249,7 @@ def _declared(folder: Path) -> dict[str, Any]:
 
 
 def template_refusal(cause: str) -> str:
-    """What a caller hears whose messages a chat template does not take."""
+    """The message for a caller whose messages a chat template refuses."""
     return (
         f"The chat template refused the messages: {cause}. Check the order of the roles, or send a "
         "prompt."
@@ -257,7 +257,7 @@ def template_refusal(cause: str) -> str:
 
 
 def _from_files(folder: Path, config: Mapping[str, Any], declared: Mapping[str, Any]) -> Any:
-    """What AutoTokenizer gives. Its imports take a second, so it is asked only if it may choose."""
+    """AutoTokenizer's tokenizer. Its imports take a second, so it runs only if it has a choice."""
     from transformers import PreTrainedTokenizerFast
 
     plain = declared.get("tokenizer_class") in PLAIN_CLASSES and "auto_map" not in declared
@@ -269,7 +269,7 @@ def _from_files(folder: Path, config: Mapping[str, Any], declared: Mapping[str, 
 
 
 def _configured(folder: Path) -> tuple[dict[str, Any], set[int]]:
-    """config.json and the ids that end a text by it and by generation_config.json."""
+    """config.json, and the end ids that it and generation_config.json name."""
     config = read_object(folder / "config.json")
     size = config.get("vocab_size")
     eos_ids: set[int] = set()

@@ -1,7 +1,7 @@
-"""A grammar tried out where it can do no harm: compiled, then followed for some tokens.
+"""Tries a grammar out where it can do no harm: compiles it, then follows it for some tokens.
 
-Runs in a worker process, which ends what takes too much time, memory or stack. What passes here is
-compiled in the server.
+Runs in a worker process, which ends what takes too much time, memory or stack. A grammar that
+passes is compiled in the server.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-MAX_SECONDS = 0.05  # of processor time, for one mask and whatever else a step asks for
-WALK_SECONDS = 0.2  # then the grammar has been followed far enough
+MAX_SECONDS = 0.05  # of processor time, for a mask or another answer that a step needs
+WALK_SECONDS = 0.2  # of processor time for all walks
 NUM_STEPS = 40  # of each walk
-NUM_PICKS = 16
+NUM_PICKS = 16  # random tokens that a step tries
 # What ends or separates the parts of most texts; the rest of them is mostly letters.
 STRUCTURE = b'",:{}[]0123456789.- \n'
 
@@ -35,7 +35,7 @@ def trial_body(wanted: JsonSchema | Regex) -> bytes:
 
 
 def run(body: bytes, vocabulary: Vocabulary) -> tuple[int, str]:
-    """A trial's job: the bytes that the grammar takes, and why it is refused, if it is."""
+    """Runs a trial's job. Returns the bytes that the grammar takes, and why it is refused or ""."""
     wanted = _wanted_of(body)
     try:
         return try_out(vocabulary, wanted), ""
@@ -49,7 +49,7 @@ def _wanted_of(body: bytes) -> JsonSchema | Regex:
 
 
 def vocabulary_of(setup: Mapping[str, Any]) -> Vocabulary:
-    """setup: what `GrammarCompiler.trial_setup` gives."""
+    """The vocabulary that a `GrammarCompiler.trial_setup` describes."""
     from tokenizers import Tokenizer as Backend
 
     backend = Backend.from_str(setup["tokenizer"])
@@ -65,9 +65,9 @@ def vocabulary_of(setup: Mapping[str, Any]) -> Vocabulary:
 def try_out(
     vocabulary: Vocabulary, wanted: JsonSchema | Regex, max_seconds: float = MAX_SECONDS
 ) -> int:
-    """The bytes that the grammar takes. Raises InvalidArgumentError.
+    """Returns the bytes that the grammar takes. Raises InvalidArgumentError if it is refused.
 
-    max_seconds: for each mask, as the step that waits for it delays all rows.
+    max_seconds: limit of each mask, as the step that waits for it delays all rows.
     """
     before = _resident()
     clock = _Clock(wanted, max_seconds)
@@ -82,7 +82,7 @@ def try_out(
             refuse(wanted, f"it is too complex: {walk.error}")
         del walk
     num_bytes = max(_resident() - before, 0)
-    del start  # what is nested deep is freed in the same depth
+    del start  # freeing it needs as much stack as its nesting
     return num_bytes
 
 
@@ -94,7 +94,7 @@ def _any_of(ids: Sequence[int], vocabulary: Vocabulary) -> int:
 
 
 def _short_of(ids: Sequence[int], vocabulary: Vocabulary) -> int:
-    """Ends the part of the text that it stands in, if it can."""
+    """A short token, which ends the current part of the text if any can."""
     return min(
         ids, key=lambda i: (vocabulary.tokens[i][:1] not in STRUCTURE, len(vocabulary.tokens[i]))
     )
@@ -105,7 +105,7 @@ def _long_of(ids: Sequence[int], vocabulary: Vocabulary) -> int:
 
 
 class _Clock:
-    """Refuses what takes too long."""
+    """Refuses a grammar whose answers take too long."""
 
     def __init__(self, wanted: JsonSchema | Regex, max_seconds: float) -> None:
         self._wanted = wanted
@@ -146,7 +146,7 @@ class _Walk:
         return self._matcher.get_error().partition("\n")[0] if self._matcher.is_error() else ""
 
     def step(self) -> bool:
-        """One token, after those that are forced. False at the end of the text."""
+        """Takes the forced tokens and one more. False at the end of the text."""
         matcher, timed = self._matcher, self._clock.timed
         if forced := timed(matcher.compute_ff_tokens):
             timed(lambda: matcher.consume_tokens(forced))
@@ -175,6 +175,6 @@ class _Walk:
 
 
 def _resident() -> int:
-    """Bytes."""
+    """Bytes of memory that this process has."""
     with open("/proc/self/statm", encoding="ascii") as file:
         return int(file.read().split()[1]) * resource.getpagesize()

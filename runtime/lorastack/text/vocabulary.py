@@ -10,7 +10,7 @@ from lorastack.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
 
-# Cut apart from what follows by every tokenizer: no word and no merge has it.
+# Every tokenizer cuts this from what follows: no word and no merge has it.
 _MARK = "\x02"
 
 
@@ -21,8 +21,8 @@ class Vocabulary:
     are never part of one: special and end tokens, and outputs without a token.
     """
 
-    # What llguidance.TokenizerWrapper reads beside `tokens`. Special tokens have no bytes here, so
-    # there are none to tell apart.
+    # llguidance.TokenizerWrapper reads these beside `tokens`. Special tokens have no bytes here, so
+    # none need to be told apart.
     bos_token_id = None
     special_token_ids = ()
 
@@ -47,7 +47,7 @@ class Vocabulary:
         )
 
     def __call__(self, data: bytes) -> list[int]:
-        """Ids of UTF-8 text inside another, as the model is used to see it; [] if it has none.
+        """Ids of UTF-8 text inside another, as the model mostly sees it; [] if no ids spell it.
 
         Text that names a special token or an added one is cut into characters instead.
         """

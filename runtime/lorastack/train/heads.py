@@ -181,7 +181,7 @@ def save_heads(
 
 
 def load_heads(folder: Path) -> tuple[MedusaHeads, list[Path_]]:
-    """Heads in float32 and their choices (empty where the folder names none)."""
+    """Heads in float32 and their choices, [] if the folder names none."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     tensors = load_file(folder / WEIGHTS_FILE)
     heads = MedusaHeads(int(config["medusa_num_heads"]), tensors["0.0.linear.bias"].shape[0])

@@ -1,6 +1,6 @@
 """Final-norm hidden states of a corpus, computed once: the frozen base is not run again.
 
-Shape suffixes: T answer positions of all samples in a row, K heads, H hidden, B rows.
+Shape suffixes: T answer positions of all samples, one after the other, K heads, H hidden, B rows.
 """
 
 from collections.abc import Callable, Sequence

@@ -28,10 +28,10 @@ def target_ranks(
     vocabulary_N: Tensor | None = None,
     chunk: int = 512,
 ) -> Tensor:
-    """[T, K]: 0 where the target is the head's first guess; ties go to the lowest id.
+    """[T, K]: the target's rank among the head's guesses, from 0; ties go to the lowest id.
 
-    vocabulary_N: the rising ids of the tokens that the heads choose from, all of them unless given;
-    a target beyond them ranks behind all of them.
+    vocabulary_N: rising ids of the tokens that the heads choose from, None for all; a target that
+    is not among them ranks last.
     """
     ranks_TK = torch.full_like(corpus.targets_TK, NO_RANK)
     rows_NH, column_V = lm_head_VH, torch.arange(len(lm_head_VH))
@@ -55,7 +55,7 @@ def target_ranks(
 
 
 def rank_accuracies(ranks_TK: Tensor, num_ranks: int = 10) -> list[list[float]]:
-    """[K][num_ranks]: how often the head's guess number r is right, of the positions that count."""
+    """[K][num_ranks]: the share of positions with a target where guess number r is right."""
     table = []
     for rank_T in ranks_TK.T:
         counted_T = rank_T[rank_T != NO_RANK]
@@ -67,9 +67,9 @@ def rank_accuracies(ranks_TK: Tensor, num_ranks: int = 10) -> list[list[float]]:
 def search_choices(ranks_TK: Tensor, num_nodes: int = 63, num_ranks: int = 10) -> list[Path_]:
     """Paths in order of worth: every prefix of the list is a tree, and the best of its size.
 
-    A path is worth the positions where it is right, as a whole. Its prefix is right wherever it is,
-    so counting is all the search there is; a product of the heads' accuracies would miss that a
-    head is mostly right where those before it are.
+    A path's worth is the number of positions where all of it is right. Its prefix is right there
+    too, so counting is all the search there is; a product of the heads' accuracies would miss that
+    a head is mostly right where those before it are.
     """
     counts: Counter[Path_] = Counter()
     for row in ranks_TK.tolist():

@@ -18,8 +18,8 @@ from lorastack.adapters.formats.medusa import VOCABULARY_NAME, VOCABULARY_TENSOR
 def choose_vocabulary(tokens: Iterable[int], size: int, vocab_size: int) -> list[int]:
     """The `size` most frequent of the base's tokens, rising.
 
-    Equally frequent ones, and those that never came, join by id: tokenizers number their merges
-    from the most frequent on.
+    Equally frequent tokens are taken by id: tokenizers number their merges from the most frequent
+    on.
     """
     counts = Counter(tokens)
     return sorted(sorted(range(vocab_size), key=lambda token: (-counts[token], token))[:size])
@@ -38,6 +38,6 @@ def save_vocabulary(folder: Path, vocabulary: Sequence[int]) -> None:
 
 
 def load_vocabulary(folder: Path) -> Tensor | None:
-    """int64 [N] of a heads folder; None where it has none, and all tokens serve."""
+    """int64 [N] of a heads folder; None without one: the heads choose from all."""
     path = folder / VOCABULARY_NAME
     return load_file(path)[VOCABULARY_TENSOR].long() if path.exists() else None
