@@ -187,10 +187,10 @@ from pathlib import Path
 from lorastack.cli.main import main
 from lorastack.startup import engine as startup_engine
 from lorastack.kernels.native import build
-from tests.helpers.costs import CheapDrafts
+from tests.helpers.costs import CheapHeads
 
 build.LIBRARY = Path("/nowhere.so")
-startup_engine.measure = lambda runner, pages: CheapDrafts()
+startup_engine.measure = lambda runner, pages: CheapHeads()
 main()
 """
 

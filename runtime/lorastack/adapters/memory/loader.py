@@ -58,12 +58,12 @@ class Loader:
             places = [
                 (entry, _place(buffer, layout.slots[key])) for key, entry in parsed.tensors.items()
             ]
-            found = fill(list(files.values()), places)
+            hashes = fill(list(files.values()), places)
         except (InvalidArgumentError, FileNotFoundError):
             # The bytes are parsed before they are hashed: damage may show as a malformed file.
             self.registry.verify(digest)
             raise
-        for spec, sha256 in zip(manifest.files, found, strict=True):
+        for spec, sha256 in zip(manifest.files, hashes, strict=True):
             if sha256 != spec.sha256:
                 self.registry.verify(digest)  # says so itself, unless an upload healed it by now
                 raise damaged_blob(spec, digest)
