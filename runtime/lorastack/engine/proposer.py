@@ -36,17 +36,17 @@ class Proposer:
         one whose heads fail: see `take_failed`.
         """
         proposals: list[Proposal | None] = [None] * len(steps)
-        drafting = sorted(
+        wanting = sorted(
             (i for i, step in enumerate(steps) if step.num_candidates),
-            key=lambda i: _draft_order(steps[i]),
+            key=lambda i: _heads_order(steps[i]),
         )
-        for alone, places in groupby(drafting, key=lambda i: _stand_alone(steps[i])):
+        for alone, places in groupby(wanting, key=lambda i: _stand_alone(steps[i])):
             chosen = list(places)
             rows = [steps[i] for i in chosen]
             ask = self._propose if alone else self._propose_with_lm_head
             hidden_BH = hidden_XH[[last[i] for i in chosen]]
-            found = ask(hidden_BH, rows)
-            ids, logprobs = (iter(map(tuple, each_YR.tolist())) for each_YR in found)
+            candidates = ask(hidden_BH, rows)
+            ids, logprobs = (iter(map(tuple, each_YR.tolist())) for each_YR in candidates)
             for row, (i, step) in enumerate(zip(chosen, rows, strict=True)):
                 num_heads = _heads_of(step).layout.num_heads
                 proposal = Proposal(
@@ -80,7 +80,7 @@ class Proposer:
         """Neighbouring rows of one heads digest, and these heads."""
         groups: list[HeadsGroup] = []
         start = 0
-        for _, group in groupby(steps, key=_draft_order):
+        for _, group in groupby(steps, key=_heads_order):
             rows = list(group)
             end = start + len(rows)
             groups.append(HeadsGroup(start, end, self._weights(_heads_of(rows[0]))))
@@ -115,7 +115,7 @@ def _stand_alone(step: RowStep) -> bool:
     return bool(layout.draft_vocabulary) and not adapted
 
 
-def _draft_order(step: RowStep) -> tuple[bool, str]:
+def _heads_order(step: RowStep) -> tuple[bool, str]:
     """Rows that draft in one call lie side by side, and among them those of one heads digest."""
     return _stand_alone(step), _heads_of(step).digest
 

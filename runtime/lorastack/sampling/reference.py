@@ -15,15 +15,15 @@ def processed(
 ) -> list[float]:
     """`Processor.apply` without a grammar, behind these tokens."""
     biases, counts, seen = dict(params.logit_bias), Counter(output), {*prompt, *output}
-    found = []
+    results = []
     for token, logit in enumerate(logits):
         logit += biases.get(token, 0.0)
         if token in seen:
             penalty = params.repetition_penalty
             logit = logit / penalty if logit > 0 else logit * penalty
         logit -= params.frequency_penalty * counts[token]
-        found.append(logit - params.presence_penalty if counts[token] else logit)
-    return found
+        results.append(logit - params.presence_penalty if counts[token] else logit)
+    return results
 
 
 def survivors(logits: Sequence[float], params: SamplingParams) -> dict[int, float]:

@@ -243,14 +243,14 @@ class NativeBackend:
         """[num_layers][7], then lm_head's, made once an adapter."""
         if weights not in self._targets:
             num_layers = self.shapes.num_layers
-            found = [native.Target()] * (num_layers * len(LAYER_TARGETS) + 1)
+            targets = [native.Target()] * (num_layers * len(LAYER_TARGETS) + 1)
             for (layer, group), adapted in weights.groups.items():
                 start = -1
                 if (layer, group) != LM_HEAD_GROUP:
                     start = layer * len(LAYER_TARGETS) + FIRST_TARGET[group]
                 for target in adapted.targets:
-                    found[start + target.index] = _target(adapted, target)
-            self._targets[weights] = _Targets.of(found)
+                    targets[start + target.index] = _target(adapted, target)
+            self._targets[weights] = _Targets.of(targets)
         return self._targets[weights]
 
 
