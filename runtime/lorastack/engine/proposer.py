@@ -19,7 +19,7 @@ from lorastack.speculation.heads import heads_weights, own_outputs
 
 
 class Proposer:
-    """Views into heads' buffers, made once while they are on the device; borrows the rest."""
+    """Asks heads. Keeps views into their buffers, made once while they are on the device."""
 
     def __init__(self, backend: Backend, stacks: Stacks) -> None:
         self._backend = backend
@@ -30,10 +30,10 @@ class Proposer:
     def propose(
         self, steps: Sequence[RowStep], last: Sequence[int], hidden_XH: Tensor
     ) -> list[Proposal | None]:
-        """What every row's heads propose at its last accepted token.
+        """What every row's heads propose at its last accepted token, None for a row that asks for
+        no candidates or whose heads fail (see `take_failed`).
 
-        last: where in hidden_XH each step's is. None for a row that asks for no candidates, and for
-        one whose heads fail: see `take_failed`.
+        last: the places of these tokens in hidden_XH, one a step.
         """
         proposals: list[Proposal | None] = [None] * len(steps)
         wanting = sorted(
@@ -59,25 +59,25 @@ class Proposer:
         return proposals
 
     def take_failed(self) -> list[str]:
-        """Digests of heads that made something not finite of a finite state, once a row, since last
-        asked. Their rows went on undrafted; a row whose own state is not finite blames no heads.
+        """Digests of heads that made NaN or infinity of a finite state since the last call, once a
+        row. These rows go on without a proposal; a state that is not finite blames no heads.
         """
         failed, self._failed = self._failed, []
         return failed
 
     def _propose(self, hidden_BH: Tensor, steps: Sequence[RowStep]) -> TopTokens:
-        """Candidates of (row, head), all in one call."""
+        """The best tokens of every (row, head), all in one call."""
         return self._backend.ops.propose(hidden_BH, self._groups(steps), _most_candidates(steps))
 
     def _propose_with_lm_head(self, hidden_BH: Tensor, steps: Sequence[RowStep]) -> TopTokens:
-        """A second pass of lm_head over (rows x heads), through the row's LoRAs of it."""
+        """The same through lm_head and the rows' LoRAs of it: a second pass over (rows x heads)."""
         r_YH = self._backend.ops.states(hidden_BH, self._groups(steps))
         counts = [_heads_of(step).layout.num_heads for step in steps]
         logits_YV = self._backend.logits(r_YH, self._stacks.segments(steps, counts))
         return self._backend.ops.top(logits_YV, _most_candidates(steps))
 
     def _groups(self, steps: Sequence[RowStep]) -> list[HeadsGroup]:
-        """Neighbouring rows of one heads digest, and these heads."""
+        """One group for each run of neighbouring rows with the same heads."""
         groups: list[HeadsGroup] = []
         start = 0
         for _, group in groupby(steps, key=_heads_order):
@@ -104,9 +104,9 @@ def _is_sound(proposal: Proposal) -> bool:
 
 
 def _stand_alone(step: RowStep) -> bool:
-    """Whether the heads' buffer holds what this row's heads choose from.
+    """True if the heads' buffer holds what this row's heads choose from.
 
-    Version 2 heads choose through the row's own lm_head, where a LoRA adapts it.
+    Version 2 heads choose through lm_head where it has no rows of their own or a LoRA adapts it.
     """
     layout = _heads_of(step).layout
     if own_outputs(layout):
@@ -116,7 +116,7 @@ def _stand_alone(step: RowStep) -> bool:
 
 
 def _heads_order(step: RowStep) -> tuple[bool, str]:
-    """Rows that draft in one call lie side by side, and among them those of one heads digest."""
+    """Sorts rows of one call side by side, and among them those with the same heads."""
     return _stand_alone(step), _heads_of(step).digest
 
 

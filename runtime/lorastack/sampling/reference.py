@@ -1,4 +1,4 @@
-"""The plain form of processors and `sampler.sample`, for tests: everything one token at a time."""
+"""Processors and samples in plain Python, for tests: everything one token at a time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lorastack.request import SamplingParams
 def processed(
     logits: Sequence[float], params: SamplingParams, prompt: Sequence[int], output: Sequence[int]
 ) -> list[float]:
-    """`Processor.apply` without a grammar, behind these tokens."""
+    """What `Processor.apply` gives behind these tokens, without a grammar."""
     biases, counts, seen = dict(params.logit_bias), Counter(output), {*prompt, *output}
     results = []
     for token, logit in enumerate(logits):
@@ -62,7 +62,7 @@ def _typical(scaled: dict[int, float], mass: float) -> dict[int, float]:
 
 
 def sample_reference(logits: Sequence[float], params: SamplingParams, index: int) -> int:
-    """One row's token."""
+    """What `Ops.sample` gives for one row."""
     if params.greedy:
         return max(range(len(logits)), key=lambda token: (logits[token], -token))
     left = survivors(logits, params)
