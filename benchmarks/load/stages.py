@@ -110,6 +110,8 @@ def _time_stages(clocks: Clocks) -> None:
     from lorastack.engine.proposer import Proposer
     from lorastack.engine.scheduler import Scheduler
     from lorastack.engine.speculator import Speculator
+    from lorastack.model.backends import native
+    from lorastack.model.backends import torch as plain
 
     places: list[tuple[Any, str, str]] = [
         (Scheduler, "schedule", "schedule"),
@@ -118,6 +120,8 @@ def _time_stages(clocks: Clocks) -> None:
         (runner.Runner, "run", "run"),
         (runner.Runner, "_move_kv", "_move_kv"),
         (runner, "accept_rows", "accept"),
+        (native, "accept_trees", "accept"),
+        (plain, "accept_trees", "accept"),
         (Proposer, "propose", "run heads"),
         (Speculator, "trees", "draft trees"),
         (Speculator, "choose_heads", "choose_heads"),

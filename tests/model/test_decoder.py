@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from lorastack.kernels import ops
+from lorastack.kernels.ops import NativeOps, Ops
 from lorastack.lora.segments import LoraBatch
 from lorastack.model.backends.base import Backend
 from lorastack.model.context import ForwardBatch, RowSpan
@@ -254,3 +256,16 @@ def test_half_precision_gives_float32_logits_near_transformers(
     assert result.dtype == torch.float32
     expected = transformers_logits(tiny_mistral, ids)
     assert torch.nn.functional.cosine_similarity(result, expected).min() > 0.99
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_without_native_everything_runs_in_plain_torch(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, native: bool
+) -> None:
+    """A float16 model, whose steps no native kernel runs, samples natively else."""
+    monkeypatch.setattr(ops, "supported", lambda isa: True)
+    decoder = load_decoder(
+        tiny_llama, device=CPU, dtype=torch.float16, max_context=None, native=native
+    )
+    assert decoder.name == "torch"
+    assert type(decoder.ops) is (NativeOps if native else Ops)

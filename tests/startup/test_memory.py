@@ -181,7 +181,7 @@ def test_the_size_of_weights_is_what_the_decoder_holds(
     decoder = load_decoder(
         tiny_mistral, device=CPU, dtype=dtype, max_context=None, native=native, quantize=kind
     )
-    held = _tensor_bytes(decoder._backend._weights)  # type: ignore[attr-defined]
+    held = _tensor_bytes(decoder._weights)  # type: ignore[attr-defined]
     shapes = config.shapes
     largest = max(shapes.vocab_size, 2 * shapes.intermediate_size) * shapes.hidden_size
     estimate = weights_nbytes(config, dtype, kind, CPU) - largest * dtype.itemsize

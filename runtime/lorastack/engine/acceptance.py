@@ -52,7 +52,7 @@ def accept_rows(ops: Ops, rows: Sequence[SampledRow], outputs: Outputs) -> list[
 
 
 def _accept_on_host(ops: Ops, rows: Sequence[SampledRow], outputs: Outputs) -> dict[int, Accepted]:
-    """By the rows' places in the batch."""
+    """What each row gains, by its step's place in the batch."""
     accepted: dict[int, Accepted] = {}
     best_X = outputs.best_X.tolist()
     exact = [row for row in rows if row.step.request.typical is None]
@@ -89,7 +89,7 @@ class _Nodes:
         return sample(self.ops, self.logits_XV, self.best_X, samples, processed)
 
     def look(self, nodes: Nodes) -> list[tuple[float, list[float]]]:
-        """Entropy at each node, and the chances of its children's tokens."""
+        """The entropy at each node, and the probabilities of its children's tokens."""
         posteriors = []
         for index, node, _ in nodes:
             row = self.rows[index]
@@ -102,7 +102,7 @@ class _Nodes:
         return posteriors
 
     def _processed(self, row: SampledRow, node: int) -> Tensor | None:
-        """None: the row takes the model's own logits."""
+        """What the row's processor makes of the node's logits; None without a processor."""
         if row.step.processor is None:
             return None
         logits_V = self.logits_XV[row.first_output + node]

@@ -20,7 +20,7 @@ from lorastack.speculation.proposal import Proposal
 
 
 class Proposer:
-    """Views into heads' buffers, made once while they are on the device; borrows the rest."""
+    """Asks heads. Keeps views into their buffers, made once while they are on the device."""
 
     def __init__(self, backend: Backend, stacks: Stacks) -> None:
         self._backend = backend
@@ -31,23 +31,23 @@ class Proposer:
     def propose(
         self, steps: Sequence[RowStep], last: Sequence[int], hidden_XH: Tensor
     ) -> list[Proposal | None]:
-        """What every row's heads propose at its last accepted token.
+        """What every row's heads propose at its last accepted token, None for a row that asks for
+        no candidates or whose heads fail (see `take_failed`).
 
-        last: where in hidden_XH each step's is. None for a row that asks for no candidates, and for
-        one whose heads fail: see `take_failed`.
+        last: the places of these tokens in hidden_XH, one a step.
         """
         proposals: list[Proposal | None] = [None] * len(steps)
-        drafting = sorted(
+        wanting = sorted(
             (i for i, step in enumerate(steps) if step.num_candidates),
-            key=lambda i: _draft_order(steps[i]),
+            key=lambda i: _heads_order(steps[i]),
         )
-        for alone, places in groupby(drafting, key=lambda i: _stand_alone(steps[i])):
+        for alone, places in groupby(wanting, key=lambda i: _stand_alone(steps[i])):
             chosen = list(places)
             rows = [steps[i] for i in chosen]
             ask = self._propose if alone else self._propose_with_lm_head
             hidden_BH = hidden_XH[[last[i] for i in chosen]]
-            found = ask(hidden_BH, rows)
-            ids, logprobs = (iter(map(tuple, each_YR.tolist())) for each_YR in found)
+            candidates = ask(hidden_BH, rows)
+            ids, logprobs = (iter(map(tuple, each_YR.tolist())) for each_YR in candidates)
             for row, (i, step) in enumerate(zip(chosen, rows, strict=True)):
                 num_heads = _heads_of(step).layout.num_heads
                 proposal = Proposal(
@@ -60,28 +60,28 @@ class Proposer:
         return proposals
 
     def take_failed(self) -> list[str]:
-        """Digests of heads that made something not finite of a finite state, once a row, since last
-        asked. Their rows went on undrafted; a row whose own state is not finite blames no heads.
+        """Digests of heads that made NaN or infinity of a finite state since the last call, once a
+        row. These rows go on without a proposal; a state that is not finite blames no heads.
         """
         failed, self._failed = self._failed, []
         return failed
 
     def _propose(self, hidden_BH: Tensor, steps: Sequence[RowStep]) -> TopTokens:
-        """Candidates of (row, head), all in one call."""
+        """The best tokens of every (row, head), all in one call."""
         return self._backend.ops.propose(hidden_BH, self._groups(steps), _most_candidates(steps))
 
     def _propose_with_lm_head(self, hidden_BH: Tensor, steps: Sequence[RowStep]) -> TopTokens:
-        """A second pass of lm_head over (rows x heads), through the row's LoRAs of it."""
+        """The same through lm_head and the rows' LoRAs of it: a second pass over (rows x heads)."""
         r_YH = self._backend.ops.states(hidden_BH, self._groups(steps))
         counts = [_heads_of(step).layout.num_heads for step in steps]
         logits_YV = self._backend.logits(r_YH, self._stacks.segments(steps, counts))
         return self._backend.ops.top(logits_YV, _most_candidates(steps))
 
     def _groups(self, steps: Sequence[RowStep]) -> list[HeadsGroup]:
-        """Neighbouring rows of one heads digest, and these heads."""
+        """One group for each run of neighbouring rows with the same heads."""
         groups: list[HeadsGroup] = []
         start = 0
-        for _, group in groupby(steps, key=_draft_order):
+        for _, group in groupby(steps, key=_heads_order):
             rows = list(group)
             end = start + len(rows)
             groups.append(HeadsGroup(start, end, self._weights(_heads_of(rows[0]))))
@@ -105,9 +105,9 @@ def _is_sound(proposal: Proposal) -> bool:
 
 
 def _stand_alone(step: RowStep) -> bool:
-    """Whether the heads' buffer holds what this row's heads choose from.
+    """True if the heads' buffer holds what this row's heads choose from.
 
-    Version 2 heads choose through the row's own lm_head, where a LoRA adapts it.
+    Version 2 heads choose through lm_head where it has no rows of their own or a LoRA adapts it.
     """
     layout = _heads_of(step).layout
     if own_outputs(layout):
@@ -116,8 +116,8 @@ def _stand_alone(step: RowStep) -> bool:
     return bool(layout.draft_vocabulary) and not adapted
 
 
-def _draft_order(step: RowStep) -> tuple[bool, str]:
-    """Rows that draft in one call lie side by side, and among them those of one heads digest."""
+def _heads_order(step: RowStep) -> tuple[bool, str]:
+    """Sorts rows of one call side by side, and among them those with the same heads."""
     return _stand_alone(step), _heads_of(step).digest
 
 

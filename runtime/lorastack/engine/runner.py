@@ -24,9 +24,9 @@ from lorastack.speculation.tree import Tree
 
 @dataclass(frozen=True, slots=True)
 class StepResults:
-    """rows: in the order of the batch's steps. draft_seconds: of the step's, spent on heads.
+    """rows: in the order of the batch's steps. heads_seconds: the part of the step spent on heads.
 
-    failed_heads: digests of those that gave numbers that are none. whole: all rows ran at once.
+    failed_heads: digests of heads that gave NaN or infinity. whole: all rows ran at once.
     """
 
     rows: list[RowResult]
@@ -36,7 +36,7 @@ class StepResults:
 
 
 class Runner:
-    """Owns the KV tensor and borrows weights and adapters."""
+    """Owns the KV cache; borrows the backend and, for a step, adapters."""
 
     def __init__(self, backend: Backend, kv: KVCache) -> None:
         self._backend = backend
@@ -45,13 +45,15 @@ class Runner:
         self._proposer = Proposer(backend, self._stacks)
 
     def rope_length(self, num_prompt: int) -> int:
-        """What beside a row's tokens and LoRAs shapes its KV: the length of a prompt beyond that
-        which dynamic RoPE begins at. Else 0."""
+        """The prompt's length where dynamic RoPE scales by it, else 0.
+
+        Beside its tokens and LoRAs nothing else shapes a row's KV.
+        """
         begin = self._backend.dynamic_rope_begin
         return num_prompt if begin is not None and num_prompt > begin else 0
 
     def run(self, batch: Batch) -> StepResults:
-        """One forward pass."""
+        """Runs one step: one forward pass, then the heads of rows that ask for candidates."""
         forward, sampled = self._lay_out(batch)
         outputs = self._backend.forward(forward, self._kv)
         results = [RowResult() for _ in batch.steps]
@@ -72,7 +74,10 @@ class Runner:
         return StepResults(results, seconds, self._proposer.take_failed())
 
     def _lay_out(self, batch: Batch) -> tuple[ForwardBatch, list[SampledRow]]:
-        """The step's tokens; wanted are the results of all nodes of a tree, of a chain's last."""
+        """The step for the backend, and its rows that sample.
+
+        Results are wanted of all nodes of a tree, and of a chain's last token.
+        """
         token_ids: list[int] = []
         spans: list[RowSpan] = []
         outputs: list[int] = []
@@ -98,7 +103,7 @@ class Runner:
         return forward, sampled
 
     def _move_kv(self, sampled: list[SampledRow], accepted: list[Accepted]) -> None:
-        """The accepted paths' KV behind their roots', in order."""
+        """Moves the KV of each accepted path behind its root's, in order."""
         moves = []
         for row, path in zip(sampled, accepted, strict=True):
             places = tuple(range(1, len(path.path) + 1))
@@ -152,7 +157,7 @@ def _non_finite(request: Request) -> InternalError:
 
 
 def _no_token(step: RowStep) -> InvalidArgumentError:
-    """Why nothing could be drawn from finite logits once the row's processor had been there."""
+    """Why the row's processor left no token to draw, although the model's logits are finite."""
     if step.processor is not None and step.processor.error:
         return InvalidArgumentError(
             f"response_format: {step.processor.error}",

@@ -13,7 +13,7 @@ from lorastack.lora.weights import LoraWeights
 
 
 class Stacks:
-    """Views into adapters' buffers, made once while an adapter is on the device."""
+    """Keeps views into adapters' buffers, made once while an adapter is on the device."""
 
     def __init__(self) -> None:
         self._views: WeakKeyDictionary[DeviceAdapter, LoraWeights] = WeakKeyDictionary()
@@ -24,7 +24,7 @@ class Stacks:
         return self._views[adapter]
 
     def segments(self, steps: Sequence[RowStep], counts: Sequence[int]) -> LoraBatch:
-        """Segments over rows of `counts` tokens; neighbours with one stack share theirs."""
+        """Segments over rows of `counts` tokens each; neighbours with the same stack share them."""
         segments: list[Segment] = []
         start = 0
         pairs_by_stack = groupby(zip(steps, counts, strict=True), key=lambda pair: pair[0].stack)

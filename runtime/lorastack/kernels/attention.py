@@ -2,10 +2,9 @@
 
 Contract. A step's tokens belong to rows; row r owns tokens start..end of the step and reads its
 KV through a block table: logical slot s lies at physical slot block_table[s // P] * P + s % P,
-where
-P is the page size. Slots [0, committed) hold accepted tokens, slot s the token of position s. The
-j-th token of a row is written at slot committed + j. Its parent is an earlier token of the row (or
-none, -1, for the first); its depth is the number of its ancestors, its position is committed +
+where P is the page size. Slots [0, committed) hold accepted tokens, slot s the token of position s.
+The j-th token of a row is written at slot committed + j. Its parent is an earlier token of the row
+(or none, -1, for the first); its depth is the number of its ancestors, its position is committed +
 depth. It attends to the committed slots, its ancestors' and its own, as far as they are less than
 `window` positions back. The output is softmax(q k / sqrt(D)) v over those, heads grouped for GQA,
 with the softmax in float32.
@@ -62,13 +61,12 @@ class RowSpan:
 class _Group:
     """Rows of one SDPA call, padded to N tokens and L slots.
 
-    tokens: where their tokens lie in the step: a slice when they are neighbours and nothing is
-    padded, else indices [B * N]; valid: which of the B * N are real, None: all; outputs: where the
-    real ones lie in the step;
-    pages: physical page ids [B * pages a row]; mask: added to the scores, [B, 1, queries or 1, L],
-    None when all see everything; causal: the one row starts at slot 0 and sees itself only;
-    folded: query heads that share keys are further queries of one head, token by token, so that few
-    tokens read K and V once.
+    tokens: places of their tokens in the step, a slice where they are neighbours and nothing is
+    padded, else indices [B * N]. valid: those of the B * N that are real, None: all. outputs:
+    places of the real ones in the step. pages: physical page ids [B * pages a row]. mask: added to
+    the scores, [B, 1, queries or 1, L], None where all see everything. causal: the one row starts
+    at slot 0 and sees itself only. folded: query heads that share keys are further queries of one
+    head, token by token, so that few tokens read K and V once.
     """
 
     num_rows: int
@@ -85,8 +83,8 @@ class _Group:
 
 @dataclass(frozen=True, slots=True)
 class AttentionPlan:
-    """What a step needs in every layer. positions_T: for RoPE; slots_T: physical, for writing KV;
-    fresh_pages: pages whose first slot is written now, so that nothing older in them is read."""
+    """What a step needs in every layer. positions_T: for RoPE. slots_T: physical, for writing KV.
+    fresh_pages: pages whose first slot is written now; nothing older in them may be read."""
 
     positions_T: Tensor
     slots_T: Tensor

@@ -1,7 +1,7 @@
 """Gumbel noise as a function of (seed, generated index, token id) and of nothing else.
 
-argmax(logit / T + noise) over the surviving tokens is a draw from softmax(logit / T), and the same
-noise meets the same token at the same position whatever else the batch, the step or a draft holds:
+argmax(logit / T + noise) over the tokens that are left is a draw from softmax(logit / T). A token
+meets the same noise at the same position whatever else the batch, the step or a tree holds: so
 speculation cannot change a draw, and rounding of the logits hardly ever does.
 
 The stream of a position is splitmix64 (Steele, Lea, Flood 2014) at counter = token id, started at a
@@ -36,7 +36,7 @@ def gumbel(seed: int, index: int, token_ids: Tensor) -> Tensor:
 
 
 def stream(seed: int, index: int) -> int:
-    """The 64 bits where the stream of a position starts."""
+    """The 64 bits at which the stream of a position starts."""
     return _mix(_mix(seed) + (index + 1) * _INDEX_STEP)
 
 
@@ -46,7 +46,7 @@ def hash_reference(seed: int, index: int, token_id: int) -> int:
 
 
 def uniform_reference(bits: int) -> float:
-    """What the 64 bits of `hash_reference` stand for in (0, 1)."""
+    """The number in (0, 1) that the 64 bits of `hash_reference` stand for."""
     return ((bits >> 12) + 0.5) * 2.0**-52
 
 

@@ -213,7 +213,7 @@ def _parts(r_XH: Tensor, groups: Sequence[HeadsGroup]) -> Iterator[tuple[HeadsGr
 
 
 def _named(best: TopTokens, heads: HeadsWeights) -> TopTokens:
-    """The tokens for which the outputs' places stand."""
+    """The same with tokens in place of the outputs' places."""
     return best if heads.ids_N is None else best._replace(ids_XR=heads.ids_N[best.ids_XR])
 
 
@@ -263,7 +263,7 @@ def top_reference(logits_XV: Tensor, num: int) -> TopTokens:
 
 
 def _sorted(ordered_XV: Tensor, num: int) -> Tensor:
-    """The best places by a full sort, the best of all for those missing."""
+    """The best places by a full sort; the very best stands for those missing."""
     places_XR = ordered_XV.sort(dim=-1, descending=True, stable=True).indices[:, :num]
     missing = num - places_XR.shape[1]
     return torch.cat([places_XR, places_XR[:, :1].expand(-1, missing)], dim=1)

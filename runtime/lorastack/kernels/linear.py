@@ -7,8 +7,8 @@ as fast as a plain matmul, and in float32 a row's result hardly ever depends on 
 beside it (a plain one's does). Elsewhere W stays as it is. The plain reference is
 torch.nn.functional.linear.
 
-A quantised weight stays codes and is made whole for each call, which is slow and takes a moment's
-memory: it is the reference of the native kernels, and what serves where they do not run.
+A quantised weight stays codes and is made whole for each call, which is slow and takes memory for a
+moment: it is the reference of the native kernels, and serves where they do not run.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ GRAIN = 1 << 15  # elements: torch copies more than these at once with its OpenM
 class Dense:
     """A packed weight. weight: [out, in], opaque when `reordered`; bias: [out].
 
-    scales: of a quantised weight, whose `weight` are codes, those of int4 two in a byte.
+    scales: only of a quantised weight. Its `weight` holds codes, in int4 two in a byte, and its
+    `inputs` are those without padding.
     """
 
     weight: Tensor
@@ -81,9 +82,9 @@ def linear(x_TI: Tensor, dense: Dense) -> Tensor:
 
 
 def plain_weight(dense: Dense) -> Tensor:
-    """The weight that was packed, [out, in]; for a moment a copy of all of it if reordered.
+    """The weight that was packed, [out, in], or what the codes of a quantised one stand for.
 
-    Of a quantised one what its codes stand for.
+    A reordered or quantised weight is copied whole for a moment.
     """
     if dense.scales is not None:
         codes = dense.weight

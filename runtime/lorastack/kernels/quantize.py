@@ -11,9 +11,9 @@ code * scale, exactly, on every backend.
   have 5 significant bits, so that code * scale has at most 8 and is exact in bfloat16. Squares are
   summed as neighbours, then neighbouring sums, and so on, every operation rounded by itself.
 
-Scales are bfloat16: half a bit a weight in int4, nothing in int8. The plain references are
-`dequantise` and `quantise_reference`; the native library, which quantises bfloat16 several times
-faster, gives the bits that the latter gives on a CPU.
+Scales are bfloat16, which takes half a bit a weight in int4 and next to nothing in int8. The plain
+references are `dequantise` and `quantise_reference`; the native library quantises bfloat16 several
+times faster, to the bits that `quantise_reference` gives on a CPU.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ STORED = {None: 0, Kind.INT8: 1, Kind.INT4: 2}  # LORASTACK_PLAIN and so on, in 
 
 
 def head_kind(kind: Kind | None) -> Kind | None:
-    """How lm_head is stored: in 8 bits even beside int4; nothing evens its errors out."""
+    """How lm_head is stored: in 8 bits even beside int4, as no later layer evens its errors out."""
     return None if kind is None else Kind.INT8
 
 
 class NotFiniteError(ValueError):
-    """A weight that holds NaN or infinity. row: its first output that does."""
+    """A weight holds NaN or infinity. row: the first output that does."""
 
     def __init__(self, row: int) -> None:
         super().__init__(f"row {row} is not finite")
@@ -110,7 +110,7 @@ def quantise_reference(weight_OI: Tensor, kind: Kind) -> Quantised:
 
 
 def _empty(weight_OI: Tensor, kind: Kind) -> Quantised:
-    """Room for its codes and scales."""
+    """Uninitialised codes and scales for a weight of this shape."""
     outputs, inputs = weight_OI.shape
     width = inputs + -inputs % GROUP
     codes = weight_OI.new_empty((outputs, width), dtype=torch.int8)
@@ -132,7 +132,7 @@ def pack_nibbles(codes: Tensor) -> Tensor:
 
 
 def unpack_nibbles(packed: Tensor) -> Tensor:
-    """What `pack_nibbles` packed."""
+    """The codes that `pack_nibbles` packed: int8 [..., 2 n]."""
     both = packed.view(torch.int8)
     return torch.stack((both << 4 >> 4, both >> 4), dim=-1).flatten(-2)
 
@@ -160,7 +160,7 @@ def _quantised(values_OGI: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
 
 
 def _sum(values_OGI: Tensor) -> Tensor:
-    """Over each group, in the order of the contract."""
+    """The sum over each group, [O, G], in the order of the contract."""
     while values_OGI.shape[2] > 1:
         values_OGI = values_OGI[:, :, ::2] + values_OGI[:, :, 1::2]
     return values_OGI[:, :, 0]
@@ -172,14 +172,14 @@ def _in_steps(values_OGI: Tensor, scale_OG: Tensor) -> Tensor:
 
 
 def _rounded_up(scale_OG: Tensor) -> Tensor:
-    """bfloat16 not below it, so that no code exceeds the largest."""
+    """The nearest bfloat16 that is not below, so that no code exceeds the largest."""
     nearest = scale_OG.to(torch.bfloat16)
     above = torch.nextafter(nearest, torch.full_like(nearest, torch.inf))
     return _without_tiny(torch.where(nearest.float() < scale_OG, above, nearest))
 
 
 def _short(scale_OG: Tensor) -> Tensor:
-    """bfloat16 of 5 significant bits, the nearest."""
+    """The nearest bfloat16 of 5 significant bits."""
     mantissa, exponent = torch.frexp(scale_OG)
     return torch.ldexp((mantissa * 32).round_() / 32, exponent).to(torch.bfloat16)
 

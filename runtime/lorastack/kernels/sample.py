@@ -78,7 +78,7 @@ def _sample_row(logits_V: Tensor, params: SamplingParams, index: int) -> int:
 
 
 def _typical(scaled: Tensor, weights: Tensor, enough: float, mass: float) -> Tensor:
-    """Which tokens are left by top_p, whose run weighs `enough`, and by typical_p, `mass`."""
+    """True for each token that top_p, whose run weighs `enough`, and typical_p, `mass`, leave."""
     run = torch.arange(len(scaled), device=scaled.device)
     if enough < math.inf:
         order = scaled.argsort(descending=True, stable=True)
@@ -95,7 +95,7 @@ def _typical(scaled: Tensor, weights: Tensor, enough: float, mass: float) -> Ten
 
 
 def _top(logits_V: Tensor, num: int) -> Tensor:
-    """The `num` first ids by logit, ties to the lowest; in rising order within equal logits."""
+    """The `num` first ids by logit, ties to the lowest; ids with equal logits rise."""
     cut = logits_V.topk(num).values[-1]
     above = (logits_V > cut).nonzero()[:, 0]
     level = (logits_V == cut).nonzero()[: num - len(above), 0]

@@ -1,4 +1,4 @@
-"""The KV tensor: pages of all layers. Who owns which page is the engine's business."""
+"""The KV cache: pages of all layers. The engine knows which row owns which page."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from lorastack.layout import ModelShapes
 
 
 def page_nbytes(shapes: ModelShapes, page_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one page over all layers."""
+    """Bytes of one page, all layers together."""
     per_slot = 2 * shapes.num_kv_heads * shapes.head_dim * dtype.itemsize
     return shapes.num_layers * page_size * per_slot
 
 
 class Move(NamedTuple):
-    """A row's logical slots src, and where their content goes."""
+    """Copies a row's logical slots `src` to its logical slots `dst`."""
 
     block_table: Sequence[int]
     src: Sequence[int]
@@ -55,9 +55,9 @@ class KVCache:
         self.data[layer, slots_T // size, :, :, slots_T % size] = kv_T2KD
 
     def clear(self, pages: Tensor) -> None:
-        """Zero pages (int64 ids) that begin a new life.
+        """Zero pages (int64 ids) that a new owner begins to fill.
 
-        A masked score removes a finite value only; NaN that an earlier owner left would pass.
+        A mask hides finite values only: NaN that an earlier owner left would pass it.
         """
         if pages.numel():
             self.data.index_fill_(1, pages, 0)
@@ -79,5 +79,5 @@ class KVCache:
         by_slot[:, pages, slots] = by_slot[:, src_pages, src_slots]
 
     def _place(self, block_table: Sequence[int], slot: int) -> tuple[int, int]:
-        """Page and place within it of a logical slot."""
+        """The page of a logical slot, and the slot's place within it."""
         return block_table[slot // self.page_size], slot % self.page_size

@@ -1,10 +1,10 @@
 """What a request makes of the model's logits before temperature and filters.
 
-In vLLM's order: the grammar forbids tokens (-inf), logit_bias is added, repetition_penalty divides
-positive logits of tokens of prompt and output and multiplies the others, frequency_penalty (times
-how often) and presence_penalty are taken from tokens of the output. All of it depends on the row's
-own tokens up to the logits' position, so that a node of a draft tree sees what plain generation
-would see there.
+The order is vLLM's. The grammar forbids tokens (-inf). logit_bias is added. repetition_penalty
+divides positive logits of tokens of prompt and output and multiplies their negative ones.
+frequency_penalty (times the number of uses) and presence_penalty are taken from tokens of the
+output. All of it depends on the row's own tokens up to the logits' position, so that a node of a
+tree sees what plain generation would see there.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from lorastack.request import Grammar, Matcher, SamplingParams
 
 
 def needs_processor(params: SamplingParams, grammar: Grammar | None) -> bool:
-    """Whether a row's logits are not simply the model's own."""
+    """True if a row's tokens do not come from the model's own logits."""
     return grammar is not None or bool(params.logit_bias) or _penalises(params)
 
 
 class Processor:
-    """One row's. It counts the row's tokens, and moves its place in its grammar."""
+    """Changes one row's logits. Counts the row's tokens, and keeps its place in its grammar."""
 
     def __init__(
         self, params: SamplingParams, prompt_ids: Sequence[int], matcher: Matcher | None
@@ -38,10 +38,10 @@ class Processor:
         self._tally = _Tally(prompt_ids if repeats else ()) if _penalises(params) else None
 
     def apply(self, logits_V: Tensor, path: Sequence[int]) -> Tensor:
-        """What the next token is drawn from, behind the row's tokens and `path`: a new row.
+        """New logits, from which the token behind the row's tokens and `path` is drawn.
 
-        logits_V: the model's there, float32 or float64. path: tokens drawn in this step so far,
-        each of them possible; calls may come with any path in any order.
+        logits_V: the model's there, float32 or float64. path: tokens accepted in this step before
+        it, all of them possible; calls may come with any path in any order.
         """
         logits_V = logits_V.clone()
         if self._matcher is not None:
@@ -60,11 +60,11 @@ class Processor:
 
     @property
     def error(self) -> str:
-        """Why the row's grammar had to be given up, so that no token is left; else ""."""
+        """Why the row's grammar was given up, which leaves no token; else ""."""
         return "" if self._matcher is None else self._matcher.error
 
     def commit(self, tokens: Sequence[int]) -> None:
-        """These tokens are now part of the row, and of what follows the grammar."""
+        """Adds these tokens to the row."""
         if self._matcher is not None:
             self._matcher.commit(tokens)
         if self._tally is not None:
@@ -82,10 +82,10 @@ class Processor:
 
 
 class _Tally:
-    """Distinct tokens and how often each is in the output, in arrays that grow in place."""
+    """Distinct tokens and their counts in the output, in arrays that grow in place."""
 
     def __init__(self, prompt_ids: Sequence[int]) -> None:
-        """prompt_ids: stay listed, counted 0 until the output holds them too."""
+        """prompt_ids: listed from the start, with count 0 until the output holds them too."""
         self._places = {token: place for place, token in enumerate(dict.fromkeys(prompt_ids))}
         self._num_prompt = len(self._places)
         # Ids and counts; zeros behind the last place.
@@ -94,7 +94,7 @@ class _Tally:
 
     @property
     def ids(self) -> Tensor:
-        """int64, without copying: until the next push."""
+        """int64; a view, valid until the next push."""
         return torch.from_numpy(self._table[0, : len(self._places)])
 
     @property
@@ -111,7 +111,7 @@ class _Tally:
             self._table[1, place] += 1
 
     def pop(self, tokens: Sequence[int]) -> None:
-        """Takes back the last push, which was of these tokens."""
+        """Undoes the last push, which was of these tokens."""
         for token in reversed(tokens):
             place = self._places[token]
             self._table[1, place] -= 1
@@ -125,6 +125,6 @@ def _penalises(params: SamplingParams) -> bool:
 
 
 def _unpack(mask: bytes, like_V: Tensor) -> Tensor:
-    """The bits of a matcher's mask, bool, on the device of `like_V` and as long."""
+    """A matcher's mask as bool, one for each of `like_V`, on its device."""
     bits = np.unpackbits(np.frombuffer(mask, np.uint8), count=len(like_V), bitorder="little")
     return torch.from_numpy(bits.view(np.bool_)).to(like_V.device)

@@ -1,4 +1,4 @@
-"""The plain form of processors and `sampler.sample`, for tests: everything one token at a time."""
+"""Processors and samples in plain Python, for tests: everything one token at a time."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from lorastack.request import SamplingParams
 def processed(
     logits: Sequence[float], params: SamplingParams, prompt: Sequence[int], output: Sequence[int]
 ) -> list[float]:
-    """`Processor.apply` without a grammar, behind these tokens."""
+    """What `Processor.apply` gives behind these tokens, without a grammar."""
     biases, counts, seen = dict(params.logit_bias), Counter(output), {*prompt, *output}
-    found = []
+    results = []
     for token, logit in enumerate(logits):
         logit += biases.get(token, 0.0)
         if token in seen:
             penalty = params.repetition_penalty
             logit = logit / penalty if logit > 0 else logit * penalty
         logit -= params.frequency_penalty * counts[token]
-        found.append(logit - params.presence_penalty if counts[token] else logit)
-    return found
+        results.append(logit - params.presence_penalty if counts[token] else logit)
+    return results
 
 
 def survivors(logits: Sequence[float], params: SamplingParams) -> dict[int, float]:
@@ -62,7 +62,7 @@ def _typical(scaled: dict[int, float], mass: float) -> dict[int, float]:
 
 
 def sample_reference(logits: Sequence[float], params: SamplingParams, index: int) -> int:
-    """One row's token."""
+    """What `Ops.sample` gives for one row."""
     if params.greedy:
         return max(range(len(logits)), key=lambda token: (logits[token], -token))
     left = survivors(logits, params)

@@ -17,9 +17,9 @@ from lorastack.layout import HEADS, AdapterLayout, Part
 
 
 def heads_weights(buffer: Tensor, layout: AdapterLayout) -> HeadsWeights:
-    """buffer: flat, as `layout` describes; it must hold heads.
+    """Views of the heads in `buffer`, which is flat, as `layout` describes.
 
-    `output` is None if the base model's whole lm_head serves.
+    `output` is None if the heads choose from the base model's whole lm_head.
     """
     num_heads = layout.num_heads
     bias_XH = _run(buffer, layout, Part.BIAS).view(-1, layout.slots[0, HEADS, Part.BIAS].shape[0])
@@ -39,11 +39,12 @@ def heads_weights(buffer: Tensor, layout: AdapterLayout) -> HeadsWeights:
 
 
 def own_outputs(layout: AdapterLayout) -> bool:
-    """Whether these are version 1 heads, with an output matrix each."""
+    """True of version 1 heads, which have an output matrix each."""
     return (0, HEADS, Part.OUTPUT) in layout.slots
 
 
 def _run(buffer: Tensor, layout: AdapterLayout, part: Part) -> Tensor:
-    """One view over the adjacent tensors of one part, joined along their first dimension."""
+    """One view over all tensors of one part, which lie side by side: joined along their first
+    dimension."""
     keys = sorted(key for key in layout.slots if key[1:] == (HEADS, part))
     return view_run(buffer, layout, tuple(keys))

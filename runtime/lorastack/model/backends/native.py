@@ -43,7 +43,7 @@ FIRST_TARGET = (0, *accumulate(map(len, GROUPS)))  # of each group, in LAYER_TAR
 def native_isa(
     config: DecoderConfig, dtype: torch.dtype, device: torch.device, kind: Kind | None = None
 ) -> native.Isa | None:
-    """The instructions that would run this model here; None: none do."""
+    """The instructions that run this model here, None where the native kernels cannot."""
     shapes = config.shapes
     if config.dynamic_rope_begin is not None:
         return None
@@ -193,7 +193,7 @@ class NativeBackend:
         return torch.empty(-(-num_rows // ROWS) * ROWS, self.shapes.hidden_size, dtype=self.dtype)
 
     def _scratch_of(self, nbytes: int) -> int:
-        """Address of at least so many bytes on a cache line, the same memory at every call."""
+        """The address of at least so many bytes, on a cache line; the same memory at every call."""
         if len(self._scratch) < nbytes + 64:
             self._scratch = torch.empty(2 * nbytes + 64, dtype=torch.uint8)
         return -(-self._scratch.data_ptr() // 64) * 64
@@ -241,23 +241,23 @@ class NativeBackend:
         return _Model(model, layers)
 
     def _targets_of(self, weights: LoraWeights) -> _Targets:
-        """[num_layers][7], then lm_head's, made once an adapter."""
+        """[num_layers][7] targets, then lm_head's; made once an adapter."""
         if weights not in self._targets:
             num_layers = self.shapes.num_layers
-            found = [native.Target()] * (num_layers * len(LAYER_TARGETS) + 1)
+            targets = [native.Target()] * (num_layers * len(LAYER_TARGETS) + 1)
             for (layer, group), adapted in weights.groups.items():
                 start = -1
                 if (layer, group) != LM_HEAD_GROUP:
                     start = layer * len(LAYER_TARGETS) + FIRST_TARGET[group]
                 for target in adapted.targets:
-                    found[start + target.index] = _target(adapted, target)
-            self._targets[weights] = _Targets.of(found)
+                    targets[start + target.index] = _target(adapted, target)
+            self._targets[weights] = _Targets.of(targets)
         return self._targets[weights]
 
 
 @dataclass(frozen=True, slots=True)
 class _Model:
-    """layers: what `model` points to."""
+    """A model for the library. layers: memory that `model` points to."""
 
     model: native.Model
     layers: ctypes.Array[native.Layer]
@@ -265,7 +265,7 @@ class _Model:
 
 @dataclass(frozen=True, slots=True)
 class _Targets:
-    """An adapter's targets for the library, and the largest rank of them."""
+    """An adapter's targets for the library, and their largest rank."""
 
     table: ctypes.Array[native.Target]
     address: int
@@ -311,7 +311,7 @@ class _Rows:
         return self._numbers.buffer_info()[0]
 
     def _add(self, numbers: Sequence[int]) -> int:
-        """Where they begin."""
+        """Appends `numbers` and returns the place of the first."""
         start = len(self._numbers)
         self._numbers.extend(numbers)
         return start
@@ -320,7 +320,7 @@ class _Rows:
 def _segments(
     segments: Sequence[Segment], targets: Sequence[_Targets]
 ) -> ctypes.Array[native.Segment]:
-    """targets: of each segment; the caller keeps them."""
+    """Segments for the library. targets: one a segment; the caller keeps them alive."""
     return (native.Segment * len(segments))(
         *(
             native.Segment(table.address, each.start, each.end, each.scale, table.max_rank)

@@ -28,7 +28,7 @@ QKV, O, GATE_UP, DOWN = range(4)  # noqa: E741  indices into layout.GROUPS
 
 @dataclass(frozen=True, slots=True)
 class StepMeta:
-    """What all layers of a step share. cos_T1D; sin_T1D: its first half negated, see `_rotate`."""
+    """What all layers of a step share. sin_T1D: with its first half negated, see `_rotate`."""
 
     plan: AttentionPlan
     cos_T1D: Tensor
@@ -117,7 +117,7 @@ class TorchBackend:
         copy_rows(weight_VH.__getitem__, torch.tensor(ids), out_NH)
 
     def _prepare(self, batch: ForwardBatch, kv: KVCache) -> StepMeta:
-        """Index tensors, masks and RoPE factors of a step; pages that begin now are cleared."""
+        """Index tensors, masks and RoPE factors of a step. Clears pages that begin with it."""
         plan = plan_attention(
             batch.rows,
             page_size=kv.page_size,
@@ -134,7 +134,7 @@ class TorchBackend:
         return StepMeta(plan, cos_T1D.to(self.dtype), sin_T1D.to(self.dtype))
 
     def _frequencies(self, plan: AttentionPlan, batch: ForwardBatch) -> Tensor:
-        """[F], or [T, F] of dynamic RoPE: see `model.rope`."""
+        """[F], or [T, F] with dynamic RoPE: see `model.rope`."""
         if self._inv_freq.dim() == 1:
             return self._inv_freq
         ends = [row.prompt - 1 for row in batch.rows for _ in range(row.num_tokens)]
