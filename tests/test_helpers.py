@@ -20,7 +20,7 @@ from tests.helpers.canary import (
     write_canary,
     write_canary_heads,
 )
-from tests.helpers.reference import Generated, Reference, first_mismatch
+from tests.helpers.reference import TIE, TIE_EVERY, Reference, assert_greedy
 from tests.helpers.tiny import VOCAB_SIZE, build_llama, token_id
 
 PROMPTS = ("hello", "x", "The quick brown fox, café", "owl owl owl")
@@ -162,13 +162,45 @@ def test_heads_folder_has_the_published_layout(tmp_path: Path) -> None:
     }
 
 
-def test_first_mismatch() -> None:
-    reference = Generated((1, 2, 3), (0.5, 1e-5, 0.5))
-    assert first_mismatch(reference, (1, 2, 3)) is None
-    late = first_mismatch(reference, (1, 5, 3))
-    assert late is not None and late.index == 1 and late.excused
-    short = first_mismatch(reference, (1, 2))
-    assert short is not None and short.index == 2 and not short.excused
+def test_a_greedy_output_is_held_to_its_own_stack(
+    tiny_llama: Path, tiny_llama_shapes: ModelShapes, tmp_path: Path
+) -> None:
+    """One wrong token, and one row of 20 with another row's LoRA, are seen."""
+    loras = {
+        name: write_lora(tmp_path / name, tiny_llama_shapes, seed=seed, rank=8)
+        for seed, name in enumerate(("a", "b"))
+    }
+    reference = Reference(tiny_llama, loras)
+    outputs = []
+    for number in range(20):
+        prompt, stack = encode(tiny_llama, f"row {number}"), [("ab"[number % 2], 1.0)]
+        outputs.append((prompt, stack, reference.generate(prompt, 12, stack=stack).tokens))
+    assert_greedy(reference, outputs)
+    prompt, _, tokens = outputs[7]
+    for wrong in (
+        (prompt, [("a", 1.0)], tokens),
+        (prompt, [("b", 0.5)], tokens),
+        (prompt, [("b", 1.0)], (*tokens[:-1], tokens[-1] ^ 1)),
+    ):
+        with pytest.raises(AssertionError, match="below the best"):
+            assert_greedy(reference, [*outputs[:7], wrong, *outputs[8:]])
+
+
+def test_near_ties_are_few_and_between_the_best(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens 0 and 1 tie everywhere but for rounding; token 2 is worse."""
+    reference = Reference(tiny_llama, {})
+    row_V = torch.tensor([1.0, 1.0 - TIE / 2, 1.0 - 2 * TIE])
+    monkeypatch.setattr(Reference, "logits", lambda _, tokens, stack: row_V.repeat(len(tokens), 1))
+    many = [0] * TIE_EVERY
+    for passes in ([1, 0, 0], [*many, 1, 1]):
+        assert_greedy(reference, [([5, 5], (), passes)])
+    for fails in ([1, 0, 1], [0, 2], [*many, 1, 1, 1], []):
+        with pytest.raises(AssertionError):
+            assert_greedy(reference, [([5, 5], (), fails)])
+    with pytest.raises(AssertionError):
+        assert_greedy(reference, [])
 
 
 def test_missing_instruction_sets_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

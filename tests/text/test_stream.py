@@ -1,7 +1,6 @@
 import base64
 import functools
 import json
-import time
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from itertools import chain
@@ -16,9 +15,11 @@ from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
 from lorastack.errors import InvalidArgumentError
+from lorastack.text import joiner
 from lorastack.text.joiner import MAX_RUN
 from lorastack.text.stream import Detokenizer, StopMatcher, TextStream
 from lorastack.text.tokenizer import Tokenizer
+from tests.helpers.lines import lines_run
 from tests.helpers.tiny import build_tokenizer
 
 MISTRAL_COMMON = Path(str(files("mistral_common"))) / "data"
@@ -142,9 +143,9 @@ def check_output_text(tokenizer: Tokenizer, data: st.DataObject) -> None:
         return
     # The output completes the prompt's last character, or breaks its last run of byte tokens.
     assert whole.endswith(text)
-    joiner = tokenizer.joiner()
+    one = tokenizer.joiner()
     entries = [entry for index in output if (entry := tokenizer.token(index)) is not None]
-    assert len(text) <= sum(len(joiner.raw(entry)) for entry in entries)
+    assert len(text) <= sum(len(one.raw(entry)) for entry in entries)
     finished = before.rstrip("\ufffd")
     if whole.startswith(finished):
         assert len(whole) - len(text) >= len(finished)
@@ -264,16 +265,28 @@ def test_half_a_character_waits_and_ends_as_a_mark() -> None:
     assert detokenizer.flush() == "\ufffd"
 
 
-def test_a_push_costs_the_same_at_any_length() -> None:
-    """100,000 lone continuation bytes: quadratic work would take minutes."""
+def test_a_push_costs_the_same_at_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lone continuation bytes never become a character; those that are held are read at the end."""
+    reads: list[int] = []
+
+    def record(run: bytearray) -> str:
+        reads.append(len(run))
+        return run_text(run)
+
+    run_text = joiner._run_text
+    monkeypatch.setattr(joiner, "_run_text", record)
     for name, token in (("bytes", byte_char(0x80)), ("llama", "<0x80>")):
         tokenizer = make_tokenizer(name)
         token_id = id_of(tokenizer, token)
         detokenizer = Detokenizer(tokenizer)
-        start = time.thread_time()
-        text = "".join(detokenizer.push([token_id]) for _ in range(100_000)) + detokenizer.flush()
-        assert text == "\ufffd" * 100_000
-        assert time.thread_time() - start < 10
+        text, costs = "", set()
+        for _ in range(1000):
+            piece, cost = lines_run(lambda: detokenizer.push([token_id]))  # noqa: B023
+            text += piece
+            costs.add(cost)
+        assert len(costs) == 1
+        assert not any(reads), "the run is read at its end"
+        assert text + detokenizer.flush() == "\ufffd" * 1000
 
 
 @pytest.mark.parametrize(
@@ -337,11 +350,15 @@ def test_the_sequence_that_is_complete_first_wins() -> None:
 
 
 def test_long_sequences_cost_no_more() -> None:
-    matcher = StopMatcher(["a" * 20_000 + "b"] * 4)
-    start = time.thread_time()
-    for _ in range(20_000):
-        assert matcher.push("a") == ("", None)
-    assert time.thread_time() - start < 10
+    """Each push past the first 500 is a mismatch that keeps 499 matched characters."""
+    costs = []
+    for length in (5, 500):
+        matcher = StopMatcher(["a" * length + "b"] * 4)
+        matcher.push("a" * length)
+        pushed, cost = lines_run(lambda: [matcher.push("a") for _ in range(100)])  # noqa: B023
+        assert pushed == [("a", None)] * 100
+        costs.append(cost)
+    assert costs[0] == costs[1]
 
 
 def stream(
