@@ -34,7 +34,7 @@ class HeadsUse:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How a token is drawn. temperature 0: argmax, ties to the lowest id."""
+    """How a token is sampled. temperature 0: argmax, ties to the lowest id."""
 
     temperature: float = 0.0
     top_k: int = 0  # 0: no limit
@@ -65,7 +65,7 @@ class StopParams:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TypicalAcceptance:
-    """Medusa's rule for drafted tokens, `speculation.accept`. NOT lossless: tokens change."""
+    """Medusa's rule of acceptance (`speculation.accept`). NOT lossless: it changes tokens."""
 
     epsilon: float = 0.09
     delta: float = 0.3
@@ -83,22 +83,22 @@ class SpeculationParams:
 class Matcher(Protocol):
     """Where one row stands in its grammar. For one thread.
 
-    Its place is that of the committed tokens and, behind them, the path last sought. Whatever
-    `mask` allows may be sought or committed; end tokens are allowed for ever once one was taken.
+    It stands behind the committed tokens and the path that was last sought. Whatever `mask` allows
+    may be sought or committed; end tokens are allowed for ever once one was taken.
     """
 
-    error: str  # why the grammar had to be given up, so that nothing may come any more; else ""
+    error: str  # why the grammar was given up, after which nothing is allowed; else ""
 
     def seek(self, path: Sequence[int]) -> None:
-        """To the committed tokens and `path` behind them, from any other path."""
+        """Go to `path` behind the committed tokens, from any other path."""
         ...
 
     def commit(self, tokens: Sequence[int]) -> None:
-        """These tokens follow the committed ones for good, and the place is behind them."""
+        """Add these tokens to the committed ones, and stand behind them."""
         ...
 
     def mask(self) -> bytes:
-        """Which tokens may come next: token i is bit i % 8 of byte i // 8; none beside an `error`.
+        """The tokens that may come next, bit i % 8 of byte i // 8 for token i; none after `error`.
 
         ceil(V / 32) words of 4 bytes. The end tokens are among them where the text may end.
         """
@@ -110,12 +110,12 @@ class Matcher(Protocol):
 
     @property
     def finished(self) -> bool:
-        """At its place, nothing but end tokens may follow."""
+        """True if nothing but end tokens may follow."""
         ...
 
 
 class Grammar(Protocol):
-    """What a row's text must look like. For any thread."""
+    """What a row's text must look like. Any thread may use it."""
 
     def matcher(self) -> Matcher:
         """A fresh one, at the beginning of the output."""
@@ -133,18 +133,18 @@ class Request:
     speculation: SpeculationParams = SpeculationParams()
     loras: tuple[LoraUse, ...] = ()  # sorted by digest
     heads: HeadsUse | None = None
-    num_logprobs: int | None = None  # None: no logprobs; n: the chosen token's and the n best
+    num_logprobs: int | None = None  # n: the sampled token's and the n best; None: no logprobs
     deadline: float | None = None  # time.monotonic() seconds
     grammar: Grammar | None = None  # None: any text
 
     @property
     def typical(self) -> TypicalAcceptance | None:
-        """The rule that its drafts are accepted by; None: exactly, as always at temperature 0."""
+        """Its rule of acceptance; None: the exact one, as always at temperature 0."""
         return None if self.sampling.greedy else self.speculation.typical
 
 
 class TokenSource(StrEnum):
-    """Where a token's id came from first."""
+    """Who proposed a token: its node's source in the tree, or the model alone."""
 
     MODEL = "model"
     HEADS = "heads"
@@ -205,7 +205,7 @@ class Timings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Final:
-    """How a row ended, its text and tokens excluded."""
+    """How a row ended, without its text and tokens."""
 
     finish_reason: FinishReason
     stop_match: str

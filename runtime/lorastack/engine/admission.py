@@ -1,4 +1,4 @@
-"""In which order waiting rows may start. Pure."""
+"""The order in which waiting rows may start. Pure."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from math import inf
 
 from lorastack.engine.row import Row
 
-PATIENCE = 0.5  # seconds of waiting that weigh as much as one more row of the same stack
-OVERDUE = 5.0  # seconds since submission, after which a slot is kept for a row whose LoRAs load
-LOOK_AHEAD = 64  # rows for which adapters are loaded
+PATIENCE = 0.5  # seconds of waiting that outweigh one row of the same stack
+OVERDUE = 5.0  # seconds since submission; then a slot is kept for a row whose LoRAs load
+LOOK_AHEAD = 64  # waiting rows whose adapters are loaded ahead
 
 
 def is_overdue(row: Row, now: float) -> bool:
-    """Whether others may no longer take the slot that it could have."""
+    """True if the row has waited so long that a slot is kept for it."""
     return now - row.submitted >= OVERDUE
 
 
 def admission_order(waiting: Sequence[Row], running: Iterable[Row], now: float) -> list[Row]:
-    """First rows that have run before, as they stand in the queue; then by rank.
+    """Rows that have run before, as they stand in the queue; then the others by rank.
 
     A row's rank is the number of rows of its stack of LoRAs that run or stand before it, less its
     age in units of PATIENCE. So stacks take turns, and one that floods the queue delays its own

@@ -1,4 +1,4 @@
-"""A step whose rows cannot hurt each other: one that makes it raise is found and ends alone."""
+"""A step whose rows cannot hurt each other: a row that makes it raise ends alone."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ log = logging.getLogger(__name__)
 
 
 def run_apart(run: Callable[[Batch], StepResults], batch: Batch) -> StepResults:
-    """`run(batch)`; where that raises, each half by itself, and so on.
+    """`run(batch)`; if that raises, each half by itself, and so on.
 
-    Rows whose steps fail alone have the error STEP_FAILED. A step may be run again: it writes the
-    same keys and values to the same places, and draws depend on their positions alone.
+    A row whose step fails alone gets the error STEP_FAILED. A step may be run again: it writes the
+    same keys and values to the same places, and samples depend on their positions alone.
     """
     try:
         return run(batch)

@@ -17,7 +17,7 @@ from lorastack.speculation.tree import Tree
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowAdapters:
-    """What a row has pinned for a step. loras: in the order of request.loras."""
+    """The adapters that a row has pinned for a step. loras: in the order of request.loras."""
 
     loras: tuple[DeviceAdapter, ...]
     heads: DeviceAdapter | None
@@ -36,16 +36,16 @@ class RowStep:
     token_ids: tuple[int, ...]
     block_table: tuple[int, ...]
     committed: int  # tokens whose KV is in the pages already
-    num_generated: int  # index of the token that the first draw makes
+    num_generated: int  # index, in the row's output, of the first token that is sampled
     samples: bool  # False: a prompt chunk that is not the last
     tree: Tree | None  # token_ids are its nodes'; None: a chain
     adapters: RowAdapters
-    num_candidates: int  # tokens a head shall propose; 0: make no draft
+    num_candidates: int  # tokens that each head shall propose; 0: heads do not run
     processor: Processor | None = None  # None: tokens come from the model's own logits
 
     @property
     def decodes(self) -> bool:
-        """True if only the row's last token had no KV, so that all it brings behind it is a tree.
+        """True if it is the row's last token and its tree, see `Row.decodes`.
 
         A chunk of one token that more of the prompt follows does not decode.
         """
@@ -53,7 +53,7 @@ class RowStep:
 
     @property
     def stack(self) -> list[tuple[str, float]]:
-        """What its segments depend on: neighbours with an equal stack share them."""
+        """(digest, scale) of its LoRAs in order: neighbours with equal stacks share segments."""
         return [(use.digest, use.scale) for use in self.request.loras]
 
 
@@ -70,7 +70,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowResult:
-    """What a step gave a row. tokens: the accepted nodes' and the last draw, or ().
+    """What a step gave a row. tokens: of the accepted nodes, then one more sample; or ().
 
     sources: of the accepted nodes. error: ends the row, behind the tokens if there are any.
     """

@@ -1,4 +1,4 @@
-"""What steps and drafts cost on this machine: measured at start, refined by every step since."""
+"""What steps and heads cost on this machine: measured at start, refined by every step since."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from lorastack.speculation.cost import CostCurve
 from lorastack.speculation.tree import Tree
 
 # Matrices are multiplied 16 rows at a time: the 17th token costs more than the 16th, and at 64
-# rows the first draft 7% of a step.
+# rows the first node costs 7% of a step.
 STEP_TOKENS = (1, 4, 8, 16, 17, 32, 33, 48, 49, 64, 65, 80, 96)
 _ROUNDS, _SECONDS = 3, 2.0  # of all sizes; after so long no further one
-# Drafting for one row and for each more, in steps of one token; what heads take corrects it.
+# A first guess, in steps of one token: the heads of one row, and of each further row.
 _HEADS_FIRST, _HEADS_MORE = 0.15, 0.03
 
 
 class Costs:
-    """step: seconds over tokens, drafting left out. heads: seconds over the rows drafted for."""
+    """step: seconds over tokens, heads left out. heads: seconds over the rows whose heads run."""
 
     def __init__(self, step: CostCurve) -> None:
         self.step = step
@@ -29,7 +29,7 @@ class Costs:
         self.heads = CostCurve([(1, _HEADS_FIRST * once), (2, (_HEADS_FIRST + _HEADS_MORE) * once)])
 
     def record(self, batch: Batch, seconds: float, heads_seconds: float) -> None:
-        """seconds: of the whole step."""
+        """A step took `seconds`, `heads_seconds` of them for heads."""
         self.step.record(sum(len(step.token_ids) for step in batch.steps), seconds - heads_seconds)
         if num_proposals := sum(step.num_candidates > 0 for step in batch.steps):
             self.heads.record(num_proposals, heads_seconds)
@@ -38,7 +38,7 @@ class Costs:
 def measure(runner: Runner, pages: Pages) -> Costs:
     """Runs steps of one row's tree of several sizes, as large as the free pages hold.
 
-    In rounds, so that whatever else ran for a while does not make one size look dear.
+    It measures in rounds, so that what else runs for a while does not make one size look dear.
     """
     sizes = [tokens for tokens in STEP_TOKENS if pages.pages_for(tokens) <= pages.num_available]
     table = pages.allocate(pages.pages_for(sizes[-1]))
@@ -58,7 +58,7 @@ def measure(runner: Runner, pages: Pages) -> Costs:
 
 
 def try_step(runner: Runner, pages: Pages) -> None:
-    """Runs a step that needs nobody's values, if there is a page for it; raises what it raises."""
+    """Runs a step without a request's values, if there is a page for it; raises its error."""
     if (table := pages.allocate(1)) is not None:
         try:
             runner.run(Batch(steps=(_chain(1, table),)))

@@ -1,4 +1,4 @@
-"""What rows hold: KV pages, and adapters pinned for a step. Whatever ends a row frees all of it."""
+"""What rows hold: KV pages, and adapters pinned for a step. When a row ends, `free` frees both."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lorastack.engine.row import Row
 
 
 class Holds:
-    """Step thread only. Pins are kept by row, so that they are given back exactly once."""
+    """Step thread only. Remembers each row's pins, so that they are given back exactly once."""
 
     def __init__(self, pages: Pages, pool: DevicePool) -> None:
         self._pages = pages
@@ -21,8 +21,8 @@ class Holds:
     def pin(self, row: Row, now: float, *, heads: bool) -> RowAdapters | None:
         """The row's LoRAs, all of them, and its heads if they are on the device; None: not now.
 
-        heads: whether it wants them. A row never waits for heads: it goes on undrafted while they
-        load. Raises what the pool raises; what was pinned by then is the row's until `unpin`.
+        heads: True if it wants them. A row never waits for heads: it goes on undrafted while they
+        load. Raises the pool's errors; what was pinned by then stays the row's until `unpin`.
         """
         loras = self._pool.acquire(row.lora_digests)
         if loras is None:
@@ -38,14 +38,14 @@ class Holds:
         return RowAdapters(loras=loras, heads=adapter)
 
     def unpin(self, row: Row) -> None:
-        """Its step is over, or it takes none."""
+        """Give back the row's adapters: its step is over, or it takes none."""
         if digests := self._pinned.pop(row, None):
             self._pool.release(digests)
 
     def begin(self, row: Row, now: float, make_room: Callable[[], bool]) -> bool:
-        """Pages for all of the row's tokens, those of a cached prefix among them; False: too few.
+        """Pages for all of the row's tokens, some of them from the prefix cache; False: too few.
 
-        make_room: frees some pages that others hold; False: there are none.
+        make_room: frees pages that others hold; False: it found none to free.
         """
         cached, hashes = self._pages.match(row.kv_root, row.tokens)
         missing = self._pages.pages_for(len(row.tokens)) - len(cached)
@@ -57,7 +57,7 @@ class Holds:
         return True
 
     def grow(self, row: Row, num_slots: int) -> bool:
-        """Pages for `num_slots` tokens, if that many are available."""
+        """Extend the block table to `num_slots` tokens; False, and no change: too few pages."""
         missing = self._pages.pages_for(num_slots) - len(row.pages)
         fresh = self._pages.allocate(max(missing, 0))
         if fresh is None:
@@ -66,7 +66,7 @@ class Holds:
         return True
 
     def publish(self, row: Row, new_tokens: Sequence[int]) -> None:
-        """Offers the row's full pages to later rows. new_tokens: behind `row.tokens`."""
+        """Offer the row's full pages to later rows. new_tokens: those that follow `row.tokens`."""
         size = self._pages.page_size
         fresh = range(len(row.page_hashes), row.num_computed // size)
         if not fresh:  # as after most steps
@@ -79,7 +79,7 @@ class Holds:
             self._pages.publish(row.pages[index], page_hash, row.lora_digests)
 
     def free(self, row: Row) -> None:
-        """Everything that the row holds."""
+        """Give back everything that the row holds."""
         self.unpin(row)
         pages, row.pages = row.pages, []
         self._pages.free(pages)

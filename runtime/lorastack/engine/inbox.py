@@ -37,7 +37,7 @@ class Command(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineState:
-    """What other threads may know, as the step thread last left it. Never changed, so never torn.
+    """What other threads may read of the engine, as of its last step. It never changes.
 
     num_pages: KV pages that are held by rows, cached for later ones, and free. heads_failures: by
     heads digest, the steps in which they gave NaN or infinity.
@@ -52,8 +52,10 @@ class EngineState:
 
 
 class Inbox:
-    """Thread-safe. One lock holds commands and state together, so that no request is uncounted
-    between its submission and the step that takes it in."""
+    """Thread-safe. One lock guards commands and state, so that every request is counted once.
+
+    Until a step takes it in it counts as submitted, afterwards as part of the state.
+    """
 
     def __init__(self, max_queue: int) -> None:
         """max_queue: requests that may wait to start."""
@@ -105,7 +107,7 @@ class Inbox:
 
     @property
     def state(self) -> EngineState:
-        """As of the last step; requests that it has not seen are left out."""
+        """The last step's; requests that were submitted since are not in it."""
         return self._state
 
     @property

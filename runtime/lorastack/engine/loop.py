@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 class StepLoop:
-    """Runs what it is given, step by step."""
+    """Step by step: schedule a batch, run it, update the rows."""
 
     def __init__(
         self,
@@ -59,8 +59,8 @@ class StepLoop:
         self._speculator = speculator
         self._on_events = on_events
         self._on_failure = on_failure
-        self._unsent: list[RowEvent] = []  # events that `_on_events` has not taken
-        self._heads_failures: dict[str, int] = {}  # replaced, never changed: others read it
+        self._unsent: list[RowEvent] = []  # events that `on_events` failed to take
+        self._heads_failures: dict[str, int] = {}  # replaced, never changed: other threads read it
         self._num_faults = 0
         inbox.publish(self._state())
 

@@ -1,22 +1,22 @@
-"""How much of prompts a step takes beside rows that decode, so that these hardly feel it.
+"""How many prompt tokens a step takes beside rows that decode, so that these hardly feel it.
 
-A step's time is taken as what it costs without prompts plus a price a prompt token; both are learnt
-from the steps that ran. The budget keeps the sum below `STRETCH` times the first. Where more rows
-wait for their prompts than decode, it is more by as much: prompts in small pieces take longer, and
-what spares one row would hold up many.
+A step is taken to last as long as one without prompts, plus a price for each prompt token; both are
+learnt from the steps that ran. The budget keeps a step below STRETCH times one without prompts.
+Where more rows wait for their prompts than decode, the stretch grows with their ratio: prompts in
+small pieces take longer, and what spares one row would hold up many.
 """
 
 from __future__ import annotations
 
-STRETCH = 1.5  # of a step without a prompt; with the clock's noise less than twice
+STRETCH = 1.5  # times a step without a prompt; with the clock's noise less than twice
 MOST_STRETCH = 3.0  # however many rows wait
-MIN_TOKENS = 16  # a prompt always goes on: by so many where there is room
+MIN_TOKENS = 16  # prompt tokens that a step takes at least, where there is room
 _WEIGHT = 0.2  # of the newest step
-_FULL_WEIGHT_TOKENS = 32  # fewer prompt tokens say less about the price of one
+_FULL_WEIGHT_TOKENS = 32  # a step of fewer prompt tokens says less about the price of one
 
 
 class Pace:
-    """Not thread-safe. max_tokens: of any step, those of rows that decode included."""
+    """Not thread-safe. max_tokens: of any step, those of decoding rows included."""
 
     def __init__(self, max_tokens: int) -> None:
         self._max_tokens = max_tokens
@@ -26,8 +26,8 @@ class Pace:
     def budget(self, *, decoding: int, waiting: int) -> int:
         """Prompt tokens of the next step.
 
-        decoding: rows that make a token in it. waiting: rows with prompt tokens left. Nothing is
-        held back before a step without a prompt was seen.
+        decoding: rows that decode in it. waiting: rows with prompt tokens left. Nothing is held
+        back before a step without a prompt was seen.
         """
         most = max(self._max_tokens - decoding, 1)
         if not decoding or self._step is None or not self._token:
@@ -36,7 +36,7 @@ class Pace:
         return min(max(MIN_TOKENS, affordable), most)
 
     def record(self, *, prompt_tokens: int, decoding: bool, seconds: float) -> None:
-        """What a step took. prompt_tokens: of all its rows."""
+        """A step took `seconds`. prompt_tokens: of all its rows. decoding: any of them decoded."""
         if not prompt_tokens:
             if decoding:
                 self._step = _moved(self._step, seconds, _WEIGHT)
@@ -47,7 +47,7 @@ class Pace:
 
 
 def stretch(decoding: int, waiting: int) -> float:
-    """Of a step, by the numbers of rows that decode, at least one, and that wait."""
+    """How many times longer a step may get. decoding, waiting: rows; at least one decodes."""
     return min(1 + (STRETCH - 1) * max(waiting / decoding, 1.0), MOST_STRETCH)
 
 

@@ -18,7 +18,7 @@ ROOT_SALT = b"lorastack-kv-1"
 
 
 def root_hash(loras: Iterable[LoraUse], rope_length: int = 0) -> bytes:
-    """The chain's start: what beside the tokens shapes KV. Heads do not."""
+    """The hash that a sequence's chain starts from: all that shapes its KV beside the tokens."""
     key = ";".join(f"{use.digest}*{use.scale!r}" for use in loras)
     if rope_length:
         key += f";{rope_length}"
@@ -26,7 +26,7 @@ def root_hash(loras: Iterable[LoraUse], rope_length: int = 0) -> bytes:
 
 
 def chain_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
-    """Hash of a full page of tokens behind `parent`."""
+    """Hash of a full page. parent: the hash of the page before it, or the root."""
     return hashlib.blake2b(parent + array("I", token_ids).tobytes(), digest_size=16).digest()
 
 
@@ -40,7 +40,7 @@ class Pages:
         self._holders = [0] * num_pages
         self._hash_of: dict[int, bytes] = {}
         self._page_of: dict[bytes, int] = {}
-        self._loras_of: dict[int, tuple[str, ...]] = {}  # digests that shaped a published page
+        self._loras_of: dict[int, tuple[str, ...]] = {}  # LoRA digests of a published page
         self._cached: OrderedDict[int, None] = OrderedDict()
 
     @property
@@ -50,7 +50,7 @@ class Pages:
 
     @property
     def num_cached(self) -> int:
-        """Pages that nobody holds and a later row may find."""
+        """Pages that nobody holds and that `match` may give to a later row."""
         return len(self._cached)
 
     @property
@@ -61,13 +61,13 @@ class Pages:
         return -(-num_tokens // self.page_size)
 
     def allocate(self, count: int) -> list[int] | None:
-        """`count` pages held once, or None and nothing changed when there are too few."""
+        """`count` pages, held once; None, and no change: too few."""
         if count > self.num_available:
             return None
         return [self._take() for _ in range(count)]
 
     def free(self, pages: Sequence[int]) -> None:
-        """Give up one hold on each page. A row's last pages are forgotten before its first."""
+        """Give up one hold on each page. Cached pages of a row are reused from its last one on."""
         for page in reversed(pages):
             assert self._holders[page] > 0, f"page {page} freed twice"
             self._holders[page] -= 1
@@ -100,7 +100,7 @@ class Pages:
     def publish(self, page: int, page_hash: bytes, loras: tuple[str, ...] = ()) -> None:
         """Offer a held page, full of accepted KV, to later rows. The first of equal pages stays.
 
-        loras: digests of the row's, under which `forget` finds the page.
+        loras: digests of the row's LoRAs, by which `forget` finds the page.
         """
         assert self._holders[page] > 0, f"page {page} published by nobody"
         if page_hash not in self._page_of and page not in self._hash_of:
@@ -109,7 +109,7 @@ class Pages:
             self._loras_of[page] = loras
 
     def forget(self, digest: str) -> None:
-        """No later row will ask for pages of this LoRA: those nobody holds are free at once."""
+        """Take this LoRA's pages out of the cache: no later row will ask for them."""
         for page in [page for page, loras in self._loras_of.items() if digest in loras]:
             self._withdraw(page)
             if page in self._cached:

@@ -47,12 +47,12 @@ class RowQueues:
 
     @property
     def num_active(self) -> int:
-        """Rows that run, or would with all waiting rows started."""
+        """Rows that would run if the waiting ones started as well, as far as there are slots."""
         return min(len(self) - self.num_parked, self._max_rows)
 
     @property
     def num_slots(self) -> int:
-        """Rows that may start: parked ones give way to them."""
+        """How many rows may start; parked rows give way to them."""
         return self._max_rows - sum(not row.parked for row in self.running)
 
     def wake_time(self) -> float | None:

@@ -15,14 +15,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True, kw_only=True)
 class _Leaving:
-    """An adapter that goes when no row uses it. forgotten: with all that is kept of it."""
+    """An adapter that goes when no row uses it. forgotten: all that is kept of it goes as well."""
 
     forgotten: bool = False
     futures: list[Future[None]] = field(default_factory=list)
 
 
 class Residency:
-    """Orders that wait: a load asks the pool once a step, as a row would, until it is there."""
+    """Orders that wait. A load asks the pool once a step, as a row would, until all is there."""
 
     def __init__(
         self,
@@ -31,9 +31,9 @@ class Residency:
         in_use: Callable[[str], bool],
         on_forgotten: Callable[[str], None],
     ) -> None:
-        """in_use: whether a row, running or not, uses this digest.
+        """in_use: True if a row, running or not, uses this digest.
 
-        on_forgotten: called when nobody does any more and `forget` was.
+        on_forgotten: called after `forget`, once no row uses the digest any more.
         """
         self._pool = pool
         self._in_use = in_use
@@ -53,12 +53,12 @@ class Residency:
         self._leaving.setdefault(digest, _Leaving()).futures.append(future)
 
     def forget(self, digest: str) -> None:
-        """As `unload`, and all else that the engine keeps of it goes: no id points to it."""
+        """As `unload`; then `on_forgotten` drops all else that the engine keeps of it."""
         self._pool.unpin(digest)
         self._leaving.setdefault(digest, _Leaving()).forgotten = True
 
     def step(self) -> None:
-        """Between the pool's `poll` and the next one."""
+        """Carry out what can be done now. Called between two calls of the pool's `poll`."""
         self._loads = [load for load in self._loads if not self._try_load(*load)]
         wanted = {digest for digest, _, _ in self._loads}
         for digest, leaving in list(self._leaving.items()):
@@ -72,7 +72,7 @@ class Residency:
                 _finish(leaving)
 
     def end(self, error: LorastackError) -> None:
-        """Whoever still waits gets `error`."""
+        """End all orders that still wait with `error`."""
         futures = [future for _, _, future in self._loads]
         futures += [future for leaving in self._leaving.values() for future in leaving.futures]
         self._loads, self._leaving = [], {}
@@ -81,7 +81,7 @@ class Residency:
                 future.set_exception(error)
 
     def _try_load(self, digest: str, pin: bool, future: Future[None]) -> bool:
-        """Whether that is settled."""
+        """True if the order is settled, one way or the other."""
         if future.cancelled():
             return True
         try:

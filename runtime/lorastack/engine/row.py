@@ -26,10 +26,9 @@ from lorastack.text.stream import TextStream
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Row:
-    """tokens: prompt and output. num_computed: how many of them have KV in `pages`.
+    """tokens: prompt and output, the row's sequence. num_computed: how many have KV in `pages`.
 
-    A row with one token left to compute decodes; with more it still takes in its prompt or, after a
-    preemption, prompt and output again.
+    A row that does not decode still takes in its prompt or, after a preemption, prompt and output.
     """
 
     request: Request
@@ -41,19 +40,19 @@ class Row:
     pages: list[int] = field(default_factory=list)
     page_hashes: list[bytes] = field(default_factory=list)  # of the published pages, in order
     proposal: Proposal | None = None
-    lookup: Lookup = field(default_factory=Lookup)  # of the tokens read so far
+    lookup: Lookup = field(default_factory=Lookup)  # has read the first tokens, see `read`
     continuation: Continuation = NOWHERE  # what the lookup gave for this step
     parked: bool = False  # its reader is slow: keeps its pages, takes no step
     cancelled: bool = False
     num_cached: int = 0  # prompt tokens found in the prefix cache at first admission
     stats: SpeculationStats = field(default_factory=SpeculationStats)
     adapter_wait_start: float | None = None
-    adapter_wait: float = 0.0
+    adapter_wait: float = 0.0  # seconds, all waits together
     admitted: float | None = None
     first_token: float | None = None
 
     lora_digests: tuple[str, ...] = field(init=False)
-    matcher: Matcher | None = field(init=False)  # its place in its grammar
+    matcher: Matcher | None = field(init=False)  # where the row stands in its grammar
     processor: Processor | None = field(init=False)
 
     def __post_init__(self) -> None:
@@ -93,13 +92,13 @@ class Row:
         return root_hash(self.request.loras, self.rope_length)
 
     def uses(self, digest: str) -> bool:
-        """Whether it is one of the row's LoRAs or its heads."""
+        """True if `digest` is one of the row's LoRAs or its heads."""
         heads = self.request.heads
         return digest in self.lora_digests or (heads is not None and heads.digest == digest)
 
     @property
     def wake_time(self) -> float | None:
-        """The earliest moment at which its deadline or time limit ends it."""
+        """When its deadline or its time limit ends it, whichever comes first."""
         limits = []
         if self.request.deadline is not None:
             limits.append(self.request.deadline)
@@ -108,7 +107,7 @@ class Row:
         return min(limits, default=None)
 
     def admit(self, pages: list[int], hashes: list[bytes], num_cached: int, now: float) -> None:
-        """Start, or start again, on `pages`, whose first `num_cached` tokens have KV already."""
+        """Start, or start again, on `pages`, which hold KV of the first `num_cached` tokens."""
         self.pages, self.page_hashes, self.num_computed = pages, hashes, num_cached
         if self.admitted is None:
             self.admitted, self.num_cached = now, num_cached
@@ -124,7 +123,7 @@ class Row:
         return self.lookup.find(limit)
 
     def read(self, count: int) -> None:
-        """The lookup takes in the row's first `count` tokens."""
+        """Give the lookup the row's first `count` tokens."""
         for token in self.tokens[self.lookup.num_tokens : count]:
             self.lookup.push(token)
 
@@ -138,7 +137,7 @@ class Row:
             self.adapter_wait_start = None
 
     def append(self, result: RowResult, eos_ids: frozenset[int], now: float) -> RowEvent:
-        """Take a step's tokens up to the first that ends the row. The event says what is new."""
+        """Take a step's tokens, up to the first that ends the row: then the event is its last."""
         if self.first_token is None:
             self.first_token = now
         stop = self.request.stop
@@ -178,7 +177,7 @@ class Row:
         text: str = "",
         tokens: tuple[GeneratedToken, ...] = (),
     ) -> RowEvent:
-        """The row's last event. Text held back for a stop sequence that did not come is let go."""
+        """The row's last event, with the text that was held back for a stop sequence."""
         if reason is not FinishReason.STOP_SEQUENCE:
             text += self.text.flush()
             if self.text.match is not None:
@@ -207,9 +206,9 @@ class Row:
         )
 
     def count_step(self, drafted: Sequence[TokenSource]) -> None:
-        """A decode step that verified nodes from these sources.
+        """Count a decode step. drafted: the sources of its tree's nodes, the root left out.
 
-        One that reads a prompt's last token alone may draft, but makes the first token.
+        A step that reads a prompt's last token alone may draft, but makes the first token.
         """
         self.stats.steps += self.num_generated > 0
         self.stats.drafted.update(drafted)

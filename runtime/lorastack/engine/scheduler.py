@@ -1,4 +1,4 @@
-"""Who runs: queues, deadlines, page and adapter holds. Never touches a tensor."""
+"""Which rows run in a step, and what its results make of them. Never touches a tensor."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from lorastack.errors import DeadlineExceededError, InternalError, LorastackErro
 from lorastack.request import FinishReason, RowEvent
 from lorastack.speculation.tree import Tree
 
-NUM_CANDIDATES = 8  # that a head proposes
+NUM_CANDIDATES = 8  # tokens that each head proposes
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A row's place in the step at hand, before drafts are shared out."""
+    """A row's place in the step at hand, before trees are made."""
 
     row: Row
     num_tokens: int
@@ -37,18 +37,16 @@ class Plan:
 
     @property
     def samples(self) -> bool:
-        """Its tokens are the last without KV, so that the next one is drawn."""
+        """True if no token is left without KV, so that the step samples the next one."""
         return self.num_tokens == self.row.num_pending
 
 
 class Scheduler:
-    """Waiting and running rows.
+    """A step is schedule() -> Batch, the runner's work, then update().
 
-    A step is schedule() -> Batch, the runner's work, then update(). Adapters are pinned from
-    schedule to update: a pin's quantum is one step, so a row that does not run holds none.
+    Adapters are pinned from schedule to update, so a row that takes no step pins none.
 
-    What one row makes raise ends that row. Anything else leaves a state from which `end_all` frees
-    everything.
+    An exception that one row causes ends that row. After any other, `end_all` frees everything.
     """
 
     def __init__(
@@ -76,7 +74,7 @@ class Scheduler:
         self.rows.waiting.append(row)
 
     def take_events(self) -> list[RowEvent]:
-        """What happened since the last call."""
+        """All events since the last call."""
         events, self._events = self._events, []
         return events
 
@@ -127,7 +125,7 @@ class Scheduler:
 
     @contextmanager
     def _blaming(self, row: Row) -> Iterator[None]:
-        """What the block raises ends this row, and no other."""
+        """An exception in the block ends this row, and no other."""
         try:
             yield
         except LorastackError as error:
@@ -162,7 +160,7 @@ class Scheduler:
         adapters = self._pin(row, now)
         if adapters is None:
             return 0
-        # A row without budget has asked none the less: one that does not ask loses its adapters.
+        # A row without budget has asked all the same: one that does not ask loses its adapters.
         if num_tokens <= 0 or not self.rows.make_room(row, row.num_computed + num_tokens):
             self._holds.unpin(row)
             return 0
@@ -170,10 +168,10 @@ class Scheduler:
         return 0 if row.decodes else num_tokens
 
     def _admit(self, budget: int, now: float) -> None:
-        """Start waiting rows; one whose LoRAs are missing waits aside, and others go before it.
+        """Start waiting rows. Others pass a row whose LoRAs are missing, until it is overdue.
 
-        That is, until it is overdue: then a slot is kept for it. No more rows ask for LoRAs than
-        could start, as that may take them from running rows.
+        Then a slot is kept for it. No more rows ask for LoRAs than could start, as asking may take
+        LoRAs from running rows.
         """
         num_slots = self.rows.num_slots
         num_asking = 0
@@ -202,13 +200,13 @@ class Scheduler:
                 return
 
     def _prefetch(self, row: Row) -> None:
-        """The adapters of a row that cannot start yet are brought as near as there is room."""
+        """Load the adapters of a row that cannot start yet, as far as there is room."""
         self._pool.prefetch(row.lora_digests)
         if row.request.heads is not None and self._speculator.max_nodes(row):
             self._pool.prefetch([row.request.heads.digest])
 
     def _start(self, row: Row, adapters: RowAdapters, budget: int, now: float) -> bool:
-        """Plan a waiting row's first chunk; False: not enough pages."""
+        """Plan a waiting row's first chunk; False: too few pages."""
         if not self.rows.start(row, now):
             self._holds.unpin(row)
             return False
@@ -216,7 +214,7 @@ class Scheduler:
         return True
 
     def _trees(self, plans: list[Plan]) -> list[Tree | None]:
-        """Of each plan's row, if it decodes, something is proposed, and pages are left for it."""
+        """Each plan's tree; None if the row does not decode, drafts nothing or lacks the pages."""
         decoding = [plan.row for plan in plans if plan.row.decodes]
         fixed_tokens = sum(plan.num_tokens for plan in plans)
         num_samples = sum(plan.samples for plan in plans)
@@ -249,7 +247,7 @@ class Scheduler:
         )
 
     def _take_in(self, row: Row, step: RowStep, result: RowResult, now: float) -> None:
-        """What a step gave a row. An error ends it behind the tokens that came before."""
+        """Take in one row's result. An error ends the row behind the tokens that came before it."""
         self._commit(row, step, result)
         if result.tokens:
             event = row.append(result, self._eos_ids, now)
@@ -262,7 +260,7 @@ class Scheduler:
             raise result.error
 
     def _commit(self, row: Row, step: RowStep, result: RowResult) -> None:
-        """KV of the step's own tokens and of the accepted nodes now counts as the row's."""
+        """Count the KV of the step's own tokens and of the accepted nodes as the row's."""
         drafted = step.tree.sources[1:] if step.tree else ()
         if step.decodes:
             row.count_step(drafted)
@@ -294,7 +292,7 @@ class Scheduler:
 
 @contextmanager
 def _advisory() -> Iterator[None]:
-    """Drafts never change a token: a fault of theirs costs the step speed and nothing else."""
+    """Drafts never change a token, so a fault in drafting costs speed and nothing else."""
     try:
         yield
     except Exception:

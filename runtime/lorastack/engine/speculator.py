@@ -1,6 +1,6 @@
-"""Which draft each row brings to a step, whose heads run for the next one, and what came of it.
+"""Each row's tree for a step, whose heads run for the next one, and what both teach.
 
-Drafts never change a token, so all that is decided and learnt here only moves speed.
+Trees never change a token, so all that is decided and learnt here moves only speed.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from lorastack.speculation.candidates import Candidates, Chain, forced, looked_u
 from lorastack.speculation.lookup import NOWHERE
 from lorastack.speculation.tree import Tree
 
-MAX_CHAIN = 16  # tokens that prompt lookup or a grammar proposes
-# So often a row's heads run that do not pay, and drafts are verified that do not: what is known of
-# their worth and cost may be wrong, or have changed.
+MAX_CHAIN = 16  # tokens of a chain from prompt lookup or a grammar
+# Every so many steps, heads run and trees are verified that do not pay: what is known of their
+# worth and cost may be wrong, or have changed.
 PROBE_STEPS = 32
-MAX_PAUSE = 16  # steps for which nobody looks for drafts, once none paid for long
-WITHOUT_HEADS = ""  # in place of a heads digest: what rows without heads teach
+MAX_PAUSE = 16  # steps in a row without trees, once none has paid for long
+WITHOUT_HEADS = ""  # the key, in place of a heads digest, of what rows without heads teach
 
 
 class Speculator:
-    """Step thread only. calibrations: by heads digest; grows as heads are used."""
+    """Step thread only. calibrations: by heads digest or WITHOUT_HEADS; grows as heads are used."""
 
     def __init__(
         self,
@@ -34,26 +34,26 @@ class Speculator:
         max_step_tokens: int,
         calibrations: dict[str, Calibration],
     ) -> None:
-        """max_nodes: a row's, where its request does not say. max_step_tokens: of all rows."""
+        """max_nodes: for rows whose requests set none. max_step_tokens: of all rows together."""
         self.calibrations = calibrations
-        self._changed: set[str] = set()  # digests of those that learnt since `take_learned`
+        self._changed: set[str] = set()  # keys of what has learnt since `take_learned`
         self._costs = costs
         self._max_nodes = max_nodes
         self._max_step_tokens = max_step_tokens
         self._num_steps = 0
-        self._pause = self._pause_left = 0  # steps without drafts, see `trees`
+        self._pause = self._pause_left = 0  # steps without trees, see `trees`
         self._idle: set[Row] = set()  # rows whose heads do not run in this step
         self._dull: set[str] = set()  # heads digests that run for no row
 
     def max_nodes(self, row: Row) -> int:
-        """0: the row's request wants no drafts."""
+        """Nodes that the row's tree may have beside its root; 0: its request turns drafting off."""
         speculation = row.request.speculation
         if not speculation.enabled:
             return 0
         return self._max_nodes if speculation.max_nodes is None else speculation.max_nodes
 
     def choose_heads(self, rows: Sequence[Row]) -> None:
-        """Decides for which of the running rows drafting pays in the step at hand."""
+        """Decides for which of the decoding rows running their heads pays in the step at hand."""
         drafting = [row for row in rows if self._has_heads(row)]
         known = [self._calibration(row) for row in drafting]
         worths = [calibration.mean_worths for calibration in known]
@@ -71,21 +71,21 @@ class Speculator:
             self._idle.remove(next(row for row in drafting if row in self._idle))
 
     def wants_heads(self, row: Row) -> bool:
-        """Whether the row's heads shall run in this step.
+        """True if the row's heads shall run in this step.
 
-        Of three tokens left this step makes one and the next, with a draft, two.
+        With two tokens left they no longer pay: this step makes one, the next makes the other.
         """
         if not self._has_heads(row) or row.num_left <= 2 or row in self._idle:
             return False
         return row.num_generated > 0 or _digest(row) not in self._dull
 
     def trees(self, rows: Sequence[Row], fixed_tokens: int, num_samples: int) -> list[Tree | None]:
-        """The trees of rows that decode; None: a row brings its last token alone.
+        """The trees of rows that decode; None: the row brings its last token alone.
 
-        fixed_tokens: of the whole step without trees. num_samples: its rows that make a token.
+        fixed_tokens: the step's tokens without trees. num_samples: its rows that make a token.
 
-        While nothing pays, looking for it would be all that speculation does to a step: then it is
-        left out for one step, three, seven and so on, but for rows whose heads ran.
+        While no tree pays, looking for candidates is wasted time: it is left out for one step,
+        three, seven and so on, but for rows whose heads ran.
         """
         paused = self._pause_left > 0
         self._pause_left -= paused
@@ -113,7 +113,7 @@ class Speculator:
         return trees
 
     def learn(self, row: Row, result: RowResult) -> None:
-        """What the step at hand drew where the row's sources proposed something."""
+        """Compares the step's samples with what the row's heads and lookup said."""
         if row.proposal is None and not row.continuation.tokens:
             return
         calibration = self._calibration(row)
@@ -134,7 +134,7 @@ class Speculator:
         self._changed.discard(digest)
 
     def _candidates(self, row: Row, paused: bool) -> Candidates | None:
-        """None: nothing may be drafted, or there is nothing to. paused: only if its heads ran."""
+        """None: nothing may be drafted, or nothing is proposed. paused: only if its heads ran."""
         row.continuation = NOWHERE
         max_nodes, max_depth = self.max_nodes(row), row.num_left - 1
         if not max_nodes or max_depth < 1 or (paused and row.proposal is None):
@@ -154,7 +154,7 @@ class Speculator:
         )
 
     def _room(self, fixed_tokens: int) -> int:
-        """For drafted nodes in a step with so many tokens besides."""
+        """Nodes that fit a step of `fixed_tokens` other tokens."""
         return max(self._max_step_tokens - fixed_tokens, 0)
 
     def _has_heads(self, row: Row) -> bool:
@@ -168,5 +168,5 @@ class Speculator:
 
 
 def _digest(row: Row) -> str:
-    """Of its heads, or what stands for none."""
+    """The digest of the row's heads, WITHOUT_HEADS without heads."""
     return row.request.heads.digest if row.request.heads else WITHOUT_HEADS

@@ -1,1 +1,1 @@
-"""Drafting tokens with Medusa heads and accepting those that the model draws itself."""
+"""Trees of drafted tokens, and accepting those that the model samples itself."""

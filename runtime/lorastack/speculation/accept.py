@@ -1,11 +1,11 @@
-"""Which drafted tokens stand. Pure.
+"""Which nodes of a tree are accepted. Pure.
 
-`accept` is the "match" rule, lossless for any draft: draw at the root what the model draws there,
-descend to the child that equals the draw, stop at a mismatch. Every token comes from a draw of its
-own position, so the drafts change how many tokens a step gives, never which.
+`accept` is the "match" rule, lossless for any tree: sample at the root what the model samples
+there, descend to the child that equals it, stop at a mismatch. Every token is sampled at its own
+position, so the tree changes how many tokens a step gives, never which.
 
 `accept_typical` is Medusa's rule, which is NOT lossless: it takes drafted tokens that the model
-finds likely enough, whatever it would have drawn.
+finds likely enough, whatever it would have sampled.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from lorastack.request import TypicalAcceptance
 from lorastack.speculation.tree import Tree
 
-# (row, node, depth) triples. `depth` is the number of tokens accepted before: the generated index
-# of what is drawn at the node counts from the row's own.
+# (row, node, depth) triples. depth: the number of nodes accepted before, by which the index of the
+# token sampled here exceeds that of the row's first.
 Nodes = Sequence[tuple[int, int, int]]
 # Nodes -> the token sampled at each.
 SampleAt = Callable[[Nodes], Sequence[int]]
@@ -30,7 +30,7 @@ LookAt = Callable[[Nodes], Sequence[tuple[float, Sequence[float]]]]
 class Accepted:
     """What a row gained.
 
-    path: accepted nodes, the root left out. tokens: theirs and the last draw, at the path's end:
+    path: accepted nodes, the root left out. tokens: theirs, then the sample at the path's end, so
     always one more than `path`.
     """
 
@@ -41,7 +41,7 @@ class Accepted:
 def accept(rows: Sequence[Tree], sample: SampleAt) -> list[Accepted]:
     """Descend all rows' trees level by level; one call of `sample` a level.
 
-    Nodes off the accepted path are never drawn.
+    Nodes off the accepted path are never sampled.
     """
     paths: list[list[int]] = [[] for _ in rows]
     tokens: list[list[int]] = [[] for _ in rows]
@@ -61,14 +61,14 @@ def accept(rows: Sequence[Tree], sample: SampleAt) -> list[Accepted]:
 def accept_typical(
     rows: Sequence[Tree], rules: Sequence[TypicalAcceptance], look: LookAt, sample: SampleAt
 ) -> list[Accepted]:
-    """Medusa's typical acceptance. NOT lossless: the drafts decide which tokens come.
+    """Medusa's typical acceptance. NOT lossless: the trees decide which tokens come.
 
     A child is accepted if its parent is and p(child) > min(epsilon, delta * exp(-H)), H being the
     entropy at the parent. The longest accepted path wins, ties go to the greatest sum of log p,
     then to the lowest nodes. `look` is called once a level, for accepted nodes with children;
     `sample` once, at the ends of the paths. A probability that is NaN accepts nothing.
 
-    rules: beside the rows. Source: FasterDecoding/Medusa, evaluate_posterior.
+    rules: one a row. Source: FasterDecoding/Medusa, evaluate_posterior.
     """
     best: list[tuple[int, ...]] = [() for _ in rows]
     level: list[tuple[int, float, tuple[int, ...]]] = [(row, 0.0, ()) for row in range(len(rows))]

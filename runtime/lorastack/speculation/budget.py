@@ -1,8 +1,8 @@
-"""How many draft nodes each row brings to a step, and whose heads run at all. Pure.
+"""How many nodes each row's tree has in a step, and whose heads run at all. Pure.
 
 A step gives every row one token and each node's worth on top, for the seconds that its tokens cost.
-What counts is tokens a second: a node is worth its cost only while it raises that, so drafting
-shrinks row by row as rows come, and ends when a token more costs as much as a row's own.
+What counts is tokens a second: a node pays only while it raises them, so trees shrink as rows come,
+and vanish when a further token costs as much as a row's own.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ def allot(
     cost: CostCurve,
     max_nodes: float = inf,
 ) -> list[int]:
-    """Nodes per row that make (num_rows + sum of worths) / cost.seconds(fixed_tokens + nodes) most.
+    """Nodes per row that maximise (num_rows + worths) / cost.seconds(fixed_tokens + nodes).
 
-    At most `max_nodes` together.
+    No more than `max_nodes` together.
 
     worths: per row, its candidates', non-increasing; where they end is the row's cap. They are read
-    hardly further than it takes to know. fixed_tokens: of the step without any node. num_rows: rows
+    hardly further than it takes to know. fixed_tokens: the step's without any node. num_rows: rows
     that get a token of their own, with candidates or without. Ties go to fewer nodes.
     """
     iterators = [iter(of_row) for of_row in worths]
@@ -36,7 +36,7 @@ def allot(
     heapq.heapify(nodes)
     tokens, gain = fixed_tokens, float(num_rows)
     best_rate = gain / cost.seconds(tokens)
-    taken: list[int] = []  # rows, a node each
+    taken: list[int] = []  # the row of each node taken
     best = 0
     while nodes and len(taken) < max_nodes:
         negative, row = nodes[0]
@@ -64,11 +64,11 @@ def pays(
     heads_cost: CostCurve,
     max_nodes: float = inf,
 ) -> list[bool]:
-    """For which rows running the heads makes the most tokens a second.
+    """True for the rows whose heads should run, to make the most tokens a second.
 
-    worths: per row that may draft, what its best nodes are mostly worth, best first. heads_cost:
-    seconds of drafting over the number of rows that do. The rest as in `allot`. Rows are taken in
-    order of what their nodes add less what these cost at the rate without heads.
+    worths: per row with heads, the mean worths of its best nodes, best first. heads_cost: seconds
+    over the number of rows whose heads run. The rest is as in `allot`. Rows are taken in order of
+    what their nodes add, less what these cost at the rate without heads.
     """
     counts = allot(worths, fixed_tokens, num_rows, cost, max_nodes)
     alone = cost.seconds(fixed_tokens)

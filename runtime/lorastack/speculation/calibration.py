@@ -1,10 +1,10 @@
-"""How often what a source proposes is what the model draws, learnt while serving. Pure.
+"""How often the tokens of a source are those that the model samples, learnt in serving. Pure.
 
 Heads say how likely each of their candidates is, and err with the text: on text they were not
 trained for by a factor of five. So a candidate's own probability is multiplied by what such
 candidates turned out to be worth: accepted / expected, by head and by the logarithm of the
 probability, both fading as new ones come. A candidate counts once the path before it is accepted,
-drafted or not: the draw there shows whether it was right.
+in the tree or not: the sample there shows whether it was right.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ from typing import Any
 
 from lorastack.speculation.proposal import Proposal
 
-NUM_WORTHS = 16  # of a draft's best nodes, whose mean worths are kept
+NUM_WORTHS = 16  # best nodes of a proposal whose mean worths are kept
 
 _VERSION = 1
 _MAX_HEADS = 64  # deeper ones count as the last
 _NUM_BINS = 8  # a bin is as wide as one natural logarithm
-_MATCHES = (2, 3, 4, 6, 10, 16)  # a match is of the last of these that it reaches
-_MAX_DEPTH = 4  # of prompt lookup; deeper tokens count as the last
+_MATCHES = (2, 3, 4, 6, 10, 16)  # matches are told apart by the greatest of these they reach
+_MAX_DEPTH = 4  # looked-up tokens that are told apart; deeper ones count as the last
 _PRIOR = 8.0  # weight of the default, in expected acceptances; a cell starts with it,
 _PRIOR_SEEN = 50.0  # or with so many candidates, if these are fewer acceptances: unsure heads learn
 _MEMORY = 400.0  # expected acceptances after which an old one counts as a third
-_WORTH_WEIGHT = 0.02  # of the newest draft
-_FAMILIAR = 1 - (1 - _WORTH_WEIGHT) ** 64  # the weight of 64 drafts
-_SURE = 0.99  # nothing is surer
+_WORTH_WEIGHT = 0.02  # of the newest proposal
+_FAMILIAR = 1 - (1 - _WORTH_WEIGHT) ** 64  # the weight of 64 proposals
+_SURE = 0.99  # the greatest probability of anything
 _LEAST = 1e-3  # expected acceptances of any cell
 
-# Where a cell has seen nothing: heads on held-out text of their own domain.
+# What a cell says that has seen nothing: measured with heads on held-out text of their domain.
 _DEFAULT_RATIO = 0.9
-# Prompt lookup by match, first token and those after it.
+# The same of prompt lookup, by match: its first token, and each that follows.
 _LOOKUP_FIRST = (0.30, 0.45, 0.55, 0.65, 0.75, 0.85)
 _LOOKUP_NEXT = (0.55, 0.65, 0.70, 0.80, 0.85, 0.90)
 
 
 class _Cells:
-    """Acceptances of a few kinds of candidates: sums that fade, and what they say."""
+    """Acceptances of a few kinds of candidates, real and expected: fading sums, and ratios."""
 
     __slots__ = ("accepted", "expected", "ratios")
 
@@ -60,7 +60,7 @@ class _Cells:
 
 
 class Calibration:
-    """Of one heads digest, or of rows without heads. Not thread-safe."""
+    """What is known about one heads digest, or about rows without heads. Not thread-safe."""
 
     def __init__(self) -> None:
         self._heads: list[_Cells] = []
@@ -72,21 +72,21 @@ class Calibration:
         ]
         self._worths = [0.0] * NUM_WORTHS
         self._worth_weights = [0.0] * NUM_WORTHS
-        self._means: tuple[float, ...] | None = None  # `mean_worths`, since the last draft
+        self._means: tuple[float, ...] | None = None  # `mean_worths`, until the next proposal
 
     # -- heads ------------------------------------------------------------------------------------
 
     def probabilities(self, head: int, logprobs: Sequence[float]) -> list[float]:
-        """Chances that a head's (0-based) candidates are drawn, the path before being accepted."""
+        """The chance of each candidate of a head (0-based), once the path before it is accepted."""
         ratios = self._cells(head).ratios
         return [min(math.exp(log) * ratios[_bin(log)], _SURE) for log in logprobs]
 
     def record(self, head: int, logprob: float, accepted: bool) -> None:
-        """What was drawn where this candidate stood; call it for those not drafted too."""
+        """Count one candidate whose path was accepted. accepted: the sample there equalled it."""
         self._cells(head).record(_bin(logprob), math.exp(logprob), accepted=accepted)
 
     def record_proposal(self, proposal: Proposal, sampled: Sequence[int]) -> None:
-        """What was proposed for a step, and its samples: the accepted tokens and the last."""
+        """Compare a proposal with the step's samples: the accepted tokens and the last one."""
         by_head = zip(proposal.ids, proposal.logprobs, sampled, strict=False)
         for head, (tokens, logs, token) in enumerate(by_head):
             record = self._cells(head).record
@@ -104,27 +104,27 @@ class Calibration:
     # -- prompt lookup ----------------------------------------------------------------------------
 
     def lookup_probability(self, match: int, depth: int) -> float:
-        """Chance of a looked-up token, those before it being accepted. depth: from 0."""
+        """The chance of a looked-up token once those before it are accepted. depth: from 0."""
         return min(self._lookup[_match(match)].ratios[min(depth, _MAX_DEPTH - 1)], _SURE)
 
     def record_lookup(self, match: int, tokens: Sequence[int], sampled: Sequence[int]) -> None:
-        """What was looked up for a step, and its samples: the accepted tokens and the last."""
+        """Compare a continuation with the step's samples: the accepted tokens and the last one."""
         for depth, (token, sample) in enumerate(zip(tokens, sampled, strict=False)):
             cell = min(depth, _MAX_DEPTH - 1)
             self._lookup[_match(match)].record(cell, 1.0, accepted=token == sample)
             if token != sample:
                 return
 
-    # -- drafts -----------------------------------------------------------------------------------
+    # -- worths -----------------------------------------------------------------------------------
 
     @property
     def familiar(self) -> bool:
-        """Enough drafts were recorded to tell what they are worth."""
+        """True if enough proposals were recorded to tell what they are worth."""
         return self._worth_weights[0] >= _FAMILIAR
 
     @property
     def mean_worths(self) -> tuple[float, ...]:
-        """Of a draft's best node, its second best, ..., non-increasing; 0 where none was seen."""
+        """Of the best node, the second best, and so on, non-increasing; 0 where none was seen."""
         if self._means is None:
             worths, best = [], 1.0
             for total, weight in zip(self._worths, self._worth_weights, strict=True):
@@ -134,7 +134,7 @@ class Calibration:
         return self._means
 
     def record_worths(self, worths: Iterable[float]) -> None:
-        """Of one draft's nodes, best first, as many as were looked at."""
+        """Take in the worths of one row's candidates, best first, as many as were made."""
         self._means = None
         for index, worth in zip(range(NUM_WORTHS), worths, strict=False):
             self._worths[index] += _WORTH_WEIGHT * (worth - self._worths[index])
@@ -143,7 +143,7 @@ class Calibration:
     # -- storage ----------------------------------------------------------------------------------
 
     def copy(self) -> Calibration:
-        """As it is now; much cheaper than `to_json`."""
+        """A copy; much cheaper than `to_json`."""
         copied = Calibration()
         copied._heads = [cells.copy() for cells in self._heads]
         copied._lookup = [cells.copy() for cells in self._lookup]
@@ -152,7 +152,7 @@ class Calibration:
         return copied
 
     def to_json(self) -> str:
-        """At most about 50 kB, for as many heads as count."""
+        """What `from_json` reads: at most about 50 kB, however many heads there are."""
         state = {
             "version": _VERSION,
             "heads": [_dumped(cells) for cells in self._heads],
@@ -163,7 +163,7 @@ class Calibration:
 
     @staticmethod
     def from_json(text: str) -> Calibration:
-        """What `to_json` gave; anything else gives a fresh one."""
+        """The calibration that `to_json` wrote; a fresh one from any other text."""
         restored = Calibration()
         try:
             state = json.loads(text)
@@ -198,7 +198,7 @@ def _dumped(cells: _Cells) -> list[list[float]]:
 
 
 def _loaded(value: Any, count: int) -> _Cells:
-    """Raises ValueError or TypeError for anything but what `_dumped` gives of `count` cells."""
+    """The `count` cells that `_dumped` wrote. Raises ValueError or TypeError for anything else."""
     accepted, expected = value
     if not len(accepted) == len(expected) == count:
         raise ValueError

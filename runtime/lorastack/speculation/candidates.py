@@ -18,7 +18,7 @@ from lorastack.speculation.lookup import Continuation
 from lorastack.speculation.proposal import Proposal
 from lorastack.speculation.tree import Tree
 
-FORCED = 0.98  # chance of a token that a grammar forces: it may go on in other tokens
+FORCED = 0.98  # chance of a token that a grammar forces: the text may come in other tokens
 
 
 class Node(NamedTuple):
@@ -32,10 +32,10 @@ class Node(NamedTuple):
 
 
 class Chain(NamedTuple):
-    """Tokens that a source proposes one after the other, from the row's last token on."""
+    """Tokens that a source expects one after the other, behind the row's last token."""
 
     tokens: Sequence[int]
-    chances: Sequence[float]  # of each, those before it being accepted
+    chances: Sequence[float]  # of each token, once those before it are accepted
     source: TokenSource
 
 
@@ -124,7 +124,7 @@ def grow(
         expand(node, -negative, depth + 1, chains)
 
 
-# (chance that it follows its parent, token, source)
+# (chance once its parent is accepted, token, source)
 _Candidate = tuple[float, int, TokenSource]
 
 
@@ -132,8 +132,8 @@ class _Siblings(NamedTuple):
     """What may follow one node, best first."""
 
     parent: int
-    worth: float  # of the parent, as all here
-    depth: int
+    worth: float  # the parent's
+    depth: int  # the parent's
     chains: Sequence[Chain]  # those that go on after it
     candidates: Sequence[_Candidate]
 
@@ -147,9 +147,9 @@ def _of_heads(proposal: Proposal | None, calibration: Calibration, depth: int) -
 
 
 def _joined(candidates: list[_Candidate], chain: Chain, depth: int) -> list[_Candidate]:
-    """With the chain's token. Others are right only where it is wrong.
+    """The candidates with the chain's token among them; others are right only where it is wrong.
 
-    A token that is there already belongs to the surer source, with its chance.
+    A token of both belongs to the surer source, with that source's chance.
     """
     new, chance = chain.tokens[depth], chain.chances[depth]
     joined = [(chance, new, chain.source)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 
-_CLIP = 2.0  # a step that took this many times what was expected counts as no slower
+_CLIP = 2.0  # a step counts as at most so many times slower, or faster, than expected
 _SCALE_WEIGHT = 0.1  # of the newest step, for all points together
 _POINT_WEIGHT = 0.02  # of what is left then, for the points beside it
 
@@ -26,12 +26,12 @@ class CostCurve:
 
     @property
     def points(self) -> list[tuple[int, float]]:
-        """As refined so far."""
+        """(tokens, seconds), as refined so far."""
         seconds = [value * self._scale for value in self._seconds]
         return list(zip(self._tokens, seconds, strict=True))
 
     def seconds(self, tokens: int) -> float:
-        """Of a step of so many tokens."""
+        """What a step of so many tokens takes."""
         left, share = self._place(tokens)
         if not share:
             return self._scale * self._seconds[left]
@@ -39,9 +39,9 @@ class CostCurve:
         return self._scale * (low + share * (high - low))
 
     def least_slope(self, tokens: int) -> float:
-        """The least that each more token costs, on average, whatever number joins a step.
+        """The least that a further token costs on average, in seconds, however many join a step.
 
-        So nodes that are worth less than this are worth it in no number.
+        Nodes that are worth less than this do not pay in any number.
         """
         here, scale = self.seconds(tokens), self._scale
         least = self._last_slope()
@@ -61,7 +61,7 @@ class CostCurve:
             self._move(left + 1, rest ** min(share, 1.0))
 
     def _place(self, tokens: int) -> tuple[int, float]:
-        """(a point, how far towards the next one); the way goes on beyond the last."""
+        """(the point before, the share of the way to the next point; above 1 beyond the last)."""
         last = len(self._tokens) - 1
         left = min(bisect_right(self._tokens, tokens) - 1, last - 1)
         if left < 0:
@@ -76,7 +76,7 @@ class CostCurve:
         return self._scale * (dear - cheap) / (high - low)
 
     def _move(self, index: int, factor: float) -> None:
-        """Move a point, and those along that it would overtake."""
+        """Multiply a point by `factor`, and move those that it would overtake along."""
         moved = self._seconds[index] * factor
         self._seconds[index] = moved
         for other in range(index):

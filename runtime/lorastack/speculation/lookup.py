@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-SHORTEST, LONGEST = 2, 4  # tokens of an n-gram that is looked for
+SHORTEST, LONGEST = 2, 4  # tokens of the n-grams that are looked up
 MATCH_CAP = 16  # longer matches than this are not measured
 
 
@@ -20,10 +20,10 @@ NOWHERE = Continuation(0, ())
 
 
 class Lookup:
-    """Of one row. A few dictionary operations a token, about 0.4 kB a token.
+    """One row's n-grams. A token costs a few dictionary operations and about 0.4 kB.
 
-    An n-gram is known by its last token's position, and only once a token follows it, so that what
-    is found always has a continuation.
+    An n-gram is known by where it ends, and only once a token follows it, so that it always has a
+    continuation.
     """
 
     def __init__(self, tokens: Iterable[int] = ()) -> None:
@@ -34,7 +34,7 @@ class Lookup:
 
     @property
     def num_tokens(self) -> int:
-        """Pushed so far."""
+        """How many tokens were pushed."""
         return len(self._tokens)
 
     def push(self, token: int) -> None:

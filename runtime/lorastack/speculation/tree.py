@@ -1,4 +1,4 @@
-"""A row's draft tree of one step, tokens included. Pure."""
+"""The tree of nodes that one row brings to a step. Pure."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ class Tree:
 
     @staticmethod
     def root(token: int) -> Tree:
-        """The root alone: nothing drafted."""
+        """A tree of the root alone."""
         return Tree((token,), (-1,), (TokenSource.MODEL,))
 
     @property
     def num_nodes(self) -> int:
-        """Nodes with the root."""
+        """The root counts as well."""
         return len(self.tokens)
 
     @cached_property
     def children(self) -> tuple[tuple[int, ...], ...]:
-        """Per node, in the order of nodes."""
+        """Per node, its children in ascending order."""
         children: list[list[int]] = [[] for _ in self.parents]
         for node, parent in enumerate(self.parents[1:], start=1):
             children[parent].append(node)
         return tuple(map(tuple, children))
 
     def child(self, node: int, token: int) -> int | None:
-        """The child of `node` that carries `token`."""
+        """The child of `node` that carries `token`; None if there is none."""
         for child in self.children[node]:
             if self.tokens[child] == token:
                 return child
         return None
 
     def path_to(self, node: int) -> list[int]:
-        """Tokens behind the root's, down to the node's own."""
+        """The tokens from below the root down to the node's own."""
         tokens = []
         while node > 0:
             tokens.append(self.tokens[node])

@@ -43,7 +43,7 @@ class StopMatcher:
         self._held = ""
 
     def push(self, text: str) -> tuple[str, str | None]:
-        """(text that is settled, the sequence that ended it or None).
+        """(settled text, the sequence that ended it or None).
 
         Settled text cannot be part of a stop sequence. After a match nothing may follow: the text
         given is what stood before the match.
