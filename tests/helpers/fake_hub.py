@@ -151,11 +151,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _sibling(self, name: str, data: bytes) -> dict[str, Any]:
         size = self.hub.misreported.get(name, len(data))
-        found: dict[str, Any] = {"rfilename": name, "size": size, "blobId": "0" * 40}
+        sibling: dict[str, Any] = {"rfilename": name, "size": size, "blobId": "0" * 40}
         if name.endswith(self.hub.large):
             sha256 = hashlib.sha256(data).hexdigest()
-            found["lfs"] = {"sha256": sha256, "size": size, "pointerSize": 130}
-        return found
+            sibling["lfs"] = {"sha256": sha256, "size": size, "pointerSize": 130}
+        return sibling
 
     def _resolve(self, hub_id: str, revision: str, name: str) -> None:
         self.hub.to_hub.add(self.headers["Authorization"])

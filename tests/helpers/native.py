@@ -229,8 +229,8 @@ def run(
 ) -> list[Tensor]:
     """Logits [T, V] of every part, all in one step."""
     every = range(sum(len(part.ids) for part in parts))
-    found = decoder.forward(lay_out(loras, parts, every), kv)
-    return list(found.logits_XV.split_with_sizes([len(part.ids) for part in parts]))
+    outputs = decoder.forward(lay_out(loras, parts, every), kv)
+    return list(outputs.logits_XV.split_with_sizes([len(part.ids) for part in parts]))
 
 
 def lay_out(

@@ -207,8 +207,8 @@ class FlakyPool:
         return tuple(self._adapters[digest] for digest in digests)
 
     def try_acquire(self, digest: str) -> DeviceAdapter | None:
-        found = self.acquire([digest])
-        return found[0] if found else None
+        acquired = self.acquire([digest])
+        return acquired[0] if acquired else None
 
     def prefetch(self, digests: Collection[str]) -> None:
         assert self._adapters.keys() >= set(digests)
