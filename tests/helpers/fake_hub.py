@@ -214,7 +214,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._json({"success": True, "commitOid": sha, "commitUrl": url, "hookOutput": ""})
 
     def _repo(self, hub_id: str) -> Repo | None:
-        """As the hub does, a private repository is answered like one that is not there."""
+        """A private repository is answered like a missing one, which is what the hub does."""
         repo = self.hub.repos.get(hub_id)
         if repo is None or (repo.private and not self._authorized()):
             self._refuse(401 if repo is None else 404, "RepoNotFound")

@@ -31,7 +31,7 @@ from lorastack.model.weights import DecoderWeights, LayerWeights, Pack, Packing
 from tests.helpers.guarded import guarded, guarded_bytes
 
 CPU = torch.device("cpu")
-Form = TypeVar("Form")  # of a backend's weights
+Form = TypeVar("Form")  # a backend's form of the weights
 DTYPES = {Isa.AMX: torch.bfloat16, Isa.AVX512_BF16: torch.bfloat16, Isa.AVX512: torch.float32}
 
 

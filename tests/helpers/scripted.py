@@ -127,7 +127,7 @@ class ScriptedProposer:
     def propose(
         self, steps: Sequence[RowStep], last: Sequence[int], hidden_XH: torch.Tensor
     ) -> list[Proposal | None]:
-        """As `Proposer.propose`."""
+        """See `Proposer.propose`."""
         places = guessed_places(steps, last)
         return [self._propose(step, place) for step, place in zip(steps, places, strict=True)]
 
@@ -136,7 +136,7 @@ class ScriptedProposer:
         return failed
 
     def _propose(self, step: RowStep, index: int) -> Proposal | None:
-        """Of the row's tokens from the generated one `index` on."""
+        """The heads' proposal for the row's tokens from the generated one `index` on."""
         if not step.num_candidates:
             return None
         self._clock.now += self._script.heads_seconds

@@ -52,7 +52,7 @@ class Process:
 
     @property
     def files(self) -> set[Path]:
-        """Those in its memory, code among them."""
+        """The files mapped into its memory, code included."""
         lines = Path(f"/proc/{self._process.pid}/maps").read_text().splitlines()
         return {Path(line.split(maxsplit=5)[5]) for line in lines if "/" in line}
 
