@@ -35,7 +35,7 @@ Pair = tuple[pb.GenerateResponse, pb.GenerateResponse]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """Of one task and tree size, over all its prompts."""
+    """Sums for one task and tree size, over all its prompts."""
 
     task: str
     heads: str

@@ -47,14 +47,14 @@ def main(
     """Compare and print a table and a JSON line; exit code 1 if anything differs."""
     texts = list(itertools.islice(itertools.cycle(read(prompts)), count))
     options = ("--dtype", dtype, "--backend", backend, "--threads", str(threads))
-    found = []
+    results = []
     with local_server(*options) as server, Client(server.address) as client:
         upload_examples(client)
         for temperature in temperatures:
             asked = [request(i, text, temperature, max_new_tokens) for i, text in enumerate(texts)]
-            found.append({"temperature": temperature, **compare(client, asked, rows)})
-    report(f"AUTO against OFF, {dtype}, backend {backend}", found, prompts=prompts.name)
-    if any(row["mismatches"] for row in found):
+            results.append({"temperature": temperature, **compare(client, asked, rows)})
+    report(f"AUTO against OFF, {dtype}, backend {backend}", results, prompts=prompts.name)
+    if any(row["mismatches"] for row in results):
         raise typer.Exit(1)
 
 

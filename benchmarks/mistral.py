@@ -36,7 +36,7 @@ from tests.helpers.adapters import write_lora
 from tests.integration.mistral_7b.checkpoint import FULL, HUB_ID, synthetic
 
 RANK, NUM_LORAS = 16, 8
-NUM_TOKENS = 24  # of an output
+NUM_TOKENS = 24  # generated for each request
 PROMPT = "Why is the sky blue during the day, and red in the evening?"
 BASE_1, BASE_8, LORAS_8 = "1 row", "8 rows", f"8 rows, {NUM_LORAS} LoRAs of rank {RANK}"
 

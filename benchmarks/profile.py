@@ -116,9 +116,9 @@ class Profile:
         for _ in range(self._repeats):
             self._count.value = 0
             took = seconds(partial(self._decoder.forward, batch, self._kv))
-            found = by_column(self._ticks[: self._count.value], bool(batch.lora))
-            found["outside"] = took - sum(found.values())
-            for column, value in found.items():
+            columns = by_column(self._ticks[: self._count.value], bool(batch.lora))
+            columns["outside"] = took - sum(columns.values())
+            for column, value in columns.items():
                 columns[column].append(value)
         row: dict[str, object] = {"step": name}
         row |= {key: round(1000 * statistics.median(each), 2) for key, each in columns.items()}
@@ -142,12 +142,12 @@ def by_column(phases: Sequence[float], loras: bool) -> dict[str, float]:
     """Seconds of a step's phases, summed by what they do. The first one embeds; the last ones are
     the final norm, lm_head and the best token."""
     layer = [column for column in LAYER if loras or column != "LoRA"]
-    found = dict.fromkeys(COLUMNS, 0.0)
-    found["other"] += phases[0] + phases[-3] + phases[-1]
-    found["lm_head"] += phases[-2]
+    seconds_of = dict.fromkeys(COLUMNS, 0.0)
+    seconds_of["other"] += phases[0] + phases[-3] + phases[-1]
+    seconds_of["lm_head"] += phases[-2]
     for index, value in enumerate(phases[1:-3]):
-        found[layer[index % len(layer)]] += value
-    return found
+        seconds_of[layer[index % len(layer)]] += value
+    return seconds_of
 
 
 def random_lora(shapes: ModelShapes, seed: int) -> LoraWeights:

@@ -37,4 +37,4 @@ def medians(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str
     for _ in range(repeats):
         for name, call in calls.items():
             times[name].append(seconds(call))
-    return {name: statistics.median(found) for name, found in times.items()}
+    return {name: statistics.median(seconds) for name, seconds in times.items()}

@@ -78,9 +78,9 @@ class Steps:
 
 def measure(steps: dict[str, Steps], count: int, floor: float, repeats: int) -> dict[str, object]:
     row: dict[str, object] = {"tokens": "256 of a prompt" if count == CHUNK else count}
-    found = medians({name: partial(step.run, count) for name, step in steps.items()}, repeats)
-    row |= {f"{name} ms": round(1000 * median, 2) for name, median in found.items()}
-    first, *others = found.values()
+    by_step = medians({name: partial(step.run, count) for name, step in steps.items()}, repeats)
+    row |= {f"{name} ms": round(1000 * median, 2) for name, median in by_step.items()}
+    first, *others = by_step.values()
     row["ratio"] = round(others[0] / first, 2) if others else "-"
     row["floor ms"] = round(1000 * floor, 2)
     row["of the floor"] = f"{floor / first:.0%}" if count != CHUNK else "-"

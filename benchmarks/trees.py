@@ -60,7 +60,7 @@ class Answer:
     ids: list[int]
     candidates_TKR: Tensor
     logprobs_TKR: Tensor
-    ranks_TK: Tensor  # of the tokens that came
+    ranks_TK: Tensor  # ranks of the tokens that came
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,10 +27,10 @@ def distributions(module: str) -> set[str]:
 def test_every_import_is_a_declared_dependency() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = {normal(re.split(r"[<>=!~\[; ]", wanted)[0]) for wanted in project["dependencies"]}
-    found = {module for path in sources() for _, module in imports(path)}
+    modules = {module for path in sources() for _, module in imports(path)}
     foreign = {
         module
-        for module in found
+        for module in modules
         if module.split(".")[0] not in (*sys.stdlib_module_names, "lorastack", "__future__")
         and module != "google"
     }

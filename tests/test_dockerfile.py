@@ -13,15 +13,15 @@ TEXT = (ROOT / "Dockerfile").read_text(encoding="utf-8")
 
 def stages() -> dict[str, list[str]]:
     """Stage -> its instructions, those of the stages it is made from first."""
-    found: dict[str, list[str]] = {}
+    stages: dict[str, list[str]] = {}
     lines = re.sub(r"^#.*\n", "", TEXT, flags=re.MULTILINE).replace("\\\n", " ").splitlines()
     for line in filter(None, lines):
         if line.startswith("FROM "):
             _, parent, _, name = line.split()
-            found[name] = list(found.get(parent, []))
+            stages[name] = list(stages.get(parent, []))
         else:
-            found[name].append(line)
-    return found
+            stages[name].append(line)
+    return stages
 
 
 def test_both_images_serve_as_an_ordinary_user_with_a_data_volume() -> None:

@@ -31,7 +31,7 @@ COPY_SECONDS, COPY_BYTES_A_SECOND = 0.050, 2e9
 
 
 def slow_copy(packed: PackedAdapter) -> DeviceAdapter:
-    """As if the device were 50 ms away, over a bus of 2 GB/s."""
+    """Takes as long as a device 50 ms away, over a bus of 2 GB/s."""
     from lorastack.adapters.memory.device import DeviceAdapter
 
     time.sleep(COPY_SECONDS + packed.nbytes / COPY_BYTES_A_SECOND)

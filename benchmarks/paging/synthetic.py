@@ -46,7 +46,7 @@ def adapter_id(index: int) -> str:
 
 
 def device_bytes(rank: int, itemsize: int) -> int:
-    """Of one adapter in a server whose dtype has `itemsize` bytes."""
+    """Bytes of one adapter in a server whose dtype has `itemsize` bytes."""
     return rank * ELEMENTS_A_RANK * itemsize
 
 

@@ -34,7 +34,7 @@ class Case:
         return {lora_id for row in self.loras for lora_id in row}
 
     def fits(self, mixed_loras: bool) -> bool:
-        """Whether an engine without stacks can run it; mixed_loras: one a row."""
+        """True if an engine without stacks can run it; mixed_loras: one a row."""
         return not self.adapters or (mixed_loras and all(len(row) == 1 for row in self.loras))
 
     @property

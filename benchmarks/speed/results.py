@@ -66,7 +66,7 @@ class Results:
         return rows
 
     def heads_table(self) -> list[dict[str, object]]:
-        """Of one row that answers maths questions: AUTO, its trees capped, and llama.cpp."""
+        """One row that answers maths questions: AUTO, its trees capped, and llama.cpp."""
         return [
             {
                 "engine": engine,

@@ -48,12 +48,12 @@ def test_bars_compare_with_the_best_size_at_each_load() -> None:
     for rows, rates in measured.items():
         for mode, rate in rates.items():
             results.add(case(MATHS, rows), mode, rate)
-    found = {bar.name: bar.row for bar in bars(results, [MATHS], [1, 64])}
-    least = found["maths: AUTO over OFF, the least of all loads"]
+    by_name = {bar.name: bar.row for bar in bars(results, [MATHS], [1, 64])}
+    least = by_name["maths: AUTO over OFF, the least of all loads"]
     assert (least["measured"], least["reached"]) == ("0.96", "no")
-    assert found["maths: AUTO over OFF, 1 rows"]["reached"] == "yes"
-    assert found["maths: AUTO over fixed 8, 1 rows"]["measured"] == "0.80"
-    assert found["maths: AUTO over off, 64 rows"]["measured"] == "0.96"
+    assert by_name["maths: AUTO over OFF, 1 rows"]["reached"] == "yes"
+    assert by_name["maths: AUTO over fixed 8, 1 rows"]["measured"] == "0.80"
+    assert by_name["maths: AUTO over off, 64 rows"]["measured"] == "0.96"
 
 
 def test_the_plot_is_xml_with_a_line_a_text() -> None:

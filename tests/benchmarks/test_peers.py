@@ -66,15 +66,15 @@ def test_gguf_holds_every_weight(tiny_llama: Path, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     write_gguf(tiny_llama, path, gguf.GGMLQuantizationType.F16)
     reader = gguf.GGUFReader(path)
-    found = {tensor.name: tensor for tensor in reader.tensors}
+    by_name = {tensor.name: tensor for tensor in reader.tensors}
     weights = load_file(tiny_llama / "model.safetensors")
     config = json.loads((tiny_llama / "config.json").read_text())
-    assert len(found) == len(weights)
+    assert len(by_name) == len(weights)
     q = weights["model.layers.1.self_attn.q_proj.weight"]
     wanted = interleaved(q, config["num_attention_heads"]).astype(np.float16)
-    assert np.array_equal(found["blk.1.attn_q.weight"].data, wanted)
+    assert np.array_equal(by_name["blk.1.attn_q.weight"].data, wanted)
     down = weights["model.layers.0.mlp.down_proj.weight"].astype(np.float16)
-    assert np.array_equal(found["blk.0.ffn_down.weight"].data, down)
-    assert found["output_norm.weight"].tensor_type is gguf.GGMLQuantizationType.F32
+    assert np.array_equal(by_name["blk.0.ffn_down.weight"].data, down)
+    assert by_name["output_norm.weight"].tensor_type is gguf.GGMLQuantizationType.F32
     tokens = reader.get_field("tokenizer.ggml.tokens")
     assert tokens is not None and len(tokens.data) == config["vocab_size"]

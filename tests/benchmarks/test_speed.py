@@ -28,10 +28,12 @@ def test_a_batch_decodes_while_all_its_rows_do() -> None:
 
 def test_gaps_know_the_long_prompt() -> None:
     rows = [outcome((0.0, 1), (5.0, 1)), outcome((1.0, 1), (2.0, 1), (3.1, 1), (6.1, 1), (7.0, 1))]
-    found = gaps(rows, outcome((6.5, 1), sent=4.0))
-    assert found.median == pytest.approx(1.05)  # of 1.0 and 1.1; row one began before row two ran
-    assert found.p99 == pytest.approx(1.1)
-    assert found.stall == pytest.approx(3.0)
+    measured = gaps(rows, outcome((6.5, 1), sent=4.0))
+    assert measured.median == pytest.approx(
+        1.05
+    )  # of 1.0 and 1.1; row one began before row two ran
+    assert measured.p99 == pytest.approx(1.1)
+    assert measured.stall == pytest.approx(3.0)
 
 
 def test_ratios_are_medians_of_rounds() -> None:

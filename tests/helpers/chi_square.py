@@ -7,7 +7,7 @@ from collections.abc import Hashable, Iterable, Mapping
 
 import torch
 
-RARE = 10  # what is expected less often is counted as one
+RARE = 10  # things expected less often share one cell
 
 
 def p_value(samples: Iterable[tuple[Counter[Hashable], Mapping[Hashable, float]]]) -> float:

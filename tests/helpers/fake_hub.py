@@ -151,11 +151,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _sibling(self, name: str, data: bytes) -> dict[str, Any]:
         size = self.hub.misreported.get(name, len(data))
-        found: dict[str, Any] = {"rfilename": name, "size": size, "blobId": "0" * 40}
+        sibling: dict[str, Any] = {"rfilename": name, "size": size, "blobId": "0" * 40}
         if name.endswith(self.hub.large):
             sha256 = hashlib.sha256(data).hexdigest()
-            found["lfs"] = {"sha256": sha256, "size": size, "pointerSize": 130}
-        return found
+            sibling["lfs"] = {"sha256": sha256, "size": size, "pointerSize": 130}
+        return sibling
 
     def _resolve(self, hub_id: str, revision: str, name: str) -> None:
         self.hub.to_hub.add(self.headers["Authorization"])
@@ -214,7 +214,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._json({"success": True, "commitOid": sha, "commitUrl": url, "hookOutput": ""})
 
     def _repo(self, hub_id: str) -> Repo | None:
-        """As the hub does, a private repository is answered like one that is not there."""
+        """A private repository is answered like a missing one, which is what the hub does."""
         repo = self.hub.repos.get(hub_id)
         if repo is None or (repo.private and not self._authorized()):
             self._refuse(401 if repo is None else 404, "RepoNotFound")

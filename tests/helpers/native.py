@@ -33,7 +33,7 @@ from lorastack.model.weights import DecoderWeights, LayerWeights, Pack, Packing
 from tests.helpers.guarded import guarded, guarded_bytes
 
 CPU = torch.device("cpu")
-Form = TypeVar("Form")  # of a backend's weights
+Form = TypeVar("Form")  # a backend's form of the weights
 DTYPES = {Isa.AMX: torch.bfloat16, Isa.AVX512_BF16: torch.bfloat16, Isa.AVX512: torch.float32}
 
 
@@ -226,8 +226,8 @@ def run(
 ) -> list[Tensor]:
     """Logits [T, V] of every part, all in one step."""
     every = range(sum(len(part.ids) for part in parts))
-    found = backend.forward(lay_out(loras, parts, every), kv)
-    return list(found.logits_XV.split_with_sizes([len(part.ids) for part in parts]))
+    outputs = backend.forward(lay_out(loras, parts, every), kv)
+    return list(outputs.logits_XV.split_with_sizes([len(part.ids) for part in parts]))
 
 
 def lay_out(

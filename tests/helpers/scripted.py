@@ -128,7 +128,7 @@ class ScriptedProposer:
     def propose(
         self, steps: Sequence[RowStep], last: Sequence[int], hidden_XH: torch.Tensor
     ) -> list[Proposal | None]:
-        """As `Proposer.propose`."""
+        """See `Proposer.propose`."""
         places = guessed_places(steps, last)
         return [self._propose(step, place) for step, place in zip(steps, places, strict=True)]
 
@@ -137,7 +137,7 @@ class ScriptedProposer:
         return failed
 
     def _propose(self, step: RowStep, index: int) -> Proposal | None:
-        """Of the row's tokens from the generated one `index` on."""
+        """The heads' proposal for the row's tokens from the generated one `index` on."""
         if not step.num_candidates:
             return None
         self._clock.now += self._script.heads_seconds
@@ -208,8 +208,8 @@ class FlakyPool:
         return tuple(self._adapters[digest] for digest in digests)
 
     def try_acquire(self, digest: str) -> DeviceAdapter | None:
-        found = self.acquire([digest])
-        return found[0] if found else None
+        acquired = self.acquire([digest])
+        return acquired[0] if acquired else None
 
     def prefetch(self, digests: Collection[str]) -> None:
         assert self._adapters.keys() >= set(digests)

@@ -51,9 +51,9 @@ def build_tokenizer() -> Tokenizer:
 
 def token_id(char: str) -> int:
     """The id of the single-byte token of an ASCII character."""
-    found = build_tokenizer().token_to_id(char)
-    assert found is not None, char
-    return int(found)
+    token = build_tokenizer().token_to_id(char)
+    assert token is not None, char
+    return int(token)
 
 
 def write_tokenizer(folder: Path) -> None:

@@ -29,15 +29,15 @@ from tests.helpers.reference import Reference
 from tests.helpers.scripted import Bench, Output, Script, scripted_heads
 from tests.helpers.tiny import build_llama
 
-SIZE = 8  # of the vocabulary, so that random guesses are right at times
-LENGTH = 125  # of a row
+SIZE = 8  # vocabulary: so small that random guesses are right at times
+LENGTH = 125  # generated tokens of a row
 ENOUGH = 300  # rows for 37,500 draws
 HEADS = "heads"
 CASES = {
     "temperature": SamplingParams(temperature=0.9),
     "filters": SamplingParams(temperature=1.6, top_k=7, top_p=0.93, min_p=0.06),
 }
-Chances = dict[int, dict[int, float]]  # of each token, by the one before it
+Chances = dict[int, dict[int, float]]  # token before -> token -> its chance
 
 
 @pytest.fixture(scope="module")

@@ -69,7 +69,7 @@ def test_greedy_tokens_equal_transformers_and_peft(
 
 
 def test_logprobs_are_the_references(live: LiveServer, tiny_llama: Path) -> None:
-    """Of every token, drafted ones included, before temperature and filters."""
+    """Drafted tokens have them too; temperature and filters do not change them."""
     request = ask(
         "hello there",
         heads=TRAINED_HEADS,

@@ -24,13 +24,13 @@ def folders(
     tmp_path_factory: pytest.TempPathFactory, tiny_llama_shapes: ModelShapes
 ) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("paging")
-    found = {
+    written = {
         name: write_lora(root / name, tiny_llama_shapes, seed=seed, rank=8)
         for seed, name in enumerate(NAMES)
     }
-    found["large"] = write_lora(root / "large", tiny_llama_shapes, seed=9, rank=64)
-    found["heads"] = write_heads(root / "heads", tiny_llama_shapes.hidden_size)
-    return found
+    written["large"] = write_lora(root / "large", tiny_llama_shapes, seed=9, rank=64)
+    written["heads"] = write_heads(root / "heads", tiny_llama_shapes.hidden_size)
+    return written
 
 
 @pytest.fixture(scope="module")

@@ -46,13 +46,13 @@ class Process:
         )
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
-        found = ADDRESS.search(line)
-        assert found is not None, (line, self._process.communicate()[1])
-        self.address = found.group()
+        match = ADDRESS.search(line)
+        assert match is not None, (line, self._process.communicate()[1])
+        self.address = match.group()
 
     @property
     def files(self) -> set[Path]:
-        """Those in its memory, code among them."""
+        """The files mapped into its memory, code included."""
         lines = Path(f"/proc/{self._process.pid}/maps").read_text().splitlines()
         return {Path(line.split(maxsplit=5)[5]) for line in lines if "/" in line}
 
@@ -205,9 +205,9 @@ def test_without_the_native_library_everything_runs_and_says_so(
         for name in ("say-owl", "heads-owl"):
             client.upload(zoo[name], name)
         client.load("heads-owl")
-        found = client.generate(ask(stack=[("say-owl", 1.0)], heads="heads-owl"))
-    assert found.text == "owl" * 8
-    assert found.speculation.accepted_tokens
+        reply = client.generate(ask(stack=[("say-owl", 1.0)], heads="heads-owl"))
+    assert reply.text == "owl" * 8
+    assert reply.speculation.accepted_tokens
     process.signal(signal.SIGTERM)
     _, errors = process.wait()
     assert "WARNING lorastack.kernels.native.library: no native kernels" in errors

@@ -129,7 +129,7 @@ def test_an_absurd_scale(live: LiveServer, scale: float) -> None:
 
 @pytest.mark.parametrize("token", [VOCAB_SIZE, 2**40, -1])
 def test_a_prompt_that_the_model_has_no_row_for(live: LiveServer, token: int) -> None:
-    """As a tokenizer with more tokens than its model makes one."""
+    """A tokenizer with more tokens than its model makes such a prompt."""
     request = Request(
         request_id="odd",
         prompt_ids=(1, token, 2),

@@ -19,14 +19,14 @@ from tests.helpers.cases import Cases, build_bench, off, stopping
 from tests.helpers.scripted import Bench, Output, Script
 from tests.helpers.tiny import build_llama, build_mistral
 
-TOLERANCE = 1e-9  # of logprobs
+TOLERANCE = 1e-9  # between log-probabilities
 CUT_SHORT = (FinishReason.CANCELLED, FinishReason.TIME_LIMIT)
 SMALL = {"hidden_size": 32, "intermediate_size": 48}
 
 
 @pytest.fixture(scope="module")
 def kinds(tmp_path_factory: pytest.TempPathFactory) -> list[Cases]:
-    """Of a Llama, and of a Mistral with a sliding window."""
+    """Cases for a Llama and for a Mistral with a sliding window."""
     root = tmp_path_factory.mktemp("fuzz")
     llama = build_llama(root / "llama", head_dim=8, **SMALL)
     mistral = build_mistral(root / "mistral", num_layers=2, head_dim=12, **SMALL)
@@ -138,7 +138,7 @@ def test_drafts_change_no_token(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    caplog.set_level(logging.CRITICAL)  # of heads that fail, which some here must
+    caplog.set_level(logging.CRITICAL)  # some heads here must fail, and each failure logs an error
     seen = Seen()
     preempt = Row.preempt
 

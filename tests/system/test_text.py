@@ -86,13 +86,16 @@ def test_a_stop_sequence_may_stand_at_the_seam(spaces: LiveServer, model: Path) 
 def test_a_grammar_is_followed_by_the_text_of_the_reply(
     spaces: LiveServer, prompt: str | list[int], regex: str
 ) -> None:
+    num_ended = 0
     for seed in range(6):
         sampling = {"temperature": 3.0, "seed": seed}
         wanted = pb.ResponseFormat(regex=regex)
         given = {"sampling": sampling, "response_format": wanted, "max_new_tokens": 60}
         reply = spaces.client.generate(ask(prompt, **given))
         if reply.finish_reason == pb.GenerateResponse.EOS:
+            num_ended += 1
             assert re.fullmatch(regex, reply.text), reply.text
+    assert num_ended
 
 
 def test_a_token_that_the_model_lacks_ends_no_other_row(spaces: LiveServer) -> None:

@@ -69,7 +69,7 @@ def test_tokens_that_the_base_does_not_know(
     reply = server.client.upload(folder, "tokens")
     assert ["'<tool>'" in warning for warning in reply.warnings] == [True]
     assert server.client.get_adapter("tokens").warnings == reply.warnings
-    (listed,) = (found for found in server.client.list_adapters() if found.id == "tokens")
+    (listed,) = (each for each in server.client.list_adapters() if each.id == "tokens")
     assert listed.warnings == reply.warnings
     (known, *_) = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
     added.write_text(json.dumps({known["content"]: known["id"] + 1}))

@@ -26,16 +26,16 @@ def write_adapters(root: Path, shapes: ModelShapes) -> dict[str, Path]:
     """Adapter id -> folder: random ones, and the real ones that the environment names."""
     base: dict[str, Any] = {"base_model_name_or_path": HUB_ID}
     hidden = shapes.hidden_size
-    found = {
+    written = {
         name: write_lora(
             root / name, shapes, seed=rank, rank=rank, alpha=2 * rank, dtype=torch.bfloat16, **base
         )
         for name, rank in RANKS.items()
     }
-    found[HEADS] = write_heads(
+    written[HEADS] = write_heads(
         root / HEADS, hidden, num_heads=3, dtype=torch.float16, strength=hidden**-0.5, **base
     )
-    found[OWN_HEADS] = write_heads(
+    written[OWN_HEADS] = write_heads(
         root / OWN_HEADS,
         hidden,
         num_heads=3,
@@ -45,12 +45,12 @@ def write_adapters(root: Path, shapes: ModelShapes) -> dict[str, Path]:
         strength=hidden**-0.5,
         **base,
     )
-    found[BUNDLE] = write_lora(
+    written[BUNDLE] = write_lora(
         root / BUNDLE, shapes, seed=99, rank=16, alpha=32, dtype=torch.bfloat16, **base
     )
-    for path in found[HEADS].iterdir():
-        shutil.copy(path, found[BUNDLE])
+    for path in written[HEADS].iterdir():
+        shutil.copy(path, written[BUNDLE])
     for name, variable in REAL.items():
         if place := os.environ.get(variable):
-            found[name] = Path(place if Path(place).is_dir() else snapshot_download(place))
-    return found
+            written[name] = Path(place if Path(place).is_dir() else snapshot_download(place))
+    return written

@@ -24,7 +24,7 @@ from tests.integration.mistral_7b.tokenizer import write_tokenizer
 
 NAME = "Mistral-7B-Instruct-v0.2"
 HUB_ID = f"mistralai/{NAME}"
-REVISION = 1  # of what this module writes
+REVISION = 1  # raise it when this module writes something else
 RING = 33_554_393  # random numbers, a prime: no two rows of a matrix are the same stretch of them
 
 

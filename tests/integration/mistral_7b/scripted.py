@@ -40,7 +40,7 @@ class KnowingProposer(Proposer):
     def propose(
         self, steps: Sequence[RowStep], last: Sequence[int], hidden_XH: torch.Tensor
     ) -> list[Proposal | None]:
-        """As `Proposer.propose`."""
+        """See `Proposer.propose`."""
         answers: dict[str, list[int]] = json.loads(self.path.read_text())
         drafts = super().propose(steps, last, hidden_XH)
         for row, (step, place) in enumerate(zip(steps, guessed_places(steps, last), strict=True)):

@@ -48,9 +48,9 @@ class Deployment:
             )
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
-        found = ADDRESS.search(line)
-        assert found is not None, (line, self._log.read_text())
-        self.address = found.group(1)
+        match = ADDRESS.search(line)
+        assert match is not None, (line, self._log.read_text())
+        self.address = match.group(1)
         self.client = Client(self.address)
         self.loaded_bytes, self.peak_bytes = self._memory("VmRSS"), self._memory("VmHWM")
 
@@ -79,9 +79,9 @@ class Deployment:
         """Bytes. field: VmRSS, what the process has in memory; VmHWM, the most it ever had."""
         assert self._process is not None
         status = Path(f"/proc/{self._process.pid}/status").read_text()
-        found = re.search(rf"^{field}:\s+(\d+) kB$", status, re.MULTILINE)
-        assert found is not None
-        return int(found.group(1)) * 1024
+        match = re.search(rf"^{field}:\s+(\d+) kB$", status, re.MULTILINE)
+        assert match is not None
+        return int(match.group(1)) * 1024
 
     def adapters(self, *command: str) -> dict[str, Any]:
         """`lorastack adapters COMMAND... --json` against this server."""
@@ -90,5 +90,5 @@ class Deployment:
             [*run, "--server", self.address, "--json"], capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stderr
-        found: dict[str, Any] = json.loads(done.stdout)
-        return found
+        answer: dict[str, Any] = json.loads(done.stdout)
+        return answer

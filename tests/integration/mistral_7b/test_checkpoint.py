@@ -57,16 +57,16 @@ def test_logits_are_those_of_transformers(
         weights = [read_weights(lora, decoder.shapes, dtype)]
         kv = decoder.make_kv(8, PAGE)
         parts = [RowPart(ids, 0, range(4)), RowPart(ids, 0, range(4, 8), ((0, 1.0),))]
-        found = run(decoder, weights, kv, parts)
+        outputs = run(decoder, weights, kv, parts)
         del decoder, kv
         reference = Reference(shallow, {"lora": lora})
-        for mine_TV, stack in zip(found, ((), (("lora", 1.0),)), strict=True):
+        for mine_TV, stack in zip(outputs, ((), (("lora", 1.0),)), strict=True):
             theirs_TV = reference.logits(ids, stack)
             assert (mine_TV - theirs_TV).norm() < tolerance * theirs_TV.norm()
-        assert (found[0] - found[1]).norm() > 0.1 * found[0].norm()
+        assert (outputs[0] - outputs[1]).norm() > 0.1 * outputs[0].norm()
         # As spread as a real model's, every token followed by another one.
-        assert 1 < found[0].std() < 10
-        assert len(set(found[0].argmax(1).tolist())) > len(ids) // 2
+        assert 1 < outputs[0].std() < 10
+        assert len(set(outputs[0].argmax(1).tolist())) > len(ids) // 2
 
 
 @given(TEXTS)

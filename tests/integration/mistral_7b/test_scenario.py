@@ -76,7 +76,7 @@ def test_what_was_evicted_comes_back(deployment: Deployment, folders: dict[str, 
     """One after the other, so that not all of them fit; then again, the first ones first."""
 
     def answers() -> dict[str, tuple[object, ...]]:
-        found = {}
+        replies = {}
         for name in folders:
             is_lora = name.startswith("lora") or name == BUNDLE
             loaded = deployment.client.load(name)
@@ -86,8 +86,8 @@ def test_what_was_evicted_comes_back(deployment: Deployment, folders: dict[str, 
                 heads="none" if is_lora else name,
                 max_new_tokens=6,
             )
-            found[name] = said(deployment.client.generate(request))
-        return found
+            replies[name] = said(deployment.client.generate(request))
+        return replies
 
     first = answers()
     places = [each.residency for each in deployment.client.list_adapters()]
