@@ -11,7 +11,7 @@ import pytest
 from lorastack.adapters.formats.fields import CONFIGS, READ, TRAINING
 from lorastack.adapters.formats.validate import Validator
 from lorastack.errors import FailedPreconditionError, InvalidArgumentError
-from lorastack.service.status import to_status
+from lorastack.service.edge.status import to_status
 from tests.adapters.folders import HEADS_CONFIG, LORA_CONFIG, SHAPES, files_of
 from tests.helpers.adapters import write_heads, write_lora
 

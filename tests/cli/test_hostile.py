@@ -16,7 +16,7 @@ from lorastack.client import Client
 from lorastack.config import ModelConfig
 from lorastack.errors import UnavailableError
 from lorastack.service import build as build_module
-from lorastack.service import logs
+from lorastack.service.watch import logs
 from tests.cli.conftest import Outcome, Run
 from tests.service.fakes import RunningServer
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from lorastack.config import ServerConfig
-from lorastack.service import build, logs
+from lorastack.service import build
+from lorastack.service.watch import logs
 from tests.cli.conftest import Run
 from tests.service.fakes import RunningServer
 

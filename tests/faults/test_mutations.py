@@ -22,7 +22,7 @@ from lorastack.adapters.memory.loader import Loader
 from lorastack.adapters.store.registry import Registry
 from lorastack.errors import FailedPreconditionError, InvalidArgumentError
 from lorastack.kernels.packing import allocate
-from lorastack.service.status import to_status
+from lorastack.service.edge.status import to_status
 from tests.adapters.folders import SHAPES, read_folder, send, specs_of
 from tests.faults.mutations import Folder, mutated
 from tests.faults.store_files import assert_tidy, assert_whole

@@ -20,7 +20,7 @@ from lorastack.errors import InvalidArgumentError, Reason, UnavailableError
 from lorastack.sandbox.pool import JobError, Pool
 from lorastack.sandbox.tasks import TEMPLATE, template_body
 from lorastack.sandbox.wire import Job, Limits, Outcome
-from lorastack.service.untrusted import GRAMMAR_LIMITS, TEMPLATE_LIMITS, Untrusted
+from lorastack.service.calls.untrusted import GRAMMAR_LIMITS, TEMPLATE_LIMITS, Untrusted
 from lorastack.text.grammar import GrammarCompiler, JsonSchema, Regex
 from lorastack.text.tokenizer import Tokenizer
 from tests.helpers.tiny import CHATML

@@ -17,8 +17,8 @@ from lorastack.adapters.store.registry import Registry
 from lorastack.config import AdapterConfig, EngineConfig, ServerConfig, ServiceConfig
 from lorastack.layout import ModelShapes
 from lorastack.request import RowEvent
-from lorastack.service.dispatch import Dispatcher
-from lorastack.service.served import ServedModel
+from lorastack.service.calls.dispatch import Dispatcher
+from lorastack.service.calls.served import ServedModel
 from lorastack.service.server import Server
 from lorastack.text.tokenizer import Tokenizer
 from tests.service.fake_engine import PATIENCE, FakeEngine, FakeHost, FakePool

@@ -21,7 +21,7 @@ from lorastack.errors import (
     Reason,
     ResourceExhaustedError,
 )
-from lorastack.service import convert
+from lorastack.service.adapters import messages
 from lorastack.v1 import adapters_pb2 as ab
 from lorastack.v1 import adapters_pb2_grpc
 from lorastack.v1 import generation_pb2 as pb
@@ -78,8 +78,8 @@ def test_a_base_of_any_name_can_be_shown() -> None:
         base_fingerprint="",
     )
     record = Record(id="odd", revision=1, created_at=0.0, manifest=manifest, other_files=())
-    usage = convert.AdapterUsage(on_device={}, on_host=(), in_flight={}, last_used={})
-    shown = convert.adapter(record, compatible=True, usage=usage)
+    usage = messages.AdapterUsage(on_device={}, on_host=(), in_flight={}, last_used={})
+    shown = messages.adapter(record, compatible=True, usage=usage)
     assert shown.base_model == "\\x1b[31m\\ud800/tiny"
 
 

@@ -18,7 +18,7 @@ from lorastack.errors import (
     Reason,
 )
 from lorastack.layout import ModelShapes
-from lorastack.service.catalogue import Catalogue
+from lorastack.service.calls.catalogue import Catalogue
 from lorastack.text.tokenizer import Tokenizer
 from tests.helpers.tiny import CHATML
 from tests.service.fakes import served_model, store

@@ -17,9 +17,10 @@ from lorastack.request import (
     TokenSource,
     TypicalAcceptance,
 )
-from lorastack.service import convert, limits
-from lorastack.service.call import Chat, GenerateCall, Ids, Text
-from lorastack.service.served import ServedModel
+from lorastack.service.calls import convert
+from lorastack.service.calls.call import Chat, GenerateCall, Ids, Text
+from lorastack.service.calls.served import ServedModel
+from lorastack.service.edge import limits
 from lorastack.text.grammar import JsonSchema, Regex
 from lorastack.text.tokenizer import Tokenizer
 from lorastack.v1 import generation_pb2 as pb

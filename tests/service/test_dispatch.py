@@ -21,8 +21,8 @@ from lorastack.request import (
     StopParams,
     Timings,
 )
-from lorastack.service import readers as readers_module
-from lorastack.service.dispatch import Dispatcher
+from lorastack.service.calls import readers as readers_module
+from lorastack.service.calls.dispatch import Dispatcher
 from tests.helpers.live import PATIENCE
 
 FINAL = Final(

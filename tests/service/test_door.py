@@ -18,11 +18,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from lorastack.client import Client
 from lorastack.errors import InvalidArgumentError, Reason, ResourceExhaustedError
-from lorastack.service import door, grpc_server
-from lorastack.service.door import Door
-from lorastack.service.grpc_server import raise_file_limit
-from lorastack.service.status import CallGuard
-from lorastack.service.wire import RequestReader
+from lorastack.service.edge import door, grpc_server
+from lorastack.service.edge.door import Door
+from lorastack.service.edge.grpc_server import raise_file_limit
+from lorastack.service.edge.status import CallGuard
+from lorastack.service.edge.wire import RequestReader
 from lorastack.v1 import adapters_pb2, adapters_pb2_grpc, generation_pb2_grpc
 from lorastack.v1 import generation_pb2 as pb
 from tests.helpers.http2 import RawConnection, enveloped

@@ -22,8 +22,8 @@ from lorastack.errors import (
     RequestCancelledError,
     ResourceExhaustedError,
 )
-from lorastack.service import generation
-from lorastack.service.generation import _deadline
+from lorastack.service.calls import generation
+from lorastack.service.calls.generation import _deadline
 from lorastack.text.tokenizer import Tokenizer
 from lorastack.v1 import generation_pb2 as pb
 from lorastack.v1 import generation_pb2_grpc

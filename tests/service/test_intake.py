@@ -17,12 +17,12 @@ from lorastack.layout import ModelShapes
 from lorastack.sandbox.pool import Pool
 from lorastack.sandbox.tasks import TEMPLATE
 from lorastack.sandbox.wire import Job
-from lorastack.service import intake as intake_module
-from lorastack.service.call import Chat, Text
-from lorastack.service.catalogue import Catalogue
-from lorastack.service.intake import Intake
-from lorastack.service.prepare import Preparer
-from lorastack.service.untrusted import Untrusted
+from lorastack.service.calls import intake as intake_module
+from lorastack.service.calls.call import Chat, Text
+from lorastack.service.calls.catalogue import Catalogue
+from lorastack.service.calls.intake import Intake
+from lorastack.service.calls.prepare import Preparer
+from lorastack.service.calls.untrusted import Untrusted
 from lorastack.text.tokenizer import Tokenizer
 from tests.service.fakes import MAX_CONTEXT, served_model, store
 

@@ -13,9 +13,9 @@ import pytest
 
 from lorastack.client import Client
 from lorastack.errors import InvalidArgumentError, NotFoundError
-from lorastack.service import status
-from lorastack.service.logs import JsonFormatter, TextFormatter
-from lorastack.service.status import CallGuard, to_status
+from lorastack.service.edge import status
+from lorastack.service.edge.status import CallGuard, to_status
+from lorastack.service.watch.logs import JsonFormatter, TextFormatter
 from lorastack.v1 import generation_pb2 as pb
 from tests.service.fakes import RunningServer
 

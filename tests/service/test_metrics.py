@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from lorastack.client import Client
 from lorastack.errors import InvalidArgumentError, NotFoundError
 from lorastack.request import SpeculationStats
-from lorastack.service.metrics import MAX_HEADS, HeadsCounts
+from lorastack.service.watch.metrics import MAX_HEADS, HeadsCounts
 from lorastack.v1 import generation_pb2 as pb
 from tests.service.conftest import StartFake
 from tests.service.fakes import RunningServer

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from lorastack.errors import AbortedError, Reason, ResourceExhaustedError
-from lorastack.service import places
-from lorastack.service.places import PACE, Place, Places, caller_of
+from lorastack.service.edge import places
+from lorastack.service.edge.places import PACE, Place, Places, caller_of
 
 NEVER = 1000.0  # seconds
 PATIENCE = 30.0  # seconds until a wait for something that must happen gives up

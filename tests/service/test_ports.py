@@ -11,7 +11,7 @@ import pytest
 
 from lorastack.config import ServiceConfig
 from lorastack.errors import InvalidArgumentError
-from lorastack.service.ports import Ports
+from lorastack.service.edge.ports import Ports
 
 
 def reserved(ports: Ports) -> int:

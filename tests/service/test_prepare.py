@@ -13,10 +13,10 @@ from lorastack.adapters.store.registry import Registry
 from lorastack.errors import InvalidArgumentError, NotFoundError, Reason
 from lorastack.layout import ModelShapes
 from lorastack.request import SamplingParams, SpeculationParams, StopParams
-from lorastack.service.call import Chat, GenerateCall, Ids, Rendered, Text
-from lorastack.service.catalogue import Catalogue
-from lorastack.service.prepare import Preparer
-from lorastack.service.served import TEXT_SLACK
+from lorastack.service.calls.call import Chat, GenerateCall, Ids, Rendered, Text
+from lorastack.service.calls.catalogue import Catalogue
+from lorastack.service.calls.prepare import Preparer
+from lorastack.service.calls.served import TEXT_SLACK
 from lorastack.text.grammar import JsonSchema, Regex
 from lorastack.text.tokenizer import Tokenizer
 from tests.helpers.tiny import build_tokenizer, write_tokenizer

@@ -9,8 +9,8 @@ import pytest
 
 from lorastack.client import Client
 from lorastack.errors import FailedPreconditionError, NotFoundError, Reason
-from lorastack.service import store as store_module
-from lorastack.service.store import StoreFollower
+from lorastack.service.adapters import store as store_module
+from lorastack.service.adapters.store import StoreFollower
 from lorastack.v1 import generation_pb2 as pb
 from tests.helpers.live import wait_until
 from tests.service.conftest import StartFake

@@ -12,8 +12,8 @@ import pytest
 from prometheus_client import CollectorRegistry, Counter
 
 from lorastack.errors import InvalidArgumentError
-from lorastack.service import scrape
-from lorastack.service.scrape import MAX_CONNECTIONS, MAX_HEAD, MetricsServer
+from lorastack.service.watch import scrape
+from lorastack.service.watch.scrape import MAX_CONNECTIONS, MAX_HEAD, MetricsServer
 
 PATIENCE = 30.0
 

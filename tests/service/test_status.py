@@ -8,7 +8,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from lorastack import errors
 from lorastack.errors import LorastackError, Reason
-from lorastack.service.status import CODES, MAX_MESSAGE_BYTES, to_status
+from lorastack.service.edge.status import CODES, MAX_MESSAGE_BYTES, to_status
 
 
 def details_of(

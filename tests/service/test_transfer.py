@@ -27,7 +27,7 @@ from lorastack.errors import (
     UnavailableError,
 )
 from lorastack.layout import ModelShapes
-from lorastack.service import status
+from lorastack.service.edge import status
 from lorastack.v1 import adapters_pb2 as ab
 from lorastack.v1 import adapters_pb2_grpc
 from tests.helpers.adapters import write_lora

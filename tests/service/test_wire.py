@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorastack.errors import InvalidArgumentError, Reason
-from lorastack.service import wire
-from lorastack.service.limits import Lengths
+from lorastack.service.edge import wire
+from lorastack.service.edge.limits import Lengths
+from lorastack.service.edge.wire import RequestReader, request_readers
 from lorastack.service.services import FILES
-from lorastack.service.wire import RequestReader, request_readers
 from lorastack.v1 import adapters_pb2, generation_pb2
 
 LENGTHS = Lengths(max_context=2048, max_files=64)

@@ -15,7 +15,7 @@ from lorastack.engine.loop import MAX_FAULTS
 from lorastack.engine.runner import StepResults
 from lorastack.errors import InternalError, InvalidArgumentError, LorastackError, Reason
 from lorastack.request import Request, SamplingParams, StopParams
-from lorastack.service import limits
+from lorastack.service.edge import limits
 from lorastack.v1 import generation_pb2 as pb
 from lorastack.v1 import generation_pb2_grpc
 from tests.helpers.live import LiveServer, ask, wait_until

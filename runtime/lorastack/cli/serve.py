@@ -366,7 +366,7 @@ def serve(
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when it is imported
     # Deferred: `--help` and the client commands must not wait for torch.
     from lorastack.service.build import build_server
-    from lorastack.service.logs import configure_logging
+    from lorastack.service.watch.logs import configure_logging
 
     configure_logging(config.service.log_format, config.service.log_level)
     with startup_bars() if bars else nullcontext(startup_log()) as progress:

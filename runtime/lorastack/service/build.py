@@ -13,9 +13,9 @@ from lorastack.adapters.store.learned import Learned
 from lorastack.adapters.store.opening import Recovery
 from lorastack.adapters.store.registry import Registry
 from lorastack.config import AdapterConfig, ServerConfig
+from lorastack.service.calls.dispatch import Dispatcher
 from lorastack.service.describe import served
-from lorastack.service.dispatch import Dispatcher
-from lorastack.service.ports import Ports
+from lorastack.service.edge.ports import Ports
 from lorastack.service.provision import Provision
 from lorastack.service.server import Server
 from lorastack.startup.engine import adapter_loader, build_engine

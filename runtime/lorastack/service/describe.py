@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lorastack import __version__
 from lorastack.config import ServerConfig
-from lorastack.service.served import ServedModel
+from lorastack.service.calls.served import ServedModel
 from lorastack.startup.model import LoadedModel
 from lorastack.v1 import generation_pb2
 

@@ -6,10 +6,10 @@ import asyncio
 from concurrent.futures import Executor
 
 from lorastack.request import SamplingParams, SpeculationParams, StopParams
-from lorastack.service.call import GenerateCall, Ids
-from lorastack.service.dispatch import Dispatcher
-from lorastack.service.prepare import Preparer
-from lorastack.service.status import new_request_id
+from lorastack.service.calls.call import GenerateCall, Ids
+from lorastack.service.calls.dispatch import Dispatcher
+from lorastack.service.calls.prepare import Preparer
+from lorastack.service.edge.status import new_request_id
 
 
 async def probe(preparer: Preparer, dispatcher: Dispatcher, workers: Executor) -> None:

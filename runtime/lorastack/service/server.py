@@ -25,30 +25,30 @@ from lorastack.adapters.store.learned import Learned
 from lorastack.adapters.store.registry import Registry
 from lorastack.config import AdapterConfig, ServerConfig
 from lorastack.engine.engine import Engine
-from lorastack.service.adapters import AdapterService
-from lorastack.service.catalogue import Catalogue
+from lorastack.service.adapters.learned import LearnedKeeper
+from lorastack.service.adapters.servicer import AdapterService
+from lorastack.service.adapters.store import StoreFollower, StoreWriter, needed_digests
+from lorastack.service.adapters.transfer import Transfers
+from lorastack.service.adapters.uploads import Uploads
+from lorastack.service.calls.catalogue import Catalogue
+from lorastack.service.calls.dispatch import Dispatcher
+from lorastack.service.calls.generation import GenerationService
+from lorastack.service.calls.intake import Intake
+from lorastack.service.calls.prepare import Preparer
+from lorastack.service.calls.served import ServedModel
+from lorastack.service.calls.untrusted import Untrusted
 from lorastack.service.describe import labels, model_info, ready_line
-from lorastack.service.dispatch import Dispatcher
-from lorastack.service.door import Door
-from lorastack.service.generation import GenerationService
-from lorastack.service.grpc_server import make_server, raise_file_limit
-from lorastack.service.health import Health
-from lorastack.service.intake import Intake
-from lorastack.service.learned import LearnedKeeper
-from lorastack.service.limits import Lengths
-from lorastack.service.metrics import RequestMetrics, StateCollector
-from lorastack.service.ports import Ports
-from lorastack.service.prepare import Preparer
+from lorastack.service.edge.door import Door
+from lorastack.service.edge.grpc_server import make_server, raise_file_limit
+from lorastack.service.edge.health import Health
+from lorastack.service.edge.limits import Lengths
+from lorastack.service.edge.ports import Ports
+from lorastack.service.edge.status import CallGuard
+from lorastack.service.edge.wire import request_readers
 from lorastack.service.probe import probe
-from lorastack.service.scrape import MetricsServer
-from lorastack.service.served import ServedModel
 from lorastack.service.services import FILES, SERVICES, add_services
-from lorastack.service.status import CallGuard
-from lorastack.service.store import StoreFollower, StoreWriter, needed_digests
-from lorastack.service.transfer import Transfers
-from lorastack.service.untrusted import Untrusted
-from lorastack.service.uploads import Uploads
-from lorastack.service.wire import request_readers
+from lorastack.service.watch.metrics import RequestMetrics, StateCollector
+from lorastack.service.watch.scrape import MetricsServer
 
 NUM_WORKERS = 4  # tokenising and registry look-ups
 STOP_GRACE = 2.0  # seconds for handlers to send what the engine has ended

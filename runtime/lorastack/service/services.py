@@ -6,9 +6,9 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-from lorastack.service.adapters import AdapterService
-from lorastack.service.generation import GenerationService
-from lorastack.service.health import Health
+from lorastack.service.adapters.servicer import AdapterService
+from lorastack.service.calls.generation import GenerationService
+from lorastack.service.edge.health import Health
 from lorastack.v1 import adapters_pb2, generation_pb2
 from lorastack.v1.adapters_pb2_grpc import add_AdapterServiceServicer_to_server as add_adapters
 from lorastack.v1.generation_pb2_grpc import (

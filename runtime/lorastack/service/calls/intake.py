@@ -16,11 +16,11 @@ from dataclasses import replace
 from typing import TypeVar
 
 from lorastack.sandbox.fair_queue import FairQueue
-from lorastack.service.call import Chat, GenerateCall, Given, Rendered, Text
-from lorastack.service.catalogue import Catalogue
-from lorastack.service.prepare import Prepared, Preparer
-from lorastack.service.threads import run_in
-from lorastack.service.untrusted import Untrusted
+from lorastack.service.calls.call import Chat, GenerateCall, Given, Rendered, Text
+from lorastack.service.calls.catalogue import Catalogue
+from lorastack.service.calls.prepare import Prepared, Preparer
+from lorastack.service.calls.untrusted import Untrusted
+from lorastack.service.edge.threads import run_in
 
 LONG_TEXT = 64 << 10  # bytes; a slow tokeniser takes a fifth of a second for them
 MESSAGE_COST = 16  # bytes of text that take as long as an empty message of a chat

@@ -22,8 +22,8 @@ from lorastack.errors import (
     Reason,
     ResourceExhaustedError,
 )
-from lorastack.service.status import CallGuard, Context, call_is_over, new_request_id
-from lorastack.service.wire import RequestReader
+from lorastack.service.edge.status import CallGuard, Context, call_is_over, new_request_id
+from lorastack.service.edge.wire import RequestReader
 
 SILENCE = 60.0  # seconds that a call may take to send its first message
 # Calls at a time of each method of health and reflection. Their unread replies do not count: health

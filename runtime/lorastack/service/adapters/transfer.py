@@ -26,9 +26,9 @@ from lorastack.errors import (
     ResourceExhaustedError,
     UnavailableError,
 )
-from lorastack.service.places import Places
-from lorastack.service.store import StoreWriter
-from lorastack.service.threads import run_in
+from lorastack.service.adapters.store import StoreWriter
+from lorastack.service.edge.places import Places
+from lorastack.service.edge.threads import run_in
 from lorastack.v1 import adapters_pb2
 
 NUM_PULLERS = 2  # pulls at a time; others wait for their turn

@@ -1,7 +1,7 @@
 """From a validated call to the engine's Request: ids to digests, text to tokens.
 
 Everything here blocks (tokeniser, registry files, grammars) and runs in a worker thread, once a
-request. Nothing here runs what a caller wrote: `service.intake` has that done before.
+request. Nothing here runs what a caller wrote: `service.calls.intake` has that done before.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 
 from lorastack.errors import InvalidArgumentError, Reason
 from lorastack.request import Grammar, Request, StopParams
-from lorastack.service.call import Chat, GenerateCall, Given, Ids, Rendered, Text
-from lorastack.service.catalogue import Catalogue
-from lorastack.service.served import ServedModel
+from lorastack.service.calls.call import Chat, GenerateCall, Given, Ids, Rendered, Text
+from lorastack.service.calls.catalogue import Catalogue
+from lorastack.service.calls.served import ServedModel
 from lorastack.text.grammar import GrammarCompiler, JsonSchema, Regex
 
 

@@ -21,15 +21,15 @@ from lorastack.errors import (
     LorastackError,
     Reason,
 )
-from lorastack.service import convert
-from lorastack.service.catalogue import Catalogue
-from lorastack.service.dispatch import Dispatcher
-from lorastack.service.places import caller_of
-from lorastack.service.status import CallGuard, Context, Notes, new_request_id
-from lorastack.service.store import StoreWriter
-from lorastack.service.threads import run_in
-from lorastack.service.transfer import Transfers
-from lorastack.service.uploads import Uploads
+from lorastack.service.adapters import messages
+from lorastack.service.adapters.store import StoreWriter
+from lorastack.service.adapters.transfer import Transfers
+from lorastack.service.adapters.uploads import Uploads
+from lorastack.service.calls.catalogue import Catalogue
+from lorastack.service.calls.dispatch import Dispatcher
+from lorastack.service.edge.places import caller_of
+from lorastack.service.edge.status import CallGuard, Context, Notes, new_request_id
+from lorastack.service.edge.threads import run_in
 from lorastack.v1 import adapters_pb2, adapters_pb2_grpc
 
 DEFAULT_PAGE, MAX_PAGE = 100, 1000
@@ -234,14 +234,14 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         return self._messages([record], self._usage())[0]
 
     def _messages(
-        self, records: Sequence[Record], usage: convert.AdapterUsage
+        self, records: Sequence[Record], usage: messages.AdapterUsage
     ) -> list[adapters_pb2.Adapter]:
         is_compatible = self._catalogue.is_compatible
-        return [convert.adapter(r, compatible=is_compatible(r), usage=usage) for r in records]
+        return [messages.adapter(r, compatible=is_compatible(r), usage=usage) for r in records]
 
-    def _usage(self) -> convert.AdapterUsage:
+    def _usage(self) -> messages.AdapterUsage:
         stats = self._pool.stats()
-        return convert.AdapterUsage(
+        return messages.AdapterUsage(
             on_device={adapter.digest: adapter for adapter in stats.adapters},
             on_host=self._host.snapshot(),
             in_flight=self._dispatcher.digests_in_use(),

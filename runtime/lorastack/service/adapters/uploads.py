@@ -17,12 +17,12 @@ from lorastack.adapters.store.manifest import Record
 from lorastack.adapters.store.registry import Registry
 from lorastack.adapters.store.upload import Upload
 from lorastack.errors import AbortedError, InvalidArgumentError, LorastackError, Reason
-from lorastack.service import convert
-from lorastack.service.limits import MAX_CHUNK
-from lorastack.service.places import Place, Places
-from lorastack.service.status import Notes
-from lorastack.service.store import StoreWriter
-from lorastack.service.threads import run_in
+from lorastack.service.adapters import messages
+from lorastack.service.adapters.store import StoreWriter
+from lorastack.service.edge.limits import MAX_CHUNK
+from lorastack.service.edge.places import Place, Places
+from lorastack.service.edge.status import Notes
+from lorastack.service.edge.threads import run_in
 from lorastack.v1 import adapters_pb2
 
 UPLOADS, UPLOADS_PER_CALLER = 512, 256  # at a time
@@ -67,13 +67,13 @@ class Uploads:
     ) -> adapters_pb2.PlanUploadResponse:
         """The blobs that the store lacks of an adapter. Raises InvalidArgumentError."""
         check_id(request.id)
-        files = convert.file_specs(request.files, "files", self._max_files)
+        files = messages.file_specs(request.files, "files", self._max_files)
         needed = await run_in(self._readers, self._registry.plan_upload, request.id, files)
-        return convert.needed_blobs(needed)
+        return messages.needed_blobs(needed)
 
     async def receive(
         self,
-        messages: AsyncIterator[adapters_pb2.UploadAdapterRequest],
+        requests: AsyncIterator[adapters_pb2.UploadAdapterRequest],
         caller: str,
         notes: Notes,
     ) -> Record:
@@ -82,16 +82,16 @@ class Uploads:
         notes: gets the adapter's id, for the log.
         """
         async with self._places.take(caller) as place:
-            return await self._receive(messages, caller, place, notes)
+            return await self._receive(requests, caller, place, notes)
 
     async def _receive(
         self,
-        messages: AsyncIterator[adapters_pb2.UploadAdapterRequest],
+        requests: AsyncIterator[adapters_pb2.UploadAdapterRequest],
         caller: str,
         place: Place,
         notes: Notes,
     ) -> Record:
-        first = await place.waits(anext(messages, None))
+        first = await place.waits(anext(requests, None))
         if first is None or first.WhichOneof("part") != "header":
             raise InvalidArgumentError("an upload starts with a header of id and files")
         header = first.header
@@ -99,7 +99,7 @@ class Uploads:
         opening = self._uploader.submit(
             self._registry.begin_upload,
             header.id,
-            convert.file_specs(header.files, "header.files", self._max_files),
+            messages.file_specs(header.files, "header.files", self._max_files),
             header.if_digest if header.HasField("if_digest") else None,
             sender=caller,
         )
@@ -107,7 +107,7 @@ class Uploads:
         try:
             upload = await asyncio.wrap_future(opening)
             try:
-                await self._write_all(upload, messages, place)
+                await self._write_all(upload, requests, place)
             except LorastackError as error:
                 if error.reason not in _RESUMABLE:
                     end = Upload.abort
@@ -131,10 +131,10 @@ class Uploads:
     async def _write_all(
         self,
         upload: Upload,
-        messages: AsyncIterator[adapters_pb2.UploadAdapterRequest],
+        requests: AsyncIterator[adapters_pb2.UploadAdapterRequest],
         place: Place,
     ) -> None:
-        while (message := await place.waits(anext(messages, None))) is not None:
+        while (message := await place.waits(anext(requests, None))) is not None:
             if message.WhichOneof("part") != "chunk":
                 raise InvalidArgumentError("after an upload's header come chunks only")
             chunk = message.chunk

@@ -20,8 +20,8 @@ from lorastack.errors import (
     ResourceExhaustedError,
 )
 from lorastack.request import HeadsUse, LoraUse
-from lorastack.service.served import ServedModel
-from lorastack.service.templates import OwnTemplates
+from lorastack.service.calls.served import ServedModel
+from lorastack.service.calls.templates import OwnTemplates
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from urllib.parse import unquote
 
 from lorastack.config import KIB
 from lorastack.errors import AbortedError, Reason, ResourceExhaustedError
-from lorastack.service.status import Context
+from lorastack.service.edge.status import Context
 
 STALLED = 10.0  # seconds of waiting for PACE bytes, after which a transfer makes way for a new one
 PACE = 64 * KIB

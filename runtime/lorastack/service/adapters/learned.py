@@ -8,7 +8,7 @@ from concurrent.futures import Executor
 
 from lorastack.adapters.store.learned import Learned
 from lorastack.engine.engine import Engine
-from lorastack.service.threads import run_in
+from lorastack.service.edge.threads import run_in
 
 SAVE_SECONDS = 60.0  # between two saves
 

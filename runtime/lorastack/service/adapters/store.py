@@ -16,9 +16,9 @@ from lorastack.adapters.store.registry import Pruned, Registry
 from lorastack.adapters.store.upload import Upload
 from lorastack.engine.engine import Engine
 from lorastack.errors import DataLossError, LorastackError, NotFoundError
-from lorastack.service.catalogue import Catalogue
-from lorastack.service.dispatch import Dispatcher
-from lorastack.service.threads import run_in
+from lorastack.service.calls.catalogue import Catalogue
+from lorastack.service.calls.dispatch import Dispatcher
+from lorastack.service.edge.threads import run_in
 
 REFRESH_SECONDS = 2.0  # how old a read-only store's view may be
 

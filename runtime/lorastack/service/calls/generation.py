@@ -7,13 +7,14 @@ import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
 
-from lorastack.service import convert, limits
-from lorastack.service.catalogue import Catalogue
-from lorastack.service.dispatch import Dispatcher
-from lorastack.service.intake import Intake
-from lorastack.service.metrics import RequestMetrics
-from lorastack.service.served import ServedModel
-from lorastack.service.status import CallGuard, Context, Notes, new_request_id
+from lorastack.service.calls import convert
+from lorastack.service.calls.catalogue import Catalogue
+from lorastack.service.calls.dispatch import Dispatcher
+from lorastack.service.calls.intake import Intake
+from lorastack.service.calls.served import ServedModel
+from lorastack.service.edge import limits
+from lorastack.service.edge.status import CallGuard, Context, Notes, new_request_id
+from lorastack.service.watch.metrics import RequestMetrics
 from lorastack.v1 import generation_pb2, generation_pb2_grpc
 
 LONGEST_DEADLINE = 366 * 86_400.0  # seconds; a later one counts as none

@@ -18,7 +18,7 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
 from lorastack.errors import InvalidArgumentError, Reason
-from lorastack.service.limits import Lengths, too_long
+from lorastack.service.edge.limits import Lengths, too_long
 
 MAX_RECORDS = 8192  # fields and entries of lists in one message, a packed list counting as one
 MAX_SINGLE = 128  # of these, fields outside lists, which a message has once, and unknown ones

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from lorastack.service.status import Context
+from lorastack.service.edge.status import Context
 
 Status = int  # of health_pb2.HealthCheckResponse.ServingStatus
 UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN

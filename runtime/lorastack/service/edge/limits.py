@@ -3,7 +3,7 @@
 Documented caps: 63 drafted tokens a step, 20 top logprobs, 16 LoRAs, 16 stop sequences of 256
 characters, 1,024 stop token ids, 1,024 biased ids, 1,024 chat messages, repetition_penalty 0.01 to
 100, LoRA scales of up to a million either way. Lengths come first: they are checked in the bytes
-(`service.wire`), and again before a list is read.
+(`service.edge.wire`), and again before a list is read.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from typing import Protocol
 
 from lorastack.errors import InvalidArgumentError, Reason, ResourceExhaustedError
 from lorastack.request import Request, RowEvent
-from lorastack.service.readers import WaitingReaders
+from lorastack.service.calls.readers import WaitingReaders
 
 logger = logging.getLogger(__name__)
 

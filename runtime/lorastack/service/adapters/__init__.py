@@ -1,0 +1,1 @@
+"""The AdapterService: uploads, downloads, pulls and every change of the store."""

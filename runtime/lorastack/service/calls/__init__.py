@@ -1,0 +1,1 @@
+"""Generation: from a message to a Request, and from events to responses."""

@@ -1,0 +1,1 @@
+"""The door: what every call and connection passes, whatever it asks for."""
