@@ -21,7 +21,7 @@ _SIZE = re.compile(r"(?P<number>[0-9]{1,20}(\.[0-9]{1,20})?)(?P<unit>[KMGT]iB|B|
 class ModelConfig:
     """model: folder or hub id; None: the embedded default. dtype: auto, or torch's name of a dtype.
 
-    backend: auto, torch or native. quantize: int8 or int4, to store the base model's weights in.
+    backend: auto, torch or native. quantize: int8 or int4 for the base model's weights, or None.
     """
 
     model: str | None = None
@@ -41,10 +41,10 @@ class EngineConfig:
     page_size: int = 16  # tokens
     max_rows: int = 32  # running at once
     max_queue: int = 256  # waiting
-    # Filled with the last token of each row that decodes, then prompts (see engine.pace), then
-    # drafts. Rows that decode always run, and one token of a prompt with them.
+    # Tokens of a step: the last one of each row that decodes, then prompts (see engine.pace), then
+    # nodes. Rows that decode always run, and one token of a prompt with them.
     max_step_tokens: int = 256
-    max_nodes: int = 63  # drafted tokens of a row in a step at most, unless the request says
+    max_nodes: int = 63  # drafted tokens of a row in a step at most; a request may say otherwise
     max_buffered_events: int = 64  # a slow reader's unread events before its row parks
     max_parked: int = 256  # replies that may wait for readers; then the one that waits longest ends
     reader_timeout: float = 60.0  # seconds for which a reader may take nothing
@@ -83,7 +83,7 @@ class ServiceConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
-    """The whole, for the CLI."""
+    """All that the CLI decides about one server."""
 
     adapters: AdapterConfig
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -1,8 +1,7 @@
 """Shapes of the base model and the layout of an adapter's buffer. No torch here.
 
 An adapter on a device is ONE flat buffer; `AdapterLayout` says where each tensor lies in it.
-Tensor names carry shape suffixes from one legend: T step tokens, B rows, X selected rows, N tree
-nodes, H hidden, V vocabulary, K heads, L blocks, R rank, D head dimension, I inputs, O outputs.
+Tensor names end in the letters of their shape, see docs/architecture.md ("Words").
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ LAYER_TARGETS: tuple[str, ...] = tuple(target for group in GROUPS for target in 
 EMBED = "embed_tokens"
 LM_HEAD = "lm_head"
 HEADS = "heads"
-MAX_RANK = 64  # candidates that a tree may ask of one head
+MAX_RANK = 64  # the most tokens that one head may propose
 MAX_DRAFT_VOCABULARY = 16384  # tokens of a vocabulary that heads bring themselves
 NO_LAYER = -1  # the `layer` of embed_tokens and lm_head; for heads see `head_block`
 
@@ -49,10 +48,12 @@ class AdapterKind(StrEnum):
 
     @property
     def has_lora(self) -> bool:
+        """True if a row may name it in its stack."""
         return self is not AdapterKind.MEDUSA
 
     @property
     def has_heads(self) -> bool:
+        """True if a row may use its Medusa heads."""
         return self is not AdapterKind.LORA
 
 
@@ -121,4 +122,5 @@ class AdapterLayout:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the whole buffer."""
         return self.num_elements * self.itemsize

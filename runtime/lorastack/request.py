@@ -42,13 +42,14 @@ class SamplingParams:
     min_p: float = 0.0
     typical_p: float = 1.0
     repetition_penalty: float = 1.0  # over prompt and output
-    frequency_penalty: float = 0.0  # this and the next over the output alone
-    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0  # over the output alone, times the number of uses
+    presence_penalty: float = 0.0  # over the output alone
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what its logit gains), ids distinct
     seed: int = 0
 
     @property
     def greedy(self) -> bool:
+        """True if the best token is taken and nothing is drawn."""
         return self.temperature == 0.0
 
 
@@ -73,7 +74,7 @@ class TypicalAcceptance:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpeculationParams:
-    """enabled False: Mode OFF. max_nodes None: the engine chooses. typical None: exact."""
+    """enabled False: no drafts. max_nodes None: the engine's own limit. typical None: exact."""
 
     enabled: bool = True
     max_nodes: int | None = None
@@ -81,7 +82,7 @@ class SpeculationParams:
 
 
 class Matcher(Protocol):
-    """Where one row stands in its grammar. For one thread.
+    """Where one row stands in its grammar. Not thread-safe.
 
     It stands behind the committed tokens and the path that was last sought. Whatever `mask` allows
     may be sought or committed; end tokens are allowed for ever once one was taken.
@@ -139,7 +140,7 @@ class Request:
 
     @property
     def typical(self) -> TypicalAcceptance | None:
-        """Its rule of acceptance; None: the exact one, as always at temperature 0."""
+        """The typical acceptance that it asks for; None: exact, as always at temperature 0."""
         return None if self.sampling.greedy else self.speculation.typical
 
 
@@ -184,7 +185,7 @@ class GeneratedToken:
 class SpeculationStats:
     """Counts over a row's decode steps (the step that finishes the prompt is not one).
 
-    drafted, accepted: tokens by source. accepted_by_head: those that came from heads.
+    drafted, accepted: tokens by source. accepted_by_head: those of each head, from head 0 on.
     """
 
     steps: int = 0
@@ -195,7 +196,7 @@ class SpeculationStats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timings:
-    """Seconds. time_to_first_token and total count from submission."""
+    """Seconds since submission; adapter_wait: of all waits for adapters together."""
 
     queue: float
     adapter_wait: float
@@ -228,4 +229,5 @@ class RowEvent:
 
     @property
     def last(self) -> bool:
+        """True if no event of the row follows."""
         return self.final is not None or self.error is not None

@@ -65,6 +65,7 @@ class Batch:
 
     @property
     def prompt_tokens(self) -> int:
+        """Tokens of the step that belong to rows that do not decode."""
         return sum(len(step.token_ids) for step in self.steps if not step.decodes)
 
 

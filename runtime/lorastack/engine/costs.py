@@ -15,8 +15,8 @@ from lorastack.speculation.tree import Tree
 # Matrices are multiplied 16 rows at a time: the 17th token costs more than the 16th, and at 64
 # rows the first node costs 7% of a step.
 STEP_TOKENS = (1, 4, 8, 16, 17, 32, 33, 48, 49, 64, 65, 80, 96)
-_ROUNDS, _SECONDS = 3, 2.0  # of all sizes; after so long no further one
-# A first guess, in steps of one token: the heads of one row, and of each further row.
+_ROUNDS, _SECONDS = 3, 2.0  # rounds over all sizes; seconds after which no further one begins
+# First guesses, in times of a one-token step: the heads of one row; those of each further row.
 _HEADS_FIRST, _HEADS_MORE = 0.15, 0.03
 
 

@@ -30,7 +30,7 @@ class Engine:
 
     on_events gets each step's events in one call, from the step thread; it must not block.
     on_failure is called once, from the step thread, when the loop cannot go on: every request has
-    ended by then and the process should exit.
+    ended by then and the process should exit. calibrations: by heads digest, from an earlier run.
     """
 
     def __init__(
@@ -71,6 +71,7 @@ class Engine:
         self._thread = threading.Thread(target=self._loop.run, name="lorastack-step", daemon=True)
 
     def start(self) -> None:
+        """Start the step thread. Requests may be submitted before."""
         self._thread.start()
 
     # -- requests ---------------------------------------------------------------------------------
@@ -110,6 +111,7 @@ class Engine:
         self._set(request_id, parked=True)
 
     def resume(self, request_id: str) -> None:
+        """Its reader has caught up: the row takes steps again."""
         self._set(request_id, parked=False)
 
     def _set(self, request_id: str, **flags: bool) -> None:
@@ -124,15 +126,15 @@ class Engine:
     # -- adapters ---------------------------------------------------------------------------------
 
     def load(self, digest: str, pin: bool) -> Future[None]:
-        """Brings an adapter to the device, and keeps it there if `pin`; done when it is there.
+        """Bring an adapter to the device, and keep it there if `pin`; done when it is there.
 
-        The future ends with what its load ended with, FailedPreconditionError ADAPTER_TOO_LARGE,
-        or ResourceExhaustedError DEVICE_MEMORY_PINNED (metadata digests: those that hold the room).
+        The future's error: what loading raised, FailedPreconditionError ADAPTER_TOO_LARGE, or
+        ResourceExhaustedError DEVICE_MEMORY_PINNED (metadata digests: those that hold the room).
         """
         return self._order(lambda future: self._loop.residency.load(digest, pin, future))
 
     def unload(self, digest: str) -> Future[None]:
-        """Unpins an adapter; done when no row uses it and its copies in memory are gone."""
+        """Unpin an adapter; done when no row uses it and its copies in memory are gone."""
         return self._order(lambda future: self._loop.residency.unload(digest, future))
 
     def forget(self, digest: str) -> None:
@@ -144,13 +146,13 @@ class Engine:
         self._inbox.post(lambda: self._loop.residency.forget(digest))
 
     def wake(self) -> None:
-        """Something the loop waits for may have happened (an adapter was loaded)."""
+        """Tell the loop that what it waits for may have happened: an adapter was loaded."""
         self._inbox.wake()
 
     def learned(self) -> Future[dict[str, Calibration]]:
-        """Copies of what has changed since the last call, by heads digest; see `build_engine`.
+        """Copies of the calibrations that changed since the last call, by heads digest.
 
-        After `close` they are there at once.
+        After `close` the future is done at once.
         """
         future: Future[dict[str, Calibration]] = Future()
 
@@ -174,6 +176,7 @@ class Engine:
 
     @property
     def num_steps(self) -> int:
+        """Steps since the start, failed ones included."""
         return self._loop.num_steps
 
     @property

@@ -1,4 +1,4 @@
-"""Between the step thread and all others: commands one way, what the last step left the other."""
+"""Between the step thread and all others: commands one way, the last step's state the other."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Command(NamedTuple):
     future: Future[Any] | None = None
 
     def carry_out(self) -> None:
-        """What it raises is logged and goes no further."""
+        """Make the call. What it raises is logged and goes no further."""
         try:
             self.call()
         except Exception as error:
@@ -54,7 +54,7 @@ class EngineState:
 class Inbox:
     """Thread-safe. One lock guards commands and state, so that every request is counted once.
 
-    Until a step takes it in it counts as submitted, afterwards as part of the state.
+    A request counts as submitted until the step thread adds it, then as part of the state.
     """
 
     def __init__(self, max_queue: int) -> None:
@@ -103,6 +103,7 @@ class Inbox:
 
     @property
     def closed(self) -> bool:
+        """True once `close` was called."""
         return self._closed
 
     @property
@@ -149,6 +150,7 @@ class Inbox:
             self._state = look()
 
     def publish(self, state: EngineState) -> None:
+        """Replace the state that other threads read, and wake those that wait for it to change."""
         with self._changed:
             self._state = state
             self._changed.notify_all()

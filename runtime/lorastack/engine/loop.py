@@ -1,4 +1,4 @@
-"""The step loop: commands, one step, its results, until it is told to stop. Step thread only."""
+"""The step loop: takes commands and runs steps until it is told to stop. Step thread only."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class StepLoop:
                 self._on_failure(error)
 
     def step(self) -> None:
-        """Commands, loaded adapters, a batch, operators' orders, events; a rest if no row ran."""
+        """Take commands and loaded adapters, run a batch, do orders, send events; rest if idle."""
         self._inbox.carry_out(self._state)
         self._pool.poll()
         batch = self._scheduler.schedule()

@@ -8,7 +8,7 @@ small pieces take longer, and what spares one row would hold up many.
 
 from __future__ import annotations
 
-STRETCH = 1.5  # times a step without a prompt; with the clock's noise less than twice
+STRETCH = 1.5  # times a step without a prompt; a noisy clock does not make it twice
 MOST_STRETCH = 3.0  # however many rows wait
 MIN_TOKENS = 16  # prompt tokens that a step takes at least, where there is room
 _WEIGHT = 0.2  # of the newest step
@@ -16,7 +16,10 @@ _FULL_WEIGHT_TOKENS = 32  # a step of fewer prompt tokens says less about the pr
 
 
 class Pace:
-    """Not thread-safe. max_tokens: of any step, those of decoding rows included."""
+    """Learns what steps cost and budgets prompt tokens. Not thread-safe.
+
+    max_tokens: of any step, those of decoding rows included.
+    """
 
     def __init__(self, max_tokens: int) -> None:
         self._max_tokens = max_tokens

@@ -55,9 +55,11 @@ class Pages:
 
     @property
     def num_held(self) -> int:
+        """Pages that rows hold, shared ones once."""
         return self.num_pages - self.num_available
 
     def pages_for(self, num_tokens: int) -> int:
+        """How many pages `num_tokens` tokens take."""
         return -(-num_tokens // self.page_size)
 
     def allocate(self, count: int) -> list[int] | None:

@@ -1,4 +1,4 @@
-"""What each row's heads propose for its next step."""
+"""What each row's heads propose for its next step. Y in shapes: all (row, head) pairs."""
 
 from __future__ import annotations
 

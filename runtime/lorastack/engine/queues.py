@@ -33,7 +33,7 @@ class RowQueues:
         return next((row for row in self if row.request.request_id == request_id), None)
 
     def uses(self, digest: str) -> bool:
-        """True if any row is to run with this adapter."""
+        """True if any row, running or waiting, uses this adapter."""
         return any(row.uses(digest) for row in self)
 
     @property
@@ -73,9 +73,9 @@ class RowQueues:
         return True
 
     def make_room(self, row: Row, num_slots: int) -> bool:
-        """Pages for `num_slots` tokens, taken from later rows if need be; False: it had to yield.
+        """Pages for `num_slots` tokens, taken from later rows if need be; False: it was preempted.
 
-        Rows are planned from the oldest, so that a victim, parked or younger, has no step planned.
+        Rows are planned from the oldest on, so a victim, parked or younger, has no step planned.
         """
         while not self.grow(row, num_slots):
             victim = self.running[-1]

@@ -42,7 +42,7 @@ class Residency:
         self._leaving: dict[str, _Leaving] = {}
 
     def load(self, digest: str, pin: bool, future: Future[None]) -> None:
-        """future: done when the adapter is on the device, or has the error. Undoes `unload`."""
+        """future: done when it is on the device, or has the error. Undoes `unload` and `forget`."""
         self._loads.append((digest, pin, future))
         if leaving := self._leaving.pop(digest, None):
             _finish(leaving)

@@ -89,6 +89,7 @@ class Row:
 
     @property
     def kv_root(self) -> bytes:
+        """The hash that the chain of its pages starts from, see `engine.pages`."""
         return root_hash(self.request.loras, self.rope_length)
 
     def uses(self, digest: str) -> bool:
@@ -128,10 +129,12 @@ class Row:
             self.lookup.push(token)
 
     def wait_for_adapters(self, now: float) -> None:
+        """Begin to count `adapter_wait`, if it is not counted already."""
         if self.adapter_wait_start is None:
             self.adapter_wait_start = now
 
     def got_adapters(self, now: float) -> None:
+        """End what `wait_for_adapters` began."""
         if self.adapter_wait_start is not None:
             self.adapter_wait += now - self.adapter_wait_start
             self.adapter_wait_start = None
@@ -208,7 +211,7 @@ class Row:
     def count_step(self, drafted: Sequence[TokenSource]) -> None:
         """Count a decode step. drafted: the sources of its tree's nodes, the root left out.
 
-        A step that reads a prompt's last token alone may draft, but makes the first token.
+        The step that makes the first token is no decode step, although it may draft as well.
         """
         self.stats.steps += self.num_generated > 0
         self.stats.drafted.update(drafted)

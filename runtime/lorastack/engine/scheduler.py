@@ -71,6 +71,7 @@ class Scheduler:
     # -- requests in, events out ------------------------------------------------------------------
 
     def add(self, row: Row) -> None:
+        """Put a new row at the end of the queue."""
         self.rows.waiting.append(row)
 
     def take_events(self) -> list[RowEvent]:

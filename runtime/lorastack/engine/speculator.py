@@ -1,6 +1,6 @@
-"""Each row's tree for a step, whose heads run for the next one, and what both teach.
+"""Decides each row's tree and which rows' heads run, and learns from what is sampled.
 
-Trees never change a token, so all that is decided and learnt here moves only speed.
+Trees never change a token, so nothing that is decided or learnt here changes more than speed.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from lorastack.speculation.lookup import NOWHERE
 from lorastack.speculation.tree import Tree
 
 MAX_CHAIN = 16  # tokens of a chain from prompt lookup or a grammar
-# Every so many steps, heads run and trees are verified that do not pay: what is known of their
-# worth and cost may be wrong, or have changed.
+# Every so many steps, heads run and trees are verified although they do not pay: what is known of
+# their worth and cost may be wrong, or have changed.
 PROBE_STEPS = 32
 MAX_PAUSE = 16  # steps in a row without trees, once none has paid for long
 WITHOUT_HEADS = ""  # the key, in place of a heads digest, of what rows without heads teach
@@ -43,7 +43,7 @@ class Speculator:
         self._num_steps = 0
         self._pause = self._pause_left = 0  # steps without trees, see `trees`
         self._idle: set[Row] = set()  # rows whose heads do not run in this step
-        self._dull: set[str] = set()  # heads digests that run for no row
+        self._dull: set[str] = set()  # digests of heads that run for no row
 
     def max_nodes(self, row: Row) -> int:
         """Nodes that the row's tree may have beside its root; 0: its request turns drafting off."""
@@ -53,7 +53,7 @@ class Speculator:
         return self._max_nodes if speculation.max_nodes is None else speculation.max_nodes
 
     def choose_heads(self, rows: Sequence[Row]) -> None:
-        """Decides for which of the decoding rows running their heads pays in the step at hand."""
+        """Decide which of the decoding rows' heads run in the step at hand: those that pay."""
         drafting = [row for row in rows if self._has_heads(row)]
         known = [self._calibration(row) for row in drafting]
         worths = [calibration.mean_worths for calibration in known]
@@ -113,7 +113,7 @@ class Speculator:
         return trees
 
     def learn(self, row: Row, result: RowResult) -> None:
-        """Compares the step's samples with what the row's heads and lookup said."""
+        """Compare the step's samples with what the row's heads and lookup said."""
         if row.proposal is None and not row.continuation.tokens:
             return
         calibration = self._calibration(row)

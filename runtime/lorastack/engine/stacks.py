@@ -19,6 +19,7 @@ class Stacks:
         self._views: WeakKeyDictionary[DeviceAdapter, LoraWeights] = WeakKeyDictionary()
 
     def weights(self, adapter: DeviceAdapter) -> LoraWeights:
+        """The adapter's LoRA, views of its buffer."""
         if adapter not in self._views:
             self._views[adapter] = LoraWeights.from_buffer(adapter.buffer, adapter.layout)
         return self._views[adapter]

@@ -3,14 +3,14 @@
 Contract. Rows are taken in groups that share their heads; with K heads of L blocks
 
     r_k = x, then L times r_k + SiLU(W_lk r_k + b_lk)          `states`, [sum of rows x K, H]
-    candidates of (row, k) = the best of output_k r_k          `propose`, [sum of rows x K, num]
+    tokens of (row, k) = the best of output_k r_k              `propose`, [sum of rows x K, num]
 
 ordered by (row, head), group after group. Groups may be empty and differ in heads, blocks and
 outputs; a group's output is one matrix [N, H] for all its heads or one a head, [K, N, H], and its
 row n stands for token ids_N[n] (n itself without ids). r is rounded to its dtype after each block;
 all sums are float32.
 
-Candidates are int64, best first, ties to the lowest place; NaN counts as minus infinity. Where a
+Tokens are int64 ids, best first, ties to the lowest place; NaN counts as minus infinity. Where a
 head has fewer than `num` outputs, its best stands for what is missing. Beside them are their
 natural log-probabilities, float32, over all of that head's outputs: NaN where any of its logits in
 that row is not finite. `top` gives the same of rows of logits [X, V].

@@ -21,13 +21,13 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 MAX_HEADER = 100 << 20  # bytes, the limit of the safetensors library
-FINGERPRINT_BYTES = 4096  # that are read at either end of a tensor
+FINGERPRINT_BYTES = 4096  # of either end of a tensor, for the digest
 PIECE = 4 << 20  # bytes that are read and converted at once: they stay in the caches
 AHEAD = 256 << 20  # bytes that the system is asked to read while those before are worked on
 
 
 class Checkpoint:
-    """tensors: by name; nbytes: of all of them, as stored.
+    """An opened checkpoint. tensors: by name; nbytes: of all of them, as stored.
 
     Raises InvalidArgumentError when files are missing or lie about themselves.
     """

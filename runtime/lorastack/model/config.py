@@ -50,11 +50,11 @@ HEADS_PREFIX, HEADS_FIELD = "medusa_", "medusa_num_heads"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderConfig:
-    """shapes.max_context is the limit in force. window: tokens, None for full attention.
+    """A decoder without its weights. shapes.max_context is the limit in force.
 
-    inv_freq: RoPE frequencies, float32 [D / 2]; with dynamic_rope_begin [max_context, D / 2], where
-    row n - 1 is for a text of n tokens and differs from the one before beyond dynamic_rope_begin
-    tokens. rope_scale multiplies cos and sin (YaRN's).
+    window: tokens, None for full attention. inv_freq: RoPE frequencies, float32 [D / 2]; with
+    dynamic_rope_begin [max_context, D / 2], where row n - 1 is for a text of n tokens and differs
+    from the one before beyond dynamic_rope_begin tokens. rope_scale: multiplies cos and sin (YaRN).
     context_limit: tokens that the model was made for. medusa: what config.json says of Medusa heads
     beside the backbone, by its field names.
     """
@@ -72,6 +72,7 @@ class DecoderConfig:
 
     @property
     def has_heads(self) -> bool:
+        """True if heads lie beside the backbone."""
         return HEADS_FIELD in self.medusa
 
 

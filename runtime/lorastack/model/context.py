@@ -21,7 +21,7 @@ class SampledTree:
     """A row whose tokens are the model's own, accepted by the match rule (`speculation.accept`).
 
     first_output: its root's place in the step's outputs; the other nodes follow in their order.
-    token_index: of the generated token that the sample at the root makes.
+    token_index: the place in the row's output of the token that is sampled at the root.
     """
 
     tree: Tree  # the root alone where nothing is drafted

@@ -137,6 +137,7 @@ def _dynamic(config: Any, max_context: int, exponent_F: Tensor) -> Tensor:
 
 
 def unsupported(what: str, supported: str) -> InvalidArgumentError:
+    """The error for `what` a model has and this decoder lacks. supported: what it has."""
     return InvalidArgumentError(
         f"{what} is not supported: use a model with {supported}", reason=Reason.UNSUPPORTED_MODEL
     )

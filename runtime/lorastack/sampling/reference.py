@@ -13,7 +13,7 @@ from lorastack.request import SamplingParams
 def processed(
     logits: Sequence[float], params: SamplingParams, prompt: Sequence[int], output: Sequence[int]
 ) -> list[float]:
-    """What `Processor.apply` gives behind these tokens, without a grammar."""
+    """What `Processor.apply` gives for the token after these, without a grammar."""
     biases, counts, seen = dict(params.logit_bias), Counter(output), {*prompt, *output}
     results = []
     for token, logit in enumerate(logits):

@@ -1,6 +1,6 @@
 """Logits and parameters to tokens, on the host.
 
-First what `sampling.processors` makes of the logits. Then filters in the order of transformers:
+`sampling.processors` changes the logits first. Then filters work in the order of transformers:
 temperature, top_k, top_p, min_p, typical_p; `kernels.sample` says exactly what they keep, and how
 one of the tokens that they leave is drawn.
 """

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from lorastack.request import TypicalAcceptance
 from lorastack.speculation.tree import Tree
 
-# (row, node, depth) triples. depth: the number of nodes accepted before, by which the index of the
-# token sampled here exceeds that of the row's first.
+# (row, node, depth) triples. depth: 0 at the root, so it also counts the tokens that the row gains
+# in this step before the one that is sampled here.
 Nodes = Sequence[tuple[int, int, int]]
 # Nodes -> the token sampled at each.
 SampleAt = Callable[[Nodes], Sequence[int]]

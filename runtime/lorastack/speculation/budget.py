@@ -27,9 +27,9 @@ def allot(
 
     No more than `max_nodes` together.
 
-    worths: per row, its candidates', non-increasing; where they end is the row's cap. They are read
-    hardly further than it takes to know. fixed_tokens: the step's without any node. num_rows: rows
-    that get a token of their own, with candidates or without. Ties go to fewer nodes.
+    worths: of each row's candidates, non-increasing; where they end is the row's cap. Few more are
+    read than get a node. fixed_tokens: the step's without any node. num_rows: rows that get a token
+    of their own, with candidates or without. Ties go to fewer nodes.
     """
     iterators = [iter(of_row) for of_row in worths]
     nodes = [(-next(left, 0.0), row) for row, left in enumerate(iterators)]
@@ -66,9 +66,9 @@ def pays(
 ) -> list[bool]:
     """True for the rows whose heads should run, to make the most tokens a second.
 
-    worths: per row with heads, the mean worths of its best nodes, best first. heads_cost: seconds
-    over the number of rows whose heads run. The rest is as in `allot`. Rows are taken in order of
-    what their nodes add, less what these cost at the rate without heads.
+    worths: of each row with heads, the mean worths of its best nodes, best first. heads_cost:
+    seconds over the number of rows whose heads run. The rest is as in `allot`. Rows are taken in
+    order of what their nodes add, less what these cost at the rate without heads.
     """
     counts = allot(worths, fixed_tokens, num_rows, cost, max_nodes)
     alone = cost.seconds(fixed_tokens)

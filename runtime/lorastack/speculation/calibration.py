@@ -24,9 +24,9 @@ _MAX_HEADS = 64  # deeper ones count as the last
 _NUM_BINS = 8  # a bin is as wide as one natural logarithm
 _MATCHES = (2, 3, 4, 6, 10, 16)  # matches are told apart by the greatest of these they reach
 _MAX_DEPTH = 4  # looked-up tokens that are told apart; deeper ones count as the last
-_PRIOR = 8.0  # weight of the default, in expected acceptances; a cell starts with it,
-_PRIOR_SEEN = 50.0  # or with so many candidates, if these are fewer acceptances: unsure heads learn
-_MEMORY = 400.0  # expected acceptances after which an old one counts as a third
+_PRIOR = 8.0  # weight of the default that a cell starts with, in expected acceptances at most
+_PRIOR_SEEN = 50.0  # the same in candidates at most, so that unlikely ones are learnt soon too
+_MEMORY = 400.0  # expected acceptances after which an old one counts a third
 _WORTH_WEIGHT = 0.02  # of the newest proposal
 _FAMILIAR = 1 - (1 - _WORTH_WEIGHT) ** 64  # the weight of 64 proposals
 _SURE = 0.99  # the greatest probability of anything
@@ -34,7 +34,7 @@ _LEAST = 1e-3  # expected acceptances of any cell
 
 # What a cell says that has seen nothing: measured with heads on held-out text of their domain.
 _DEFAULT_RATIO = 0.9
-# The same of prompt lookup, by match: its first token, and each that follows.
+# The same for prompt lookup, by _MATCHES: of its first token, and of each that follows.
 _LOOKUP_FIRST = (0.30, 0.45, 0.55, 0.65, 0.75, 0.85)
 _LOOKUP_NEXT = (0.55, 0.65, 0.70, 0.80, 0.85, 0.90)
 

@@ -63,7 +63,7 @@ class Candidates:
         max_nodes: int,
         max_depth: int,
     ) -> None:
-        """As `grow`."""
+        """The arguments of `grow`."""
         self._more = grow(proposal, chains, calibration, max_nodes, max_depth)
         self.nodes: list[Node] = []  # made so far
 

@@ -39,7 +39,7 @@ def heads_weights(buffer: Tensor, layout: AdapterLayout) -> HeadsWeights:
 
 
 def own_outputs(layout: AdapterLayout) -> bool:
-    """True of version 1 heads, which have an output matrix each."""
+    """True for version 1 heads, which have an output matrix each."""
     return (0, HEADS, Part.OUTPUT) in layout.slots
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 SHORTEST, LONGEST = 2, 4  # tokens of the n-grams that are looked up
-MATCH_CAP = 16  # longer matches than this are not measured
+MATCH_CAP = 16  # tokens; longer matches count as this long
 
 
 class Continuation(NamedTuple):
@@ -49,8 +49,8 @@ class Lookup:
     def find(self, limit: int) -> Continuation:
         """At most `limit` tokens that followed the last ones where they stood before, or NOWHERE.
 
-        Of the last 4, 3 or 2 tokens, the most that stood somewhere before, where they last did; the
-        match's length counts the tokens before them too, up to MATCH_CAP.
+        Looks for the last 4 tokens, else 3, else 2, and takes the latest place where they stood.
+        `match` counts equal tokens before them too, up to MATCH_CAP.
         """
         tokens = self._tokens
         for length in range(min(LONGEST, len(tokens)), SHORTEST - 1, -1):

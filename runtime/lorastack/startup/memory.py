@@ -13,8 +13,8 @@ from lorastack.errors import FailedPreconditionError, Reason
 from lorastack.layout import ModelShapes
 from lorastack.model.kv import page_nbytes
 
-LEAST_KV = 64 * MIB  # no advice suggests less
-MOST_KV = 4 * GIB  # more only where it is asked for
+LEAST_KV = 64 * MIB  # bytes; neither the default nor advice is less
+MOST_KV = 4 * GIB  # bytes; more only where it is asked for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -191,7 +191,7 @@ STRUCTS: tuple[type[Structure], ...] = (
     *(Matrix, Layer, Target, Segment, Row, Model, Step),
     *(LmHead, Heads, Proposal, Sample),
 )
-# A function's result, then its arguments.
+# The types of each function's result and then of its arguments.
 FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "lorastack_scratch_bytes": (c_int64, POINTER(Model), POINTER(Step)),
     "lorastack_forward": (None, POINTER(Model), POINTER(Step)),

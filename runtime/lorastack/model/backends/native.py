@@ -37,7 +37,7 @@ from lorastack.model.kv import KVCache
 from lorastack.model.weights import DecoderWeights, Packing, load_weights
 
 ROWS = 32  # rows that the kernels may read at once
-FIRST_TARGET = (0, *accumulate(map(len, GROUPS)))  # of each group, in LAYER_TARGETS
+FIRST_TARGET = (0, *accumulate(map(len, GROUPS)))  # where each group begins in LAYER_TARGETS
 
 
 def native_isa(

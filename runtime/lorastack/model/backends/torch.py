@@ -117,7 +117,7 @@ class TorchBackend:
         copy_rows(weight_VH.__getitem__, torch.tensor(ids), out_NH)
 
     def _prepare(self, batch: ForwardBatch, kv: KVCache) -> StepMeta:
-        """Index tensors, masks and RoPE factors of a step. Clears pages that begin with it."""
+        """Index tensors, masks and RoPE factors of a step. Clears pages that rows begin to fill."""
         plan = plan_attention(
             batch.rows,
             page_size=kv.page_size,
