@@ -46,8 +46,8 @@ class Proposer:
             rows = [steps[i] for i in chosen]
             ask = self._propose if alone else self._propose_with_lm_head
             hidden_BH = hidden_XH[[last[i] for i in chosen]]
-            candidates = ask(hidden_BH, rows)
-            ids, logprobs = (iter(map(tuple, each_YR.tolist())) for each_YR in candidates)
+            top = ask(hidden_BH, rows)
+            ids, logprobs = (iter(map(tuple, each_YR.tolist())) for each_YR in top)
             for row, (i, step) in enumerate(zip(chosen, rows, strict=True)):
                 num_heads = _heads_of(step).layout.num_heads
                 proposal = Proposal(

@@ -221,8 +221,8 @@ class Scheduler:
         num_samples = sum(plan.samples for plan in plans)
         trees: dict[Row, Tree | None] = {}
         with _advisory():
-            of_rows = self._speculator.trees(decoding, fixed_tokens, num_samples)
-            trees = dict(zip(decoding, of_rows, strict=True))
+            drafted = self._speculator.trees(decoding, fixed_tokens, num_samples)
+            trees = dict(zip(decoding, drafted, strict=True))
         grown = []
         for plan in plans:
             row = plan.row

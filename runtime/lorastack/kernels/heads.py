@@ -143,9 +143,9 @@ def propose_native(
 ) -> TopTokens:
     """See the module. hidden_BH: as in `states_native`; num: 1 to MAX_RANK; every group has an
     output."""
-    candidates = _room(sum(group.num_states for group in groups), num)
-    _native(isa, hidden_BH, groups, candidates)
-    return candidates
+    best = _room(sum(group.num_states for group in groups), num)
+    _native(isa, hidden_BH, groups, best)
+    return best
 
 
 def top_native(logits_XV: Tensor, num: int) -> TopTokens:

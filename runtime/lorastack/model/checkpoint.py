@@ -164,11 +164,11 @@ def _shards(folder: Path, weight_map: object) -> list[Path]:
 
 def _read_header(file: Path) -> dict[str, TensorEntry]:
     """Tensors by name. They may leave gaps, and have dtypes that cannot be read."""
-    shown = str(file)
-    header = read_header(file, shown, max_bytes=MAX_HEADER, parse=parse_object, invalid=invalid)
+    label = str(file)
+    header = read_header(file, label, max_bytes=MAX_HEADER, parse=parse_object, invalid=invalid)
     tensors = {}
     for name, fields in header.tensors.items():
-        entry = tensor_entry(file, shown, name, fields, header.data_start, invalid)
+        entry = tensor_entry(file, label, name, fields, header.data_start, invalid)
         if not entry.offset <= entry.end <= header.file_size:
             raise invalid(f"{file}: {name} does not fit its place; is the file truncated?")
         tensors[name] = entry
