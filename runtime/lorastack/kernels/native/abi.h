@@ -1,4 +1,4 @@
-// What the library is called with and by; library.py mirrors all of it with ctypes.
+// The library's structs and functions; library.py mirrors all of them with ctypes.
 #pragma once
 
 #include <stdint.h>

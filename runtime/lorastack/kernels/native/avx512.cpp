@@ -25,7 +25,7 @@ void run_top(const float* logits, int rows, int columns, int num, int64_t* place
 }
 
 void run_samples(const float* logits, int64_t stride, int columns, const lorastack_sample* samples,
-               int num_samples, int64_t* tokens, int num_threads) {
+                 int num_samples, int64_t* tokens, int num_threads) {
   const int size = std::max(1, std::min(num_threads, num_samples));
 #pragma omp parallel for schedule(dynamic) num_threads(size)
   for (int i = 0; i < num_samples; i++)

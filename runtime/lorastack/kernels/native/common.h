@@ -136,9 +136,7 @@ INLINE Range range_of(int count, int thread, int size) {
   return {(int)((int64_t)count * thread / size), (int)((int64_t)count * (thread + 1) / size)};
 }
 
-// A phase of a step: chunks of work that do not depend on each other. A thread takes those of its
-// own part, then what others have left, and goes on when all are done, whoever did them. A thread
-// that the system has put aside delays the others by the chunk it holds, not by its absence.
+// A counter with a cache line of its own, as threads count at the same time.
 struct alignas(64) Counter {
   volatile int value;
 };
@@ -150,6 +148,11 @@ struct Team {
 
 INLINE int64_t num_counters(int64_t phases, int size) { return phases * (size + 1); }
 
+// One thread of a team, in a step of phases.
+//
+// A phase of a step: chunks of work that do not depend on each other. A thread takes those of its
+// own part, then what others have left, and goes on when all are done, whoever did them. A thread
+// that the system has put aside delays the others by the chunk it holds, not by its absence.
 class Member {
  public:
   Member(const Team& team, int thread) : team_(team), thread_(thread) {}

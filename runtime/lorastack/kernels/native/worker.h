@@ -271,8 +271,9 @@ void forward(const lorastack_model& model, const lorastack_step& step) {
 #pragma omp parallel num_threads(step.num_threads)
   {
     const int thread = omp_get_thread_num();
-    StepWorker<Isa> worker{model, step, buffers, thread,
-                       buffers.parts + (size_t)thread * buffers.max_parts, Member(team, thread)};
+    StepWorker<Isa> worker{
+        model, step, buffers, thread, buffers.parts + (size_t)thread * buffers.max_parts,
+        Member(team, thread)};
     worker.run();
   }
 }
@@ -290,5 +291,5 @@ void forward(const lorastack_model& model, const lorastack_step& step) {
   void run_step(const lorastack_model& model, const lorastack_step& step) {             \
     forward<Isa>(model, step);                                                          \
   }                                                                                     \
-  void run_logits(const lorastack_lm_head& lm_head) { logits<Isa>(lm_head); }      \
+  void run_logits(const lorastack_lm_head& lm_head) { logits<Isa>(lm_head); }           \
   }
