@@ -293,5 +293,5 @@ def _left(limit: int, text: str) -> int:
 
 
 def _stripped(text: str, limit: int) -> str:
-    """Without its first `limit` spaces, or as many as it has."""
+    """The text without its first `limit` spaces, or as many as it has."""
     return text[min(limit, len(text) - len(text.lstrip(" "))) :]
