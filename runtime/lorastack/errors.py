@@ -101,7 +101,7 @@ class FailedPreconditionError(LorastackError):
 
 
 class ResourceExhaustedError(LorastackError):
-    """RESOURCE_EXHAUSTED: try again later, in about `retry_after` seconds."""
+    """RESOURCE_EXHAUSTED: try again in about `retry_after` seconds; None: not known."""
 
     default_reason = Reason.QUEUE_FULL
 
@@ -118,7 +118,7 @@ class ResourceExhaustedError(LorastackError):
 
 
 class DeadlineExceededError(LorastackError):
-    """DEADLINE_EXCEEDED: the caller's deadline passed."""
+    """DEADLINE_EXCEEDED: the caller's deadline passed, or no message came."""
 
     default_reason = Reason.DEADLINE_EXCEEDED
 
@@ -136,7 +136,7 @@ class PermissionDeniedError(LorastackError):
 
 
 class UnavailableError(LorastackError):
-    """UNAVAILABLE: the server drains or starts."""
+    """UNAVAILABLE: the server drains, or the hub or a worker process failed."""
 
     default_reason = Reason.DRAINING
 

@@ -11,7 +11,7 @@ from lorastack.printable import printable
 # Weights, configs, tokenizer files, templates and model cards.
 _KEPT = (".json", ".jinja", ".md", ".safetensors")
 _PICKLES = (".pt", ".bin", ".pth")
-# How names start of files that trainers save beside the weights and an adapter does not need.
+# Prefixes of files that trainers save beside the weights; an adapter does not need them.
 _TRAINER_STATE = (
     *("optimizer", "scheduler", "scaler", "rng_state", "random_states", "training_args"),
     "trainer_state",
@@ -19,7 +19,7 @@ _TRAINER_STATE = (
 _RESULTS = "_results.json"  # train_results.json, all_results.json
 _CONFIG = "adapter_config.json"
 _HEADS = "medusa_lm_head.safetensors"
-_MAX_NAMED = 64  # files that were left out; the others are counted
+_MAX_NAMED = 64  # left-out files that a message names; the rest are counted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +38,7 @@ def choose(names: Iterable[str], where: str, files_in: Callable[[str], Collectio
 
     names: the folder's, inner folders with a slash at the end; where: the folder, for messages;
     files_in: lists an inner folder, so that a refusal can say which hold adapters. Raises
-    InvalidArgumentError without weights that may be sent.
+    InvalidArgumentError if there are no weights that may be sent.
     """
     shown = sorted(names)
     files = [name for name in shown if belongs(name)]

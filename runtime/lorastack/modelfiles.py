@@ -18,7 +18,7 @@ MAX_INT = 2**31 - 1  # for counts, sizes and token ids
 def read_object(path: Path) -> dict[str, Any]:
     """A file's JSON object; empty if there is no such file.
 
-    Raises InvalidArgumentError for a file that cannot be read, is not JSON or no object.
+    Raises InvalidArgumentError for a file that cannot be read or holds no JSON object.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -32,7 +32,7 @@ def read_object(path: Path) -> dict[str, Any]:
 def parse_object(text: str, name: str) -> dict[str, Any]:
     """A text's JSON object; `name` is what errors call the text.
 
-    Raises InvalidArgumentError for what is not JSON or no object.
+    Raises InvalidArgumentError for anything else.
     """
     try:
         value = json.loads(text)
@@ -63,11 +63,12 @@ def token_ids(path: Path, config: Mapping[str, Any], field: str) -> list[int]:
 
 
 def is_int(value: object) -> TypeGuard[int]:
+    """True for an int that is not a bool."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_number(value: object) -> bool:
-    """True for a finite int or float, not for a bool."""
+    """True for a finite float or an int within +-MAX_INT, not for a bool."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return False
     return math.isfinite(value) if isinstance(value, float) else abs(value) <= MAX_INT

@@ -33,6 +33,7 @@ class TensorEntry:
 
     @property
     def end(self) -> int:
+        """Offset of the first byte behind the tensor."""
         return self.offset + self.nbytes
 
 

@@ -174,7 +174,7 @@ def _requests(
 def _made_up(client: Client, num_tokens: int) -> Iterator[GenerateRequest]:
     """Yields prompts of `num_tokens` tokens; each has its own start, so no cached prefix helps."""
     for number in count():
-        text = f"{number}. {' '.join([FILLER] * (num_tokens // 10 + 1))}"  # FILLER has 16 words
+        text = f"{number}. {' '.join([FILLER] * (num_tokens // 10 + 1))}"  # FILLER has 17 words
         ids = client.tokenize(TokenizeRequest(prompt=text))[:num_tokens]
         yield GenerateRequest(token_ids=TokenIds(ids=ids))
 

@@ -53,8 +53,8 @@ def set_input(
     else:
         text = read_text("-", "PROMPT") if prompt == "-" else prompt
         if chat or system:
-            turns = [("system", system)] if system else []
-            request.chat.CopyFrom(_chat([*turns, ("user", text)]))
+            entries = [("system", system)] if system else []
+            request.chat.CopyFrom(_chat([*entries, ("user", text)]))
         else:
             request.prompt = text or ""
 
@@ -90,8 +90,8 @@ def response_format(json_schema: str, regex: str) -> ResponseFormat | None:
 def _conversation(name: str) -> ChatMessages:
     text = read_text(name, "--messages")
     try:
-        turns = json.loads(text)
-        return _chat([(turn["role"], turn["content"]) for turn in turns])
+        entries = json.loads(text)
+        return _chat([(entry["role"], entry["content"]) for entry in entries])
     except (ValueError, TypeError, KeyError, RecursionError):
         raise typer.BadParameter(
             f'{name} is not a JSON list of {{"role": "user", "content": "text"}}',
@@ -99,8 +99,8 @@ def _conversation(name: str) -> ChatMessages:
         ) from None
 
 
-def _chat(turns: Sequence[tuple[str, str | None]]) -> ChatMessages:
-    return ChatMessages(messages=[ChatMessage(role=role, content=text) for role, text in turns])
+def _chat(entries: Sequence[tuple[str, str | None]]) -> ChatMessages:
+    return ChatMessages(messages=[ChatMessage(role=role, content=text) for role, text in entries])
 
 
 def _ids(text: str) -> TokenIds:

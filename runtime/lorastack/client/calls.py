@@ -96,7 +96,7 @@ class Patience:
         """Seconds until the next try, as the server asks (RetryInfo).
 
         Raises the error itself if there is no next try: none is left, the deadline comes first, or
-        the error is not QUEUE_FULL, the only one that passes by itself.
+        the error is not QUEUE_FULL.
         """
         delay = 1.0 if error.retry_after is None else error.retry_after
         left = self.left()

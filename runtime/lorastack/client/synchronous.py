@@ -199,10 +199,10 @@ class Client:
         it counted on, it waits `uploading.RETRY_DELAYS` and goes on from the bytes that arrived.
         if_digest: "": the id must be new; a digest: it must point there; None: replaces. After a
         lost answer it may refuse an upload that has succeeded. accept_base: the config may name
-        another base model. progress: called with (bytes there, bytes in all). left_out: called with
-        the names of files that are not sent: checkpoints, optimizer states and other pickles, logs,
-        hidden files. Raises InvalidArgumentError for a folder without weights that may be sent, and
-        what the server raises.
+        another base model. progress: called with (bytes done, bytes in all) of the files that the
+        server lacks. left_out: called with the names of files that are not sent: optimizer states
+        and other pickles, logs, hidden files. Raises InvalidArgumentError for a folder without
+        weights that may be sent, and what the server raises.
         """
         paths, others = adapter_files(folder)
         if others and left_out is not None:

@@ -31,10 +31,12 @@ class Outcome:
 
     @property
     def ended(self) -> float:
+        """When the last message with tokens came."""
         return self.arrivals[-1][0]
 
     @property
     def tokens(self) -> int:
+        """Tokens of the whole reply."""
         return sum(count for _, count in self.arrivals)
 
     @property

@@ -26,6 +26,7 @@ class FairQueue(Generic[T]):
 
     @property
     def num_waiting(self) -> int:
+        """Calls of `take` that wait for a seat."""
         return sum(map(len, self._waiting.values()))
 
     async def take(self, caller: str) -> T:

@@ -43,7 +43,7 @@ class JobError(Exception):
 
 
 class Pool:
-    """Runs jobs in worker processes, callers in turn. Event loop only.
+    """Runs jobs in worker processes, round robin by caller. Event loop only.
 
     setups: by task, gives what workers are told before its first job; called in a thread.
     """
@@ -68,6 +68,7 @@ class Pool:
 
     @property
     def num_waiting(self) -> int:
+        """Jobs that wait for a worker."""
         return self._queue.num_waiting
 
     @property

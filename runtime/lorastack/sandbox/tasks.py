@@ -1,4 +1,4 @@
-"""The tasks of workers. Each is prepared once in a worker and runs each job in a child of it."""
+"""The tasks of workers. A worker prepares each once, and runs every job of it in a child."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The gRPC edge: validation, statuses, dispatch between asyncio and the step thread."""
+"""The gRPC server: validation, statuses, dispatch between asyncio and the step thread."""

@@ -29,10 +29,10 @@ def build_server(
     progress: StartupProgress = lambda label, done, total: None,
     copy: Copy | None = None,
 ) -> Server:
-    """Loads the model and opens the store. progress: told what takes long, and bytes of it.
+    """Loads the model and opens the store. progress: called with (label, bytes done, bytes in all).
 
     copy: copies adapters to the device; None: the pool's own way. Ports and the store come first,
-    so that what is wrong with them is told before a model loads. Raises the user's errors.
+    so that what is wrong with them is told before a model loads. Raises LorastackError.
     """
     ports = Ports(config.service)
     try:

@@ -1,4 +1,4 @@
-"""What a server says of itself: to the edge, to callers, to metrics, and to whoever started it."""
+"""What a server says of itself: to its calls, to callers, to metrics, and to whoever started it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FEATURES = (
 
 
 def served(loaded: LoadedModel, max_context: int) -> ServedModel:
-    """The edge's view of a loaded model. max_context: in tokens."""
+    """What the service needs of a loaded model. max_context: in tokens."""
     decoder = loaded.decoder
     return ServedModel(
         name=loaded.name,

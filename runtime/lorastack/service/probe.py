@@ -1,4 +1,4 @@
-"""One token through the whole engine, before the server says that it serves."""
+"""Two tokens through the whole engine, before the server says that it serves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a server puts into its store before it serves: heads of its own model, or of the hub."""
+"""What a server puts into its store before it serves: its model's own heads, heads from the hub."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ class Provision:
         self._progress = progress
 
     def store_own_heads(self) -> None:
-        """The heads that a Medusa-2 checkpoint has beside its backbone become the store's default.
+        """Stores the heads that lie beside a Medusa-2 backbone and makes them the default.
 
-        Once: what was uploaded under their id since, or made the default, stays at a restart. Heads
-        that are the default but belong to another base model make way.
+        Only once: a later upload under their id, or another default, survives restarts. A default
+        that belongs to another base model is replaced.
         """
         base = self._model.files
         files = own_heads(base.checkpoint, base.config.medusa, self._model.name)
@@ -58,7 +58,7 @@ class Provision:
             self._registry.set_default_medusa(adapter_id)
 
     def pull_default_heads(self) -> None:
-        """--medusa ORG/NAME: pulled from the hub under that id if the store lacks it.
+        """Pulls the heads of --medusa ORG/NAME from the hub, under that id, if the store lacks it.
 
         Raises NotFoundError if that organisation may not be pulled from, and what a pull raises.
         """
@@ -101,7 +101,7 @@ class Provision:
             return set()
 
     def _serves(self, reference: str) -> bool:
-        """True if it names an adapter for this base model."""
+        """True if `reference` names an adapter for this base model."""
         try:
             manifest = self._registry.resolve(reference).manifest
         except LorastackError:

@@ -132,7 +132,7 @@ class Server:
             raise
 
     async def stop(self, timeout: float) -> None:
-        """NOT_SERVING, new calls UNAVAILABLE; running ones get `timeout` seconds, then the same.
+        """Reports NOT_SERVING and refuses new calls; running ones have `timeout` seconds to end.
 
         May be called again.
         """

@@ -1,1 +1,1 @@
-"""Between text and token ids: tokenizer, chat templates, incremental text, stop sequences."""
+"""Between text and token ids: tokenizer, incremental text, stop sequences, grammars."""

@@ -37,9 +37,11 @@ class Allowance:
 
     @property
     def used_up(self) -> bool:
+        """True if nothing is left, or an answer of any row took too long."""
         return self._left < 0 or self._clock.too_slow
 
     def add(self, num_tokens: int) -> None:
+        """Counts tokens that the row keeps."""
         self._left = min(self._left + num_tokens * SECONDS_PER_TOKEN, MOST_SECONDS)
 
     @contextmanager

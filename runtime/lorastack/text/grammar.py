@@ -172,7 +172,7 @@ def compile_start(
     take_mask: Callable[[LLMatcher], bytes] | None = None,
 ) -> LLMatcher:
     """llguidance's matcher before the first token. num_dropped: spaces that its text loses.
-    take_mask: takes its first mask, which is a check too. Raises InvalidArgumentError."""
+    take_mask: computes its first mask, which is a check too. Raises InvalidArgumentError."""
     # Deferred, as in `Vocabulary`.
     from llguidance import LLMatcher
 
@@ -255,7 +255,7 @@ def _mistake(message: str, wanted: JsonSchema | Regex) -> str:
 
 
 def _own_place(regex: str, place: int) -> int:
-    """The place in the expression that llguidance's rewriting of it has at `place`."""
+    """The place in `regex` that stands at `place` in llguidance's rewriting of it."""
     from llguidance import regex_to_lark
 
     return bisect_left(range(len(regex)), place, key=lambda end: len(regex_to_lark(regex[:end])))

@@ -72,26 +72,26 @@ def joiner_factory(decoder: Mapping[str, Any] | None) -> Callable[[], Joiner]:
     """
     if decoder is None:
         raise _unsupported("none")
-    chain = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
-    kinds = [link["type"] for link in chain]
+    links = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
+    kinds = [link["type"] for link in links]
     if kinds == ["ByteLevel"]:
         return ByteLevelJoiner
     if kinds == ["Metaspace"]:
-        replacements = ((str(chain[0]["replacement"]), " "),)
-        drops_first = chain[0].get("prepend_scheme", "always") != "never"
+        replacements = ((str(links[0]["replacement"]), " "),)
+        drops_first = links[0].get("prepend_scheme", "always") != "never"
         return lambda: SpacesJoiner(replacements, drops_first=drops_first)
-    return _spaces_factory(chain, kinds)
+    return _spaces_factory(links, kinds)
 
 
 def _spaces_factory(
-    chain: Sequence[Mapping[str, Any]], kinds: Sequence[str]
+    links: Sequence[Mapping[str, Any]], kinds: Sequence[str]
 ) -> Callable[[], Joiner]:
     """Replace..., ByteFallback, Fuse, Strip; all but Fuse before a Strip may be missing."""
     if not re.fullmatch(r"(Replace )*(ByteFallback )?(Fuse (Strip )?)?", " ".join((*kinds, ""))):
         raise _unsupported(" ".join(kinds))
     replacements = []
     strip = 0
-    for link in chain:
+    for link in links:
         if link["type"] == "Replace":
             if "String" not in link["pattern"]:
                 raise _unsupported("Replace with a regular expression")
@@ -293,5 +293,5 @@ def _left(limit: int, text: str) -> int:
 
 
 def _stripped(text: str, limit: int) -> str:
-    """Without its first `limit` spaces, or as many as it has."""
+    """The text without its first `limit` spaces, or as many as it has."""
     return text[min(limit, len(text) - len(text.lstrip(" "))) :]

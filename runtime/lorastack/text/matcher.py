@@ -42,7 +42,7 @@ class CompiledGrammar:
 
 
 class RowMatcher:
-    """One row's place; see request.Matcher.
+    """One row's place in its grammar; see request.Matcher.
 
     llguidance stands behind the tokens before the row's first end token: it counts end tokens in
     its own way, so it is not given any.
@@ -110,8 +110,8 @@ class RowMatcher:
     def _ask(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
         """llguidance's answer; None if the grammar is given up, and `error` says why.
 
-        That is when it hits a limit, its own or the vocabulary's, from which it does not recover,
-        or takes more time than the row has.
+        It is given up at a limit from which llguidance does not recover, or when the row has no
+        time left.
         """
         answer, cause = None, ""
         try:

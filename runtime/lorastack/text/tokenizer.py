@@ -112,9 +112,9 @@ class Tokenizer:
 
     @staticmethod
     def load(folder: Path) -> Tokenizer:
-        """Loads a Hugging Face model folder's; downloads nothing and runs none of its code.
+        """Loads a Hugging Face model folder's tokenizer; downloads nothing, runs none of its code.
 
-        Raises InvalidArgumentError if there is none, or none with a fast form.
+        Raises InvalidArgumentError if there is none, or none with a tokenizer.json form.
         """
         # Deferred: the import takes half a second, in which the weights are read. A call, because a
         # statement gives a module that is about to be replaced if another thread is importing it.
@@ -235,6 +235,7 @@ class Tokenizer:
         return self._make_joiner().alone(entry)
 
     def is_special(self, token_id: int) -> bool:
+        """True for special tokens (<s>, ...), which give no text."""
         return token_id in self._special_ids
 
 
@@ -257,7 +258,7 @@ def template_refusal(cause: str) -> str:
 
 
 def _from_files(folder: Path, config: Mapping[str, Any], declared: Mapping[str, Any]) -> Any:
-    """AutoTokenizer's tokenizer. Its imports take a second, so it runs only if it has a choice."""
+    """What AutoTokenizer loads. Its imports take a second: it is left out if it has no choice."""
     from transformers import PreTrainedTokenizerFast
 
     plain = declared.get("tokenizer_class") in PLAIN_CLASSES and "auto_map" not in declared

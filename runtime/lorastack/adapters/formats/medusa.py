@@ -57,6 +57,7 @@ class HeadsPart:
 
 
 def is_heads_tensor(name: str) -> bool:
+    """True if a tensor of this name belongs to Medusa heads."""
     return _TENSOR.fullmatch(name) is not None
 
 

@@ -45,7 +45,7 @@ class ParsedAdapter:
 def parse(
     files: Mapping[str, Path], shapes: ModelShapes, scales: Sequence[float] | None = None
 ) -> ParsedAdapter:
-    """A folder, given as file name -> where its bytes are.
+    """Parses a folder, given as file name -> path of its bytes.
 
     scales: the result of an earlier call for the same files, in the order of (layer, target); with
     them, no pattern is matched and no template read. Raises InvalidArgumentError naming the file,

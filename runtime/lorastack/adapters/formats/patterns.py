@@ -128,7 +128,7 @@ class _Run:
         self._classes: dict[tuple[Any, ...], int] = {}
 
     def image(self, tree: Tree, flags: int, positions: int, *, forward: bool) -> int:
-        """Ends of the matches that start at the positions; backward: starts of those that end."""
+        """Ends of matches that start at the positions; backward: starts of those that end there."""
         for operation, arguments in tree if forward else reversed(tree):
             if not positions:
                 break

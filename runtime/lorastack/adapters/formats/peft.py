@@ -1,6 +1,6 @@
 """PEFT LoRA folders: adapter_config.json and its tensors, honoured whole or refused by name.
 
-Layout and traps: PEFT's save format, `base_model.model.{module}.lora_A.weight [r, in]`,
+Layout: PEFT's save format, `base_model.model.{module}.lora_A.weight [r, in]`,
 `.lora_B.weight [out, r]`; embeddings `.lora_embedding_A [r, V]`, `.lora_embedding_B [H, r]`.
 """
 
@@ -44,6 +44,7 @@ class LoraPart:
 
 
 def is_peft_tensor(name: str) -> bool:
+    """True if a tensor of this name was saved by PEFT."""
     return name.startswith("base_model.")
 
 

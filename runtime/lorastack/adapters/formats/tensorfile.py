@@ -1,4 +1,4 @@
-"""Safetensors files of adapters: whatever lies, or holds values that are not finite, is refused.
+"""Safetensors files of adapters: false headers, and values that are not finite, are refused.
 
 The tensors' bytes must follow each other without gaps or overlaps, up to the file's end. No torch
 here: folders are parsed without it.

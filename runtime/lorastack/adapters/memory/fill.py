@@ -1,8 +1,8 @@
-"""Stored files into an adapter's buffer in one pass: reading, hashing and unpacking overlap.
+"""Reads stored files into an adapter's buffer in one pass: reading, hashing and unpacking overlap.
 
-A few chunks take turns: while the calling thread reads one, two helper threads hash those before it
-and copy their values to their places. Helpers inherit the caller's priority (Linux counts it a
-thread); no step uses OpenMP or holds the GIL for longer than a few calls.
+A few chunks are reused: while the calling thread reads one, two helper threads hash those before it
+and copy their values to their places. Helpers inherit the caller's priority, which Linux keeps per
+thread; nothing here uses OpenMP or holds the GIL for longer than a few calls.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lorastack.adapters.formats.dtypes import DTYPES
 from lorastack.tensorheader import TensorEntry
 
 CHUNK = 4 << 20  # bytes
-CHUNKS = 4
+CHUNKS = 4  # buffers of CHUNK bytes
 GRAIN = 1 << 15  # elements: torch copies more than these at once with its OpenMP threads
 
 Bytes = npt.NDArray[np.uint8]

@@ -110,7 +110,7 @@ class DevicePool:
     # -- for rows ---------------------------------------------------------------------------------
 
     def acquire(self, digests: Sequence[str]) -> tuple[DeviceAdapter, ...] | None:
-        """Pins all of them; or none, returns None and queues for them: ask again after each `poll`.
+        """Pins all of them; else pins none, returns None and queues: ask again after each `poll`.
 
         A digest that is named twice is pinned twice. Raises the LorastackError that a load ended
         with; FailedPreconditionError ADAPTER_TOO_LARGE if they cannot fit together, and
@@ -177,6 +177,7 @@ class DevicePool:
         self._pinned.add(digest)
 
     def unpin(self, digest: str) -> None:
+        """Ends what `pin` began; nothing happens without it."""
         self._pinned.discard(digest)
 
     def drop(self, digest: str) -> bool:
@@ -194,7 +195,7 @@ class DevicePool:
     # -- once a step ------------------------------------------------------------------------------
 
     def poll(self) -> bool:
-        """Takes in what was loaded, makes room for what is waited for; True if anything changed."""
+        """Takes in what was loaded, makes room for those that wait; True if anything changed."""
         now = self._clock()
         changed, arrived = self._pipeline.take_finished()
         for adapter in arrived:
@@ -210,7 +211,7 @@ class DevicePool:
         return changed
 
     def stats(self) -> PoolStats:
-        """Any thread."""
+        """What the pool holds and has counted. Any thread."""
         with self._lock:
             return PoolStats(
                 adapters=tuple(

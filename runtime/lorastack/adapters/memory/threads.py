@@ -22,9 +22,9 @@ _log = logging.getLogger(__name__)
 
 
 def be_nice(niceness: int = BACKGROUND_NICENESS) -> None:
-    """The calling thread yields to the step thread.
+    """Lowers the calling thread's priority, so that it yields to the step thread.
 
-    Linux counts niceness per thread; OpenMP threads started from it inherit it.
+    Linux keeps niceness per thread; OpenMP threads started from it inherit it.
     """
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
 

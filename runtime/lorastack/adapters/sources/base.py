@@ -65,7 +65,7 @@ def check_number(num_files: int, limits: Limits, where: str) -> None:
 def describe(name: str, size: int, pieces: Pieces, alive: Alive) -> FileSpec:
     """The spec of a file by its bytes; all pieces are read.
 
-    Raises InvalidArgumentError if they are not as many as they were a moment ago.
+    Raises InvalidArgumentError if they are not `size` bytes any more.
     """
     sha256, num_read = hashlib.sha256(), 0
     with closing(pieces):

@@ -101,7 +101,7 @@ def open_hub(
     choice = _choose(stored, address.hub_id)
     chosen = [stored[name] for name in choice.files]
     check_limits([_size(file, address) for file in chosen], limits, address.hub_id)
-    # Pinned to the commit: files of two commits are never mixed.
+    # Files of two commits are never mixed.
     commit = HubAddress(
         hub_id=address.hub_id, revision=info.sha or address.revision, token=address.token
     )

@@ -23,6 +23,7 @@ class BlobStore:
         self._held: Counter[str] = Counter()
 
     def path(self, sha256: str) -> Path:
+        """Where a blob is, or would be."""
         return self._folder / sha256
 
     def has(self, spec: FileSpec) -> bool:

@@ -17,7 +17,7 @@ from lorastack.errors import DataLossError, FailedPreconditionError, NotFoundErr
 
 
 class Contents:
-    """tables: replaced after a change, never changed in place, so look-ups wait for nobody.
+    """A store's tables and blobs. tables: replaced, not changed in place: look-ups never wait.
 
     Changes are made within `changing`: first on the disk, durably, then in the tables.
     lock: held during each of them.
@@ -51,6 +51,7 @@ class Contents:
                 raise
 
     def check_writable(self) -> None:
+        """Raises FailedPreconditionError if the store was opened read-only."""
         if self._read_only:
             raise FailedPreconditionError(
                 "this server only reads its store: ask the one that writes it",
@@ -71,7 +72,7 @@ class Contents:
         return self.tables.record(adapter_id, pointer.newest)
 
     def shorten(self, pointers: Mapping[str, Pointer]) -> None:
-        """pointers: by id, those that lost some of their older revisions."""
+        """Stores pointers, by id, that lost some of their older revisions."""
         for pointer in pointers.values():
             self._write_pointer(pointer)
         self.tables = self.tables.with_fewer_revisions(pointers)
@@ -83,6 +84,7 @@ class Contents:
         self.tables = self.tables.without_pointer(adapter_id)
 
     def set_default_medusa(self, reference: str) -> None:
+        """Stores the reference of the default heads; "" for none."""
         write_default(self._root, reference)
         self.tables = self.tables.with_default_medusa(reference)
 
@@ -125,7 +127,7 @@ class Contents:
         return False
 
     def hold(self, reference: str) -> Record:
-        """Resolves a reference; the files stay until `release`, but for another process's deletes.
+        """Resolves a reference; files stay until `release`, unless another process deletes them.
 
         Raises NotFoundError or DataLossError.
         """

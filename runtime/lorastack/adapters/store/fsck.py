@@ -42,7 +42,7 @@ class StagedUpload:
     size_bytes: int
 
 
-NUM_LOOKS = 5  # at tables of a store that changes
+NUM_LOOKS = 5  # times that damaged-looking tables are read again
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

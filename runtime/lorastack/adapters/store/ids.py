@@ -26,6 +26,7 @@ def check_id(adapter_id: str) -> None:
 
 
 def is_digest(text: str) -> bool:
+    """True for "sha256:" and 64 lower-case hex digits."""
     return _DIGEST.fullmatch(text) is not None
 
 

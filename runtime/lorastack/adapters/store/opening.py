@@ -18,7 +18,7 @@ from lorastack.adapters.store.manifest import FORMAT, Manifest, Pointer
 from lorastack.adapters.store.tables import Tables, manifest_name
 from lorastack.errors import FailedPreconditionError, Reason
 
-# Errors that say: something else is there, or on the way there.
+# Errors of a path that is no folder, or leads through what is none.
 _NO_FOLDER = (errno.EEXIST, errno.ENOTDIR, errno.ENOENT, errno.ELOOP, errno.ENAMETOOLONG)
 _DEFAULT_MEDUSA = "default_medusa.json"
 # A folder that changed a moment ago may change again within the same tick of its clock.

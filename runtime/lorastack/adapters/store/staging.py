@@ -122,6 +122,7 @@ class StagingArea:
             return len(old)
 
     def folder(self, key: str) -> Path:
+        """Where an upload's blobs lie, or would."""
         return self._root / key
 
     def reserve(self, key: str, caller: str, num_bytes: int) -> None:
@@ -206,6 +207,7 @@ class Staging:
 
     @property
     def needed(self) -> frozenset[str]:
+        """sha256 of the blobs that must be written."""
         return frozenset(self._needed)
 
     @property
@@ -219,6 +221,7 @@ class Staging:
         return sum(spec.size - self._sizes[spec.sha256] for spec in self._needed.values())
 
     def path(self, sha256: str) -> Path:
+        """Where a blob of this upload is staged."""
         return self._folder / sha256
 
     def write(self, sha256: str, offset: int, data: bytes) -> None:
@@ -266,6 +269,7 @@ class Staging:
                 os.fsync(file.fileno())
 
     def paths(self) -> list[Path]:
+        """The paths of all needed blobs."""
         return [self.path(sha256) for sha256 in self._needed]
 
     def close(self, *, keep: bool) -> None:

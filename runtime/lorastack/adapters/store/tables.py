@@ -25,9 +25,9 @@ _DIGITS = re.compile(rf"[0-9a-f]{{{MIN_DIGITS},64}}")
 class Tables:
     """The store at one moment. Never changed: after a change another one takes its place.
 
-    So look-ups need no lock. Their fields are derived from the others, and carried over where that
-    is cheap: with thousands of adapters, deriving all at every upload would hold the interpreter's
-    lock.
+    So look-ups need no lock. The last three fields are derived from the others, and carried over
+    where that is cheap: with thousands of adapters, deriving them at every upload would hold the
+    interpreter's lock.
     """
 
     pointers: Mapping[str, Pointer]  # by id
@@ -80,7 +80,7 @@ class Tables:
     def starting_with(self, prefix: str) -> list[Record]:
         """The records of `newest` whose id starts with the prefix."""
         first = bisect_left(self.newest, prefix, key=lambda record: record.id)
-        # No id is longer, and none has a character beyond ASCII.
+        # Every character of an id sorts before \x7f.
         last = bisect_left(self.newest, prefix + "\x7f", key=lambda record: record.id)
         return list(self.newest[first:last])
 
@@ -97,7 +97,7 @@ class Tables:
         raise _no_revision(adapter_id, reference)
 
     def find(self, adapter_id: str, start: str) -> Record:
-        """The revision of an id whose digest starts so; start: with or without "sha256:".
+        """The revision of an id whose digest has this start, given with or without "sha256:".
 
         Raises InvalidArgumentError for a start that is too short or fits several, and as `resolve`.
         """
@@ -179,7 +179,7 @@ class Tables:
             )
 
     def with_manifest(self, manifest: Manifest) -> Tables:
-        """manifest: of a new digest, or in the place of an older one."""
+        """With this manifest, of a new digest or in the place of an older one."""
         if self.manifests.get(manifest.digest) == manifest:
             return self
         manifests = {**self.manifests, manifest.digest: manifest}
@@ -195,7 +195,7 @@ class Tables:
         )
 
     def with_pointer(self, pointer: Pointer) -> Tables:
-        """pointer: its newest revision is new or changed, and has a manifest."""
+        """With this pointer, whose newest revision is new or changed, and has a manifest."""
         newest = self.record(pointer.id, pointer.newest)
         pointers = {**self.pointers, pointer.id: pointer}
         blobs = {**self.blobs, **{spec.sha256: spec.size for spec in newest.files}}
@@ -212,6 +212,7 @@ class Tables:
         )
 
     def without_pointer(self, adapter_id: str) -> Tables:
+        """Without this id, whose pointer may be damaged."""
         pointers = {known: p for known, p in self.pointers.items() if known != adapter_id}
         digests = _digests(pointers)
         return replace(
@@ -224,7 +225,7 @@ class Tables:
         )
 
     def with_fewer_revisions(self, shorter: Mapping[str, Pointer]) -> Tables:
-        """shorter: id -> pointer without some of its older revisions."""
+        """With these pointers, by id, that lost some of their older revisions."""
         if not shorter:
             return self
         pointers = {**self.pointers, **shorter}
@@ -245,6 +246,7 @@ class Tables:
         )
 
     def with_default_medusa(self, reference: str) -> Tables:
+        """With this reference of the default heads; "" for none."""
         return replace(self, default_medusa=reference)
 
     def files(self, revision: Revision) -> tuple[FileSpec, ...]:

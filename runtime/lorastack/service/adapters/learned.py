@@ -10,7 +10,7 @@ from lorastack.adapters.store.learned import Learned
 from lorastack.engine.engine import Engine
 from lorastack.service.edge.threads import run_in
 
-SAVE_SECONDS = 60.0  # between two saves
+SAVE_SECONDS = 60.0  # from one save to the next
 
 logger = logging.getLogger(__name__)
 

@@ -255,7 +255,7 @@ def _page_token(last_id: str) -> str:
 
 
 def _page_start(token: str) -> str:
-    """The id that a page follows. Raises InvalidArgumentError for a token not ours."""
+    """The id that a page follows. Raises InvalidArgumentError for a token that is not ours."""
     try:
         return base64.b64decode(token, altchars=b"-_", validate=True).decode()
     except ValueError:

@@ -70,9 +70,9 @@ class StoreWriter:
         return record
 
     def prune(self, adapter_id: str, keep: int | None) -> Pruned:
-        """Removes old revisions of an id, or "" for every id's. Raises NotFoundError.
+        """Removes old revisions of an id; of every id if it is "". Raises NotFoundError.
 
-        keep: how many stay of each; None: as many as the server keeps anyway.
+        keep: revisions of an id that stay; None: as many as the server keeps anyway.
         """
         keep = self._keep_revisions if keep is None else keep
         pruned = self._registry.prune(keep, adapter_id, in_use=self._needed())
@@ -141,7 +141,7 @@ def _newest_digests(registry: Registry) -> set[str]:
 
 
 def needed_digests(dispatcher: Dispatcher, pool: DevicePool, catalogue: Catalogue) -> set[str]:
-    """Digests that requests that have not ended, pins and default heads may load again."""
+    """Digests that running requests, pins or the default heads may load again."""
     pinned = {adapter.digest for adapter in pool.stats().adapters if adapter.pinned}
     _, default = split_reference(catalogue.default_medusa)
     return {*dispatcher.digests_in_use(), *pinned, *([default] if default else [])}

@@ -31,7 +31,7 @@ from lorastack.service.edge.places import Places
 from lorastack.service.edge.threads import run_in
 from lorastack.v1 import adapters_pb2
 
-NUM_PULLERS = 2  # pulls at a time; others wait for their turn
+NUM_PULLERS = 2  # pulls at a time; others queue
 PULLS, PULLS_PER_CALLER = 64, 32  # waiting ones too
 DOWNLOADS, DOWNLOADS_PER_CALLER = 256, 128  # at a time
 NEWS_INTERVAL = 0.1  # seconds between two messages of progress

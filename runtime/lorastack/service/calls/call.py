@@ -1,4 +1,4 @@
-"""A call as the edge works on it: valid fields in our own types, ids and text still as given."""
+"""A call after its checks: valid fields in our own types, ids and text still as given."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ Given = Text | Ids | Chat | Rendered
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateCall:
-    """A GenerateRequest whose fields are each valid; filled by service.convert."""
+    """A GenerateRequest whose fields are each valid; made by `service.calls.convert`."""
 
     request_id: str
     input: Given

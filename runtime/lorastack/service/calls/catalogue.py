@@ -1,7 +1,7 @@
 """The adapters that this server can serve: ids to digests, default heads, whose template is whose.
 
-Everything here reads the registry and blocks; it runs in worker threads. Nothing here runs what an
-adapter brings.
+Look-ups read the registry's tables in memory. What touches files (`own_template`,
+`set_default_medusa`) belongs into worker threads. Nothing here runs what an adapter brings.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Catalogue:
         return _stack(loras, records), heads
 
     def lora(self, lora_id: str) -> Record:
-        """The record of a LoRA or bundle. Raises NotFoundError; InvalidArgumentError for heads."""
+        """The record of a LoRA or bundle. Raises as `servable`; InvalidArgumentError for heads."""
         record = self._record(lora_id, "lora_id")
         if not record.manifest.facts.kind.has_lora:
             raise InvalidArgumentError(
@@ -62,7 +62,7 @@ class Catalogue:
         return record
 
     def heads(self, medusa_id: str) -> HeadsUse:
-        """The heads of an id. Raises NotFoundError; InvalidArgumentError for a plain LoRA."""
+        """The heads of an id. Raises as `servable`; InvalidArgumentError for a plain LoRA."""
         record = self._record(medusa_id, "medusa_id")
         if not record.manifest.facts.kind.has_heads:
             raise InvalidArgumentError(
@@ -97,7 +97,7 @@ class Catalogue:
             return None
 
     def set_default_medusa(self, medusa_id: str) -> HeadsUse | None:
-        """Makes heads the default, for good; "": none. Raises what keeps them from being that."""
+        """Makes heads the default, for good; "": none. Raises as `heads`, or if --medusa is set."""
         if self._fixed_default:
             raise FailedPreconditionError(
                 f"the server was started with --medusa {self._fixed_default}, which wins; restart "
@@ -110,11 +110,11 @@ class Catalogue:
         return heads
 
     def is_compatible(self, record: Record) -> bool:
-        """True if it was validated against the base model that this server runs."""
+        """True if the record was validated against the base model that this server runs."""
         return record.manifest.base_fingerprint == self._model.fingerprint
 
     def servable(self, adapter_id: str) -> Record:
-        """The record of any adapter for this base model. Raises NotFoundError and the like."""
+        """Any adapter's record. Raises NotFoundError, DataLossError or FailedPreconditionError."""
         record = self._registry.resolve(adapter_id)
         if not self.is_compatible(record):
             raise FailedPreconditionError(
@@ -128,7 +128,7 @@ class Catalogue:
     def own_template(self, lora_id: str) -> str | None:
         """A LoRA's own chat template; None if the model's serves for it too.
 
-        Raises NotFoundError and the like.
+        Raises as `lora`.
         """
         return self._templates.of(self.lora(lora_id).digest)
 

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class Rows(Protocol):
-    """What the edge asks of the engine. All four return at once, from any thread."""
+    """What this module asks of the engine. All four return at once, from any thread."""
 
     def submit(self, request: Request) -> None: ...
     def cancel(self, request_id: str) -> None: ...
@@ -139,7 +139,7 @@ class Dispatcher:
         self.failed = asyncio.Event()  # the engine has ended every row and will take no more
 
     def attach(self, engine: Rows, loop: asyncio.AbstractEventLoop) -> None:
-        """Before the first request, from the loop that serves."""
+        """Called before the first request, on the loop that serves."""
         self._engine, self._loop = engine, loop
 
     def deliver(self, events: Sequence[RowEvent]) -> None:
@@ -161,7 +161,7 @@ class Dispatcher:
         )
 
     def fail(self, error: BaseException) -> None:
-        """Step thread: the loop cannot go on. The engine has logged the error."""
+        """Step thread: the step loop cannot go on. The engine has logged the error."""
         assert self._loop is not None, "attach() comes before the first request"
         with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self.failed.set)

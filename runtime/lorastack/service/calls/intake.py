@@ -1,8 +1,8 @@
 """From a call to the engine's Request without a thread that waits.
 
-Programs that callers write run in worker processes, which are awaited. Texts are tokenised by the
-edge's threads, callers in turn, and long texts take few of these threads at a time. Whoever gives
-up leaves every queue.
+Programs that callers write run in worker processes, which are awaited. Texts are tokenised by
+NUM_LONG + NUM_SHORT threads, round robin by caller, and long texts take NUM_LONG of them at most.
+Whoever gives up leaves every queue.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from lorastack.service.edge.threads import run_in
 
 LONG_TEXT = 64 << 10  # bytes; a slow tokeniser takes a fifth of a second for them
 MESSAGE_COST = 16  # bytes of text that take as long as an empty message of a chat
-NUM_LONG, NUM_SHORT = 2, 2  # threads that take such texts at a time
+NUM_LONG, NUM_SHORT = 2, 2  # threads that take long and short texts
 MAX_WAITING = 256  # calls with long texts; those with short ones are bounded as calls
 
 T = TypeVar("T")
 
 
 class Intake:
-    """Prepares calls. Event loop only. workers: the edge's threads, NUM_LONG + NUM_SHORT."""
+    """Prepares calls. Event loop only. workers: NUM_LONG + NUM_SHORT threads."""
 
     def __init__(
         self, catalogue: Catalogue, preparer: Preparer, untrusted: Untrusted, workers: Executor
@@ -49,9 +49,9 @@ class Intake:
         return self._long.num_waiting
 
     async def prepare(self, call: GenerateCall, deadline: float | None, caller: str) -> Prepared:
-        """The request of a call. caller: those that wait take turns. deadline: time.monotonic().
+        """The request of a call. deadline: time.monotonic() seconds.
 
-        Raises the user's errors.
+        caller: whoever waits is served round robin by it. Raises LorastackError.
         """
         self._check_length(call.input)
         lora_id = call.loras[0][0] if len(call.loras) == 1 else ""
@@ -68,7 +68,7 @@ class Intake:
         return await self._run(work, is_long, caller)
 
     async def encode(self, given: Given, lora_id: str, caller: str) -> tuple[int, ...]:
-        """The ids that the model would run. Raises the user's errors."""
+        """The ids that the model would run. Raises LorastackError."""
         self._check_length(given)
         if lora_id:
             await run_in(self._workers, self._catalogue.lora, lora_id)
@@ -92,7 +92,7 @@ class Intake:
         return Rendered(await self._untrusted.render(template, given.messages, caller))
 
     async def _run(self, work: Callable[[], T], is_long: bool, caller: str) -> T:
-        """Runs `work` in a thread; it keeps its seat until it ends, even if nobody waits for it."""
+        """Runs `work` in a thread; it keeps its seat until it ends, even if its caller has gone."""
         queue = self._long if is_long else self._short
         seat = await queue.take(caller)
         loop = asyncio.get_running_loop()

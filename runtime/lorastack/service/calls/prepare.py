@@ -38,7 +38,7 @@ class Preparer:
     ) -> Prepared:
         """The request of a call. deadline: time.monotonic() seconds.
 
-        grammar_bytes: what the grammar takes, as its trial measured. Raises the user's errors.
+        grammar_bytes: what the grammar takes, as its trial measured. Raises LorastackError.
         """
         loras, heads = self._catalogue.resolve(call.loras, call.medusa_id)
         prompt_ids = self.encode(call.input)

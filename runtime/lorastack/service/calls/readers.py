@@ -12,12 +12,11 @@ T = TypeVar("T", bound=Hashable)
 
 
 class WaitingReaders(Generic[T]):
-    """Event loop only. One timer for all of them: parts mostly go out at once."""
+    """Readers and since when they wait. Event loop only. One timer: parts mostly go out at once."""
 
     def __init__(self, most: int, patience: float, on_late: Callable[[T], None]) -> None:
-        """on_late: called with a reader that has waited for `patience` seconds and, while more than
-        `most` wait, with the one that has waited longest, if for GRACE at least. It counts no
-        more."""
+        """on_late: called with a reader that no longer counts, as it has waited for `patience`
+        seconds; or for GRACE, if more than `most` wait and none has waited longer."""
         self._most = most
         self._patience = patience
         self._on_late = on_late
@@ -25,7 +24,7 @@ class WaitingReaders(Generic[T]):
         self._timer: asyncio.TimerHandle | None = None
 
     def add(self, reader: T) -> None:
-        """It waits from now on."""
+        """Counts a reader as waiting from now on."""
         loop = asyncio.get_running_loop()
         now = self._since[reader] = loop.time()
         while len(self._since) > self._most:
@@ -37,7 +36,7 @@ class WaitingReaders(Generic[T]):
             self._timer = loop.call_later(self._patience, self._look)
 
     def remove(self, reader: T) -> None:
-        """It reads, or it left."""
+        """Counts a reader no more: it reads, or it left."""
         self._since.pop(reader, None)
 
     def _look(self) -> None:

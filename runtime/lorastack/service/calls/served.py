@@ -1,4 +1,4 @@
-"""What the edge knows of the base model that it serves."""
+"""What the service knows of the base model that it serves."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ TEXT_SLACK = 1024  # bytes beyond what fills the context: a tokenizer may drop s
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedModel:
-    """Facts that stay as they are while the server runs; `describe.served` fills them in."""
+    """Facts that stay as they are while the server runs; `service.describe` fills them in."""
 
     name: str
     fingerprint: str

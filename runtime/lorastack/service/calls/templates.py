@@ -1,4 +1,4 @@
-"""The chat templates that LoRAs bring, kept for those that chats used last."""
+"""The chat templates that LoRAs bring; those that chats used last are kept."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAX_KEPT_CHARS = 4 << 20  # in all of them
 
 
 class OwnTemplates:
-    """Digest -> template, read from the store once while it is in use. For any thread."""
+    """Digest -> template, read from the store once and kept while in use. For any thread."""
 
     def __init__(self, registry: Registry, models_own: str | None) -> None:
         """models_own: the base model's template; an adapter's that equals it counts as none."""

@@ -20,7 +20,7 @@ from lorastack.text.trial import trial_body
 TEMPLATE_LIMITS = Limits(cpu=0.5, wall=20.0, memory=256 * MIB, output=0)  # output: the text's
 GRAMMAR_LIMITS = Limits(cpu=1.0, wall=20.0, memory=128 * MIB, output=4096)
 MAX_VERDICTS = 1024
-UPLOADER = "an upload"  # uploads take turns with callers, as one of them
+UPLOADER = "an upload"  # all uploads queue for workers as one caller
 UPLOAD_PATIENCE = 10.0  # seconds that the store's one thread waits for a verdict
 
 Wanted = JsonSchema | Regex
@@ -54,10 +54,11 @@ class Untrusted:
         )
 
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:
-        """The loop that serves, for `check_template`."""
+        """Sets the loop that serves, on which `check_template` runs its job."""
         self._loop = loop
 
     async def close(self) -> None:
+        """Ends the worker processes; whoever waits gets UnavailableError."""
         await self.pool.close()
 
     async def render(

@@ -1,7 +1,7 @@
-"""What every call passes before its method sees it: bounds on calls, and its bytes read.
+"""What every call passes before its method: the bound on calls, and the parsing of its bytes.
 
-Messages are read one at a time, and the event loop turns between two of them, so that streams go
-on however many large requests come in at once.
+Messages are parsed one at a time, and the event loop does other work between two of them, so that
+streams go on however many large requests come in at once.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from lorastack.errors import (
 from lorastack.service.edge.status import CallGuard, Context, call_is_over, new_request_id
 from lorastack.service.edge.wire import RequestReader
 
-SILENCE = 60.0  # seconds that a call may take to send its first message
-# Calls at a time of each method of health and reflection. Their unread replies do not count: health
-# must be told beside any number of those.
+SILENCE = 60.0  # seconds to wait for a call's first message; of other services, for each message
+# Calls at a time of each method of health and reflection. Replies that wait to be read do not
+# count, so that they never keep health from being told.
 MAX_OTHER_CALLS = 64
 
 # grpc.aio's four kinds of methods as one: messages in; one message returned, or many written.
@@ -157,7 +157,7 @@ async def _check_half_closed(context: Context) -> None:
 
 
 def _first(method: Callable[[Any, Context], Awaitable[Any]]) -> Method:
-    """A method of one message as one of a stream."""
+    """Wraps a method that takes one message as one that takes a stream."""
 
     async def call(messages: AsyncIterator[Any], context: Context) -> Any:
         message = await anext(messages, None)
@@ -169,7 +169,7 @@ def _first(method: Callable[[Any, Context], Awaitable[Any]]) -> Method:
 
 
 def _written(method: Callable[[Any, Context], AsyncIterator[Any]]) -> Method:
-    """A method that yields its replies as one that writes them."""
+    """Wraps a method that yields its replies as one that writes them."""
 
     async def call(messages: AsyncIterator[Any], context: Context) -> None:
         async for reply in method(messages, context):

@@ -1,4 +1,4 @@
-"""grpc.aio's server, its bounds, and what it lacks: it stands whatever arrives."""
+"""grpc.aio's server with our bounds, made to survive whatever arrives."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def make_server(
             "grpc.max_concurrent_streams": max_calls,
             "grpc.max_metadata_size": 8 * KIB,
             "grpc.absolute_max_metadata_size": 16 * KIB,
-            # A connection that never becomes one, or that nobody uses, ends; clients come back.
+            # A connection that never completes, or that nobody uses, ends; clients come back.
             "grpc.server_handshake_timeout_ms": 10_000,
             "grpc.max_connection_idle_ms": 600_000,
             # A client that vanished without a word is noticed within 40 s, and its rows end.
@@ -82,7 +82,7 @@ class _Core(cygrpc.AioServer):  # type: ignore[misc]
     """Calls of methods that do not exist are refused without reading which one they meant.
 
     grpc's own loop decodes that name as UTF-8 and, where this fails, shuts the server down: one
-    call would end it for everybody. All methods that exist are registered; their calls come apart.
+    call would end it for everybody. Calls of methods that exist arrive elsewhere.
     """
 
     def _make_request_call_future(self, method: bytes | None) -> Any:

@@ -10,12 +10,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from lorastack.service.edge.status import Context
 
-Status = int  # of health_pb2.HealthCheckResponse.ServingStatus
+Status = int  # a health_pb2.HealthCheckResponse.ServingStatus
 UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
 
 
 class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
-    """One status for the whole server, under each name and under none. Event loop only."""
+    """One status for the whole server, under each service's name and "". Event loop only."""
 
     def __init__(self, services: Iterable[str]) -> None:
         self._names = frozenset(("", *services))
@@ -23,6 +23,7 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         self._changed = asyncio.Event()
 
     def set(self, status: Status) -> None:
+        """Changes the status and tells the watchers."""
         self._status = status
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()

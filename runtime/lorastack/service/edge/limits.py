@@ -45,7 +45,7 @@ REQUEST_ID = re.compile(r"[!-~]{1,128}")  # printable ASCII: it goes into logs a
 class Lengths:
     """How long a request and its lists may be."""
 
-    max_context: int
+    max_context: int  # tokens
     max_files: int
 
     @property
@@ -99,14 +99,14 @@ def check_length(given: Sized, path: str, longest: int) -> None:
 
 
 def check(ok: bool, field: str, rule: str, value: object = None) -> None:
-    """Raises InvalidArgumentError: `field` must be `rule`, got `value`."""
+    """Raises InvalidArgumentError unless ok: `field` must be `rule`, got `value`."""
     if not ok:
         got = "" if value is None else f", got {value}"
         raise InvalidArgumentError(f"{field} must be {rule}{got}", field=field)
 
 
 def check_request_id(request_id: str) -> None:
-    """Empty means that we choose one."""
+    """Refuses an id that may not be logged as it is; "" passes: we choose one."""
     check(
         not request_id or REQUEST_ID.fullmatch(request_id) is not None,
         "request_id",
@@ -115,7 +115,7 @@ def check_request_id(request_id: str) -> None:
 
 
 def check_prompt_ids(ids: Sequence[int], vocab_size: int, max_context: int) -> None:
-    """The length first: a list of millions is refused before it is read."""
+    """Checks the length first: a list of millions is refused before it is read."""
     check(len(ids) > 0, "token_ids", "at least one id")
     if len(ids) > max_context:
         raise InvalidArgumentError(
@@ -173,7 +173,7 @@ def check_sampling(params: SamplingParams, vocab_size: int) -> None:
 
 
 def check_max_new_tokens(num_new: int, max_context: int) -> None:
-    """Checked alone here, and together with the prompt when that is tokenised."""
+    """Checks the number alone; `prepare` checks it with the prompt, once that is tokenised."""
     check(
         1 <= num_new <= max_context,
         "stop.max_new_tokens",
@@ -183,7 +183,7 @@ def check_max_new_tokens(num_new: int, max_context: int) -> None:
 
 
 def check_stop(params: StopParams, vocab_size: int) -> None:
-    """Everything but max_new_tokens."""
+    """Checks everything but max_new_tokens."""
     field, sequences = "stop.stop_sequences", params.stop_sequences
     check(
         len(sequences) <= MAX_STOP_SEQUENCES, field, f"at most {MAX_STOP_SEQUENCES}", len(sequences)
@@ -199,12 +199,13 @@ def check_stop(params: StopParams, vocab_size: int) -> None:
 
 
 def check_max_nodes(num_nodes: int | None) -> None:
-    """0 drafts nothing."""
+    """num_nodes: drafted tokens a step; 0 drafts nothing, None sets no limit."""
     field = "speculation.max_nodes"
     check(num_nodes is None or num_nodes <= MAX_NODES, field, f"at most {MAX_NODES}", num_nodes)
 
 
 def check_typical(rule: TypicalAcceptance) -> None:
+    """Ranges, as in `check_sampling`."""
     field, epsilon = "speculation.typical_epsilon", rule.epsilon
     check(0 < epsilon <= 1, field, "above 0 and at most 1", epsilon)
     field, delta = "speculation.typical_delta", rule.delta
@@ -212,14 +213,14 @@ def check_typical(rule: TypicalAcceptance) -> None:
 
 
 def check_format(wanted: JsonSchema | Regex) -> None:
-    """The length alone; it is compiled off the event loop."""
+    """Checks the length alone; the text is compiled off the event loop."""
     largest = MAX_SCHEMA_CHARS if isinstance(wanted, JsonSchema) else MAX_REGEX_CHARS
     length, rule = len(wanted.text), f"of 1 to {largest} characters"
     check(1 <= length <= largest, wanted.field, rule, length)
 
 
 def check_logprobs(wanted: bool, num_top: int) -> None:
-    """wanted: output.logprobs."""
+    """wanted: output.logprobs; num_top: output.top_logprobs."""
     field = "output.top_logprobs"
     check(num_top <= MAX_TOP_LOGPROBS, field, f"at most {MAX_TOP_LOGPROBS}", num_top)
     check(wanted or num_top == 0, field, "0 unless logprobs is set", num_top)

@@ -18,7 +18,7 @@ from lorastack.errors import AbortedError, Reason, ResourceExhaustedError
 from lorastack.service.edge.status import Context
 
 STALLED = 10.0  # seconds of waiting for PACE bytes, after which a transfer makes way for a new one
-PACE = 64 * KIB
+PACE = 64 * KIB  # bytes
 RETRY_SECONDS = 5.0  # what a refused caller is told to wait
 
 T = TypeVar("T")
@@ -37,7 +37,7 @@ def caller_of(context: Context) -> str:
 
 
 class Place:
-    """One transfer's place, which is told when it waits for its caller and what has passed."""
+    """One transfer's place; it measures how long the transfer waits for its caller."""
 
     def __init__(self, caller: str, idle: float) -> None:
         self.caller = caller
@@ -50,7 +50,7 @@ class Place:
         self._since: float | None = None  # time.monotonic() when its wait began
 
     async def waits(self, answer: Awaitable[T]) -> T:
-        """Waits for the caller. Only such time counts, not what the server takes itself."""
+        """Waits for the caller's `answer`. Only this time counts, not the server's own."""
         self._since = time.monotonic()
         self._set_limit(asyncio.get_running_loop().time() + self._idle - self._silent)
         result = await answer

@@ -1,4 +1,4 @@
-"""Where a server listens: its ports are had before the model loads, and kept until it serves."""
+"""Where a server listens: its ports are bound before the model loads, and kept until it serves."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Ports:
         return self._address
 
     def close(self) -> None:
-        """May be called again."""
+        """Gives the ports back. May be called again."""
         for bound in self._sockets:
             bound.close()
         self._sockets.clear()

@@ -1,4 +1,4 @@
-"""Errors on their way out: one table from error classes to gRPC codes, one guard around every RPC.
+"""Errors on their way out: gRPC codes from the table in `codes`, one guard around every RPC.
 
 Every status carries google.rpc.ErrorInfo (domain "lorastack", a stable reason, request_id among
 its metadata); RESOURCE_EXHAUSTED also carries RetryInfo. Anything unexpected becomes INTERNAL, is
@@ -38,7 +38,7 @@ DOMAIN = "lorastack"
 MAX_MESSAGE_BYTES = 1024
 MAX_METADATA_BYTES = 256
 DEFAULT_RETRY_SECONDS = 1.0
-ABORT_SECONDS = 2.0  # seconds that a call waits until its status is sent
+ABORT_SECONDS = 2.0  # seconds that a call waits for its status to be sent
 MAX_REFUSALS = 100  # lines a second; callers must not fill the log
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ def to_status(error: LorastackError, request_id: str) -> status_pb2.Status:
 
 @contextmanager
 def call_is_over() -> Iterator[None]:
-    """For what sends: grpc's error about a call that its caller has left becomes CancelledError."""
+    """Around sends: turns grpc's error that the caller has left into CancelledError."""
     try:
         yield
     except grpc.aio.InternalError:  # ExecuteBatchError among them, which is not public
@@ -107,7 +107,7 @@ class CallGuard:
     async def __call__(self, rpc: str, context: Context, request_id: str) -> AsyncIterator[Notes]:
         """Turns whatever the body raises into a status. Cancellation passes through.
 
-        The body fills the notes; a call that ends well without any is not worth a line.
+        The body fills the notes; a call that ends well without any is logged at DEBUG only.
         """
         notes: Notes = {}
         call = _Call(rpc, context, request_id, notes, time.monotonic())

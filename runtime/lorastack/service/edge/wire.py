@@ -21,8 +21,8 @@ from lorastack.errors import InvalidArgumentError, Reason
 from lorastack.service.edge.limits import Lengths, too_long
 
 MAX_RECORDS = 8192  # fields and entries of lists in one message, a packed list counting as one
-MAX_SINGLE = 128  # of these, fields outside lists, which a message has once, and unknown ones
-SKIPPED = 512  # bytes of a request, or of an entry without lists, that are left to protobuf
+MAX_SINGLE = 128  # of these, unknown fields, and those outside lists, which a message has once
+SKIPPED = 512  # bytes: shorter requests, and shorter entries without lists, are not walked
 GZIP = b"\x1f\x8b"  # no message begins like this: field 3 of a wire type that does not exist
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _CONTINUED = bytes(range(0x80, 0x100))  # bytes of a varint that are not its last
@@ -56,13 +56,13 @@ class RequestReader:
     """Reads one kind of message."""
 
     def __init__(self, descriptor: Descriptor, lengths: Lengths) -> None:
-        """Raises KeyError for a list that has no length."""
+        """Raises KeyError for a list that `lengths` does not bound."""
         self._max_bytes = lengths.request_bytes(descriptor.name)
         self._class: type[Message] = GetMessageClass(descriptor)
         self._fields = _fields(descriptor, lengths.longest).fields
 
     def read(self, raw: bytes) -> Any:
-        """The message. Raises InvalidArgumentError, whatever the bytes are."""
+        """Parses a message, gzipped or not. Raises InvalidArgumentError and nothing else."""
         if raw.startswith(GZIP):
             raw = self._unzip(raw)
         if len(raw) > self._max_bytes:

@@ -1,7 +1,7 @@
 """What Prometheus may scrape. docs/metrics.md names every metric; a test holds the two together.
 
-The edge counts what passes through it; the state of engine, pool, host cache and store is read when
-somebody scrapes. Adapters have labels only while they are on the device.
+The service counts calls and tokens as they pass; the state of engine, pool, host cache and store is
+read when somebody scrapes. Adapters have labels only while they are on the device.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2
 LAG_INTERVAL = 0.25  # seconds between two measurements
 DRAFTED_BUCKETS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 TOKENS_BUCKETS = (1.0, 1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 6.0, 10.0)
-MAX_HEADS = 1024  # digests that are counted
+MAX_HEADS = 1024  # digests of heads that are counted
 PREFIX = "lorastack_"
 
 
 class RequestMetrics:
-    """Counts of what the edge has seen. Any thread may call anything."""
+    """Counts of what the service has seen. Any thread may call anything."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.heads = HeadsCounts()
@@ -119,7 +119,7 @@ class RequestMetrics:
             self._speculated(final.speculation)
 
     async def watch_loop(self) -> None:
-        """Measures the event loop that it runs on, until it is cancelled."""
+        """Measures how late its event loop gets to a timer, until it is cancelled."""
         while True:
             due = time.monotonic() + LAG_INTERVAL
             await asyncio.sleep(LAG_INTERVAL)

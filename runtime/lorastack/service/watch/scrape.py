@@ -39,6 +39,7 @@ class MetricsServer:
         self._thread.start()
 
     def close(self) -> None:
+        """Stops listening and ends the thread, exchanges included."""
         self._loop.call_soon_threadsafe(self._closed.set)
         self._thread.join()
 
