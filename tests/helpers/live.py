@@ -119,7 +119,7 @@ class LiveServer:
 
     def __enter__(self) -> Self:
         self._thread.start()
-        with patch.object(startup_engine, "measure", lambda runner, pages: CheapHeads()):
+        with patch.object(startup_engine, "measure", lambda *_: CheapHeads()):
             self.server = build_server(self._config)
         asyncio.run_coroutine_threadsafe(self.server.start(), self.loop).result(PATIENCE)
         self.client = Client(self.server.address)

@@ -60,6 +60,6 @@ class ServerProcess:
 def _run(config: ServerConfig, address: Connection, max_file_bytes: int | None) -> None:
     if max_file_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
-    with patch.object(startup_engine, "measure", lambda runner, pages: CheapHeads()):
+    with patch.object(startup_engine, "measure", lambda *_: CheapHeads()):
         server = build_server(config)
     server.run(lambda line: address.send(server.address))

@@ -190,7 +190,7 @@ from lorastack.kernels.native import build
 from tests.helpers.costs import CheapHeads
 
 build.LIBRARY = Path("/nowhere.so")
-startup_engine.measure = lambda runner, pages: CheapHeads()
+startup_engine.measure = lambda *_: CheapHeads()
 main()
 """
 

@@ -35,12 +35,16 @@ class Costs:
             self.heads.record(num_proposals, heads_seconds)
 
 
-def measure(runner: Runner, pages: Pages) -> Costs:
-    """Runs steps of one row's tree of several sizes, as large as the free pages hold.
+def measure(runner: Runner, pages: Pages, max_context: int) -> Costs:
+    """Runs steps of one row's tree of several sizes, as large as the context and the free pages.
 
     It measures in rounds, so that what else runs for a while does not make one size look dear.
     """
-    sizes = [tokens for tokens in STEP_TOKENS if pages.pages_for(tokens) <= pages.num_available]
+    sizes = [
+        tokens
+        for tokens in STEP_TOKENS
+        if tokens <= max_context and pages.pages_for(tokens) <= pages.num_available
+    ]
     table = pages.allocate(pages.pages_for(sizes[-1]))
     assert table is not None
     batches = [Batch(steps=(_chain(tokens, table),)) for tokens in sizes]
