@@ -45,7 +45,7 @@ FIELDS = {
 }
 # Fields that may also be null: they follow from others then.
 OPTIONAL = ("num_key_value_heads", "head_dim", "sliding_window")
-HEADS_PREFIX, HEADS_FIELD = "medusa_", "medusa_num_heads"
+HEADS_FIELDS_PREFIX, HEADS_FIELD = "medusa_", "medusa_num_heads"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +106,7 @@ def load_config(folder: Path, max_context: int | None) -> DecoderConfig:
         rope_scale=rope_scale,
         context_limit=limit,
         dynamic_rope_begin=config.max_position_embeddings if inv_freq.dim() == 2 else None,
-        medusa={name: raw[name] for name in raw if name.startswith(HEADS_PREFIX)},
+        medusa={name: raw[name] for name in raw if name.startswith(HEADS_FIELDS_PREFIX)},
     )
 
 

@@ -27,10 +27,13 @@ MODULES = {
     "gate_proj": "mlp", "up_proj": "mlp", "down_proj": "mlp",
 }  # fmt: skip
 
-EMBED, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBED_WEIGHT, LM_HEAD_WEIGHT = "model.embed_tokens.weight", "lm_head.weight"
 NORM = "model.norm.weight"
 ATTENTION_NORM, MLP_NORM = "input_layernorm.weight", "post_attention_layernorm.weight"
-HEADS_PREFIX = "medusa_head."  # tensors of Medusa heads beside a backbone; see startup.own_heads
+# Tensors of Medusa heads beside a backbone begin so; see startup.own_heads.
+HEADS_TENSORS_PREFIX = "medusa_head."
+    "medusa_head."  # tensors of Medusa heads beside a backbone; see startup.own_heads
+)
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +89,7 @@ def check_tensors(checkpoint: Checkpoint, config: DecoderConfig) -> None:
         checkpoint.check(name, shape)
         known.add(name)
     for name in sorted(checkpoint.tensors.keys() - known):
-        is_head = config.has_heads and name.startswith(HEADS_PREFIX)
+        is_head = config.has_heads and name.startswith(HEADS_TENSORS_PREFIX)
         if not is_head and not name.endswith("rotary_emb.inv_freq"):
             raise InvalidArgumentError(
                 f"tensor {name} is not known to {config.shapes.architecture} "
@@ -101,8 +104,10 @@ def _tensors(
     """Names and shapes of the tensors that are read. Tied, lm_head and embedding may be one."""
     shapes = config.shapes
     hidden = (shapes.hidden_size,)
-    vocabulary = [name for name in (EMBED, LM_HEAD) if name in checkpoint.tensors] or [EMBED]
-    for name in vocabulary if shapes.tie_word_embeddings else (EMBED, LM_HEAD):
+    vocabulary = [
+        name for name in (EMBED_WEIGHT, LM_HEAD_WEIGHT) if name in checkpoint.tensors
+    ] or [EMBED_WEIGHT]
+    for name in vocabulary if shapes.tie_word_embeddings else (EMBED_WEIGHT, LM_HEAD_WEIGHT):
         yield name, (shapes.vocab_size, shapes.hidden_size)
     yield NORM, hidden
     for index in range(shapes.num_layers):
@@ -123,8 +128,11 @@ def _module(prefix: str, target: str) -> str:
 def untie(config: DecoderConfig, checkpoint: Checkpoint) -> DecoderConfig:
     """The config that is true of the checkpoint: a stored lm_head that differs from the embedding
     is used, whatever tie_word_embeddings says, as transformers does."""
-    tied = config.shapes.tie_word_embeddings and {EMBED, LM_HEAD} <= checkpoint.tensors.keys()
-    if not tied or checkpoint.equal(EMBED, LM_HEAD):
+    tied = (
+        config.shapes.tie_word_embeddings
+        and {EMBED_WEIGHT, LM_HEAD_WEIGHT} <= checkpoint.tensors.keys()
+    )
+    if not tied or checkpoint.equal(EMBED_WEIGHT, LM_HEAD_WEIGHT):
         return config
     log.warning(
         "%s: config.json ties lm_head to the embedding, but the checkpoint's lm_head differs: the "
@@ -149,7 +157,11 @@ def load_weights(
     """
     reader = _Reader(checkpoint, config, device, dtype, packing)
     shapes = config.shapes
-    embedding = LM_HEAD if shapes.tie_word_embeddings and EMBED not in checkpoint.tensors else EMBED
+    embedding = (
+        LM_HEAD_WEIGHT
+        if shapes.tie_word_embeddings and EMBED_WEIGHT not in checkpoint.tensors
+        else EMBED_WEIGHT
+    )
     embed_VH = reader.tensor(embedding, (shapes.vocab_size, shapes.hidden_size))
     layers = []
     for index in range(shapes.num_layers):
@@ -159,7 +171,7 @@ def load_weights(
     if shapes.tie_word_embeddings:
         name, lm_head_VH = embedding, embed_VH
     else:
-        name = LM_HEAD
+        name = LM_HEAD_WEIGHT
         lm_head_VH = reader.matrix([name], [shapes.vocab_size], shapes.hidden_size)
     lm_head = _packed(packing.head, lm_head_VH, None, [name], [shapes.vocab_size])
     return DecoderWeights(embed_VH, tuple(layers), norm, lm_head)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lorastack.model.checkpoint import DTYPES, Checkpoint
 from lorastack.model.config import load_config
-from lorastack.model.weights import EMBED, LM_HEAD
+from lorastack.model.weights import EMBED_WEIGHT, LM_HEAD_WEIGHT
 
 
 class ModelFiles:
@@ -52,7 +52,7 @@ class ModelFiles:
         Raises InvalidArgumentError when the checkpoint lacks it. Any thread.
         """
         if name not in self.checkpoint.tensors:
-            name = {LM_HEAD: EMBED, EMBED: LM_HEAD}.get(name, name)
+            name = {LM_HEAD_WEIGHT: EMBED_WEIGHT, EMBED_WEIGHT: LM_HEAD_WEIGHT}.get(name, name)
         stored = self.checkpoint.find(name)
         tensor = torch.empty(stored.shape, dtype=DTYPES.get(stored.dtype, torch.float32))
         self.checkpoint.read_into(name, tensor)

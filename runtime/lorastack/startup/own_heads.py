@@ -16,7 +16,7 @@ from lorastack.adapters.formats.medusa import CONFIG_NAME, HEADS_FIELD, LAYERS_F
 from lorastack.adapters.formats.refusal import invalid
 from lorastack.adapters.sources.base import PIECE, Pieces, SourceFile, describe
 from lorastack.model.checkpoint import Checkpoint
-from lorastack.model.weights import HEADS_PREFIX
+from lorastack.model.weights import HEADS_TENSORS_PREFIX
 from lorastack.tensorheader import TensorEntry, header_bytes
 
 WEIGHTS_NAME = "medusa_lm_head.safetensors"
@@ -32,9 +32,9 @@ def own_heads(
     same files.
     """
     tensors = [
-        replace(stored, name=name.removeprefix(HEADS_PREFIX))
+        replace(stored, name=name.removeprefix(HEADS_TENSORS_PREFIX))
         for name, stored in sorted(checkpoint.tensors.items())
-        if name.startswith(HEADS_PREFIX)
+        if name.startswith(HEADS_TENSORS_PREFIX)
     ]
     if not tensors:
         return []
