@@ -116,9 +116,9 @@ class Profile:
         for _ in range(self._repeats):
             self._count.value = 0
             took = seconds(partial(self._decoder.forward, batch, self._kv))
-            columns = by_column(self._ticks[: self._count.value], bool(batch.lora))
-            columns["outside"] = took - sum(columns.values())
-            for column, value in columns.items():
+            seconds_of = by_column(self._ticks[: self._count.value], bool(batch.lora))
+            seconds_of["outside"] = took - sum(seconds_of.values())
+            for column, value in seconds_of.items():
                 columns[column].append(value)
         row: dict[str, object] = {"step": name}
         row |= {key: round(1000 * statistics.median(each), 2) for key, each in columns.items()}

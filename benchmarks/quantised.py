@@ -185,11 +185,11 @@ def multiply(
     assert library is not None
     rows, outputs = out_TO.shape
     for matrix in held:
-        head = native.Head(
+        lm_head = native.LmHead(
             *(matrix.struct, None, x_TI.data_ptr(), out_TO.data_ptr(), None),
             *(0, rows, outputs, matrix.inputs, threads, isa),
         )
-        library.lorastack_logits(head)
+        library.lorastack_logits(lm_head)
 
 
 if __name__ == "__main__":
