@@ -101,8 +101,8 @@ def quality(decoders: dict[str, Backend], count: int) -> list[dict[str, object]]
     texts = [tokenizer.encode(each["prompt"] + each["canonical_solution"]) for each in problems]
     rows, base = [], torch.empty(0)
     for kind, decoder in decoders.items():
-        found = [predict(decoder, ids[:CONTEXT]) for ids in texts]
-        losses, best = (torch.cat(parts) for parts in zip(*found, strict=True))
+        predicted = [predict(decoder, ids[:CONTEXT]) for ids in texts]
+        losses, best = (torch.cat(parts) for parts in zip(*predicted, strict=True))
         base = base if len(base) else best
         rows.append(
             {
@@ -136,20 +136,20 @@ def tokens_a_step(kind: Kind | None, count: int, threads: int) -> dict[str, obje
         upload_examples(client)
         prompts = heads.read(heads.PROMPTS / "maths.jsonl")[:count]
         pairs = heads.run(client, "heads-maths", prompts, 128)
-    found: dict[str, object] = {"weights": name(kind)}
+    row: dict[str, object] = {"weights": name(kind)}
     for size in heads.SIZES:
         measured = heads.summarise("maths", "heads-maths", size, pairs[size])
-        found[f"{size} nodes"] = measured.tokens_per_step
-        found["mismatches"] = measured.mismatches
-    return found
+        row[f"{size} nodes"] = measured.tokens_per_step
+        row["mismatches"] = measured.mismatches
+    return row
 
 
 def timings(calls: dict[str, partial[None]], repeats: int) -> dict[str, object]:
     """Medians of calls that take turns, and how much faster than the first they are."""
-    found = medians(calls, repeats)
-    first, *others = found
-    row: dict[str, object] = {each: round(1000 * median, 2) for each, median in found.items()}
-    return row | {f"{each} gain": round(found[first] / found[each], 2) for each in others}
+    seconds_of = medians(calls, repeats)
+    first, *others = seconds_of
+    row: dict[str, object] = {each: round(1000 * median, 2) for each, median in seconds_of.items()}
+    return row | {f"{each} gain": round(seconds_of[first] / seconds_of[each], 2) for each in others}
 
 
 def matrices(threads: int, repeats: int) -> list[tuple[int, dict[str, object]]]:
@@ -162,15 +162,15 @@ def matrices(threads: int, repeats: int) -> list[tuple[int, dict[str, object]]]:
     copies = {
         each: [copied(matrix, pages) for _ in range(COPIES)] for each, matrix in packed.items()
     }
-    found = []
+    timed = []
     for rows in ROWS:
         x_TI, out_TO = torch.randn(32, HIDDEN).bfloat16(), torch.empty(rows, INNER)
         calls = {
             each: partial(multiply, held, x_TI, out_TO, threads, isa)
             for each, held in copies.items()
         }
-        found.append((rows, timings(calls, repeats)))
-    return found
+        timed.append((rows, timings(calls, repeats)))
+    return timed
 
 
 def copied(matrix: PackedMatrix, pages: HugePages) -> PackedMatrix:

@@ -46,8 +46,8 @@ def main(
     report(
         f"A store of {adapters} adapters",
         [
-            {"what": what, "median ms": round(1000 * statistics.median(found), 1)}
-            for what, found in (
+            {"what": what, "median ms": round(1000 * statistics.median(times), 1)}
+            for what, times in (
                 ("open the store", opening),
                 ("list all", listing),
                 ("list the first 1,000", page),

@@ -85,12 +85,12 @@ def scratch_folder(rank: int, seed: int) -> Iterator[Path]:
 
 def upload(client: Client, first: int, all_ranks: list[int]) -> list[str]:
     """Stores adapters number first, first + 1, ...; their ids."""
-    found = []
+    ids = []
     for index, rank in enumerate(all_ranks, start=first):
         with scratch_folder(rank, index) as folder:
             client.upload(folder, adapter_id(index))
-        found.append(adapter_id(index))
-    return found
+        ids.append(adapter_id(index))
+    return ids
 
 
 def store_folder(

@@ -70,8 +70,8 @@ class Prompts:
 
     def filled(self, ids: list[int], length: int) -> list[int]:
         filler = islice(cycle(self._text), max(length - len(ids), 0))
-        found = [*filler, *ids][-length:]
-        return [self._random.randrange(MAX_ID), *found[1:]]
+        filled = [*filler, *ids][-length:]
+        return [self._random.randrange(MAX_ID), *filled[1:]]
 
 
 def chat_ids(client: Client, prompt: str) -> list[int]:

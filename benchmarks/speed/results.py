@@ -30,8 +30,8 @@ class Results:
 
     def median(self, case: str, engine: str) -> float | None:
         """None: that engine did not run that case."""
-        found = self.values.get(case, {}).get(engine)
-        return statistics.median(found) if found else None
+        values = self.values.get(case, {}).get(engine)
+        return statistics.median(values) if values else None
 
     def ratio(self, ours: tuple[str, str], other: tuple[str, str]) -> float | None:
         """Median over rounds of one (case, engine) over another."""
