@@ -113,7 +113,7 @@ def summarise(task: str, heads: str, size: int, pairs: list[Pair]) -> Measured:
 
 
 def request(
-    prompt: str, heads: str, mode: pb.Mode.ValueType, size: int, max_new_tokens: int
+    prompt: str, heads: str, mode: pb.Mode, size: int, max_new_tokens: int
 ) -> pb.GenerateRequest:
     return pb.GenerateRequest(
         chat=pb.ChatMessages(messages=[pb.ChatMessage(role="user", content=prompt)]),

@@ -40,8 +40,8 @@ def main(
     max_new_tokens: Annotated[int, typer.Option(help="Tokens a request at most.")] = 64,
     temperatures: Annotated[list[float], typer.Option(help="Once for each.")] = [0.0, 0.8],  # noqa: B006
     rows: Annotated[int, typer.Option(help="Requests at once.")] = 16,
-    dtype: Annotated[str, typer.Option(help="Of the server.")] = "bfloat16",
-    backend: Annotated[str, typer.Option(help="Of the server.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="The server's dtype.")] = "bfloat16",
+    backend: Annotated[str, typer.Option(help="The server's backend.")] = "auto",
     threads: Annotated[int, typer.Option(help="CPU threads of the server.")] = 2,
 ) -> None:
     """Compare and print a table and a JSON line; exit code 1 if anything differs."""

@@ -48,7 +48,7 @@ COLUMNS = ("projections", "lm_head", "attention", "LoRA", "other")
 
 def main(
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
-    repeats: Annotated[int, typer.Option(help="Of every step.")] = 25,
+    repeats: Annotated[int, typer.Option(help="Runs of every step.")] = 25,
 ) -> None:
     """Measure and print a table and a JSON line."""
     torch.set_num_threads(threads)

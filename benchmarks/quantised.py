@@ -56,7 +56,7 @@ class Part(StrEnum):
 def main(
     only: Annotated[Part | None, typer.Option(help="One part of it.")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
-    repeats: Annotated[int, typer.Option(help="Of every timing.")] = 15,
+    repeats: Annotated[int, typer.Option(help="Calls that a timing takes.")] = 15,
     texts: Annotated[int, typer.Option(help="Of HumanEval.")] = 164,
     prompts: Annotated[int, typer.Option(help="For the heads.")] = 24,
 ) -> None:

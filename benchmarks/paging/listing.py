@@ -31,7 +31,7 @@ from lorastack.startup.folder import model_folder
 
 def main(
     adapters: Annotated[int, typer.Option(help="In the store.")] = 10_000,
-    repeats: Annotated[int, typer.Option(help="Of every timing.")] = 5,
+    repeats: Annotated[int, typer.Option(help="Calls that a timing takes.")] = 5,
 ) -> None:
     """Measure and print a table and a JSON line."""
     with tempfile.TemporaryDirectory(prefix="lorastack-") as folder:

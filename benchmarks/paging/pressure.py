@@ -28,9 +28,9 @@ LOAD = 0.6
 
 
 def main(
-    requests: Annotated[int, typer.Option(help="A round.")] = 150,
+    requests: Annotated[int, typer.Option(help="Requests a round.")] = 150,
     rounds: Annotated[int, typer.Option(help="Rounds a case.")] = 3,
-    max_new_tokens: Annotated[int, typer.Option(help="A request.")] = 32,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens a request.")] = 32,
 ) -> None:
     """Measure and print a table and a JSON line."""
     room = FITTING * device_bytes(RANK, 2) + 64

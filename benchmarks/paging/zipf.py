@@ -38,10 +38,10 @@ ON_DEVICE, ON_HOST = 32, 300
 
 def main(
     adapters: Annotated[int, typer.Option(help="LoRAs in the store.")] = 1000,
-    requests: Annotated[int, typer.Option(help="A round.")] = 192,
+    requests: Annotated[int, typer.Option(help="Requests a round.")] = 192,
     rounds: Annotated[int, typer.Option(help="Rounds a server.")] = 3,
     slots: Annotated[int, typer.Option(help="Requests at a time.")] = 16,
-    max_new_tokens: Annotated[int, typer.Option(help="A request.")] = 32,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens a request.")] = 32,
 ) -> None:
     """Measure and print a table and a JSON line."""
     mean = sum(device_bytes(rank, 2) for rank in ranks(adapters)) // adapters
