@@ -80,7 +80,7 @@ def main(
 def run(
     client: Client, heads: str, prompts: list[str], max_new_tokens: int
 ) -> dict[int, list[Pair]]:
-    """By tree size, the replies of every prompt: (OFF, AUTO)."""
+    """Tree size -> the replies to every prompt: (OFF, AUTO)."""
     client.generate(request("warm up", heads, pb.AUTO, SIZES[-1], max_new_tokens))
     pairs: dict[int, list[Pair]] = {size: [] for size in SIZES}
     for prompt in prompts:

@@ -59,13 +59,13 @@ def main(
 
 
 def read(path: Path) -> list[str]:
-    """A prompt a line, of a conversation its first turn."""
+    """A prompt for each line; for a conversation its first turn."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     return [line["turns"][0] if "turns" in line else line["prompt"] for line in lines]
 
 
 def request(number: int, text: str, temperature: float, max_new_tokens: int) -> pb.GenerateRequest:
-    """Its LoRAs and heads by its number, all pairs in turn."""
+    """`number` chooses LoRAs and heads, so that all pairs come in turn."""
     loras, heads = LORAS[number % len(LORAS)], HEADS[number // len(LORAS) % len(HEADS)]
     return pb.GenerateRequest(
         chat=pb.ChatMessages(messages=[pb.ChatMessage(role="user", content=text)]),

@@ -116,7 +116,7 @@ def quality(decoders: dict[str, Backend], count: int) -> list[dict[str, object]]
 
 
 def predict(decoder: Backend, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """At every token but the last: the loss of the next one, and the likeliest one."""
+    """At every token but the last: the loss of the next token, and the likeliest token."""
     kv = decoder.make_kv(CONTEXT // PAGE, PAGE)
     losses, best = [], []
     for start in range(0, len(ids) - 1, CHUNK):

@@ -226,7 +226,7 @@ def static(answers: Sequence[Answer], choices: Sequence[Path_]) -> Counts:
 
 
 def of_mean_size(answers: Sequence[Answer], size: int, *, learns: bool, looks_up: bool) -> Replay:
-    """With the threshold that gives this mean size."""
+    """The replay whose threshold gives trees of about this mean size."""
     low, high = 0.001, 0.5
     for _ in range(BISECTIONS):
         threshold = (low * high) ** 0.5

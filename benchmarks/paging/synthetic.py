@@ -84,7 +84,7 @@ def scratch_folder(rank: int, seed: int) -> Iterator[Path]:
 
 
 def upload(client: Client, first: int, all_ranks: list[int]) -> list[str]:
-    """Stores adapters number first, first + 1, ...; their ids."""
+    """Uploads adapters first, first + 1, ..., one for each rank; returns their ids."""
     ids = []
     for index, rank in enumerate(all_ranks, start=first):
         with scratch_folder(rank, index) as folder:

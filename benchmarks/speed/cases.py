@@ -17,7 +17,7 @@ ROWS = (1, 2, 4, 8, 16, 32)
 NEW_TOKENS = 64
 PROMPT_TOKENS = 64
 PREFILL_TOKENS = 1000
-MAX_ID = 40_000  # of the id that makes a prompt new; below the special ones at any vocabulary's end
+MAX_ID = 40_000  # random first ids that make prompts new stay below it, and below special ids
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,7 +29,7 @@ class Results:
         self.rows[case], self.step_bytes[case] = rows, step_bytes
 
     def median(self, case: str, engine: str) -> float | None:
-        """None: that engine did not run that case."""
+        """The median of an engine's results; None if it did not run the case."""
         values = self.values.get(case, {}).get(engine)
         return statistics.median(values) if values else None
 
