@@ -80,7 +80,7 @@ def main(
 def run(
     client: Client, heads: str, prompts: list[str], max_new_tokens: int
 ) -> dict[int, list[Pair]]:
-    """By tree size, the replies of every prompt: (OFF, AUTO)."""
+    """Tree size -> the replies to every prompt: (OFF, AUTO)."""
     client.generate(request("warm up", heads, pb.AUTO, SIZES[-1], max_new_tokens))
     pairs: dict[int, list[Pair]] = {size: [] for size in SIZES}
     for prompt in prompts:
@@ -113,7 +113,7 @@ def summarise(task: str, heads: str, size: int, pairs: list[Pair]) -> Measured:
 
 
 def request(
-    prompt: str, heads: str, mode: pb.Mode.ValueType, size: int, max_new_tokens: int
+    prompt: str, heads: str, mode: pb.Mode, size: int, max_new_tokens: int
 ) -> pb.GenerateRequest:
     return pb.GenerateRequest(
         chat=pb.ChatMessages(messages=[pb.ChatMessage(role="user", content=prompt)]),

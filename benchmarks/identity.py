@@ -40,8 +40,8 @@ def main(
     max_new_tokens: Annotated[int, typer.Option(help="Tokens a request at most.")] = 64,
     temperatures: Annotated[list[float], typer.Option(help="Once for each.")] = [0.0, 0.8],  # noqa: B006
     rows: Annotated[int, typer.Option(help="Requests at once.")] = 16,
-    dtype: Annotated[str, typer.Option(help="Of the server.")] = "bfloat16",
-    backend: Annotated[str, typer.Option(help="Of the server.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="The server's dtype.")] = "bfloat16",
+    backend: Annotated[str, typer.Option(help="The server's backend.")] = "auto",
     threads: Annotated[int, typer.Option(help="CPU threads of the server.")] = 2,
 ) -> None:
     """Compare and print a table and a JSON line; exit code 1 if anything differs."""
@@ -59,13 +59,13 @@ def main(
 
 
 def read(path: Path) -> list[str]:
-    """A prompt a line, of a conversation its first turn."""
+    """A prompt for each line; for a conversation its first turn."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     return [line["turns"][0] if "turns" in line else line["prompt"] for line in lines]
 
 
 def request(number: int, text: str, temperature: float, max_new_tokens: int) -> pb.GenerateRequest:
-    """Its LoRAs and heads by its number, all pairs in turn."""
+    """`number` chooses LoRAs and heads, so that all pairs come in turn."""
     loras, heads = LORAS[number % len(LORAS)], HEADS[number // len(LORAS) % len(HEADS)]
     return pb.GenerateRequest(
         chat=pb.ChatMessages(messages=[pb.ChatMessage(role="user", content=text)]),

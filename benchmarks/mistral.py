@@ -79,8 +79,8 @@ def write_loras(root: Path) -> list[Path]:
 def resident(server: LocalServer) -> dict[str, object]:
     """Gigabytes (1e9) in memory now, and the most there ever were."""
     status = Path(f"/proc/{server.pid}/status").read_text()
-    found = dict(re.findall(r"^(VmRSS|VmHWM):\s+(\d+) kB$", status, re.MULTILINE))
-    return {f"{name} GB": round(int(kib) * 1024 / 1e9, 2) for name, kib in found.items()}
+    kib_by_name = dict(re.findall(r"^(VmRSS|VmHWM):\s+(\d+) kB$", status, re.MULTILINE))
+    return {f"{name} GB": round(int(kib) * 1024 / 1e9, 2) for name, kib in kib_by_name.items()}
 
 
 def measure_steps(
@@ -104,7 +104,7 @@ def measure_steps(
                 speeds[name].append(rate)
                 bandwidths[name].append((before + bandwidth(5)) / 2)
     nbytes = step_nbytes(MISTRAL_7B, torch.bfloat16, None if quantize is None else Kind(quantize))
-    floors = {name: [each / nbytes for each in found] for name, found in bandwidths.items()}
+    floors = {name: [each / nbytes for each in measured] for name, measured in bandwidths.items()}
     return [
         {
             "": name,
@@ -118,8 +118,8 @@ def measure_steps(
     ]
 
 
-def _median_ratio(found: Sequence[float], beside: Sequence[float]) -> float:
-    return statistics.median(mine / theirs for mine, theirs in zip(found, beside, strict=True))
+def _median_ratio(values: Sequence[float], beside: Sequence[float]) -> float:
+    return statistics.median(mine / theirs for mine, theirs in zip(values, beside, strict=True))
 
 
 def request(lora: str, number: int) -> bytes:

@@ -48,7 +48,7 @@ COLUMNS = ("projections", "lm_head", "attention", "LoRA", "other")
 
 def main(
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
-    repeats: Annotated[int, typer.Option(help="Of every step.")] = 25,
+    repeats: Annotated[int, typer.Option(help="Runs of every step.")] = 25,
 ) -> None:
     """Measure and print a table and a JSON line."""
     torch.set_num_threads(threads)
@@ -116,9 +116,9 @@ class Profile:
         for _ in range(self._repeats):
             self._count.value = 0
             took = seconds(partial(self._decoder.forward, batch, self._kv))
-            columns = by_column(self._ticks[: self._count.value], bool(batch.lora))
-            columns["outside"] = took - sum(columns.values())
-            for column, value in columns.items():
+            seconds_of = by_column(self._ticks[: self._count.value], bool(batch.lora))
+            seconds_of["outside"] = took - sum(seconds_of.values())
+            for column, value in seconds_of.items():
                 columns[column].append(value)
         row: dict[str, object] = {"step": name}
         row |= {key: round(1000 * statistics.median(each), 2) for key, each in columns.items()}

@@ -56,7 +56,7 @@ class Part(StrEnum):
 def main(
     only: Annotated[Part | None, typer.Option(help="One part of it.")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
-    repeats: Annotated[int, typer.Option(help="Of every timing.")] = 15,
+    repeats: Annotated[int, typer.Option(help="Calls that a timing takes.")] = 15,
     texts: Annotated[int, typer.Option(help="Of HumanEval.")] = 164,
     prompts: Annotated[int, typer.Option(help="For the heads.")] = 24,
 ) -> None:
@@ -101,8 +101,8 @@ def quality(decoders: dict[str, Backend], count: int) -> list[dict[str, object]]
     texts = [tokenizer.encode(each["prompt"] + each["canonical_solution"]) for each in problems]
     rows, base = [], torch.empty(0)
     for kind, decoder in decoders.items():
-        found = [predict(decoder, ids[:CONTEXT]) for ids in texts]
-        losses, best = (torch.cat(parts) for parts in zip(*found, strict=True))
+        predicted = [predict(decoder, ids[:CONTEXT]) for ids in texts]
+        losses, best = (torch.cat(parts) for parts in zip(*predicted, strict=True))
         base = base if len(base) else best
         rows.append(
             {
@@ -116,7 +116,7 @@ def quality(decoders: dict[str, Backend], count: int) -> list[dict[str, object]]
 
 
 def predict(decoder: Backend, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """At every token but the last: the loss of the next one, and the likeliest one."""
+    """At every token but the last: the loss of the next token, and the likeliest token."""
     kv = decoder.make_kv(CONTEXT // PAGE, PAGE)
     losses, best = [], []
     for start in range(0, len(ids) - 1, CHUNK):
@@ -136,20 +136,20 @@ def tokens_a_step(kind: Kind | None, count: int, threads: int) -> dict[str, obje
         upload_examples(client)
         prompts = heads.read(heads.PROMPTS / "maths.jsonl")[:count]
         pairs = heads.run(client, "heads-maths", prompts, 128)
-    found: dict[str, object] = {"weights": name(kind)}
+    row: dict[str, object] = {"weights": name(kind)}
     for size in heads.SIZES:
         measured = heads.summarise("maths", "heads-maths", size, pairs[size])
-        found[f"{size} nodes"] = measured.tokens_per_step
-        found["mismatches"] = measured.mismatches
-    return found
+        row[f"{size} nodes"] = measured.tokens_per_step
+        row["mismatches"] = measured.mismatches
+    return row
 
 
 def timings(calls: dict[str, partial[None]], repeats: int) -> dict[str, object]:
     """Medians of calls that take turns, and how much faster than the first they are."""
-    found = medians(calls, repeats)
-    first, *others = found
-    row: dict[str, object] = {each: round(1000 * median, 2) for each, median in found.items()}
-    return row | {f"{each} gain": round(found[first] / found[each], 2) for each in others}
+    seconds_of = medians(calls, repeats)
+    first, *others = seconds_of
+    row: dict[str, object] = {each: round(1000 * median, 2) for each, median in seconds_of.items()}
+    return row | {f"{each} gain": round(seconds_of[first] / seconds_of[each], 2) for each in others}
 
 
 def matrices(threads: int, repeats: int) -> list[tuple[int, dict[str, object]]]:
@@ -162,15 +162,15 @@ def matrices(threads: int, repeats: int) -> list[tuple[int, dict[str, object]]]:
     copies = {
         each: [copied(matrix, pages) for _ in range(COPIES)] for each, matrix in packed.items()
     }
-    found = []
+    timed = []
     for rows in ROWS:
         x_TI, out_TO = torch.randn(32, HIDDEN).bfloat16(), torch.empty(rows, INNER)
         calls = {
             each: partial(multiply, held, x_TI, out_TO, threads, isa)
             for each, held in copies.items()
         }
-        found.append((rows, timings(calls, repeats)))
-    return found
+        timed.append((rows, timings(calls, repeats)))
+    return timed
 
 
 def copied(matrix: PackedMatrix, pages: HugePages) -> PackedMatrix:
@@ -185,11 +185,11 @@ def multiply(
     assert library is not None
     rows, outputs = out_TO.shape
     for matrix in held:
-        head = native.Head(
+        lm_head = native.LmHead(
             *(matrix.struct, None, x_TI.data_ptr(), out_TO.data_ptr(), None),
             *(0, rows, outputs, matrix.inputs, threads, isa),
         )
-        library.lorastack_logits(head)
+        library.lorastack_logits(lm_head)
 
 
 if __name__ == "__main__":

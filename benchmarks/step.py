@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 
 def main(
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
-    repeats: Annotated[int, typer.Option(help="Of every timing.")] = 15,
+    repeats: Annotated[int, typer.Option(help="Calls that a timing takes.")] = 15,
 ) -> None:
     """Measure and print tables and JSON lines."""
     torch.set_num_threads(threads)

@@ -88,10 +88,10 @@ def main(
         raise typer.BadParameter("give either --samples or --prompts")
     model = AutoModelForCausalLM.from_pretrained(default_model(), dtype=torch.bfloat16)
     if samples is not None:
-        found = iter(read_samples(samples)[skip:])
+        texts = iter(read_samples(samples)[skip:])
     else:
-        found = answered(model, prompts, max_new_tokens)
-    answers = list(replayable(model, heads, enough(found, tokens)))
+        texts = answered(model, prompts, max_new_tokens)
+    answers = list(replayable(model, heads, enough(texts, tokens)))
     own_choices = load_heads(heads)[1]
     rows = [row for size in SIZES for row in compare(answers, own_choices, size)]
     report(
@@ -138,8 +138,8 @@ def replayable(model: PreTrainedModel, folder: Path, samples: Sequence[Sample]) 
             torch.log_softmax((heads(hidden_PH, head) @ rows_NH.T).float(), -1).topk(RANKS)
             for head in range(heads.num_heads)
         ]
-        candidates.append(torch.stack([ids_N[found.indices] for found in best], 1))
-        logprobs.append(torch.stack([found.values for found in best], 1))
+        candidates.append(torch.stack([ids_N[top.indices] for top in best], 1))
+        logprobs.append(torch.stack([top.values for top in best], 1))
     candidates_TKR, logprobs_TKR = torch.cat(candidates), torch.cat(logprobs)
     right_TKR = candidates_TKR == corpus.targets_TK[:, :, None]
     ranks_TK = right_TKR.long().argmax(-1).masked_fill(~right_TKR.any(-1), BEYOND)
@@ -168,8 +168,8 @@ def compare(
         ("adaptive", True, False),
         ("adaptive with prompt lookup", True, True),
     ):
-        found = of_mean_size(answers, size, learns=learns, looks_up=looks_up)
-        yield row(name, found.counts, found.mean_size, opponent)
+        replay = of_mean_size(answers, size, learns=learns, looks_up=looks_up)
+        yield row(name, replay.counts, replay.mean_size, opponent)
 
 
 def climbed(answers: Sequence[Answer], tree: list[Path_], others: Sequence[Path_]) -> list[Path_]:
@@ -184,9 +184,9 @@ def climbed(answers: Sequence[Answer], tree: list[Path_], others: Sequence[Path_
             for path in others:
                 if path in tree or (path[:-1] and path[:-1] not in rest):
                     continue
-                found = rate(static(answers, [*rest, path]))
-                if found > best:
-                    best, better = found, [*rest, path]
+                gained = rate(static(answers, [*rest, path]))
+                if gained > best:
+                    best, better = gained, [*rest, path]
     return tree
 
 
@@ -226,16 +226,16 @@ def static(answers: Sequence[Answer], choices: Sequence[Path_]) -> Counts:
 
 
 def of_mean_size(answers: Sequence[Answer], size: int, *, learns: bool, looks_up: bool) -> Replay:
-    """With the threshold that gives this mean size."""
+    """The replay whose threshold gives trees of about this mean size."""
     low, high = 0.001, 0.5
     for _ in range(BISECTIONS):
         threshold = (low * high) ** 0.5
-        found = adaptive(answers, threshold, learns=learns, looks_up=looks_up)
-        if found.mean_size > size:
+        replay = adaptive(answers, threshold, learns=learns, looks_up=looks_up)
+        if replay.mean_size > size:
             low = threshold
         else:
             high = threshold
-    return found
+    return replay
 
 
 def adaptive(

@@ -40,7 +40,7 @@ class Row:
     loras: tuple[tuple[str, float], ...] = ()
     heads: str = "none"
 
-    def request(self, mode: pb.Mode.ValueType) -> pb.GenerateRequest:
+    def request(self, mode: pb.Mode) -> pb.GenerateRequest:
         return pb.GenerateRequest(
             chat=pb.ChatMessages(messages=[pb.ChatMessage(role="user", content=self.prompt)]),
             loras=[pb.LoraRef(lora_id=name, scale=scale) for name, scale in self.loras],
@@ -117,9 +117,7 @@ def run(wanted: str, console: Console) -> tuple[str, bool | None]:
     return info.dtype, all(one.token_ids == other.token_ids for one, other in pairs)
 
 
-def generate(
-    client: Client, mode: pb.Mode.ValueType, console: Console
-) -> list[pb.GenerateResponse]:
+def generate(client: Client, mode: pb.Mode, console: Console) -> list[pb.GenerateResponse]:
     """All rows at once; counts them as they end."""
     with ThreadPoolExecutor(len(ROWS)) as pool:
         futures = [pool.submit(client.generate, row.request(mode)) for row in ROWS]

@@ -74,7 +74,7 @@ def test_every_reason_is_in_the_table_with_a_status() -> None:
 
 def test_deployments_are_yaml_with_options_and_services_that_exist() -> None:
     texts = blocks("docs/deployment.md", "yaml")
-    compose, *objects = [found for text in texts for found in yaml.safe_load_all(text)]
+    compose, *objects = [document for text in texts for document in yaml.safe_load_all(text)]
     (container,) = objects[0]["spec"]["template"]["spec"]["containers"]
     options = {option for p in serve_parameters() for option in p.opts}
     for words in (compose["services"]["lorastack"]["command"], container["args"]):

@@ -143,23 +143,23 @@ def test_every_package_is_in_the_table() -> None:
 
 def imported_packages() -> dict[str, set[str]]:
     """Package -> packages of ours that its modules import, itself left out."""
-    found: dict[str, set[str]] = {package: set() for package in ALLOWED}
+    imported: dict[str, set[str]] = {package: set() for package in ALLOWED}
     for module, names in module_graph().items():
         package = package_of(module)
-        found[package] |= {package_of(name) for name in names} - {package}
-    return found
+        imported[package] |= {package_of(name) for name in names} - {package}
+    return imported
 
 
 def imported_rooms() -> dict[str, set[str]]:
     """Room -> other rooms of its package that its modules import."""
-    found: dict[str, set[str]] = {room: set() for room in ROOMS}
+    imported: dict[str, set[str]] = {room: set() for room in ROOMS}
     for module, names in module_graph().items():
         room = room_of(module)
         if room in ROOMS:
             package = room.split(".")[0]
             others = {room_of(name) for name in names if package_of(name) == package}
-            found[room] |= others - {room, package}
-    return found
+            imported[room] |= others - {room, package}
+    return imported
 
 
 def room_of(module: str) -> str:

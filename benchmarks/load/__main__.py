@@ -75,13 +75,13 @@ def main(
             servers.append(server.address)
         results = Results()
         for number in range(rounds + 1):
-            found = results if number else Results()
+            kept = results if number else Results()
             for text in wanted:
                 for count in counts:
                     say(number, case(text.name, count))
-                    point(found, client, servers, text, count, each, number)
+                    point(kept, client, servers, text, count, each, number)
             if number:
-                save(found, [text.name for text in wanted], counts, out)
+                save(kept, [text.name for text in wanted], counts, out)
     report(f"{TITLE}, tokens a second (medians)", table(results))
     reached = bars(results, [text.name for text in wanted], counts)
     report("What it must reach", [bar.row for bar in reached])
@@ -126,36 +126,36 @@ def save(results: Results, texts: list[str], rows: list[int], out: Path) -> None
 def table(results: Results) -> list[dict[str, object]]:
     """A row a text and load."""
     modes = dict.fromkeys(mode for measured in results.values.values() for mode in measured)
-    found: list[dict[str, object]] = []
+    rows: list[dict[str, object]] = []
     for name in results.values:
         row: dict[str, object] = {"tokens/s": name}
         row |= {mode: shown(results.median(name, mode), "{:.0f}") for mode in sorted(modes)}
         row["auto/off"] = shown(results.ratio((name, AUTO), (name, OFF)), "{:.2f}")
-        found.append(row)
-    return found
+        rows.append(row)
+    return rows
 
 
 def bars(results: Results, texts: list[str], rows: list[int]) -> list[Bar]:
     """What must be reached at the loads that were measured."""
-    found = []
+    reached = []
     for text in texts:
         ratios = {count: _gain(results, text, count) for count in rows}
         least = min((ratio for ratio in ratios.values() if ratio is not None), default=None)
-        found.append(Bar(f"{text}: AUTO over OFF, the least of all loads", least, FLOOR))
+        reached.append(Bar(f"{text}: AUTO over OFF, the least of all loads", least, FLOOR))
         if text == MATHS:
-            found += [
+            reached += [
                 Bar(f"{text}: AUTO over OFF, {count} rows", ratios[count], target)
                 for count, target in GAINS.items()
                 if count in ratios
             ]
     if MATHS in texts:
-        found += [
+        reached += [
             Bar(f"{MATHS}: AUTO over {best}, {count} rows", ratio, OF_FIXED)
             for count in rows
             if count in SIZES
             for best, ratio in [_of_best(results, case(MATHS, count))]
         ]
-    return found
+    return reached
 
 
 def _of_best(results: Results, name: str) -> tuple[str, float | None]:

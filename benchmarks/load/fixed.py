@@ -15,12 +15,12 @@ from lorastack.config import share_cores
 
 
 def all_nodes(streams: Sequence[Iterable[float]], *_: object) -> list[int]:
-    """In the place of `budget.allot`."""
+    """Replaces `budget.allot`: every proposed node."""
     return [sum(1 for _ in worths) for worths in streams]
 
 
 def all_rows(worths: Sequence[Sequence[float]], *_: object) -> list[bool]:
-    """In the place of `budget.pays`."""
+    """Replaces `budget.pays`: the heads of every row."""
     return [True] * len(worths)
 
 

@@ -68,11 +68,11 @@ def main(
         )
 
         def measure(ready: str) -> None:
-            found = ADDRESS.search(ready)
-            assert found is not None
+            match = ADDRESS.search(ready)
+            assert match is not None
             counts = [int(count) for count in rows.split(",")]
             try:
-                report("Milliseconds a step", _measured(found.group(1), clocks, counts, each))
+                report("Milliseconds a step", _measured(match.group(1), clocks, counts, each))
             finally:
                 os.kill(os.getpid(), signal.SIGTERM)
 

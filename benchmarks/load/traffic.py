@@ -41,7 +41,7 @@ class Reply:
     tokens: int
 
     def tokens_within(self, began: float, ended: float) -> float:
-        """At the reply's own steady rate."""
+        """The reply's tokens between these times, at its own steady rate."""
         inside = min(self.ended, ended) - max(self.first, began)
         return max(inside, 0.0) * (self.tokens - 1) / (self.ended - self.first)
 

@@ -53,7 +53,7 @@ PIECE = 4 * MIB
 
 
 def main(
-    repeats: Annotated[int, typer.Option(help="Of every timing.")] = 15,
+    repeats: Annotated[int, typer.Option(help="Calls that a timing takes.")] = 15,
     folder: Annotated[
         Path | None, typer.Option(help="On the disk to measure.", show_default="the system's")
     ] = None,

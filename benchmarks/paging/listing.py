@@ -31,7 +31,7 @@ from lorastack.startup.folder import model_folder
 
 def main(
     adapters: Annotated[int, typer.Option(help="In the store.")] = 10_000,
-    repeats: Annotated[int, typer.Option(help="Of every timing.")] = 5,
+    repeats: Annotated[int, typer.Option(help="Calls that a timing takes.")] = 5,
 ) -> None:
     """Measure and print a table and a JSON line."""
     with tempfile.TemporaryDirectory(prefix="lorastack-") as folder:
@@ -46,8 +46,8 @@ def main(
     report(
         f"A store of {adapters} adapters",
         [
-            {"what": what, "median ms": round(1000 * statistics.median(found), 1)}
-            for what, found in (
+            {"what": what, "median ms": round(1000 * statistics.median(times), 1)}
+            for what, times in (
                 ("open the store", opening),
                 ("list all", listing),
                 ("list the first 1,000", page),

@@ -28,9 +28,9 @@ LOAD = 0.6
 
 
 def main(
-    requests: Annotated[int, typer.Option(help="A round.")] = 150,
+    requests: Annotated[int, typer.Option(help="Requests a round.")] = 150,
     rounds: Annotated[int, typer.Option(help="Rounds a case.")] = 3,
-    max_new_tokens: Annotated[int, typer.Option(help="A request.")] = 32,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens a request.")] = 32,
 ) -> None:
     """Measure and print a table and a JSON line."""
     room = FITTING * device_bytes(RANK, 2) + 64
@@ -47,26 +47,26 @@ def main(
             upload(uploader, 0, [RANK] * WANTED)
         full = [_call(index % FITTING, max_new_tokens) for index in range(requests)]
         client.run(send, server.address, full[: 4 * FITTING], FITTING)
-        found = client.run(send, server.address, full, 2 * FITTING)
-        rate = LOAD * requests / max(outcome.ended for outcome in found)
+        saturated = client.run(send, server.address, full, 2 * FITTING)
+        rate = LOAD * requests / max(outcome.ended for outcome in saturated)
         for seed in range(rounds):
             for wanted in (FITTING, WANTED):
                 calls = _arrivals(wanted, requests, rate, max_new_tokens, seed)
                 outcomes[wanted] += client.run(send, server.address, calls, requests)
     medians = {
-        wanted: statistics.median(outcome.first_token for outcome in found)
-        for wanted, found in outcomes.items()
+        wanted: statistics.median(outcome.first_token for outcome in replies)
+        for wanted, replies in outcomes.items()
     }
     report(
         f"{WANTED} adapters on room for {FITTING}, {rate:.2f} requests a second",
         [
             {
                 "adapters": wanted,
-                "first token ms, median": first_token_ms(found)["median"],
-                "p99": first_token_ms(found)["p99"],
-                "longest adapter wait ms": round(1000 * max(o.adapter_wait for o in found)),
+                "first token ms, median": first_token_ms(replies)["median"],
+                "p99": first_token_ms(replies)["p99"],
+                "longest adapter wait ms": round(1000 * max(o.adapter_wait for o in replies)),
             }
-            for wanted, found in outcomes.items()
+            for wanted, replies in outcomes.items()
         ],
         first_token_median_ratio=round(medians[WANTED] / medians[FITTING], 2),
     )

@@ -58,22 +58,22 @@ def main(
             for phase in gaps:
                 stop.unlink(missing_ok=True)
                 ended = other.start(_PHASES[phase], server.address, folder)
-                found = reader.run(send, server.address, calls, len(calls))
+                outcomes = reader.run(send, server.address, calls, len(calls))
                 stop.touch()
                 ended()
-                gaps[phase] += [gap for outcome in found for gap in outcome.gaps]
+                gaps[phase] += [gap for outcome in outcomes for gap in outcome.gaps]
     quiet = percentile(gaps["quiet"], 0.99)
     report(
         "Gaps between the tokens of four running rows",
         [
             {
                 "meanwhile": phase,
-                "median ms": round(1000 * percentile(found, 0.5), 1),
-                "p99 ms": round(1000 * percentile(found, 0.99), 1),
-                "longest ms": round(1000 * max(found), 1),
-                "p99 ratio": round(percentile(found, 0.99) / quiet, 2),
+                "median ms": round(1000 * percentile(measured, 0.5), 1),
+                "p99 ms": round(1000 * percentile(measured, 0.99), 1),
+                "longest ms": round(1000 * max(measured), 1),
+                "p99 ratio": round(percentile(measured, 0.99) / quiet, 2),
             }
-            for phase, found in gaps.items()
+            for phase, measured in gaps.items()
         ],
     )
 

@@ -84,13 +84,13 @@ def scratch_folder(rank: int, seed: int) -> Iterator[Path]:
 
 
 def upload(client: Client, first: int, all_ranks: list[int]) -> list[str]:
-    """Stores adapters number first, first + 1, ...; their ids."""
-    found = []
+    """Uploads adapters first, first + 1, ..., one for each rank; returns their ids."""
+    ids = []
     for index, rank in enumerate(all_ranks, start=first):
         with scratch_folder(rank, index) as folder:
             client.upload(folder, adapter_id(index))
-        found.append(adapter_id(index))
-    return found
+        ids.append(adapter_id(index))
+    return ids
 
 
 def store_folder(

@@ -38,10 +38,10 @@ ON_DEVICE, ON_HOST = 32, 300
 
 def main(
     adapters: Annotated[int, typer.Option(help="LoRAs in the store.")] = 1000,
-    requests: Annotated[int, typer.Option(help="A round.")] = 192,
+    requests: Annotated[int, typer.Option(help="Requests a round.")] = 192,
     rounds: Annotated[int, typer.Option(help="Rounds a server.")] = 3,
     slots: Annotated[int, typer.Option(help="Requests at a time.")] = 16,
-    max_new_tokens: Annotated[int, typer.Option(help="A request.")] = 32,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens a request.")] = 32,
 ) -> None:
     """Measure and print a table and a JSON line."""
     mean = sum(device_bytes(rank, 2) for rank in ranks(adapters)) // adapters
@@ -82,11 +82,11 @@ def compare(
         client.run(send, paged.address, workload[0], slots)  # fills its tiers; not counted
         for calls in workload:
             for name, server in (("resident", resident), ("paged", paged)):
-                found = client.run(send, server.address, calls, slots)
-                outcomes[name] += found
+                replies = client.run(send, server.address, calls, slots)
+                outcomes[name] += replies
                 rates[name].append(
-                    sum(outcome.tokens for outcome in found)
-                    / max(outcome.ended for outcome in found)
+                    sum(outcome.tokens for outcome in replies)
+                    / max(outcome.ended for outcome in replies)
                 )
     report(
         f"{'copy delay 50 ms + 2 GB/s' if slow else 'no copy delay'}: room for {ON_DEVICE} on the "
@@ -95,11 +95,11 @@ def compare(
             {
                 "server": name,
                 "tokens a second, median round": round(statistics.median(rates[name]), 1),
-                "first token ms, median": first_token_ms(found)["median"],
-                "p99": first_token_ms(found)["p99"],
-                "longest adapter wait ms": round(1000 * max(o.adapter_wait for o in found)),
+                "first token ms, median": first_token_ms(replies)["median"],
+                "p99": first_token_ms(replies)["p99"],
+                "longest adapter wait ms": round(1000 * max(o.adapter_wait for o in replies)),
             }
-            for name, found in outcomes.items()
+            for name, replies in outcomes.items()
         ],
         throughput_ratio=round(
             statistics.median(

@@ -80,14 +80,14 @@ def _write_tensor(
     kind: gguf.GGMLQuantizationType,
 ) -> None:
     layer = LAYER.fullmatch(name)
-    found = f"blk.{layer[1]}.{NAMES[layer[2]]}" if layer else NAMES[name]
+    stem = f"blk.{layer[1]}.{NAMES[layer[2]]}" if layer else NAMES[name]
     for suffix, heads in (("attn_q", "num_attention_heads"), ("attn_k", "num_key_value_heads")):
-        if found.endswith(suffix):
+        if stem.endswith(suffix):
             array = interleaved(array, config[heads])
     if array.ndim == 1:
-        writer.add_tensor(f"{found}.weight", array)
+        writer.add_tensor(f"{stem}.weight", array)
     else:
-        writer.add_tensor(f"{found}.weight", gguf.quants.quantize(array, kind), raw_dtype=kind)
+        writer.add_tensor(f"{stem}.weight", gguf.quants.quantize(array, kind), raw_dtype=kind)
 
 
 def interleaved(

@@ -17,7 +17,7 @@ ROWS = (1, 2, 4, 8, 16, 32)
 NEW_TOKENS = 64
 PROMPT_TOKENS = 64
 PREFILL_TOKENS = 1000
-MAX_ID = 40_000  # of the id that makes a prompt new; below the special ones at any vocabulary's end
+MAX_ID = 40_000  # random first ids that make prompts new stay below it, and below special ids
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,8 +70,8 @@ class Prompts:
 
     def filled(self, ids: list[int], length: int) -> list[int]:
         filler = islice(cycle(self._text), max(length - len(ids), 0))
-        found = [*filler, *ids][-length:]
-        return [self._random.randrange(MAX_ID), *found[1:]]
+        filled = [*filler, *ids][-length:]
+        return [self._random.randrange(MAX_ID), *filled[1:]]
 
 
 def chat_ids(client: Client, prompt: str) -> list[int]:

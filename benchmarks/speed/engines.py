@@ -118,12 +118,12 @@ def installed_peers(
     for kind, path in load.gguf.items():
         write_gguf(model, Path(path), gguf.GGMLQuantizationType[kind])
     with ExitStack() as stack:
-        found = {}
+        peers = {}
         for key in PEERS:
             python = python_of(key)
             if python is None:
                 typer.echo(f"{key}: no environment, skipped; `make peers` makes it", err=True)
             elif key in wanted:
                 log = scratch / f"{key}.log"
-                found[key] = stack.enter_context(peer(key, python, load, log))
-        yield found
+                peers[key] = stack.enter_context(peer(key, python, load, log))
+        yield peers

@@ -29,9 +29,9 @@ class Results:
         self.rows[case], self.step_bytes[case] = rows, step_bytes
 
     def median(self, case: str, engine: str) -> float | None:
-        """None: that engine did not run that case."""
-        found = self.values.get(case, {}).get(engine)
-        return statistics.median(found) if found else None
+        """The median of an engine's results; None if it did not run the case."""
+        values = self.values.get(case, {}).get(engine)
+        return statistics.median(values) if values else None
 
     def ratio(self, ours: tuple[str, str], other: tuple[str, str]) -> float | None:
         """Median over rounds of one (case, engine) over another."""

@@ -51,7 +51,7 @@ class Run:
         """number: from 0; engines begin at another one in each."""
         for case in cases:
             say(number, case.name)
-            if not case.is_prefill:  # that is bound by arithmetic
+            if not case.is_prefill:  # a prefill is bound by arithmetic
                 self.results.add(case.name, BANDWIDTH, bandwidth(BANDWIDTH_READS))
             job = self._prompts.job(case)
             for name, engine in rotated(self._engines(case), number).items():

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lorastack.train.distill import Sample, read_samples
 
-MAX_CHARS = 600  # of a held-out prompt: long articles only cost time
+MAX_CHARS = 600  # in a held-out prompt: long articles only cost time
 OPENING, CLOSING = "Ahoy, matey!", "Arrr!"
 _SPEECH = {
     "you": "ye", "your": "yer", "you're": "ye be", "my": "me", "is": "be", "are": "be",

@@ -56,16 +56,16 @@ class LlamaCpp:
     def _prefill(self, context: ll.llama_context_p, prompts: Sequence[Sequence[int]]) -> list[int]:
         """The first token of every row."""
         batch = ll.llama_batch_init(MAX_BATCH, 0, 1)
-        found: list[int] = []
+        first_tokens: list[int] = []
         for row, prompt in enumerate(prompts):
             for position, token in enumerate(prompt):
                 _add(batch, token, position, row, wanted=position == len(prompt) - 1)
                 if batch.n_tokens == MAX_BATCH:
-                    found += self._decode(context, batch)
+                    first_tokens += self._decode(context, batch)
                     batch.n_tokens = 0
-        found += self._decode(context, batch) if batch.n_tokens else []
+        first_tokens += self._decode(context, batch) if batch.n_tokens else []
         ll.llama_batch_free(batch)
-        return found
+        return first_tokens
 
     def _decode(self, context: ll.llama_context_p, batch: ll.llama_batch) -> list[int]:
         """The best token of every position that wants one."""
