@@ -32,8 +32,6 @@ NORM = "model.norm.weight"
 ATTENTION_NORM, MLP_NORM = "input_layernorm.weight", "post_attention_layernorm.weight"
 # Tensors of Medusa heads beside a backbone begin so; see startup.own_heads.
 HEADS_TENSORS_PREFIX = "medusa_head."
-    "medusa_head."  # tensors of Medusa heads beside a backbone; see startup.own_heads
-)
 
 log = logging.getLogger(__name__)
 
