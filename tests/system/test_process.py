@@ -153,7 +153,7 @@ update = Scheduler.update
 crashed = []
 
 def fail(self, results):
-    if crashed or self.find("crash") is not None:
+    if crashed or self.rows.find("crash") is not None:
         crashed.append(True)
         raise RuntimeError("boom")
     update(self, results)
