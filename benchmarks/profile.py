@@ -32,8 +32,8 @@ from lorastack.layout import LAYER_TARGETS, ModelShapes, Part
 from lorastack.lora.segments import LoraBatch, Segment
 from lorastack.lora.weights import LoraWeights
 from lorastack.model.backends.base import Backend
+from lorastack.model.backends.load import load_backend
 from lorastack.model.context import ForwardBatch
-from lorastack.model.decoder import load_decoder
 from lorastack.model.fetch.default import default_model
 from lorastack.model.size import step_nbytes
 
@@ -56,7 +56,7 @@ def main(
         build.LIBRARY = Path(folder, "profile.so")
         if problem := build.build(build.LIBRARY, ("-DLORASTACK_PROFILE",)):
             raise typer.BadParameter(problem)
-        decoder = load_decoder(default_model(), device=CPU, dtype=torch.bfloat16, max_context=2048)
+        decoder = load_backend(default_model(), device=CPU, dtype=torch.bfloat16, max_context=2048)
         speed = bandwidth(repeats)
         profile = Profile(decoder, repeats)
         rows = [

@@ -34,8 +34,8 @@ from lorastack.kernels.native.matrix import PackedMatrix, pack_matrix
 from lorastack.kernels.native.memory import HugePages
 from lorastack.kernels.quantize import Kind
 from lorastack.model.backends.base import Backend
+from lorastack.model.backends.load import load_backend
 from lorastack.model.context import ForwardBatch, RowSpan
-from lorastack.model.decoder import load_decoder
 from lorastack.model.fetch.default import default_model
 from lorastack.text.tokenizer import Tokenizer
 
@@ -89,7 +89,7 @@ def name(kind: Kind | None) -> str:
 
 
 def load(kind: Kind | None) -> Backend:
-    return load_decoder(
+    return load_backend(
         default_model(), device=CPU, dtype=torch.bfloat16, max_context=1024, quantize=kind
     )
 

@@ -19,8 +19,8 @@ import typer
 from benchmarks.report import medians, report, seconds
 from lorastack.kernels.attention import RowSpan
 from lorastack.model.backends.base import Backend
+from lorastack.model.backends.load import load_backend
 from lorastack.model.context import ForwardBatch
-from lorastack.model.decoder import load_decoder
 from lorastack.model.fetch.default import default_model
 from lorastack.model.size import step_nbytes
 
@@ -39,7 +39,7 @@ def main(
     speed = bandwidth(repeats)
     for dtype in (torch.bfloat16, torch.float32):
         decoders = [
-            load_decoder(default_model(), device=CPU, dtype=dtype, max_context=1024, native=native)
+            load_backend(default_model(), device=CPU, dtype=dtype, max_context=1024, native=native)
             for native in (True, False)
         ]
         steps = {decoder.name: Steps(decoder) for decoder in decoders}

@@ -10,7 +10,7 @@ import torch
 from lorastack.engine.costs import STEP_TOKENS, measure
 from lorastack.engine.pages import Pages
 from lorastack.engine.runner import Runner
-from lorastack.model.decoder import load_decoder
+from lorastack.model.backends.load import load_backend
 from tests.helpers.tiny import build_llama
 
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
@@ -20,7 +20,7 @@ DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 def test_no_step_is_longer_than_the_context(tmp_path: Path, max_context: int) -> None:
     """Dynamic RoPE has frequencies for every position of the context and no further one."""
     folder = build_llama(tmp_path / "model", rope_parameters=DYNAMIC, max_position_embeddings=32)
-    backend = load_decoder(
+    backend = load_backend(
         folder, device=torch.device("cpu"), dtype=torch.float32, max_context=max_context
     )
     pages = Pages(8, 16)

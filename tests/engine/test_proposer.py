@@ -16,7 +16,7 @@ from lorastack.engine.batch import Batch, RowAdapters, RowStep
 from lorastack.engine.runner import Runner
 from lorastack.kernels.heads import HeadsGroup
 from lorastack.layout import HEADS, LM_HEAD, MAX_RANK, ModelShapes, Part
-from lorastack.model.decoder import load_decoder
+from lorastack.model.backends.load import load_backend
 from lorastack.request import LoraUse, Request, SamplingParams, StopParams
 from lorastack.speculation.proposal import Proposal
 from tests.helpers.adapters import with_outputs, write_heads, write_lora
@@ -42,7 +42,7 @@ class Drafts:
     """Rows that have just read their prompt, each in a page of its own."""
 
     def __init__(self, model: Path, shapes: ModelShapes, root: Path) -> None:
-        self.backend = load_decoder(model, device=CPU, dtype=torch.float32, max_context=None)
+        self.backend = load_backend(model, device=CPU, dtype=torch.float32, max_context=None)
         self._runner = Runner(self.backend, self.backend.make_kv(16, PAGE_SIZE))
         self._shapes = shapes
         output_VH = load_file(model / "model.safetensors")["model.embed_tokens.weight"]  # tied

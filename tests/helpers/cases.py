@@ -11,7 +11,7 @@ import torch
 from lorastack.adapters.formats.parse import parse
 from lorastack.adapters.memory.device import DeviceAdapter
 from lorastack.layout import EMBED, LAYER_TARGETS, LM_HEAD
-from lorastack.model.decoder import load_decoder
+from lorastack.model.backends.load import load_backend
 from lorastack.request import (
     Grammar,
     HeadsUse,
@@ -61,7 +61,7 @@ WORDS = [
 
 def build_bench(model: Path, folder: Path) -> Bench:
     """model: a folder; folder: where the adapters are written."""
-    decoder = load_decoder(
+    decoder = load_backend(
         model, device=torch.device("cpu"), dtype=torch.float64, max_context=None, native=False
     )
     shapes = decoder.shapes

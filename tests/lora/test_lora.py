@@ -20,8 +20,8 @@ from lorastack.layout import (
 from lorastack.lora.segments import LoraBatch, Segment
 from lorastack.lora.weights import LoraWeights
 from lorastack.model.backends.base import Backend
+from lorastack.model.backends.load import load_backend
 from lorastack.model.context import ForwardBatch, RowSpan
-from lorastack.model.decoder import load_decoder
 from tests.helpers.adapters import write_lora
 from tests.helpers.packed import pack, read_weights
 from tests.helpers.reference import Reference
@@ -70,7 +70,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="module")
 def decoder(model: Path) -> Backend:
-    return load_decoder(model, device=CPU, dtype=torch.float32, max_context=None)
+    return load_backend(model, device=CPU, dtype=torch.float32, max_context=None)
 
 
 @pytest.mark.parametrize("target", TARGETS)

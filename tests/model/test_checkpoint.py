@@ -19,8 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lorastack.errors import InvalidArgumentError
 from lorastack.kernels.native.library import Isa
 from lorastack.model import checkpoint
+from lorastack.model.backends.load import load_backend
 from lorastack.model.checkpoint import Checkpoint
-from lorastack.model.decoder import load_decoder
 from tests.helpers.isas import needs
 from tests.helpers.tiny import build_llama
 
@@ -40,7 +40,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None
 
 def refused(folder: Path, words: str) -> None:
     with pytest.raises(InvalidArgumentError, match=words):
-        load_decoder(folder, device=torch.device("cpu"), dtype=torch.float32, max_context=None)
+        load_backend(folder, device=torch.device("cpu"), dtype=torch.float32, max_context=None)
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
@@ -88,7 +88,7 @@ def test_old_rotary_buffers_and_a_tied_copy_are_ignored(folder: Path):
             }
         ),
     )
-    load_decoder(folder, device=torch.device("cpu"), dtype=torch.float32, max_context=None)
+    load_backend(folder, device=torch.device("cpu"), dtype=torch.float32, max_context=None)
 
 
 def test_heads_beside_the_backbone_are_read_by_others(folder: Path):
@@ -98,7 +98,7 @@ def test_heads_beside_the_backbone_are_read_by_others(folder: Path):
     refused(folder, f"{re.escape(head)} is not known")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"medusa_num_heads": 1}))
-    load_decoder(folder, device=torch.device("cpu"), dtype=torch.float32, max_context=None)
+    load_backend(folder, device=torch.device("cpu"), dtype=torch.float32, max_context=None)
 
 
 def test_weights_of_gptq_and_awq_are_refused(folder: Path):
@@ -111,7 +111,7 @@ PEAK = """
 import sys
 from pathlib import Path
 import torch
-from lorastack.model.decoder import load_decoder
+from lorastack.model.backends.load import load_decoder
 
 def kib(name):
     lines = Path("/proc/self/status").read_text().splitlines()

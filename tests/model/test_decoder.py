@@ -15,8 +15,8 @@ from lorastack.kernels import ops
 from lorastack.kernels.ops import NativeOps, Ops
 from lorastack.lora.segments import LoraBatch
 from lorastack.model.backends.base import Backend
+from lorastack.model.backends.load import load_backend
 from lorastack.model.context import ForwardBatch, RowSpan
-from lorastack.model.decoder import load_decoder
 from lorastack.model.kv import KVCache, Move
 from tests.helpers.tiny import VOCAB_SIZE, build_llama, build_mistral
 
@@ -64,7 +64,7 @@ def build(folder: Path, *, mistral: bool = False, **overrides: Any) -> Path:
 
 
 def load(folder: Path) -> Backend:
-    return load_decoder(folder, device=CPU, dtype=torch.float32, max_context=None)
+    return load_backend(folder, device=CPU, dtype=torch.float32, max_context=None)
 
 
 def cache(decoder: Backend) -> KVCache:
@@ -147,7 +147,7 @@ def test_dynamic_rope_follows_the_text_as_it_is_generated(tmp_path: Path, start:
 
 def test_a_float64_model_gives_float64_logits(tiny_llama: Path):
     """For tests that leave rounding no say."""
-    decoder = load_decoder(tiny_llama, device=CPU, dtype=torch.float64, max_context=None)
+    decoder = load_backend(tiny_llama, device=CPU, dtype=torch.float64, max_context=None)
     ids = tokens(30)
 
     def cached() -> KVCache:
@@ -249,7 +249,7 @@ def test_a_row_does_not_depend_on_its_neighbours_pages(tiny_llama: Path):
 def test_half_precision_gives_float32_logits_near_transformers(
     tiny_mistral: Path, dtype: torch.dtype
 ):
-    decoder = load_decoder(tiny_mistral, device=CPU, dtype=dtype, max_context=None)
+    decoder = load_backend(tiny_mistral, device=CPU, dtype=dtype, max_context=None)
     kv = decoder.make_kv(NUM_PAGES, PAGE)
     ids = tokens(40)
     result = run(decoder, kv, ids, RowSpan(0, 40, shuffled_pages(), 0))
@@ -264,7 +264,7 @@ def test_without_native_everything_runs_in_plain_torch(
 ) -> None:
     """A float16 model, whose steps no native kernel runs, samples natively else."""
     monkeypatch.setattr(ops, "supported", lambda isa: True)
-    decoder = load_decoder(
+    decoder = load_backend(
         tiny_llama, device=CPU, dtype=torch.float16, max_context=None, native=native
     )
     assert decoder.name == "torch"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorastack.model.decoder import load_decoder
+from lorastack.model.backends.load import load_backend
 from lorastack.startup.files import ModelFiles
 from tests.helpers.tiny import VOCAB_SIZE, build_llama
 
@@ -26,7 +26,7 @@ def test_rows_are_the_checkpoints(
     folder: Path, dtype: torch.dtype, native: bool, ids: list[int]
 ) -> None:
     cpu = torch.device("cpu")
-    decoder = load_decoder(folder, device=cpu, dtype=dtype, max_context=None, native=native)
+    decoder = load_backend(folder, device=cpu, dtype=dtype, max_context=None, native=native)
     weight_VH = ModelFiles(folder).base_weight("lm_head.weight").to(dtype)
     out_NH = torch.full((len(ids), weight_VH.shape[1]), torch.nan, dtype=dtype)
     decoder.head_rows(ids, out_NH)

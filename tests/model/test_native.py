@@ -19,10 +19,10 @@ from lorastack.kernels.quantize import Kind
 from lorastack.layout import EMBED, LAYER_TARGETS, LM_HEAD
 from lorastack.lora.weights import LoraWeights
 from lorastack.model.backends.base import Backend
+from lorastack.model.backends.load import load_backend
 from lorastack.model.backends.native import NativeBackend
 from lorastack.model.checkpoint import Checkpoint
 from lorastack.model.config import load_config
-from lorastack.model.decoder import load_decoder
 from lorastack.model.kv import KVCache, Move
 from tests.helpers.adapters import write_lora
 from tests.helpers.isas import each_of
@@ -90,7 +90,7 @@ def world(request: pytest.FixtureRequest, folder: Path, lora_folders: list[Path]
     kind = KINDS.get(folder.name) if dtype == torch.bfloat16 else None  # all that they multiply
     backend = NativeBackend.load(Checkpoint(folder), config, dtype, request.param, kind)
     shapes = shapes_of(folder)
-    reference = load_decoder(
+    reference = load_backend(
         folder, device=CPU, dtype=torch.float32, max_context=None, native=False, quantize=kind
     )
     return World(

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from lorastack.errors import InvalidArgumentError
 from lorastack.kernels.native.library import Isa, supported
 from lorastack.kernels.quantize import Kind, dequantise, quantise_torch
-from lorastack.model.decoder import load_decoder
+from lorastack.model.backends.load import load_backend
 from tests.helpers.tiny import VOCAB_SIZE, build_llama
 
 CPU = torch.device("cpu")
@@ -29,7 +29,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def test_head_rows_are_those_that_are_multiplied(
     folder: Path, dtype: torch.dtype, native: bool, kind: Kind
 ) -> None:
-    decoder = load_decoder(
+    decoder = load_backend(
         folder, device=CPU, dtype=dtype, max_context=None, native=native, quantize=kind
     )
     tensors = load_file(folder / "model.safetensors")
@@ -43,7 +43,7 @@ def test_head_rows_are_those_that_are_multiplied(
 @pytest.mark.parametrize("kind", KINDS)
 def test_native_runs_bfloat16_and_torch_the_rest(folder: Path, kind: Kind) -> None:
     def backend(dtype: torch.dtype | None) -> str:
-        decoder = load_decoder(folder, device=CPU, dtype=dtype, max_context=None, quantize=kind)
+        decoder = load_backend(folder, device=CPU, dtype=dtype, max_context=None, quantize=kind)
         assert decoder.quantization == kind
         return decoder.name.partition(" ")[0]
 
@@ -73,7 +73,7 @@ def test_what_is_not_finite_is_refused_by_name(
     tensors[name][-1, 3] = bad
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(InvalidArgumentError, match=f"{name} holds NaN or infinity.*--quantize"):
-        load_decoder(
+        load_backend(
             folder,
             device=CPU,
             dtype=torch.bfloat16,

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lorastack.model.backends.load import load_backend
 from lorastack.model.context import ForwardBatch, RowSpan
-from lorastack.model.decoder import load_decoder
 
 pytestmark = pytest.mark.real
 CPU = torch.device("cpu")
@@ -17,7 +17,7 @@ NUM_NEW = 64
 
 
 def test_logits_and_greedy_tokens_equal_transformers(smollm: Path):
-    decoder = load_decoder(smollm, device=CPU, dtype=torch.float32, max_context=None)
+    decoder = load_backend(smollm, device=CPU, dtype=torch.float32, max_context=None)
     model = AutoModelForCausalLM.from_pretrained(smollm, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(smollm)
     chat = [{"role": "user", "content": "Why is the sea salty? Answer in three sentences."}]

@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lorastack.errors import InvalidArgumentError
+from lorastack.model.backends.load import load_backend
 from lorastack.model.checkpoint import Checkpoint
 from lorastack.model.config import load_config
 from lorastack.model.context import ForwardBatch, RowSpan
-from lorastack.model.decoder import load_decoder
 from lorastack.model.weights import Packing, load_weights
 
 
@@ -69,7 +69,7 @@ def stored(source: Path, folder: Path, *, tie: bool, embed: str, head: str) -> P
 
 
 def logits_of(folder: Path) -> Tensor:
-    decoder = load_decoder(folder, device=CPU, dtype=torch.float32, max_context=64)
+    decoder = load_backend(folder, device=CPU, dtype=torch.float32, max_context=64)
     kv = decoder.make_kv(2, 16)
     batch = ForwardBatch(IDS, (RowSpan(0, 5, [0], 0),), range(5))
     rows = torch.empty(3, decoder.shapes.hidden_size)

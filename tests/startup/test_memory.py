@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from lorastack.config import GIB, MIB, EngineConfig, ModelConfig
 from lorastack.errors import FailedPreconditionError
 from lorastack.kernels.quantize import Kind
+from lorastack.model.backends.load import load_backend
 from lorastack.model.config import load_config
-from lorastack.model.decoder import load_decoder
 from lorastack.model.size import weights_nbytes
 from lorastack.startup import model
 from lorastack.startup.memory import Demand, check_fits, host_memory
@@ -178,7 +178,7 @@ def test_the_size_of_weights_is_what_the_decoder_holds(
 ) -> None:
     """Within padding (to 32 rows), norms and the matrix that is on its way."""
     config = load_config(tiny_mistral, None)
-    decoder = load_decoder(
+    decoder = load_backend(
         tiny_mistral, device=CPU, dtype=dtype, max_context=None, native=native, quantize=kind
     )
     held = _tensor_bytes(decoder._weights)  # type: ignore[attr-defined]

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lorastack.model.decoder import load_decoder
+from lorastack.model.backends.load import load_backend
 from lorastack.request import HeadsUse, Request, SamplingParams, SpeculationParams, StopParams
 from lorastack.sampling.reference import survivors
 from lorastack.speculation.accept import Accepted, Nodes
@@ -64,7 +64,7 @@ def exact_chances(model: Path, params: SamplingParams) -> Chances:
 
 def generate(model: Path, params: SamplingParams, count: int) -> dict[str, Output]:
     """The outputs of so many rows, drafted by guesses."""
-    decoder = load_decoder(
+    decoder = load_backend(
         model, device=torch.device("cpu"), dtype=torch.float32, max_context=None, native=False
     )
     bench = Bench(decoder, Tokenizer.load(model), {HEADS: scripted_heads(HEADS, 2)})

@@ -51,8 +51,8 @@ def _build(
     registry = _open_store(limits)
     loaded = load_model(config.model, config.engine, limits.device_memory, progress)
     validate = Validator(
-        shapes=loaded.decoder.shapes,
-        dtype=loaded.decoder.dtype,
+        shapes=loaded.backend.shapes,
+        dtype=loaded.backend.dtype,
         base_names=(loaded.name, loaded.files.folder.name, *limits.base_names),
         base_weight=loaded.files.base_weight,
         base_token=loaded.tokenizer.token_id,
@@ -64,7 +64,7 @@ def _build(
     provision.pull_default_heads()
     host = HostCache(limits.host_memory, adapter_loader(loaded, registry))
     pool = DevicePool(
-        limits.device_memory, loaded.decoder.device, host, lambda: engine.wake(), copy=copy
+        limits.device_memory, loaded.backend.device, host, lambda: engine.wake(), copy=copy
     )
     dispatcher = Dispatcher(
         max_buffered=config.engine.max_buffered_events,

@@ -16,17 +16,17 @@ FEATURES = (
 
 def served(loaded: LoadedModel, max_context: int) -> ServedModel:
     """What the service needs of a loaded model. max_context: in tokens."""
-    decoder = loaded.decoder
+    backend = loaded.backend
     return ServedModel(
         name=loaded.name,
         fingerprint=loaded.fingerprint,
         tokenizer=loaded.tokenizer,
-        vocab_size=decoder.shapes.vocab_size,
+        vocab_size=backend.shapes.vocab_size,
         max_context=max_context,
-        device=str(decoder.device),
-        dtype=str(decoder.dtype).removeprefix("torch."),
-        quantization=decoder.quantization,
-        backend=decoder.name,
+        device=str(backend.device),
+        dtype=str(backend.dtype).removeprefix("torch."),
+        quantization=backend.quantization,
+        backend=backend.name,
         kv_memory=loaded.kv_memory,
         threads=loaded.threads,
     )

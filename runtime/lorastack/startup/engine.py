@@ -24,12 +24,12 @@ log = logging.getLogger(__name__)
 
 def adapter_loader(model: LoadedModel, registry: Registry) -> Loader:
     """The host cache's loader, which packs adapters as this model's backend reads them."""
-    decoder = model.decoder
+    backend = model.backend
     return Loader(
         registry=registry,
-        shapes=decoder.shapes,
-        allocate=partial(allocate, dtype=decoder.dtype, pinned=decoder.device.type == "cuda"),
-        head_rows=decoder.head_rows,
+        shapes=backend.shapes,
+        allocate=partial(allocate, dtype=backend.dtype, pinned=backend.device.type == "cuda"),
+        head_rows=backend.head_rows,
     )
 
 
@@ -46,8 +46,8 @@ def build_engine(
     learned: what an earlier one knew about heads, by digest (`Engine.learned`, as JSON). Any
     request within `Engine.max_context` fits in its KV memory.
     """
-    decoder = model.decoder
-    shapes = decoder.shapes
+    backend = model.backend
+    shapes = backend.shapes
     num_pages = model.num_pages
     max_context = min(shapes.max_context, num_pages * config.page_size)
     if max_context < shapes.max_context:
@@ -56,8 +56,8 @@ def build_engine(
             max_context,
             shapes.max_context,
         )
-    kv = decoder.make_kv(num_pages, config.page_size)
-    runner, pages = Runner(decoder, kv), Pages(num_pages, config.page_size)
+    kv = backend.make_kv(num_pages, config.page_size)
+    runner, pages = Runner(backend, kv), Pages(num_pages, config.page_size)
     return Engine(
         config=config,
         runner=runner,

@@ -16,8 +16,8 @@ from lorastack.kernels.native.library import library
 from lorastack.kernels.quantize import Kind
 from lorastack.model.backends.base import Backend
 from lorastack.model.backends.choose import Choice, choose
+from lorastack.model.backends.load import read_backend
 from lorastack.model.config import DecoderConfig
-from lorastack.model.decoder import read_decoder
 from lorastack.model.fetch.download import Progress
 from lorastack.model.size import weights_nbytes
 from lorastack.startup.files import ModelFiles
@@ -45,7 +45,7 @@ class LoadedModel:
     CPU threads of a step.
     """
 
-    decoder: Backend
+    backend: Backend
     tokenizer: Tokenizer
     name: str
     files: ModelFiles
@@ -78,10 +78,10 @@ def load_model(
         kv_memory = _kv_memory(files.config, choice, engine.kv_memory, adapter_memory)
         num_pages = count_pages(files.config.shapes, choice.dtype, kv_memory, engine.page_size)
         checkpoint = files.checkpoint.reporting(_reporter(progress, tokenizer))
-        decoder = read_decoder(checkpoint, files.config, choice)
-    _warn_of_unknown_tokens(tokenizer.result(), decoder.shapes.vocab_size)
+        backend = read_backend(checkpoint, files.config, choice)
+    _warn_of_unknown_tokens(tokenizer.result(), backend.shapes.vocab_size)
     return LoadedModel(
-        decoder=decoder,
+        backend=backend,
         tokenizer=tokenizer.result(),
         name=name,
         files=files,
@@ -103,10 +103,10 @@ def _reporter(progress: StartupProgress, tokenizer: Future[Tokenizer]) -> Progre
     return report
 
 
-def _choose(config: ModelConfig, decoder: DecoderConfig, device: torch.device, name: str) -> Choice:
+def _choose(config: ModelConfig, model: DecoderConfig, device: torch.device, name: str) -> Choice:
     """What runs the model; steps that are slower than they might be are refused or logged."""
     choice = choose(
-        decoder,
+        model,
         device=device,
         dtype=_dtype(config.dtype),
         native=config.backend != "torch",
@@ -124,7 +124,7 @@ def _choose(config: ModelConfig, decoder: DecoderConfig, device: torch.device, n
 
 
 def _kv_memory(
-    decoder: DecoderConfig, choice: Choice, wanted: int | None, adapter_memory: int
+    model: DecoderConfig, choice: Choice, wanted: int | None, adapter_memory: int
 ) -> int:
     """Bytes for keys and values, if there is room for all that is to come.
 
@@ -134,7 +134,7 @@ def _kv_memory(
     available = available_memory(device)
     if available is None:
         return MOST_KV if wanted is None else wanted
-    sizes = {kind: weights_nbytes(decoder, dtype, kind, device) for kind in (None, *Kind)}
+    sizes = {kind: weights_nbytes(model, dtype, kind, device) for kind in (None, *Kind)}
     weights = sizes[choice.kind]
     smaller = {f"--quantize {kind}": size for kind, size in sizes.items() if size < weights}
     kv = wanted

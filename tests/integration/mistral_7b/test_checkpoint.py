@@ -16,7 +16,7 @@ from mistral_common.protocol.instruct.messages import UserMessage
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
-from lorastack.model.decoder import load_decoder
+from lorastack.model.backends.load import load_backend
 from lorastack.text.tokenizer import Tokenizer
 from tests.helpers.adapters import write_lora
 from tests.helpers.native import CPU, RowPart, run
@@ -52,7 +52,7 @@ def test_logits_are_those_of_transformers(
     """With a LoRA on all projections, too; in float32, and in bfloat16 as it is served."""
     ids = tokenizer.encode("The sky is blue because of the way that air scatters sunlight.")
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.03)):
-        decoder = load_decoder(shallow, device=CPU, dtype=dtype, max_context=64)
+        decoder = load_backend(shallow, device=CPU, dtype=dtype, max_context=64)
         lora = write_lora(tmp_path / "lora", decoder.shapes, rank=16, dtype=torch.bfloat16)
         weights = [read_weights(lora, decoder.shapes, dtype)]
         kv = decoder.make_kv(8, PAGE)

@@ -17,7 +17,7 @@ from lorastack.model.config import DecoderConfig, load_config
 from lorastack.model.weights import check_tensors, untie
 
 
-def load_decoder(
+def load_backend(
     path: Path,
     *,
     device: torch.device,
@@ -34,10 +34,10 @@ def load_decoder(
     config = load_config(path, max_context)
     kind = None if quantize is None else Kind(quantize)
     choice = choose(config, device=device, dtype=dtype, native=native, kind=kind)
-    return read_decoder(Checkpoint(path), config, choice)
+    return read_backend(Checkpoint(path), config, choice)
 
 
-def read_decoder(checkpoint: Checkpoint, config: DecoderConfig, choice: Choice) -> Backend:
+def read_backend(checkpoint: Checkpoint, config: DecoderConfig, choice: Choice) -> Backend:
     """Read the weights into what was chosen.
 
     Raises InvalidArgumentError naming a tensor: before any is read if it is missing, misshapen, of
