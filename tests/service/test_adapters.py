@@ -252,6 +252,26 @@ def test_default_heads_are_kept(
         now.delete_adapter("heads")
 
 
+def test_what_takes_an_id_refuses_a_revision_and_nothing(client: Client, folders: Folders) -> None:
+    digest = client.upload(folders["heads"], "heads").digest
+    for wrong in (f"heads@{digest}", ""):
+        with pytest.raises(InvalidArgumentError, match="is not an adapter id"):
+            client.upload(folders["lora"], wrong)
+        with pytest.raises(NotFoundError, match=f"no adapter '{wrong}'"):
+            client.list_revisions(wrong)
+        with pytest.raises(NotFoundError, match=f"no adapter '{wrong}'"):
+            client.rollback(wrong, digest)
+        with pytest.raises(NotFoundError, match=f"no adapter '{wrong}'"):
+            client.delete_adapter(wrong)
+        if wrong:  # for a prune, no id means all of them
+            with pytest.raises(NotFoundError, match=f"no adapter '{wrong}'"):
+                client.prune_revisions(wrong, keep=1)
+    client.set_default_medusa(f"heads@{digest}")
+    with pytest.raises(NotFoundError, match="no adapter"):
+        client.delete_adapter(f"heads@{digest}")
+    assert client.get_adapter("heads").digest == digest
+
+
 def test_the_flag_wins_over_the_store(
     client: Client, folders: Folders, fake: RunningServer, start_fake: StartFake
 ) -> None:

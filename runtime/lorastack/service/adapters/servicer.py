@@ -216,7 +216,8 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
             )
 
     def _delete(self, adapter_id: str, in_use: Collection[str]) -> None:
-        if adapter_id == split_reference(self._catalogue.default_medusa)[0]:
+        default_id, _ = split_reference(self._catalogue.default_medusa)
+        if adapter_id and adapter_id == default_id:
             raise FailedPreconditionError(
                 f"{adapter_id!r} holds the server's default Medusa heads; choose others with "
                 "`lorastack adapters default` (or restart without --medusa) to delete them",
