@@ -118,6 +118,8 @@ def test_sigterm_lets_running_rows_finish_and_refuses_new_calls(whole: FakeServe
                 assert next(watch).status == SERVING
                 os.kill(os.getpid(), signal.SIGTERM)
                 assert next(watch).status == NOT_SERVING
+                for number in (signal.SIGTERM, signal.SIGINT):  # a second one ends at once
+                    assert signal.getsignal(number) is signal.SIG_DFL
                 generation = generation_pb2_grpc.GenerationServiceStub(channel)
                 with pytest.raises(grpc.RpcError) as refused:
                     generation.Generate(ask())

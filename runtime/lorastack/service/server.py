@@ -52,6 +52,7 @@ from lorastack.service.watch.scrape import MetricsServer
 
 NUM_WORKERS = 4  # tokenising and registry look-ups
 STOP_GRACE = 2.0  # seconds for handlers to send what the engine has ended
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 OTHER_CALLS = 256  # calls at a time, beside those that wait or run in the engine
 
 logger = logging.getLogger(__name__)
@@ -117,7 +118,11 @@ class Server:
 
         on_ready: gets one line for people when Generate works.
         """
-        return asyncio.run(self._run(on_ready))
+        before = signal.getsignal(signal.SIGINT)
+        try:
+            return asyncio.run(self._run(on_ready))
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     async def start(self) -> None:
         """Listens, proves that a token comes out, then reports SERVING.
@@ -253,11 +258,13 @@ class Server:
         asked = asyncio.Event()
 
         def ask(number: signal.Signals) -> None:
-            logger.info("%s: draining; a second one ends at once", number.name)
+            logger.info("%s: draining; a second signal ends at once", number.name)
             asked.set()
-            loop.remove_signal_handler(number)
+            for known in STOP_SIGNALS:
+                loop.remove_signal_handler(known)
+                signal.signal(known, signal.SIG_DFL)  # a KeyboardInterrupt would wait for threads
 
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in STOP_SIGNALS:
             loop.add_signal_handler(number, ask, number)
         await self.start()
         gc.freeze()  # a full collection walks all of torch and holds up a step for 0.1 s
