@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
@@ -187,6 +188,29 @@ def test_load_and_unload(client: Client, folders: Folders, fake: RunningServer) 
     for call in (client.load, client.unload):
         with pytest.raises(NotFoundError):
             call("y")
+
+
+@pytest.mark.parametrize("refusal", [None, ResourceExhaustedError("full")])
+def test_what_is_deleted_while_it_is_loaded_is_forgotten_after_that(
+    client: Client, folders: Folders, fake: RunningServer, refusal: LorastackError | None
+) -> None:
+    digest = client.upload(folders["lora"], "x").digest
+    writer, load = fake.server._adapters._writer, fake.engine.load
+
+    def load_late(digest: str, pin: bool) -> Future[None]:
+        writer.delete("x", ())
+        fake.engine.refusal = refusal
+        return load(digest, pin)
+
+    fake.engine.load = load_late  # type: ignore[method-assign]
+    with pytest.raises(NotFoundError if refusal is None else ResourceExhaustedError):
+        client.load("x", pin=True)
+    client.prune_revisions()  # the store's one thread has done what it was told before
+    assert fake.engine.forgotten == [digest, digest]
+    assert not fake.pool.residents
+    client.upload(folders["lora"], "y")
+    writer.forget_deleted(digest)  # an upload of the same came between
+    assert fake.engine.forgotten == [digest, digest]
 
 
 def test_memory_full_of_pins_names_their_ids(

@@ -19,6 +19,7 @@ from lorastack.errors import (
     FailedPreconditionError,
     InvalidArgumentError,
     LorastackError,
+    NotFoundError,
     Reason,
 )
 from lorastack.service.adapters import messages
@@ -187,10 +188,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
             notes["adapter"] = request.id
             notes["pin"] = request.pin
             record = await run_in(self._readers, self._catalogue.servable, request.id)
-            try:
-                await asyncio.wrap_future(self._engine.load(record.digest, request.pin))
-            except LorastackError as error:
-                raise self._catalogue.with_ids(error) from None
+            await self._load(record, request.pin)
             return self._noted(notes, record)
 
     async def UnloadAdapter(
@@ -213,6 +211,22 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
             return adapters_pb2.SetDefaultMedusaResponse(
                 medusa_id=heads.medusa_id if heads else "",
                 medusa_digest=heads.digest if heads else "",
+            )
+
+    async def _load(self, record: Record, pin: bool) -> None:
+        """Raises what the load raises; NotFoundError if the record was deleted meanwhile."""
+        try:
+            await asyncio.wrap_future(self._engine.load(record.digest, pin))
+        except LorastackError as error:
+            raise self._catalogue.with_ids(error) from None
+        finally:
+            if deleted := not self._registry.knows(record.digest):
+                # The load may have undone what the deletion told the engine.
+                self._uploader.submit(self._writer.forget_deleted, record.digest)
+        if deleted:
+            raise NotFoundError(
+                f"adapter {record.id!r} was deleted or replaced while it was loaded; ask again",
+                adapter_id=record.id,
             )
 
     def _delete(self, adapter_id: str, in_use: Collection[str]) -> None:
