@@ -75,10 +75,8 @@ def test_unknown_default_heads_end_the_start(start_fake: StartFake) -> None:
 
 
 def test_a_taken_port_is_refused(fake: RunningServer, whole: FakeServer) -> None:
-    port = int(fake.address.rpartition(":")[2])
-    config = whole.server._config
-    whole.server._config = type(config)(port=port)
-    with pytest.raises(InvalidArgumentError, match=str(port)):
+    whole.server._ports._address = fake.address
+    with pytest.raises(InvalidArgumentError, match=fake.address):
         whole.server.run(lambda line: pytest.fail(line))
 
 

@@ -26,7 +26,7 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor, MethodDescri
 from lorastack.engine.batch import Batch
 from lorastack.engine.runner import StepResults
 from lorastack.request import RowEvent
-from lorastack.service.server import NUM_WORKERS
+from lorastack.service.calls.intake import NUM_LONG, NUM_SHORT
 from lorastack.service.services import FILES
 from lorastack.v1 import adapters_pb2, generation_pb2
 from tests.helpers.http2 import RawConnection, enveloped
@@ -299,4 +299,5 @@ def test_no_shape_of_a_call_disturbs_a_stream_or_stays(
     ends = server.server._untrusted.close()  # worker processes, which hold pipes
     asyncio.run_coroutine_threadsafe(ends, server.loop).result(PATIENCE)
     wait_until(lambda: held().files <= kept.files, "all connections are closed")
-    assert held().threads <= kept.threads + NUM_WORKERS + 2  # pools grow to what they may be
+    num_threads = NUM_LONG + NUM_SHORT + 2  # pools grow to what they may be
+    assert held().threads <= kept.threads + num_threads

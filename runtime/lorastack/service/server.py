@@ -33,7 +33,7 @@ from lorastack.service.adapters.uploads import Uploads
 from lorastack.service.calls.catalogue import Catalogue
 from lorastack.service.calls.dispatch import Dispatcher
 from lorastack.service.calls.generation import GenerationService
-from lorastack.service.calls.intake import Intake
+from lorastack.service.calls.intake import NUM_LONG, NUM_SHORT, Intake
 from lorastack.service.calls.prepare import Preparer
 from lorastack.service.calls.served import ServedModel
 from lorastack.service.calls.untrusted import Untrusted
@@ -50,7 +50,6 @@ from lorastack.service.services import FILES, SERVICES, add_services
 from lorastack.service.watch.metrics import RequestMetrics, StateCollector
 from lorastack.service.watch.scrape import MetricsServer
 
-NUM_WORKERS = 4  # tokenising and registry look-ups
 STOP_GRACE = 2.0  # seconds for handlers to send what the engine has ended
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 OTHER_CALLS = 256  # calls at a time, beside those that wait or run in the engine
@@ -75,7 +74,7 @@ class Server:
         learned: Learned,
         validate: Validator,
         dispatcher: Dispatcher,
-        ports: Ports | None = None,
+        ports: Ports,
     ) -> None:
         """dispatcher: the engine has its deliver and fail as callbacks already. ports: reserved
         already; they are closed with the server."""
@@ -88,7 +87,7 @@ class Server:
         self._host = host
         self._registry = registry
         self._dispatcher = dispatcher
-        self._workers = ThreadPoolExecutor(NUM_WORKERS, "lorastack-edge")
+        self._workers = ThreadPoolExecutor(NUM_LONG + NUM_SHORT, "lorastack-edge")
         self._uploader = ThreadPoolExecutor(1, "lorastack-upload", initializer=be_nice)
         self._make_metrics(config)
         self._guard = CallGuard(self._requests.call_ended)
@@ -153,8 +152,7 @@ class Server:
         await self._guard.idle(max(left, STOP_GRACE))
         if self._server is not None:
             await self._server.stop(STOP_GRACE)
-        if self._ports is not None:
-            self._ports.close()
+        self._ports.close()
         if self._metrics_server is not None:
             await asyncio.to_thread(self._metrics_server.close)
         self._pool.close()
@@ -241,7 +239,7 @@ class Server:
             max_files=raise_file_limit(),
         )
         add_services(server, self._generation, self._adapters, self._health)
-        self.address = (self._ports or Ports(self._config)).listen(server)
+        self.address = self._ports.listen(server)
         if port := self._config.metrics_port:
             self._metrics_server = MetricsServer(self._config.host, port, self.metrics)
         self._dispatcher.attach(self._engine, loop)
