@@ -25,11 +25,11 @@ from lorastack.adapters.store.learned import Learned
 from lorastack.adapters.store.registry import Registry
 from lorastack.config import AdapterConfig, ServerConfig
 from lorastack.engine.engine import Engine
-from lorastack.service.adapters.learned import LearnedKeeper
+from lorastack.service.adapters.keeper import LearnedKeeper
 from lorastack.service.adapters.servicer import AdapterService
-from lorastack.service.adapters.store import StoreFollower, StoreWriter, needed_digests
 from lorastack.service.adapters.transfer import Transfers
 from lorastack.service.adapters.uploads import Uploads
+from lorastack.service.adapters.writer import StoreFollower, StoreWriter, needed_digests
 from lorastack.service.calls.catalogue import Catalogue
 from lorastack.service.calls.dispatch import Dispatcher
 from lorastack.service.calls.generation import GenerationService

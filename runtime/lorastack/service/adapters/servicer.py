@@ -23,9 +23,9 @@ from lorastack.errors import (
     Reason,
 )
 from lorastack.service.adapters import messages
-from lorastack.service.adapters.store import StoreWriter
 from lorastack.service.adapters.transfer import Transfers
 from lorastack.service.adapters.uploads import Uploads
+from lorastack.service.adapters.writer import StoreWriter
 from lorastack.service.calls.catalogue import Catalogue
 from lorastack.service.calls.dispatch import Dispatcher
 from lorastack.service.edge.places import caller_of
