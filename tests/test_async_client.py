@@ -126,7 +126,8 @@ def test_a_full_queue_is_tried_again_as_often_as_asked(fake: RunningServer) -> N
     with Client(fake.address, retries=1) as ours, pytest.raises(ResourceExhaustedError) as caught:
         ours.generate(HELLO)
     assert caught.value.retry_after == pytest.approx(0.01)
-    refuse(fake, full(), full())
+    busy = ResourceExhaustedError("busy", reason=Reason.TOO_MANY_CALLS, retry_after=0.01)
+    refuse(fake, full(), busy)
     with Client(fake.address, retries=2) as ours:
         assert ours.generate(HELLO).text
         refuse(fake, full(), full())

@@ -70,6 +70,8 @@ def test_old_revisions_are_pruned(registry: Registry, root: Path) -> None:
     assert registry.prune(0, "a").num_revisions == 2  # the newest stays
     with pytest.raises(NotFoundError, match="nobody"):
         registry.prune(2, "nobody")
+    with pytest.raises(NotFoundError, match="no adapter 'a@sha256"):
+        registry.prune(2, f"a@{registry.resolve('a').digest}")
     registry.close()
 
 

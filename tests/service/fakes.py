@@ -19,6 +19,7 @@ from lorastack.layout import ModelShapes
 from lorastack.request import RowEvent
 from lorastack.service.calls.dispatch import Dispatcher
 from lorastack.service.calls.served import ServedModel
+from lorastack.service.edge.ports import Ports
 from lorastack.service.server import Server
 from lorastack.text.tokenizer import Tokenizer
 from tests.service.fake_engine import PATIENCE, FakeEngine, FakeHost, FakePool
@@ -96,17 +97,19 @@ class FakeServer:
         config = AdapterConfig(store=store, **adapters)
         self.registry = Registry(store, read_only=config.read_only_store)
         parts: dict[str, Any] = {"engine": self.engine, "pool": self.pool, "host": self.host}
+        service = ServiceConfig(port=0, drain_timeout=PATIENCE, metrics_port=metrics_port)
         self.server = Server(
             config=ServerConfig(
                 adapters=config,
                 engine=EngineConfig(max_buffered_events=max_buffered),
-                service=ServiceConfig(port=0, drain_timeout=PATIENCE, metrics_port=metrics_port),
+                service=service,
             ),
             model=replace(served_model(tokenizer, shapes), fingerprint=fingerprint),
             registry=self.registry,
             learned=Learned(store, self.registry.knows),
             validate=validator(shapes),
             dispatcher=self.dispatcher,
+            ports=Ports(service),
             **parts,
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
@@ -189,6 +190,29 @@ def test_load_and_unload(client: Client, folders: Folders, fake: RunningServer) 
             call("y")
 
 
+@pytest.mark.parametrize("refusal", [None, ResourceExhaustedError("full")])
+def test_what_is_deleted_while_it_is_loaded_is_forgotten_after_that(
+    client: Client, folders: Folders, fake: RunningServer, refusal: LorastackError | None
+) -> None:
+    digest = client.upload(folders["lora"], "x").digest
+    writer, load = fake.server._adapters._writer, fake.engine.load
+
+    def load_late(digest: str, pin: bool) -> Future[None]:
+        writer.delete("x", ())
+        fake.engine.refusal = refusal
+        return load(digest, pin)
+
+    fake.engine.load = load_late  # type: ignore[method-assign]
+    with pytest.raises(NotFoundError if refusal is None else ResourceExhaustedError):
+        client.load("x", pin=True)
+    client.prune_revisions()  # the store's one thread has done what it was told before
+    assert fake.engine.forgotten == [digest, digest]
+    assert not fake.pool.residents
+    client.upload(folders["lora"], "y")
+    writer.forget_deleted(digest)  # an upload of the same came between
+    assert fake.engine.forgotten == [digest, digest]
+
+
 def test_memory_full_of_pins_names_their_ids(
     client: Client, folders: Folders, fake: RunningServer
 ) -> None:
@@ -250,6 +274,26 @@ def test_default_heads_are_kept(
         assert now.set_default_medusa("").medusa_id == ""
         assert now.generate(pb.GenerateRequest(prompt="a")).adapters.medusa_id == ""
         now.delete_adapter("heads")
+
+
+def test_what_takes_an_id_refuses_a_revision_and_nothing(client: Client, folders: Folders) -> None:
+    digest = client.upload(folders["heads"], "heads").digest
+    for wrong in (f"heads@{digest}", ""):
+        with pytest.raises(InvalidArgumentError, match="is not an adapter id"):
+            client.upload(folders["lora"], wrong)
+        with pytest.raises(NotFoundError, match=f"no adapter '{wrong}'"):
+            client.list_revisions(wrong)
+        with pytest.raises(NotFoundError, match=f"no adapter '{wrong}'"):
+            client.rollback(wrong, digest)
+        with pytest.raises(NotFoundError, match=f"no adapter '{wrong}'"):
+            client.delete_adapter(wrong)
+        if wrong:  # for a prune, no id means all of them
+            with pytest.raises(NotFoundError, match=f"no adapter '{wrong}'"):
+                client.prune_revisions(wrong, keep=1)
+    client.set_default_medusa(f"heads@{digest}")
+    with pytest.raises(NotFoundError, match="no adapter"):
+        client.delete_adapter(f"heads@{digest}")
+    assert client.get_adapter("heads").digest == digest
 
 
 def test_the_flag_wins_over_the_store(

@@ -11,7 +11,7 @@ import pytest
 from lorastack.adapters.store import learned as learned_module
 from lorastack.adapters.store.learned import Learned
 from lorastack.client import Client
-from lorastack.service.adapters import learned as keeper_module
+from lorastack.service.adapters import keeper as keeper_module
 from lorastack.speculation.calibration import Calibration
 from tests.helpers.live import wait_until
 from tests.service.conftest import StartFake

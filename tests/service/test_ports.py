@@ -49,6 +49,22 @@ def test_a_server_listens_on_what_was_reserved(host: str) -> None:
     asyncio.run(serve())
 
 
+def test_whoever_takes_the_port_in_between_is_told_of() -> None:
+    async def listen() -> None:
+        ports = Ports(ServiceConfig(port=0))
+        port = reserved(ports)
+        ports.close()
+        server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+        with (
+            socket.create_server(("127.0.0.1", port)),
+            pytest.raises(InvalidArgumentError, match="choose another --port"),
+        ):
+            ports.listen(server)
+        await server.stop(None)
+
+    asyncio.run(listen())
+
+
 @pytest.mark.parametrize("host", ["192.0.2.1", "no such host", "\x00", "x" * 300])
 def test_what_is_no_address_of_ours_is_refused(host: str) -> None:
     with pytest.raises(InvalidArgumentError, match="--host"):

@@ -9,8 +9,8 @@ import pytest
 
 from lorastack.client import Client
 from lorastack.errors import FailedPreconditionError, NotFoundError, Reason
-from lorastack.service.adapters import store as store_module
-from lorastack.service.adapters.store import StoreFollower
+from lorastack.service.adapters import writer as writer_module
+from lorastack.service.adapters.writer import StoreFollower
 from lorastack.v1 import generation_pb2 as pb
 from tests.helpers.live import wait_until
 from tests.service.conftest import StartFake
@@ -23,7 +23,7 @@ Folders = dict[str, Path]
 def reader(
     fake: RunningServer, start_fake: StartFake, monkeypatch: pytest.MonkeyPatch
 ) -> RunningServer:
-    monkeypatch.setattr(store_module, "REFRESH_SECONDS", 0.01)
+    monkeypatch.setattr(writer_module, "REFRESH_SECONDS", 0.01)
     return start_fake(store=fake.registry._root, read_only_store=True)
 
 

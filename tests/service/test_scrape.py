@@ -7,6 +7,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import pytest
 from prometheus_client import CollectorRegistry, Counter
@@ -90,6 +91,25 @@ def test_silent_connections_take_no_thread_and_no_turn(port: int) -> None:
     for each in silent:
         each.close()
     assert b"seen_total" in scraped(port)[1]
+
+
+def test_connections_that_come_at_once_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scrape, "PATIENCE", 2 * PATIENCE)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        number = int(listener.getsockname()[1])
+    server = MetricsServer("127.0.0.1", number, CollectorRegistry())
+    listens = threading.Event()
+    server._loop.call_soon_threadsafe(listens.set)
+    assert listens.wait(PATIENCE)
+    busy = threading.Event()
+    server._loop.call_soon_threadsafe(busy.wait)
+    with ExitStack() as stack:
+        stack.callback(server.close)
+        silent = [stack.enter_context(connect(number)) for _ in range(2 * MAX_CONNECTIONS)]
+        busy.set()
+        for oldest in silent[:MAX_CONNECTIONS]:
+            assert oldest.recv(1) == b""
+        assert len(server._exchanges) <= MAX_CONNECTIONS
 
 
 def test_a_silent_connection_ends(port: int, monkeypatch: pytest.MonkeyPatch) -> None:

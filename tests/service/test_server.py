@@ -75,10 +75,8 @@ def test_unknown_default_heads_end_the_start(start_fake: StartFake) -> None:
 
 
 def test_a_taken_port_is_refused(fake: RunningServer, whole: FakeServer) -> None:
-    port = int(fake.address.rpartition(":")[2])
-    config = whole.server._config
-    whole.server._config = type(config)(port=port)
-    with pytest.raises(InvalidArgumentError, match=str(port)):
+    whole.server._ports._address = fake.address
+    with pytest.raises(InvalidArgumentError, match=fake.address):
         whole.server.run(lambda line: pytest.fail(line))
 
 
@@ -118,6 +116,8 @@ def test_sigterm_lets_running_rows_finish_and_refuses_new_calls(whole: FakeServe
                 assert next(watch).status == SERVING
                 os.kill(os.getpid(), signal.SIGTERM)
                 assert next(watch).status == NOT_SERVING
+                for number in (signal.SIGTERM, signal.SIGINT):  # a second one ends at once
+                    assert signal.getsignal(number) is signal.SIG_DFL
                 generation = generation_pb2_grpc.GenerationServiceStub(channel)
                 with pytest.raises(grpc.RpcError) as refused:
                     generation.Generate(ask())

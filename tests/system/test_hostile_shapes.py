@@ -26,7 +26,7 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor, MethodDescri
 from lorastack.engine.batch import Batch
 from lorastack.engine.runner import StepResults
 from lorastack.request import RowEvent
-from lorastack.service.server import NUM_WORKERS
+from lorastack.service.calls.intake import NUM_LONG, NUM_SHORT
 from lorastack.service.services import FILES
 from lorastack.v1 import adapters_pb2, generation_pb2
 from tests.helpers.http2 import RawConnection, enveloped
@@ -37,7 +37,7 @@ STEP_SECONDS = 0.1  # at least: ten of them are not what a busy machine takes fr
 MAX_WORK = 100_000  # function calls in one turn of the event loop
 TURN = asyncio.Handle._run.__code__
 # Threads that a server's pools may grow to: its own, the store's, two for pulls, asyncio's default.
-POOLED = NUM_WORKERS + 1 + 2 + 32
+POOLED = NUM_LONG + NUM_SHORT + 1 + 2 + 32
 AT_A_TIME = 4
 TEXT = 256 << 10
 METHODS = [

@@ -111,6 +111,20 @@ def test_sigterm_drains(serve: Serve) -> None:
     assert "Traceback" not in errors
 
 
+def test_a_second_signal_ends_at_once(serve: Serve) -> None:
+    process = serve("--drain-timeout", "240")
+    with Client(process.address) as client:
+        running = client.stream(ask("hello", ignore_eos=True, max_new_tokens=8000))
+        next(running)
+        process.signal(signal.SIGTERM)
+        while process.health() == health_pb2.HealthCheckResponse.SERVING:
+            pass
+        process.signal(signal.SIGINT)
+        with pytest.raises(UnavailableError):
+            list(running)
+    assert process.wait()[0] == -signal.SIGINT
+
+
 def test_sigterm_ends_what_outlives_the_drain(serve: Serve) -> None:
     process = serve("--drain-timeout", "0")
     with Client(process.address) as client:

@@ -25,7 +25,7 @@ from lorastack.client import (
 from lorastack.printable import one_line
 
 MAX_NEW_TOKENS = 512  # a first prompt should not run for minutes
-RETRIES = 5  # while the server's queue is full
+RETRIES = 5  # while the server has no room
 
 
 def generate(

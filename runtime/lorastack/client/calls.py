@@ -35,6 +35,8 @@ Progress = Callable[[int, int], None]  # bytes done, bytes in all
 ERRORS = {code: kind for kind, code in CODES.items()}
 LONGEST_TIMEOUT = 365 * 86_400.0  # seconds; gRPC cannot count much further: beyond it, no deadline
 
+# Nothing of the request has run, and room for it comes as others end.
+_PASSING = (Reason.QUEUE_FULL, Reason.TOO_MANY_CALLS)
 _HOST_PORT = re.compile(r"([!-9;-Z\\^-~]+|\[[0-9A-Fa-f:.%]+\]):(?P<port>[0-9]{1,5})")
 _SCHEME = re.compile(r"(unix|unix-abstract|dns|ipv4|ipv6):[!-~]+")  # as gRPC names them
 
@@ -96,12 +98,12 @@ class Patience:
         """Seconds until the next try, as the server asks (RetryInfo).
 
         Raises the error itself if there is no next try: none is left, the deadline comes first, or
-        the error is not QUEUE_FULL.
+        it is an error that does not pass by itself.
         """
         delay = 1.0 if error.retry_after is None else error.retry_after
         left = self.left()
         too_late = left is not None and delay >= left
-        if error.reason is not Reason.QUEUE_FULL or self._retries == 0 or too_late:
+        if error.reason not in _PASSING or self._retries == 0 or too_late:
             raise error
         self._retries -= 1
         return delay

@@ -45,8 +45,8 @@ class Client:
     """
 
     def __init__(self, server: str = DEFAULT_SERVER, *, retries: int = 0) -> None:
-        """retries: how often a request that finds the server's queue full is sent again, each time
-        after the seconds that the server asks for and within the call's timeout.
+        """retries: how often a request for which the server has no room is sent again (QUEUE_FULL,
+        TOO_MANY_CALLS), each time after the seconds that it asks for and within the call's timeout.
 
         Raises InvalidArgumentError for an address that cannot be one. Connects at the first call.
         """

@@ -51,7 +51,10 @@ class Provision:
         if adapter_digest([file.spec for file in files]) in self._digests(adapter_id):
             return
         if self._config.read_only_store:
-            log.warning("the model's own heads are not in the store, which this server only reads")
+            log.warning(
+                "the model's own heads are not in the store, which this server only reads: start "
+                "the server that writes the store once with this model"
+            )
             return
         self._store(adapter_id, files)
         if not self._serves(self._registry.default_medusa()):

@@ -25,15 +25,15 @@ from lorastack.adapters.store.learned import Learned
 from lorastack.adapters.store.registry import Registry
 from lorastack.config import AdapterConfig, ServerConfig
 from lorastack.engine.engine import Engine
-from lorastack.service.adapters.learned import LearnedKeeper
+from lorastack.service.adapters.keeper import LearnedKeeper
 from lorastack.service.adapters.servicer import AdapterService
-from lorastack.service.adapters.store import StoreFollower, StoreWriter, needed_digests
 from lorastack.service.adapters.transfer import Transfers
 from lorastack.service.adapters.uploads import Uploads
+from lorastack.service.adapters.writer import StoreFollower, StoreWriter, needed_digests
 from lorastack.service.calls.catalogue import Catalogue
 from lorastack.service.calls.dispatch import Dispatcher
 from lorastack.service.calls.generation import GenerationService
-from lorastack.service.calls.intake import Intake
+from lorastack.service.calls.intake import NUM_LONG, NUM_SHORT, Intake
 from lorastack.service.calls.prepare import Preparer
 from lorastack.service.calls.served import ServedModel
 from lorastack.service.calls.untrusted import Untrusted
@@ -50,8 +50,8 @@ from lorastack.service.services import FILES, SERVICES, add_services
 from lorastack.service.watch.metrics import RequestMetrics, StateCollector
 from lorastack.service.watch.scrape import MetricsServer
 
-NUM_WORKERS = 4  # tokenising and registry look-ups
 STOP_GRACE = 2.0  # seconds for handlers to send what the engine has ended
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 OTHER_CALLS = 256  # calls at a time, beside those that wait or run in the engine
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class Server:
         learned: Learned,
         validate: Validator,
         dispatcher: Dispatcher,
-        ports: Ports | None = None,
+        ports: Ports,
     ) -> None:
         """dispatcher: the engine has its deliver and fail as callbacks already. ports: reserved
         already; they are closed with the server."""
@@ -87,7 +87,7 @@ class Server:
         self._host = host
         self._registry = registry
         self._dispatcher = dispatcher
-        self._workers = ThreadPoolExecutor(NUM_WORKERS, "lorastack-edge")
+        self._workers = ThreadPoolExecutor(NUM_LONG + NUM_SHORT, "lorastack-edge")
         self._uploader = ThreadPoolExecutor(1, "lorastack-upload", initializer=be_nice)
         self._make_metrics(config)
         self._guard = CallGuard(self._requests.call_ended)
@@ -117,7 +117,11 @@ class Server:
 
         on_ready: gets one line for people when Generate works.
         """
-        return asyncio.run(self._run(on_ready))
+        before = signal.getsignal(signal.SIGINT)
+        try:
+            return asyncio.run(self._run(on_ready))
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     async def start(self) -> None:
         """Listens, proves that a token comes out, then reports SERVING.
@@ -148,8 +152,7 @@ class Server:
         await self._guard.idle(max(left, STOP_GRACE))
         if self._server is not None:
             await self._server.stop(STOP_GRACE)
-        if self._ports is not None:
-            self._ports.close()
+        self._ports.close()
         if self._metrics_server is not None:
             await asyncio.to_thread(self._metrics_server.close)
         self._pool.close()
@@ -236,7 +239,7 @@ class Server:
             max_files=raise_file_limit(),
         )
         add_services(server, self._generation, self._adapters, self._health)
-        self.address = (self._ports or Ports(self._config)).listen(server)
+        self.address = self._ports.listen(server)
         if port := self._config.metrics_port:
             self._metrics_server = MetricsServer(self._config.host, port, self.metrics)
         self._dispatcher.attach(self._engine, loop)
@@ -253,11 +256,13 @@ class Server:
         asked = asyncio.Event()
 
         def ask(number: signal.Signals) -> None:
-            logger.info("%s: draining; a second one ends at once", number.name)
+            logger.info("%s: draining; a second signal ends at once", number.name)
             asked.set()
-            loop.remove_signal_handler(number)
+            for known in STOP_SIGNALS:
+                loop.remove_signal_handler(known)
+                signal.signal(known, signal.SIG_DFL)  # a KeyboardInterrupt would wait for threads
 
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in STOP_SIGNALS:
             loop.add_signal_handler(number, ask, number)
         await self.start()
         gc.freeze()  # a full collection walks all of torch and holds up a step for 0.1 s

@@ -26,14 +26,15 @@ def shortened(
     """The shorter pointers, by id, of the ids that lose revisions.
 
     keep: how many revisions an id keeps, at least 1; more if their digests are in_use or the
-    default heads'. adapter_id: "" for all ids. Raises NotFoundError or DataLossError.
+    default heads'. adapter_id: a plain id, "" for all. Raises NotFoundError or DataLossError.
     """
     needed = {*in_use}
     with suppress(NotFoundError, DataLossError):
         needed.add(tables.resolve(tables.default_medusa).digest)
+    known: Collection[Pointer] = tables.pointers.values()
     if adapter_id:
-        tables.resolve(adapter_id)
-    known = [tables.pointers[adapter_id]] if adapter_id else tables.pointers.values()
+        known = [tables.known_pointer(adapter_id)]
+        tables.record(adapter_id, known[0].newest)  # raises if only older revisions can be served
     return {
         pointer.id: shorter
         for pointer in known

@@ -90,7 +90,7 @@ class Tables:
         Raises NotFoundError naming it; DataLossError if its pointer or manifest is damaged.
         """
         adapter_id, digest = split_reference(reference)
-        pointer = self._known_pointer(adapter_id, reference)
+        pointer = self.known_pointer(adapter_id, reference)
         for revision in reversed(pointer.revisions):
             if digest is None or revision.digest == digest:
                 return self.record(adapter_id, revision)
@@ -108,7 +108,7 @@ class Tables:
                 f"first {MIN_DIGITS}; `lorastack adapters revisions {adapter_id[:300]}` lists them",
                 field="digest",
             )
-        pointer = self._known_pointer(adapter_id)
+        pointer = self.known_pointer(adapter_id)
         fitting = {
             revision.digest: revision
             for revision in pointer.revisions
@@ -130,7 +130,7 @@ class Tables:
         """
         return [
             self.record(adapter_id, revision)
-            for revision in reversed(self._known_pointer(adapter_id).revisions)
+            for revision in reversed(self.known_pointer(adapter_id).revisions)
             if revision.digest in self.manifests
         ]
 
@@ -268,8 +268,11 @@ class Tables:
         last = bisect_right(self.newest, adapter_id, key=lambda known: known.id)
         return (*self.newest[:first], *record, *self.newest[last:])
 
-    def _known_pointer(self, adapter_id: str, reference: str = "") -> Pointer:
-        """Raises NotFoundError naming the reference, or DataLossError if it is damaged."""
+    def known_pointer(self, adapter_id: str, reference: str = "") -> Pointer:
+        """The pointer of a plain id; reference: what an error calls it instead.
+
+        Raises NotFoundError, or DataLossError if the pointer is damaged.
+        """
         pointer = self.pointers.get(adapter_id)
         if pointer is not None:
             return pointer

@@ -19,12 +19,13 @@ from lorastack.errors import (
     FailedPreconditionError,
     InvalidArgumentError,
     LorastackError,
+    NotFoundError,
     Reason,
 )
 from lorastack.service.adapters import messages
-from lorastack.service.adapters.store import StoreWriter
 from lorastack.service.adapters.transfer import Transfers
 from lorastack.service.adapters.uploads import Uploads
+from lorastack.service.adapters.writer import StoreWriter
 from lorastack.service.calls.catalogue import Catalogue
 from lorastack.service.calls.dispatch import Dispatcher
 from lorastack.service.edge.places import caller_of
@@ -187,10 +188,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
             notes["adapter"] = request.id
             notes["pin"] = request.pin
             record = await run_in(self._readers, self._catalogue.servable, request.id)
-            try:
-                await asyncio.wrap_future(self._engine.load(record.digest, request.pin))
-            except LorastackError as error:
-                raise self._catalogue.with_ids(error) from None
+            await self._load(record, request.pin)
             return self._noted(notes, record)
 
     async def UnloadAdapter(
@@ -215,8 +213,25 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
                 medusa_digest=heads.digest if heads else "",
             )
 
+    async def _load(self, record: Record, pin: bool) -> None:
+        """Raises what the load raises; NotFoundError if the record was deleted meanwhile."""
+        try:
+            await asyncio.wrap_future(self._engine.load(record.digest, pin))
+        except LorastackError as error:
+            raise self._catalogue.with_ids(error) from None
+        finally:
+            if deleted := not self._registry.knows(record.digest):
+                # The load may have undone what the deletion told the engine.
+                self._uploader.submit(self._writer.forget_deleted, record.digest)
+        if deleted:
+            raise NotFoundError(
+                f"adapter {record.id!r} was deleted or replaced while it was loaded; ask again",
+                adapter_id=record.id,
+            )
+
     def _delete(self, adapter_id: str, in_use: Collection[str]) -> None:
-        if adapter_id == split_reference(self._catalogue.default_medusa)[0]:
+        default_id, _ = split_reference(self._catalogue.default_medusa)
+        if adapter_id and adapter_id == default_id:
             raise FailedPreconditionError(
                 f"{adapter_id!r} holds the server's default Medusa heads; choose others with "
                 "`lorastack adapters default` (or restart without --medusa) to delete them",

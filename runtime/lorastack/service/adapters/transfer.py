@@ -26,7 +26,7 @@ from lorastack.errors import (
     ResourceExhaustedError,
     UnavailableError,
 )
-from lorastack.service.adapters.store import StoreWriter
+from lorastack.service.adapters.writer import StoreWriter
 from lorastack.service.edge.places import Places
 from lorastack.service.edge.threads import run_in
 from lorastack.v1 import adapters_pb2

@@ -18,7 +18,7 @@ from lorastack.adapters.store.registry import Registry
 from lorastack.adapters.store.upload import Upload
 from lorastack.errors import AbortedError, InvalidArgumentError, LorastackError, Reason
 from lorastack.service.adapters import messages
-from lorastack.service.adapters.store import StoreWriter
+from lorastack.service.adapters.writer import StoreWriter
 from lorastack.service.edge.limits import MAX_CHUNK
 from lorastack.service.edge.places import Place, Places
 from lorastack.service.edge.status import Notes

@@ -91,7 +91,10 @@ class RowStream:
 
     def give_up(self) -> None:
         """Ends the row of a reader that takes nothing, and drops what waits for it."""
-        logger.info("its reader takes nothing; it ends", extra={"request_id": self.request_id})
+        logger.info(
+            "the reader takes nothing: its request ends (--reader-timeout, --max-parked)",
+            extra={"request_id": self.request_id},
+        )
         self._too_slow = self.abandoned = True
         self._buffer.clear()
         if not self.ended.is_set():

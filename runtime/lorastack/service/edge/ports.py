@@ -52,7 +52,9 @@ class Ports:
         finally:
             self.close()
         if port == 0:
-            raise InvalidArgumentError(f"cannot listen on {self._address}: another process does")
+            raise InvalidArgumentError(
+                f"cannot listen on {self._address}: another process does; choose another --port"
+            )
         return self._address
 
     def close(self) -> None:

@@ -64,30 +64,36 @@ class RequestMetrics:
 
         self._drafted_a_step = histogram(
             "drafted_tokens_per_step",
-            "Drafted tokens a decode step, means of requests.",
+            "Mean number of tokens drafted in a decode step of a request.",
             DRAFTED_BUCKETS,
         )
         self._tokens_a_step = histogram(
-            "tokens_per_step", "Tokens that a decode step gave, means of requests.", TOKENS_BUCKETS
+            "tokens_per_step",
+            "Mean number of tokens that a decode step of a request gave.",
+            TOKENS_BUCKETS,
         )
         self._first_token = histogram(
-            "time_to_first_token_seconds", "From submission to the first token."
+            "time_to_first_token_seconds", "Seconds from submission to the first token."
         )
         self._token_interval = histogram(
             "time_per_output_token_seconds",
-            "From the first token to the end by tokens in between, means of requests.",
+            "Mean seconds between two tokens of a request.",
             TOKEN_BUCKETS,
         )
-        self._queue = histogram("queue_seconds", "From submission to the row's first step.")
+        self._queue = histogram("queue_seconds", "Seconds from submission to the row's first step.")
         self._total = histogram(
-            "request_seconds", "From submission to the end.", (*BUCKETS, 120.0, 300.0, 600.0)
+            "request_seconds",
+            "Seconds from submission to the end of a request.",
+            (*BUCKETS, 120.0, 300.0, 600.0),
         )
         self._loop_lag = histogram(
-            "event_loop_lag_seconds", "How late the event loop gets to a timer.", TOKEN_BUCKETS
+            "event_loop_lag_seconds",
+            "Seconds by which the event loop gets to a timer too late.",
+            TOKEN_BUCKETS,
         )
         self._adapter_wait = histogram(
             "adapter_wait_seconds",
-            "Waiting for LoRAs to be on the device, of requests that have any.",
+            "Seconds that a request with LoRAs waited for them to be on the device.",
         )
 
     def call_ended(self, rpc: str, code: grpc.StatusCode) -> None:
@@ -198,7 +204,7 @@ class StateCollector(Collector):
         """One family a metric. Called in the metrics server's thread."""
         stats = self._pool.stats()
         for name, labels in self._info.items():
-            yield InfoMetricFamily(f"{PREFIX}{name}", "What runs.", dict(labels))
+            yield InfoMetricFamily(f"{PREFIX}{name}", "What this server runs.", dict(labels))
         yield from self._rows(stats)
         yield from self._pages()
         yield from self._tiers(stats)
@@ -210,7 +216,7 @@ class StateCollector(Collector):
         num_waiting = self._engine.num_waiting
         rows = {"waiting": num_waiting, "running": max(self._engine.num_rows - num_waiting, 0)}
         yield _gauge("rows", "Requests in the engine.", "state", rows)
-        about = "Of these, rows whose readers do not read."
+        about = "Requests in the engine whose readers do not read."
         yield _gauge("parked_rows", about, value=self._engine.num_parked)
         about = "Rows that gave their pages to others and run again."
         yield _counter("preemptions", about, value=self._engine.num_preemptions)
@@ -232,14 +238,18 @@ class StateCollector(Collector):
         budgets = {"host": self._config.host_memory, "device": self._config.device_memory}
         yield _gauge("adapters", "Adapters in a tier.", "tier", counts)
         yield _gauge("adapter_bytes", "Bytes of the adapters in a tier.", "tier", nbytes)
-        yield _gauge("adapter_budget_bytes", "Bytes that they may take.", "tier", budgets)
+        yield _gauge(
+            "adapter_budget_bytes", "Bytes that the adapters in a tier may take.", "tier", budgets
+        )
         about = "Bytes of unfinished uploads."
         yield _gauge("staging_bytes", about, value=self._registry.staging_bytes())
 
     def _paging(self, stats: PoolStats) -> Iterator[Metric]:
         loads = {"host": stats.host_hits, "disk": stats.disk_loads}
-        yield _counter("adapter_loads", "Loads by where the bytes were.", "source", loads)
-        about = "Seconds that loads took."
+        yield _counter(
+            "adapter_loads", "Loads of adapters by where their bytes were.", "source", loads
+        )
+        about = "Seconds that loads of adapters took."
         yield _counter("adapter_load_seconds", about, value=stats.load_seconds)
         about = "Adapters that made room for others on the device."
         yield _counter("adapter_evictions", about, value=stats.evictions)
@@ -248,9 +258,15 @@ class StateCollector(Collector):
         nbytes = {adapter.digest: adapter.nbytes for adapter in stats.adapters}
         in_use = {adapter.digest: adapter.in_use for adapter in stats.adapters}
         pinned = {adapter.digest: adapter.pinned for adapter in stats.adapters}
-        yield _gauge("adapter_device_bytes", "Of one adapter on the device.", "digest", nbytes)
-        yield _gauge("adapter_in_flight", "Rows of this step that use it.", "digest", in_use)
-        yield _gauge("adapter_pinned", "1: kept there by LoadAdapter.", "digest", pinned)
+        yield _gauge(
+            "adapter_device_bytes", "Bytes of one adapter on the device.", "digest", nbytes
+        )
+        yield _gauge(
+            "adapter_in_flight", "Rows of this step that use the adapter.", "digest", in_use
+        )
+        yield _gauge(
+            "adapter_pinned", "1 if LoadAdapter pinned the adapter, else 0.", "digest", pinned
+        )
 
     def _acceptance(self, stats: PoolStats) -> Iterator[Metric]:
         on_device = {adapter.digest for adapter in stats.adapters}
@@ -258,10 +274,12 @@ class StateCollector(Collector):
         steps = {digest: count.steps for digest, count in counts.items()}
         drafted = {digest: count.drafted for digest, count in counts.items()}
         yield _counter("heads_steps", "Decode steps of rows with these heads.", "digest", steps)
-        yield _counter("heads_drafted_tokens", "Tokens that they proposed.", "digest", drafted)
+        yield _counter(
+            "heads_drafted_tokens", "Tokens that these heads proposed.", "digest", drafted
+        )
         accepted = CounterMetricFamily(
             f"{PREFIX}heads_accepted_tokens",
-            "Proposals that became output, by head.",
+            "Proposals of these heads that became output, by head.",
             labels=["digest", "head"],
         )
         for digest, count in counts.items():

@@ -54,8 +54,10 @@ class MetricsServer:
     async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
-        if len(self._exchanges) == MAX_CONNECTIONS:
-            next(iter(self._exchanges)).cancel()
+        if len(self._exchanges) >= MAX_CONNECTIONS:
+            oldest = next(iter(self._exchanges))
+            del self._exchanges[oldest]  # now: more may come before it has ended
+            oldest.cancel()
         self._exchanges[task] = None
         try:
             with suppress(OSError, TimeoutError, asyncio.CancelledError, EOFError):

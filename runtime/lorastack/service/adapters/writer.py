@@ -89,6 +89,11 @@ class StoreWriter:
         self._registry.delete(adapter_id, in_use=in_use)
         self._forget(digests)
 
+    def forget_deleted(self, digest: str) -> None:
+        """Says again to the engine that a digest was deleted, unless an id has it again."""
+        if not self._registry.knows(digest):
+            self._engine.forget(digest)
+
     def _prune_quietly(self, adapter_id: str) -> None:
         """The change itself has succeeded; what could not be removed goes another time."""
         try:
