@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from lorastack.cli.adapters import show_adapter
 from lorastack.cli.bench import HEADINGS
 from lorastack.cli.output import print_json, print_table
+from lorastack.v1 import adapters_pb2 as ab
 from tests.adapters.folders import edit_json
 from tests.cli.conftest import Run
 from tests.service.fakes import RunningServer
@@ -66,6 +68,15 @@ def test_sizes_are_for_people_and_json_has_bytes(
     ):
         lines = [line for line in done.out.splitlines() if "_bytes" in line]
         assert lines and all(line.endswith("KiB") for line in lines)
+
+
+def test_what_is_false_is_shown_and_what_is_empty_is_not(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    show_adapter(ab.Adapter(id="x", compatible=False, pinned=False), as_json=False)
+    fields = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert (fields["compatible"], fields["pinned"]) == ("False", "False")
+    assert not {"rank", "base_model", "target_modules"} & fields.keys()
 
 
 def test_pull_takes_its_id_as_upload_does(run: Run, at: tuple[str, str]) -> None:
