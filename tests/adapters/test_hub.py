@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import io
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from lorastack.errors import (
     PermissionDeniedError,
     Reason,
     RequestCancelledError,
+    ResourceExhaustedError,
     UnavailableError,
 )
 from tests.helpers.fake_hub import PATIENCE, FakeHub, Repo
@@ -250,6 +254,22 @@ def test_a_reader_who_has_gone_closes_the_connection(hub: FakeHub) -> None:
         pytest.fail("entered")
     assert hub.ended_early.wait(PATIENCE)
     del held  # until here its traceback kept alive what was not closed
+
+
+def test_a_full_disk_of_temporary_files_is_not_the_stores(
+    hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class FullDisk(io.BytesIO):
+        def write(self, data: object) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    hub.large = ()
+    hub.add("acme/lora", FILES)
+    monkeypatch.setattr(tempfile, "SpooledTemporaryFile", lambda size: FullDisk())
+    error = refusal(ResourceExhaustedError)
+    assert error.reason is Reason.STORE_FULL
+    assert tempfile.gettempdir() in error.message and "TMPDIR" in error.message
+    assert "store's disk" not in error.message
 
 
 def test_push_creates_and_replaces(hub: FakeHub, tmp_path: Path) -> None:

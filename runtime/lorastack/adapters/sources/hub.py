@@ -149,7 +149,11 @@ def _source_file(
         return SourceFile(spec=FileSpec(name=name, size=size, sha256=file.lfs.sha256), read=remote)
     temporary = open_files.enter_context(tempfile.SpooledTemporaryFile(IN_MEMORY))  # noqa: SIM115
     copy = cast(BinaryIO, temporary)
-    with disk_full_is_exhaustion():
+    folder = tempfile.gettempdir()
+    with disk_full_is_exhaustion(
+        f"the disk of {folder}, where a pull keeps {name}, is full: free some space, or start the "
+        "server with a TMPDIR that has more"
+    ):
         spec = describe(name, size, _copied(remote(0), copy), alive)
     return SourceFile(spec=spec, read=partial(pieces_of, copy, size))
 
@@ -239,7 +243,7 @@ def _refused(hub_id: str, error: HfHubHTTPError) -> LorastackError:
 
 def _failed(hub_id: str, why: str) -> UnavailableError:
     return UnavailableError(
-        f"the hub failed at {hub_id} ({why}); try again, transferred bytes are kept",
+        f"the hub failed at {hub_id} ({why}); try again",
         reason=Reason.HUB_FAILED,
         hub_id=hub_id,
     )
