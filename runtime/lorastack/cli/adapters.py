@@ -320,7 +320,7 @@ def _kind(adapter: Adapter) -> str:
 
 
 def _print_fields(fields: dict[str, object]) -> None:
-    """Prints aligned names and values, without the empty ones. False says something, so it stays."""
+    """Prints aligned names and values, False too, but no empty ones."""
     shown = {
         name: value
         for name, value in fields.items()
