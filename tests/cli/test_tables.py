@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.main import get_command
 
 from lorastack.cli.adapters import show_adapter
 from lorastack.cli.bench import HEADINGS
+from lorastack.cli.main import app
 from lorastack.cli.output import print_json, print_table
 from lorastack.v1 import adapters_pb2 as ab
 from tests.adapters.folders import edit_json
@@ -85,6 +88,15 @@ def test_pull_takes_its_id_as_upload_does(run: Run, at: tuple[str, str]) -> None
         assert "--pull-root" in run("adapters", "pull", *named, *source, *at).err
     for named in ((), ("x", "--id", "x")):
         assert run("adapters", "pull", *named, *source, *at).code == 2
+
+
+def test_every_option_has_a_help_text() -> None:
+    def silent(command: Any, name: str) -> list[str]:
+        own = [f"{name} {p.name}" for p in command.params if not getattr(p, "help", None)]
+        inner = getattr(command, "commands", {}).items()
+        return own + [each for key, sub in inner for each in silent(sub, f"{name} {key}")]
+
+    assert silent(get_command(app), "lorastack") == []
 
 
 def test_flags_take_no_value_in_help(run: Run) -> None:
