@@ -284,3 +284,9 @@ def test_push_creates_and_replaces(hub: FakeHub, tmp_path: Path) -> None:
         push_folder(tmp_path, "me/lora", token="hf_wrong")
     with pytest.raises(InvalidArgumentError):
         push_folder(tmp_path, "lora")
+
+
+def test_a_push_to_nobody_promises_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    with pytest.raises(UnavailableError, match=r"try again$"):
+        push_folder(tmp_path, "me/lora", token=FakeHub.token)
