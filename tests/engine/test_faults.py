@@ -196,6 +196,16 @@ def test_a_row_whose_drafting_raises_goes_on_undrafted_alone(
     assert rows[1].continuation != stale
 
 
+def test_a_lookup_that_raises_costs_its_row_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the first chunk of the prompt on."""
+    world = World(64, max_rows=5)
+    asked = requests(5)
+    for request in asked:
+        world.scheduler.add(row := make_row(request))
+        in_its_lookup(row, monkeypatch)
+    check(world, asked, set())
+
+
 @pytest.mark.parametrize("raising", ["_trees", "_step", None])
 def test_whatever_stops_a_schedule_everything_can_be_freed(
     raising: str | None, monkeypatch: pytest.MonkeyPatch
