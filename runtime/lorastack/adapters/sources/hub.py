@@ -87,8 +87,8 @@ def open_hub(
 
     Files that the hub keeps in large-file storage come with their sha256, so they are fetched when
     read and only then; the small ones are fetched here. Raises PermissionDeniedError for other
-    organisations, InvalidArgumentError for repositories without weights or beyond the limits, and
-    what `_hub_errors` raises.
+    organisations, InvalidArgumentError for repositories without weights or beyond the limits,
+    ResourceExhaustedError when the disk of temporary files is full, and what `_hub_errors` raises.
     """
     _check_organisation(address.hub_id, organisations)
     with _hub_errors(address.hub_id):
