@@ -8,7 +8,9 @@ from types import SimpleNamespace
 import pytest
 
 from lorastack.client import Client, folder_files
-from lorastack.errors import InvalidArgumentError, Reason, UnavailableError
+from lorastack.client.uploading import file_spec, send_files
+from lorastack.errors import InternalError, InvalidArgumentError, Reason, UnavailableError
+from lorastack.v1 import adapters_pb2 as ab
 from lorastack.v1 import generation_pb2 as pb
 from tests.service.conftest import (  # noqa: F401 - fixtures
     client,
@@ -43,6 +45,18 @@ def test_an_unknown_reason_keeps_the_class(
         client.generate(pb.GenerateRequest(prompt="x"))
     assert caught.value.reason is Reason.INVALID_REQUEST
     assert caught.value.metadata["field"] == "x"
+
+
+def test_a_server_that_asks_for_what_was_not_announced(tmp_path: Path) -> None:
+    class Faulty:
+        def PlanUpload(self, request: ab.PlanUploadRequest) -> ab.PlanUploadResponse:
+            return ab.PlanUploadResponse(needed=[ab.NeededBlob(sha256="f" * 64)])
+
+    path = tmp_path / "adapter_config.json"
+    path.write_text("{}")
+    header = ab.UploadHeader(id="x", files=[file_spec(path)])
+    with pytest.raises(InternalError, match="there:1 asks for the blob 'ffff"):
+        send_files(Faulty(), "there:1", header, [path], None)
 
 
 def test_upload_sends_only_what_is_missing(

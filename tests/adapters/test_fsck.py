@@ -41,6 +41,14 @@ def test_a_sound_store(registry: Registry, root: Path) -> None:
     assert steps == sorted(steps)
 
 
+def test_a_stray_file_among_the_uploads_is_none(registry: Registry, root: Path) -> None:
+    upload = registry.begin_upload("c", specs_of({"x.json": b"123"}))
+    upload.write(sha256(b"123"), 0, b"12")
+    for name in ("!", "~"):  # before and behind the upload
+        (root / "staging" / name).write_bytes(b"stray")
+    assert [staged.size_bytes for staged in check(root).staged] == [2]
+
+
 @pytest.mark.parametrize(
     ("damage", "problem"),
     [

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import io
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from lorastack.errors import (
     PermissionDeniedError,
     Reason,
     RequestCancelledError,
+    ResourceExhaustedError,
     UnavailableError,
 )
 from tests.helpers.fake_hub import PATIENCE, FakeHub, Repo
@@ -252,6 +256,22 @@ def test_a_reader_who_has_gone_closes_the_connection(hub: FakeHub) -> None:
     del held  # until here its traceback kept alive what was not closed
 
 
+def test_a_full_disk_of_temporary_files_is_not_the_stores(
+    hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class FullDisk(io.BytesIO):
+        def write(self, data: object) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    hub.large = ()
+    hub.add("acme/lora", FILES)
+    monkeypatch.setattr(tempfile, "SpooledTemporaryFile", lambda size: FullDisk())
+    error = refusal(ResourceExhaustedError)
+    assert error.reason is Reason.STORE_FULL
+    assert tempfile.gettempdir() in error.message and "TMPDIR" in error.message
+    assert "store's disk" not in error.message
+
+
 def test_push_creates_and_replaces(hub: FakeHub, tmp_path: Path) -> None:
     for name, data in FILES.items():
         (tmp_path / name).write_bytes(data)
@@ -264,3 +284,9 @@ def test_push_creates_and_replaces(hub: FakeHub, tmp_path: Path) -> None:
         push_folder(tmp_path, "me/lora", token="hf_wrong")
     with pytest.raises(InvalidArgumentError):
         push_folder(tmp_path, "lora")
+
+
+def test_a_push_to_nobody_promises_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    with pytest.raises(UnavailableError, match=r"try again$"):
+        push_folder(tmp_path, "me/lora", token=FakeHub.token)

@@ -156,7 +156,7 @@ def test_unknown_ids(registry: Registry) -> None:
     for call in (registry.manifest, registry.files, registry.verify):
         with pytest.raises(NotFoundError, match=other):
             call(other)
-    with pytest.raises(NotFoundError, match="nobody"):
+    with pytest.raises(NotFoundError, match="'nobody': `lorastack adapters list`"):
         registry.delete("nobody")
 
 

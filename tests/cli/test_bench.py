@@ -11,7 +11,7 @@ from lorastack.cli.bench import summarise
 from lorastack.client import Client, GenerateRequest, StopParams
 from lorastack.client.traffic import Outcome, percentile, send
 from tests.cli.conftest import Run
-from tests.service.fakes import RunningServer
+from tests.service.fakes import MAX_CONTEXT, RunningServer
 
 
 @pytest.fixture
@@ -67,6 +67,18 @@ def test_prompts_of_a_file_are_chats(
     assert done.code == 0, done.err
     chats = [tuple(fake.engine.tokenizer.chat([("user", text)])) for text in ("one", "two")]
     assert {request.prompt_ids for request in fake.engine.submitted} == set(chats)
+
+
+def test_a_file_of_prompts_fits_a_context_that_made_up_ones_would_not(
+    run: Run, at: tuple[str, str], fake: RunningServer, tmp_path: Path
+) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "one"}\n')
+    one = ("bench", "--concurrency", "1", "--requests", "1", "--max-new-tokens", "1", *at)
+    length = ("--prompt-tokens", str(MAX_CONTEXT))
+    assert run(*one, *length, "--prompts", str(path)).code == 0
+    refused = run(*one, *length)
+    assert refused.code == 1 and "--prompt-tokens" in refused.err
 
 
 @pytest.mark.parametrize(("lines", "words"), [("", "empty"), ('{"text": "x"}\n', "prompt")])

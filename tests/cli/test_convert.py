@@ -123,7 +123,14 @@ def test_nothing_to_convert(run: Run, tmp_path: Path, shapes: ModelShapes) -> No
     assert done.code == 1
     assert "safetensors" in done.err
     assert not (tmp_path / "new").exists()
+    assert "can be uploaded as it is" in done.err
     assert run(*COMMAND, str(tmp_path / "missing"), str(tmp_path / "new")).code == 1
+    for path in source.iterdir():
+        if path.suffix != ".json":
+            path.unlink()
+    done = run(*COMMAND, str(source), str(tmp_path / "new"))
+    assert done.code == 1
+    assert ".pth" in done.err and "name the folder that holds them" in done.err
 
 
 def test_a_full_target_is_kept(run: Run, tmp_path: Path, shapes: ModelShapes) -> None:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.main import get_command
 
+from lorastack.cli.adapters import show_adapter
 from lorastack.cli.bench import HEADINGS
+from lorastack.cli.main import app
 from lorastack.cli.output import print_json, print_table
+from lorastack.v1 import adapters_pb2 as ab
 from tests.adapters.folders import edit_json
 from tests.cli.conftest import Run
 from tests.service.fakes import RunningServer
@@ -68,12 +73,30 @@ def test_sizes_are_for_people_and_json_has_bytes(
         assert lines and all(line.endswith("KiB") for line in lines)
 
 
+def test_what_is_false_is_shown_and_what_is_empty_is_not(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    show_adapter(ab.Adapter(id="x", compatible=False, pinned=False), as_json=False)
+    fields = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert (fields["compatible"], fields["pinned"]) == ("False", "False")
+    assert not {"rank", "base_model", "target_modules"} & fields.keys()
+
+
 def test_pull_takes_its_id_as_upload_does(run: Run, at: tuple[str, str]) -> None:
     source = ("--folder", "/dev/null")
     for named in (("x",), ("--id", "x")):
         assert "--pull-root" in run("adapters", "pull", *named, *source, *at).err
     for named in ((), ("x", "--id", "x")):
         assert run("adapters", "pull", *named, *source, *at).code == 2
+
+
+def test_every_option_has_a_help_text() -> None:
+    def silent(command: Any, name: str) -> list[str]:
+        own = [f"{name} {p.name}" for p in command.params if not getattr(p, "help", None)]
+        inner = getattr(command, "commands", {}).items()
+        return own + [each for key, sub in inner for each in silent(sub, f"{name} {key}")]
+
+    assert silent(get_command(app), "lorastack") == []
 
 
 def test_flags_take_no_value_in_help(run: Run) -> None:

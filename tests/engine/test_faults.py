@@ -13,9 +13,13 @@ from lorastack.engine.apart import run_apart
 from lorastack.engine.batch import Batch, RowResult
 from lorastack.engine.row import Row
 from lorastack.engine.runner import StepResults
+from lorastack.engine.speculator import Speculator
 from lorastack.errors import InternalError, LorastackError, Reason
 from lorastack.request import HeadsUse, LoraUse, Request
+from lorastack.speculation.lookup import Continuation
+from lorastack.speculation.proposal import Proposal
 from tests.engine.made_up import Model, World, make_request, make_row, plain
+from tests.helpers.costs import CheapHeads
 
 LORA, HEADS = LoraUse(lora_id="a", digest="a"), HeadsUse(medusa_id="h", digest="heads1")
 
@@ -161,6 +165,44 @@ def test_a_fault_in_drafting_costs_no_token(part: str, monkeypatch: pytest.Monke
     asked = requests(5)
     for request in asked:
         world.scheduler.add(make_row(request))
+    check(world, asked, set())
+
+
+def in_its_grammar(row: Row, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(row, "matcher", type("Matcher", (), {"forced": explode})())
+
+
+def in_its_lookup(row: Row, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(row, "lookup", type("Lookup", (), {"num_tokens": 0, "push": explode})())
+
+
+def in_its_nodes(row: Row, patch: pytest.MonkeyPatch) -> None:
+    proposal = Proposal(ids=((), ()), logprobs=())
+    patch.setattr(row, "proposal", proposal)
+
+
+@pytest.mark.parametrize("spoil", [in_its_grammar, in_its_lookup, in_its_nodes])
+def test_a_row_whose_drafting_raises_goes_on_undrafted_alone(
+    spoil: Callable[[Row, pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speculator = Speculator(CheapHeads(), max_nodes=8, max_step_tokens=64, calibrations={})
+    rows = [make_row(make_request(str(index), [1, 2, 3] * 3, 12)) for index in range(3)]
+    sound = speculator.trees(rows, fixed_tokens=3, num_samples=3)
+    assert None not in sound
+    rows[1].continuation = stale = Continuation(5, (6,))
+    spoil(rows[1], monkeypatch)
+    trees = speculator.trees(rows, fixed_tokens=3, num_samples=3)
+    assert trees == [sound[0], None, sound[2]]
+    assert rows[1].continuation != stale
+
+
+def test_a_lookup_that_raises_costs_its_row_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the first chunk of the prompt on."""
+    world = World(64, max_rows=5)
+    asked = requests(5)
+    for request in asked:
+        world.scheduler.add(row := make_row(request))
+        in_its_lookup(row, monkeypatch)
     check(world, asked, set())
 
 

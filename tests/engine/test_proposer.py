@@ -190,12 +190,16 @@ def test_log_probabilities_are_of_what_a_head_chooses_from(drafts: Drafts) -> No
         assert shifts == pytest.approx([shifts[0]] * len(shifts), abs=1e-4)
 
 
-@pytest.mark.parametrize("heads", ["own", "two", "two-narrow"])
-def test_rows_of_failing_heads_go_on_undrafted(drafts: Drafts, heads: str) -> None:
-    sound = drafts.heads[heads]
+def broken_heads(sound: DeviceAdapter) -> DeviceAdapter:
+    """The same heads with a NaN among their weights."""
     buffer = sound.buffer.clone()
     buffer.view(torch.float32)[5] = torch.nan
-    broken = DeviceAdapter(digest="broken", buffer=buffer, layout=sound.layout)
+    return DeviceAdapter(digest="broken", buffer=buffer, layout=sound.layout)
+
+
+@pytest.mark.parametrize("heads", ["own", "two", "two-narrow"])
+def test_rows_of_failing_heads_go_on_undrafted(drafts: Drafts, heads: str) -> None:
+    broken = broken_heads(drafts.heads[heads])
     rows = [drafts.row(number, heads) for number in range(3)]
     expected = drafts.run(*rows)
     rows[1] = replace(rows[1], adapters=RowAdapters(loras=(), heads=broken))
@@ -206,6 +210,23 @@ def test_rows_of_failing_heads_go_on_undrafted(drafts: Drafts, heads: str) -> No
     assert drafts.failed == ["broken"]
     drafts.run(drafts.row(0, heads))
     assert drafts.failed == []
+
+
+def test_a_step_that_raises_behind_its_heads_reports_their_failure_once(
+    drafts: Drafts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = broken_heads(drafts.heads["own"])
+    row = replace(drafts.row(0, "own"), adapters=RowAdapters(loras=(), heads=broken))
+
+    def explode(*_: object) -> None:
+        raise RuntimeError("boom")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(drafts._runner, "_result", explode)
+        with pytest.raises(RuntimeError):
+            drafts.run(row)
+    drafts.run(row)
+    assert drafts.failed == ["broken"]
 
 
 def test_a_draft_vocabulary_of_all_tokens_changes_nothing(drafts: Drafts) -> None:

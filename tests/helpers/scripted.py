@@ -123,20 +123,19 @@ class ScriptedProposer:
         self._script = script
         self._chance = chance
         self._clock = clock
-        self._failed: list[str] = []
 
     def propose(
         self, steps: Sequence[RowStep], last: Sequence[int], hidden_XH: torch.Tensor
-    ) -> list[Proposal | None]:
+    ) -> tuple[list[Proposal | None], list[str]]:
         """See `Proposer.propose`."""
+        failed: list[str] = []
         places = guessed_places(steps, last)
-        return [self._propose(step, place) for step, place in zip(steps, places, strict=True)]
+        proposals = [
+            self._propose(step, place, failed) for step, place in zip(steps, places, strict=True)
+        ]
+        return proposals, failed
 
-    def take_failed(self) -> list[str]:
-        failed, self._failed = self._failed, []
-        return failed
-
-    def _propose(self, step: RowStep, index: int) -> Proposal | None:
+    def _propose(self, step: RowStep, index: int, failed: list[str]) -> Proposal | None:
         """The heads' proposal for the row's tokens from the generated one `index` on."""
         if not step.num_candidates:
             return None
@@ -144,7 +143,7 @@ class ScriptedProposer:
         heads = step.adapters.heads
         assert heads is not None
         if self._chance.random() < 0.03:
-            self._failed.append(heads.digest)
+            failed.append(heads.digest)
             return None
         answer = self._script.answers.get(step.request.request_id, ())
         following = [*answer[index : index + heads.layout.num_heads]]

@@ -27,6 +27,7 @@ class _Server(ThreadingHTTPServer):
         self.cuts = 0
         self.ranges: list[str | None] = []
         self.honours_ranges = True
+        self.length: str | None = None  # what it says in place of the length; "": nothing
         self.url = f"http://127.0.0.1:{self.server_port}/file.whl"
 
 
@@ -42,7 +43,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_error(416)
             return
         self.send_response(206 if partial else 200)
-        self.send_header("Content-Length", str(len(BODY) - start))
+        length = self.server.length
+        if length != "":
+            self.send_header("Content-Length", length or str(len(BODY) - start))
         self.end_headers()
         end = len(BODY)
         if self.server.cuts:
@@ -99,6 +102,24 @@ def test_a_server_without_ranges_starts_over(server: _Server, tmp_path: Path):
     (tmp_path / "file.whl.part").write_bytes(BODY[:3_000_000])
     fetch(lambda: server.url, tmp_path / "file.whl", SHA256)
     assert (tmp_path / "file.whl").read_bytes() == BODY
+
+
+@pytest.mark.parametrize("length", ["", "many"], ids=["none", "no number"])
+@pytest.mark.parametrize("cuts", [0, 2])
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_server_without_a_length(
+    server: _Server, tmp_path: Path, length: str, cuts: int, ranges: bool
+):
+    server.length, server.cuts, server.honours_ranges = length, cuts, ranges
+    seen: list[tuple[int, int]] = []
+    target = tmp_path / "file.whl"
+    fetch(lambda: server.url, target, SHA256, lambda done, total: seen.append((done, total)))
+    assert target.read_bytes() == BODY
+    assert len(server.ranges) == cuts + 1
+    assert not seen
+    with pytest.raises(DownloadError):
+        fetch(lambda: server.url, tmp_path / "other.whl", "0" * 64)
+    assert not target.with_name("other.whl").exists()
 
 
 def test_a_wrong_file_is_refused_and_not_kept(server: _Server, tmp_path: Path):

@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Coroutine, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,15 @@ from lorastack.sandbox.pool import Pool
 from lorastack.sandbox.tasks import TEMPLATE
 from lorastack.sandbox.wire import Job
 from lorastack.service.calls import intake as intake_module
-from lorastack.service.calls.call import Chat, Text
+from lorastack.service.calls.call import Chat, Given, Text
 from lorastack.service.calls.catalogue import Catalogue
 from lorastack.service.calls.intake import Intake
 from lorastack.service.calls.prepare import Preparer
 from lorastack.service.calls.untrusted import Untrusted
+from lorastack.text.grammar import Regex
 from lorastack.text.tokenizer import Tokenizer
 from tests.service.fakes import MAX_CONTEXT, served_model, store
+from tests.service.test_prepare import CALL
 
 PATIENCE = 30.0
 NUM_THREADS = intake_module.NUM_LONG + intake_module.NUM_SHORT
@@ -162,3 +165,25 @@ def test_only_an_adapters_own_template_goes_to_a_worker(
 
     run(check())
     assert [job.task for job in jobs] == [TEMPLATE]
+
+
+def test_a_kept_grammar_that_is_compiled_anew_counts_its_bytes(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Evicted between the look-up and the compilation, or wanted behind another prompt."""
+    grammars, wanted = bench.preparer.grammars, Regex("a+")
+    grammars.compile(wanted, num_bytes=70)
+    encode = bench.preparer.encode
+
+    def evict(given: Given) -> tuple[int, ...]:
+        grammars._kept.clear()
+        return encode(given)
+
+    monkeypatch.setattr(bench.preparer, "encode", evict)
+
+    async def check() -> None:
+        call = replace(CALL, response_format=wanted)
+        prepared = await bench.intake.prepare(call, None, "a")
+        assert grammars._sizes[prepared.request.grammar] == 70
+
+    run(check())

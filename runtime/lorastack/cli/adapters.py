@@ -320,8 +320,12 @@ def _kind(adapter: Adapter) -> str:
 
 
 def _print_fields(fields: dict[str, object]) -> None:
-    """Prints aligned names and values, without the empty ones."""
-    shown = {name: value for name, value in fields.items() if value not in ("", 0, [], None)}
+    """Prints aligned names and values, False too, but no empty ones."""
+    shown = {
+        name: value
+        for name, value in fields.items()
+        if value is False or value not in ("", 0, [], None)
+    }
     width = max(map(len, shown))
     for name, value in shown.items():
         if isinstance(value, list):

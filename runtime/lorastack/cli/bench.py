@@ -103,7 +103,7 @@ def bench(
     rows: list[dict[str, Any]] = []
     with Client(server) as client:
         info = client.model_info()
-        if prompt_tokens >= info.limits.max_context:
+        if not prompts and prompt_tokens >= info.limits.max_context:
             raise InvalidArgumentError(
                 f"--prompt-tokens must be below the context of {info.limits.max_context}"
             )

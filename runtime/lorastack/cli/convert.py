@@ -33,10 +33,11 @@ def convert_folder(source: Path, target: Path) -> tuple[dict[str, str], list[str
         if is_pickled_weights(path.name) and f"{path.stem}.safetensors" not in names
     }
     if not weights:
-        why = f"{source} holds no .pt or .bin weights that lack a .safetensors file"
-        if any(name.endswith(".safetensors") for name in names):
-            why += ": it can be uploaded as it is"
-        raise _refused(why)
+        whole = any(name.endswith(".safetensors") for name in names)
+        remedy = "it can be uploaded as it is" if whole else "name the folder that holds them"
+        raise _refused(
+            f"{source} holds no .pt, .pth or .bin weights that lack a .safetensors file: {remedy}"
+        )
     if len(set(weights.values())) < len(weights):
         files = ", ".join(path.name for path in weights)
         raise _refused(f"two of {files} would become the same file: take one out")

@@ -190,10 +190,14 @@ def serve(
             help="Prometheus metrics over HTTP; 0: none.",
         ),
     ] = _SERVICE.metrics_port,
-    device: Annotated[Device, typer.Option("--device", envvar="LORASTACK_DEVICE")] = Device.AUTO,
-    dtype: Annotated[DType, typer.Option("--dtype", envvar="LORASTACK_DTYPE")] = DType.AUTO,
+    device: Annotated[
+        Device, typer.Option("--device", envvar="LORASTACK_DEVICE", help=Device.__doc__)
+    ] = Device.AUTO,
+    dtype: Annotated[
+        DType, typer.Option("--dtype", envvar="LORASTACK_DTYPE", help=DType.__doc__)
+    ] = DType.AUTO,
     backend: Annotated[
-        Backend, typer.Option("--backend", envvar="LORASTACK_BACKEND")
+        Backend, typer.Option("--backend", envvar="LORASTACK_BACKEND", help=Backend.__doc__)
     ] = Backend.AUTO,
     quantize: Annotated[
         Quantize | None,
@@ -314,10 +318,11 @@ def serve(
         ),
     ] = _SERVICE.drain_timeout,
     log_format: Annotated[
-        LogFormat, typer.Option("--log-format", envvar="LORASTACK_LOG_FORMAT")
+        LogFormat,
+        typer.Option("--log-format", envvar="LORASTACK_LOG_FORMAT", help=LogFormat.__doc__),
     ] = LogFormat.TEXT,
     log_level: Annotated[
-        LogLevel, typer.Option("--log-level", envvar="LORASTACK_LOG_LEVEL")
+        LogLevel, typer.Option("--log-level", envvar="LORASTACK_LOG_LEVEL", help=LogLevel.__doc__)
     ] = LogLevel.INFO,
 ) -> None:
     """Serve a base model with its adapters over gRPC."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from lorastack.client.calls import Progress, our_errors
 from lorastack.config import KIB
 from lorastack.errors import (
     AbortedError,
+    InternalError,
     InvalidArgumentError,
     Reason,
     ResourceExhaustedError,
@@ -77,7 +78,7 @@ def send_files(
     """Sends what the server lacks of the files of `header`, trying again after RETRY_DELAYS.
 
     adapters: the AdapterService's stub; paths: in the order of the header's files. Raises the
-    error of the last try.
+    error of the last try; InternalError if the server asks for anything else.
     """
     by_sha256 = {spec.sha256: path for spec, path in zip(header.files, paths, strict=True)}
     planned = False
@@ -87,7 +88,7 @@ def send_files(
                 request = adapters_pb2.PlanUploadRequest(id=header.id, files=header.files)
                 plan = adapters.PlanUpload(request)
                 planned = True
-                needed = [(by_sha256[blob.sha256], blob) for blob in plan.needed]
+                needed = [(_path(by_sha256, blob, server), blob) for blob in plan.needed]
                 reply: adapters_pb2.Adapter = adapters.UploadAdapter(
                     upload_messages(header, needed, progress)
                 )
@@ -100,6 +101,15 @@ def send_files(
                 raise
         time.sleep(delay)
     raise AssertionError("the last try returns or raises")
+
+
+def _path(by_sha256: Mapping[str, Path], blob: adapters_pb2.NeededBlob, server: str) -> Path:
+    if (path := by_sha256.get(blob.sha256)) is None:
+        raise InternalError(
+            f"{server} asks for the blob {blob.sha256[:80]!r}, which the upload does not hold: the "
+            "server is faulty, or something between changes its answers"
+        )
+    return path
 
 
 def upload_messages(

@@ -22,11 +22,6 @@ class RowAdapters:
     loras: tuple[DeviceAdapter, ...]
     heads: DeviceAdapter | None
 
-    @property
-    def digests(self) -> list[str]:
-        digests = [lora.digest for lora in self.loras]
-        return digests if self.heads is None else [*digests, self.heads.digest]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowStep:

@@ -26,17 +26,18 @@ class Proposer:
         self._backend = backend
         self._stacks = stacks
         self._views: WeakKeyDictionary[DeviceAdapter, HeadsWeights] = WeakKeyDictionary()
-        self._failed: list[str] = []
 
     def propose(
         self, steps: Sequence[RowStep], last: Sequence[int], hidden_XH: Tensor
-    ) -> list[Proposal | None]:
+    ) -> tuple[list[Proposal | None], list[str]]:
         """What every row's heads propose at its last accepted token, None for a row that asks for
-        no candidates or whose heads fail (see `take_failed`).
+        no candidates or whose heads fail; and the digests of heads that fail, once a row.
 
-        last: the places of these tokens in hidden_XH, one a step.
+        Heads fail that make NaN or infinity of a finite state; a state that is not finite blames no
+        heads. last: the places of these tokens in hidden_XH, one a step.
         """
         proposals: list[Proposal | None] = [None] * len(steps)
+        failed: list[str] = []
         wanting = sorted(
             (i for i, step in enumerate(steps) if step.num_candidates),
             key=lambda i: _heads_order(steps[i]),
@@ -56,15 +57,8 @@ class Proposer:
                 if _is_sound(proposal):
                     proposals[i] = proposal
                 elif hidden_BH[row].isfinite().all():
-                    self._failed.append(_heads_of(step).digest)
-        return proposals
-
-    def take_failed(self) -> list[str]:
-        """Digests of heads that made NaN or infinity of a finite state since the last call, once a
-        row. These rows go on without a proposal; a state that is not finite blames no heads.
-        """
-        failed, self._failed = self._failed, []
-        return failed
+                    failed.append(_heads_of(step).digest)
+        return proposals, failed
 
     def _propose(self, hidden_BH: Tensor, steps: Sequence[RowStep]) -> TopTokens:
         """The best tokens of every (row, head), all in one call."""

@@ -67,11 +67,12 @@ class Runner:
             for row, path in zip(sampled, accepted, strict=True)
         ]
         began = time.monotonic()
-        proposals = self._proposer.propose([row.step for row in sampled], last, outputs.hidden_XH)
+        steps = [row.step for row in sampled]
+        proposals, failed = self._proposer.propose(steps, last, outputs.hidden_XH)
         seconds = time.monotonic() - began
         for row, path, proposal in zip(sampled, accepted, proposals, strict=True):
             results[row.index] = self._result(row, path, proposal, outputs, peaks_X)
-        return StepResults(results, seconds, self._proposer.take_failed())
+        return StepResults(results, seconds, failed)
 
     def _lay_out(self, batch: Batch) -> tuple[ForwardBatch, list[SampledRow]]:
         """The step for the backend, and its rows that sample.

@@ -272,7 +272,8 @@ class Scheduler:
         row.num_computed += len(step.token_ids) - len(drafted) + len(result.sources)
         row.proposal = result.proposal
         if not step.decodes and self._speculator.max_nodes(row):
-            row.read(row.num_computed)
+            with _advisory():
+                row.read(row.num_computed)
         self._holds.publish(row, result.tokens)
 
     def _pin(self, row: Row, now: float) -> RowAdapters | None:

@@ -5,7 +5,9 @@ Trees never change a token, so nothing that is decided or learnt here changes mo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from lorastack.engine.batch import RowResult
 from lorastack.engine.costs import Costs
@@ -22,6 +24,8 @@ MAX_CHAIN = 16  # tokens of a chain from prompt lookup or a grammar
 PROBE_STEPS = 32
 MAX_PAUSE = 16  # steps in a row without trees, once none has paid for long
 WITHOUT_HEADS = ""  # the key, in place of a heads digest, of what rows without heads teach
+
+log = logging.getLogger(__name__)
 
 
 class Speculator:
@@ -85,32 +89,34 @@ class Speculator:
         fixed_tokens: the step's tokens without trees. num_samples: its rows that make a token.
 
         While no tree pays, looking for candidates is wasted time: it is left out for one step,
-        three, seven and so on, but for rows whose heads ran.
+        three, seven and so on, but for rows whose heads ran. A row whose candidates raise goes on
+        without a tree, or with one of the nodes before that.
         """
         paused = self._pause_left > 0
         self._pause_left -= paused
-        by_row = [self._candidates(row, paused) for row in rows]
-        drafting = [candidates for candidates in by_row if candidates is not None]
-        if not drafting:
+        by_row: dict[Row, Candidates] = {}
+        for row in rows:
+            with _apart(row):
+                if (candidates := self._candidates(row, paused)) is not None:
+                    by_row[row] = candidates
+        if not by_row:
             return [None] * len(rows)
-        worths = [candidates.worths() for candidates in drafting]
+        drafting = by_row.values()
+        worths = [_worths(row, candidates) for row, candidates in by_row.items()]
         room = self._room(fixed_tokens)
         allotted = allot(worths, fixed_tokens, num_samples, self._costs.step, room)
         self._pause = 0 if any(allotted) else min(2 * self._pause + 1, MAX_PAUSE)
         self._pause_left = self._pause
         if self._pause and self._num_steps % PROBE_STEPS == 0 and len(drafting) <= room:
             allotted = [min(len(candidates.nodes), 1) for candidates in drafting]
-        counts = iter(allotted)
-        trees: list[Tree | None] = []
-        for row, candidates in zip(rows, by_row, strict=True):
-            if candidates is None:
-                trees.append(None)
-                continue
-            count = next(counts)
-            trees.append(candidates.tree(row.tokens[-1], count) if count else None)
-            if row.proposal is not None:
-                self._calibration(row).record_worths(node.worth for node in candidates.nodes)
-        return trees
+        trees: dict[Row, Tree] = {}
+        for (row, candidates), num_nodes in zip(by_row.items(), allotted, strict=True):
+            with _apart(row):
+                if num_nodes:
+                    trees[row] = candidates.tree(row.tokens[-1], num_nodes)
+                if row.proposal is not None:
+                    self._calibration(row).record_worths(node.worth for node in candidates.nodes)
+        return [trees.get(row) for row in rows]
 
     def learn(self, row: Row, result: RowResult) -> None:
         """Compare the step's samples with what the row's heads and lookup said."""
@@ -170,3 +176,18 @@ class Speculator:
 def _digest(row: Row) -> str:
     """The digest of the row's heads, WITHOUT_HEADS without heads."""
     return row.request.heads.digest if row.request.heads else WITHOUT_HEADS
+
+
+def _worths(row: Row, candidates: Candidates) -> Iterator[float]:
+    """`Candidates.worths`; they end where they raise."""
+    with _apart(row):
+        yield from candidates.worths()
+
+
+@contextmanager
+def _apart(row: Row) -> Iterator[None]:
+    """An exception in the block costs this row drafts, and other rows nothing."""
+    try:
+        yield
+    except Exception:
+        log.exception("request %s: drafting failed; it goes on without", row.request.request_id)

@@ -41,7 +41,6 @@ class KVCache:
         device: torch.device,
     ) -> None:
         self.page_size = page_size
-        self.num_pages = num_pages
         self.data = torch.empty(
             (shapes.num_layers, num_pages, 2, shapes.num_kv_heads, page_size, shapes.head_dim),
             dtype=dtype,

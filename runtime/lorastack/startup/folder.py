@@ -17,6 +17,7 @@ from huggingface_hub.errors import (
 
 from lorastack.errors import InvalidArgumentError
 from lorastack.model.checkpoint import INDEX, SINGLE
+from lorastack.model.config import HEADS_FIELD
 from lorastack.model.fetch.default import DEFAULT_MODEL_NAME, default_model
 from lorastack.model.fetch.download import Progress
 from lorastack.modelfiles import invalid, read_object
@@ -26,7 +27,7 @@ log = logging.getLogger(__name__)
 
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja"]
 HUB_COPIES = ["consolidated*.safetensors"]  # the same weights under other names
-ADAPTER_CONFIG, HEADS_FIELD = "adapter_config.json", "medusa_num_heads"
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 def model_folder(model: str | None, progress: Progress | None = None) -> tuple[Path, str]:

@@ -92,6 +92,14 @@ class GrammarCompiler:
                 self._kept.move_to_end((wanted, num_dropped))
             return grammar
 
+    def kept_bytes(self, wanted: JsonSchema | Regex) -> int | None:
+        """The grammar's memory, as its trial measured it, if it is still kept, else None."""
+        with self._keeping:
+            if (grammar := self._kept.get((wanted, 0))) is None:
+                return None
+            self._kept.move_to_end((wanted, 0))
+            return self._sizes[grammar]
+
     def check_model(self) -> None:
         """Raises FailedPreconditionError if the model cannot end a text."""
         if not self._end_ids:

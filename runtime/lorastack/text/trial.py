@@ -62,15 +62,10 @@ def vocabulary_of(setup: Mapping[str, Any]) -> Vocabulary:
     return Vocabulary(tokens, setup["end_ids"], encode, setup["num_dropped"])
 
 
-def try_out(
-    vocabulary: Vocabulary, wanted: JsonSchema | Regex, max_seconds: float = MAX_SECONDS
-) -> int:
-    """Returns the bytes that the grammar takes. Raises InvalidArgumentError if it is refused.
-
-    max_seconds: limit of each mask, as the step that waits for it delays all rows.
-    """
+def try_out(vocabulary: Vocabulary, wanted: JsonSchema | Regex) -> int:
+    """Returns the bytes that the grammar takes. Raises InvalidArgumentError if it is refused."""
     before = _resident()
-    clock = _Clock(wanted, max_seconds)
+    clock = _Clock(wanted)
     start = compile_start(vocabulary, wanted, vocabulary.num_dropped, clock.mask)
     began = time.process_time()
     for pick in (_any_of, _short_of, _long_of):
@@ -105,11 +100,10 @@ def _long_of(ids: Sequence[int], vocabulary: Vocabulary) -> int:
 
 
 class _Clock:
-    """Refuses a grammar whose answers take too long."""
+    """Refuses a grammar whose answers take too long: the step that waits delays all rows."""
 
-    def __init__(self, wanted: JsonSchema | Regex, max_seconds: float) -> None:
+    def __init__(self, wanted: JsonSchema | Regex) -> None:
         self._wanted = wanted
-        self._max_seconds = max_seconds
 
     def mask(self, matcher: LLMatcher) -> bytes:
         return self.timed(matcher.compute_bitmask)
@@ -117,11 +111,11 @@ class _Clock:
     def timed(self, call: Callable[[], T]) -> T:
         began = time.process_time()
         result = call()
-        if (took := time.process_time() - began) > self._max_seconds:
+        if (took := time.process_time() - began) > MAX_SECONDS:
             refuse(
                 self._wanted,
                 f"its masks take too long: {took * 1000:.0f} ms for one token, at most "
-                f"{self._max_seconds * 1000:.0f}",
+                f"{MAX_SECONDS * 1000:.0f}",
             )
         return result
 

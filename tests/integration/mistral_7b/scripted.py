@@ -39,16 +39,16 @@ class KnowingProposer(Proposer):
 
     def propose(
         self, steps: Sequence[RowStep], last: Sequence[int], hidden_XH: torch.Tensor
-    ) -> list[Proposal | None]:
+    ) -> tuple[list[Proposal | None], list[str]]:
         """See `Proposer.propose`."""
         answers: dict[str, list[int]] = json.loads(self.path.read_text())
-        drafts = super().propose(steps, last, hidden_XH)
+        drafts, failed = super().propose(steps, last, hidden_XH)
         for row, (step, place) in enumerate(zip(steps, guessed_places(steps, last), strict=True)):
             name, own = step.request.request_id, drafts[row]
             if name in answers and own is not None:
                 following = answers[name][place : place + len(own.ids)]
                 drafts[row] = guessed(following, random.Random(f"{name} {place}"))
-        return drafts
+        return drafts, failed
 
 
 def guessed(following: Sequence[int], chance: random.Random) -> Proposal:

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorastack.kernels.native.memory import ALIGNMENT, BLOCK, HugePages
+from lorastack.kernels.native.memory import BLOCK, HugePages
+from lorastack.layout import ALIGNMENT
 
 DTYPES = (torch.bfloat16, torch.float32)
 

@@ -87,8 +87,8 @@ def open_hub(
 
     Files that the hub keeps in large-file storage come with their sha256, so they are fetched when
     read and only then; the small ones are fetched here. Raises PermissionDeniedError for other
-    organisations, InvalidArgumentError for repositories without weights or beyond the limits, and
-    what `_hub_errors` raises.
+    organisations, InvalidArgumentError for repositories without weights or beyond the limits,
+    ResourceExhaustedError when the disk of temporary files is full, and what `_hub_errors` raises.
     """
     _check_organisation(address.hub_id, organisations)
     with _hub_errors(address.hub_id):
@@ -149,7 +149,11 @@ def _source_file(
         return SourceFile(spec=FileSpec(name=name, size=size, sha256=file.lfs.sha256), read=remote)
     temporary = open_files.enter_context(tempfile.SpooledTemporaryFile(IN_MEMORY))  # noqa: SIM115
     copy = cast(BinaryIO, temporary)
-    with disk_full_is_exhaustion():
+    folder = tempfile.gettempdir()
+    with disk_full_is_exhaustion(
+        f"the disk of {folder}, where a pull keeps {name}, is full: free some space, or start the "
+        "server with a TMPDIR that has more"
+    ):
         spec = describe(name, size, _copied(remote(0), copy), alive)
     return SourceFile(spec=spec, read=partial(pieces_of, copy, size))
 
@@ -239,7 +243,7 @@ def _refused(hub_id: str, error: HfHubHTTPError) -> LorastackError:
 
 def _failed(hub_id: str, why: str) -> UnavailableError:
     return UnavailableError(
-        f"the hub failed at {hub_id} ({why}); try again, transferred bytes are kept",
+        f"the hub failed at {hub_id} ({why}); try again",
         reason=Reason.HUB_FAILED,
         hub_id=hub_id,
     )

@@ -44,14 +44,13 @@ def hash_file(path: Path) -> str:
 
 
 @contextmanager
-def disk_full_is_exhaustion() -> Iterator[None]:
+def disk_full_is_exhaustion(
+    message: str = "the store's disk is full: free some space or delete adapters",
+) -> Iterator[None]:
     """Turns a full disk or quota, or a limit of file sizes, into ResourceExhaustedError."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise ResourceExhaustedError(
-                "the store's disk is full: free some space or delete adapters",
-                reason=Reason.STORE_FULL,
-            ) from error
+            raise ResourceExhaustedError(message, reason=Reason.STORE_FULL) from error
         raise

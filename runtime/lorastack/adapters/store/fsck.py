@@ -155,6 +155,6 @@ def _needed_files(tables: Tables) -> set[str]:
 
 def _staged(folder: Path) -> Iterator[StagedUpload]:
     for upload in sorted(folder.iterdir()):
-        with suppress(FileNotFoundError):  # it ended meanwhile
+        with suppress(FileNotFoundError, NotADirectoryError):  # it ended meanwhile, or is no upload
             size = sum(path.stat().st_size for path in upload.iterdir())
             yield StagedUpload(key=upload.name, size_bytes=size)

@@ -16,9 +16,9 @@ from lorastack.adapters.store.manifest import FileSpec, Manifest, Record
 from lorastack.adapters.store.opening import Recovery, check_format, lock_store, prepare_store
 from lorastack.adapters.store.retention import Pruned, num_revisions, shortened
 from lorastack.adapters.store.staging import StagingArea
+from lorastack.adapters.store.tables import no_adapter
 from lorastack.adapters.store.upload import Upload, Uploads, Validate
 from lorastack.config import GIB
-from lorastack.errors import NotFoundError
 
 __all__ = ["Pruned", "Record", "Recovery", "Registry", "Upload", "Validate"]
 
@@ -220,7 +220,7 @@ class Registry:
         """
         with self._contents.changing():
             if not self._contents.tables.has_pointer(adapter_id):
-                raise NotFoundError(f"no adapter {adapter_id[:300]!r}", adapter_id=adapter_id)
+                raise no_adapter(adapter_id)
             self._contents.remove(adapter_id)
             self._contents.collect(in_use)
 

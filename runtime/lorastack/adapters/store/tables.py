@@ -281,11 +281,15 @@ class Tables:
                 f"the store's record of adapter {adapter_id!r} is damaged: upload it again",
                 adapter_id=adapter_id,
             )
-        raise NotFoundError(
-            f"no adapter {(reference or adapter_id)[:300]!r}: `lorastack adapters list` shows the "
-            "stored ones",
-            adapter_id=(reference or adapter_id)[:300],
-        )
+        raise no_adapter(reference or adapter_id)
+
+
+def no_adapter(reference: str) -> NotFoundError:
+    """The error for an id that has no pointer."""
+    return NotFoundError(
+        f"no adapter {reference[:300]!r}: `lorastack adapters list` shows the stored ones",
+        adapter_id=reference[:300],
+    )
 
 
 def _no_revision(adapter_id: str, reference: str) -> NotFoundError:

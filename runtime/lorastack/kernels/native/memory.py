@@ -13,9 +13,10 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
+from lorastack.layout import ALIGNMENT
+
 HUGE_PAGE = 2 << 20
 BLOCK = 64 << 20  # bytes reserved at once; the system gives memory only for what is touched
-ALIGNMENT = 64
 
 
 class HugePages:

@@ -63,7 +63,7 @@ def fetch(
     while True:
         before = _size(part)
         try:
-            if _continue(url, part, progress):
+            if _continue(url, part, progress) or _sha256(part) == sha256:
                 break
             failure = "the connection was cut"
         except (OSError, HTTPException) as error:
@@ -78,7 +78,9 @@ def fetch(
 
 
 def _continue(url: str, part: Path, progress: Progress | None) -> bool:
-    """Append to `part` what is missing. True when it is whole."""
+    """Append to `part` what is missing. True when it is whole, as far as the server tells its
+    length; without one there is no progress to report.
+    """
     start = _size(part)
     headers = {"Range": f"bytes={start}-"} if start else {}
     try:
@@ -91,17 +93,18 @@ def _continue(url: str, part: Path, progress: Progress | None) -> bool:
         if start and response.status != 206:  # the server starts over
             out.truncate(0)
             start = 0
-        total = start + int(response.headers["Content-Length"])
+        length = response.headers["Content-Length"]
+        total = start + int(length) if length and length.isdecimal() else None
         return _copy(response, out, start, total, progress) == total
 
 
 def _copy(
-    response: HTTPResponse, out: BinaryIO, done: int, total: int, progress: Progress | None
+    response: HTTPResponse, out: BinaryIO, done: int, total: int | None, progress: Progress | None
 ) -> int:
     while data := response.read(CHUNK):
         out.write(data)
         done += len(data)
-        if progress is not None:
+        if progress is not None and total is not None:
             progress(done, total)
     return done
 

@@ -58,9 +58,13 @@ class Intake:
         given = await self._rendered(call.input, lora_id, caller)
         wanted, grammar_bytes = call.response_format, 0
         is_long = _is_long(given)
-        if wanted is not None and self._preparer.grammars.kept(wanted) is None:
-            grammar_bytes = await self._untrusted.admit(wanted, caller)
-            is_long = True
+        if wanted is not None:
+            # Also of a kept one: it may go before `prepare` takes it, or another form be needed.
+            kept_bytes = self._preparer.grammars.kept_bytes(wanted)
+            if kept_bytes is None:
+                kept_bytes = await self._untrusted.admit(wanted, caller)
+                is_long = True
+            grammar_bytes = kept_bytes
 
         def work() -> Prepared:
             return self._preparer.prepare(replace(call, input=given), deadline, grammar_bytes)
