@@ -111,14 +111,14 @@ PEAK = """
 import sys
 from pathlib import Path
 import torch
-from lorastack.model.backends.load import load_decoder
+from lorastack.model.backends.load import load_backend
 
 def kib(name):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name))
 
 Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
-decoder = load_decoder(
+decoder = load_backend(
     Path(sys.argv[1]), device=torch.device("cpu"), dtype=torch.bfloat16, max_context=None,
     quantize=sys.argv[2] or None,
 )
