@@ -154,7 +154,7 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_read(
     tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, quantize: str | None
 ) -> None:
     monkeypatch.setattr(model, "available_memory", lambda device: 3 * GIB)
-    monkeypatch.setattr(model, "read_decoder", None)
+    monkeypatch.setattr(model, "read_backend", None)
     config = ModelConfig(model=str(tiny_llama), device="cpu", quantize=quantize)
     with pytest.raises(FailedPreconditionError, match=r"2\.5 GiB.*give --kv-memory 2\d{3}MiB"):
         model.load_model(config, EngineConfig(kv_memory=5 * GIB // 2), adapter_memory=GIB)
