@@ -6,9 +6,9 @@ import json
 import logging
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from google.protobuf.descriptor import FieldDescriptor
@@ -27,9 +27,10 @@ from rich.progress import (
 from lorastack.config import GIB, KIB, MIB, TIB
 from lorastack.printable import one_line, printable, printable_json
 
-NEWS_SECONDS = 5.0  # between two log lines of a server's start
+if TYPE_CHECKING:  # it imports torch
+    from lorastack.startup.model import StartupProgress
 
-StartupProgress = Callable[[str, int, int], None]  # (label, bytes done, bytes in all)
+NEWS_SECONDS = 5.0  # between two log lines of a server's start
 
 _WIDE = (FieldDescriptor.CPPTYPE_INT64, FieldDescriptor.CPPTYPE_UINT64)
 

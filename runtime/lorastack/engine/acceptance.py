@@ -13,32 +13,23 @@ from torch import Tensor
 
 from lorastack.engine.batch import RowStep
 from lorastack.kernels.ops import Ops
-from lorastack.kernels.sample import Sample
 from lorastack.model.context import Outputs, SampledTree
 from lorastack.sampling.sampler import posterior, sample
 from lorastack.speculation.accept import Accepted, Nodes, accept, accept_typical
-from lorastack.speculation.tree import Tree
 
 
 @dataclass(frozen=True, slots=True)
 class SampledRow:
-    """A row that samples tokens. first_output: its root's place in the step's outputs."""
+    """A row that samples tokens. index: of its step in the batch."""
 
-    index: int  # of its step in the batch
+    index: int
     step: RowStep
-    tree: Tree  # the root alone where nothing is drafted
-    first_output: int
+    sampled: SampledTree
 
     @property
     def by_backend(self) -> bool:
         """True if the backend accepts its tokens."""
         return self.step.processor is None and self.step.request.typical is None
-
-    @property
-    def sampled_tree(self) -> SampledTree:
-        """What the backend is told of it."""
-        params = self.step.request.sampling
-        return SampledTree(self.tree, self.first_output, params, self.step.num_generated)
 
 
 def accept_rows(ops: Ops, rows: Sequence[SampledRow], outputs: Outputs) -> list[Accepted]:
@@ -57,12 +48,14 @@ def _accept_on_host(ops: Ops, rows: Sequence[SampledRow], outputs: Outputs) -> d
     best_X = outputs.best_X.tolist()
     exact = [row for row in rows if row.step.request.typical is None]
     nodes = _Nodes(ops, exact, outputs.logits_XV, best_X)
-    for row, gain in zip(exact, accept([r.tree for r in exact], nodes.sample), strict=True):
+    for row, gain in zip(
+        exact, accept([row.sampled.tree for row in exact], nodes.sample), strict=True
+    ):
         accepted[row.index] = gain
     rules = [(row, rule) for row in rows if (rule := row.step.request.typical) is not None]
     if rules:
         nodes = _Nodes(ops, [row for row, _ in rules], outputs.logits_XV, best_X)
-        trees, wanted = [row.tree for row, _ in rules], [rule for _, rule in rules]
+        trees, wanted = [row.sampled.tree for row, _ in rules], [rule for _, rule in rules]
         typical = accept_typical(trees, wanted, nodes.look, nodes.sample)
         for (row, _), gain in zip(rules, typical, strict=True):
             accepted[row.index] = gain
@@ -83,8 +76,7 @@ class _Nodes:
         samples, processed = [], []
         for index, node, depth in nodes:
             row = self.rows[index]
-            place, token_index = row.first_output + node, row.step.num_generated + depth
-            samples.append(Sample(place, row.step.request.sampling, token_index))
+            samples.append(row.sampled.sample_at(node, depth))
             processed.append(self._processed(row, node))
         return sample(self.ops, self.logits_XV, self.best_X, samples, processed)
 
@@ -95,15 +87,15 @@ class _Nodes:
             row = self.rows[index]
             logits_V = self._processed(row, node)
             if logits_V is None:
-                logits_V = self.logits_XV[row.first_output + node]
-            tokens = [row.tree.tokens[child] for child in row.tree.children[node]]
-            temperature = row.step.request.sampling.temperature
-            posteriors.append(posterior(logits_V, temperature, tokens))
+                logits_V = self.logits_XV[row.sampled.first_output + node]
+            tree = row.sampled.tree
+            tokens = [tree.tokens[child] for child in tree.children[node]]
+            posteriors.append(posterior(logits_V, row.sampled.params.temperature, tokens))
         return posteriors
 
     def _processed(self, row: SampledRow, node: int) -> Tensor | None:
         """What the row's processor makes of the node's logits; None without a processor."""
         if row.step.processor is None:
             return None
-        logits_V = self.logits_XV[row.first_output + node]
-        return row.step.processor.apply(logits_V, row.tree.path_to(node))
+        logits_V = self.logits_XV[row.sampled.first_output + node]
+        return row.step.processor.apply(logits_V, row.sampled.tree.path_to(node))

@@ -13,7 +13,7 @@ from lorastack.engine.proposer import Proposer
 from lorastack.engine.stacks import Stacks
 from lorastack.errors import InternalError, InvalidArgumentError, LorastackError, Reason
 from lorastack.model.backends.base import Backend
-from lorastack.model.context import ForwardBatch, Outputs, RowSpan
+from lorastack.model.context import ForwardBatch, Outputs, RowSpan, SampledTree
 from lorastack.model.kv import KVCache, Move
 from lorastack.request import Request, TokenLogprobs
 from lorastack.sampling.sampler import NO_TOKEN
@@ -63,7 +63,7 @@ class Runner:
         accepted = accept_rows(self._backend.ops, sampled, outputs)
         self._move_kv(sampled, accepted)
         last = [
-            row.first_output + (path.path or (0,))[-1]
+            row.sampled.first_output + (path.path or (0,))[-1]
             for row, path in zip(sampled, accepted, strict=True)
         ]
         began = time.monotonic()
@@ -92,14 +92,16 @@ class Runner:
             spans.append(RowSpan(start, end, step.block_table, step.committed, parents, prompt))
             if step.samples:
                 tree = step.tree or Tree.root(step.token_ids[-1])
-                sampled.append(SampledRow(index, step, tree, len(outputs)))
+                params = step.request.sampling
+                drawn = SampledTree(tree, len(outputs), params, step.num_generated)
+                sampled.append(SampledRow(index, step, drawn))
                 outputs.extend(range(end - tree.num_nodes, end))
         forward = ForwardBatch(
             token_ids,
             tuple(spans),
             outputs,
             self._stacks.segments(batch.steps, [len(step.token_ids) for step in batch.steps]),
-            [row.sampled_tree for row in sampled if row.by_backend],
+            [row.sampled for row in sampled if row.by_backend],
         )
         return forward, sampled
 
@@ -124,7 +126,7 @@ class Runner:
         peaks_X: list[float],
     ) -> RowResult:
         request, places = row.step.request, (0, *accepted.path)
-        nodes = [row.first_output + node for node in places]
+        nodes = [row.sampled.first_output + node for node in places]
         tokens = accepted.tokens
         error: LorastackError | None = None
         for count, (node, token) in enumerate(zip(nodes, tokens, strict=True)):
@@ -142,7 +144,7 @@ class Runner:
             logprobs = ops.logprobs(outputs.logits_XV, nodes, tokens, num_top)
         return RowResult(
             tokens=tokens,
-            sources=tuple(row.tree.sources[node] for node in accepted.path[: len(tokens)]),
+            sources=tuple(row.sampled.tree.sources[node] for node in accepted.path[: len(tokens)]),
             logprobs=tuple(logprobs),
             proposal=proposal,
             error=error,

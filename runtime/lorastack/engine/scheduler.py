@@ -17,7 +17,7 @@ from lorastack.engine.pace import Pace
 from lorastack.engine.pages import Pages
 from lorastack.engine.queues import RowQueues
 from lorastack.engine.row import Row
-from lorastack.engine.speculator import Speculator
+from lorastack.engine.speculator import Speculator, advisory
 from lorastack.errors import DeadlineExceededError, InternalError, LorastackError, Reason
 from lorastack.request import FinishReason, RowEvent
 from lorastack.speculation.tree import Tree
@@ -86,7 +86,7 @@ class Scheduler:
         now = time.monotonic()
         self._end_overdue(now)
         decoding = [row for row in self.rows.running if row.decodes and not row.parked]
-        with _advisory():
+        with advisory():
             self._speculator.choose_heads(decoding)
         num_reading = self.rows.num_active - len(decoding)  # with prompt tokens left
         budget = self._pace.budget(decoding=len(decoding), waiting=num_reading)
@@ -220,7 +220,7 @@ class Scheduler:
         fixed_tokens = sum(plan.num_tokens for plan in plans)
         num_samples = sum(plan.samples for plan in plans)
         trees: dict[Row, Tree | None] = {}
-        with _advisory():
+        with advisory():
             drafted = self._speculator.trees(decoding, fixed_tokens, num_samples)
             trees = dict(zip(decoding, drafted, strict=True))
         grown = []
@@ -265,14 +265,14 @@ class Scheduler:
         drafted = step.tree.sources[1:] if step.tree else ()
         if step.decodes:
             row.count_step(drafted)
-            with _advisory():
+            with advisory(row):
                 self._speculator.learn(row, result)
         if result.error is not None:
             return
         row.num_computed += len(step.token_ids) - len(drafted) + len(result.sources)
         row.proposal = result.proposal
         if not step.decodes and self._speculator.max_nodes(row):
-            with _advisory():
+            with advisory(row):
                 row.read(row.num_computed)
         self._holds.publish(row, result.tokens)
 
@@ -290,12 +290,3 @@ class Scheduler:
     def _end(self, row: Row, error: LorastackError) -> None:
         self._events.append(RowEvent(request_id=row.request.request_id, error=error))
         self.rows.remove(row)
-
-
-@contextmanager
-def _advisory() -> Iterator[None]:
-    """Drafts never change a token, so a fault in drafting costs speed and nothing else."""
-    try:
-        yield
-    except Exception:
-        log.exception("drafting failed; the step goes on without")

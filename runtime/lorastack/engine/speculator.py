@@ -96,7 +96,7 @@ class Speculator:
         self._pause_left -= paused
         by_row: dict[Row, Candidates] = {}
         for row in rows:
-            with _apart(row):
+            with advisory(row):
                 if (candidates := self._candidates(row, paused)) is not None:
                     by_row[row] = candidates
         if not by_row:
@@ -111,7 +111,7 @@ class Speculator:
             allotted = [min(len(candidates.nodes), 1) for candidates in drafting]
         trees: dict[Row, Tree] = {}
         for (row, candidates), num_nodes in zip(by_row.items(), allotted, strict=True):
-            with _apart(row):
+            with advisory(row):
                 if num_nodes:
                     trees[row] = candidates.tree(row.tokens[-1], num_nodes)
                 if row.proposal is not None:
@@ -180,14 +180,18 @@ def _digest(row: Row) -> str:
 
 def _worths(row: Row, candidates: Candidates) -> Iterator[float]:
     """`Candidates.worths`; they end where they raise."""
-    with _apart(row):
+    with advisory(row):
         yield from candidates.worths()
 
 
 @contextmanager
-def _apart(row: Row) -> Iterator[None]:
-    """An exception in the block costs this row drafts, and other rows nothing."""
+def advisory(row: Row | None = None) -> Iterator[None]:
+    """Drafts never change a token, so a fault in drafting costs speed and nothing else.
+
+    row: the only one that the block drafts for; None: the whole step.
+    """
     try:
         yield
     except Exception:
-        log.exception("request %s: drafting failed; it goes on without", row.request.request_id)
+        who = "the step" if row is None else f"request {row.request.request_id}"
+        log.exception("drafting failed; %s goes on without", who)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from lorastack.kernels.attention import RowSpan
+from lorastack.kernels.sample import Sample
 from lorastack.lora.segments import LoraBatch
 from lorastack.request import SamplingParams
 from lorastack.speculation.accept import Accepted
@@ -28,6 +29,10 @@ class SampledTree:
     first_output: int
     params: SamplingParams
     token_index: int
+
+    def sample_at(self, node: int, depth: int) -> Sample:
+        """The sample at a node behind `depth` accepted ones."""
+        return Sample(self.first_output + node, self.params, self.token_index + depth)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from lorastack.kernels.ops import Ops
-from lorastack.kernels.sample import Sample
 from lorastack.model.context import SampledTree
 from lorastack.speculation.accept import Accepted, Nodes, accept
 
@@ -24,11 +23,7 @@ def accept_trees(
     best = best_X.tolist()
 
     def sample(nodes: Nodes) -> list[int]:
-        samples = []
-        for index, node, depth in nodes:
-            tree = trees[index]
-            place, token_index = tree.first_output + node, tree.token_index + depth
-            samples.append(Sample(place, tree.params, token_index))
+        samples = [trees[index].sample_at(node, depth) for index, node, depth in nodes]
         return ops.sample(logits_XV, best, samples)
 
     return accept([each.tree for each in trees], sample)
