@@ -7,7 +7,17 @@
 
 extern "C" {
 
-enum { LORASTACK_AMX, LORASTACK_AVX512_BF16, LORASTACK_AVX512 };
+// Instruction sets, as library.py says what each can do.
+enum {
+  LORASTACK_AMX,
+  LORASTACK_AVX512_BF16,
+  LORASTACK_AVX512,
+  LORASTACK_AVX2,
+  LORASTACK_NEON_BF16,
+  LORASTACK_NEON,
+  LORASTACK_PLAIN_CPP,
+  LORASTACK_NUM_ISAS
+};
 enum { LORASTACK_PLAIN, LORASTACK_INT8, LORASTACK_INT4 };  // how weights are stored
 
 // A step.
@@ -58,7 +68,7 @@ struct lorastack_model {
   int32_t num_layers, hidden, inner, heads, kv_heads, head_dim, page_size, vocabulary;
   int32_t window;  // 0: none
   float eps;
-  int32_t isa, unused;
+  int32_t isa, half;  // half: weights and KV are bfloat16, else float32
 };
 
 // tokens: [T] ids; embedded: [T][hidden] instead of the embedding's rows, or null. outputs: the X tokens
@@ -87,7 +97,7 @@ struct lorastack_lm_head {
   const lorastack_segment* segments;
   const void* x;
   float *out, *scratch;  // scratch: the step's; null in lorastack_logits
-  int32_t num_segments, rows, outputs, inputs, num_threads, isa;
+  int32_t num_segments, rows, outputs, inputs, num_threads, isa, half;
 };
 
 // Medusa heads.
@@ -110,7 +120,7 @@ struct lorastack_proposal {
   void* states;
   int64_t* tokens;
   float* logprobs;
-  int32_t num_groups, hidden, num, num_threads, isa, unused;
+  int32_t num_groups, hidden, num, num_threads, isa, half;
 };
 
 // Samples.
@@ -133,20 +143,20 @@ LORASTACK_API void lorastack_logits(const lorastack_lm_head* lm_head);
 LORASTACK_API void lorastack_propose(const lorastack_proposal* proposal);
 // The best of each row of logits [rows][columns]: its value and its place, the first among equals; a
 // row that holds NaN gives NaN.
-LORASTACK_API void lorastack_best(const float* logits, int32_t rows, int32_t columns, float* values,
+LORASTACK_API void lorastack_best(int32_t isa, const float* logits, int32_t rows, int32_t columns, float* values,
                                   int64_t* places, int32_t num_threads);
 // The `num` best of each row of logits [rows][columns], best first, the first among equals; NaN counts
 // as minus infinity, and where there are fewer columns the best stands for what is missing. logprobs:
 // theirs over the whole row, NaN if any of its logits is not finite, as in a proposal.
-LORASTACK_API void lorastack_top(const float* logits, int32_t rows, int32_t columns, int32_t num,
+LORASTACK_API void lorastack_top(int32_t isa, const float* logits, int32_t rows, int32_t columns, int32_t num,
                                  int64_t* places, float* logprobs, int32_t num_threads);
 // tokens: one a sample. stride: floats from one row of logits to the next.
-LORASTACK_API void lorastack_sample_rows(const float* logits, int64_t stride, int32_t columns,
+LORASTACK_API void lorastack_sample_rows(int32_t isa, const float* logits, int64_t stride, int32_t columns,
                                          const lorastack_sample* samples, int32_t num_samples,
                                          int64_t* tokens, int32_t num_threads);
 // Weights [rows][inputs] in bfloat16, quantised to a kind: codes [rows][inputs rounded up to 32] and
 // bfloat16 scales [rows][1, or in int4 one for each 32 codes]. A scale is not finite where a weight is not.
-LORASTACK_API void lorastack_quantise(const uint16_t* weights, int32_t rows, int32_t inputs,
+LORASTACK_API void lorastack_quantise(int32_t isa, const uint16_t* weights, int32_t rows, int32_t inputs,
                                       int32_t kind, int8_t* codes, uint16_t* scales,
                                       int32_t num_threads);
 

@@ -28,11 +28,15 @@ log = logging.getLogger(__name__)
 
 
 class Isa(IntEnum):
-    """Instruction sets, best first for their dtype."""
+    """Instruction sets, best first. PLAIN: what any compiler makes of C++."""
 
     AMX = 0  # bfloat16
     AVX512_BF16 = 1  # bfloat16
-    AVX512 = 2  # float32
+    AVX512 = 2
+    AVX2 = 3
+    NEON_BF16 = 4  # bfloat16
+    NEON = 5
+    PLAIN = 6
 
 
 class Matrix(Structure):
@@ -103,7 +107,7 @@ class Model(Structure):
         ("window", c_int32),
         ("eps", c_float),
         ("isa", c_int32),
-        ("unused", c_int32),
+        ("half", c_int32),
     )
 
 
@@ -141,6 +145,7 @@ class LmHead(Structure):
         ("inputs", c_int32),
         ("num_threads", c_int32),
         ("isa", c_int32),
+        ("half", c_int32),
     )
 
 
@@ -171,7 +176,7 @@ class Proposal(Structure):
         ("num", c_int32),
         ("num_threads", c_int32),
         ("isa", c_int32),
-        ("unused", c_int32),
+        ("half", c_int32),
     )
 
 
@@ -196,15 +201,18 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "lorastack_scratch_bytes": (c_int64, POINTER(Model), POINTER(Step)),
     "lorastack_forward": (None, POINTER(Model), POINTER(Step)),
     "lorastack_logits": (None, POINTER(LmHead)),
-    "lorastack_best": (None, c_void_p, c_int32, c_int32, c_void_p, c_void_p, c_int32),
+    "lorastack_best": (None, c_int32, c_void_p, c_int32, c_int32, c_void_p, c_void_p, c_int32),
     "lorastack_propose": (None, POINTER(Proposal)),
-    "lorastack_top": (None, c_void_p, c_int32, c_int32, c_int32, c_void_p, c_void_p, c_int32),
+    "lorastack_top": (
+        *(None, c_int32, c_void_p, c_int32, c_int32),
+        *(c_int32, c_void_p, c_void_p, c_int32),
+    ),
     "lorastack_sample_rows": (
-        *(None, c_void_p, c_int64, c_int32),
+        *(None, c_int32, c_void_p, c_int64, c_int32),
         *(POINTER(Sample), c_int32, c_void_p, c_int32),
     ),
     "lorastack_quantise": (
-        *(None, c_void_p, c_int32, c_int32, c_int32),
+        *(None, c_int32, c_void_p, c_int32, c_int32, c_int32),
         *(c_void_p, c_void_p, c_int32),
     ),
     "lorastack_supports": (c_int32, c_int32),
