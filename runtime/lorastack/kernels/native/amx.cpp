@@ -1,6 +1,10 @@
 #define LORASTACK_ISA amx
-#include "heads.h"
-#include "worker.h"
+#define LORASTACK_VECTOR "vector_avx512.h"
+#include "amx.h"
+#include "step_kernels.h"
 
-LORASTACK_EXPORT(amx, AmxBf16)
-LORASTACK_EXPORT_HEADS(amx, AmxBf16)
+namespace lorastack {
+
+extern const StepKernels amx_bfloat16 = amx::step_kernels<amx::Amx>;
+
+}  // namespace lorastack

@@ -5,8 +5,7 @@
 #pragma once
 
 #include "attention.h"
-
-#ifdef __AMX_BF16__
+#include "tiles.h"
 
 namespace lorastack::LORASTACK_ISA {
 
@@ -44,17 +43,16 @@ INLINE void prefetch_span(const RowCache<uint16_t>& kv, int at, int limit, int64
   for (int half = at; together && half < at + SPAN && half < limit; half += 16) {
     const char* rows = (const char*)(kv.data + kv.slots[half] + offset);
     for (int line = 0; line < 16 * size * (int)sizeof(uint16_t); line += 64)
-      _mm_prefetch(rows + line, _MM_HINT_T0);
+      prefetch(rows + line);
   }
 }
 
 // Columns begin..end of a tile of scores [position][query] into the queries' rows, from `at` on.
 INLINE void scatter_scores(const float (*tile)[TILE_QUERIES], int begin, int end, float* scores,
                            int capacity, int at) {
-  __m512 columns[LANES];
+  Floats columns[LANES];
   tile_columns(tile, begin, end, columns);
-  for (int g = begin; g < end; g++)
-    _mm512_storeu_ps(scores + (size_t)g * capacity + at, columns[g]);
+  for (int g = begin; g < end; g++) store(scores + (size_t)g * capacity + at, columns[g]);
 }
 
 // Scores of 32 positions from `at` for queries begin..end.
@@ -80,44 +78,41 @@ INLINE void score_span(const RowCache<uint16_t>& kv, const Query<uint16_t>* view
 }
 
 // 2^x for x <= 0 to 5e-5, which bfloat16 does not see; 0 below -126; NaN stays NaN.
-INLINE __m512 exp2_512(__m512 x) {
-  const __m512 live = _mm512_set1_ps(-126.0f);  // smaller results cost a hundred cycles each
-  const __mmask16 alive = _mm512_cmp_ps_mask(x, live, _CMP_NLT_UQ);
-  x = _mm512_max_ps(live, x);  // of a NaN and a number it gives the second
-  const __m512 n = _mm512_roundscale_ps(x, 0), r = _mm512_sub_ps(x, n);
-  __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(9.61812910e-3f), r, _mm512_set1_ps(5.55041086e-2f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.40226507e-1f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.93147180e-1f));
-  return _mm512_maskz_scalef_ps(alive, _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f)), n);
+INLINE Floats exp2(Floats x) {
+  const Floats live = set(-126.0f);  // smaller results cost a hundred cycles each
+  const Mask alive = not_less(x, live);
+  x = max(live, x);  // keeps NaN
+  const Floats n = round(x), r = sub(x, n);
+  Floats p = fma(set(9.61812910e-3f), r, set(5.55041086e-2f));
+  p = fma(p, r, set(2.40226507e-1f));
+  p = fma(p, r, set(6.93147180e-1f));
+  return keep(alive, scale_by_power(fma(p, r, set(1.0f)), n));
 }
 
 // Replaces a query's scores by softmax weights in bfloat16 and returns one over their sum. What the
 // query does not see of [begin, end) gets 0.
 INLINE float weigh(const Query<uint16_t>& query, float* scores, int begin, int end, float scale) {
-  const int length = query.linear + query.num_tail;
-  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  __m512 peak = _mm512_set1_ps(MASKED);
+  const int length = query.length();
+  Floats peak = set(MASKED);
   for (int at = begin; at < end; at += LANES) {
-    __m512 lane_scores = _mm512_loadu_ps(scores + at);
+    Floats all = load(scores + at);
     if (at < query.first || at + LANES > length) {
-      const __m512i place = _mm512_add_epi32(_mm512_set1_epi32(at), lanes);
-      const __mmask16 seen = _mm512_cmplt_epi32_mask(place, _mm512_set1_epi32(length)) &
-                             _mm512_cmpge_epi32_mask(place, _mm512_set1_epi32(query.first));
-      lane_scores = _mm512_mask_mov_ps(_mm512_set1_ps(MASKED), seen, lane_scores);
-      _mm512_storeu_ps(scores + at, lane_scores);
+      all = select(first(length - at), all, set(MASKED));
+      all = select(first(query.first - at), set(MASKED), all);
+      store(scores + at, all);
     }
-    peak = _mm512_max_ps(peak, lane_scores);
+    peak = max(peak, all);
   }
-  const __m512 log2e = _mm512_set1_ps(scale * 1.44269504f);
-  const __m512 top = _mm512_mul_ps(_mm512_set1_ps(_mm512_reduce_max_ps(peak)), log2e);
-  __m512 total = _mm512_setzero_ps();
+  const Floats log2e = set(scale * 1.44269504f);
+  const Floats top = mul(set(largest(peak)), log2e);
+  Floats total = zero();
   uint16_t* weights = (uint16_t*)scores;  // each lies before the scores still to be read
   for (int at = begin; at < end; at += LANES) {
-    const __m512 weight = exp2_512(_mm512_fmsub_ps(_mm512_loadu_ps(scores + at), log2e, top));
+    const Floats weight = exp2(_mm512_fmsub_ps(load(scores + at), log2e, top));
     BF16::store(weights + at, weight);
-    total = _mm512_add_ps(total, weight);
+    total = add(total, weight);
   }
-  return 1.0f / _mm512_reduce_add_ps(total);
+  return 1.0f / sum(total);
 }
 
 // Values of 32 positions as tiles [pair of positions][dimension][2]: `halves` times 32 dimensions
@@ -154,15 +149,15 @@ INLINE void add_values(const uint16_t* weights, int stride, int halves, const Ti
 // Stores a query's output: undoes the order of dimensions that `interleave` left and multiplies by
 // `norm`. False if any sum is NaN.
 INLINE bool store_context(const TileScratch& s, int g, int halves, float norm, uint16_t* out) {
-  const __m512i even = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(8));
-  const __m512 share = _mm512_set1_ps(norm);
-  __mmask16 wild = 0;
+  const Ints even = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const Ints odd = add(even, set(8));
+  const Floats share = set(norm);
+  Mask wild = 0;
   for (int h = 0; h < halves; h++) {
-    const __m512 a = _mm512_load_ps(s.sums[2 * h][g]), b = _mm512_load_ps(s.sums[2 * h + 1][g]);
-    wild |= _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q);
-    BF16::store(out + h * SPAN, _mm512_mul_ps(_mm512_permutex2var_ps(a, even, b), share));
-    BF16::store(out + h * SPAN + LANES, _mm512_mul_ps(_mm512_permutex2var_ps(a, odd, b), share));
+    const Floats a = load(s.sums[2 * h][g]), b = load(s.sums[2 * h + 1][g]);
+    wild |= unordered(a, b);
+    BF16::store(out + h * SPAN, mul(_mm512_permutex2var_ps(a, even, b), share));
+    BF16::store(out + h * SPAN + LANES, mul(_mm512_permutex2var_ps(a, odd, b), share));
   }
   return !wild;
 }
@@ -185,7 +180,7 @@ static void attend_tiles(const Query<uint16_t>* queries, int count, const RowCac
   int begin = 1 << 30, longest = 0, linear = 1 << 30;
   bool tree = false;
   for (int g = 0; g < count; g++) {
-    const int length = queries[g].linear + queries[g].num_tail;
+    const int length = queries[g].length();
     begin = std::min(begin, queries[g].first / SPAN * SPAN);
     longest = std::max(longest, length);
     linear = std::min(linear, queries[g].linear);
@@ -197,11 +192,11 @@ static void attend_tiles(const Query<uint16_t>* queries, int count, const RowCac
   const bool one_view = same_view(queries, 0, count) == count;
 
   for (int d = 0; d < size; d += SPAN) {
-    __m512 dims[16];
+    Floats dims[16];
     for (int g = 0; g < 16; g++)
-      dims[g] = g < count ? _mm512_loadu_ps(queries[g].q + d) : _mm512_setzero_ps();
+      dims[g] = g < count ? from_bits(load_ints(queries[g].q + d)) : zero();
     transpose_16(dims);
-    for (int i = 0; i < 16; i++) _mm512_store_ps((float*)s.queries[d / SPAN][i], dims[i]);
+    for (int i = 0; i < 16; i++) store((float*)s.queries[d / SPAN][i], dims[i]);
   }
   for (int at = begin; at < end; at += SPAN) {
     if (at < shared) {
@@ -214,7 +209,7 @@ static void attend_tiles(const Query<uint16_t>* queries, int count, const RowCac
     }
     for (int g = 0, next; g < count; g = next) {
       next = same_view(queries, g, count);
-      score_span(kv, queries + g, at, queries[g].linear + queries[g].num_tail, size, together, g,
+      score_span(kv, queries + g, at, queries[g].length(), size, together, g,
                  next, s, scratch, capacity);
     }
   }
@@ -235,7 +230,7 @@ static void attend_tiles(const Query<uint16_t>* queries, int count, const RowCac
       for (int g = 0, next; g < count; g = next) {
         const Query<uint16_t>* viewer = at < shared ? nullptr : queries + g;
         next = viewer ? same_view(queries, g, count) : count;
-        const int limit = viewer ? viewer->linear + viewer->num_tail : longest;
+        const int limit = viewer ? viewer->length() : longest;
         const uint16_t* low =
             rows_of_16(kv, viewer, at, limit, kv.value_offset, size, together, s.gathered[0]);
         const uint16_t* high =
@@ -268,5 +263,3 @@ static void attend_tiles(const Query<uint16_t>* queries, int count, const RowCac
 }
 
 }  // namespace lorastack::LORASTACK_ISA
-
-#endif

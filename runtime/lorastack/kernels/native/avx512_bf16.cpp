@@ -1,6 +1,10 @@
 #define LORASTACK_ISA avx512_bf16
-#include "heads.h"
-#include "worker.h"
+#define LORASTACK_VECTOR "vector_avx512.h"
+#include "dot.h"
+#include "step_kernels.h"
 
-LORASTACK_EXPORT(avx512_bf16, Avx512Bf16)
-LORASTACK_EXPORT_HEADS(avx512_bf16, Avx512Bf16)
+namespace lorastack {
+
+extern const StepKernels avx512_bf16_bfloat16 = avx512_bf16::step_kernels<avx512_bf16::Dot>;
+
+}  // namespace lorastack

@@ -25,16 +25,23 @@ HERE = Path(__file__).parent
 LIBRARY = HERE / "liblorastack.so"
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma")
 _BF16 = (*_AVX512, "-mavx512bf16")
-SOURCES: dict[str, tuple[str, ...]] = {
-    "dispatch.cpp": (),
-    "avx512.cpp": _AVX512,
-    "quantiser.cpp": (*_AVX512, "-ffp-contract=off"),  # every operation rounds, as in torch
-    "avx512_bf16.cpp": _BF16,
-    "amx.cpp": (*_BF16, "-mamx-tile", "-mamx-bf16"),
+_ANY: dict[str, tuple[str, ...]] = {"dispatch.cpp": (), "plain.cpp": ()}
+SOURCES: dict[str, dict[str, tuple[str, ...]]] = {
+    "x86_64": {
+        **_ANY,
+        "avx2.cpp": ("-mavx2", "-mfma"),
+        "avx512.cpp": _AVX512,
+        "avx512_bf16.cpp": _BF16,
+        "amx.cpp": (*_BF16, "-mamx-tile", "-mamx-bf16"),
+    },
 }
-_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra")
-# GCC's own intrinsics raise this warning.
-_QUIET = ("-Wno-maybe-uninitialized",)
+# Products are fused with sums only where a kernel says so: the same bits from every compiler.
+_FLAGS = (
+    *("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=off"),
+    *("-Wall", "-Wextra"),
+)
+# GCC's own intrinsics raise the first warning, vectors as template arguments the second.
+_QUIET = ("-Wno-maybe-uninitialized", "-Wno-ignored-attributes")
 
 
 def sources() -> str:
@@ -51,8 +58,7 @@ def build(target: Path = LIBRARY, extra: tuple[str, ...] = ()) -> str:
     Returns "", or why no library was made: callers go on without it.
     """
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
-    if platform.machine() != "x86_64" or sys.platform != "linux":
-        return f"no native kernels for {platform.machine()} {sys.platform}"
+    flags_of = SOURCES.get(platform.machine(), _ANY)
     if compiler is None:
         return "no C++ compiler (c++, g++ or CXX)"
     named = f'-DLORASTACK_SOURCES="{sources()}"'
@@ -60,12 +66,12 @@ def build(target: Path = LIBRARY, extra: tuple[str, ...] = ()) -> str:
 
         def compiled(name: str) -> str:
             output = str(Path(folder, name).with_suffix(".o"))
-            flags = (*_FLAGS, *_QUIET, *SOURCES[name], named, *extra)
+            flags = (*_FLAGS, *_QUIET, *flags_of[name], named, *extra)
             _run(compiler, *flags, "-c", str(HERE / name), "-o", output)
             return output
 
         try:
-            objects = list(pool.map(compiled, SOURCES))
+            objects = list(pool.map(compiled, flags_of))
             made = target.with_suffix(f".{os.getpid()}")  # the old one may be mapped
             _run(compiler, "-shared", "-fopenmp", *extra, *objects, "-o", str(made))
         except subprocess.CalledProcessError as error:

@@ -1,22 +1,18 @@
 // Medusa heads, from the states of a step's rows to the best tokens of each head.
 //
 // The matrices are read as they lie in the adapter, row by row: 16 rows times 16 states at a time, each
-// sum over the inputs in order. The states are packed before each phase, like matmul.h's weights: in
-// bfloat16 [K/2][16][2], in float32 [K][16]. The logits are kept by state, to be looked through.
+// sum over the inputs in order. The states are packed before each phase, 16 to a tile, as the trait's
+// `multiply_16` reads them. The logits are kept by state, to be looked through.
 #pragma once
 
-#include <math.h>
-#include <omp.h>
-#include <string.h>
-
 #include <algorithm>
+#include <cmath>
 #include <memory>
 #include <vector>
 
 #include "abi.h"
-
-#include "lora.h"
-#include "matmul.h"
+#include "team.h"
+#include "vector.h"
 
 namespace lorastack::LORASTACK_ISA {
 
@@ -83,17 +79,17 @@ INLINE void offer(TopToken* best, int num, TopToken token) {
 }
 
 // e^(logit - peak) to 3e-6; NaN for a logit that is not finite. peak: not below a finite logit.
-INLINE __m512 share_512(__m512 logit, __m512 peak) {
-  const __m512 x = _mm512_mul_ps(_mm512_sub_ps(logit, peak), _mm512_set1_ps(1.44269504f));
-  const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEG_INF);
-  const __m512 f = _mm512_sub_ps(x, n);  // NaN for minus infinity
-  __m512 p = _mm512_set1_ps(0.0135341659f);  // 2^f on [0, 1], of least relative error
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.0520114712f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.241442740f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.693003833f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.00000262f));
+INLINE Floats share_of(Floats logit, Floats peak) {
+  const Floats x = mul(sub(logit, peak), set(1.44269504f));
+  const Floats n = floor(x);
+  const Floats f = sub(x, n);  // NaN for minus infinity
+  Floats p = set(0.0135341659f);  // 2^f on [0, 1], of least relative error
+  p = fma(p, f, set(0.0520114712f));
+  p = fma(p, f, set(0.241442740f));
+  p = fma(p, f, set(0.693003833f));
+  p = fma(p, f, set(1.00000262f));
   // Minus infinity would make NaN 0, and a result below 2^-126 costs a hundred cycles.
-  return _mm512_scalef_ps(p, _mm512_max_ps(n, _mm512_set1_ps(-126.0f)));
+  return scale_by_power(p, max(n, set(-126.0f)));
 }
 
 // The `num` best of a row of logits and their log-probabilities, see abi.h. ids: of the columns, or
@@ -102,78 +98,28 @@ INLINE void top_of(const float* row, int columns, int num, const int64_t* ids, i
                    float* logprobs) {
   std::vector<TopToken> best(num);
   for (int i = 0; i < columns; i += LANES) {
-    const __mmask16 real = first(columns - i);
-    const __m512 least = _mm512_set1_ps(best[num - 1].value);
-    const __m512 logits = _mm512_max_ps(_mm512_maskz_loadu_ps(real, row + i),
-                                        _mm512_set1_ps(-INFINITY));  // instead of NaN
-    unsigned better = _mm512_mask_cmp_ps_mask(real, logits, least, _CMP_GE_OQ);
+    const Mask real = first(columns - i);
+    const Floats logits = max(load(row + i, real), set(-INFINITY));  // instead of NaN
+    unsigned better = bits(real & at_least(logits, set(best[num - 1].value)));
     if (!better) continue;
-    alignas(64) float lanes[LANES];
-    _mm512_store_ps(lanes, logits);
+    alignas(64) float lane_logits[LANES];
+    store(lane_logits, logits);
     for (; better; better &= better - 1) {
       const int lane = __builtin_ctz(better);
-      offer(best.data(), num, {lanes[lane], i + lane});
+      offer(best.data(), num, {lane_logits[lane], i + lane});
     }
   }
-  const __m512 peak = _mm512_set1_ps(best[0].value);
-  __m512 total = _mm512_setzero_ps();
+  const Floats peak = set(best[0].value);
+  Floats total = zero();
   for (int i = 0; i < columns; i += LANES) {
-    const __mmask16 real = first(columns - i);
-    const __m512 logits = _mm512_maskz_loadu_ps(real, row + i);
-    total = _mm512_mask_add_ps(total, real, total, share_512(logits, peak));
+    const Mask real = first(columns - i);
+    total = select(real, add(total, share_of(load(row + i, real), peak)), total);
   }
-  const float log_total = logf(_mm512_reduce_add_ps(total));
+  const float log_total = std::log(sum(total));
   for (int i = 0; i < num; i++) {
     const TopToken& token = best[i].place == INT32_MAX ? best[0] : best[i];
     out[i] = ids ? ids[token.place] : token.place;
     logprobs[i] = token.value - best[0].value - log_total;
-  }
-}
-
-// sums[o][t]: row o of a matrix times state t of packed ones, 16 by 16.
-template <class Isa>
-INLINE void multiply_16(const typename Isa::E::T* matrix, const typename Isa::E::T* tile, int k,
-                        float (*sums)[LANES]) {
-  using E = typename Isa::E;
-  using T = typename E::T;
-  constexpr int LINE = 64 / sizeof(T);
-  const T* next = matrix + (size_t)LANES * k;
-#ifdef __AMX_BF16__
-  if constexpr (Isa::tiles) {
-    _tile_zero(0);
-    for (int i = 0; i < k; i += LINE) {
-      for (int o = 0; o < LANES; o++) _mm_prefetch(next + (size_t)o * k + i, _MM_HINT_T1);
-      _tile_loadd(1, matrix + i, k * (int)sizeof(T));
-      _tile_loadd(2, tile + (size_t)i * LANES, 64);
-      _tile_dpbf16ps(0, 1, 2);
-    }
-    _tile_stored(0, sums, sizeof sums[0]);
-    return;
-  }
-#endif
-  constexpr int ROWS = 8, STEP = 4 / sizeof(T);
-  for (int row = 0; row < LANES; row += ROWS) {
-    const T* const rows = matrix + (size_t)row * k;
-    __m512 totals[ROWS];
-    for (int o = 0; o < ROWS; o++) totals[o] = _mm512_setzero_ps();
-    for (int line = 0; line < k; line += LINE) {
-      for (int o = 0; o < ROWS; o++)
-        _mm_prefetch(next + (size_t)(row + o) * k + line, _MM_HINT_T1);
-      for (int i = line; i < line + LINE; i += STEP) {
-        const __m512 states = _mm512_loadu_ps(tile + (size_t)i * LANES);
-#pragma GCC unroll 8
-        for (int o = 0; o < ROWS; o++) {
-          int word;
-          memcpy(&word, rows + (size_t)o * k + i, 4);
-          const __m512i weight = _mm512_set1_epi32(word);
-          if constexpr (E::half)
-            totals[o] = _mm512_dpbf16_ps(totals[o], (__m512bh)states, (__m512bh)weight);
-          else
-            totals[o] = _mm512_fmadd_ps(states, _mm512_castsi512_ps(weight), totals[o]);
-        }
-      }
-    }
-    for (int o = 0; o < ROWS; o++) _mm512_store_ps(sums[row + o], totals[o]);
   }
 }
 
@@ -182,14 +128,15 @@ struct alignas(64) Line {
 };
 
 // What the threads share.
-template <class T>
+template <class Isa>
 struct HeadsPlan {
+  using T = typename Isa::E::T;
   std::vector<Products<T>> blocks;
   Products<T> outputs;
   std::vector<Line> packed;         // tiles of the current phase
   std::vector<Line> spare;          // for each thread: the last rows of a matrix, if fewer than 16
   std::unique_ptr<float[]> logits;  // of each output and state
-  size_t tile_lines;
+  size_t tile_lines, spare_lines;
 
   HeadsPlan(const lorastack_proposal& proposal) {
     const int size = proposal.hidden;
@@ -222,9 +169,10 @@ struct HeadsPlan {
     }
     int tiles = outputs.tiles;
     for (const Products<T>& each : blocks) tiles = std::max(tiles, each.tiles);
-    tile_lines = (size_t)size * LANES * sizeof(T) / sizeof(Line);
+    tile_lines = ceil_div(size * LANES * (int)sizeof(typename Isa::Packed), sizeof(Line));
     packed.resize(tiles * tile_lines);
-    spare.resize(proposal.num_threads * tile_lines);
+    spare_lines = ceil_div(size * LANES * (int)sizeof(T), sizeof(Line));
+    spare.resize(proposal.num_threads * spare_lines);
     logits.reset(new float[outputs.logits]);
   }
 };
@@ -233,26 +181,27 @@ template <class Isa>
 struct ProposalWorker {
   using E = typename Isa::E;
   using T = typename E::T;
+  using Packed = typename Isa::Packed;
   const lorastack_proposal& proposal;
-  HeadsPlan<T>& plan;
+  HeadsPlan<Isa>& plan;
   const int thread;
   Member member;
 
-  T* packed(int tile) { return (T*)(plan.packed.data() + tile * plan.tile_lines); }
+  Packed* packed(int tile) { return (Packed*)(plan.packed.data() + tile * plan.tile_lines); }
 
-  // Tile `index` of a product: 16 words of 16 states at a time, transposed.
+  // Tile `index` of a product: the same inputs of 16 states at a time, transposed.
   void pack(const Product<T>& product, int index) {
-    constexpr int WORDS = 4 / sizeof(T) * LANES;  // elements
+    constexpr int STEP = Isa::PACK_INPUTS, LINE = STEP / LANES * LANES;
     const int begin = index * LANES, count = std::min(product.count - begin, LANES);
-    T* const tile = packed(product.tile + index);
-    for (int i = 0; i < proposal.hidden; i += WORDS) {
-      __m512 words[LANES];
+    Packed* const tile = packed(product.tile + index);
+    for (int i = 0; i < proposal.hidden; i += STEP) {
+      Floats inputs[LANES];
       for (int t = 0; t < LANES; t++)
-        words[t] = t < count ? _mm512_loadu_ps(product.states + (begin + t) * product.stride + i)
-                             : _mm512_setzero_ps();
-      transpose_16(words);
+        inputs[t] = t < count ? Isa::load_packed(product.states + (begin + t) * product.stride + i)
+                              : zero();
+      transpose_16(inputs);
       for (int w = 0; w < LANES; w++)
-        _mm512_store_ps(tile + (size_t)i * LANES + w * WORDS, words[w]);
+        store((float*)(tile + (size_t)i * LANES + w * LINE), inputs[w]);
     }
   }
 
@@ -262,13 +211,13 @@ struct ProposalWorker {
     const int size = proposal.hidden, rows = std::min(product.outputs - row, LANES);
     const T* matrix = product.matrix + (size_t)row * size;
     if (rows < LANES) {
-      T* const spare = (T*)(plan.spare.data() + thread * plan.tile_lines);
+      T* const spare = (T*)(plan.spare.data() + thread * plan.spare_lines);
       memcpy(spare, matrix, (size_t)rows * size * sizeof(T));
       matrix = spare;
     }
     for (int index = 0; index * LANES < product.count; index++) {
       alignas(64) float sums[LANES][LANES];
-      multiply_16<Isa>(matrix, packed(product.tile + index), size, sums);
+      Isa::multiply_16(matrix, packed(product.tile + index), size, sums);
       epilogue(product, row, rows, index, sums);
     }
   }
@@ -289,26 +238,26 @@ struct ProposalWorker {
   void finish_block(const Product<T>& product, int row, int index, float (*sums)[LANES]) {
     const int begin = index * LANES, count = std::min(product.count - begin, LANES);
     const int head = row / proposal.hidden, column = row % proposal.hidden;
-    const __m512 bias = E::load(product.bias + row);
-    __m512 values[LANES];
-    for (int o = 0; o < LANES; o++) values[o] = _mm512_load_ps(sums[o]);
+    const Floats bias = E::load(product.bias + row);
+    Floats values[LANES];
+    for (int o = 0; o < LANES; o++) values[o] = load(sums[o]);
     transpose_16(values);
     for (int t = 0; t < count; t++) {
       const int token = product.first + (begin + t) * product.step + head;
-      const __m512 old = E::load(product.states + (begin + t) * product.stride + column);
+      const Floats old = E::load(product.states + (begin + t) * product.stride + column);
       E::store((T*)proposal.states + (size_t)token * proposal.hidden + column,
-               _mm512_add_ps(old, silu_512(_mm512_add_ps(values[t], bias))));
+               add(old, silu(add(values[t], bias))));
     }
   }
 
   // Stores logits row..row + rows of 16 states.
   void keep(const Product<T>& product, int row, int rows, int index, float (*sums)[LANES]) {
     const int begin = index * LANES, count = std::min(product.count - begin, LANES);
-    __m512 columns[LANES];
-    for (int o = 0; o < LANES; o++) columns[o] = _mm512_load_ps(sums[o]);
+    Floats columns[LANES];
+    for (int o = 0; o < LANES; o++) columns[o] = load(sums[o]);
     transpose_16(columns);
     for (int t = 0; t < count; t++)
-      _mm512_mask_storeu_ps(logits_of(product, begin + t) + row, first(rows), columns[t]);
+      store(logits_of(product, begin + t) + row, columns[t], first(rows));
   }
 
   void choose(const Product<T>& product, int state) {
@@ -321,14 +270,17 @@ struct ProposalWorker {
     return plan.logits.get() + product.logits + (size_t)state * product.outputs;
   }
 
-  void run() {
-    begin_tiles<Isa>();
+  void multiply_all() {
+    [[maybe_unused]] const typename Isa::State state;
     for (const Products<T>& block : plan.blocks)
       run_phase(block, [&](const Product<T>& product, int row, int, int index,
                            float (*sums)[LANES]) { finish_block(product, row, index, sums); });
     run_phase(plan.outputs, [&](const Product<T>& product, int row, int rows, int index,
                                 float (*sums)[LANES]) { keep(product, row, rows, index, sums); });
-    end_tiles<Isa>();
+  }
+
+  void run() {
+    multiply_all();
     member.phase(plan.outputs.states, [&](int state) {
       const Product<T>& product =
           plan.outputs.find(state, [](auto& each) { return each.count; });
@@ -338,8 +290,8 @@ struct ProposalWorker {
 };
 
 template <class Isa>
-void propose_with(const lorastack_proposal& proposal) {
-  HeadsPlan<typename Isa::E::T> plan(proposal);
+void propose(const lorastack_proposal& proposal) {
+  HeadsPlan<Isa> plan(proposal);
   const int64_t phases = 2 * (int64_t)plan.blocks.size() + 3;
   std::vector<Counter> counters(num_counters(phases, proposal.num_threads));
   Team team{counters.data(), proposal.num_threads};
@@ -351,9 +303,3 @@ void propose_with(const lorastack_proposal& proposal) {
 }
 
 }  // namespace lorastack::LORASTACK_ISA
-
-// The entry point of one instruction set, for dispatch.cpp.
-#define LORASTACK_EXPORT_HEADS(name, Isa)                                               \
-  namespace lorastack::name {                                                           \
-  void run_propose(const lorastack_proposal& proposal) { propose_with<Isa>(proposal); } \
-  }

@@ -6,15 +6,14 @@
 #pragma once
 
 #include "lora.h"
-
-#ifdef __AMX_BF16__
+#include "tiles.h"
 
 namespace lorastack::LORASTACK_ISA {
 
 constexpr int TILE_TOKENS = 16, TILE_RANKS = 32, TILE_ELEMENTS = TILE_TOKENS * TILE_RANKS;
 
 // Floats that the shrunk tokens of a segment take.
-INLINE int64_t shrunk_floats(int begin, int end, int rank) {
+INLINE int64_t shrunk_tile_floats(int begin, int end, int rank) {
   const int tiles = begin < end ? (end - 1) / TILE_TOKENS - begin / TILE_TOKENS + 1 : 0;
   return (int64_t)tiles * ceil_div(rank, TILE_RANKS) * TILE_ELEMENTS / 2;
 }
@@ -28,7 +27,9 @@ INLINE uint16_t rounded(float value) {
   return (uint16_t)_mm_extract_epi16((__m128i)_mm_cvtneps_pbh(_mm_set_ss(value)), 0);
 }
 
-// What `shrink` does, into tiles: SHRINK_ROWS ranks of one part times all its tokens.
+// What `shrink_rows` does, into tiles: SHRINK_ROWS ranks of one part times all its tokens. Isa: of
+// the dot products.
+template <class Isa>
 INLINE void shrink_tiles(const LoraPart<uint16_t>& lora, int chunk, const uint16_t* x, size_t ldx,
                          int k, float* shrunk) {
   const int begin = chunk * SHRINK_ROWS, end = std::min(begin + SHRINK_ROWS, lora.rank);
@@ -38,14 +39,14 @@ INLINE void shrink_tiles(const LoraPart<uint16_t>& lora, int chunk, const uint16
   for (int tokens = lora.begin / TILE_TOKENS; tokens * TILE_TOKENS < lora.end; tokens++) {
     uint16_t* out = shrunk_tile(lora, shrunk, tokens, tile);
     for (int pair = first_pair; pair < pairs; pair++)
-      _mm512_storeu_si512(out + pair * TILE_RANKS, _mm512_setzero_si512());
+      store_ints(out + pair * TILE_RANKS, set(0));
     const int last = std::min(lora.end, (tokens + 1) * TILE_TOKENS);
     for (int r = begin; r < end; r++) {
       uint16_t* line = out + (r % TILE_RANKS / 2) * TILE_RANKS + r % 2;
       for (int t = std::max(lora.begin, tokens * TILE_TOKENS); t < last; t += 4) {
         float sums[4];
         const int num = std::min(last - t, 4);
-        shrink_row<BF16>(lora.a + (size_t)r * k, x + t * ldx, ldx, num, k, sums);
+        shrink_row<Isa>(lora.a + (size_t)r * k, x + t * ldx, ldx, num, k, sums);
         for (int n = 0; n < num; n++)
           line[(t + n) % TILE_TOKENS * 2] = rounded(sums[n] * lora.scale);
       }
@@ -64,21 +65,17 @@ INLINE void load_b(const LoraPart<uint16_t>& lora, int column, int out_size, int
   }
   alignas(64) uint16_t copy[16][TILE_RANKS];
   const int width = std::min(lora.rank - rank, TILE_RANKS);
-  const __mmask32 mask = width == TILE_RANKS ? ~0u : (1u << width) - 1;
   for (int i = 0; i < 16; i++)
-    _mm512_store_si512(copy[i], column + i < out_size
-                                    ? _mm512_maskz_loadu_epi16(mask, b + (size_t)i * lora.rank)
-                                    : _mm512_setzero_si512());
+    store_ints(copy[i], column + i < out_size ? load_pairs(b + (size_t)i * lora.rank, width) : set(0));
   before_tile_loads();
   _tile_loadd(4, copy, 64);
 }
 
 // Adds [16 outputs][16 tokens] to the first `count` tokens' sums.
 INLINE void add_columns(const float (*tile)[TILE_TOKENS], int count, float* sums, size_t ld) {
-  __m512 columns[LANES];
+  Floats columns[LANES];
   tile_columns(tile, 0, count, columns);
-  for (int t = 0; t < count; t++, sums += ld)
-    _mm512_storeu_ps(sums, _mm512_add_ps(_mm512_loadu_ps(sums), columns[t]));
+  for (int t = 0; t < count; t++, sums += ld) store(sums, add(load(sums), columns[t]));
 }
 
 // Adds a group's updates to both panels of a block, whose rows are tokens row..row + rows.
@@ -99,7 +96,7 @@ static void expand_tiles(const LoraPart<uint16_t>* parts, int count, float* shru
         touched[side] = true;
         const char* next = (const char*)(lora.b + (size_t)(panel.column + step) * lora.rank);
         for (int line = 0; line < LANES * lora.rank * 2; line += 64)
-          _mm_prefetch(next + line, _MM_HINT_T0);
+          prefetch(next + line);
         for (int rank = 0; rank < lora.rank; rank += TILE_RANKS) {
           load_b(lora, panel.column, panel.out_size, rank);
           _tile_loadd(5, shrunk_tile(lora, shrunk, tokens, rank / TILE_RANKS), 64);
@@ -119,5 +116,3 @@ static void expand_tiles(const LoraPart<uint16_t>* parts, int count, float* shru
 }
 
 }  // namespace lorastack::LORASTACK_ISA
-
-#endif

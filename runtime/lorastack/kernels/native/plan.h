@@ -1,19 +1,15 @@
 // What a step needs before it runs: its memory, where every row's slots lie, what every token sees.
 #pragma once
 
-#include <string.h>
-
 #include <algorithm>
 
-#include "abi.h"
-
 #include "lora.h"
-#include "lora_tiles.h"
+#include "team.h"
 
 namespace lorastack::LORASTACK_ISA {
 
 constexpr int TARGETS = 7;
-constexpr int LAYER_PHASES = 12, OTHER_PHASES = 5;  // at most
+constexpr int LAYER_PHASES = 12, OTHER_PHASES = 6;  // at most
 
 inline int padded(int k) { return ceil_div(k, K_STEP) * K_STEP; }
 
@@ -34,9 +30,12 @@ struct Token {
   int32_t row, position, linear, tail, num_tail;
 };
 
-template <class T>
+template <class Isa>
 struct Buffers {
-  T *x, *qkv, *context, *inner;
+  using T = typename Isa::E::T;
+  using X = typename Isa::A::T;
+  X *x, *qkv, *context, *inner;
+  X* states;    // of the outputs, see `LmHeadRoom`
   T* unpacked;  // for each thread: weights of a pair of panels
   float *hidden, *shrunk, *scores;
   Token* tokens;
@@ -65,12 +64,13 @@ inline size_t most_unpacked(const lorastack_model& model) {
                    unpacked_elements(model.lm_head)});
 }
 
-template <class T>
-Buffers<T> lay_out(const lorastack_model& model, const lorastack_step& step, int max_queries,
-                   Arena& arena) {
+template <class Isa>
+Buffers<Isa> lay_out(const lorastack_model& model, const lorastack_step& step, Arena& arena) {
+  using T = typename Isa::E::T;
+  using X = typename Isa::A::T;
   const int rows = ceil_div(step.num_tokens, BLOCK_ROWS) * BLOCK_ROWS;
   const int query = model.heads * model.head_dim, key = model.kv_heads * model.head_dim;
-  Buffers<T> b;
+  Buffers<Isa> b;
   int64_t slots = 0, longest = 0, tails = 0, shrunk = 0;
   for (int r = 0; r < step.num_rows; r++) {
     const lorastack_row& row = step.rows[r];
@@ -81,7 +81,7 @@ Buffers<T> lay_out(const lorastack_model& model, const lorastack_step& step, int
   }
   for (int s = 0; s < step.num_segments; s++) {
     const lorastack_segment& segment = step.segments[s];
-    shrunk += 3 * shrunk_floats(segment.start, segment.end, segment.max_rank);
+    shrunk += 3 * Isa::shrunk_floats(segment.start, segment.end, segment.max_rank);
   }
   b.capacity = (int)((longest + 32) / 32 * 32);
   b.ld_hidden = padded(model.hidden);
@@ -90,14 +90,15 @@ Buffers<T> lay_out(const lorastack_model& model, const lorastack_step& step, int
   b.ld_inner = padded(model.inner);
   b.max_parts = 3 * step.num_segments;
   b.hidden = arena.take<float>((int64_t)step.num_tokens * model.hidden);
-  b.x = arena.take<T>((int64_t)rows * b.ld_hidden);
-  b.qkv = arena.take<T>((int64_t)rows * b.ld_qkv);
-  b.context = arena.take<T>((int64_t)rows * b.ld_context);
-  b.inner = arena.take<T>((int64_t)rows * b.ld_inner);
+  b.x = arena.take<X>((int64_t)rows * b.ld_hidden);
+  b.qkv = arena.take<X>((int64_t)rows * b.ld_qkv);
+  b.context = arena.take<X>((int64_t)rows * b.ld_context);
+  b.inner = arena.take<X>((int64_t)rows * b.ld_inner);
+  b.states = arena.take<X>(Isa::PADS_STATES ? (int64_t)step.num_outputs * model.lm_head.k : 0);
   b.unpacked_elements = (int64_t)most_unpacked(model);
   b.unpacked = arena.take<T>(step.num_threads * b.unpacked_elements);
   b.shrunk = arena.take<float>(shrunk);
-  b.scores = arena.take<float>((int64_t)step.num_threads * max_queries * b.capacity);
+  b.scores = arena.take<float>((int64_t)step.num_threads * Isa::MAX_QUERIES * b.capacity);
   b.tokens = arena.take<Token>(step.num_tokens);
   b.tails = arena.take<int32_t>(tails);
   b.slots = arena.take<int64_t>(slots);
@@ -110,8 +111,8 @@ Buffers<T> lay_out(const lorastack_model& model, const lorastack_step& step, int
 }
 
 // The step's segments over its outputs, with lm_head's targets.
-template <class T>
-void plan_lm_head(const lorastack_model& model, const lorastack_step& step, Buffers<T>& b) {
+template <class Isa>
+void plan_lm_head(const lorastack_model& model, const lorastack_step& step, Buffers<Isa>& b) {
   const int32_t* end = step.outputs + step.num_outputs;
   for (int s = 0; s < step.num_segments; s++) {
     const lorastack_segment& segment = step.segments[s];
@@ -124,17 +125,21 @@ void plan_lm_head(const lorastack_model& model, const lorastack_step& step, Buff
 }
 
 // Where every row's slots lie and what every token sees.
-template <class T>
-void plan(const lorastack_model& model, const lorastack_step& step, int max_queries, Buffers<T>& b) {
+template <class Isa>
+void plan(const lorastack_model& model, const lorastack_step& step, Buffers<Isa>& b) {
   const int64_t page_elements = 2ll * model.kv_heads * model.page_size * model.head_dim;
   int64_t at = 0;
   int32_t tail = 0;
   b.passes[0] = 0;
+  const int query = model.heads * model.head_dim;  // zero weights must not meet NaN behind it
+  for (int t = 0; query < b.ld_context && t < step.num_tokens; t++)
+    memset((void*)(b.context + (size_t)t * b.ld_context + query), 0,
+           sizeof(*b.context) * (b.ld_context - query));
   for (int r = 0; r < step.num_rows; r++) {
     const lorastack_row& row = step.rows[r];
     b.row_slots[r] = at;
     const int queries = (row.end - row.start) * (model.heads / model.kv_heads);
-    b.passes[r + 1] = b.passes[r] + ceil_div(queries, max_queries);
+    b.passes[r + 1] = b.passes[r] + ceil_div(queries, Isa::MAX_QUERIES);
     const int used = row.committed + row.end - row.start;
     for (int s = 0; s < used; s++) {
       const int place = s % model.page_size;

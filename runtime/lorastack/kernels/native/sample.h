@@ -7,14 +7,14 @@
 #pragma once
 
 #include <float.h>
-#include <math.h>
 
 #include <algorithm>
+#include <cmath>
 #include <functional>
 #include <vector>
 
-#include "best.h"
 #include "abi.h"
+#include "best.h"
 
 namespace lorastack::LORASTACK_ISA {
 
@@ -28,37 +28,32 @@ INLINE uint64_t mix(uint64_t state) {
   return state ^ (state >> 31);
 }
 
-INLINE __m512i mix_512(__m512i state) {
-  state = _mm512_xor_si512(state, _mm512_srli_epi64(state, 30));
-  state = _mm512_mullo_epi64(state, _mm512_set1_epi64((int64_t)MULTIPLIER1));
-  state = _mm512_xor_si512(state, _mm512_srli_epi64(state, 27));
-  state = _mm512_mullo_epi64(state, _mm512_set1_epi64((int64_t)MULTIPLIER2));
-  return _mm512_xor_si512(state, _mm512_srli_epi64(state, 31));
+INLINE Longs mix(Longs state) {
+  state = mul(bits_xor(state, shift_right<30>(state)), set_long(MULTIPLIER1));
+  state = mul(bits_xor(state, shift_right<27>(state)), set_long(MULTIPLIER2));
+  return bits_xor(state, shift_right<31>(state));
 }
 
 // 2^52 (1 - uniform) of 8 tokens, half a unit too small or less.
-INLINE __m256 rest_256(uint64_t start, __m256i ids) {
-  const __m512i steps =
-      _mm512_mullo_epi64(_mm512_cvtepi32_epi64(ids), _mm512_set1_epi64((int64_t)TOKEN_STEP));
-  const __m512i bits = mix_512(_mm512_add_epi64(steps, _mm512_set1_epi64((int64_t)start)));
-  const __m512i inverted = _mm512_xor_si512(bits, _mm512_set1_epi64(-1));
-  return _mm512_cvtepi64_ps(_mm512_srli_epi64(inverted, 12));
+INLINE Longs rest_of(uint64_t start, Longs ids) {
+  const Longs bits = mix(add(mul(ids, set_long(TOKEN_STEP)), set_long(start)));
+  return shift_right<12>(bits_xor(bits, set_long(UINT64_MAX)));
 }
 
 // e^x for x <= 0 to 1e-15, by Taylor's series; 1 at 0, next to nothing below -700.
-INLINE __m512d exp_512(__m512d x) {
+INLINE Doubles exp(Doubles x) {
   constexpr double INVERSE_FACTORIALS[] = {
       1.0 / 6227020800, 1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880,
       1.0 / 40320,      1.0 / 5040,      1.0 / 720,      1.0 / 120,     1.0 / 24,
       1.0 / 6,          1.0 / 2,         1.0,            1.0};
-  x = _mm512_max_pd(x, _mm512_set1_pd(-700.0));
-  const __m512d n = _mm512_roundscale_pd(_mm512_mul_pd(x, _mm512_set1_pd(M_LOG2E)), 0);
-  __m512d r = _mm512_fnmadd_pd(n, _mm512_set1_pd(6.93147180369123816490e-01), x);
-  r = _mm512_fnmadd_pd(n, _mm512_set1_pd(1.90821492927058770002e-10), r);
-  __m512d p = _mm512_setzero_pd();
+  x = max(x, set_double(-700.0));
+  const Doubles n = round(mul(x, set_double(M_LOG2E)));
+  Doubles r = fnma(n, set_double(6.93147180369123816490e-01), x);
+  r = fnma(n, set_double(1.90821492927058770002e-10), r);
+  Doubles p = set_double(0);
 #pragma GCC unroll 14
-  for (double c : INVERSE_FACTORIALS) p = _mm512_fmadd_pd(p, r, _mm512_set1_pd(c));
-  return _mm512_scalef_pd(p, n);
+  for (double c : INVERSE_FACTORIALS) p = fma(p, r, set_double(c));
+  return scale_by_power(p, n);
 }
 
 // Tokens by rising id. ids: null where places are ids.
@@ -67,10 +62,8 @@ struct Tokens {
   const int32_t* ids;
   int count;
 
-  INLINE_METHOD __m512i ids_at(int i, __mmask16 real) const {
-    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    return ids ? _mm512_maskz_loadu_epi32(real, ids + i)
-               : _mm512_add_epi32(lanes, _mm512_set1_epi32(i));
+  INLINE_METHOD Ints ids_at(int i, Mask real) const {
+    return ids ? load_ints(ids + i, real) : add(lanes(), set(i));
   }
 };
 
@@ -83,11 +76,9 @@ struct TokenLogit {
     return logit > other.logit || (logit == other.logit && id < other.id);
   }
   // Which of 16 tokens rank before this one.
-  INLINE_METHOD __mmask16 after(__m512 logits, __m512i ids, __mmask16 real) const {
-    const __m512 own = _mm512_set1_ps(logit);
-    const __mmask16 above = _mm512_mask_cmp_ps_mask(real, logits, own, _CMP_GT_OQ);
-    const __mmask16 level = _mm512_mask_cmp_ps_mask(real, logits, own, _CMP_EQ_OQ);
-    return above | _mm512_mask_cmplt_epi32_mask(level, ids, _mm512_set1_epi32(id));
+  INLINE_METHOD Mask after(Floats logits, Ints ids, Mask real) const {
+    const Floats own = set(logit);
+    return real & (greater(logits, own) | (equal(logits, own) & less(ids, set(id))));
   }
 };
 constexpr TokenLogit BEHIND_ALL = {-INFINITY, INT32_MAX};
@@ -125,11 +116,9 @@ class TopK {
     std::vector<float> maxima(row, row + groups);
     for (int64_t at = groups; at < columns; at += groups)
       for (int i = 0; i < groups && at + i < columns; i += LANES) {
-        const __mmask16 real = first((int)(columns - at) - i);
-        float* const largest = maxima.data() + i;
-        const __m512 logits = _mm512_maskz_loadu_ps(real, row + at + i);
-        _mm512_storeu_ps(largest, _mm512_mask_max_ps(_mm512_loadu_ps(largest), real,
-                                                     _mm512_loadu_ps(largest), logits));
+        const Mask real = first((int)(columns - at) - i);
+        const Floats largest = load(maxima.data() + i);
+        store(maxima.data() + i, select(real, max(largest, load(row + at + i, real)), largest));
       }
     std::nth_element(maxima.begin(), maxima.begin() + num - 1, maxima.end(),
                      std::greater<float>());
@@ -139,16 +128,16 @@ class TopK {
   // Keeps the tokens that rank before `last`.
   void keep(const Tokens& tokens, const TokenLogit& last) {
     for (int i = 0; i < tokens.count; i += LANES) {
-      const __mmask16 real = first(tokens.count - i);
-      const __m512 logits = _mm512_maskz_loadu_ps(real, tokens.logits + i);
-      const __m512i ids = tokens.ids_at(i, real);
-      const __mmask16 kept = last.after(logits, ids, real);
-      if (!kept) continue;
-      const size_t size = logits_.size(), count = __builtin_popcount(kept);
+      const Mask real = first(tokens.count - i);
+      const Floats logits = load(tokens.logits + i, real);
+      const Ints ids = tokens.ids_at(i, real);
+      const Mask kept = last.after(logits, ids, real);
+      const size_t size = logits_.size(), count = __builtin_popcount(bits(kept));
+      if (!count) continue;
       logits_.resize(size + count);
       ids_.resize(size + count);
-      _mm512_mask_compressstoreu_ps(logits_.data() + size, kept, logits);
-      _mm512_mask_compressstoreu_epi32(ids_.data() + size, kept, ids);
+      store_compressed(logits_.data() + size, logits, kept);
+      store_compressed(ids_.data() + size, ids, kept);
     }
   }
 };
@@ -186,49 +175,44 @@ class Sampling {
 
   // The sum of e^(logit / T - peak) of the tokens before `end`.
   double weigh(const Tokens& tokens, const TokenLogit& end) const {
-    const __m512d top = _mm512_set1_pd(best_.logit), inverse = _mm512_set1_pd(inverse_);
-    auto weights = [&](__m256 logits) {
-      return exp_512(_mm512_mul_pd(_mm512_sub_pd(_mm512_cvtps_pd(logits), top), inverse));
-    };
-    __m512d low = _mm512_setzero_pd(), high = _mm512_setzero_pd();
+    const Doubles top = set_double(best_.logit), inverse = set_double(inverse_);
+    auto weights = [&](Doubles logits) { return exp(mul(sub(logits, top), inverse)); };
+    Doubles low = set_double(0), high = set_double(0);
     for (int i = 0; i < tokens.count; i += LANES) {
-      const __mmask16 real = first(tokens.count - i);
-      const __m512 logits = _mm512_maskz_loadu_ps(real, tokens.logits + i);
-      const __mmask16 taken = end.after(logits, tokens.ids_at(i, real), real);
-      if (!taken) continue;
-      low = _mm512_mask_add_pd(low, taken, low, weights(_mm512_castps512_ps256(logits)));
-      high = _mm512_mask_add_pd(high, taken >> 8, high,
-                                weights(_mm512_extractf32x8_ps(logits, 1)));
+      const Mask real = first(tokens.count - i);
+      const Floats logits = load(tokens.logits + i, real);
+      const Mask taken = end.after(logits, tokens.ids_at(i, real), real);
+      if (!bits(taken)) continue;
+      low = add(low, keep_low(taken, weights(low_doubles(logits))));
+      high = add(high, keep_high(taken, weights(high_doubles(logits))));
     }
-    return _mm512_reduce_add_pd(_mm512_add_pd(low, high));
+    return sum(add(low, high));
   }
 
   // The token with the best score of those that rank before `end`, or else the row's first token.
   TokenLogit find(const Tokens& tokens, double least, const TokenLogit& end) const {
     // Rounding in float32 is far below a thousandth.
-    const __m512 lowest = _mm512_set1_ps((float)least - 1e-3f);
-    const __m512 inverse = _mm512_set1_ps((float)std::min(inverse_, (double)FLT_MAX));
+    const Floats lowest = set((float)least - 1e-3f);
+    const Floats inverse = set((float)std::min(inverse_, (double)FLT_MAX));
     TokenLogit winner = best_;
     double score = score_of(winner);
-    __m512 bound = bound_of(score);
+    Floats bound = bound_of(score);
     for (int i = 0; i < tokens.count; i += LANES) {
-      const __mmask16 real = first(tokens.count - i);
-      const __m512 logits = _mm512_maskz_loadu_ps(real, tokens.logits + i);
-      __m512 x = _mm512_sub_ps(logits, _mm512_set1_ps(best_.logit));
+      const Mask real = first(tokens.count - i);
+      const Floats logits = load(tokens.logits + i, real);
       // Finite, so that any inverse gives a number.
-      x = _mm512_mul_ps(_mm512_max_ps(x, _mm512_set1_ps(-FLT_MAX)), inverse);
-      const __mmask16 left = _mm512_mask_cmp_ps_mask(real, x, lowest, _CMP_GE_OQ);
-      if (!left) continue;
-      const __m512i ids = tokens.ids_at(i, real);
-      const __m512 rest = _mm512_insertf32x8(
-          _mm512_castps256_ps512(rest_256(sample_.start, _mm512_castsi512_si256(ids))),
-          rest_256(sample_.start, _mm512_extracti32x8_epi32(ids, 1)), 1);
-      unsigned passed = _mm512_mask_cmp_ps_mask(end.after(logits, ids, left), rest,
-                                                _mm512_mul_ps(exp_512(x), bound), _CMP_LE_OQ);
+      const Floats x = mul(max(sub(logits, set(best_.logit)), set(-FLT_MAX)), inverse);
+      const Mask left = real & at_least(x, lowest);
+      if (!bits(left)) continue;
+      const Ints ids = tokens.ids_at(i, real);
+      const Floats rest = to_floats(rest_of(sample_.start, low_longs(ids)),
+                                    rest_of(sample_.start, high_longs(ids)));
+      unsigned passed =
+          bits(end.after(logits, ids, left) & at_most(rest, mul(exp(x), bound)));
       for (; passed; passed &= passed - 1) {
         const int place = i + __builtin_ctz(passed);
         const TokenLogit token = {tokens.logits[place], tokens.ids ? tokens.ids[place] : place};
-        if (exp(token.logit / sample_.temperature - peak_) < sample_.min_p) continue;
+        if (std::exp(token.logit / sample_.temperature - peak_) < sample_.min_p) continue;
         const double other = score_of(token);
         if (other < score || (other == score && !token.before(winner))) continue;
         winner = token;
@@ -246,8 +230,8 @@ class Sampling {
   }
 
   // Times a token's weight it bounds the `rest` with which the token reaches the score.
-  __m512 bound_of(double score) const {
-    return _mm512_set1_ps((float)(exp(peak_ - score) * (1 + 1e-3) / UNIT));
+  Floats bound_of(double score) const {
+    return set((float)(std::exp(peak_ - score) * (1 + 1e-3) / UNIT));
   }
 };
 
