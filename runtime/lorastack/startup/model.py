@@ -12,8 +12,8 @@ import torch
 
 from lorastack.config import MIB, EngineConfig, ModelConfig
 from lorastack.errors import InvalidArgumentError, Reason
-from lorastack.kernels.native.isa import Isa, usable
-from lorastack.kernels.native.library import library, problem
+from lorastack.kernels.native.isa import Isa, isa_named
+from lorastack.kernels.native.library import library
 from lorastack.kernels.quantize import Kind
 from lorastack.model.backends.base import Backend
 from lorastack.model.backends.choose import Choice, choose
@@ -21,7 +21,6 @@ from lorastack.model.backends.load import read_backend
 from lorastack.model.config import DecoderConfig
 from lorastack.model.fetch.download import Progress
 from lorastack.model.size import weights_nbytes
-from lorastack.printable import printable
 from lorastack.startup.files import ModelFiles
 from lorastack.startup.folder import model_folder
 from lorastack.startup.memory import (
@@ -69,7 +68,7 @@ def load_model(
     read, InvalidArgumentError for a model, a device, a backend or instructions that cannot run
     here, and FailedPreconditionError for more memory than the device has or less KV than two pages.
     """
-    device, at_most = _device(config.device), _isa(config.isa)
+    device, at_most = _device(config.device), isa_named(config.isa)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     path, name = model_folder(config.model, partial(progress, "fetching the default model"))
@@ -171,17 +170,6 @@ def _device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise InvalidArgumentError("--device cuda: torch finds no CUDA device; use cpu or auto")
     return torch.device(name)
-
-
-def _isa(label: str | None) -> Isa | None:
-    """The best instruction set that may be used, None for the machine's."""
-    if label is None:
-        return None
-    here = {isa.label: isa for isa in usable(torch.bfloat16)}  # which all of them have
-    if label not in here:
-        has = f"this machine has {', '.join(here)}" if here else problem()
-        raise InvalidArgumentError(f"--isa {printable(label)}: {has}; or leave --isa out")
-    return here[label]
 
 
 def _dtype(name: str) -> torch.dtype | None:

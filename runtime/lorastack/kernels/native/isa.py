@@ -7,7 +7,9 @@ from functools import cache
 
 import torch
 
+from lorastack.errors import InvalidArgumentError
 from lorastack.kernels.native.library import library, problem
+from lorastack.printable import printable
 
 
 class Isa(IntEnum):
@@ -56,6 +58,17 @@ def usable(dtype: torch.dtype, at_most: Isa | None = None) -> list[Isa]:
 def isa_of(dtype: torch.dtype, at_most: Isa | None = None) -> Isa | None:
     """The best that `usable` gives, None where there is none."""
     return next(iter(usable(dtype, at_most)), None)
+
+
+def isa_named(label: str | None) -> Isa | None:
+    """What `--isa` means, None if it is left out. Raises InvalidArgumentError if it is not here."""
+    if label is None:
+        return None
+    here = {isa.label: isa for isa in usable(torch.bfloat16)}  # which all of them have
+    if label not in here:
+        has = f"this machine has {', '.join(here)}" if here else problem()
+        raise InvalidArgumentError(f"--isa {printable(label)}: {has}; or leave --isa out")
+    return here[label]
 
 
 def missing(dtype: torch.dtype) -> str:
