@@ -26,6 +26,7 @@ from benchmarks.step import bandwidth
 from lorastack.kernels.attention import RowSpan
 from lorastack.kernels.heads import HeadsGroup, HeadsWeights
 from lorastack.kernels.native import build
+from lorastack.kernels.native.isa import isa_named
 from lorastack.kernels.native.library import library
 from lorastack.kernels.packing import allocate
 from lorastack.layout import LAYER_TARGETS, ModelShapes, Part
@@ -49,6 +50,9 @@ COLUMNS = ("projections", "lm_head", "attention", "LoRA", "other")
 def main(
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
     repeats: Annotated[int, typer.Option(help="Runs of every step.")] = 25,
+    isa: Annotated[
+        str | None, typer.Option(envvar="LORASTACK_ISA", help="As of `lorastack serve`.")
+    ] = None,
 ) -> None:
     """Measure and print a table and a JSON line."""
     torch.set_num_threads(threads)
@@ -56,7 +60,13 @@ def main(
         build.LIBRARY = Path(folder, "profile.so")
         if problem := build.build(build.LIBRARY, ("-DLORASTACK_PROFILE",)):
             raise typer.BadParameter(problem)
-        decoder = load_backend(default_model(), device=CPU, dtype=torch.bfloat16, max_context=2048)
+        decoder = load_backend(
+            default_model(),
+            device=CPU,
+            dtype=torch.bfloat16,
+            max_context=2048,
+            at_most=isa_named(isa),
+        )
         speed = bandwidth(repeats)
         profile = Profile(decoder, repeats)
         rows = [

@@ -30,6 +30,7 @@ from benchmarks.step import PAGE, Steps, bandwidth
 from examples.local_server import local_server, upload_examples
 from lorastack.client import Client
 from lorastack.kernels.native import library as native
+from lorastack.kernels.native.isa import Isa, isa_named, isa_of, missing
 from lorastack.kernels.native.matrix import PackedMatrix, pack_matrix
 from lorastack.kernels.native.memory import HugePages
 from lorastack.kernels.quantize import Kind
@@ -59,11 +60,14 @@ def main(
     repeats: Annotated[int, typer.Option(help="Calls that a timing takes.")] = 15,
     texts: Annotated[int, typer.Option(help="Of HumanEval.")] = 164,
     prompts: Annotated[int, typer.Option(help="For the heads.")] = 24,
+    isa: Annotated[
+        str | None, typer.Option(envvar="LORASTACK_ISA", help="As of `lorastack serve`.")
+    ] = None,
 ) -> None:
     """Measure and print tables and JSON lines."""
     torch.set_num_threads(threads)
     if only in (None, Part.QUALITY, Part.STEPS):
-        decoders = {name(kind): load(kind) for kind in KINDS}
+        decoders = {name(kind): load(kind, isa) for kind in KINDS}
         if only != Part.STEPS:
             report("Quality", quality(decoders, texts))
         if only != Part.QUALITY:
@@ -79,7 +83,7 @@ def main(
         speed = bandwidth(repeats)
         report(
             f"{COPIES} matrices {HIDDEN} x {INNER}, ms",
-            [{"rows": rows, **each} for rows, each in matrices(threads, repeats)],
+            [{"rows": rows, **each} for rows, each in matrices(threads, repeats, isa)],
             gigabytes_a_second=round(speed / 1e9, 1),
         )
 
@@ -88,9 +92,14 @@ def name(kind: Kind | None) -> str:
     return "bfloat16" if kind is None else kind.value
 
 
-def load(kind: Kind | None) -> Backend:
+def load(kind: Kind | None, isa: str | None) -> Backend:
     return load_backend(
-        default_model(), device=CPU, dtype=torch.bfloat16, max_context=1024, quantize=kind
+        default_model(),
+        device=CPU,
+        dtype=torch.bfloat16,
+        max_context=1024,
+        quantize=kind,
+        at_most=isa_named(isa),
     )
 
 
@@ -152,11 +161,11 @@ def timings(calls: dict[str, partial[None]], repeats: int) -> dict[str, object]:
     return row | {f"{each} gain": round(seconds_of[first] / seconds_of[each], 2) for each in others}
 
 
-def matrices(threads: int, repeats: int) -> list[tuple[int, dict[str, object]]]:
+def matrices(threads: int, repeats: int, label: str | None) -> list[tuple[int, dict[str, object]]]:
     """Rows and timings of products that read every copy once."""
-    isa = native.isa_of(torch.bfloat16)
+    isa = isa_of(torch.bfloat16, isa_named(label))
     if isa is None:
-        raise typer.BadParameter("no native bfloat16 kernels run here")
+        raise typer.BadParameter(missing(torch.bfloat16))
     weight_OI, pages = torch.randn(INNER, HIDDEN).bfloat16() / HIDDEN**0.5, HugePages()
     packed = {name(kind): pack_matrix(weight_OI, kind=kind) for kind in KINDS}
     copies = {
@@ -179,7 +188,7 @@ def copied(matrix: PackedMatrix, pages: HugePages) -> PackedMatrix:
 
 
 def multiply(
-    held: Sequence[PackedMatrix], x_TI: Tensor, out_TO: Tensor, threads: int, isa: native.Isa
+    held: Sequence[PackedMatrix], x_TI: Tensor, out_TO: Tensor, threads: int, isa: Isa
 ) -> None:
     library = native.library()
     assert library is not None
@@ -187,7 +196,7 @@ def multiply(
     for matrix in held:
         lm_head = native.LmHead(
             *(matrix.struct, None, x_TI.data_ptr(), out_TO.data_ptr(), None),
-            *(0, rows, outputs, matrix.inputs, threads, isa),
+            *(0, rows, outputs, matrix.inputs, threads, isa, True),
         )
         library.lorastack_logits(lm_head)
 

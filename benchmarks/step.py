@@ -18,6 +18,7 @@ import typer
 
 from benchmarks.report import medians, report, seconds
 from lorastack.kernels.attention import RowSpan
+from lorastack.kernels.native.isa import isa_named
 from lorastack.model.backends.base import Backend
 from lorastack.model.backends.load import load_backend
 from lorastack.model.context import ForwardBatch
@@ -33,13 +34,23 @@ CPU = torch.device("cpu")
 def main(
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
     repeats: Annotated[int, typer.Option(help="Calls that a timing takes.")] = 15,
+    isa: Annotated[
+        str | None, typer.Option(envvar="LORASTACK_ISA", help="As of `lorastack serve`.")
+    ] = None,
 ) -> None:
     """Measure and print tables and JSON lines."""
     torch.set_num_threads(threads)
     speed = bandwidth(repeats)
     for dtype in (torch.bfloat16, torch.float32):
         decoders = [
-            load_backend(default_model(), device=CPU, dtype=dtype, max_context=1024, native=native)
+            load_backend(
+                default_model(),
+                device=CPU,
+                dtype=dtype,
+                max_context=1024,
+                native=native,
+                at_most=isa_named(isa),
+            )
             for native in (True, False)
         ]
         steps = {decoder.name: Steps(decoder) for decoder in decoders}

@@ -15,7 +15,7 @@ import pytest
 
 from lorastack.kernels.native import build, library
 from lorastack.layout import ModelShapes
-from tests.helpers.isas import skipped_lines
+from tests.helpers.isas import count_tested, summary
 
 MAX_WORKERS = 8  # processes of up to 2 GiB each
 
@@ -46,10 +46,13 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """What was skipped, each reason once."""
-    reports = terminalreporter.stats.get("skipped", [])
-    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in reports)
-    for line in skipped_lines(reasons):
+    """Which native kernels were tested, and what was skipped, each reason once."""
+    stats = terminalreporter.stats
+    reasons = Counter(
+        report.longrepr[2].removeprefix("Skipped: ") for report in stats.get("skipped", [])
+    )
+    ran = [report.nodeid for kind in ("passed", "failed") for report in stats.get(kind, [])]
+    for line in summary(count_tested(ran), reasons):
         terminalreporter.write_line(line)
 
 

@@ -10,7 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lorastack.kernels.native.library import Isa
+from lorastack.kernels.native.isa import Isa
 from lorastack.layout import EMBED, LAYER_TARGETS, LM_HEAD, ModelShapes
 from tests.helpers import isas
 from tests.helpers.adapters import write_heads, write_lora
@@ -205,13 +205,20 @@ def test_near_ties_are_few_and_between_the_best(
 
 def test_missing_instruction_sets_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(isas, "library", lambda: True)
-    for here in ({Isa.AVX512}, set[Isa]()):
+    for here in ({Isa.AVX512, Isa.PLAIN}, set[Isa]()):
         monkeypatch.setattr(isas, "supported", here.__contains__)
-        params = isas.each_of(*Isa)
-        assert len(params) == len(here) + 1, "all that are missing are one parameter"
+        assert len(isas.each_of()) == len(here) + 1, "all that are missing are one parameter"
+        assert len(isas.each_variant()) == 2 * len(here) + 1
+        assert len(isas.each_variant(Isa.AMX)) == 1
         reasons = [isas.needs(*each).kwargs["reason"] for each in ((Isa.AMX,), (*Isa,))]
-        first, second = isas.skipped_lines({reasons[0]: 3, reasons[1]: 4, "needs a GPU": 2})
-        assert first.startswith("CPU without AMX, AVX512_BF16") and ": 7 skipped" in first
-        assert ("native AVX512 and plain torch" in first) == bool(here)
+        skipped = {reasons[0]: 3, reasons[1]: 4, "needs a GPU": 2}
+        first, second = isas.summary({Isa.AVX512: 5}, skipped)
+        assert "; 7 skipped for want of AMX, AVX512_BF16" in first
+        assert ("AVX512 (5 tests), PLAIN (0 tests)" in first) == bool(here)
         assert second == "2 skipped: needs a GPU"
-    assert isas.skipped_lines({}) == []
+    assert isas.summary({}, {}) == ["native kernels here: none"]
+
+
+def test_tests_are_counted_by_the_instruction_sets_in_their_names() -> None:
+    nodeids = ["a.py::b[AVX512-float32]", "a.py::b[llama-AVX512_BF16-bfloat16]", "a.py::PLAIN_b[1]"]
+    assert isas.count_tested([*nodeids, nodeids[0]]) == {Isa.AVX512: 2, Isa.AVX512_BF16: 1}

@@ -1,14 +1,32 @@
-"""Instruction sets as test parameters, and what a run says of the tests that it skipped."""
+"""Native kernels as test parameters, and what a run says of those that it tested and skipped."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import pytest
+import torch
 
-from lorastack.kernels.native.library import Isa, library, supported
+from lorastack.kernels.native.isa import Isa, supported
+from lorastack.kernels.native.library import library
 
 LACKING = "native kernels for "  # begins the reason of a test skipped for want of instructions
+FLOAT32 = tuple(isa for isa in Isa if torch.float32 in isa.dtypes)  # what logits are left to
+
+
+class Variant(NamedTuple):
+    """The kernels for one instruction set and one dtype of weights and KV."""
+
+    isa: Isa
+    dtype: torch.dtype
+
+
+def here(*isas: Isa) -> list[Isa]:
+    """Those of them, or of all, that run here."""
+    return [isa for isa in isas or Isa if supported(isa)]
 
 
 def needs(*isas: Isa) -> pytest.MarkDecorator:
@@ -17,35 +35,59 @@ def needs(*isas: Isa) -> pytest.MarkDecorator:
     return pytest.mark.skipif(bool(missing), reason=LACKING + missing)
 
 
-def each_of(*isas: Isa) -> Sequence[object]:
-    """Parameters: those that run here, and one that is skipped for all the others together."""
-    params: list[object] = [pytest.param(isa, id=isa.name) for isa in isas if supported(isa)]
-    missing = [isa for isa in isas if not supported(isa)]
-    if missing:
-        name = "+".join(isa.name for isa in missing)
-        params.append(pytest.param(missing[0], id=name, marks=needs(*missing)))
-    return params
+needs_native = needs(Isa.PLAIN)  # any kernels
 
 
-def skipped_lines(reasons: Mapping[str, int]) -> list[str]:
-    """What a run's last lines say of skipped tests, whose reasons are counted.
+def each_of(*isas: Isa, made: Callable[[Isa], object] = Isa) -> Sequence[object]:
+    """Parameters: those of `isas` (none: of all) that run here, and one that is skipped for all the
+    others together. made: the parameter's value."""
+    params: list[object] = [pytest.param(made(isa), id=isa.name) for isa in here(*isas)]
+    return [*params, *_skipped(isas)]
 
-    One line for all that lack instructions, with what was tested in their place, then one for each
-    other reason.
+
+def each_variant(*isas: Isa) -> Sequence[object]:
+    """The same with each dtype of every instruction set, a `Variant`."""
+    params: list[object] = []
+    for isa in here(*isas):
+        for dtype in isa.dtypes:
+            name = f"{isa.name}-{str(dtype).removeprefix('torch.')}"
+            params.append(pytest.param(Variant(isa, dtype), id=name))
+    return [*params, *_skipped(isas)]
+
+
+def _skipped(isas: Sequence[Isa]) -> list[object]:
+    missing = [isa for isa in isas or Isa if not supported(isa)]
+    if not missing:
+        return []
+    name = "+".join(isa.name for isa in missing)
+    return [pytest.param(None, id=name, marks=needs(*missing))]
+
+
+def count_tested(nodeids: Iterable[str]) -> Counter[Isa]:
+    """How many of these tests were of each instruction set, by their names."""
+    counts: Counter[Isa] = Counter()
+    for nodeid in nodeids:
+        words = set(re.split(r"[\[\]-]", nodeid))
+        counts.update(isa for isa in Isa if isa.name in words)
+    return counts
+
+
+def summary(tested: Mapping[Isa, int], reasons: Mapping[str, int]) -> list[str]:
+    """A run's last lines: which native kernels were tested, then why tests were skipped.
+
+    tested: tests that ran; reasons: tests that were skipped.
     """
     lacking = {reason for reason in reasons if reason.startswith(LACKING)}
     others = sorted(reasons.keys() - lacking)
-    lines = [f"{reasons[reason]} skipped: {reason}" for reason in others]
-    if lacking:
-        count = sum(reasons[reason] for reason in lacking)
-        lines.insert(0, _lacking_line(count, [isa for isa in Isa if supported(isa)]))
-    return lines
+    first = _native_line(tested, sum(reasons[reason] for reason in lacking))
+    return [first, *(f"{reasons[reason]} skipped: {reason}" for reason in others)]
 
 
-def _lacking_line(count: int, here: Sequence[Isa]) -> str:
-    missing = [isa.name for isa in Isa if isa not in here]
-    why = f"CPU without {', '.join(missing)}" if library() else "No native library here"
-    tested = "plain torch (float32)"
-    if here:
-        tested = f"native {', '.join(isa.name for isa in here)} and plain torch"
-    return f"{why}: {count} skipped, tests of native kernels; tested: {tested}"
+def _native_line(tested: Mapping[Isa, int], skipped: int) -> str:
+    counts = [f"{isa.name} ({tested.get(isa, 0)} tests)" for isa in here()]
+    line = f"native kernels here: {', '.join(counts) or 'none'}"
+    if skipped:
+        missing = ", ".join(isa.name for isa in Isa if not supported(isa))
+        why = f"for want of {missing}" if library() else "as there is no native library"
+        line += f"; {skipped} skipped {why}"
+    return line

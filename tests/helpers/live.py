@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -105,6 +106,7 @@ class LiveServer:
                 model=None if model is None else str(model),
                 device="cpu",
                 dtype=dtype,
+                isa=os.environ.get("LORASTACK_ISA"),
                 quantize=quantize,
             ),
             engine=engine,

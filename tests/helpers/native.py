@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from lorastack.kernels.linear import Dense, pack_dense
-from lorastack.kernels.native.library import Isa
 from lorastack.kernels.native.matrix import PackedMatrix, pack_matrix, pack_pair
 from lorastack.kernels.ops import Ops
 from lorastack.kernels.quantize import Kind, head_kind
@@ -31,15 +30,15 @@ from lorastack.model.context import ForwardBatch, RowSpan
 from lorastack.model.kv import KVCache
 from lorastack.model.weights import DecoderWeights, LayerWeights, Pack, Packing
 from tests.helpers.guarded import guarded, guarded_bytes
+from tests.helpers.isas import Variant
 
 CPU = torch.device("cpu")
 Form = TypeVar("Form")  # a backend's form of the weights
-DTYPES = {Isa.AMX: torch.bfloat16, Isa.AVX512_BF16: torch.bfloat16, Isa.AVX512: torch.float32}
 
 
-def kinds(isa: Isa) -> tuple[Kind | None, ...]:
+def kinds(dtype: torch.dtype) -> tuple[Kind | None, ...]:
     """What the weights may be quantised to: nothing in float32."""
-    return (None,) if isa is Isa.AVX512 else (None, *Kind)
+    return (None,) if dtype == torch.float32 else (None, *Kind)
 
 
 class GuardedBackend(NativeBackend):
@@ -90,13 +89,13 @@ def config_of(
 
 def twins(
     config: DecoderConfig,
-    isa: Isa,
+    variant: Variant,
     seed: int,
     poison: float | None = None,
     kind: Kind | None = None,
 ) -> Twins:
     """Random weights, quantised to `kind`. poison: a value in the embedding of token 0."""
-    dtype, head = DTYPES[isa], head_kind(kind)
+    (isa, dtype), head = variant, head_kind(kind)
     packing = Packing(
         dense=_packed(partial(pack_matrix, kind=kind)),
         pair=_packed(partial(pack_pair, kind=kind)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import pytest
 import torch
@@ -12,13 +13,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lorastack.kernels.best import best_native, best_torch
-from lorastack.kernels.native.library import Isa
 from tests.helpers.guarded import guarded
-from tests.helpers.isas import needs
+from tests.helpers.isas import FLOAT32, each_of
 
 Way = Callable[[Tensor], tuple[Tensor, Tensor]]
 TORCH = pytest.param(best_torch, torch.float32, id="torch")
-NATIVE = pytest.param(best_native, torch.float32, id="native", marks=needs(Isa.AVX512))
+NATIVE = [
+    pytest.param(*each.values, torch.float32, id=each.id, marks=each.marks)
+    for each in each_of(*FLOAT32, made=partial(partial, best_native))
+]
 DOUBLE = pytest.param(best_torch, torch.float64, id="float64")
 
 
@@ -30,7 +33,7 @@ def first_of_the_best(row: Sequence[float]) -> int:
     return place
 
 
-@pytest.mark.parametrize(("way", "dtype"), [TORCH, NATIVE, DOUBLE])
+@pytest.mark.parametrize(("way", "dtype"), [TORCH, *NATIVE, DOUBLE])
 @given(st.integers(1, 9), st.integers(1, 70), st.integers(0, 2**20))
 def test_the_lowest_id_of_the_best_with_ties_and_infinities(
     way: Way, dtype: torch.dtype, rows: int, columns: int, seed: int
@@ -54,7 +57,7 @@ def test_float64_is_not_rounded(way: Way, dtype: torch.dtype) -> None:
     assert way(logits_XV)[1].tolist() == [1]
 
 
-@pytest.mark.parametrize(("way", "dtype"), [TORCH, NATIVE, DOUBLE])
+@pytest.mark.parametrize(("way", "dtype"), [TORCH, *NATIVE, DOUBLE])
 @given(st.integers(0, 99), st.sampled_from([0.0, torch.inf]))
 def test_a_row_with_nan_says_so(way: Way, dtype: torch.dtype, place: int, most: float) -> None:
     logits_XV = torch.zeros(3, 100, dtype=dtype)

@@ -20,27 +20,33 @@ from lorastack.kernels.heads import (
     states_reference,
     top_reference,
 )
-from lorastack.kernels.native.library import Isa
-from lorastack.kernels.ops import NativeOps, Ops
+from lorastack.kernels.ops import Ops, fastest_ops
 from lorastack.layout import MAX_RANK
 from tests.helpers.guarded import guarded
-from tests.helpers.isas import each_of
+from tests.helpers.isas import FLOAT32, Variant, each_of, each_variant
 
-DTYPES = {Isa.AMX: torch.bfloat16, Isa.AVX512_BF16: torch.bfloat16, Isa.AVX512: torch.float32}
-NATIVE = each_of(*Isa)
-WAYS = [pytest.param(None, id="torch"), *NATIVE]
+NATIVE = each_variant()
+TORCH = pytest.param(None, id="torch")
+WAYS = [TORCH, *NATIVE]
+# `top` is always of float32 logits.
+TOPS = [TORCH, *each_of(*FLOAT32, made=lambda isa: Variant(isa, torch.float32))]
+CPU = torch.device("cpu")
 SEEDS = st.integers(0, 2**20)
 
 
 @contextmanager
-def running(isa: Isa | None, num_threads: int = 2) -> Iterator[Ops]:
-    """The ops of these instructions; None: plain torch."""
+def running(way: Variant | None, num_threads: int = 2) -> Iterator[Ops]:
+    """The ops of these kernels; None: plain torch."""
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
-        yield Ops() if isa is None else NativeOps(isa)
+        yield Ops() if way is None else fastest_ops(way.dtype, 32, CPU, way.isa)
     finally:
         torch.set_num_threads(before)
+
+
+def dtype_of(way: Variant | None) -> torch.dtype:
+    return torch.float32 if way is None else way.dtype
 
 
 class Chance:
@@ -102,49 +108,49 @@ def num_rows(groups: list[HeadsGroup]) -> int:
     return max((group.end for group in groups), default=1)
 
 
-@pytest.mark.parametrize("isa", WAYS)
+@pytest.mark.parametrize("way", WAYS)
 @settings(max_examples=50)
 @given(SEEDS)
-def test_states_equal_the_reference(isa: Isa | None, seed: int) -> None:
-    chance = Chance(seed, torch.float32 if isa is None else DTYPES[isa])
+def test_states_equal_the_reference(way: Variant | None, seed: int) -> None:
+    chance = Chance(seed, dtype_of(way))
     groups = chance.groups(exact=False)
     hidden_BH = chance.normal(num_rows(groups), chance.hidden)
-    with running(isa) as ops:
+    with running(way) as ops:
         found_XH = ops.states(hidden_BH, groups)
     rounded = 1e-5 if found_XH.dtype == torch.float32 else 0.03  # a bit of a value of 4
     expected_XH = states_reference(hidden_BH, groups)
     torch.testing.assert_close(found_XH, expected_XH, rtol=rounded, atol=rounded)
 
 
-@pytest.mark.parametrize("isa", WAYS)
+@pytest.mark.parametrize("way", WAYS)
 @given(SEEDS, st.integers(1, MAX_RANK), st.integers(1, 3))
 def test_candidates_are_the_references(
-    isa: Isa | None, seed: int, num: int, num_threads: int
+    way: Variant | None, seed: int, num: int, num_threads: int
 ) -> None:
     """Whole numbers: many ties, and no rounding that depends on the order of a sum."""
-    chance = Chance(seed, torch.float32 if isa is None else DTYPES[isa])
+    chance = Chance(seed, dtype_of(way))
     groups = chance.groups(exact=True)
     hidden_BH = chance.whole(2, num_rows(groups), chance.hidden)
-    with running(isa, num_threads) as ops:
+    with running(way, num_threads) as ops:
         found = ops.propose(hidden_BH, groups, num)
     assert_same(found, propose_reference(hidden_BH, groups, num))
 
 
-@pytest.mark.parametrize("isa", NATIVE)
+@pytest.mark.parametrize("way", NATIVE)
 @settings(max_examples=50)
 @given(SEEDS, st.data())
 def test_bits_depend_neither_on_company_nor_on_threads(
-    isa: Isa, seed: int, data: st.DataObject
+    way: Variant, seed: int, data: st.DataObject
 ) -> None:
-    chance = Chance(seed, DTYPES[isa])
+    chance = Chance(seed, way.dtype)
     groups = [*chance.groups(exact=False), HeadsGroup(0, 17, chance.heads(exact=False))]
     hidden_BH = chance.normal(num_rows(groups), chance.hidden)
     place = data.draw(st.sampled_from([i for i, group in enumerate(groups) if group.num_states]))
     chosen = groups[place]
     row = data.draw(st.integers(chosen.start, chosen.end - 1))
-    with running(isa, data.draw(st.integers(1, 3))) as ops:
+    with running(way, data.draw(st.integers(1, 3))) as ops:
         r_XH, found = ops.states(hidden_BH, groups), ops.propose(hidden_BH, groups, 5)
-    with running(isa, data.draw(st.integers(1, 3))) as ops:
+    with running(way, data.draw(st.integers(1, 3))) as ops:
         alone = [HeadsGroup(0, 1, chosen.heads)]
         expected_KH = ops.states(hidden_BH[row : row + 1].clone(), alone)
         expected = ops.propose(hidden_BH[row : row + 1].clone(), alone, 5)
@@ -156,16 +162,16 @@ def test_bits_depend_neither_on_company_nor_on_threads(
         assert torch.equal(all_XR[first : first + num_heads], expected_KR)
 
 
-@pytest.mark.parametrize("isa", WAYS)
-def test_nan_stays_in_its_row_and_never_wins(isa: Isa | None) -> None:
-    chance = Chance(0, torch.float32 if isa is None else DTYPES[isa])
+@pytest.mark.parametrize("way", WAYS)
+def test_nan_stays_in_its_row_and_never_wins(way: Variant | None) -> None:
+    chance = Chance(0, dtype_of(way))
     hidden_BH = chance.normal(3, chance.hidden)
     output_NH = chance.normal(70, chance.hidden)
     output_NH[5] = torch.nan
     weights = chance.heads(exact=False)
     heads = HeadsWeights(weights.weight_LKHH, weights.bias_LKH, output_NH, None)
     groups = [HeadsGroup(0, 3, heads)]
-    with running(isa) as ops:
+    with running(way) as ops:
         plain_XR = ops.propose(hidden_BH, groups, 64).ids_XR
         hidden_BH[1, 7] = torch.inf
         hidden_BH[1, 8] = torch.nan
@@ -177,11 +183,13 @@ def test_nan_stays_in_its_row_and_never_wins(isa: Isa | None) -> None:
     assert rows[0][1].view(-1, 64).tolist() == [list(range(64))] * heads.num_heads
 
 
-@pytest.mark.parametrize("isa", WAYS)
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_a_logit_that_is_not_finite_spoils_its_head_in_its_row(isa: Isa | None, bad: float) -> None:
+def test_a_logit_that_is_not_finite_spoils_its_head_in_its_row(
+    way: Variant | None, bad: float
+) -> None:
     """All of that head's log-probabilities there, the others' nowhere."""
-    chance = Chance(0, torch.float32 if isa is None else DTYPES[isa])
+    chance = Chance(0, dtype_of(way))
     hidden_BH, output_KNH = chance.normal(3, chance.hidden), chance.normal(2, 70, chance.hidden)
     # Blocks that add nothing: a state is its row. One large input makes one logit overflow.
     weight_LKHH = torch.zeros(1, 2, chance.hidden, chance.hidden, dtype=hidden_BH.dtype)
@@ -189,7 +197,7 @@ def test_a_logit_that_is_not_finite_spoils_its_head_in_its_row(isa: Isa | None, 
     hidden_BH[:, 0] = 0
     output_KNH[1, 69], output_KNH[:, :, 0] = 0, 0
     groups = [HeadsGroup(0, 3, heads)]
-    with running(isa) as ops:
+    with running(way) as ops:
         plain_BKR = ops.propose(hidden_BH, groups, 4).logprobs_XR.view(3, 2, 4)
         hidden_BH[1, 0] = 1e20
         output_KNH[1, 69, 0] = bad if math.isnan(bad) else math.copysign(1e20, bad)
@@ -224,10 +232,10 @@ def test_the_head_maths_of_the_formats_page() -> None:
 LEVELS = (-torch.inf, -1.0, 0.0, 2.0, 2.5, torch.nan, torch.inf)
 
 
-@pytest.mark.parametrize("way", [pytest.param(None, id="torch"), *each_of(Isa.AVX512)])
+@pytest.mark.parametrize("way", TOPS)
 @given(SEEDS, st.integers(1, 90), st.integers(1, MAX_RANK), st.integers(1, len(LEVELS)))
 def test_top_equals_a_full_sort(
-    way: Isa | None, seed: int, columns: int, num: int, num_levels: int
+    way: Variant | None, seed: int, columns: int, num: int, num_levels: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     picked = torch.randint(num_levels, (3, columns), generator=generator)
@@ -237,8 +245,8 @@ def test_top_equals_a_full_sort(
     assert_same(found, top_reference(logits_XV, num))
 
 
-@pytest.mark.parametrize("way", [pytest.param(None, id="torch"), *each_of(Isa.AVX512)])
-def test_top_of_a_whole_vocabulary(way: Isa | None) -> None:
+@pytest.mark.parametrize("way", TOPS)
+def test_top_of_a_whole_vocabulary(way: Variant | None) -> None:
     logits_XV = torch.randn(2, 50_000, generator=torch.Generator().manual_seed(0))
     expected_XR = logits_XV.argsort(dim=1, descending=True)[:, :7]
     logprobs_XR = logits_XV.double().log_softmax(-1).gather(1, expected_XR).float()

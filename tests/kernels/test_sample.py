@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -14,27 +15,24 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lorastack.kernels import sample as module
-from lorastack.kernels.native.library import Isa
+from lorastack.kernels.native.isa import Isa
 from lorastack.kernels.ops import NativeOps
 from lorastack.kernels.sample import Sample, sample_torch
 from lorastack.request import SamplingParams
 from lorastack.sampling.reference import sample_reference, survivors
 from tests.helpers.guarded import guarded
-from tests.helpers.isas import needs
+from tests.helpers.isas import FLOAT32, each_of
 
 Way = Callable[[Tensor, Sequence[Sample]], list[int]]
-here = needs(Isa.AVX512)
 
 
-def sample_native(logits_XV: Tensor, samples: Sequence[Sample]) -> list[int]:
+def sample_native(isa: Isa, logits_XV: Tensor, samples: Sequence[Sample]) -> list[int]:
     """As the native ops do it, which leave typical tokens to torch."""
-    return NativeOps(None).sample(logits_XV, (), samples)
+    return NativeOps(isa, None).sample(logits_XV, (), samples)
 
 
-WAYS = [
-    pytest.param(sample_torch, id="torch"),
-    pytest.param(sample_native, id="native", marks=here),
-]
+NATIVE = each_of(*FLOAT32, made=partial(partial, sample_native))
+WAYS = [pytest.param(sample_torch, id="torch"), *NATIVE]
 SEEDS = st.integers(0, 2**64 - 1)
 PARAMS = st.builds(
     SamplingParams,
@@ -108,7 +106,7 @@ def test_draws_of_a_large_vocabulary_are_the_references(
     assert way(logits_XV, samples) == expected(logits_XV, samples)
 
 
-@here
+@pytest.mark.parametrize("way", NATIVE)
 @pytest.mark.parametrize("kind", ["normal", "wide", "5 levels", "holes"])
 @pytest.mark.parametrize(
     "params",
@@ -121,10 +119,10 @@ def test_draws_of_a_large_vocabulary_are_the_references(
     ],
     ids=str,
 )
-def test_both_ways_draw_the_same(kind: str, params: SamplingParams) -> None:
+def test_native_draws_are_those_of_torch(way: Way, kind: str, params: SamplingParams) -> None:
     logits_XV = make_logits(3, 200, 3001, kind)
     samples = [Sample(row, replace(params, seed=row), row) for row in range(200)]
-    found = sample_native(logits_XV, samples)
+    found = way(logits_XV, samples)
     assert found == sample_torch(logits_XV, samples)
     assert len(set(found)) > 1
 
@@ -238,7 +236,7 @@ TYPICAL = SamplingParams(temperature=1.3, top_k=11, typical_p=0.6, seed=14)
 LOGITS_V = torch.tensor([0.1, 1.3, -0.4, 0.8, 0.8, -1.0, 0.3, 1.1, -0.2, 0.5, -0.6, 0.0])
 COUNTED = [
     pytest.param(sample_torch, 4000, id="torch"),
-    pytest.param(sample_native, 100_000, id="native", marks=here),
+    *(pytest.param(*each.values, 100_000, id=each.id, marks=each.marks) for each in NATIVE),
 ]
 
 
@@ -287,14 +285,12 @@ def test_the_chi_square_test_catches_wrong_noise(
     assert statistic(drawn(sample_torch, params, 4000), wanted) > CHI_SQUARE_9999[len(wanted) - 1]
 
 
-@here
+@pytest.mark.parametrize("way", NATIVE)
 @pytest.mark.parametrize("params", CASES, ids=str)
-def test_the_chi_square_test_catches_a_wrong_temperature(params: SamplingParams) -> None:
+def test_the_chi_square_test_catches_a_wrong_temperature(way: Way, params: SamplingParams) -> None:
     wanted = probabilities_of(params)
     warmer = replace(params, temperature=1.1 * params.temperature)
-    assert (
-        statistic(drawn(sample_native, warmer, 100_000), wanted) > CHI_SQUARE_9999[len(wanted) - 1]
-    )
+    assert statistic(drawn(way, warmer, 100_000), wanted) > CHI_SQUARE_9999[len(wanted) - 1]
 
 
 @pytest.mark.parametrize("way", WAYS)

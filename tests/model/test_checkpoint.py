@@ -17,11 +17,10 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorastack.errors import InvalidArgumentError
-from lorastack.kernels.native.library import Isa
 from lorastack.model import checkpoint
 from lorastack.model.backends.load import load_backend
 from lorastack.model.checkpoint import Checkpoint
-from tests.helpers.isas import needs
+from tests.helpers.isas import needs_native
 from tests.helpers.tiny import build_llama
 
 SINGLE = "model.safetensors"
@@ -127,7 +126,7 @@ print(kib("VmHWM") - kib("VmRSS"))
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
-@needs(Isa.AVX512_BF16)
+@needs_native
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("quantize", ["", "int8", "int4"])
 def test_loading_takes_one_matrix_more_than_the_weights(

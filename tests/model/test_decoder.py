@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from lorastack.kernels import ops
+from lorastack.kernels.native import isa
 from lorastack.kernels.ops import NativeOps, Ops
 from lorastack.lora.segments import LoraBatch
 from lorastack.model.backends.base import Backend
@@ -263,7 +263,7 @@ def test_without_native_everything_runs_in_plain_torch(
     tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, native: bool
 ) -> None:
     """A float16 model, whose steps no native kernel runs, samples natively else."""
-    monkeypatch.setattr(ops, "supported", lambda isa: True)
+    monkeypatch.setattr(isa, "supported", lambda isa: True)
     decoder = load_backend(
         tiny_llama, device=CPU, dtype=torch.float16, max_context=None, native=native
     )

@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from lorastack.kernels.native.library import Isa
 from lorastack.kernels.quantize import Kind
 from lorastack.layout import EMBED, LAYER_TARGETS, LM_HEAD
 from lorastack.lora.weights import LoraWeights
@@ -25,15 +24,13 @@ from lorastack.model.checkpoint import Checkpoint
 from lorastack.model.config import load_config
 from lorastack.model.kv import KVCache, Move
 from tests.helpers.adapters import write_lora
-from tests.helpers.isas import each_of
+from tests.helpers.isas import each_variant
 from tests.helpers.native import RowPart, Uses, lay_out, run
 from tests.helpers.packed import read_weights
 from tests.helpers.tiny import VOCAB_SIZE, build_llama, build_mistral, shapes_of
 
 CPU = torch.device("cpu")
 PAGE, NUM_PAGES = 4, 256
-DTYPES = {Isa.AMX: torch.bfloat16, Isa.AVX512_BF16: torch.bfloat16, Isa.AVX512: torch.float32}
-ISAS = each_of(*Isa)
 MODELS: dict[str, tuple[Callable[..., Path], dict[str, Any]]] = {
     "llama": (build_llama, {}),
     "biases": (build_llama, {"attention_bias": True, "mlp_bias": True, "intermediate_size": 88}),
@@ -54,7 +51,7 @@ STACKS: tuple[Uses, ...] = ((), ((ALL, 1.0),), ((SOME, 1.0),), ((ALL, 0.5), (WID
 
 @dataclass(frozen=True)
 class World:
-    """A tiny model on one instruction set, and the same in torch and float32."""
+    """A tiny model on one instruction set in one dtype, and the same in torch and float32."""
 
     native: Backend
     reference: Backend
@@ -84,11 +81,11 @@ def lora_folders(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list
     return [write_lora(base / name, shapes, **fields) for name, fields in LORAS.items()]
 
 
-@pytest.fixture(scope="module", params=ISAS)
+@pytest.fixture(scope="module", params=each_variant())
 def world(request: pytest.FixtureRequest, folder: Path, lora_folders: list[Path]) -> World:
-    dtype, config = DTYPES[request.param], load_config(folder, None)
+    (isa, dtype), config = request.param, load_config(folder, None)
     kind = KINDS.get(folder.name) if dtype == torch.bfloat16 else None  # all that they multiply
-    backend = NativeBackend.load(Checkpoint(folder), config, dtype, request.param, kind)
+    backend = NativeBackend.load(Checkpoint(folder), config, dtype, isa, kind)
     shapes = shapes_of(folder)
     reference = load_backend(
         folder, device=CPU, dtype=torch.float32, max_context=None, native=False, quantize=kind

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorastack.errors import InvalidArgumentError
-from lorastack.kernels.native.library import Isa, supported
+from lorastack.kernels.native.library import library
 from lorastack.kernels.quantize import Kind, dequantise, quantise_torch
 from lorastack.model.backends.load import load_backend
 from tests.helpers.tiny import VOCAB_SIZE, build_llama
@@ -47,9 +47,8 @@ def test_native_runs_bfloat16_and_torch_the_rest(folder: Path, kind: Kind) -> No
         assert decoder.quantization == kind
         return decoder.name.partition(" ")[0]
 
-    here = supported(Isa.AMX) or supported(Isa.AVX512_BF16)
     assert backend(torch.float32) == "torch"
-    assert backend(None) == backend(torch.bfloat16) == ("native" if here else "torch")
+    assert backend(None) == backend(torch.bfloat16) == ("native" if library() else "torch")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -6,18 +6,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lorastack.kernels.native.library import Isa
 from lorastack.kernels.ops import NativeOps, Ops
 from lorastack.kernels.sample import Sample
 from lorastack.request import SamplingParams
 from lorastack.sampling.processors import Processor
 from lorastack.sampling.reference import sample_reference
 from lorastack.sampling.sampler import NO_TOKEN, posterior, sample
-from tests.helpers.isas import needs
+from tests.helpers.isas import FLOAT32, each_of
 
 WAYS = [
     pytest.param(Ops(), id="torch"),
-    pytest.param(NativeOps(None), id="native", marks=needs(Isa.AVX512)),
+    *each_of(*FLOAT32, made=lambda isa: NativeOps(isa, None)),
 ]
 params_strategy = st.builds(
     SamplingParams,

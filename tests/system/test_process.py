@@ -20,8 +20,7 @@ from lorastack.client import Client
 from lorastack.engine.loop import MAX_FAULTS
 from lorastack.errors import InternalError, UnavailableError
 from lorastack.kernels.native import build
-from lorastack.kernels.native.library import Isa
-from tests.helpers.isas import needs
+from tests.helpers.isas import needs_native
 from tests.helpers.live import ask
 
 ADDRESS = re.compile(r"127\.0\.0\.1:\d+")
@@ -228,7 +227,7 @@ def test_without_the_native_library_everything_runs_and_says_so(
     assert "python -m lorastack.kernels.native.build" in errors
 
 
-@needs(Isa.AVX512)
+@needs_native
 def test_torch_and_the_native_library_share_one_openmp(serve: Serve) -> None:
     process = serve()
     with Client(process.address) as client:

@@ -7,17 +7,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import torch
 
 from lorastack.config import AdapterConfig
-from lorastack.kernels.native.library import isa_of
+from lorastack.kernels.native.library import library
 from lorastack.kernels.quantize import Kind
 from lorastack.v1 import generation_pb2 as pb
 from tests.helpers.live import ROOMY, LiveServer, ask
 from tests.helpers.zoo import BUNDLE, FAMILIAR, TRAINED_HEADS
 
 # In float32 torch's products hardly depend on the number of rows; its bfloat16 ones do.
-DTYPES = ["float32"] if isa_of(torch.bfloat16) is None else ["float32", "bfloat16"]
+DTYPES = ["float32", "bfloat16"] if library() else ["float32"]
 STACKS: tuple[tuple[tuple[str, float], ...], ...] = (
     (),
     (("random-a", 1.0),),

@@ -38,7 +38,7 @@ class Device(StrEnum):
 
 
 class DType(StrEnum):
-    """The type of weights, activations and KV; auto is float32 on a CPU without native bfloat16."""
+    """The type of weights, activations and KV; auto is float32 where torch runs a step on a CPU."""
 
     AUTO = "auto"
     FLOAT32 = "float32"
@@ -199,6 +199,16 @@ def serve(
     backend: Annotated[
         Backend, typer.Option("--backend", envvar="LORASTACK_BACKEND", help=Backend.__doc__)
     ] = Backend.AUTO,
+    isa: Annotated[
+        str | None,
+        typer.Option(
+            "--isa",
+            metavar="NAME",
+            envvar="LORASTACK_ISA",
+            help="Let native kernels use no better instruction set than this one, such as avx2.",
+            show_default="the best that this machine has",
+        ),
+    ] = None,
     quantize: Annotated[
         Quantize | None,
         typer.Option(
@@ -332,6 +342,7 @@ def serve(
             device=device.value,
             dtype=dtype.value,
             backend=backend.value,
+            isa=isa,
             quantize=None if quantize is None else quantize.value,
             threads=threads,
             max_context=max_context,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lorastack.kernels.native.isa import Isa
 from lorastack.kernels.native.library import library
 
 
@@ -19,14 +20,15 @@ def best_torch(logits_XV: Tensor) -> tuple[Tensor, Tensor]:
     return values_X, ids_X
 
 
-def best_native(logits_XV: Tensor) -> tuple[Tensor, Tensor]:
-    """float32 on a CPU with AVX512."""
+def best_native(isa: Isa, logits_XV: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 on a CPU that has `isa`, which computes in float32."""
     native = library()
     assert native is not None
     rows, columns = logits_XV.shape
     values_X = torch.empty(rows)
     ids_X = torch.empty(rows, dtype=torch.int64)
     native.lorastack_best(
+        isa,
         logits_XV.data_ptr(),
         rows,
         columns,

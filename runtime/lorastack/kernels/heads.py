@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.nn.functional import linear, silu
 
 from lorastack.kernels.native import library as native
+from lorastack.kernels.native.isa import Isa
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,14 +133,14 @@ def propose_torch(
     return _joined(parts, num, hidden_BH.device)
 
 
-def states_native(isa: native.Isa, hidden_BH: Tensor, groups: Sequence[HeadsGroup]) -> Tensor:
-    """See the module. hidden_BH: contiguous on a CPU that has `isa`, of its dtype, H a multiple of
-    `matrix.PAD`."""
+def states_native(isa: Isa, hidden_BH: Tensor, groups: Sequence[HeadsGroup]) -> Tensor:
+    """See the module. hidden_BH: contiguous on a CPU that has `isa`, of one of its dtypes, H a
+    multiple of `matrix.PAD`."""
     return _native(isa, hidden_BH, groups, None)
 
 
 def propose_native(
-    isa: native.Isa, hidden_BH: Tensor, groups: Sequence[HeadsGroup], num: int
+    isa: Isa, hidden_BH: Tensor, groups: Sequence[HeadsGroup], num: int
 ) -> TopTokens:
     """See the module. hidden_BH: as in `states_native`; num: 1 to MAX_RANK; every group has an
     output."""
@@ -148,21 +149,21 @@ def propose_native(
     return best
 
 
-def top_native(logits_XV: Tensor, num: int) -> TopTokens:
-    """`top_torch` of contiguous float32 logits on a CPU with AVX512."""
+def top_native(isa: Isa, logits_XV: Tensor, num: int) -> TopTokens:
+    """`top_torch` of contiguous float32 logits on a CPU that has `isa`, which computes in it."""
     rows, columns = logits_XV.shape
     best = _room(rows, num)
     library = native.library()
     assert library is not None
     library.lorastack_top(
-        *(logits_XV.data_ptr(), rows, columns, num),
+        *(isa, logits_XV.data_ptr(), rows, columns, num),
         *(best.ids_XR.data_ptr(), best.logprobs_XR.data_ptr(), torch.get_num_threads()),
     )
     return best
 
 
 def _native(
-    isa: native.Isa, hidden_BH: Tensor, groups: Sequence[HeadsGroup], out: TopTokens | None
+    isa: Isa, hidden_BH: Tensor, groups: Sequence[HeadsGroup], out: TopTokens | None
 ) -> Tensor:
     """The states; fills `out`."""
     num_states = sum(group.num_states for group in groups)
@@ -179,6 +180,7 @@ def _native(
         0 if out is None else out.ids_XR.shape[1],
         torch.get_num_threads(),
         isa,
+        hidden_BH.dtype == torch.bfloat16,
     )
     library = native.library()
     assert library is not None

@@ -22,7 +22,7 @@ from lorastack.kernels.heads import (
     top_native,
     top_torch,
 )
-from lorastack.kernels.native.library import Isa, isa_of, supported
+from lorastack.kernels.native.isa import Isa, isa_of
 from lorastack.kernels.native.matrix import PAD
 from lorastack.kernels.quantize import Kind, Quantised, quantise_native, quantise_torch
 from lorastack.kernels.sample import Sample, sample_native, sample_torch
@@ -87,17 +87,19 @@ class Ops:
 
 
 class NativeOps(Ops):
-    """What the native library has for float32 logits on a CPU with AVX512; torch does the rest."""
+    """What the native library has for float32 logits; torch does the rest."""
 
-    def __init__(self, heads: Isa | None) -> None:
-        """heads: instructions for heads of the model's dtype and size; None: torch runs them."""
+    def __init__(self, isa: Isa, heads: Isa | None) -> None:
+        """isa: computes in float32. heads: for heads of the model's dtype and size; None: torch
+        runs them."""
+        self._isa = isa
         self._heads = heads
 
     def best(self, logits_XV: Tensor) -> tuple[Tensor, Tensor]:
-        return best_native(logits_XV)
+        return best_native(self._isa, logits_XV)
 
     def top(self, logits_XV: Tensor, num: int) -> TopTokens:
-        return top_native(logits_XV, num)
+        return top_native(self._isa, logits_XV, num)
 
     def states(self, hidden_BH: Tensor, groups: Sequence[HeadsGroup]) -> Tensor:
         if self._heads is None:
@@ -112,19 +114,25 @@ class NativeOps(Ops):
     def quantise(self, weight_OI: Tensor, kind: Kind) -> Quantised:
         if weight_OI.dtype != torch.bfloat16:
             return super().quantise(weight_OI, kind)
-        return quantise_native(weight_OI, kind)
+        return quantise_native(self._isa, weight_OI, kind)
 
     def _sample(self, logits_XV: Tensor, samples: Sequence[Sample]) -> list[int]:
         plain = [each for each in samples if each.params.typical_p >= 1]
         typical = [each for each in samples if each.params.typical_p < 1]
-        by_library = iter(sample_native(logits_XV, plain) if plain else ())
+        by_library = iter(sample_native(self._isa, logits_XV, plain) if plain else ())
         by_torch = iter(sample_torch(logits_XV, typical))
         return [next(by_torch if each.params.typical_p < 1 else by_library) for each in samples]
 
 
-def fastest_ops(dtype: torch.dtype, hidden_size: int, device: torch.device) -> Ops:
+def fastest_ops(
+    dtype: torch.dtype, hidden_size: int, device: torch.device, at_most: Isa | None = None
+) -> Ops:
     """The ops that run fastest here for a model of this dtype, whose logits are float32, or float64
-    of a float64 model."""
-    if device.type != "cpu" or dtype == torch.float64 or not supported(Isa.AVX512):
+    of a float64 model.
+
+    at_most: no better instruction set than it.
+    """
+    isa = isa_of(torch.float32, at_most)
+    if device.type != "cpu" or dtype == torch.float64 or isa is None:
         return Ops()
-    return NativeOps(None if hidden_size % PAD else isa_of(dtype))
+    return NativeOps(isa, None if hidden_size % PAD else isa_of(dtype, at_most))

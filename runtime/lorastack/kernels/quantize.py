@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lorastack.kernels.native.isa import Isa
 from lorastack.kernels.native.library import library
 
 GROUP = 32  # inputs that share a scale in int4; inputs are padded to it with zeros
@@ -78,12 +79,12 @@ def quantise_torch(weight_OI: Tensor, kind: Kind) -> Quantised:
     return _checked(quantise_reference(weight_OI, kind))
 
 
-def quantise_native(weight_OI: Tensor, kind: Kind) -> Quantised:
-    """`quantise_torch` of a bfloat16 weight on a CPU with AVX512."""
+def quantise_native(isa: Isa, weight_OI: Tensor, kind: Kind) -> Quantised:
+    """`quantise_torch` of a bfloat16 weight on a CPU that has `isa`, which computes in float32."""
     native, weight_OI, quantised = library(), weight_OI.contiguous(), _empty(weight_OI, kind)
     assert native is not None
     native.lorastack_quantise(
-        *(weight_OI.data_ptr(), *weight_OI.shape, STORED[kind]),
+        *(isa, weight_OI.data_ptr(), *weight_OI.shape, STORED[kind]),
         *(quantised.codes.data_ptr(), quantised.scales.data_ptr(), torch.get_num_threads()),
     )
     return _checked(quantised)

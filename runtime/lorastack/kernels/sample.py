@@ -27,6 +27,7 @@ from torch import Tensor
 
 from lorastack.kernels.gumbel import gumbel, stream
 from lorastack.kernels.native import library as native
+from lorastack.kernels.native.isa import Isa
 from lorastack.request import SamplingParams
 
 _SLACK = 1 - 1e-6  # for rounding of float64 sums
@@ -102,8 +103,9 @@ def _top(logits_V: Tensor, num: int) -> Tensor:
     return torch.cat([above, level])
 
 
-def sample_native(logits_XV: Tensor, samples: Sequence[Sample]) -> list[int]:
-    """See the module. logits_XV: float32 on a CPU with AVX512; none of `samples` has typical_p."""
+def sample_native(isa: Isa, logits_XV: Tensor, samples: Sequence[Sample]) -> list[int]:
+    """See the module. logits_XV: float32 on a CPU that has `isa`, which computes in it; none of
+    `samples` has typical_p."""
     structs = (native.Sample * len(samples))(
         *(
             native.Sample(
@@ -121,6 +123,7 @@ def sample_native(logits_XV: Tensor, samples: Sequence[Sample]) -> list[int]:
     library = native.library()
     assert library is not None
     library.lorastack_sample_rows(
+        isa,
         logits_XV.data_ptr(),
         logits_XV.stride(0),
         logits_XV.shape[1],

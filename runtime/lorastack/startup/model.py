@@ -12,6 +12,7 @@ import torch
 
 from lorastack.config import MIB, EngineConfig, ModelConfig
 from lorastack.errors import InvalidArgumentError, Reason
+from lorastack.kernels.native.isa import Isa, isa_named
 from lorastack.kernels.native.library import library
 from lorastack.kernels.quantize import Kind
 from lorastack.model.backends.base import Backend
@@ -64,17 +65,17 @@ def load_model(
     """Weights and tokenizer from a folder, a hub id, or the embedded default.
 
     adapter_memory: bytes that must be there beside weights and KV. Raises, before any weight is
-    read, InvalidArgumentError for a model, a device or a backend that cannot run here, and
-    FailedPreconditionError for more memory than the device has or less KV than two pages.
+    read, InvalidArgumentError for a model, a device, a backend or instructions that cannot run
+    here, and FailedPreconditionError for more memory than the device has or less KV than two pages.
     """
-    device = _device(config.device)
+    device, at_most = _device(config.device), isa_named(config.isa)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     path, name = model_folder(config.model, partial(progress, "fetching the default model"))
     with ThreadPoolExecutor(1) as beside:  # the weights, which hardly need the interpreter
         tokenizer = beside.submit(Tokenizer.load, path)
         files = ModelFiles(path, config.max_context)
-        choice = _choose(config, files.config, device, name)
+        choice = _choose(config, files.config, device, at_most, name)
         kv_memory = _kv_memory(files.config, choice, engine.kv_memory, adapter_memory)
         num_pages = count_pages(files.config.shapes, choice.dtype, kv_memory, engine.page_size)
         checkpoint = files.checkpoint.reporting(_reporter(progress, tokenizer))
@@ -103,7 +104,13 @@ def _reporter(progress: StartupProgress, tokenizer: Future[Tokenizer]) -> Progre
     return report
 
 
-def _choose(config: ModelConfig, model: DecoderConfig, device: torch.device, name: str) -> Choice:
+def _choose(
+    config: ModelConfig,
+    model: DecoderConfig,
+    device: torch.device,
+    at_most: Isa | None,
+    name: str,
+) -> Choice:
     """What runs the model; steps that are slower than they might be are refused or logged."""
     choice = choose(
         model,
@@ -111,6 +118,7 @@ def _choose(config: ModelConfig, model: DecoderConfig, device: torch.device, nam
         dtype=_dtype(config.dtype),
         native=config.backend != "torch",
         kind=None if config.quantize is None else Kind(config.quantize),
+        at_most=at_most,
     )
     why = choice.why_torch(name)
     if why and config.backend == "native":

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from lorastack.config import MIB
-from lorastack.kernels.native.library import Isa, supported
+from lorastack.kernels.native.library import library
 from lorastack.layout import ModelShapes
 from lorastack.model.config import load_config
 from lorastack.model.kv import page_nbytes
@@ -26,7 +26,7 @@ from tests.integration.mistral_7b.serving import Deployment
 
 KV_TOKENS = 6144
 # In bfloat16 only the native kernels give a row the same bits in any company.
-DTYPE = torch.bfloat16 if supported(Isa.AVX512_BF16) else torch.float32
+DTYPE = torch.bfloat16 if library() else torch.float32
 
 
 @pytest.fixture(scope="session")

@@ -10,19 +10,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lorastack.kernels.native.library import Isa
+from lorastack.kernels.native.isa import Isa
 from lorastack.layout import ModelShapes
 from lorastack.lora.segments import LoraBatch, Segment
 from lorastack.lora.weights import LM_HEAD_GROUP, LoraWeights
 from tests.helpers.guarded import guarded
-from tests.helpers.isas import each_of
+from tests.helpers.isas import Variant, each_variant
 from tests.helpers.native import Twins, config_of, kinds, random_lora, twins
 
-ISAS = each_of(*Isa)
+VARIANTS = each_variant()
 RANKS = (0, 1, 3, 16, 17, 64, 65, 130)
 
 
-def head(isa: Isa, chance: random.Random) -> Twins:
+def head(variant: Variant, chance: random.Random) -> Twins:
     """A model of which only the head matters."""
     shapes = ModelShapes(
         architecture="LlamaForCausalLM",
@@ -37,7 +37,7 @@ def head(isa: Isa, chance: random.Random) -> Twins:
         tie_word_embeddings=False,
     )
     seed = chance.randrange(2**20)
-    return twins(config_of(shapes), isa, seed, kind=chance.choice(kinds(isa)))
+    return twins(config_of(shapes), variant, seed, kind=chance.choice(kinds(variant.dtype)))
 
 
 def segments_of(loras: list[LoraWeights], rows: int, chance: random.Random) -> LoraBatch:
@@ -72,11 +72,11 @@ def exact(model: Twins, hidden_XH: Tensor, lora: LoraBatch, isa: Isa) -> tuple[T
     return logits_XV, rounded_XV
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("variant", VARIANTS)
 @given(st.integers(0, 2**30))
-def test_equals_exact_sums_and_a_row_alone(isa: Isa, seed: int) -> None:
+def test_equals_exact_sums_and_a_row_alone(variant: Variant, seed: int) -> None:
     chance = random.Random(seed)
-    model = head(isa, chance)
+    model = head(variant, chance)
     loras = [random_lora(model.config.shapes, model.dtype, chance, RANKS)[0] for _ in range(3)]
     rows = chance.choice((1, 2, 3, 11, 12, 13, 16, 17, 31, 32, 33, 70))
     generator = torch.Generator().manual_seed(seed)
@@ -84,7 +84,7 @@ def test_equals_exact_sums_and_a_row_alone(isa: Isa, seed: int) -> None:
     hidden_XH = guarded(hidden_XH.to(model.dtype))
     lora = segments_of(loras, rows, chance)
     found_XV = model.native.logits(hidden_XH, lora)
-    expected_XV, rounded_XV = exact(model, hidden_XH, lora, isa)
+    expected_XV, rounded_XV = exact(model, hidden_XH, lora, variant.isa)
     assert bool(((found_XV - expected_XV).abs() <= rounded_XV).all())
     row = chance.randrange(rows)
     mine = tuple(
@@ -96,12 +96,12 @@ def test_equals_exact_sums_and_a_row_alone(isa: Isa, seed: int) -> None:
     assert torch.equal(found_XV[row], alone_XV[0])
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
 @given(st.integers(0, 2**30))
-def test_what_is_not_finite_stays_in_its_row(isa: Isa, poison: float, seed: int) -> None:
+def test_what_is_not_finite_stays_in_its_row(variant: Variant, poison: float, seed: int) -> None:
     chance = random.Random(seed)
-    model = head(isa, chance)
+    model = head(variant, chance)
     loras = [random_lora(model.config.shapes, model.dtype, chance, RANKS)[0]]
     rows = chance.choice((2, 13, 33))
     hidden_XH = torch.randn(rows, model.config.shapes.hidden_size).to(model.dtype)
@@ -112,7 +112,7 @@ def test_what_is_not_finite_stays_in_its_row(isa: Isa, poison: float, seed: int)
     found_XV = model.native.logits(hidden_XH, lora)
     others = [other for other in range(rows) if other != row]
     assert torch.equal(found_XV[others], clean_XV[others])
-    expected_XV, rounded_XV = exact(model, hidden_XH, lora, isa)
+    expected_XV, rounded_XV = exact(model, hidden_XH, lora, variant.isa)
     assert torch.equal(found_XV[row].isfinite(), expected_XV[row].isfinite())
     number_V = expected_XV[row].isfinite()
     off_V = (found_XV[row] - expected_XV[row]).abs()[number_V]

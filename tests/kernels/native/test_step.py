@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -11,10 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lorastack.kernels.best import best_torch
-from lorastack.kernels.native.library import Isa
+from lorastack.kernels.native.isa import Isa
+from lorastack.kernels.native.matrix import LANES
 from lorastack.layout import ModelShapes
 from lorastack.lora.weights import LoraWeights
-from tests.helpers.isas import each_of
+from tests.helpers.isas import Variant, each_variant, needs
 from tests.helpers.native import (
     RowPart,
     Twins,
@@ -27,21 +29,26 @@ from tests.helpers.native import (
     twins,
 )
 
-ISAS = each_of(*Isa)
+VARIANTS = each_variant()
 RANKS = (0, 1, 5, 16, 33, 64, 65)
 NUM_PAGES = 300
 
 
-def model_of(isa: Isa, chance: random.Random, poison: float | None = None) -> Twins:
-    kv_heads = chance.randint(1, 3)
+def model_of(variant: Variant, chance: random.Random, poison: float | None = None) -> Twins:
+    hidden_size, head_dim = 32 * chance.randint(1, 5), chance.choice((32, 64, 96, 160))
+    if not variant.isa.multiplies_pairs and chance.random() < 0.7:
+        hidden_size = chance.choice((hidden_size, 33, 40, 72, 100))
+        head_dim = chance.choice((6, 20, 80, 96, 100, 128, 256))
+    step = LANES // math.gcd(LANES, head_dim)  # all heads together are whole panels
+    kv_heads = step * chance.randint(1, max(1, 3 // step))
     shapes = ModelShapes(
         architecture="LlamaForCausalLM",
-        hidden_size=32 * chance.randint(1, 5),
+        hidden_size=hidden_size,
         intermediate_size=chance.randint(1, 130),
         num_layers=chance.randint(1, 2),
         num_heads=kv_heads * chance.choice((1, 2, 3, 5)),
         num_kv_heads=kv_heads,
-        head_dim=chance.choice((32, 64, 96, 160)),
+        head_dim=head_dim,
         vocab_size=chance.randint(3, 80),
         max_context=256,
         tie_word_embeddings=False,
@@ -49,7 +56,7 @@ def model_of(isa: Isa, chance: random.Random, poison: float | None = None) -> Tw
     window = chance.choice((None, None, 1, 7, 16, 40))
     biases = chance.random() < 0.5
     config, seed = config_of(shapes, window=window, biases=biases), chance.randrange(999)
-    return twins(config, isa, seed, poison, chance.choice(kinds(isa)))
+    return twins(config, variant, seed, poison, chance.choice(kinds(variant.dtype)))
 
 
 def loras_of(model: Twins, chance: random.Random) -> tuple[list[LoraWeights], list[LoraWeights]]:
@@ -82,18 +89,27 @@ def near(model: Twins, found_TV: Tensor, expected_TV: Tensor) -> None:
         assert (found_TV - expected_TV).norm() <= 0.05 * expected_TV.norm() + 0.05
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("variant", VARIANTS)
 @settings(max_examples=30)
 @given(st.integers(0, 2**30))
-def test_every_shape_equals_torch(isa: Isa, seed: int) -> None:
-    """Prompts in one step, then more of them, trees and single tokens behind them in another."""
+def test_every_shape_equals_torch(variant: Variant, seed: int) -> None:
     chance = random.Random(seed)
-    model = model_of(isa, chance)
+    model = model_of(variant, chance)
     mine, plain = loras_of(model, chance)
     page_size = chance.choice((1, 3, 4, 16))
+    caches = model.caches(NUM_PAGES, page_size)
+    for parts in two_steps(model, chance, page_size):
+        found = run(model.native, mine, caches[0], parts)
+        expected = run(model.reference, plain, caches[1], parts)
+        near(model, torch.cat(found), torch.cat(expected))
+
+
+def two_steps(
+    model: Twins, chance: random.Random, page_size: int
+) -> tuple[list[RowPart], list[RowPart]]:
+    """Prompts in one step, then more of them, trees and single tokens behind them in another."""
     free = list(range(NUM_PAGES))
     chance.shuffle(free)
-    caches = model.caches(NUM_PAGES, page_size)
     first, second = [], []
     for _ in range(chance.randint(1, 4)):
         done, more = chance.choice((1, 2, 15, 16, 17, 33, 64)), chance.choice((1, 1, 4, 9))
@@ -101,19 +117,35 @@ def test_every_shape_equals_torch(isa: Isa, seed: int) -> None:
         first.append(RowPart(tokens(model, chance, done), 0, pages, uses))
         parents = tree(chance, more) if chance.random() < 0.5 else None
         second.append(RowPart(tokens(model, chance, more), done, pages, uses, parents))
-    for parts in (first, second):
-        found = run(model.native, mine, caches[0], parts)
-        expected = run(model.reference, plain, caches[1], parts)
-        near(model, torch.cat(found), torch.cat(expected))
+    return first, second
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@needs(Isa.AVX512, Isa.AVX2)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@settings(max_examples=30)
+@given(st.integers(0, 2**30))
+def test_what_widens_and_fuses_has_the_same_bits(dtype: torch.dtype, seed: int) -> None:
+    """PLAIN is not among them: it rounds products where there is nothing to fuse them with."""
+    results = []
+    for isa in (Isa.AVX512, Isa.AVX2):
+        chance = random.Random(seed)
+        model = model_of(Variant(isa, dtype), chance)
+        loras, _ = loras_of(model, chance)
+        kv, _ = model.caches(NUM_PAGES, 4)
+        both = two_steps(model, chance, 4)
+        found = [torch.cat(run(model.native, loras, kv, parts)) for parts in both]
+        results.append((*found, kv.data.nan_to_num()))
+    for first, second in zip(*results, strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 @settings(max_examples=20)
 @given(st.integers(0, 2**30))
-def test_what_is_wanted_of_a_step(isa: Isa, seed: int) -> None:
+def test_what_is_wanted_of_a_step(variant: Variant, seed: int) -> None:
     """Any tokens' results, or none's: those of a step that gives all, and the best of them."""
     chance = random.Random(seed)
-    model = model_of(isa, chance)
+    model = model_of(variant, chance)
     loras, _ = loras_of(model, chance)
     kv, _ = model.caches(NUM_PAGES, 4)
     parts, free = [], list(range(NUM_PAGES))
@@ -132,13 +164,13 @@ def test_what_is_wanted_of_a_step(isa: Isa, seed: int) -> None:
     assert torch.equal(some.peaks_X, peaks_X) and torch.equal(some.best_X, best_X)
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("variant", VARIANTS)
 @settings(max_examples=30)
 @given(st.integers(0, 2**30))
-def test_bits_of_every_shape_do_not_depend_on_company(isa: Isa, seed: int) -> None:
+def test_bits_of_every_shape_do_not_depend_on_company(variant: Variant, seed: int) -> None:
     """A row cut in two, among others and on other pages; then on the pages of a cached prefix."""
     chance = random.Random(seed)
-    model = model_of(isa, chance)
+    model = model_of(variant, chance)
     loras, _ = loras_of(model, chance)
     page_size = chance.choice((1, 4, 16))
     free = list(range(NUM_PAGES))
@@ -174,14 +206,16 @@ def test_bits_of_every_shape_do_not_depend_on_company(isa: Isa, seed: int) -> No
     assert torch.equal(cached, alone[done:])
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
 @settings(max_examples=20)
 @given(st.integers(0, 2**30))
-def test_what_is_not_finite_stays_with_its_descendants(isa: Isa, poison: float, seed: int) -> None:
+def test_what_is_not_finite_stays_with_its_descendants(
+    variant: Variant, poison: float, seed: int
+) -> None:
     """Token 0's embedding is bad: its node and those below it are NaN, everything else as ever."""
     chance = random.Random(seed)
-    model = model_of(isa, chance, poison)
+    model = model_of(variant, chance, poison)
     loras, plain = loras_of(model, chance)
     free = list(range(NUM_PAGES))
     chance.shuffle(free)
@@ -210,13 +244,13 @@ def test_what_is_not_finite_stays_with_its_descendants(isa: Isa, poison: float, 
     assert torch.equal(mine[node].isnan(), expected.isnan())
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("variant", VARIANTS)
 @settings(max_examples=20)
 @given(st.integers(0, 2**30))
-def test_a_bad_key_is_not_dropped(isa: Isa, seed: int) -> None:
+def test_a_bad_key_is_not_dropped(variant: Variant, seed: int) -> None:
     """Its value is sound, yet who sees it is NaN, as a softmax over its score is."""
     chance = random.Random(seed)
-    model = model_of(isa, chance)
+    model = model_of(variant, chance)
     kv, _ = model.caches(16, 4)
     pages, past = chance.sample(range(16), 10), 37
     window = model.config.window or past + 1

@@ -1,4 +1,4 @@
-"""The compiled library: ctypes mirrors of abi.h, loading, and what this machine can run of it."""
+"""The compiled library: ctypes mirrors of abi.h, and loading."""
 
 from __future__ import annotations
 
@@ -15,28 +15,15 @@ from ctypes import (
     c_uint64,
     c_void_p,
 )
-from enum import IntEnum
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
+import torch  # noqa: F401 - see `library`
 
 from lorastack.kernels.native import build
 
 log = logging.getLogger(__name__)
-
-
-class Isa(IntEnum):
-    """Instruction sets, best first. PLAIN: what any compiler makes of C++."""
-
-    AMX = 0  # bfloat16
-    AVX512_BF16 = 1  # bfloat16
-    AVX512 = 2
-    AVX2 = 3
-    NEON_BF16 = 4  # bfloat16
-    NEON = 5
-    PLAIN = 6
 
 
 class Matrix(Structure):
@@ -220,28 +207,33 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {
 
 
 def library() -> Any | None:
-    """The loaded library; None where there is none that fits these sources, see `missing`.
+    """The loaded library; None where there is none that fits these sources, see `problem`.
 
-    It is linked with OpenMP under the name that torch's own has. Torch is imported by now, so both
-    share one pool of threads.
+    It is linked with OpenMP under the name that torch's own has. Torch is imported first, so
+    both share one pool of threads.
     """
     return _load(build.LIBRARY)[0]
+
+
+def problem() -> str:
+    """Why `library` gives None, with the remedy; "" if it does not."""
+    return _load(build.LIBRARY)[1]
 
 
 @cache
 def _load(path: Path) -> tuple[Any | None, str]:
     """The library, or None and why, which is logged once."""
-    loaded, problem = None, "the native library is not built"
+    loaded, why = None, "the native library is not built"
     if path.exists():
         try:
             loaded = ctypes.CDLL(str(path))
-            problem = _mismatch(loaded)
+            why = _mismatch(loaded)
         except OSError as error:
-            problem = f"the native library cannot be loaded: {error}"
-    if problem:
-        problem += "; build it with `python -m lorastack.kernels.native.build`"
-        log.warning("no native kernels, steps run in plain torch: %s", problem)
-        return None, problem
+            why = f"the native library cannot be loaded: {error}"
+    if why:
+        why += "; build it with `python -m lorastack.kernels.native.build`"
+        log.warning("no native kernels, steps run in plain torch: %s", why)
+        return None, why
     for name, (result, *arguments) in FUNCTIONS.items():
         function = getattr(loaded, name)
         function.restype, function.argtypes = result, arguments
@@ -261,32 +253,3 @@ def _mismatch(loaded: ctypes.CDLL) -> str:
     if list(its_sizes) != [ctypes.sizeof(struct) for struct in STRUCTS]:
         return "the native library does not fit, its structs have other sizes"
     return ""
-
-
-@cache
-def supported(isa: Isa) -> bool:
-    """True if the library is there and this machine runs its kernels for `isa`."""
-    loaded = library()
-    return loaded is not None and loaded.lorastack_supports(isa) == 1
-
-
-def isa_of(dtype: torch.dtype) -> Isa | None:
-    """The best instruction set for weights of a dtype on this machine, None without one."""
-    wanted = {
-        torch.bfloat16: (Isa.AMX, Isa.AVX512_BF16),
-        torch.float32: (Isa.AVX512,),
-    }.get(dtype, ())
-    return next((isa for isa in wanted if supported(isa)), None)
-
-
-def missing(dtype: torch.dtype) -> str:
-    """Why `isa_of` gives None for a dtype, with the remedy if there is one; "" if it does not."""
-    if isa_of(dtype) is not None:
-        return ""
-    if library() is None:
-        return _load(build.LIBRARY)[1]
-    if not supported(Isa.AVX512):
-        return "this CPU lacks AVX512"
-    if dtype == torch.bfloat16:
-        return "this CPU lacks AMX and AVX512-BF16, so native steps need --dtype float32"
-    return f"there are no native kernels for {str(dtype).removeprefix('torch.')}"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lorastack.kernels.native.library import Isa, missing
+from lorastack.kernels.native.isa import Isa, missing
 from lorastack.kernels.quantize import Kind
 from lorastack.model.backends.native import native_isa
 from lorastack.model.config import DecoderConfig
@@ -16,14 +16,15 @@ from lorastack.model.config import DecoderConfig
 class Choice:
     """dtype: of weights, activations and KV. kind: what the base model's weights are quantised to.
 
-    native: the native kernels may be used. isa: the instructions with which they run the model;
-    None for plain torch.
+    native: the native kernels may be used, with no better instruction set than `at_most` if it is
+    there. isa: the one with which they run the model; None for plain torch.
     """
 
     device: torch.device
     dtype: torch.dtype
     kind: Kind | None
     native: bool
+    at_most: Isa | None
     isa: Isa | None
 
     def why_torch(self, name: str) -> str:
@@ -43,13 +44,25 @@ def choose(
     dtype: torch.dtype | None,
     native: bool,
     kind: Kind | None,
+    at_most: Isa | None = None,
 ) -> Choice:
     """The native kernels where they run the model and may (`native`), else torch.
 
-    dtype: None for bfloat16, on a CPU only where the native kernels compute in it, else float32.
+    dtype: None for bfloat16, on a CPU only where the native kernels run the model in it, else
+    float32. at_most: no better instruction set than it.
     """
+
+    def isa_for(dtype: torch.dtype) -> Isa | None:
+        return native_isa(config, dtype, device, kind, at_most) if native else None
+
     if dtype is None:
-        native_bfloat16 = native and native_isa(config, torch.bfloat16, device) is not None
+        native_bfloat16 = isa_for(torch.bfloat16) is not None
         dtype = torch.bfloat16 if native_bfloat16 or device.type != "cpu" else torch.float32
-    isa = native_isa(config, dtype, device, kind) if native else None
-    return Choice(device=device, dtype=dtype, kind=kind, native=native, isa=isa)
+    return Choice(
+        device=device,
+        dtype=dtype,
+        kind=kind,
+        native=native,
+        at_most=at_most,
+        isa=isa_for(dtype),
+    )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from lorastack.kernels.native.isa import Isa
 from lorastack.kernels.ops import Ops, fastest_ops
 from lorastack.kernels.quantize import Kind
 from lorastack.model.backends.base import Backend
@@ -25,15 +26,16 @@ def load_backend(
     max_context: int | None,
     native: bool = True,
     quantize: str | None = None,
+    at_most: Isa | None = None,
 ) -> Backend:
     """Load a Hugging Face folder: config.json, the choice of `choose`, and the weights.
 
-    native: False for all in torch, as the reference does it. quantize: a `Kind`. Raises
-    InvalidArgumentError naming what is not supported.
+    native: False for all in torch, as the reference does it. quantize: a `Kind`. at_most: the best
+    instruction set that may be used. Raises InvalidArgumentError naming what is not supported.
     """
     config = load_config(path, max_context)
     kind = None if quantize is None else Kind(quantize)
-    choice = choose(config, device=device, dtype=dtype, native=native, kind=kind)
+    choice = choose(config, device=device, dtype=dtype, native=native, kind=kind, at_most=at_most)
     return read_backend(Checkpoint(path), config, choice)
 
 
@@ -48,5 +50,7 @@ def read_backend(checkpoint: Checkpoint, config: DecoderConfig, choice: Choice) 
     device, dtype, kind = choice.device, choice.dtype, choice.kind
     if choice.isa is not None:
         return NativeBackend.load(checkpoint, config, dtype, choice.isa, kind)
-    ops = fastest_ops(dtype, config.shapes.hidden_size, device) if choice.native else Ops()
+    ops = Ops()
+    if choice.native:
+        ops = fastest_ops(dtype, config.shapes.hidden_size, device, choice.at_most)
     return TorchBackend.load(checkpoint, config, device, dtype, ops, kind)

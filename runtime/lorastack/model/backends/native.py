@@ -1,4 +1,4 @@
-"""A step as one call of the native library: Llama and Mistral layers on an x86-64 CPU.
+"""A step as one call of the native library: Llama and Mistral layers on a CPU.
 
 A row's bits depend on its own tokens, adapters and past alone: not on the rows beside it, on how
 its prompt was cut, on a cached prefix or on a tree around it (see kernels/native/common.h).
@@ -20,12 +20,20 @@ from torch.nn.functional import embedding
 
 from lorastack.kernels.linear import copy_rows
 from lorastack.kernels.native import library as native
-from lorastack.kernels.native.matrix import PAD, PackedMatrix, matrix_rows, pack_matrix, pack_pair
+from lorastack.kernels.native.isa import Isa, usable
+from lorastack.kernels.native.matrix import (
+    LANES,
+    PAD,
+    PackedMatrix,
+    matrix_rows,
+    pack_matrix,
+    pack_pair,
+)
 from lorastack.kernels.native.memory import HugePages
-from lorastack.kernels.ops import NativeOps, Ops
+from lorastack.kernels.ops import fastest_ops
 from lorastack.kernels.quantize import Kind, head_kind
 from lorastack.kernels.segmented_lora import GroupLora, TargetLora
-from lorastack.layout import GROUPS, LAYER_TARGETS
+from lorastack.layout import GROUPS, LAYER_TARGETS, ModelShapes
 from lorastack.lora.linear import add_embedding
 from lorastack.lora.segments import LoraBatch, Segment
 from lorastack.lora.weights import LM_HEAD_GROUP, LoraWeights
@@ -37,21 +45,35 @@ from lorastack.model.kv import KVCache
 from lorastack.model.weights import DecoderWeights, Packing, load_weights
 
 ROWS = 32  # rows that the kernels may read at once
+MAX_HEAD_DIM = 256  # of the kernels that widen
 FIRST_TARGET = (0, *accumulate(map(len, GROUPS)))  # where each group begins in LAYER_TARGETS
 
 
 def native_isa(
-    config: DecoderConfig, dtype: torch.dtype, device: torch.device, kind: Kind | None = None
-) -> native.Isa | None:
-    """The instructions that run this model here, None where the native kernels cannot."""
-    shapes = config.shapes
-    if config.dynamic_rope_begin is not None:
+    config: DecoderConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    kind: Kind | None = None,
+    at_most: Isa | None = None,
+) -> Isa | None:
+    """The best instruction set that runs this model here, None where the native kernels cannot.
+
+    at_most: none better than it.
+    """
+    if device.type != "cpu" or config.dynamic_rope_begin is not None:
         return None
     if kind is not None and dtype != torch.bfloat16:
         return None
-    if device.type != "cpu" or shapes.hidden_size % PAD or shapes.head_dim % PAD:
-        return None
-    return native.isa_of(dtype)
+    return next((isa for isa in usable(dtype, at_most) if fits(isa, config.shapes)), None)
+
+
+def fits(isa: Isa, shapes: ModelShapes) -> bool:
+    """True if the kernels for `isa` take a model of these shapes."""
+    size = shapes.head_dim
+    if isa.multiplies_pairs:
+        return shapes.hidden_size % PAD == 0 and size % PAD == 0
+    whole = all(heads * size % LANES == 0 for heads in (shapes.num_heads, shapes.num_kv_heads))
+    return whole and size % 2 == 0 and size <= MAX_HEAD_DIM
 
 
 class NativeBackend:
@@ -62,23 +84,24 @@ class NativeBackend:
         config: DecoderConfig,
         weights: DecoderWeights[PackedMatrix],
         dtype: torch.dtype,
-        isa: native.Isa,
+        isa: Isa,
         kind: Kind | None = None,
     ) -> None:
         """kind: what the weights are quantised to."""
         library = native.library()
         assert library is not None, "native_isa() comes first"
-        self.name = f"native {isa.name.lower().replace('_', '-')}"
+        self.name = f"native {isa.label}"
         self.shapes = config.shapes
         self.device = torch.device("cpu")
         self.dtype = dtype
         self.quantization = "" if kind is None else kind.value
         self.dynamic_rope_begin = config.dynamic_rope_begin
-        self.ops: Ops = NativeOps(isa)
+        self.ops = fastest_ops(dtype, config.shapes.hidden_size, self.device, isa)
         self._library = library
         self._config = config
         self._weights = weights
         self._isa = isa
+        self._half = dtype == torch.bfloat16
         self._scratch = torch.empty(0, dtype=torch.uint8)
         positions = torch.arange(config.shapes.max_context, dtype=torch.float32)
         angle_PF = positions[:, None] * config.inv_freq
@@ -93,15 +116,16 @@ class NativeBackend:
         checkpoint: Checkpoint,
         config: DecoderConfig,
         dtype: torch.dtype,
-        isa: native.Isa,
+        isa: Isa,
         kind: Kind | None = None,
     ) -> NativeBackend:
         """kind: what weights are quantised to. Raises what `load_weights` raises."""
-        pages, quantise = HugePages(), NativeOps(isa).quantise
+        pages, device = HugePages(), torch.device("cpu")
+        quantise = fastest_ops(dtype, config.shapes.hidden_size, device, isa).quantise
         weights = load_weights(
             checkpoint,
             config,
-            device=torch.device("cpu"),
+            device=device,
             dtype=dtype,
             packing=Packing(
                 dense=partial(pack_matrix, kind=kind, quantise=quantise, keep=pages.copy),
@@ -172,6 +196,7 @@ class NativeBackend:
             shapes.hidden_size,
             torch.get_num_threads(),
             self._isa,
+            self._half,
         )
         self._library.lorastack_logits(head)
         return out_XV
@@ -237,6 +262,7 @@ class NativeBackend:
             self._config.window or 0,
             self._config.rms_eps,
             self._isa,
+            self._half,
         )
         return _Model(model, layers)
 
