@@ -20,8 +20,15 @@ struct Amx : Dot {
     ~State() { _tile_release(); }
   };
 
+  template <class Work>
+  INLINE void with_panels(const lorastack_matrix& matrix, int pair, int rows, uint16_t* unpacked,
+                          Work&& work) {
+    with_pair<FEW_ROWS>(matrix, pair, rows, unpacked, work);
+  }
+
   template <class Source>
-  INLINE void block(const uint16_t* x, size_t ldx, int rows, Source& source, int k, Block* out) {
+  INLINE void block(const uint16_t* x, size_t ldx, int rows, Source& source, int k, bool,
+                    Block* out) {
     // Where X does not fit the first cache, rows of padding are not read. Setting the tiles up takes
     // as long as reading a dozen.
     const bool exact = k >= MANY_INPUTS && rows % 16;

@@ -37,12 +37,57 @@ struct Query {
   int length() const { return linear + num_tail; }
 };
 
-// Calls work(std::integral_constant<int, count>) for a count of 1 to MAX.
-template <int MAX, class Work>
-INLINE void with_count(int count, Work&& work) {
-  if constexpr (MAX > 1)
-    if (count < MAX) return with_count<MAX - 1>(count, work);
-  work(std::integral_constant<int, MAX>{});
+// Products of NUM queries with the keys of up to 16 slots, [NUM][16].
+template <class Isa, int NUM, class X, class T>
+__attribute__((noinline)) void score(const Query<X>* queries, const T* keys, const int64_t* slots,
+                                     int count, int size, Floats* scores) {
+  constexpr int DIMS = Isa::DIMS;
+  const int whole = size / DIMS * DIMS;
+  Floats dots[NUM][LANES];
+  for (int i = 0; i < LANES; i++) {
+    Floats sums[NUM];
+    unroll<NUM>([&](auto g) INLINE_LAMBDA { sums[g] = zero(); });
+    const T* key = keys + slots[i < count ? i : 0];
+    for (int d = 0; d < whole; d += DIMS) {
+      const auto dims = Isa::load_weights(key + d);
+      unroll<NUM>([&](auto g) INLINE_LAMBDA {
+        sums[g] = Isa::dot(Isa::load_activations(queries[g].q + d), dims, sums[g]);
+      });
+    }
+    if (whole < size) {
+      const auto dims = Isa::load_weights(key + whole, size - whole);
+      unroll<NUM>([&](auto g) INLINE_LAMBDA {
+        const auto q = Isa::load_activations(queries[g].q + whole, size - whole);
+        sums[g] = Isa::dot(q, dims, sums[g]);
+      });
+    }
+    unroll<NUM>([&](auto g) INLINE_LAMBDA { dots[g][i] = sums[g]; });
+  }
+  for (int g = 0; g < NUM; g++) scores[g] = sums_16(dots[g]);
+}
+
+// Replaces a query's scores by softmax weights and returns one over their sum.
+template <class X>
+float weigh(const Query<X>& query, float* scores, float scale) {
+  const int start = query.first / LANES * LANES, length = query.length();
+  Floats peak = set(MASKED);
+  for (int at = start; at < length; at += LANES) {
+    Floats all = mul(load(scores + at), set(scale));
+    if (at < query.first || at + LANES > length) {
+      all = select(first(length - at), all, set(MASKED));
+      all = select(first(query.first - at), set(MASKED), all);
+    }
+    store(scores + at, all);
+    peak = max(peak, all);
+  }
+  const Floats top = set(largest(peak));
+  Floats total = zero();
+  for (int at = start; at < length; at += LANES) {
+    const Floats weights = exp(sub(load(scores + at), top));
+    store(scores + at, weights);
+    total = add(total, weights);
+  }
+  return 1.0f / sum(total);
 }
 
 // Queries of one row and kv head, COUNT of them, that share each pass over keys and values.
@@ -69,7 +114,8 @@ class Pass {
   void run(float scale) {
     for (int at = begin_; at < linear_; at += LANES) {
       Floats scores[COUNT];
-      score<COUNT>(queries_, kv_.slots + at, std::min(linear_ - at, LANES), scores);
+      score<Isa, COUNT>(queries_, kv_.data, kv_.slots + at, std::min(linear_ - at, LANES), size_,
+                        scores);
       for (int g = 0; g < COUNT; g++) store(scores_[g] + at, scores[g]);
     }
     for (int g = 0; g < COUNT; g++) {
@@ -86,115 +132,74 @@ class Pass {
   const Query<X>* queries_;
   const RowCache<T>& kv_;
   const int size_;
-  int begin_ = INT32_MAX, linear_ = 0;  // of any query
+  int begin_ = INT32_MAX, linear_ = 0;     // of any query
   int all_from_ = 0, all_to_ = INT32_MAX;  // slots that all queries see
   float* scores_[COUNT];
   float norms_[COUNT];
 
-  // Products of NUM queries with the keys of up to 16 slots.
-  template <int NUM>
-  INLINE_METHOD void score(const Query<X>* queries, const int64_t* slots, int count,
-                           Floats (&scores)[NUM]) const {
-    constexpr int DIMS = Isa::DIMS;
-    const int whole = size_ / DIMS * DIMS;
-    Floats dots[NUM][LANES];
-    for (int i = 0; i < LANES; i++) {
-      Floats sums[NUM];
-      for (int g = 0; g < NUM; g++) sums[g] = zero();
-      if (i < count) {
-        const T* key = kv_.data + slots[i];
-        for (int d = 0; d < whole; d += DIMS) {
-          const auto dims = Isa::load_weights(key + d);
-          for (int g = 0; g < NUM; g++)
-            sums[g] = Isa::dot(Isa::load_activations(queries[g].q + d), dims, sums[g]);
-        }
-        if (whole < size_) {
-          const auto dims = Isa::load_weights(key + whole, size_ - whole);
-          for (int g = 0; g < NUM; g++)
-            sums[g] = Isa::dot(Isa::load_activations(queries[g].q + whole, size_ - whole), dims,
-                               sums[g]);
-        }
-      }
-      for (int g = 0; g < NUM; g++) dots[g][i] = sums[g];
-    }
-    for (int g = 0; g < NUM; g++) scores[g] = sums_16(dots[g]);
-  }
-
-  INLINE_METHOD void score_tail(const Query<X>& query, float* scores) const {
+  void score_tail(const Query<X>& query, float* scores) const {
     for (int t = 0; t < query.num_tail; t += LANES) {
       const int count = std::min(query.num_tail - t, LANES);
       int64_t slots[LANES];
       for (int i = 0; i < count; i++) slots[i] = kv_.slots[query.tail[t + i]];
-      Floats found[1];
-      score<1>(&query, slots, count, found);
-      store(scores + query.linear + t, found[0], LORASTACK_ISA::first(count));
+      Floats found;
+      score<Isa, 1>(&query, kv_.data, slots, count, size_, &found);
+      store(scores + query.linear + t, found, LORASTACK_ISA::first(count));
     }
-  }
-
-  // Replaces a query's scores by softmax weights and returns one over their sum.
-  INLINE_METHOD float weigh(const Query<X>& query, float* scores, float scale) const {
-    const int start = query.first / LANES * LANES, length = query.length();
-    Floats peak = set(MASKED);
-    for (int at = start; at < length; at += LANES) {
-      Floats all = mul(load(scores + at), set(scale));
-      if (at < query.first || at + LANES > length) {
-        all = select(LORASTACK_ISA::first(length - at), all, set(MASKED));
-        all = select(LORASTACK_ISA::first(query.first - at), set(MASKED), all);
-      }
-      store(scores + at, all);
-      peak = max(peak, all);
-    }
-    const Floats top = set(largest(peak));
-    Floats total = zero();
-    for (int at = start; at < length; at += LANES) {
-      const Floats weights = exp(sub(load(scores + at), top));
-      store(scores + at, weights);
-      total = add(total, weights);
-    }
-    return 1.0f / sum(total);
   }
 
   // Outputs of PARTS times 16 dimensions from d on; of the last part, those that there are.
   template <int PARTS>
-  INLINE_METHOD void add_values(int d) const {
+  __attribute__((noinline)) void add_values(int d) const {
     const int left = size_ - d;
-    Floats sums[COUNT][PARTS];
-    for (int g = 0; g < COUNT; g++)
-      for (int i = 0; i < PARTS; i++) sums[g][i] = zero();
+    Floats sums[COUNT * PARTS];
+    unroll<COUNT * PARTS>([&](auto i) INLINE_LAMBDA { sums[i] = zero(); });
     for (int at = begin_; at < linear_; at++) {
       Floats values[PARTS];
       load_values<PARTS>(kv_.slots[at], d, left, values);
-      const bool all = at >= all_from_ && at < all_to_;
-      for (int g = 0; g < COUNT; g++) {
-        if (!all && (at < queries_[g].first || at >= queries_[g].linear)) continue;
-        const Floats weight = set(scores_[g][at]);
-        for (int i = 0; i < PARTS; i++) sums[g][i] = fma(weight, values[i], sums[g][i]);
+      if (at >= all_from_ && at < all_to_) {
+        unroll<COUNT>([&](auto g) INLINE_LAMBDA {
+          add_weighted<PARTS, g.value>(set(scores_[g][at]), values, sums);
+        });
+        continue;
       }
+      unroll<COUNT>([&](auto g) INLINE_LAMBDA {
+        if (at >= queries_[g].first && at < queries_[g].linear)
+          add_weighted<PARTS, g.value>(set(scores_[g][at]), values, sums);
+      });
     }
-    for (int g = 0; g < COUNT; g++) {
+    unroll<COUNT>([&](auto g) INLINE_LAMBDA {
       const Query<X>& query = queries_[g];
       for (int t = std::max(0, query.first - query.linear); t < query.num_tail; t++) {
         Floats values[PARTS];
         load_values<PARTS>(kv_.slots[query.tail[t]], d, left, values);
-        const Floats weight = set(scores_[g][query.linear + t]);
-        for (int i = 0; i < PARTS; i++) sums[g][i] = fma(weight, values[i], sums[g][i]);
+        add_weighted<PARTS, g.value>(set(scores_[g][query.linear + t]), values, sums);
       }
-      for (int i = 0; i < PARTS; i++) {
+      const Floats norm = set(norms_[g]);
+      unroll<PARTS>([&](auto i) INLINE_LAMBDA {
         X* const out = query.out + d + i * LANES;
-        const Floats mean = mul(sums[g][i], set(norms_[g]));
+        const Floats mean = mul(sums[g * PARTS + i], norm);
         if (left >= PARTS * LANES)
           A::store(out, mean);
         else
           A::store(out, mean, LORASTACK_ISA::first(left));
-      }
-    }
+      });
+    });
+  }
+
+  template <int PARTS, int G>
+  INLINE void add_weighted(Floats weight, const Floats (&values)[PARTS],
+                           Floats (&sums)[COUNT * PARTS]) {
+    unroll<PARTS>([&](auto i) INLINE_LAMBDA {
+      sums[G * PARTS + i] = fma(weight, values[i], sums[G * PARTS + i]);
+    });
   }
 
   template <int PARTS>
   INLINE_METHOD void load_values(int64_t slot, int d, int left, Floats (&values)[PARTS]) const {
     const T* v = kv_.data + slot + kv_.value_offset + d;
     if (left >= PARTS * LANES)
-      for (int i = 0; i < PARTS; i++) values[i] = E::load(v + i * LANES);
+      unroll<PARTS>([&](auto i) INLINE_LAMBDA { values[i] = E::load(v + i * LANES); });
     else
       values[0] = E::load(v, LORASTACK_ISA::first(left));
   }
@@ -204,7 +209,7 @@ class Pass {
 template <class Isa, class X, class T>
 void attend_queries(const Query<X>* queries, int count, const RowCache<T>& kv, int size,
                     float scale, float* scratch, int capacity) {
-  with_count<Isa::MAX_QUERIES>(count, [&](auto num) {
+  with_count<Isa::MAX_QUERIES>(count, [&](auto num) INLINE_LAMBDA {
     Pass<Isa, num.value>(queries, kv, size, scratch, capacity).run(scale);
   });
 }

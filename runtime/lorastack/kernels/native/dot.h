@@ -2,6 +2,7 @@
 // sizes are multiples of 32.
 #pragma once
 
+#include "pairs.h"
 #include "untiled.h"
 
 namespace lorastack::LORASTACK_ISA {
@@ -14,8 +15,15 @@ struct Dot : Untiled<Dot> {
   static constexpr int MAX_QUERIES = 4, VALUE_PARTS = 4;
   static constexpr bool PADS_STATES = false;
 
+  template <class Work>
+  INLINE void with_panels(const lorastack_matrix& matrix, int pair, int rows, uint16_t* unpacked,
+                          Work&& work) {
+    with_pair<FEW_ROWS>(matrix, pair, rows, unpacked, work);
+  }
+
   template <class Source>
-  INLINE void block(const uint16_t* x, size_t ldx, int rows, Source& source, int k, Block* out) {
+  INLINE void block(const uint16_t* x, size_t ldx, int rows, Source& source, int k, bool,
+                    Block* out) {
     int m = 0;
     for (; rows - m >= 12; m += 12) group<12>(x + m * ldx, ldx, source, k, out, m);
     for (; rows - m >= 8; m += 8) group<8>(x + m * ldx, ldx, source, k, out, m);

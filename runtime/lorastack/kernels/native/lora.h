@@ -28,23 +28,35 @@ INLINE int shrink_chunks(const LoraPart<T>& lora) {
   return ceil_div(lora.rank, SHRINK_ROWS);
 }
 
-// One row of an A times up to four tokens.
-template <class Isa, class T, class X>
-INLINE void shrink_row(const T* a, const X* x, size_t ldx, int num, int k, float* out) {
-  Floats sums[4] = {zero(), zero(), zero(), zero()};
+// One row of an A times NUM tokens.
+template <class Isa, int NUM, class T, class X>
+INLINE void shrink_row(const T* a, const X* x, size_t ldx, int k, float* out) {
+  Floats sums[NUM];
+  unroll<NUM>([&](auto n) INLINE_LAMBDA { sums[n] = zero(); });
   const int whole = k / Isa::DIMS * Isa::DIMS;
   for (int i = 0; i < whole; i += Isa::DIMS) {
     const auto v = Isa::load_weights(a + i);
     prefetch(a + 2 * (size_t)k + i);  // two rows ahead
-    for (int n = 0; n < num; n++)
+    unroll<NUM>([&](auto n) INLINE_LAMBDA {
       sums[n] = Isa::dot(v, Isa::load_activations(x + n * ldx + i), sums[n]);
+    });
   }
   if (whole < k) {
     const auto v = Isa::load_weights(a + whole, k - whole);
-    for (int n = 0; n < num; n++)
+    unroll<NUM>([&](auto n) INLINE_LAMBDA {
       sums[n] = Isa::dot(v, Isa::load_activations(x + n * ldx + whole, k - whole), sums[n]);
+    });
   }
-  for (int n = 0; n < num; n++) out[n] = sum(sums[n]);
+  unroll<NUM>([&](auto n) INLINE_LAMBDA { out[n] = sum(sums[n]); });
+}
+
+constexpr int SHRINK_TOKENS = 4;  // that share a reading of A
+
+// One row of an A times up to SHRINK_TOKENS tokens.
+template <class Isa, class T, class X>
+INLINE void shrink_row(const T* a, const X* x, size_t ldx, int num, int k, float* out) {
+  with_count<SHRINK_TOKENS>(
+      num, [&](auto count) INLINE_LAMBDA { shrink_row<Isa, count.value>(a, x, ldx, k, out); });
 }
 
 // SHRINK_ROWS rows of one A times all its tokens.
@@ -53,9 +65,9 @@ INLINE void shrink_rows(const LoraPart<T>& lora, int chunk, const X* x, size_t l
                         float* shrunk) {
   const int begin = chunk * SHRINK_ROWS, end = std::min(begin + SHRINK_ROWS, lora.rank);
   for (int r = begin; r < end; r++) {
-    for (int t = lora.begin; t < lora.end; t += 4) {
-      float sums[4];
-      const int num = std::min(lora.end - t, 4);
+    for (int t = lora.begin; t < lora.end; t += SHRINK_TOKENS) {
+      float sums[SHRINK_TOKENS];
+      const int num = std::min(lora.end - t, SHRINK_TOKENS);
       shrink_row<Isa>(lora.a + (size_t)r * k, x + t * ldx, ldx, num, k, sums);
       for (int n = 0; n < num; n++)
         shrunk[lora.shrunk + (int64_t)(t + n - lora.begin) * lora.rank + r] = sums[n];

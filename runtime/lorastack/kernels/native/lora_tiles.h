@@ -43,9 +43,9 @@ INLINE void shrink_tiles(const LoraPart<uint16_t>& lora, int chunk, const uint16
     const int last = std::min(lora.end, (tokens + 1) * TILE_TOKENS);
     for (int r = begin; r < end; r++) {
       uint16_t* line = out + (r % TILE_RANKS / 2) * TILE_RANKS + r % 2;
-      for (int t = std::max(lora.begin, tokens * TILE_TOKENS); t < last; t += 4) {
-        float sums[4];
-        const int num = std::min(last - t, 4);
+      for (int t = std::max(lora.begin, tokens * TILE_TOKENS); t < last; t += SHRINK_TOKENS) {
+        float sums[SHRINK_TOKENS];
+        const int num = std::min(last - t, SHRINK_TOKENS);
         shrink_row<Isa>(lora.a + (size_t)r * k, x + t * ldx, ldx, num, k, sums);
         for (int n = 0; n < num; n++)
           line[(t + n) % TILE_TOKENS * 2] = rounded(sums[n] * lora.scale);

@@ -1,4 +1,4 @@
-// Weights of 8 and 4 bits: panels of codes, made bfloat16 on the way into a product.
+// Weights of 8 and 4 bits: panels of codes, and bfloat16 panels made of them.
 //
 // A panel's K_STEP inputs are one tile, in memory as codes and unpacked as bfloat16 [K_STEP/2][16][2].
 // int8: [K][16]. Codes are exact in bfloat16; the sums are multiplied by the outputs' scales.
@@ -38,58 +38,44 @@ struct Int4 {
 
   INLINE void unpack(const uint8_t* codes, const uint16_t* scales, uint16_t* out) {
     const Floats scale = load_halves(scales);
-    for (int i = 0; i < TILE; codes += 64) {
-      Ints nibbles = load_ints(codes);
-      for (int pair = 0; pair < 4; pair++, i += 2 * LANES) {
-        const Floats even = lowest_nibbles(nibbles), odd = lowest_nibbles(shift_right<4>(nibbles));
-        store_line(out + i, mul(even, scale), mul(odd, scale));
-        nibbles = shift_right<8>(nibbles);
-      }
+    for (int i = 0; i < TILE; codes += 64, i += 8 * LANES) {
+      const Ints words = load_ints(codes);
+      unroll<4>([&](auto pair) INLINE_LAMBDA {
+        store_line(out + i + pair * 2 * LANES, mul(nibbles<2 * pair.value>(words), scale),
+                   mul(nibbles<2 * pair.value + 1>(words), scale));
+      });
     }
   }
 };
 
-// A pair of panels of codes, unpacked tile by tile, each while the one before it is multiplied.
+// Panel `panel` of a matrix of codes.
 template <class Kind>
-class Codes {
- public:
-  Codes(const lorastack_matrix& matrix, int pair) : end_(matrix.k) {
+struct CodePanel {
+  const uint8_t* codes;
+  const uint16_t* scales;
+
+  CodePanel(const lorastack_matrix& matrix, int panel) {
     const size_t tiles = matrix.k / K_STEP, groups = Kind::GROUPED ? tiles : 1;
-    for (int half = 0; half < 2; half++) {
-      codes_[half] = (const uint8_t*)matrix.weight + (2 * pair + half) * tiles * Kind::BYTES;
-      scales_[half] = (const uint16_t*)matrix.scales + (2 * pair + half) * groups * LANES;
-    }
+    codes = (const uint8_t*)matrix.weight + panel * tiles * Kind::BYTES;
+    scales = (const uint16_t*)matrix.scales + panel * groups * LANES;
   }
 
-  // Unpacks the tile of panel `half` that begins at input k.
-  INLINE_METHOD void unpack(int k, int half, uint16_t* out) const {
+  // Unpacks the tile that begins at input k.
+  INLINE_METHOD void unpack(int k, uint16_t* out) const {
     const size_t tile = k / K_STEP;
-    const uint8_t* codes = codes_[half] + tile * Kind::BYTES;
-    for (int line = 0; line < Kind::BYTES; line += 64)
-      prefetch(codes + CODES_AHEAD + line);
-    Kind::unpack(codes, scales_[half] + (Kind::GROUPED ? tile * LANES : 0), out);
+    const uint8_t* tile_codes = codes + tile * Kind::BYTES;
+    for (int line = 0; line < Kind::BYTES; line += 64) prefetch(tile_codes + CODES_AHEAD + line);
+    Kind::unpack(tile_codes, scales + (Kind::GROUPED ? tile * LANES : 0), out);
   }
-
-  INLINE_METHOD const uint16_t* tile(int k, int half) {
-    if (k == 0) unpack(0, half, unpacked_[0][half]);
-    const int next = k + K_STEP;
-    if (next < end_) unpack(next, half, unpacked_[next / K_STEP % 2][half]);
-    return unpacked_[k / K_STEP % 2][half];
-  }
-
- private:
-  const int end_;
-  const uint8_t* codes_[2];
-  const uint16_t* scales_[2];
-  alignas(64) uint16_t unpacked_[2][2][TILE];
 };
 
-// Unpacks a whole pair into panels as `Plain` reads them.
+// Unpacks a whole pair into two panels, one behind the other.
 template <class Kind>
 void unpack_pair(const lorastack_matrix& matrix, int pair, uint16_t* out) {
-  const Codes<Kind> codes(matrix, pair);
-  for (int half = 0; half < 2; half++)
-    for (int k = 0; k < matrix.k; k += K_STEP, out += TILE) codes.unpack(k, half, out);
+  for (int half = 0; half < 2; half++) {
+    const CodePanel<Kind> panel(matrix, 2 * pair + half);
+    for (int k = 0; k < matrix.k; k += K_STEP, out += TILE) panel.unpack(k, out);
+  }
 }
 
 }  // namespace lorastack::LORASTACK_ISA

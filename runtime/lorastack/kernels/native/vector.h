@@ -6,6 +6,7 @@
 // - max and min give their second argument if either is NaN, select(m, a, b) is `a` in the lanes of m;
 // - less, greater, at_least, at_most and equal are false for NaN, not_less and not_equal true;
 // - sum and sums_16 add lanes i and i + 8, then i and i + 4, i and i + 2, i and i + 1;
+// - nibbles<J>(a): the J-th signed number of 4 bits of each lane, the lowest first;
 // - scale_by_power(a, n) is a 2^n for whole n that keep 2^n a normal number;
 // - masked loads read nothing outside their mask and give 0 there; a mask is a run from lane 0 for
 //   loads and stores of 16 bits;
@@ -35,9 +36,14 @@ struct F32 {
   INLINE void store(T* p, Floats v, Mask m) { LORASTACK_ISA::store(p, v, m); }
 };
 
-// Bits of 16 words of two bfloat16, as floats: of the first of each word, of the second.
+// The first and the second of 16 words of two bfloat16, as floats.
 INLINE Floats even_halves(Ints words) { return from_bits(shift_left<16>(words)); }
 INLINE Floats odd_halves(Ints words) { return from_bits(bits_and(words, set((int)0xffff0000))); }
+
+// What odd_halves gives, without a register for the mask.
+INLINE Floats upper_halves(Ints words) {
+  return from_bits(shift_left<16>(shift_right<16>(words)));
+}
 
 // e^x for x <= 0 to about 2 ulp; 0 below -87; NaN stays NaN.
 INLINE Floats exp(Floats x) {

@@ -218,8 +218,9 @@ INLINE Ints load_bytes(const void* p) {
   const __m128i bytes = _mm_loadu_si128((const __m128i*)p);
   return {_mm256_cvtepi8_epi32(bytes), _mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8))};
 }
-INLINE Floats lowest_nibbles(Ints a) {
-  const Ints top = shift_left<28>(a);
+template <int J>
+INLINE Floats nibbles(Ints a) {
+  const Ints top = shift_left<28 - 4 * J>(a);
   return to_floats({_mm256_srai_epi32(top.lo, 28), _mm256_srai_epi32(top.hi, 28)});
 }
 INLINE void store_bytes_in_turn(int8_t* p, Ints even, Ints odd) {

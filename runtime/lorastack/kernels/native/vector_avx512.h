@@ -123,9 +123,10 @@ INLINE Floats add_dots(Ints a, Ints b, Floats sums) {
 INLINE Ints load_bytes(const void* p) {
   return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p));
 }
-INLINE Floats lowest_nibbles(Ints a) {
+template <int J>
+INLINE Floats nibbles(Ints a) {
   const Floats values = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
-  return _mm512_permutexvar_ps(a, values);
+  return _mm512_permutexvar_ps(shift_right<4 * J>(a), values);
 }
 INLINE void store_bytes_in_turn(int8_t* p, Ints even, Ints odd) {
   const Ints both = _mm512_mask_mov_epi16(even, 0xaaaaaaaa, _mm512_slli_epi32(odd, 16));

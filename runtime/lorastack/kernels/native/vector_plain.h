@@ -234,8 +234,9 @@ INLINE Ints join_halves(Floats even, Floats odd) {
 INLINE Ints load_bytes(const void* p) {
   return each_lane<Ints>([&](int i) { return ((const int8_t*)p)[i]; });
 }
-INLINE Floats lowest_nibbles(Ints a) {
-  return each_lane<Floats>([&](int i) { return (float)(((a.at[i] & 15) ^ 8) - 8); });
+template <int J>
+INLINE Floats nibbles(Ints a) {
+  return each_lane<Floats>([&](int i) { return (float)((((a.at[i] >> 4 * J) & 15) ^ 8) - 8); });
 }
 INLINE void store_bytes_in_turn(int8_t* p, Ints even, Ints odd) {
   for (int i = 0; i < LANES; i++) {

@@ -2,9 +2,65 @@
 // way into a fused multiply-add. Activations are float32.
 #pragma once
 
+#include "quantised.h"
 #include "untiled.h"
 
 namespace lorastack::LORASTACK_ISA {
+
+constexpr int LINE = 64;
+constexpr int AHEAD = 2048;  // bytes ahead of the weights being read
+
+// A panel as it is multiplied. BYTES: of K_STEP inputs; weights<J>(k): of input k + J, where k is a
+// multiple of STRIDE and J below it.
+template <class T>
+struct WeightPanel {
+  static constexpr int BYTES = K_STEP * LANES * sizeof(T), STRIDE = 2;
+  const T* at;
+
+  INLINE_METHOD const char* address() const { return (const char*)at; }
+  INLINE_METHOD void skip(int k) { at += (size_t)k * LANES; }
+
+  template <int J>
+  INLINE_METHOD Floats weights(int k) const {
+    if constexpr (sizeof(T) == sizeof(float)) {
+      return load(at + (size_t)(k + J) * LANES);
+    } else {
+      const Ints words = load_ints(at + (size_t)k * LANES);
+      return J ? upper_halves(words) : even_halves(words);
+    }
+  }
+};
+
+// The sums are scaled afterwards.
+struct Int8Panel {
+  static constexpr int BYTES = Int8::BYTES, STRIDE = 2;
+  const uint8_t* at;
+
+  INLINE_METHOD const char* address() const { return (const char*)at; }
+  INLINE_METHOD void skip(int k) { at += (size_t)k * LANES; }
+
+  template <int J>
+  INLINE_METHOD Floats weights(int k) const {
+    return Int8::floats(at + (size_t)(k + J) * LANES);
+  }
+};
+
+struct Int4Panel {
+  static constexpr int BYTES = Int4::BYTES, STRIDE = 8;
+  const uint8_t* at;
+  const uint16_t* scales;
+
+  INLINE_METHOD const char* address() const { return (const char*)at; }
+  INLINE_METHOD void skip(int k) {
+    at += (size_t)k * LANES / 2;
+    scales += (size_t)k / K_STEP * LANES;
+  }
+
+  template <int J>
+  INLINE_METHOD Floats weights(int k) const {
+    return mul(nibbles<J>(load_ints(at + (size_t)k * LANES / 2)), load_halves(scales));
+  }
+};
 
 // Element: of weights and KV. ROWS by PANELS sums stay in registers; QUERIES by PARTS in attention.
 template <class Element, int ROWS, int PANELS, int QUERIES, int PARTS>
@@ -13,45 +69,64 @@ struct Wide : Untiled<Wide<Element, ROWS, PANELS, QUERIES, PARTS>> {
   using A = F32;      // of activations
   using T = typename E::T;
   using Packed = float;  // heads' states, see `multiply_16`
-  static constexpr int FEW_ROWS = ROWS;  // up to so many rows, weights are read once
   static constexpr int MAX_QUERIES = QUERIES, VALUE_PARTS = PARTS;
   static constexpr bool PADS_STATES = true;  // lm_head's rows are copied into padded activations
 
-  template <class Source>
-  INLINE void block(const float* x, size_t ldx, int rows, Source& source, int k, Block* out) {
-    for (int half = 0; half < 2; half += PANELS) {
-      // Groups of nearly equal size.
-      for (int row = 0, groups = ceil_div(rows, ROWS); groups; groups--) {
-        const int count = ceil_div(rows - row, groups);
-        group<ROWS>(count, x + row * ldx, ldx, source, k, half, &out->sums[row][half * LANES]);
+  // Calls work(first panel of the pair). int8 is cheap to decode for every group of rows, int4 is
+  // unpacked where there is more than one.
+  template <class Work>
+  INLINE void with_panels(const lorastack_matrix& matrix, int pair, int rows, T* unpacked,
+                          Work&& work) {
+    if constexpr (E::half) {
+      if (matrix.kind == LORASTACK_INT8) {
+        const CodePanel<Int8> codes(matrix, 2 * pair);
+        return work(Int8Panel{codes.codes});
+      }
+      if (matrix.kind == LORASTACK_INT4 && rows <= ROWS) {
+        const CodePanel<Int4> codes(matrix, 2 * pair);
+        return work(Int4Panel{codes.codes, codes.scales});
+      }
+      if (matrix.kind == LORASTACK_INT4) {
+        unpack_pair<Int4>(matrix, pair, unpacked);
+        return work(WeightPanel<T>{unpacked});
+      }
+    }
+    work(WeightPanel<T>{(const T*)matrix.weight + (size_t)pair * matrix.k * BLOCK_COLS});
+  }
+
+  // fetch: nobody has read these panels before.
+  template <class Panel>
+  INLINE void block(const float* x, size_t ldx, int rows, Panel panel, int k, bool fetch,
+                    Block* out) {
+    constexpr int LINES = Panel::BYTES / LINE;
+    const int groups = ceil_div(rows, ROWS), panel_bytes = k / K_STEP * Panel::BYTES;
+    for (int half = 0; half < 2; half += PANELS, panel.skip(k * PANELS)) {
+      // Many groups fetch the next panels together, a part of every tile each, so that memory is read
+      // all the time; few are as fast with the first one reading ahead.
+      const bool spread = groups > 2;
+      for (int row = 0, g = 0; g < groups; g++) {
+        const int count = (rows - row) / (groups - g);
+        Fetch ahead = {AHEAD, 0, g == 0 ? LINES : 0};
+        if (spread) ahead = {panel_bytes * PANELS, LINES * g / groups, LINES * (g + 1) / groups};
+        if (!fetch) ahead.end = ahead.first;
+        float* const sums = &out->sums[row][half * LANES];
+        with_rows<ROWS>(count, [&](auto num, int first) INLINE_LAMBDA {
+          add_products<num.value>(x + (row + first) * ldx, ldx, panel, k, ahead,
+                                  sums + first * BLOCK_COLS);
+        });
         row += count;
       }
     }
   }
 
-  // sums[o][t]: row o of a matrix [16][k] times state t of a tile [k][16].
+  // sums[o][t]: row o of a matrix [16][k] times state t of a tile [k][16]; k is even.
   INLINE void multiply_16(const T* matrix, const float* tile, int k, float (*sums)[LANES]) {
-    constexpr int OUTPUTS = ROWS >= 8 ? 8 : 4, LINE = 64 / sizeof(T);
-    const T* next = matrix + (size_t)LANES * k;
-    for (int row = 0; row < LANES; row += OUTPUTS) {
-      const T* const rows = matrix + (size_t)row * k;
-      Floats totals[OUTPUTS];
-      for (int o = 0; o < OUTPUTS; o++) totals[o] = zero();
-      for (int line = 0; line < k; line += LINE) {
-        for (int o = 0; o < OUTPUTS; o++) prefetch_far(next + (size_t)(row + o) * k + line);
-        const int end = line + LINE < k ? line + LINE : k;
-        for (int i = line; i < end; i++) {
-          const Floats states = load(tile + (size_t)i * LANES);
-#pragma GCC unroll 8
-          for (int o = 0; o < OUTPUTS; o++)
-            totals[o] = fma(states, set(float_of(rows[(size_t)o * k + i])), totals[o]);
-        }
-      }
-      for (int o = 0; o < OUTPUTS; o++) store(sums[row + o], totals[o]);
-    }
+    constexpr int OUTPUTS = ROWS >= 8 ? 8 : ROWS >= 4 ? 4 : 2;
+    for (int row = 0; row < LANES; row += OUTPUTS)
+      multiply_states<OUTPUTS>(matrix + (size_t)row * k, tile, k, sums + row);
   }
 
-  // Packs the elements i..i + 16 of 16 states for `multiply_16`. columns: one vector a state.
+  // The inputs of a state that `pack` takes at once.
   static constexpr int PACK_INPUTS = LANES;
   INLINE Floats load_packed(const T* state) { return E::load(state); }
 
@@ -65,61 +140,91 @@ struct Wide : Untiled<Wide<Element, ROWS, PANELS, QUERIES, PARTS>> {
   INLINE Floats dot(Dims a, Dims b, Floats sums) { return fma(a, b, sums); }
 
  private:
-  INLINE float float_of(float x) { return x; }
-  INLINE float float_of(uint16_t x) {
-    const uint32_t word = (uint32_t)x << 16;
-    float value;
-    memcpy(&value, &word, sizeof value);
-    return value;
-  }
+  // What a group of rows fetches with each tile: lines first..end, so many bytes ahead.
+  struct Fetch {
+    int distance, first, end;
+  };
 
-  template <int M, class Source>
-  INLINE void group(int count, const float* x, size_t ldx, Source& source, int k, int half,
-                    float* out) {
+  // Calls work(count, 0) with a constant count. Of many rows only every other count is compiled.
+  template <int M, class Work>
+  INLINE void with_rows(int count, Work&& work) {
     if constexpr (M > 1)
-      if (count < M) return group<M - 1>(count, x, ldx, source, k, half, out);
-    rows<M>(x, ldx, source, k, half, out);
+      if (count < M) return with_rows<(M > 6 ? M - 2 : M - 1)>(count, work);
+    work(std::integral_constant<int, M>{}, 0);
+    if constexpr (M > 6)
+      if (count > M) work(std::integral_constant<int, 1>{}, M);
   }
 
-  template <int M, class Source>
-  static void rows(const float* x, size_t ldx, Source& source, int k, int half, float* out) {
-    Floats sums[M][PANELS];
-    for (int m = 0; m < M; m++)
-      for (int p = 0; p < PANELS; p++) sums[m][p] = zero();
-    for (int i = 0; i < k; i += K_STEP) {
-      const T* tiles[PANELS];
-      for (int p = 0; p < PANELS; p++) tiles[p] = source.tile(i, half + p);
-      if constexpr (E::half) {
-        for (int j = 0; j < K_STEP; j += 2) {
-          Ints words[PANELS];
-          for (int p = 0; p < PANELS; p++) words[p] = load_ints(tiles[p] + j * LANES);
+  // sums[m] = x[m] times the panels, in the order of the inputs. Not inlined: next to other code GCC
+  // keeps sums in memory.
+  template <int M, class Panel>
+  __attribute__((noinline)) static void add_products(const float* x, size_t ldx, Panel panel, int k,
+                                                     Fetch ahead, float* out) {
+    constexpr int INPUTS = 8;  // that are unrolled
+    Panel panels[PANELS];
+    unroll<PANELS>([&](auto p) INLINE_LAMBDA {
+      panels[p] = panel;
+      panels[p].skip(k * p);
+    });
+    Floats sums[M * PANELS];
+    unroll<M * PANELS>([&](auto i) INLINE_LAMBDA { sums[i] = zero(); });
+    for (int i = 0; i < k; i += K_STEP, x += K_STEP) {
+      for (int line = ahead.first; line < ahead.end; line++)
+        unroll<PANELS>([&](auto p) INLINE_LAMBDA {
+          prefetch(panels[p].address() + ahead.distance + line * LINE);
+        });
+      for (int j = 0; j < K_STEP; j += INPUTS)
+        unroll<INPUTS>([&](auto input) INLINE_LAMBDA {
+          constexpr int J = input % Panel::STRIDE;
           Floats weights[PANELS];
-          for (int p = 0; p < PANELS; p++) weights[p] = even_halves(words[p]);
-          add_products<M>(x + i + j, ldx, weights, sums);
-          for (int p = 0; p < PANELS; p++) weights[p] = odd_halves(words[p]);
-          add_products<M>(x + i + j + 1, ldx, weights, sums);
-        }
-      } else {
-        for (int j = 0; j < K_STEP; j++) {
-          Floats weights[PANELS];
-          for (int p = 0; p < PANELS; p++) weights[p] = load(tiles[p] + j * LANES);
-          add_products<M>(x + i + j, ldx, weights, sums);
-        }
-      }
+          unroll<PANELS>([&](auto p) INLINE_LAMBDA {
+            weights[p] = panels[p].template weights<J>(j + input - J);
+          });
+          unroll<M>([&](auto m) INLINE_LAMBDA {
+            const Floats b = set(x[m * ldx + j + input]);
+            unroll<PANELS>([&](auto p) INLINE_LAMBDA {
+              sums[m * PANELS + p] = fma(weights[p], b, sums[m * PANELS + p]);
+            });
+          });
+          read_nothing_ahead();
+        });
+      unroll<PANELS>([&](auto p) INLINE_LAMBDA { panels[p].skip(K_STEP); });
     }
-    for (int m = 0; m < M; m++)
-      for (int p = 0; p < PANELS; p++) store(out + m * BLOCK_COLS + p * LANES, sums[m][p]);
+    unroll<M>([&](auto m) INLINE_LAMBDA {
+      unroll<PANELS>([&](auto p) INLINE_LAMBDA {
+        store(out + m * BLOCK_COLS + p * LANES, sums[m * PANELS + p]);
+      });
+    });
   }
 
-  // One input of M rows.
-  template <int M>
-  INLINE void add_products(const float* x, size_t ldx, const Floats (&weights)[PANELS],
-                           Floats (&sums)[M][PANELS]) {
-#pragma GCC unroll 16
-    for (int m = 0; m < M; m++) {
-      const Floats input = set(x[m * ldx]);
-      for (int p = 0; p < PANELS; p++) sums[m][p] = fma(weights[p], input, sums[m][p]);
+  template <int OUTPUTS>
+  __attribute__((noinline)) static void multiply_states(const T* rows, const float* tile, int k,
+                                                        float (*out)[LANES]) {
+    constexpr int INPUTS = LINE / sizeof(T), STEP = 4 / sizeof(T);
+    Floats sums[OUTPUTS];
+    unroll<OUTPUTS>([&](auto o) INLINE_LAMBDA { sums[o] = zero(); });
+    for (int line = 0; line < k; line += INPUTS) {
+      for (int o = 0; o < OUTPUTS; o++)
+        prefetch_far(rows + (size_t)(LANES + o) * k + line);
+      const int end = line + INPUTS < k ? line + INPUTS : k;
+      for (int i = line; i < end; i += STEP)
+        unroll<STEP>([&](auto input) INLINE_LAMBDA {
+          const Floats states = load(tile + (size_t)(i + input) * LANES);
+          unroll<OUTPUTS>([&](auto o) INLINE_LAMBDA {
+            sums[o] = fma(states, weight<input.value>(rows + (size_t)o * k + i), sums[o]);
+          });
+        });
     }
+    unroll<OUTPUTS>([&](auto o) INLINE_LAMBDA { store(out[o], sums[o]); });
+  }
+
+  // Element J of a word, in every lane.
+  template <int J>
+  INLINE Floats weight(const T* word) {
+    int bits;
+    memcpy(&bits, word, sizeof bits);
+    if constexpr (!E::half) return from_bits(set(bits));
+    return J ? odd_halves(set(bits)) : even_halves(set(bits));
   }
 };
 
