@@ -56,7 +56,7 @@ INLINE Floats squared_error(Floats weight, Floats inverse) {
 
 // Sums for 16 groups, in units of their scales: neighbours are added first, then neighbouring sums.
 template <int NUM>
-INLINE Floats squared_errors(const Ints* words, Floats inverse) {
+static Floats squared_errors(const Ints* words, Floats inverse) {
   if constexpr (NUM == 1)
     return add(squared_error(even_halves(*words), inverse),
                squared_error(odd_halves(*words), inverse));

@@ -246,7 +246,8 @@ INLINE void store_bytes_in_turn(int8_t* p, Ints even, Ints odd) {
 }
 
 // Squares.
-INLINE void transpose_16(Floats v[16]) {
+// A call: nothing is gained by unrolling them everywhere.
+__attribute__((noinline)) static void transpose_16(Floats v[16]) {
   for (int i = 0; i < LANES; i++)
     for (int j = 0; j < i; j++) {
       const float held = v[i].at[j];
@@ -254,8 +255,10 @@ INLINE void transpose_16(Floats v[16]) {
       v[j].at[i] = held;
     }
 }
-INLINE Floats sums_16(Floats v[16]) {
-  return each_lane<Floats>([&](int i) { return sum(v[i]); });
+__attribute__((noinline)) static Floats sums_16(Floats v[16]) {
+  Floats sums;
+  for (int i = 0; i < LANES; i++) sums.at[i] = sum(v[i]);
+  return sums;
 }
 
 // Eight lanes of 64 bits.
