@@ -1,33 +1,31 @@
-// Multiplication by dot products of pairs of bfloat16, in AVX512-BF16. Activations are bfloat16, and
-// sizes are multiples of 32.
+// Multiplication by dot products of pairs of bfloat16, in AVX512-BF16 and NEON. Activations are bfloat16,
+// and sizes are multiples of 32.
 #pragma once
 
 #include "untiled.h"
 
 namespace lorastack::LORASTACK_ISA {
 
-struct Dot : Untiled<Dot> {
+// Sums of ROWS rows by PANELS panels stay in registers; of QUERIES by PARTS in attention.
+template <int ROWS, int PANELS, int QUERIES, int PARTS>
+struct Dot : Untiled<Dot<ROWS, PANELS, QUERIES, PARTS>> {
   using E = BF16;
   using A = BF16;
   using Packed = uint16_t;
-  static constexpr int FEW_ROWS = 12;  // up to so many rows, weights are read once
-  static constexpr int MAX_QUERIES = 4, VALUE_PARTS = 4;
+  static constexpr int FEW_ROWS = ROWS;  // up to so many rows, weights are read once
+  static constexpr int MAX_QUERIES = QUERIES, VALUE_PARTS = PARTS;
   static constexpr bool PADS_STATES = false;
 
   template <class Source>
   INLINE void block(const uint16_t* x, size_t ldx, int rows, Source& source, int k, Block* out) {
-    int m = 0;
-    for (; rows - m >= 12; m += 12) group<12>(x + m * ldx, ldx, source, k, out, m);
-    for (; rows - m >= 8; m += 8) group<8>(x + m * ldx, ldx, source, k, out, m);
-    for (; rows - m >= 4; m += 4) group<4>(x + m * ldx, ldx, source, k, out, m);
-    for (; rows - m >= 2; m += 2) group<2>(x + m * ldx, ldx, source, k, out, m);
-    for (; rows - m >= 1; m += 1) group<1>(x + m * ldx, ldx, source, k, out, m);
+    for (int half = 0; half < 2; half += PANELS)
+      groups<ROWS>(x, ldx, rows, source, k, half, &out->sums[0][half * LANES]);
   }
 
   // sums[o][t]: row o of a matrix [16][k] times state t of a tile [k/2][16][2].
   INLINE void multiply_16(const uint16_t* matrix, const uint16_t* tile, int k,
                           float (*sums)[LANES]) {
-    constexpr int OUTPUTS = 8, LINE = 32;
+    constexpr int OUTPUTS = ROWS >= 8 ? 8 : 4, LINE = 32;
     const uint16_t* next = matrix + (size_t)LANES * k;
     for (int row = 0; row < LANES; row += OUTPUTS) {
       const uint16_t* const rows = matrix + (size_t)row * k;
@@ -65,26 +63,37 @@ struct Dot : Untiled<Dot> {
     return set(word);
   }
 
+  // As many rows at once as there are, up to M.
   template <int M, class Source>
-  static void group(const uint16_t* x, size_t ldx, Source& source, int k, Block* out, int row) {
-    Floats sums[M][2];
-    for (int m = 0; m < M; m++) sums[m][0] = sums[m][1] = zero();
+  INLINE void groups(const uint16_t* x, size_t ldx, int rows, Source& source, int k, int half,
+                     float* out) {
+    int m = 0;
+    for (; rows - m >= M; m += M) group<M>(x + m * ldx, ldx, source, k, half, out + m * BLOCK_COLS);
+    constexpr int FEWER = M > 8 ? 8 : M > 4 ? 4 : M / 2;
+    if constexpr (FEWER > 0)
+      groups<FEWER>(x + m * ldx, ldx, rows - m, source, k, half, out + m * BLOCK_COLS);
+  }
+
+  template <int M, class Source>
+  static void group(const uint16_t* x, size_t ldx, Source& source, int k, int half, float* out) {
+    Floats sums[M][PANELS];
+    for (int m = 0; m < M; m++)
+      for (int p = 0; p < PANELS; p++) sums[m][p] = zero();
     for (int i = 0; i < k; i += K_STEP) {
-      const uint16_t *low = source.tile(i, 0), *high = source.tile(i, 1);
+      const uint16_t* tiles[PANELS];
+      for (int p = 0; p < PANELS; p++) tiles[p] = source.tile(i, half + p);
       for (int j = 0; j < K_STEP; j += 2) {
-        const Ints v0 = load_ints(low + j * LANES), v1 = load_ints(high + j * LANES);
+        Ints weights[PANELS];
+        for (int p = 0; p < PANELS; p++) weights[p] = load_ints(tiles[p] + j * LANES);
 #pragma GCC unroll 16
         for (int m = 0; m < M; m++) {
-          const Ints b = pair(x + m * ldx + i + j);
-          sums[m][0] = dot(v0, b, sums[m][0]);
-          sums[m][1] = dot(v1, b, sums[m][1]);
+          const Ints inputs = pair(x + m * ldx + i + j);
+          for (int p = 0; p < PANELS; p++) sums[m][p] = dot(weights[p], inputs, sums[m][p]);
         }
       }
     }
-    for (int m = 0; m < M; m++) {
-      store(out->sums[row + m], sums[m][0]);
-      store(out->sums[row + m] + LANES, sums[m][1]);
-    }
+    for (int m = 0; m < M; m++)
+      for (int p = 0; p < PANELS; p++) store(out + m * BLOCK_COLS + p * LANES, sums[m][p]);
   }
 };
 
