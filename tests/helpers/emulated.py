@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lorastack.kernels.native import library
-from lorastack.kernels.native.isa import Isa
+from lorastack.kernels.native.isa import Isa, supported
 
 # By their numbers in emulated.cpp.
 FUNCTIONS = (
@@ -85,6 +85,7 @@ def install(command: str) -> None:
     loaded = Emulated(command, library.library())
     atexit.register(loaded.close)
     vars(library)["_load"] = lambda path: (loaded, "")
+    supported.cache_clear()
 
 
 def _number(argument: Any) -> int:

@@ -37,9 +37,12 @@ def needs(*isas: Isa) -> pytest.MarkDecorator:
 
 
 needs_native = needs(Isa.PLAIN)  # any kernels
-needs_two_fusing = pytest.mark.skipif(
-    len(here(*FUSING)) < 2, reason=f"needs two of {', '.join(isa.name for isa in FUSING)}"
-)
+
+
+def needs_two(*isas: Isa) -> pytest.MarkDecorator:
+    """Skips a test that compares these where there are fewer than two."""
+    names = ", ".join(isa.name for isa in isas)
+    return pytest.mark.skipif(len(here(*isas)) < 2, reason=f"needs two of {names}")
 
 
 def each_of(*isas: Isa, made: Callable[[Isa], object] = Isa) -> Sequence[object]:

@@ -30,7 +30,7 @@ from tests.helpers.isas import (
     each_of,
     each_variant,
     here,
-    needs_two_fusing,
+    needs_two,
 )
 
 NATIVE = each_variant()
@@ -170,7 +170,7 @@ def test_bits_depend_neither_on_company_nor_on_threads(
         assert torch.equal(all_XR[first : first + num_heads], expected_KR)
 
 
-@needs_two_fusing
+@needs_two(*FUSING)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @given(SEEDS)
 def test_what_widens_and_fuses_has_the_same_bits(dtype: torch.dtype, seed: int) -> None:

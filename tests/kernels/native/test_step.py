@@ -15,7 +15,7 @@ from lorastack.kernels.best import best_torch
 from lorastack.kernels.native.matrix import LANES
 from lorastack.layout import ModelShapes
 from lorastack.lora.weights import LoraWeights
-from tests.helpers.isas import FUSING, Variant, each_variant, here, needs_two_fusing
+from tests.helpers.isas import FUSING, Variant, each_variant, here, needs_two
 from tests.helpers.native import (
     RowPart,
     Twins,
@@ -119,7 +119,7 @@ def two_steps(
     return first, second
 
 
-@needs_two_fusing
+@needs_two(*FUSING)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @settings(max_examples=30)
 @given(st.integers(0, 2**30))
