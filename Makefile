@@ -13,7 +13,7 @@ JOBS ?= auto
 PYTEST = $(VENV)/bin/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 PROTOC = $(PY) -m grpc_tools.protoc -Iprotos --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) $(PROTOS)
 
-.PHONY: install proto check check-native format test test-quick test-real test-mistral fuzz demo bench bench-load bench-parts bench-paging peers serve clean
+.PHONY: install proto check check-native check-arm format test test-quick test-real test-mistral fuzz demo bench bench-load bench-parts bench-paging peers serve clean
 
 install: $(STAMP) $(LIBRARY)
 
@@ -48,6 +48,20 @@ check-native: install
 	$(PY) -m lorastack.kernels.native.build $(SANITIZED) $(SANITIZE)
 	LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc \
 	  $(VENV)/bin/pytest --native-library $(SANITIZED) tests/kernels tests/model/test_native.py
+
+# The kernels' tests for NEON and for plain C++ on ARM, cross-compiled and run by qemu.
+ARM := build/arm
+ARM_CXX ?= aarch64-linux-gnu-g++
+ARM_RUN ?= qemu-aarch64 -cpu max -L /usr/aarch64-linux-gnu
+check-arm: install
+	@for tool in $(ARM_CXX) $(firstword $(ARM_RUN)); do command -v $$tool >/dev/null || \
+	  { echo "make check-arm needs $$tool; Debian: apt-get install g++-aarch64-linux-gnu qemu-user" >&2; exit 1; }; done
+	rm -rf $(ARM) && mkdir -p $(ARM)
+	CXX=$(ARM_CXX) $(PY) -m lorastack.kernels.native.build $(ARM)/liblorastack.so
+	$(ARM_CXX) -O2 -std=c++17 -Wall -Wextra -I$(NATIVE) tests/helpers/emulated.cpp $(ARM)/liblorastack.so \
+	  -Wl,-rpath,'$$ORIGIN' -o $(ARM)/emulated
+	$(PYTEST) --emulated '$(ARM_RUN) $(ARM)/emulated' -k 'NEON or PLAIN or same_bits or agree' \
+	  tests/kernels tests/model/test_native.py
 
 format: $(STAMP)
 	$(VENV)/bin/ruff check --fix .

@@ -15,6 +15,7 @@ import pytest
 
 from lorastack.kernels.native import build, library
 from lorastack.layout import ModelShapes
+from tests.helpers import emulated
 from tests.helpers.isas import count_tested, summary
 
 MAX_WORKERS = 8  # processes of up to 2 GiB each
@@ -26,6 +27,7 @@ hypothesis.settings.load_profile("lorastack")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--native-library", metavar="FILE", help="test this build of the kernels")
+    parser.addoption("--emulated", metavar="COMMAND", help="test kernels of this process too")
     parser.addoption("--fuzz-cases", type=int, default=500, help="of tests/system/test_speculation")
     parser.addoption("--fuzz-seed", type=int, default=0, help="of the first batch of these cases")
     parser.addoption("--full-size", action="store_true", help="tests/integration/mistral_7b at 7B")
@@ -37,6 +39,8 @@ def pytest_configure(config: pytest.Config) -> None:
         build.LIBRARY = Path(other).resolve()
         if library.library() is None:
             raise pytest.UsageError(f"{other} cannot be loaded")
+    if command := config.getoption("--emulated"):
+        emulated.install(command)
 
 
 @pytest.hookimpl(optionalhook=True)

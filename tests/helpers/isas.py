@@ -15,6 +15,7 @@ from lorastack.kernels.native.library import library
 
 LACKING = "native kernels for "  # begins the reason of a test skipped for want of instructions
 FLOAT32 = tuple(isa for isa in Isa if torch.float32 in isa.dtypes)  # what logits are left to
+FUSING = (Isa.AVX512, Isa.AVX2, Isa.NEON)  # widen and fuse, on every machine: the same bits
 
 
 class Variant(NamedTuple):
@@ -36,6 +37,12 @@ def needs(*isas: Isa) -> pytest.MarkDecorator:
 
 
 needs_native = needs(Isa.PLAIN)  # any kernels
+
+
+def needs_two(*isas: Isa) -> pytest.MarkDecorator:
+    """Skips a test that compares these where there are fewer than two."""
+    names = ", ".join(isa.name for isa in isas)
+    return pytest.mark.skipif(len(here(*isas)) < 2, reason=f"needs two of {names}")
 
 
 def each_of(*isas: Isa, made: Callable[[Isa], object] = Isa) -> Sequence[object]:

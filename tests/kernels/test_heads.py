@@ -23,7 +23,15 @@ from lorastack.kernels.heads import (
 from lorastack.kernels.ops import Ops, fastest_ops
 from lorastack.layout import MAX_RANK
 from tests.helpers.guarded import guarded
-from tests.helpers.isas import FLOAT32, Variant, each_of, each_variant
+from tests.helpers.isas import (
+    FLOAT32,
+    FUSING,
+    Variant,
+    each_of,
+    each_variant,
+    here,
+    needs_two,
+)
 
 NATIVE = each_variant()
 TORCH = pytest.param(None, id="torch")
@@ -160,6 +168,24 @@ def test_bits_depend_neither_on_company_nor_on_threads(
     assert torch.equal(r_XH[first : first + num_heads], expected_KH)
     for all_XR, expected_KR in zip(found, expected, strict=True):
         assert torch.equal(all_XR[first : first + num_heads], expected_KR)
+
+
+@needs_two(*FUSING)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@given(SEEDS)
+def test_what_widens_and_fuses_has_the_same_bits(dtype: torch.dtype, seed: int) -> None:
+    """But for log-probabilities, which end in the C library's logarithm."""
+    chance = Chance(seed, dtype)
+    groups = chance.groups(exact=False)
+    hidden_BH = chance.normal(num_rows(groups), chance.hidden)
+    states, found = [], []
+    for isa in here(*FUSING):
+        with running(Variant(isa, dtype)) as ops:
+            states.append(ops.states(hidden_BH, groups))
+            found.append(ops.propose(hidden_BH, groups, 3))
+    assert all(torch.equal(each_XH, states[0]) for each_XH in states)
+    for each in found:
+        assert_same(each, found[0])
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -12,11 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lorastack.kernels.best import best_torch
-from lorastack.kernels.native.isa import Isa
 from lorastack.kernels.native.matrix import LANES
 from lorastack.layout import ModelShapes
 from lorastack.lora.weights import LoraWeights
-from tests.helpers.isas import Variant, each_variant, needs
+from tests.helpers.isas import FUSING, Variant, each_variant, here, needs_two
 from tests.helpers.native import (
     RowPart,
     Twins,
@@ -120,14 +119,14 @@ def two_steps(
     return first, second
 
 
-@needs(Isa.AVX512, Isa.AVX2)
+@needs_two(*FUSING)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @settings(max_examples=30)
 @given(st.integers(0, 2**30))
 def test_what_widens_and_fuses_has_the_same_bits(dtype: torch.dtype, seed: int) -> None:
     """PLAIN is not among them: it rounds products where there is nothing to fuse them with."""
     results = []
-    for isa in (Isa.AVX512, Isa.AVX2):
+    for isa in here(*FUSING):
         chance = random.Random(seed)
         model = model_of(Variant(isa, dtype), chance)
         loras, _ = loras_of(model, chance)
@@ -135,8 +134,8 @@ def test_what_widens_and_fuses_has_the_same_bits(dtype: torch.dtype, seed: int) 
         both = two_steps(model, chance, 4)
         found = [torch.cat(run(model.native, loras, kv, parts)) for parts in both]
         results.append((*found, kv.data.nan_to_num()))
-    for first, second in zip(*results, strict=True):
-        assert torch.equal(first, second)
+    for first, *others in zip(*results, strict=True):
+        assert all(torch.equal(first, other) for other in others)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

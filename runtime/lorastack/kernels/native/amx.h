@@ -10,7 +10,9 @@ namespace lorastack::LORASTACK_ISA {
 
 constexpr int MANY_INPUTS = 2048;
 
-struct Amx : Dot {
+using Dots = Dot<12, 2, 4, 4>;
+
+struct Amx : Dots {
   static constexpr int FEW_ROWS = BLOCK_ROWS;
   static constexpr int MAX_QUERIES = TILE_QUERIES;
 
@@ -59,7 +61,7 @@ struct Amx : Dot {
 
   INLINE void shrink(const LoraPart<uint16_t>& lora, int chunk, const uint16_t* x, size_t ldx,
                      int k, float* shrunk) {
-    shrink_tiles<Dot>(lora, chunk, x, ldx, k, shrunk);
+    shrink_tiles<Dots>(lora, chunk, x, ldx, k, shrunk);
   }
 
   INLINE void expand(const LoraPart<uint16_t>* parts, int count, float* shrunk,

@@ -1,4 +1,6 @@
 // The library's functions, which choose the instruction set at run time. Compiled for any CPU.
+#include <stddef.h>
+
 #include "abi.h"
 #include "kernels.h"
 
@@ -7,6 +9,8 @@
 #include <unistd.h>
 #elif defined __aarch64__ && defined __linux__
 #include <sys/auxv.h>
+#elif defined __aarch64__ && defined __APPLE__
+#include <sys/sysctl.h>
 #endif
 
 #ifdef LORASTACK_PROFILE
@@ -54,6 +58,10 @@ bool has_neon_bf16() {
 #ifdef __linux__
   constexpr unsigned long BF16 = 1ul << 14;
   return getauxval(AT_HWCAP2) & BF16;
+#elif defined __APPLE__
+  int has = 0;
+  size_t size = sizeof has;
+  return !sysctlbyname("hw.optional.arm.FEAT_BF16", &has, &size, nullptr, 0) && has;
 #else
   return false;
 #endif

@@ -1,5 +1,5 @@
-// Multiplication by dot products of pairs of bfloat16, in AVX512-BF16. Activations are bfloat16, and
-// sizes are multiples of 32.
+// Multiplication by dot products of pairs of bfloat16, in AVX512-BF16 and NEON. Activations are bfloat16,
+// and sizes are multiples of 32.
 #pragma once
 
 #include "pairs.h"
@@ -7,12 +7,14 @@
 
 namespace lorastack::LORASTACK_ISA {
 
-struct Dot : Untiled<Dot> {
+// Sums of ROWS rows by PANELS panels stay in registers; of QUERIES by PARTS in attention.
+template <int ROWS, int PANELS, int QUERIES, int PARTS>
+struct Dot : Untiled<Dot<ROWS, PANELS, QUERIES, PARTS>> {
   using E = BF16;
   using A = BF16;
   using Packed = uint16_t;
-  static constexpr int FEW_ROWS = 12;  // up to so many rows, weights are read once
-  static constexpr int MAX_QUERIES = 4, VALUE_PARTS = 4;
+  static constexpr int FEW_ROWS = ROWS;  // up to so many rows, weights are read once
+  static constexpr int MAX_QUERIES = QUERIES, VALUE_PARTS = PARTS;
   static constexpr bool PADS_STATES = false;
 
   template <class Work>
@@ -24,34 +26,16 @@ struct Dot : Untiled<Dot> {
   template <class Source>
   INLINE void block(const uint16_t* x, size_t ldx, int rows, Source& source, int k, bool,
                     Block* out) {
-    int m = 0;
-    for (; rows - m >= 12; m += 12) group<12>(x + m * ldx, ldx, source, k, out, m);
-    for (; rows - m >= 8; m += 8) group<8>(x + m * ldx, ldx, source, k, out, m);
-    for (; rows - m >= 4; m += 4) group<4>(x + m * ldx, ldx, source, k, out, m);
-    for (; rows - m >= 2; m += 2) group<2>(x + m * ldx, ldx, source, k, out, m);
-    for (; rows - m >= 1; m += 1) group<1>(x + m * ldx, ldx, source, k, out, m);
+    for (int half = 0; half < 2; half += PANELS)
+      groups<ROWS>(x, ldx, rows, source, k, half, &out->sums[0][half * LANES]);
   }
 
   // sums[o][t]: row o of a matrix [16][k] times state t of a tile [k/2][16][2].
   INLINE void multiply_16(const uint16_t* matrix, const uint16_t* tile, int k,
                           float (*sums)[LANES]) {
-    constexpr int OUTPUTS = 8, LINE = 32;
-    const uint16_t* next = matrix + (size_t)LANES * k;
-    for (int row = 0; row < LANES; row += OUTPUTS) {
-      const uint16_t* const rows = matrix + (size_t)row * k;
-      Floats totals[OUTPUTS];
-      for (int o = 0; o < OUTPUTS; o++) totals[o] = zero();
-      for (int line = 0; line < k; line += LINE) {
-        for (int o = 0; o < OUTPUTS; o++) prefetch_far(next + (size_t)(row + o) * k + line);
-        for (int i = line; i < line + LINE; i += 2) {
-          const Ints states = load_ints(tile + (size_t)i * LANES);
-#pragma GCC unroll 8
-          for (int o = 0; o < OUTPUTS; o++)
-            totals[o] = dot(states, pair(rows + (size_t)o * k + i), totals[o]);
-        }
-      }
-      for (int o = 0; o < OUTPUTS; o++) store(sums[row + o], totals[o]);
-    }
+    constexpr int OUTPUTS = ROWS >= 8 ? 8 : 4;
+    for (int row = 0; row < LANES; row += OUTPUTS)
+      multiply_states<OUTPUTS>(matrix + (size_t)row * k, tile, k, sums + row);
   }
 
   static constexpr int PACK_INPUTS = 2 * LANES;
@@ -73,26 +57,59 @@ struct Dot : Untiled<Dot> {
     return set(word);
   }
 
-  template <int M, class Source>
-  static void group(const uint16_t* x, size_t ldx, Source& source, int k, Block* out, int row) {
-    Floats sums[M][2];
-    for (int m = 0; m < M; m++) sums[m][0] = sums[m][1] = zero();
-    for (int i = 0; i < k; i += K_STEP) {
-      const uint16_t *low = source.tile(i, 0), *high = source.tile(i, 1);
-      for (int j = 0; j < K_STEP; j += 2) {
-        const Ints v0 = load_ints(low + j * LANES), v1 = load_ints(high + j * LANES);
-#pragma GCC unroll 16
-        for (int m = 0; m < M; m++) {
-          const Ints b = pair(x + m * ldx + i + j);
-          sums[m][0] = dot(v0, b, sums[m][0]);
-          sums[m][1] = dot(v1, b, sums[m][1]);
-        }
+  template <int OUTPUTS>
+  __attribute__((noinline)) static void multiply_states(const uint16_t* rows, const uint16_t* tile,
+                                                        int k, float (*out)[LANES]) {
+    Floats sums[OUTPUTS];
+    unroll<OUTPUTS>([&](auto o) INLINE_LAMBDA { sums[o] = zero(); });
+    for (int line = 0; line < k; line += K_STEP) {
+      for (int o = 0; o < OUTPUTS; o++) prefetch_far(rows + (size_t)(LANES + o) * k + line);
+      for (int i = line; i < line + K_STEP; i += 2) {
+        const Ints states = load_ints(tile + (size_t)i * LANES);
+        unroll<OUTPUTS>([&](auto o) INLINE_LAMBDA {
+          sums[o] = dot(states, pair(rows + (size_t)o * k + i), sums[o]);
+        });
       }
     }
-    for (int m = 0; m < M; m++) {
-      store(out->sums[row + m], sums[m][0]);
-      store(out->sums[row + m] + LANES, sums[m][1]);
+    unroll<OUTPUTS>([&](auto o) INLINE_LAMBDA { store(out[o], sums[o]); });
+  }
+
+  // As many rows at once as there are, up to M.
+  template <int M, class Source>
+  INLINE void groups(const uint16_t* x, size_t ldx, int rows, Source& source, int k, int half,
+                     float* out) {
+    int m = 0;
+    for (; rows - m >= M; m += M) group<M>(x + m * ldx, ldx, source, k, half, out + m * BLOCK_COLS);
+    constexpr int FEWER = M > 8 ? 8 : M > 4 ? 4 : M / 2;
+    if constexpr (FEWER > 0)
+      groups<FEWER>(x + m * ldx, ldx, rows - m, source, k, half, out + m * BLOCK_COLS);
+  }
+
+  // Not inlined: next to other code GCC keeps sums in memory.
+  template <int M, class Source>
+  __attribute__((noinline)) static void group(const uint16_t* x, size_t ldx, Source& source, int k,
+                                              int half, float* out) {
+    Floats sums[M * PANELS];
+    unroll<M * PANELS>([&](auto i) INLINE_LAMBDA { sums[i] = zero(); });
+    for (int i = 0; i < k; i += K_STEP) {
+      const uint16_t* tiles[PANELS];
+      unroll<PANELS>([&](auto p) INLINE_LAMBDA { tiles[p] = source.tile(i, half + p); });
+      for (int j = 0; j < K_STEP; j += 2) {
+        Ints weights[PANELS];
+        unroll<PANELS>([&](auto p) INLINE_LAMBDA { weights[p] = load_ints(tiles[p] + j * LANES); });
+        unroll<M>([&](auto m) INLINE_LAMBDA {
+          const Ints inputs = pair(x + m * ldx + i + j);
+          unroll<PANELS>([&](auto p) INLINE_LAMBDA {
+            sums[m * PANELS + p] = dot(weights[p], inputs, sums[m * PANELS + p]);
+          });
+        });
+      }
     }
+    unroll<M>([&](auto m) INLINE_LAMBDA {
+      unroll<PANELS>([&](auto p) INLINE_LAMBDA {
+        store(out + m * BLOCK_COLS + p * LANES, sums[m * PANELS + p]);
+      });
+    });
   }
 };
 

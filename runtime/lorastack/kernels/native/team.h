@@ -5,8 +5,9 @@
 
 #include "common.h"
 
-#ifdef _OPENMP
-#include <omp.h>
+#ifdef _OPENMP  // whose header Apple's compiler lacks
+extern "C" int omp_get_thread_num();
+extern "C" double omp_get_wtime();
 #else  // one thread does every thread's part
 INLINE int omp_get_thread_num() { return 0; }
 #endif
