@@ -36,7 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if other := config.getoption("--native-library"):
         build.LIBRARY = Path(other).resolve()
         if library.library() is None:
-            raise pytest.UsageError(f"{other} cannot be loaded")
+            raise pytest.UsageError(f"{other}: {library.problem()}")
 
 
 @pytest.hookimpl(optionalhook=True)

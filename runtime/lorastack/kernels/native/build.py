@@ -5,8 +5,7 @@
 TARGET and FLAGs make another library, for tests (see `make check-native`).
 
 Each source is compiled for its own instruction set, and `dispatch.cpp` chooses among them when the
-program runs, so a library does not depend on the machine that compiles it. Native kernels are for
-x86-64 only.
+program runs, so a library runs on any machine of the architecture that it was compiled on.
 """
 
 from __future__ import annotations
@@ -26,6 +25,8 @@ LIBRARY = HERE / "liblorastack.so"
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma")
 _BF16 = (*_AVX512, "-mavx512bf16")
 _ANY: dict[str, tuple[str, ...]] = {"dispatch.cpp": (), "plain.cpp": ()}
+# The least instructions first: of an inline function that several objects hold, such as one of
+# std::vector, the linker keeps the first.
 SOURCES: dict[str, dict[str, tuple[str, ...]]] = {
     "x86_64": {
         **_ANY,
@@ -44,6 +45,9 @@ _FLAGS = (
 _QUIET = ("-Wno-maybe-uninitialized", "-Wno-ignored-attributes")
 
 
+NO_COMPILER = "no C++ compiler: install g++, or name one in CXX"
+
+
 def sources() -> str:
     """sha256 of the C++ sources, compiled into the library, which library.py compares at load."""
     digest = hashlib.sha256()
@@ -52,15 +56,20 @@ def sources() -> str:
     return digest.hexdigest()
 
 
+def found_compiler() -> str | None:
+    """CXX of the environment, or the system's C++ compiler."""
+    return os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+
+
 def build(target: Path = LIBRARY, extra: tuple[str, ...] = ()) -> str:
     """Compile the library into `target`. extra: flags for every call of the compiler.
 
     Returns "", or why no library was made: callers go on without it.
     """
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    compiler = found_compiler()
     flags_of = SOURCES.get(platform.machine(), _ANY)
     if compiler is None:
-        return "no C++ compiler (c++, g++ or CXX)"
+        return NO_COMPILER
     named = f'-DLORASTACK_SOURCES="{sources()}"'
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
 
@@ -76,6 +85,8 @@ def build(target: Path = LIBRARY, extra: tuple[str, ...] = ()) -> str:
             _run(compiler, "-shared", "-fopenmp", *extra, *objects, "-o", str(made))
         except subprocess.CalledProcessError as error:
             return f"{compiler} failed:\n{error.stderr}"
+        except OSError as error:
+            return f"{compiler} cannot be run: {error}"
         made.replace(target)
     return ""
 
