@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -73,6 +73,7 @@ def exact(model: Twins, hidden_XH: Tensor, lora: LoraBatch, isa: Isa) -> tuple[T
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+@settings(max_examples=60)
 @given(st.integers(0, 2**30))
 def test_equals_exact_sums_and_a_row_alone(variant: Variant, seed: int) -> None:
     chance = random.Random(seed)
@@ -98,6 +99,7 @@ def test_equals_exact_sums_and_a_row_alone(variant: Variant, seed: int) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
+@settings(max_examples=30)
 @given(st.integers(0, 2**30))
 def test_what_is_not_finite_stays_in_its_row(variant: Variant, poison: float, seed: int) -> None:
     chance = random.Random(seed)
