@@ -24,9 +24,12 @@ RANKS = (0, 1, 3, 16, 17, 64, 65, 130)
 
 def head(variant: Variant, chance: random.Random) -> Twins:
     """A model of which only the head matters."""
+    hidden_size = 32 * chance.choice((1, 2, 3, 4, 5, 6, 7, 8, 9, 65))
+    if not variant.isa.multiplies_pairs and chance.random() < 0.5:
+        hidden_size = chance.choice((1, 33, 40, 100, 2071))
     shapes = ModelShapes(
         architecture="LlamaForCausalLM",
-        hidden_size=32 * chance.choice((1, 2, 3, 4, 5, 6, 7, 8, 9, 65)),
+        hidden_size=hidden_size,
         intermediate_size=1,
         num_layers=1,
         num_heads=1,
