@@ -38,7 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if other := config.getoption("--native-library"):
         build.LIBRARY = Path(other).resolve()
         if library.library() is None:
-            raise pytest.UsageError(f"{other} cannot be loaded")
+            raise pytest.UsageError(f"{other}: {library.problem()}")
     if command := config.getoption("--emulated"):
         emulated.install(command)
 

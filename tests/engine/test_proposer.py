@@ -15,11 +15,13 @@ from lorastack.adapters.memory.device import DeviceAdapter
 from lorastack.engine.batch import Batch, RowAdapters, RowStep
 from lorastack.engine.runner import Runner
 from lorastack.kernels.heads import HeadsGroup
+from lorastack.kernels.native.isa import Isa
 from lorastack.layout import HEADS, LM_HEAD, MAX_RANK, ModelShapes, Part
 from lorastack.model.backends.load import load_backend
 from lorastack.request import LoraUse, Request, SamplingParams, StopParams
 from lorastack.speculation.proposal import Proposal
 from tests.helpers.adapters import with_outputs, write_heads, write_lora
+from tests.helpers.isas import FLOAT32, each_of
 from tests.helpers.packed import pack, read_tensors
 
 CPU = torch.device("cpu")
@@ -41,8 +43,16 @@ def on_device(folder: Path, shapes: ModelShapes, lm_head_VH: Tensor) -> DeviceAd
 class Drafts:
     """Rows that have just read their prompt, each in a page of its own."""
 
-    def __init__(self, model: Path, shapes: ModelShapes, root: Path) -> None:
-        self.backend = load_backend(model, device=CPU, dtype=torch.float32, max_context=None)
+    def __init__(self, model: Path, shapes: ModelShapes, root: Path, isa: Isa | None) -> None:
+        """isa: what runs them; None: plain torch."""
+        self.backend = load_backend(
+            model,
+            device=CPU,
+            dtype=torch.float32,
+            max_context=None,
+            native=isa is not None,
+            at_most=isa,
+        )
         self._runner = Runner(self.backend, self.backend.make_kv(16, PAGE_SIZE))
         self._shapes = shapes
         output_VH = load_file(model / "model.safetensors")["model.embed_tokens.weight"]  # tied
@@ -98,11 +108,15 @@ class Drafts:
         return [each.ids if each else None for each in self.run(*steps)]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=[pytest.param(None, id="torch"), *each_of(*FLOAT32)])
 def drafts(
-    tiny_llama: Path, tiny_llama_shapes: ModelShapes, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    tiny_llama: Path,
+    tiny_llama_shapes: ModelShapes,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Drafts:
-    return Drafts(tiny_llama, tiny_llama_shapes, tmp_path_factory.mktemp("heads"))
+    root = tmp_path_factory.mktemp("heads")
+    return Drafts(tiny_llama, tiny_llama_shapes, root, request.param)
 
 
 def assert_same(found: Proposal | None, expected: Proposal | None) -> None:

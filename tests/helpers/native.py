@@ -42,7 +42,12 @@ def kinds(dtype: torch.dtype) -> tuple[Kind | None, ...]:
 
 
 class GuardedBackend(NativeBackend):
-    """Its scratch memory is as small as the library asks for, and full of NaN."""
+    """Its memory for states and its scratch memory, which is as small as the library asks for, are
+    full of NaN and end before a page that nobody may touch."""
+
+    def _padded(self, num_rows: int) -> Tensor:
+        like = super()._padded(num_rows)
+        return guarded_bytes(like.nbytes).view(like.dtype).view(like.shape)
 
     def _scratch_of(self, nbytes: int) -> int:
         aligned = -(-nbytes // 64) * 64

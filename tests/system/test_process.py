@@ -238,6 +238,15 @@ def test_torch_and_the_native_library_share_one_openmp(serve: Serve) -> None:
     assert len({path for path in process.files if "omp" in path.name and ".so" in path.name}) == 1
 
 
+@needs_native
+def test_lower_instructions_may_be_asked_for(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORASTACK_ISA", "plain")
+    with Client(serve().address) as client:
+        info = client.model_info()
+        assert (info.backend, info.dtype) == ("native plain", "bfloat16")
+        assert client.generate(ask(max_new_tokens=4, ignore_eos=True)).token_ids
+
+
 def test_an_unknown_model_is_one_line_and_no_traceback(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"architectures": ["BertModel"]}')
     result = subprocess.run(

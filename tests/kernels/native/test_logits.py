@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -24,9 +24,12 @@ RANKS = (0, 1, 3, 16, 17, 64, 65, 130)
 
 def head(variant: Variant, chance: random.Random) -> Twins:
     """A model of which only the head matters."""
+    hidden_size = 32 * chance.choice((1, 2, 3, 4, 5, 6, 7, 8, 9, 65))
+    if not variant.isa.multiplies_pairs and chance.random() < 0.5:
+        hidden_size = chance.choice((1, 33, 40, 100, 2071))
     shapes = ModelShapes(
         architecture="LlamaForCausalLM",
-        hidden_size=32 * chance.choice((1, 2, 3, 4, 5, 6, 7, 8, 9, 65)),
+        hidden_size=hidden_size,
         intermediate_size=1,
         num_layers=1,
         num_heads=1,
@@ -73,6 +76,7 @@ def exact(model: Twins, hidden_XH: Tensor, lora: LoraBatch, isa: Isa) -> tuple[T
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+@settings(max_examples=60)
 @given(st.integers(0, 2**30))
 def test_equals_exact_sums_and_a_row_alone(variant: Variant, seed: int) -> None:
     chance = random.Random(seed)
@@ -98,6 +102,7 @@ def test_equals_exact_sums_and_a_row_alone(variant: Variant, seed: int) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
+@settings(max_examples=30)
 @given(st.integers(0, 2**30))
 def test_what_is_not_finite_stays_in_its_row(variant: Variant, poison: float, seed: int) -> None:
     chance = random.Random(seed)

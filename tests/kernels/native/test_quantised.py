@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -48,6 +48,7 @@ def case(seed: int) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=60)
 @given(st.integers(0, 2**30))
 def test_equals_the_bfloat16_kernel(isa: Isa, kind: Kind, seed: int) -> None:
     weight_OI, x_TI = case(seed)
@@ -68,6 +69,7 @@ def test_equals_the_bfloat16_kernel(isa: Isa, kind: Kind, seed: int) -> None:
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("kind", [None, *KINDS])
+@settings(max_examples=60)
 @given(st.integers(0, 2**30))
 def test_a_rows_bits_are_its_own(isa: Isa, kind: Kind | None, seed: int) -> None:
     weight_OI, x_TI = case(seed)
@@ -82,6 +84,7 @@ def test_a_rows_bits_are_its_own(isa: Isa, kind: Kind | None, seed: int) -> None
 
 @pytest.mark.skipif(len(here()) < 2, reason="needs two instruction sets")
 @pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=60)
 @given(st.integers(0, 2**30))
 def test_instruction_sets_agree(kind: Kind, seed: int) -> None:
     weight_OI, x_TI = case(seed)

@@ -5,8 +5,8 @@
 TARGET and FLAGs make another library, for tests (see `make check-native`).
 
 Each source is compiled for its own instruction set, and `dispatch.cpp` chooses among them when the
-program runs, so a library does not depend on the machine that compiles it. CXX names another
-compiler, which may be for another architecture (see `make check-arm`).
+program runs, so a library runs on any machine of its architecture. CXX names another compiler, which
+may be for another architecture (see `make check-arm`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ _BF16 = (*_AVX512, "-mavx512bf16")
 # Loops over lanes are vectorised at -O2 too, and compiled in half the time.
 _ANY: dict[str, tuple[str, ...]] = {"dispatch.cpp": (), "plain.cpp": ("-O2", "-ftree-vectorize")}
 _ARM = {**_ANY, "neon.cpp": (), "neon_bf16.cpp": ("-march=armv8.2-a+bf16",)}
-# By the architecture's name in `c++ -dumpmachine`.
+# By the architecture's name in `c++ -dumpmachine`. The least instructions first: of an inline function
+# that several objects hold, such as one of std::vector, the linker keeps the first.
 SOURCES: dict[str, dict[str, tuple[str, ...]]] = {
     "aarch64": _ARM,
     "arm64": _ARM,  # of Apple
@@ -57,6 +58,9 @@ _OPENMP = {
 }
 
 
+NO_COMPILER = "no C++ compiler: install g++, or name one in CXX"
+
+
 def sources() -> str:
     """sha256 of the C++ sources, compiled into the library, which library.py compares at load."""
     digest = hashlib.sha256()
@@ -65,14 +69,19 @@ def sources() -> str:
     return digest.hexdigest()
 
 
+def found_compiler() -> str | None:
+    """CXX of the environment, or the system's C++ compiler."""
+    return os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+
+
 def build(target: Path = LIBRARY, extra: tuple[str, ...] = ()) -> str:
     """Compile the library into `target`. extra: flags for every call of the compiler.
 
     Returns "", or why no library was made: callers go on without it.
     """
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    compiler = found_compiler()
     if compiler is None:
-        return "no C++ compiler (c++, g++ or CXX)"
+        return NO_COMPILER
     named = f'-DLORASTACK_SOURCES="{sources()}"'
     openmp, linked = _OPENMP.get(sys.platform, _OPENMP["linux"])
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
@@ -90,6 +99,8 @@ def build(target: Path = LIBRARY, extra: tuple[str, ...] = ()) -> str:
             _run(compiler, "-shared", *linked, *extra, *objects, "-o", str(made))
         except subprocess.CalledProcessError as error:
             return f"{compiler} failed:\n{error.stderr}"
+        except OSError as error:
+            return f"{compiler} cannot be run: {error}"
         made.replace(target)
     return ""
 

@@ -231,7 +231,10 @@ def _load(path: Path) -> tuple[Any | None, str]:
         except OSError as error:
             why = f"the native library cannot be loaded: {error}"
     if why:
-        why += "; build it with `python -m lorastack.kernels.native.build`"
+        remedy = "build it with `python -m lorastack.kernels.native.build`"
+        if build.found_compiler() is None:
+            remedy = f"{build.NO_COMPILER}, then {remedy}"
+        why += f"; {remedy}"
         log.warning("no native kernels, steps run in plain torch: %s", why)
         return None, why
     for name, (result, *arguments) in FUNCTIONS.items():
