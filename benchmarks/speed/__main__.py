@@ -29,7 +29,7 @@ import typer
 
 from benchmarks.paging.synthetic import TARGETS, write_adapter
 from benchmarks.paging.traffic import background
-from benchmarks.peers.process import PEERS
+from benchmarks.peers.process import PEERS, USUAL
 from benchmarks.peers.protocol import About
 from benchmarks.report import report
 from benchmarks.speed.cases import PARTS, Case, Prompts, all_cases
@@ -52,8 +52,12 @@ OUT = Path(__file__).parents[1] / "results"
 def main(
     rounds: Annotated[int, typer.Option(min=1, help="After the one that warms up.")] = 3,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of every engine.")] = 2,
-    only: Annotated[str, typer.Option(help="Parts; numbers are rows.")] = ",".join(PARTS),
-    peers: Annotated[str, typer.Option(help='Other engines; "": none.')] = ",".join(PEERS),
+    only: Annotated[
+        str, typer.Option(help=f"Parts, of {','.join(PARTS)} (numbers: base model, rows).")
+    ] = ",".join(PARTS),
+    peers: Annotated[
+        str, typer.Option(help=f'Other engines, of {",".join(PEERS)}; "": none.')
+    ] = ",".join(USUAL),
     dtype: Annotated[str, typer.Option(help="Of our server, as in `lorastack serve`.")] = "auto",
     out: Annotated[
         Path | None,

@@ -11,7 +11,7 @@ import gguf
 import typer
 
 from benchmarks.peers.gguf_file import write_gguf
-from benchmarks.peers.process import GGUF, Peer, PeerError, peer, python_of
+from benchmarks.peers.process import PEERS, Peer, PeerError, peer, python_of
 from benchmarks.peers.protocol import About, Done, Job, Load
 from lorastack.model.fetch.default import default_model
 
@@ -85,18 +85,20 @@ def loaded_peers(
     with ExitStack() as stack:
         peers = Peers()
         for key in wanted:
-            python = python_of(key)
+            setup = PEERS[key]
+            python = python_of(setup.folder)
             if python is None:
                 peers.drop(key, "not installed; `make peers` does it")
                 continue
             load = Load(
                 model=str(model),
-                gguf=gguf_file(model, scratch, GGUF[key]) if GGUF[key] else "",
+                gguf=gguf_file(model, scratch, setup.gguf) if setup.gguf else "",
                 loras={name: str(folder) for name, folder in loras.items()},
                 threads=threads,
             )
             try:
-                loaded = stack.enter_context(peer(key, python, load, scratch / f"{key}.log"))
+                log = scratch / f"{key}.log"
+                loaded = stack.enter_context(peer(setup.folder, python, load, log))
             except PeerError as error:
                 peers.drop(key, f"loading: {error}")
             else:

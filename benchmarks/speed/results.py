@@ -139,7 +139,8 @@ def bars(r: Results, gaps: dict[str, float], backend: str) -> list[Bar]:
 
 def faster(r: Results, case: str) -> str:
     """Of llama.cpp and OpenVINO."""
-    return max(("llama_cpp", "openvino"), key=lambda engine: r.median(case, engine) or 0.0)
+    peers = ("llama_cpp", "llama_cpp_f16", "openvino")
+    return max(peers, key=lambda engine: r.median(case, engine) or 0.0)
 
 
 def shown(value: float | None, form: str) -> str:

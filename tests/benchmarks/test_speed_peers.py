@@ -86,7 +86,7 @@ def measured(
 def test_a_peer_that_dies_keeps_its_numbers_and_takes_no_others(folder: Path) -> None:
     peer_scripts.install(folder, "openvino", FAILS_LATE)
     peer_scripts.install(folder, "peft")
-    with measured(folder, process.PEERS, 2, CASES) as (run, peers):
+    with measured(folder, process.USUAL, 2, CASES) as (run, peers):
         run.results.set_floor("one", 1, 10)
         run.results.set_floor("loras", 2, 10)
         one, loras = run.results.table([OFF, AUTO, *peers.about])
@@ -107,7 +107,7 @@ def test_peers_that_do_not_load_are_lines(folder: Path) -> None:
     peer_scripts.install(folder, "llama_cpp", "def loaded(): os.abort()")
     peer_scripts.install(folder, "openvino", "print('rubbish', flush=True)")
     peer_scripts.install(folder, "peft", "def loaded(): raise ValueError('bf16 is not supported')")
-    with measured(folder, process.PEERS, 1, CASES) as (run, peers):
+    with measured(folder, process.USUAL, 1, CASES) as (run, peers):
         reasons = [row["left out"] for row in peers.table()]
         (rows, *_) = run.results.heads_table()
     assert reasons == [

@@ -1,4 +1,4 @@
-"""llama.cpp through its C interface: one batch of sequences, bfloat16 weights, greedy."""
+"""llama.cpp through its C interface: one batch of sequences, greedy."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 
 import llama_cpp as ll
 import numpy as np
@@ -23,7 +24,7 @@ class LlamaCpp:
     def __init__(self, load: Load) -> None:
         self.about = About(
             name=f"llama.cpp {version('llama-cpp-python')}",
-            numbers="bf16 weights, f16 KV",
+            numbers=f"{Path(load.gguf).stem.lower()} weights, f16 KV",
             instructions=compiled(),
             mixed_loras=False,  # adapters are a context's, not a sequence's
         )

@@ -20,7 +20,8 @@ BASE = "__base__"  # PEFT's name of rows without an adapter
 class Peft:
     """Base batches run on a model without PEFT's layers, which cost time even when disabled.
 
-    In bfloat16 where oneDNN multiplies it, else in float32, which is faster then.
+    In bfloat16 where oneDNN multiplies it, else in float32: on AVX2 that is slower at one row, but
+    twice as fast at eight and five times in a prompt.
     """
 
     def __init__(self, load: Load) -> None:
