@@ -46,23 +46,19 @@ from lorastack.model.fetch.default import default_model
 from lorastack.model.size import step_nbytes
 
 LORAS, RANK = [f"lora-{seed}" for seed in range(8)], 16
+PARTS_HELP = f"Of {', '.join(PARTS)}; a number: so many rows of the base model."
+PEERS_HELP = f"Other engines, of {', '.join(PEERS)}; '': none."
+OUT_HELP = "Folder for speed.json and speed.svg; without it benchmarks/results, if all parts ran."
 OUT = Path(__file__).parents[1] / "results"
 
 
 def main(
     rounds: Annotated[int, typer.Option(min=1, help="After the one that warms up.")] = 3,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of every engine.")] = 2,
-    only: Annotated[
-        str, typer.Option(help=f"Parts, of {','.join(PARTS)} (numbers: base model, rows).")
-    ] = ",".join(PARTS),
-    peers: Annotated[
-        str, typer.Option(help=f'Other engines, of {",".join(PEERS)}; "": none.')
-    ] = ",".join(USUAL),
+    only: Annotated[str, typer.Option(help=PARTS_HELP)] = ",".join(PARTS),
+    peers: Annotated[str, typer.Option(help=PEERS_HELP)] = ",".join(USUAL),
     dtype: Annotated[str, typer.Option(help="Of our server, as in `lorastack serve`.")] = "auto",
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Folder for speed.json and speed.svg [default: of all parts, results/]"),
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help=OUT_HELP)] = None,
 ) -> None:
     """Measure, print tables, write JSON and a plot."""
     parts, wanted = chosen("--only", only, PARTS), chosen("--peers", peers, PEERS)

@@ -6,10 +6,11 @@ import xml.etree.ElementTree as ET
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from benchmarks.peers.process import PEERS
 from benchmarks.peers.protocol import About
-from benchmarks.speed.__main__ import chosen
+from benchmarks.speed.__main__ import chosen, main
 from benchmarks.speed.cases import PARTS, all_cases
 from benchmarks.speed.chart import chart
 from benchmarks.speed.engines import Reply, done
@@ -104,6 +105,14 @@ def test_parts_are_chosen_by_name() -> None:
     assert [case.key for case in all_cases(["a"])] == list(PARTS[:-2])
     with pytest.raises(typer.BadParameter, match="--only: no 3 among 1, 2"):
         chosen("--only", "1,3", PARTS)
+
+
+def test_help_lists_the_peers() -> None:
+    app = typer.Typer()
+    app.command()(main)
+    shown = CliRunner().invoke(app, ["--help"])
+    assert shown.exit_code == 0
+    assert "llama_cpp_f16" in shown.output
 
 
 def test_the_chart_is_xml_with_a_bar_a_number() -> None:
