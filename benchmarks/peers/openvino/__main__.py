@@ -14,6 +14,7 @@ from benchmarks.peers.protocol import About, Done, Job, Load, serve
 
 CACHE_GIB = 2
 ALL = "all of this CPU"
+WITHOUT_BFLOAT16 = ("AVX2", "AVX512_CORE")  # of oneDNN's names of limits
 
 
 class OpenVino:
@@ -24,9 +25,10 @@ class OpenVino:
     """
 
     def __init__(self, load: Load) -> None:
-        bfloat16 = "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        precision, kv = ("bf16", "bf16") if bfloat16 else ("f32", "f16")
         limit = os.environ.get("ONEDNN_MAX_CPU_ISA")
+        able = "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        bfloat16 = able and limit not in WITHOUT_BFLOAT16  # the answer knows of no limit
+        precision, kv = ("bf16", "bf16") if bfloat16 else ("f32", "f16")
         self.about = About(
             name=f"OpenVINO GenAI {version('openvino-genai')}",
             numbers=f"{precision}, {kv} KV",
