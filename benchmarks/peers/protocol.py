@@ -1,8 +1,8 @@
 """What the benchmark and a peer's process say to each other: one JSON object a line, both ways.
 
-    {"op": "load", "model": FOLDER, "gguf": {"BF16": FILE, "F16": FILE}, "loras": {ID: FOLDER},
-     "threads": 2}
-    -> {"name": "llama.cpp 0.3.36", "mixed_loras": false}
+    {"op": "load", "model": FOLDER, "gguf": FILE, "loras": {ID: FOLDER}, "threads": 2}
+    -> {"name": "llama.cpp 0.3.36", "numbers": "bf16 weights, f16 KV", "instructions": "AVX2 FMA",
+        "mixed_loras": false}
     {"op": "generate", "prompts": [[IDS], ...], "new_tokens": 64, "loras": [[ID], [], ...]}
     -> {"prompt_seconds": 0.1, "decode_seconds": 0.7, "decode_tokens": 504, "tokens": [[IDS], ...]}
 
@@ -23,12 +23,26 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What a peer is given before its first request."""
+    """What a peer is given before its first request. gguf: the model in one file, or ""."""
 
     model: str
-    gguf: dict[str, str] = field(default_factory=dict)
+    gguf: str = ""
     loras: dict[str, str] = field(default_factory=dict)
     threads: int = 2
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """What a loaded peer says of itself.
+
+    numbers: the kinds of its weights, KV and sums. instructions: those that it may use.
+    mixed_loras: rows of one batch may have different ones.
+    """
+
+    name: str
+    numbers: str
+    instructions: str
+    mixed_loras: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +65,9 @@ class Done:
 
 
 class Engine(Protocol):
-    """A loaded peer. mixed_loras: rows of one batch may have different ones."""
+    """A loaded peer."""
 
-    name: str
-    mixed_loras: bool
+    about: About
 
     def generate(self, job: Job) -> Done: ...
 
@@ -69,7 +82,7 @@ def serve(load: Callable[[Load], Engine]) -> None:
         match request.pop("op"):
             case "load":
                 engine = load(Load(**request))
-                reply: dict[str, Any] = {"name": engine.name, "mixed_loras": engine.mixed_loras}
+                reply: dict[str, Any] = asdict(engine.about)
             case "generate":
                 assert engine is not None, "load comes first"
                 reply = asdict(engine.generate(Job(**request)))

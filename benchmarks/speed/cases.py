@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
 
-from benchmarks.peers.protocol import Job
+from benchmarks.peers.protocol import About, Job
+from benchmarks.speed.results import GAPS, MATHS
 from lorastack.client import ChatMessage, ChatMessages, Client, TokenizeRequest
 
 PROMPTS = Path(__file__).parents[2] / "examples" / "prompts"
@@ -22,8 +23,9 @@ MAX_ID = 40_000  # random first ids that make prompts new stay below it, and bel
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """A row of the table. loras: of each row of the batch."""
+    """A row of the table. key: its name on the command line. loras: of each row of the batch."""
 
+    key: str
     name: str
     loras: tuple[tuple[str, ...], ...]
     prompt_tokens: int = PROMPT_TOKENS
@@ -33,13 +35,13 @@ class Case:
     def adapters(self) -> set[str]:
         return {lora_id for row in self.loras for lora_id in row}
 
-    def fits(self, mixed_loras: bool) -> bool:
-        """True if an engine without stacks can run it; mixed_loras: one a row."""
-        return not self.adapters or (mixed_loras and all(len(row) == 1 for row in self.loras))
+    def fits(self, peer: About) -> bool:
+        """True if a peer, none of which stacks LoRAs, can run it."""
+        return not self.adapters or (peer.mixed_loras and all(len(row) == 1 for row in self.loras))
 
     @property
     def is_prefill(self) -> bool:
-        return self.new_tokens == 1
+        return self.prompt_tokens == PREFILL_TOKENS
 
 
 def all_cases(loras: Sequence[str]) -> list[Case]:
@@ -47,11 +49,20 @@ def all_cases(loras: Sequence[str]) -> list[Case]:
     rotated = [*loras[1:], *loras[:1]]
     count = len(loras)
     return [
-        *(Case(name=f"base, {rows} rows", loras=((),) * rows) for rows in ROWS),
-        Case(name=f"{count} rows, {count} LoRAs", loras=tuple((name,) for name in loras)),
-        Case(name=f"{count} rows, stacks of 2", loras=tuple(zip(loras, rotated, strict=True))),
-        Case(name="prefill", loras=((),), prompt_tokens=PREFILL_TOKENS, new_tokens=1),
+        *(Case(key=str(rows), name=f"base, {rows} rows", loras=((),) * rows) for rows in ROWS),
+        Case(key="loras", name=f"{count} rows, {count} LoRAs", loras=tuple((a,) for a in loras)),
+        Case(
+            key="stacks",
+            name=f"{count} rows, stacks of 2",
+            loras=tuple(zip(loras, rotated, strict=True)),
+        ),
+        Case(
+            key="prefill", name="prefill", loras=((),), prompt_tokens=PREFILL_TOKENS, new_tokens=1
+        ),
     ]
+
+
+PARTS = (*(case.key for case in all_cases(())), MATHS, GAPS)
 
 
 class Prompts:
@@ -62,11 +73,11 @@ class Prompts:
         self.maths = [chat_ids(client, prompt) for prompt in read("maths.jsonl")]
         self._text = [token for prompt in read("chat.jsonl") for token in chat_ids(client, prompt)]
 
-    def job(self, case: Case) -> Job:
+    def job(self, case: Case, most_tokens: int = NEW_TOKENS) -> Job:
         """Prompts end like a user's maths question, cut or filled in front to one length."""
         rows = islice(cycle(self._random.sample(self.maths, len(self.maths))), len(case.loras))
         prompts = [self.filled(ids, case.prompt_tokens) for ids in rows]
-        return Job(prompts, case.new_tokens, case.loras)
+        return Job(prompts, min(case.new_tokens, most_tokens), case.loras)
 
     def filled(self, ids: list[int], length: int) -> list[int]:
         filler = islice(cycle(self._text), max(length - len(ids), 0))

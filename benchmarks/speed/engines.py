@@ -1,24 +1,16 @@
-"""Engines that take turns: our server in its modes, and the peers that are installed."""
+"""Our server in its modes, as an engine among others."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
-import gguf
-import typer
-
 from benchmarks.paging.traffic import Background
-from benchmarks.peers.gguf_file import write_gguf
-from benchmarks.peers.process import PEERS, Peer, peer, python_of
-from benchmarks.peers.protocol import Done, Job, Load
+from benchmarks.peers.protocol import Done, Job
 from lorastack.client import Client
-from lorastack.model.fetch.default import default_model
 from lorastack.v1 import generation_pb2 as pb
 
 HEADS = "heads-maths"
@@ -72,7 +64,7 @@ class Reply:
     sent: float
     first: float
     ended: float
-    tokens: int
+    tokens: list[int]
 
 
 def send_all(address: str, requests: list[bytes]) -> list[Reply]:
@@ -84,7 +76,7 @@ def send_all(address: str, requests: list[bytes]) -> list[Reply]:
             reply = client.generate(pb.GenerateRequest.FromString(request))
             late = time.monotonic() - sent - reply.timings.total_ms / 1000
             first = sent + late + reply.timings.time_to_first_token_ms / 1000
-            return Reply(sent, first, time.monotonic(), len(reply.token_ids))
+            return Reply(sent, first, time.monotonic(), list(reply.token_ids))
 
         return list(pool.map(send, requests))
 
@@ -96,34 +88,9 @@ def done(replies: Sequence[Reply]) -> Done:
     first = max(reply.first for reply in replies)
     ended = min(reply.ended for reply in replies)
     inside = [
-        (reply.tokens - 1) * (ended - first) / (reply.ended - reply.first)
+        (len(reply.tokens) - 1) * (ended - first) / (reply.ended - reply.first)
         for reply in replies
-        if reply.tokens > 1
+        if len(reply.tokens) > 1
     ]
-    return Done(first - began, ended - first, round(sum(inside)), [])
-
-
-@contextmanager
-def installed_peers(
-    loras: dict[str, Path], threads: int, scratch: Path, wanted: Sequence[str]
-) -> Iterator[dict[str, Peer]]:
-    """Peers that `make peers` has made, loaded, by their keys."""
-    model = default_model()
-    load = Load(
-        model=str(model),
-        gguf={kind: str(scratch / f"{kind}.gguf") for kind in ("BF16", "F16")},
-        loras={name: str(folder) for name, folder in loras.items()},
-        threads=threads,
-    )
-    for kind, path in load.gguf.items():
-        write_gguf(model, Path(path), gguf.GGMLQuantizationType[kind])
-    with ExitStack() as stack:
-        peers = {}
-        for key in PEERS:
-            python = python_of(key)
-            if python is None:
-                typer.echo(f"{key}: no environment, skipped; `make peers` makes it", err=True)
-            elif key in wanted:
-                log = scratch / f"{key}.log"
-                peers[key] = stack.enter_context(peer(key, python, load, log))
-        yield peers
+    tokens = [reply.tokens for reply in replies]
+    return Done(first - began, ended - first, round(sum(inside)), tokens)

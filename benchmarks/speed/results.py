@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 OFF, AUTO = "off", "auto"
 BANDWIDTH = "bandwidth"
-MATHS = "maths"
+MATHS, GAPS = "maths", "gaps"
 
 
 @dataclass(slots=True)
@@ -73,7 +73,7 @@ class Results:
                 "tokens/s": shown(self.median(MATHS, engine), "{:.1f}"),
                 "over off": shown(self.ratio((MATHS, engine), (MATHS, OFF)), "{:.2f}x"),
             }
-            for engine in self.values[MATHS]
+            for engine in self.values.get(MATHS, {})
         ]
 
 
@@ -101,25 +101,46 @@ class Bar:
         }
 
 
-def bars(r: Results, gaps: dict[str, float]) -> list[Bar]:
-    """gaps: p99 and stall, over the median gap."""
+def bars(r: Results, gaps: dict[str, float], backend: str) -> list[Bar]:
+    """gaps: p99 and stall, over the median gap. backend: tiles (AMX) have bars of their own."""
     one, eight, many = "base, 1 rows", "base, 8 rows", "base, 32 rows"
     loras, prefill = "8 rows, 8 LoRAs", "prefill"
-    fastest = max(("openvino", "llama_cpp"), key=lambda engine: r.median(prefill, engine) or 0.0)
-    return [
-        Bar("batch 1 OFF over llama.cpp", r.ratio((one, OFF), (one, "llama_cpp")), 1.0),
+    tiles = "amx" in backend
+    batch_peer, prefill_peer = faster(r, eight), faster(r, prefill)
+    common = [
+        Bar("batch 1 OFF over llama_cpp", r.ratio((one, OFF), (one, "llama_cpp")), 1.0),
         Bar("batch 1 OFF of its floor", r.of_floor(one, OFF), 0.75),
-        Bar("batch 8 OFF over OpenVINO", r.ratio((eight, OFF), (eight, "openvino")), 1.5),
-        Bar("8 LoRAs over PEFT's mixed batch", r.ratio((loras, OFF), (loras, "peft")), 10.0),
+        Bar(
+            f"batch 8 OFF over {batch_peer}",
+            r.ratio((eight, OFF), (eight, batch_peer)),
+            1.5 if tiles else 1.3,
+        ),
+        Bar(
+            "8 LoRAs over PEFT's mixed batch",
+            r.ratio((loras, OFF), (loras, "peft")),
+            10.0 if tiles else 8.0,
+        ),
+        Bar("8 LoRAs over batch 8 without", r.ratio((loras, OFF), (eight, OFF)), 0.7),
+        Bar("maths AUTO over OFF", r.ratio((MATHS, AUTO), (MATHS, OFF)), 1.4 if tiles else 1.5),
+        Bar("maths AUTO over llama_cpp", r.ratio((MATHS, AUTO), (MATHS, "llama_cpp")), 1.4),
+        Bar(f"prefill over {prefill_peer}", r.ratio((prefill, OFF), (prefill, prefill_peer)), 0.8),
+        Bar("p99 gap over median, 8 rows", gaps.get("p99"), 1.5, at_most=True),
+        Bar("longest gap during a long prompt", gaps.get("stall"), 2.0, at_most=True),
+    ]
+    if not tiles:
+        return common
+    return [
+        *common,
         Bar("8 LoRAs over OpenVINO's base batch", r.ratio((loras, OFF), (eight, "openvino")), 1.0),
         Bar("8 LoRAs of their floor", r.of_floor(loras, OFF), 0.65),
-        Bar("maths AUTO over OFF", r.ratio((MATHS, AUTO), (MATHS, OFF)), 1.4),
-        Bar("maths AUTO over llama.cpp", r.ratio((MATHS, AUTO), (MATHS, "llama_cpp")), 1.4),
         Bar("batch 32 OFF over batch 8", r.ratio((many, OFF), (eight, OFF)), 1.7),
-        Bar(f"prefill over {fastest}", r.ratio((prefill, OFF), (prefill, fastest)), 0.8),
-        Bar("p99 gap over median, 8 rows", gaps["p99"], 1.5, at_most=True),
-        Bar("longest gap during a long prompt", gaps["stall"], 2.0, at_most=True),
     ]
+
+
+def faster(r: Results, case: str) -> str:
+    """Of llama.cpp and OpenVINO."""
+    peers = ("llama_cpp", "llama_cpp_f16", "openvino")
+    return max(peers, key=lambda engine: r.median(case, engine) or 0.0)
 
 
 def shown(value: float | None, form: str) -> str:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterable
+from functools import partial
 from itertools import islice
 from typing import TypeVar
 
 import typer
 
 from benchmarks.paging.traffic import Background
-from benchmarks.peers.process import Peer
-from benchmarks.peers.protocol import Job
+from benchmarks.peers.protocol import Done, Job
 from benchmarks.speed import latency
-from benchmarks.speed.cases import Case, Prompts
+from benchmarks.speed.cases import NEW_TOKENS, Case, Prompts
 from benchmarks.speed.engines import Engine, Ours
-from benchmarks.speed.results import AUTO, BANDWIDTH, MATHS, OFF, Results
+from benchmarks.speed.peers import Peers
+from benchmarks.speed.results import AUTO, BANDWIDTH, GAPS, MATHS, OFF, Results
 from benchmarks.step import bandwidth
 
 T = TypeVar("T")
@@ -23,10 +24,12 @@ T = TypeVar("T")
 TREES = (4, 8, 12, 16)
 MATHS_TOKENS = 128
 BANDWIDTH_READS = 5
+WARM_TOKENS = 16
+CHECK = Case(key="", name="first tokens", loras=((),) * 8, new_tokens=4)
 
 
 class Run:
-    """One benchmark. Results of the first round, which warms up, are dropped.
+    """One benchmark. The first round warms up with few tokens; its results are dropped.
 
     sender, a process of low priority, measures rates; watcher, one of normal priority, gaps.
     """
@@ -36,53 +39,66 @@ class Run:
         server: str,
         sender: Background,
         watcher: Background,
-        peers: Mapping[str, Peer],
+        peers: Peers,
         prompts: Prompts,
     ) -> None:
         self._server, self._watcher = server, watcher
         self._off = Ours(server, sender, 0)
-        self._trees = {f"{AUTO} {nodes}": Ours(server, sender, nodes) for nodes in TREES}
-        self._auto = Ours(server, sender)
+        self._ours: dict[str, Engine] = {OFF: self._off, AUTO: Ours(server, sender)}
+        capped = {f"{AUTO} {nodes}": Ours(server, sender, nodes) for nodes in TREES}
+        self._trees = {**self._ours, **capped}
         self._peers, self._prompts = peers, prompts
         self.results = Results()
         self.gaps: list[latency.Gaps] = []
 
-    def round(self, cases: list[Case], number: int) -> None:
-        """number: from 0; engines begin at another one in each."""
+    def check(self) -> None:
+        """Leave out peers that run another model."""
+        say(0, CHECK.name)
+        job = self._prompts.job(CHECK)
+        self._peers.check(job, self._off.generate(job).tokens)
+
+    def round(self, cases: list[Case], parts: Collection[str], number: int) -> None:
+        """parts: may name MATHS and GAPS. number: from 0; engines begin at another one in each."""
         for case in cases:
             say(number, case.name)
             if not case.is_prefill:  # a prefill is bound by arithmetic
                 self.results.add(case.name, BANDWIDTH, bandwidth(BANDWIDTH_READS))
-            job = self._prompts.job(case)
-            for name, engine in rotated(self._engines(case), number).items():
-                done = engine.generate(job)
+            job = self._prompts.job(case, WARM_TOKENS if number == 0 else NEW_TOKENS)
+            able = [key for key, peer in self._peers.running.items() if case.fits(peer.about)]
+            engines = self._ours if not case.is_prefill else {OFF: self._off}  # heads run after it
+            for name, done in self._all(job, engines, able, case.name, number).items():
                 rate = (
                     case.prompt_tokens / done.prompt_seconds
                     if case.is_prefill
                     else done.decode_tokens / done.decode_seconds
                 )
                 self.results.add(case.name, name, rate)
-        self._maths(number)
-        self._latency(number)
+        if MATHS in parts:
+            self._maths(number)
+        if GAPS in parts and number:
+            self._latency(number)
         if number == 0:
             self.results, self.gaps = Results(), []
 
-    def _engines(self, case: Case) -> dict[str, Engine]:
-        plain: dict[str, Engine] = {OFF: self._off}
-        if not case.is_prefill:  # heads run after it
-            plain[AUTO] = self._auto
-        able = {name: peer for name, peer in self._peers.items() if case.fits(peer.mixed_loras)}
-        return plain | able
+    def _all(
+        self, job: Job, ours: dict[str, Engine], peers: Iterable[str], part: str, number: int
+    ) -> dict[str, Done]:
+        """What every engine that does not fail makes of a job, one after the other."""
+        where = f"{part}, round {number}"
+        calls: dict[str, Callable[[], Done | None]] = {
+            **{name: partial(engine.generate, job) for name, engine in ours.items()},
+            **{key: partial(self._peers.generate, key, job, where) for key in peers},
+        }
+        results = {name: call() for name, call in rotated(calls, number).items()}
+        return {name: done for name, done in results.items() if done is not None}
 
     def _maths(self, number: int) -> None:
         """One maths question as it comes, with trees as the server likes and with smaller ones."""
         say(number, MATHS)
         prompt = self._prompts.maths[number % len(self._prompts.maths)]
-        job = Job([prompt], MATHS_TOKENS, [()])
-        engines: dict[str, Engine] = {OFF: self._off, AUTO: self._auto, **self._trees}
-        engines |= {name: peer for name, peer in self._peers.items() if name == "llama_cpp"}
-        for name, engine in rotated(engines, number).items():
-            done = engine.generate(job)
+        job = Job([prompt], MATHS_TOKENS if number else WARM_TOKENS, [()])
+        able = [key for key in self._peers.running if key == "llama_cpp"]
+        for name, done in self._all(job, self._trees, able, MATHS, number).items():
             self.results.add(MATHS, name, done.decode_tokens / done.decode_seconds)
 
     def _latency(self, number: int) -> None:
@@ -93,7 +109,9 @@ class Run:
         self.gaps.append(latency.measure(self._watcher, self._server, prompts, long_prompt))
 
     def gap_ratios(self) -> dict[str, float]:
-        """Medians over rounds: p99 and the stall, over the median gap."""
+        """Medians over rounds: p99 and the stall, over the median gap. Empty if not measured."""
+        if not self.gaps:
+            return {}
         return {
             "p99": statistics.median(gaps.p99 / gaps.median for gaps in self.gaps),
             "stall": statistics.median(gaps.stall / gaps.median for gaps in self.gaps),

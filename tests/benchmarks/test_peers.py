@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import gguf
@@ -13,39 +12,92 @@ from safetensors.numpy import load_file
 
 from benchmarks.peers import process
 from benchmarks.peers.gguf_file import interleaved, write_gguf
-from benchmarks.peers.protocol import Done, Job, Load
+from benchmarks.peers.process import PeerError
+from benchmarks.peers.protocol import About, Done, Job, Load
+from tests.helpers import peer_scripts
 from tests.test_layering import ROOT
 
-ECHO = """
-from benchmarks.peers.protocol import Done, serve
+JOB = Job([[1, 2], [3]], 5, [(), ("a",)])
+LOADS = {
+    "def loaded(): raise ValueError('no such CPU')": "exit status 1: ValueError: no such CPU",
+    "def loaded(): os.abort()": "SIGABRT",
+    "def loaded(): sys.exit()": "exit status 0",
+    "print('rubbish', flush=True)": "wrong output: 'rubbish'",
+    "print('[1]', flush=True)": "wrong output: '\\[1\\]'",
+    'print(\'{"name": "no more"}\', flush=True)': "wrong output",
+}
+ANSWERS = {
+    "def generated(job): raise ValueError('no room')": "exit status 1: ValueError: no room",
+    "def generated(job): os.abort()": "SIGABRT",
+    "def generated(job): return Done(1.0, 2.0, 3, [])": "wrong output: 0 rows",
+    "def generated(job): return Done(1.0, 2.0, 3, [[1], [3] * 5])": "of \\[1, 5\\] tokens",
+    "def generated(job): return Done(1.0, 0.0, 3, [[1] * 5, [3] * 5])": "wrong output: it counts",
+}
 
-class Echo:
-    mixed_loras = True
-    def __init__(self, load):
-        self.name = f"echo with {load.threads} threads"
-        print("a library's words")  # not part of the reply
-    def generate(self, job):
-        if not job.prompts:
-            raise ValueError("no prompts")
-        return Done(1.0, 2.0, job.new_tokens, [list(prompt) for prompt in job.prompts])
 
-serve(Echo)
-"""
-
-
-def test_a_peer_answers_line_by_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True)
+def modules(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))  # where -m would look
-    script = tmp_path / "python"
-    script.write_text(f"#!{sys.executable}\n{ECHO}")
-    script.chmod(0o755)
+    monkeypatch.delenv("LORASTACK_ISA", raising=False)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+
+
+def test_a_peer_answers_line_by_line(tmp_path: Path) -> None:
     log = tmp_path / "log"
+    script = peer_scripts.write(tmp_path / "python")
     with process.peer("echo", script, Load("model", threads=3), log) as peer:
-        assert (peer.name, peer.mixed_loras) == ("echo with 3 threads", True)
-        done = peer.generate(Job([[1, 2], [3]], 5, [(), ("a",)]))
-        assert done == Done(1.0, 2.0, 5, [[1, 2], [3]])
-        with pytest.raises(RuntimeError, match="no prompts"):
-            peer.generate(Job([], 5, []))
+        assert peer.about == About("peer with 3 threads", "float32", "all", mixed_loras=True)
+        assert peer.generate(JOB) == Done(1.0, 2.0, 3, [[1] * 5, [3] * 5])
     assert "a library's words" in log.read_text()
+
+
+@pytest.mark.parametrize("lines", LOADS)
+def test_a_peer_that_does_not_load_says_why(tmp_path: Path, lines: str) -> None:
+    script = peer_scripts.write(tmp_path / "python", lines)
+    with (
+        pytest.raises(PeerError, match=LOADS[lines]) as error,
+        process.peer("echo", script, Load("model"), tmp_path / "log"),
+    ):
+        pass
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("lines", ANSWERS)
+def test_a_peer_that_cannot_answer_says_why(tmp_path: Path, lines: str) -> None:
+    script = peer_scripts.write(tmp_path / "python", lines)
+    with process.peer("echo", script, Load("model"), tmp_path / "log") as peer:
+        with pytest.raises(PeerError, match=ANSWERS[lines]) as error:
+            peer.generate(JOB)
+        assert "\n" not in str(error.value)
+
+
+def test_a_silent_peer_is_ended(tmp_path: Path) -> None:
+    script = peer_scripts.write(tmp_path / "python", "time.sleep(3600)")
+    with (
+        pytest.raises(PeerError, match=r"silent for 0.5 s"),
+        process.peer("echo", script, Load("model"), tmp_path / "log", patience=0.5),
+    ):
+        pass
+
+
+def test_an_environment_without_its_interpreter_is_a_reason(tmp_path: Path) -> None:
+    with (
+        pytest.raises(PeerError, match="No such file"),
+        process.peer("echo", tmp_path / "gone", Load("model"), tmp_path / "log"),
+    ):
+        pass
+
+
+def test_peers_are_limited_as_our_server_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = peer_scripts.write(tmp_path / "python")
+    seen = {}
+    for isa in ("avx2", "AVX512", "plain"):
+        monkeypatch.setenv("LORASTACK_ISA", isa)
+        with process.peer("echo", script, Load("model"), tmp_path / "log") as peer:
+            seen[isa] = peer.about.instructions
+    assert seen == {"avx2": "AVX2", "AVX512": "AVX512_CORE", "plain": "all"}
 
 
 def test_only_finished_environments_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

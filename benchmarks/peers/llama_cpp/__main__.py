@@ -1,16 +1,18 @@
-"""llama.cpp through its C interface: one batch of sequences, bfloat16 weights, greedy."""
+"""llama.cpp through its C interface: one batch of sequences, greedy."""
 
 from __future__ import annotations
 
 import ctypes
+import re
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 
 import llama_cpp as ll
 import numpy as np
 
-from benchmarks.peers.protocol import Done, Job, Load, serve
+from benchmarks.peers.protocol import About, Done, Job, Load, serve
 
 MAX_BATCH = 2048  # tokens in one call; llama.cpp's own default
 CELLS = 256  # a sequence's cache grows in steps of this
@@ -19,17 +21,20 @@ CELLS = 256  # a sequence's cache grows in steps of this
 class LlamaCpp:
     """A context fits one number of sequences of one length, and is kept until another is asked."""
 
-    mixed_loras = False  # adapters are a context's, not a sequence's
-
     def __init__(self, load: Load) -> None:
-        self.name = f"llama.cpp {version('llama-cpp-python')}"
+        self.about = About(
+            name=f"llama.cpp {version('llama-cpp-python')}",
+            numbers=f"{Path(load.gguf).stem.lower()} weights, f16 KV",
+            instructions=compiled(),
+            mixed_loras=False,  # adapters are a context's, not a sequence's
+        )
         self._threads = load.threads
         ll.llama_backend_init()
         params = ll.llama_model_default_params()
         params.use_mmap = False
-        self._model = ll.llama_model_load_from_file(load.gguf["BF16"].encode(), params)
+        self._model = ll.llama_model_load_from_file(load.gguf.encode(), params)
         if not self._model:
-            raise RuntimeError(f"llama.cpp cannot read {load.gguf['BF16']}")
+            raise RuntimeError(f"llama.cpp cannot read {load.gguf}")
         self._vocab = ll.llama_vocab_n_tokens(ll.llama_model_get_vocab(self._model))
         self._size = (0, 0)
         self._context: ll.llama_context_p | None = None
@@ -91,6 +96,13 @@ class LlamaCpp:
             self._context = ll.llama_init_from_model(self._model, params)
             self._size = (rows, cells)
         return self._context
+
+
+def compiled() -> str:
+    """The instructions that it was compiled with; no variable limits them later."""
+    features: str = ll.llama_print_system_info().decode()
+    names = re.findall(r"(\w*(?:AVX|FMA|F16C|AMX|NEON|SVE|DOTPROD|MATMUL)\w*) = 1", features)
+    return f"{' '.join(names)}, compiled in"
 
 
 def _add(batch: ll.llama_batch, token: int, position: int, row: int, *, wanted: bool) -> None:
