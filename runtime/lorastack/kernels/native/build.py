@@ -5,8 +5,8 @@
 TARGET and FLAGs make another library, for tests (see `make check-native`).
 
 Each source is compiled for its own instruction set, and `dispatch.cpp` chooses among them when the
-program runs, so a library runs on any machine of its architecture. CXX names another compiler, which
-may be for another architecture (see `make check-arm`).
+program runs, so a library runs on any machine of its architecture. CXX names another compiler,
+which may be for another architecture (see `make check-arm`).
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _BF16 = (*_AVX512, "-mavx512bf16")
 # Loops over lanes are vectorised at -O2 too, and compiled in half the time.
 _ANY: dict[str, tuple[str, ...]] = {"dispatch.cpp": (), "plain.cpp": ("-O2", "-ftree-vectorize")}
 _ARM = {**_ANY, "neon.cpp": (), "neon_bf16.cpp": ("-march=armv8.2-a+bf16",)}
-# By the architecture's name in `c++ -dumpmachine`. The least instructions first: of an inline function
-# that several objects hold, such as one of std::vector, the linker keeps the first.
+# By the architecture's name in `c++ -dumpmachine`. The least instructions first: of an inline
+# function that several objects hold, such as one of std::vector, the linker keeps the first.
 SOURCES: dict[str, dict[str, tuple[str, ...]]] = {
     "aarch64": _ARM,
     "arm64": _ARM,  # of Apple
