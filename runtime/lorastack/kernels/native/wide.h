@@ -145,13 +145,14 @@ struct Wide : Untiled<Wide<Element, ROWS, PANELS, QUERIES, PARTS>> {
     int distance, first, end;
   };
 
-  // Calls work(count, 0) with a constant count. Of many rows only every other count is compiled.
+  // Calls work(count, first) with constant counts that make up `count`. Above 6 rows only every other
+  // count is compiled, and a row is left for a second call.
   template <int M, class Work>
   INLINE void with_rows(int count, Work&& work) {
     if constexpr (M > 1)
       if (count < M) return with_rows<(M > 6 ? M - 2 : M - 1)>(count, work);
     work(std::integral_constant<int, M>{}, 0);
-    if constexpr (M > 6)
+    if constexpr (M >= 6)
       if (count > M) work(std::integral_constant<int, 1>{}, M);
   }
 
