@@ -10,7 +10,7 @@ namespace lorastack::LORASTACK_ISA {
 
 constexpr int MANY_INPUTS = 2048;
 
-using Dots = Dot<12, 2, 4, 4>;
+using Dots = Dot<12, 2, 4, 16>;
 
 struct Amx : Dots {
   static constexpr int FEW_ROWS = BLOCK_ROWS;
@@ -21,6 +21,8 @@ struct Amx : Dots {
     State() { configure_tiles(BLOCK_ROWS); }
     ~State() { _tile_release(); }
   };
+
+  INLINE int rows_in_cache(int) { return ALL_ROWS; }
 
   template <class Work>
   INLINE void with_panels(const lorastack_matrix& matrix, int pair, int rows, uint16_t* unpacked,

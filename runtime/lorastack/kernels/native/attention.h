@@ -113,6 +113,8 @@ class Pass {
 
   void run(float scale) {
     for (int at = begin_; at < linear_; at += LANES) {
+      fetch(at + LANES, 0);
+      fetch(at, kv_.value_offset);
       Floats scores[COUNT];
       score<Isa, COUNT>(queries_, kv_.data, kv_.slots + at, std::min(linear_ - at, LANES), size_,
                         scores);
@@ -122,7 +124,7 @@ class Pass {
       score_tail(queries_[g], scores_[g]);
       norms_[g] = weigh(queries_[g], scores_[g], scale);
     }
-    constexpr int PARTS = Isa::VALUE_PARTS;
+    constexpr int PARTS = parts_of(Isa::VALUE_SUMS);
     int d = 0;
     for (; size_ - d >= PARTS * LANES; d += PARTS * LANES) add_values<PARTS>(d);
     for (; d < size_; d += LANES) add_values<1>(d);
@@ -136,6 +138,21 @@ class Pass {
   int all_from_ = 0, all_to_ = INT32_MAX;  // slots that all queries see
   float* scores_[COUNT];
   float norms_[COUNT];
+
+  // 16 dimensions at a time, as many as there are sums left for each query.
+  static constexpr int parts_of(int sums) {
+    int parts = 4;
+    while (parts > 1 && parts * COUNT > sums) parts /= 2;
+    return parts;
+  }
+
+  // Prefetches the keys or values (at `offset`) of 16 slots.
+  INLINE_METHOD void fetch(int at, int64_t offset) const {
+    for (int i = at; i < std::min(at + LANES, linear_); i++) {
+      const char* const row = (const char*)(kv_.data + kv_.slots[i] + offset);
+      for (int line = 0; line < size_ * (int)sizeof(T); line += 64) prefetch(row + line);
+    }
+  }
 
   void score_tail(const Query<X>& query, float* scores) const {
     for (int t = 0; t < query.num_tail; t += LANES) {

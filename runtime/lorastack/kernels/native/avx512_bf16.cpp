@@ -7,6 +7,6 @@ namespace lorastack {
 
 // 32 registers, one a vector.
 extern const StepKernels avx512_bf16_bfloat16 =
-    avx512_bf16::step_kernels<avx512_bf16::Dot<12, 2, 4, 4>>;
+    avx512_bf16::step_kernels<avx512_bf16::Dot<12, 2, 4, 16>>;
 
 }  // namespace lorastack

@@ -7,15 +7,17 @@
 
 namespace lorastack::LORASTACK_ISA {
 
-// Sums of ROWS rows by PANELS panels stay in registers; of QUERIES by PARTS in attention.
-template <int ROWS, int PANELS, int QUERIES, int PARTS>
-struct Dot : Untiled<Dot<ROWS, PANELS, QUERIES, PARTS>> {
+// Sums of ROWS rows by PANELS panels stay in registers; of in attention QUERIES, and SUMS.
+template <int ROWS, int PANELS, int QUERIES, int SUMS>
+struct Dot : Untiled<Dot<ROWS, PANELS, QUERIES, SUMS>> {
   using E = BF16;
   using A = BF16;
   using Packed = uint16_t;
   static constexpr int FEW_ROWS = ROWS;  // up to so many rows, weights are read once
-  static constexpr int MAX_QUERIES = QUERIES, VALUE_PARTS = PARTS;
+  static constexpr int MAX_QUERIES = QUERIES, VALUE_SUMS = SUMS;
   static constexpr bool PADS_STATES = false;
+
+  INLINE int rows_in_cache(int) { return ALL_ROWS; }
 
   template <class Work>
   INLINE void with_panels(const lorastack_matrix& matrix, int pair, int rows, uint16_t* unpacked,

@@ -8,7 +8,7 @@ namespace lorastack {
 
 // 32 registers, four a vector: 5 sums, of rows or of queries.
 template <class Element>
-using Isa = neon::Wide<Element, 5, 1, 5, 1>;
+using Isa = neon::Wide<Element, 5, 1, 5, 5>;
 
 extern const StepKernels neon_float32 = neon::step_kernels<Isa<neon::F32>>;
 extern const StepKernels neon_bfloat16 = neon::step_kernels<Isa<neon::BF16>>;

@@ -7,6 +7,6 @@ namespace lorastack {
 
 // 32 registers, four a vector.
 extern const StepKernels neon_bf16_bfloat16 =
-    neon_bf16::step_kernels<neon_bf16::Dot<6, 1, 5, 1>>;
+    neon_bf16::step_kernels<neon_bf16::Dot<6, 1, 5, 5>>;
 
 }  // namespace lorastack

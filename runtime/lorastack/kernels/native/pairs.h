@@ -45,6 +45,8 @@ class CodePair {
   alignas(64) uint16_t unpacked_[2][2][TILE];
 };
 
+constexpr int ALL_ROWS = 1 << 30;
+
 // Calls work(pair). For few rows codes are unpacked on the way, for more once before.
 template <int FEW_ROWS, class Work>
 INLINE void with_pair(const lorastack_matrix& matrix, int pair, int rows, uint16_t* unpacked,

@@ -8,7 +8,7 @@ namespace lorastack {
 
 // 16 registers of 4 lanes at least: sums of 2 rows, or of 2 queries.
 template <class Element>
-using Isa = plain::Wide<Element, 2, 1, 2, 1>;
+using Isa = plain::Wide<Element, 2, 1, 2, 2>;
 
 extern const StepKernels plain_float32 = plain::step_kernels<Isa<plain::F32>>;
 extern const StepKernels plain_bfloat16 = plain::step_kernels<Isa<plain::BF16>>;

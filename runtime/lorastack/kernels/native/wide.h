@@ -2,6 +2,8 @@
 // way into a fused multiply-add. Activations are float32.
 #pragma once
 
+#include <algorithm>
+
 #include "quantised.h"
 #include "untiled.h"
 
@@ -62,15 +64,21 @@ struct Int4Panel {
   }
 };
 
-// Element: of weights and KV. ROWS by PANELS sums stay in registers; QUERIES by PARTS in attention.
-template <class Element, int ROWS, int PANELS, int QUERIES, int PARTS>
-struct Wide : Untiled<Wide<Element, ROWS, PANELS, QUERIES, PARTS>> {
+// Element: of weights and KV. ROWS by PANELS sums stay in registers; in attention QUERIES, and SUMS.
+template <class Element, int ROWS, int PANELS, int QUERIES, int SUMS>
+struct Wide : Untiled<Wide<Element, ROWS, PANELS, QUERIES, SUMS>> {
   using E = Element;  // of weights, KV, LoRAs and heads
   using A = F32;      // of activations
   using T = typename E::T;
   using Packed = float;  // heads' states, see `multiply_16`
-  static constexpr int MAX_QUERIES = QUERIES, VALUE_PARTS = PARTS;
+  static constexpr int MAX_QUERIES = QUERIES, VALUE_SUMS = SUMS;
   static constexpr bool PADS_STATES = true;  // lm_head's rows are copied into padded activations
+
+  // Rows of float32 inputs that stay in the second cache, beside the weights: whole blocks.
+  INLINE int rows_in_cache(int k) {
+    constexpr int BYTES = 256 << 10;
+    return std::max(1, BYTES / (k * (int)sizeof(float)) / BLOCK_ROWS) * BLOCK_ROWS;
+  }
 
   // Calls work(first panel of the pair). int8 is cheap to decode for every group of rows, int4 is
   // unpacked where there is more than one.

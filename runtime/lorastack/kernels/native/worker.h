@@ -95,11 +95,16 @@ struct StepWorker {
 
   T* unpacked() { return b.unpacked + thread * b.unpacked_elements; }
 
-  // A projection of all tokens, pair by pair of panels.
+  // A projection of all tokens, pair by pair of panels, for so many tokens at a time that their inputs
+  // stay in a thread's cache.
   template <class Epilogue>
   void project(const lorastack_matrix& matrix, const X* x, int ldx, Epilogue&& epilogue) {
-    member.phase(matrix.panels / 2, [&](int pair) {
-      matmul<Isa>(x, ldx, step.num_tokens, matrix, pair, unpacked(), epilogue);
+    const int most = Isa::rows_in_cache(matrix.k), pairs = matrix.panels / 2;
+    member.phase(ceil_div(step.num_tokens, most) * pairs, [&](int chunk) {
+      const int first = chunk / pairs * most, count = std::min(most, step.num_tokens - first);
+      matmul<Isa>(x + (size_t)first * ldx, ldx, count, matrix, chunk % pairs, unpacked(),
+                  [&](Block& block, int row, int rows, int panel)
+                      INLINE_LAMBDA { epilogue(block, first + row, rows, panel); });
     });
   }
 
