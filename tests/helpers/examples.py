@@ -7,4 +7,4 @@ from hypothesis import settings
 
 def at_most(count: int) -> settings:
     """For slow tests: so many, or what the profile says where that is less."""
-    return settings(max_examples=min(count, settings.default.max_examples))
+    return settings(max_examples=min(count, settings().max_examples))
