@@ -22,6 +22,7 @@ MAX_WORKERS = 8  # processes of up to 2 GiB each
 
 # How long an example takes says more about the machine's load than about the code.
 hypothesis.settings.register_profile("lorastack", deadline=None)
+hypothesis.settings.register_profile("emulated", deadline=None, max_examples=8)
 hypothesis.settings.load_profile("lorastack")
 
 
@@ -41,6 +42,7 @@ def pytest_configure(config: pytest.Config) -> None:
             raise pytest.UsageError(f"{other}: {library.problem()}")
     if command := config.getoption("--emulated"):
         emulated.install(command)
+        hypothesis.settings.load_profile("emulated")
 
 
 @pytest.hookimpl(optionalhook=True)

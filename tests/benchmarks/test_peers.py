@@ -93,11 +93,11 @@ def test_peers_are_limited_as_our_server_is(
 ) -> None:
     script = peer_scripts.write(tmp_path / "python")
     seen = {}
-    for isa in ("avx2", "AVX512", "plain"):
+    for isa in ("avx2", "avx512-bf16", "plain"):
         monkeypatch.setenv("LORASTACK_ISA", isa)
         with process.peer("echo", script, Load("model"), tmp_path / "log") as peer:
             seen[isa] = peer.about.instructions
-    assert seen == {"avx2": "AVX2", "AVX512": "AVX512_CORE", "plain": "all"}
+    assert seen == {"avx2": "AVX2", "avx512-bf16": "AVX512_CORE_BF16", "plain": "all"}
 
 
 def test_only_finished_environments_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

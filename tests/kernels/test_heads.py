@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -22,6 +22,7 @@ from lorastack.kernels.heads import (
 )
 from lorastack.kernels.ops import Ops, fastest_ops
 from lorastack.layout import MAX_RANK
+from tests.helpers.examples import at_most
 from tests.helpers.guarded import guarded
 from tests.helpers.isas import (
     FLOAT32,
@@ -117,7 +118,7 @@ def num_rows(groups: list[HeadsGroup]) -> int:
 
 
 @pytest.mark.parametrize("way", WAYS)
-@settings(max_examples=50)
+@at_most(50)
 @given(SEEDS)
 def test_states_equal_the_reference(way: Variant | None, seed: int) -> None:
     chance = Chance(seed, dtype_of(way))
@@ -145,7 +146,7 @@ def test_candidates_are_the_references(
 
 
 @pytest.mark.parametrize("way", NATIVE)
-@settings(max_examples=50)
+@at_most(50)
 @given(SEEDS, st.data())
 def test_bits_depend_neither_on_company_nor_on_threads(
     way: Variant, seed: int, data: st.DataObject

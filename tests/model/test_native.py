@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -24,6 +24,7 @@ from lorastack.model.checkpoint import Checkpoint
 from lorastack.model.config import load_config
 from lorastack.model.kv import KVCache, Move
 from tests.helpers.adapters import write_lora
+from tests.helpers.examples import at_most
 from tests.helpers.isas import each_variant
 from tests.helpers.native import RowPart, Uses, lay_out, run
 from tests.helpers.packed import read_weights
@@ -131,7 +132,7 @@ def test_a_mixed_batch_equals_torch(world: World) -> None:
             assert (mine - theirs).norm() < 0.04 * theirs.norm()
 
 
-@settings(max_examples=25, deadline=None)
+@at_most(25)
 @given(st.integers(0, 2**20))
 def test_a_rows_bits_do_not_depend_on_its_company(world: World, seed: int) -> None:
     """A prompt at once and alone; then in pieces, some as trees, among other rows."""

@@ -38,7 +38,7 @@ class Device(StrEnum):
 
 
 class DType(StrEnum):
-    """The type of weights, activations and KV; auto is float32 where torch runs a step on a CPU."""
+    """The type of weights, KV, LoRAs and heads; auto is bfloat16, but float32 in torch on a CPU."""
 
     AUTO = "auto"
     FLOAT32 = "float32"

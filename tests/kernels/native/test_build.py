@@ -70,3 +70,12 @@ def test_other_architectures_get_plain_kernels(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert flags_of("riscv64", tmp_path, monkeypatch) == {"dispatch": set(), "plain": set()}
+
+
+@pytest.mark.parametrize("machine", ["aarch64", "arm64"])
+def test_arm_has_its_own_sources(
+    machine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = flags_of(machine, tmp_path, monkeypatch)
+    assert list(flags) == ["dispatch", "plain", "neon", "neon_bf16"]
+    assert flags["neon"] == set() and flags["neon_bf16"] == {"-march=armv8.2-a+bf16"}

@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -15,6 +15,7 @@ from lorastack.kernels.best import best_torch
 from lorastack.kernels.native.matrix import LANES
 from lorastack.layout import ModelShapes
 from lorastack.lora.weights import LoraWeights
+from tests.helpers.examples import at_most
 from tests.helpers.isas import FUSING, Variant, each_variant, here, needs_two
 from tests.helpers.native import (
     RowPart,
@@ -89,7 +90,7 @@ def near(model: Twins, found_TV: Tensor, expected_TV: Tensor) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@settings(max_examples=30)
+@at_most(30)
 @given(st.integers(0, 2**30))
 def test_every_shape_equals_torch(variant: Variant, seed: int) -> None:
     chance = random.Random(seed)
@@ -121,7 +122,7 @@ def two_steps(
 
 @needs_two(*FUSING)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@settings(max_examples=30)
+@at_most(30)
 @given(st.integers(0, 2**30))
 def test_what_widens_and_fuses_has_the_same_bits(dtype: torch.dtype, seed: int) -> None:
     """PLAIN is not among them: it rounds products where there is nothing to fuse them with."""
@@ -139,7 +140,7 @@ def test_what_widens_and_fuses_has_the_same_bits(dtype: torch.dtype, seed: int) 
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@settings(max_examples=20)
+@at_most(20)
 @given(st.integers(0, 2**30))
 def test_what_is_wanted_of_a_step(variant: Variant, seed: int) -> None:
     """Any tokens' results, or none's: those of a step that gives all, and the best of them."""
@@ -164,7 +165,7 @@ def test_what_is_wanted_of_a_step(variant: Variant, seed: int) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@settings(max_examples=30)
+@at_most(30)
 @given(st.integers(0, 2**30))
 def test_bits_of_every_shape_do_not_depend_on_company(variant: Variant, seed: int) -> None:
     """A row cut in two, among others and on other pages; then on the pages of a cached prefix."""
@@ -207,7 +208,7 @@ def test_bits_of_every_shape_do_not_depend_on_company(variant: Variant, seed: in
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
-@settings(max_examples=20)
+@at_most(20)
 @given(st.integers(0, 2**30))
 def test_what_is_not_finite_stays_with_its_descendants(
     variant: Variant, poison: float, seed: int
@@ -244,7 +245,7 @@ def test_what_is_not_finite_stays_with_its_descendants(
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@settings(max_examples=20)
+@at_most(20)
 @given(st.integers(0, 2**30))
 def test_a_bad_key_is_not_dropped(variant: Variant, seed: int) -> None:
     """Its value is sound, yet who sees it is NaN, as a softmax over its score is."""

@@ -7,7 +7,7 @@
 
 extern "C" {
 
-// Instruction sets, as library.py says what each can do.
+// Instruction sets, best first; isa.py says what each can do.
 enum {
   LORASTACK_AMX,
   LORASTACK_AVX512_BF16,

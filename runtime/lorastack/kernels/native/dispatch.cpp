@@ -103,7 +103,7 @@ const StepKernels& kernels(int32_t isa, int32_t half) {
 // Calls work(i) for i in 0..count on up to num_threads threads.
 template <class Work>
 void each(int count, int num_threads, Work&& work) {
-  const int size = num_threads < count ? num_threads : count;
+  [[maybe_unused]] const int size = num_threads < count ? num_threads : count;
 #pragma omp parallel for schedule(guided) num_threads(size > 0 ? size : 1)
   for (int i = 0; i < count; i++) work(i);
 }

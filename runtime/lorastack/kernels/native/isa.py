@@ -38,7 +38,7 @@ class Isa(IntEnum):
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
-        """Of weights, activations and KV."""
+        """Of weights, KV, LoRAs and heads."""
         return (torch.bfloat16,) if self.multiplies_pairs else (torch.bfloat16, torch.float32)
 
 

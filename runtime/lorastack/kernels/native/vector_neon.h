@@ -253,7 +253,8 @@ INLINE int8x16_t bytes_of(Ints x) {
   return vcombine_s8(vmovn_s16(low), vmovn_s16(high));
 }
 INLINE void store_bytes_in_turn(int8_t* p, Ints even, Ints odd) {
-  vst2q_s8(p, {bytes_of(even), bytes_of(odd)});
+  const int8x16x2_t both = {bytes_of(even), bytes_of(odd)};
+  vst2q_s8(p, both);
 }
 
 // Squares.

@@ -14,7 +14,7 @@ from lorastack.model.config import DecoderConfig
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """dtype: of weights, activations and KV. kind: what the base model's weights are quantised to.
+    """dtype: of weights, KV, LoRAs and heads. kind: what the base model's weights are quantised to.
 
     native: the native kernels may be used, with no better instruction set than `at_most` if it is
     there. isa: the one with which they run the model; None for plain torch.

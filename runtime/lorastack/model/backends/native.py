@@ -45,7 +45,7 @@ from lorastack.model.kv import KVCache
 from lorastack.model.weights import DecoderWeights, Packing, load_weights
 
 ROWS = 32  # rows that the kernels may read at once
-MAX_HEAD_DIM = 256  # of the kernels that widen
+MAX_HEAD_DIM = 256  # for which attention on tiles has room
 FIRST_TARGET = (0, *accumulate(map(len, GROUPS)))  # where each group begins in LAYER_TARGETS
 
 
@@ -70,10 +70,12 @@ def native_isa(
 def fits(isa: Isa, shapes: ModelShapes) -> bool:
     """True if the kernels for `isa` take a model of these shapes."""
     size = shapes.head_dim
+    if size > MAX_HEAD_DIM:
+        return False
     if isa.multiplies_pairs:
         return shapes.hidden_size % PAD == 0 and size % PAD == 0
     whole = all(heads * size % LANES == 0 for heads in (shapes.num_heads, shapes.num_kv_heads))
-    return whole and size % 2 == 0 and size <= MAX_HEAD_DIM
+    return whole and size % 2 == 0
 
 
 class NativeBackend:
