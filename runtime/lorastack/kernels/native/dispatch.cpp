@@ -5,6 +5,7 @@
 #include "kernels.h"
 
 #if defined __x86_64__
+#include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #elif defined __aarch64__ && defined __linux__
@@ -50,7 +51,10 @@ bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf
 // The system grants a process the tiles' state on request.
 bool has_amx() {
   constexpr int REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
-  return has_avx512_bf16() && __builtin_cpu_supports("amx-bf16") &&
+  constexpr unsigned AMX = 1u << 22 | 1u << 24;  // bfloat16, tiles; clang 14 has no names for them
+  unsigned eax, ebx, ecx, edx;
+  return has_avx512_bf16() && __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) &&
+         (edx & AMX) == AMX &&
          syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
 }
 #elif defined __aarch64__
