@@ -22,8 +22,6 @@ struct Amx : Dots {
     ~State() { _tile_release(); }
   };
 
-  INLINE int rows_in_cache(int) { return ALL_ROWS; }
-
   template <class Work>
   INLINE void with_panels(const lorastack_matrix& matrix, int pair, int rows, uint16_t* unpacked,
                           Work&& work) {
@@ -47,6 +45,7 @@ struct Amx : Dots {
   INLINE void multiply_16(const uint16_t* matrix, const uint16_t* tile, int k,
                           float (*sums)[LANES]) {
     const uint16_t* next = matrix + (size_t)LANES * k;
+    before_tile_loads();
     _tile_zero(0);
     for (int i = 0; i < k; i += K_STEP) {
       for (int o = 0; o < LANES; o++) prefetch_far(next + (size_t)o * k + i);
@@ -72,7 +71,7 @@ struct Amx : Dots {
   }
 
   INLINE void attend(const Query<uint16_t>* queries, int count, const RowCache<uint16_t>& kv,
-                     int size, float scale, int page_size, float* scratch, int capacity) {
+                     int size, float scale, bool, int page_size, float* scratch, int capacity) {
     attend_tiles(queries, count, kv, size, scale, page_size % 16 == 0, scratch, capacity);
   }
 

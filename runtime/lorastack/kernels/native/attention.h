@@ -111,10 +111,13 @@ class Pass {
     }
   }
 
-  void run(float scale) {
+  // unread: no other pass has just read the same slots.
+  void run(float scale, bool unread) {
     for (int at = begin_; at < linear_; at += LANES) {
-      fetch(at + LANES, 0);
-      fetch(at, kv_.value_offset);
+      if (unread) {
+        fetch(at + LANES, 0);
+        fetch(at, kv_.value_offset);
+      }
       Floats scores[COUNT];
       score<Isa, COUNT>(queries_, kv_.data, kv_.slots + at, std::min(linear_ - at, LANES), size_,
                         scores);
@@ -126,8 +129,9 @@ class Pass {
     }
     constexpr int PARTS = parts_of(Isa::VALUE_SUMS);
     int d = 0;
-    for (; size_ - d >= PARTS * LANES; d += PARTS * LANES) add_values<PARTS>(d);
-    for (; d < size_; d += LANES) add_values<1>(d);
+    for (; size_ - d >= PARTS * LANES; d += PARTS * LANES) add_values<PARTS, true>(d);
+    for (; size_ - d >= LANES; d += LANES) add_values<1, true>(d);
+    if (d < size_) add_values<1, false>(d);
   }
 
  private:
@@ -165,69 +169,70 @@ class Pass {
     }
   }
 
-  // Outputs of PARTS times 16 dimensions from d on; of the last part, those that there are.
-  template <int PARTS>
+  // Outputs of PARTS times 16 dimensions from d on, or of the first `left` of 16.
+  template <int PARTS, bool WHOLE>
   __attribute__((noinline)) void add_values(int d) const {
-    const int left = size_ - d;
+    const Mask real = LORASTACK_ISA::first(size_ - d);
     Floats sums[COUNT * PARTS];
     unroll<COUNT * PARTS>([&](auto i) INLINE_LAMBDA { sums[i] = zero(); });
     for (int at = begin_; at < linear_; at++) {
-      Floats values[PARTS];
-      load_values<PARTS>(kv_.slots[at], d, left, values);
-      if (at >= all_from_ && at < all_to_) {
-        unroll<COUNT>([&](auto g) INLINE_LAMBDA {
-          add_weighted<PARTS, g.value>(set(scores_[g][at]), values, sums);
+      const T* const v = kv_.data + kv_.slots[at] + kv_.value_offset + d;
+      const bool all = at >= all_from_ && at < all_to_;
+      if (all)
+        unroll<PARTS>([&](auto i) INLINE_LAMBDA {
+          const Floats value = load_value<WHOLE>(v + i * LANES, real);
+          unroll<COUNT>([&](auto g) INLINE_LAMBDA {
+            Floats& sum = sums[g * PARTS + i];
+            sum = fma(set(scores_[g][at]), value, sum);
+          });
+          // With few registers GCC would keep weights that it needs again, and spill sums.
+          if constexpr (Isa::VALUE_SUMS < 16 && i + 1 < PARTS) read_nothing_ahead();
         });
-        continue;
-      }
-      unroll<COUNT>([&](auto g) INLINE_LAMBDA {
-        if (at >= queries_[g].first && at < queries_[g].linear)
-          add_weighted<PARTS, g.value>(set(scores_[g][at]), values, sums);
-      });
+      else
+        unroll<COUNT>([&](auto g) INLINE_LAMBDA {
+          if (at >= queries_[g].first && at < queries_[g].linear)
+            add_value<PARTS, WHOLE, g.value>(v, real, scores_[g][at], sums);
+        });
     }
     unroll<COUNT>([&](auto g) INLINE_LAMBDA {
       const Query<X>& query = queries_[g];
-      for (int t = std::max(0, query.first - query.linear); t < query.num_tail; t++) {
-        Floats values[PARTS];
-        load_values<PARTS>(kv_.slots[query.tail[t]], d, left, values);
-        add_weighted<PARTS, g.value>(set(scores_[g][query.linear + t]), values, sums);
-      }
+      for (int t = std::max(0, query.first - query.linear); t < query.num_tail; t++)
+        add_value<PARTS, WHOLE, g.value>(
+            kv_.data + kv_.slots[query.tail[t]] + kv_.value_offset + d, real,
+            scores_[g][query.linear + t], sums);
       const Floats norm = set(norms_[g]);
       unroll<PARTS>([&](auto i) INLINE_LAMBDA {
         X* const out = query.out + d + i * LANES;
         const Floats mean = mul(sums[g * PARTS + i], norm);
-        if (left >= PARTS * LANES)
+        if constexpr (WHOLE)
           A::store(out, mean);
         else
-          A::store(out, mean, LORASTACK_ISA::first(left));
+          A::store(out, mean, real);
       });
     });
   }
 
-  template <int PARTS, int G>
-  INLINE void add_weighted(Floats weight, const Floats (&values)[PARTS],
-                           Floats (&sums)[COUNT * PARTS]) {
+  template <int PARTS, bool WHOLE, int G>
+  INLINE void add_value(const T* v, Mask real, float weight, Floats (&sums)[COUNT * PARTS]) {
     unroll<PARTS>([&](auto i) INLINE_LAMBDA {
-      sums[G * PARTS + i] = fma(weight, values[i], sums[G * PARTS + i]);
+      Floats& sum = sums[G * PARTS + i];
+      sum = fma(set(weight), load_value<WHOLE>(v + i * LANES, real), sum);
     });
   }
 
-  template <int PARTS>
-  INLINE_METHOD void load_values(int64_t slot, int d, int left, Floats (&values)[PARTS]) const {
-    const T* v = kv_.data + slot + kv_.value_offset + d;
-    if (left >= PARTS * LANES)
-      unroll<PARTS>([&](auto i) INLINE_LAMBDA { values[i] = E::load(v + i * LANES); });
-    else
-      values[0] = E::load(v, LORASTACK_ISA::first(left));
+  template <bool WHOLE>
+  INLINE Floats load_value(const T* v, Mask real) {
+    if constexpr (WHOLE) return E::load(v);
+    else return E::load(v, real);
   }
 };
 
 // Attention of one to MAX_QUERIES queries. scratch: as many rows of `capacity` floats.
 template <class Isa, class X, class T>
 void attend_queries(const Query<X>* queries, int count, const RowCache<T>& kv, int size,
-                    float scale, float* scratch, int capacity) {
+                    float scale, bool unread, float* scratch, int capacity) {
   with_count<Isa::MAX_QUERIES>(count, [&](auto num) INLINE_LAMBDA {
-    Pass<Isa, num.value>(queries, kv, size, scratch, capacity).run(scale);
+    Pass<Isa, num.value>(queries, kv, size, scratch, capacity).run(scale, unread);
   });
 }
 

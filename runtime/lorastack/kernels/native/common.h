@@ -19,6 +19,8 @@
 
 namespace lorastack::LORASTACK_ISA {
 
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "pairs of bfloat16 are read as words");
+
 constexpr int LANES = 16;   // float32 lanes, and outputs of a panel
 constexpr int K_STEP = 32;  // inputs are padded to it: one AMX tile, one vector of bfloat16
 

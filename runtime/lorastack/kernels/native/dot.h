@@ -7,7 +7,8 @@
 
 namespace lorastack::LORASTACK_ISA {
 
-// Sums of ROWS rows by PANELS panels stay in registers; of in attention QUERIES, and SUMS.
+// Sums of ROWS rows by PANELS panels stay in registers; of attention takes QUERIES at once, with SUMS for
+// their values.
 template <int ROWS, int PANELS, int QUERIES, int SUMS>
 struct Dot : Untiled<Dot<ROWS, PANELS, QUERIES, SUMS>> {
   using E = BF16;
@@ -17,7 +18,7 @@ struct Dot : Untiled<Dot<ROWS, PANELS, QUERIES, SUMS>> {
   static constexpr int MAX_QUERIES = QUERIES, VALUE_SUMS = SUMS;
   static constexpr bool PADS_STATES = false;
 
-  INLINE int rows_in_cache(int) { return ALL_ROWS; }
+  INLINE int rows_in_cache(int) { return INT32_MAX; }
 
   template <class Work>
   INLINE void with_panels(const lorastack_matrix& matrix, int pair, int rows, uint16_t* unpacked,

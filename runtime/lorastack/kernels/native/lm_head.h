@@ -44,7 +44,7 @@ INLINE void shrink_chunk(const LoraPart<T>* parts, int chunk, const X* x, size_t
   Isa::shrink(*parts, chunk, x, ldx, k, shrunk);
 }
 
-// What lm_head needs besides its arguments. states: [rows up to 32][padded inputs], for traits that pad
+// What lm_head needs besides its arguments. states: [rows][padded inputs], for traits that pad
 // them; parts: one a segment; unpacked: `unpacked_elements`.
 template <class Isa>
 struct LmHeadRoom {

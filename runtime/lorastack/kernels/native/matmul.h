@@ -42,11 +42,11 @@ INLINE void scale_sums(const lorastack_matrix& matrix, int pair, int rows, Block
 template <class Isa, class X, class Epilogue>
 INLINE void matmul(const X* x, size_t ldx, int rows, const lorastack_matrix& matrix, int pair,
                    typename Isa::E::T* unpacked, Epilogue&& epilogue) {
-  Isa::with_panels(matrix, pair, rows, unpacked, [&](auto&& panels) {
+  Isa::with_panels(matrix, pair, rows, unpacked, [&](auto&& panels, bool fetch) {
     Block out;
     for (int row = 0; row < rows; row += BLOCK_ROWS) {
       const int count = rows - row < BLOCK_ROWS ? rows - row : BLOCK_ROWS;
-      Isa::block(x + row * ldx, ldx, count, panels, matrix.k, row == 0, &out);
+      Isa::block(x + row * ldx, ldx, count, panels, matrix.k, fetch && row == 0, &out);
       if (matrix.kind == LORASTACK_INT8) scale_sums(matrix, pair, count, &out);
       epilogue(out, row, count, 2 * pair);
     }

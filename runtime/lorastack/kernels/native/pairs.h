@@ -45,9 +45,7 @@ class CodePair {
   alignas(64) uint16_t unpacked_[2][2][TILE];
 };
 
-constexpr int ALL_ROWS = 1 << 30;
-
-// Calls work(pair). For few rows codes are unpacked on the way, for more once before.
+// Calls work(pair, true): pairs fetch what they read. For few rows codes are unpacked on the way, for more once before.
 template <int FEW_ROWS, class Work>
 INLINE void with_pair(const lorastack_matrix& matrix, int pair, int rows, uint16_t* unpacked,
                       Work&& work) {
@@ -55,16 +53,16 @@ INLINE void with_pair(const lorastack_matrix& matrix, int pair, int rows, uint16
     using Kind = decltype(kind);
     if (rows <= FEW_ROWS) {
       CodePair<Kind> panels(matrix, pair);
-      return work(panels);
+      return work(panels, true);
     }
     unpack_pair<Kind>(matrix, pair, unpacked);
     PlainPair panels(unpacked, matrix.k);
-    work(panels);
+    work(panels, true);
   };
   if (matrix.kind == LORASTACK_INT8) return codes(Int8{});
   if (matrix.kind == LORASTACK_INT4) return codes(Int4{});
   PlainPair panels((const uint16_t*)matrix.weight + (size_t)pair * matrix.k * BLOCK_COLS, matrix.k);
-  work(panels);
+  work(panels, true);
 }
 
 }  // namespace lorastack::LORASTACK_ISA

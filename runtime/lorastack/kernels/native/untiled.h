@@ -31,8 +31,8 @@ struct Untiled {
 
   template <class X, class T>
   INLINE void attend(const Query<X>* queries, int count, const RowCache<T>& kv, int size,
-                     float scale, int, float* scratch, int capacity) {
-    attend_queries<Isa>(queries, count, kv, size, scale, scratch, capacity);
+                     float scale, bool unread, int, float* scratch, int capacity) {
+    attend_queries<Isa>(queries, count, kv, size, scale, unread, scratch, capacity);
   }
 };
 

@@ -36,14 +36,8 @@ struct F32 {
   INLINE void store(T* p, Floats v, Mask m) { LORASTACK_ISA::store(p, v, m); }
 };
 
-// The first and the second of 16 words of two bfloat16, as floats.
+// The first of each word of two bfloat16.
 INLINE Floats even_halves(Ints words) { return from_bits(shift_left<16>(words)); }
-INLINE Floats odd_halves(Ints words) { return from_bits(bits_and(words, set((int)0xffff0000))); }
-
-// What odd_halves gives, without a register for the mask.
-INLINE Floats upper_halves(Ints words) {
-  return from_bits(shift_left<16>(shift_right<16>(words)));
-}
 
 // e^x for x <= 0 to about 2 ulp; 0 below -87; NaN stays NaN.
 INLINE Floats exp(Floats x) {

@@ -23,7 +23,7 @@ INLINE Ints bits_of(Floats a) { return {_mm256_castps_si256(a.lo), _mm256_castps
 INLINE Ints bits_of(Mask a) { return {_mm256_castps_si256(a.lo), _mm256_castps_si256(a.hi)}; }
 
 INLINE Mask first(int n) {
-  alignas(64) static constexpr int32_t LINE[3 * LANES] = {-1, -1, -1, -1, -1, -1, -1, -1,
+  alignas(64) static constexpr int32_t LINE[2 * LANES] = {-1, -1, -1, -1, -1, -1, -1, -1,
                                                           -1, -1, -1, -1, -1, -1, -1, -1};
   const int32_t* const at = LINE + LANES - (n < 0 ? 0 : n > LANES ? LANES : n);
   return {_mm256_loadu_ps((const float*)at), _mm256_loadu_ps((const float*)at + 8)};
@@ -211,6 +211,11 @@ INLINE void store_halves(uint16_t* p, Floats v, Mask m) {
 INLINE Ints join_halves(Floats even, Floats odd) {
   const Ints below = shift_right<16>(bits_of(even)), above = bits_of(odd);
   return {_mm256_blend_epi16(below.lo, above.lo, 0xaa), _mm256_blend_epi16(below.hi, above.hi, 0xaa)};
+}
+
+// The second of each word of two. Two shifts need no register for a mask: they are full of sums.
+INLINE Floats odd_halves(Ints words) {
+  return from_bits(shift_left<16>(shift_right<16>(words)));
 }
 
 // Codes.

@@ -119,6 +119,9 @@ INLINE Floats add_dots(Ints a, Ints b, Floats sums) {
 }
 #endif
 
+// The second of each word of two.
+INLINE Floats odd_halves(Ints words) { return from_bits(bits_and(words, set((int)0xffff0000))); }
+
 // Codes.
 INLINE Ints load_bytes(const void* p) {
   return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p));

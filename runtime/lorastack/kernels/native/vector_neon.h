@@ -142,7 +142,10 @@ INLINE Ints load_ints(const void* p) {
           vreinterpretq_s32_u8(vld1q_u8(bytes + 32)), vreinterpretq_s32_u8(vld1q_u8(bytes + 48))};
 }
 INLINE Ints load_ints(const int32_t* p, Mask m) {
-  return bits_of(load((const float*)p, m));
+  int32_t lanes[LANES] = {};
+  for (unsigned left = bits(m); left; left &= left - 1)
+    lanes[__builtin_ctz(left)] = p[__builtin_ctz(left)];
+  return load_ints(lanes);
 }
 INLINE void store_ints(void* p, Ints v) {
   uint8_t* const bytes = (uint8_t*)p;
@@ -179,7 +182,9 @@ INLINE void store_compressed(float* p, Floats v, Mask m) {
   for (unsigned left = bits(m); left; left &= left - 1) *p++ = lanes[__builtin_ctz(left)];
 }
 INLINE void store_compressed(int32_t* p, Ints v, Mask m) {
-  store_compressed((float*)p, from_bits(v), m);
+  int32_t lanes[LANES];
+  store_ints(lanes, v);
+  for (unsigned left = bits(m); left; left &= left - 1) *p++ = lanes[__builtin_ctz(left)];
 }
 
 // bfloat16.
@@ -236,6 +241,9 @@ INLINE Floats add_dots(Ints x, Ints y, Floats sums) {
 }
 #endif
 
+// The second of each word of two.
+INLINE Floats odd_halves(Ints words) { return from_bits(bits_and(words, set((int)0xffff0000))); }
+
 // Codes.
 INLINE Ints load_bytes(const void* p) {
   const int8x16_t bytes = vld1q_s8((const int8_t*)p);
@@ -243,10 +251,12 @@ INLINE Ints load_bytes(const void* p) {
   return {vmovl_s16(vget_low_s16(low)), vmovl_s16(vget_high_s16(low)),
           vmovl_s16(vget_low_s16(high)), vmovl_s16(vget_high_s16(high))};
 }
-INLINE float32x4_t lowest_nibble(int32x4_t x) {
-  return vcvtq_f32_s32(vshrq_n_s32(vshlq_n_s32(x, 28), 28));
+template <int J>
+INLINE float32x4_t nibble(int32x4_t x) {
+  return vcvtq_f32_s32(vshrq_n_s32(vshlq_n_s32(x, 28 - 4 * J), 28));
 }
-LORASTACK_UNARY(Floats, lowest_nibbles, Ints, lowest_nibble)
+template <int J>
+INLINE Floats nibbles(Ints x) { return LORASTACK_EACH_1(nibble<J>, x); }
 INLINE int8x16_t bytes_of(Ints x) {
   const int16x8_t low = vcombine_s16(vmovn_s32(x.a), vmovn_s32(x.b));
   const int16x8_t high = vcombine_s16(vmovn_s32(x.c), vmovn_s32(x.d));

@@ -230,6 +230,9 @@ INLINE Ints join_halves(Floats even, Floats odd) {
   return each_lane<Ints>([&](int i) { return below.at[i] | above.at[i]; });
 }
 
+// The second of each word of two.
+INLINE Floats odd_halves(Ints words) { return from_bits(bits_and(words, set((int)0xffff0000))); }
+
 // Codes.
 INLINE Ints load_bytes(const void* p) {
   return each_lane<Ints>([&](int i) { return ((const int8_t*)p)[i]; });

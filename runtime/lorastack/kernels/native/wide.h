@@ -12,14 +12,15 @@ namespace lorastack::LORASTACK_ISA {
 constexpr int LINE = 64;
 constexpr int AHEAD = 2048;  // bytes ahead of the weights being read
 
-// A panel as it is multiplied. BYTES: of K_STEP inputs; weights<J>(k): of input k + J, where k is a
-// multiple of STRIDE and J below it.
+// A panel as it is multiplied. BYTES: of K_STEP inputs, a tile; weights<J>(k): of input k + J, where k
+// is a multiple of STRIDE and J below it.
 template <class T>
 struct WeightPanel {
   static constexpr int BYTES = K_STEP * LANES * sizeof(T), STRIDE = 2;
   const T* at;
 
   INLINE_METHOD const char* address() const { return (const char*)at; }
+  INLINE_METHOD void begin_tile() {}
   INLINE_METHOD void skip(int k) { at += (size_t)k * LANES; }
 
   template <int J>
@@ -28,7 +29,7 @@ struct WeightPanel {
       return load(at + (size_t)(k + J) * LANES);
     } else {
       const Ints words = load_ints(at + (size_t)k * LANES);
-      return J ? upper_halves(words) : even_halves(words);
+      return J ? odd_halves(words) : even_halves(words);
     }
   }
 };
@@ -39,6 +40,7 @@ struct Int8Panel {
   const uint8_t* at;
 
   INLINE_METHOD const char* address() const { return (const char*)at; }
+  INLINE_METHOD void begin_tile() {}
   INLINE_METHOD void skip(int k) { at += (size_t)k * LANES; }
 
   template <int J>
@@ -51,6 +53,7 @@ struct Int4Panel {
   static constexpr int BYTES = Int4::BYTES, STRIDE = 8;
   const uint8_t* at;
   const uint16_t* scales;
+  alignas(64) float tile_scales[LANES] = {};
 
   INLINE_METHOD const char* address() const { return (const char*)at; }
   INLINE_METHOD void skip(int k) {
@@ -60,11 +63,13 @@ struct Int4Panel {
 
   template <int J>
   INLINE_METHOD Floats weights(int k) const {
-    return mul(nibbles<J>(load_ints(at + (size_t)k * LANES / 2)), load_halves(scales));
+    return mul(nibbles<J>(load_ints(at + (size_t)k * LANES / 2)), load(tile_scales));
   }
+  INLINE_METHOD void begin_tile() { store(tile_scales, load_halves(scales)); }
 };
 
-// Element: of weights and KV. ROWS by PANELS sums stay in registers; in attention QUERIES, and SUMS.
+// Element: of weights and KV. ROWS by PANELS sums stay in registers; attention takes QUERIES at
+// once, with SUMS for their values.
 template <class Element, int ROWS, int PANELS, int QUERIES, int SUMS>
 struct Wide : Untiled<Wide<Element, ROWS, PANELS, QUERIES, SUMS>> {
   using E = Element;  // of weights, KV, LoRAs and heads
@@ -80,7 +85,7 @@ struct Wide : Untiled<Wide<Element, ROWS, PANELS, QUERIES, SUMS>> {
     return std::max(1, BYTES / (k * (int)sizeof(float)) / BLOCK_ROWS) * BLOCK_ROWS;
   }
 
-  // Calls work(first panel of the pair). int8 is cheap to decode for every group of rows, int4 is
+  // Calls work(first panel of the pair, whether it is to be fetched). int8 is cheap to decode for every group of rows, int4 is
   // unpacked where there is more than one.
   template <class Work>
   INLINE void with_panels(const lorastack_matrix& matrix, int pair, int rows, T* unpacked,
@@ -88,18 +93,18 @@ struct Wide : Untiled<Wide<Element, ROWS, PANELS, QUERIES, SUMS>> {
     if constexpr (E::half) {
       if (matrix.kind == LORASTACK_INT8) {
         const CodePanel<Int8> codes(matrix, 2 * pair);
-        return work(Int8Panel{codes.codes});
+        return work(Int8Panel{codes.codes}, true);
       }
       if (matrix.kind == LORASTACK_INT4 && rows <= ROWS) {
         const CodePanel<Int4> codes(matrix, 2 * pair);
-        return work(Int4Panel{codes.codes, codes.scales});
+        return work(Int4Panel{codes.codes, codes.scales}, true);
       }
       if (matrix.kind == LORASTACK_INT4) {
         unpack_pair<Int4>(matrix, pair, unpacked);
-        return work(WeightPanel<T>{unpacked});
+        return work(WeightPanel<T>{unpacked}, false);
       }
     }
-    work(WeightPanel<T>{(const T*)matrix.weight + (size_t)pair * matrix.k * BLOCK_COLS});
+    work(WeightPanel<T>{(const T*)matrix.weight + (size_t)pair * matrix.k * BLOCK_COLS}, true);
   }
 
   // fetch: nobody has read these panels before.
@@ -113,7 +118,8 @@ struct Wide : Untiled<Wide<Element, ROWS, PANELS, QUERIES, SUMS>> {
       // all the time; few are as fast with the first one reading ahead.
       const bool spread = groups > 2;
       for (int row = 0, g = 0; g < groups; g++) {
-        const int count = (rows - row) / (groups - g);
+        int count = ceil_div(rows - row, groups - g);
+        if (count > 6) count = std::min(count + count % 2, rows - row);  // see `with_rows`
         Fetch ahead = {AHEAD, 0, g == 0 ? LINES : 0};
         if (spread) ahead = {panel_bytes * PANELS, LINES * g / groups, LINES * (g + 1) / groups};
         if (!fetch) ahead.end = ahead.first;
@@ -178,6 +184,7 @@ struct Wide : Untiled<Wide<Element, ROWS, PANELS, QUERIES, SUMS>> {
     Floats sums[M * PANELS];
     unroll<M * PANELS>([&](auto i) INLINE_LAMBDA { sums[i] = zero(); });
     for (int i = 0; i < k; i += K_STEP, x += K_STEP) {
+      unroll<PANELS>([&](auto p) INLINE_LAMBDA { panels[p].begin_tile(); });
       for (int line = ahead.first; line < ahead.end; line++)
         unroll<PANELS>([&](auto p) INLINE_LAMBDA {
           prefetch(panels[p].address() + ahead.distance + line * LINE);

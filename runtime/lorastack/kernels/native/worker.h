@@ -99,9 +99,11 @@ struct StepWorker {
   // stay in a thread's cache.
   template <class Epilogue>
   void project(const lorastack_matrix& matrix, const X* x, int ldx, Epilogue&& epilogue) {
-    const int most = Isa::rows_in_cache(matrix.k), pairs = matrix.panels / 2;
-    member.phase(ceil_div(step.num_tokens, most) * pairs, [&](int chunk) {
-      const int first = chunk / pairs * most, count = std::min(most, step.num_tokens - first);
+    const int tokens = step.num_tokens, pairs = matrix.panels / 2;
+    const int parts = std::max(1, tokens / Isa::rows_in_cache(matrix.k));  // none is a small rest
+    const int size = ceil_div(ceil_div(tokens, parts), BLOCK_ROWS) * BLOCK_ROWS;
+    member.phase(ceil_div(tokens, size) * pairs, [&](int chunk) {
+      const int first = chunk / pairs * size, count = std::min(size, tokens - first);
       matmul<Isa>(x + (size_t)first * ldx, ldx, count, matrix, chunk % pairs, unpacked(),
                   [&](Block& block, int row, int rows, int panel)
                       INLINE_LAMBDA { epilogue(block, first + row, rows, panel); });
@@ -234,7 +236,8 @@ struct StepWorker {
       const RowCache<T> cache = {(const T*)layer.kv + head * head_stride, b.slots + b.row_slots[r],
                                  model.kv_heads * head_stride};
       const float scale = 1.0f / std::sqrt((float)dim);
-      Isa::attend(query_pass, count, cache, dim, scale, model.page_size, scores, b.capacity);
+      Isa::attend(query_pass, count, cache, dim, scale, begin == 0, model.page_size, scores,
+                  b.capacity);
     });
   }
 
