@@ -16,7 +16,7 @@ from lorastack.v1 import generation_pb2 as pb
 ROWS = 8
 NEW_TOKENS = 256
 LONG_PROMPT = 2000
-SETTLE_SECONDS = 1.5  # from the rows' start to the long prompt
+SETTLE_SECONDS = 1.5  # from the rows' first tokens to the long prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +37,13 @@ def measure(
 
 def _measure(address: str, prompts: list[list[int]], long_prompt: list[int]) -> Gaps:
     with Client(address) as client, ThreadPoolExecutor(len(prompts)) as pool:
+        began = time.monotonic()
+        for first in [pool.submit(stream, client, _request(prompt, 1)) for prompt in prompts]:
+            first.result()
+        prefill = time.monotonic() - began  # which takes seconds on a slow CPU
         requests = [_request(prompt, NEW_TOKENS) for prompt in prompts]
         rows = [pool.submit(stream, client, request) for request in requests]
-        time.sleep(SETTLE_SECONDS)
+        time.sleep(prefill + SETTLE_SECONDS)
         long = stream(client, _request(long_prompt, 1))
         return gaps([row.result() for row in rows], long)
 
