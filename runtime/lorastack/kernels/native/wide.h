@@ -85,8 +85,8 @@ struct Wide : Untiled<Wide<Element, ROWS, PANELS, QUERIES, SUMS>> {
     return std::max(1, BYTES / (k * (int)sizeof(float)) / BLOCK_ROWS) * BLOCK_ROWS;
   }
 
-  // Calls work(first panel of the pair, whether it is to be fetched). int8 is cheap to decode for every group of rows, int4 is
-  // unpacked where there is more than one.
+  // Calls work(first panel of the pair, whether it is to be fetched). int8 is cheap to decode for every
+  // group of rows, int4 is unpacked where there is more than one.
   template <class Work>
   INLINE void with_panels(const lorastack_matrix& matrix, int pair, int rows, T* unpacked,
                           Work&& work) {
