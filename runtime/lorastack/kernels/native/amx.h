@@ -10,10 +10,9 @@ namespace lorastack::LORASTACK_ISA {
 
 constexpr int MANY_INPUTS = 2048;
 
-using Dots = Dot<12, 2, 4, 16>;
+using Dots = Dot<12, 2, 4, 16, BLOCK_ROWS>;
 
 struct Amx : Dots {
-  static constexpr int FEW_ROWS = BLOCK_ROWS;
   static constexpr int MAX_QUERIES = TILE_QUERIES;
 
   // All eight tiles have 16 rows.
@@ -21,12 +20,6 @@ struct Amx : Dots {
     State() { configure_tiles(BLOCK_ROWS); }
     ~State() { _tile_release(); }
   };
-
-  template <class Work>
-  INLINE void with_panels(const lorastack_matrix& matrix, int pair, int rows, uint16_t* unpacked,
-                          Work&& work) {
-    with_pair<FEW_ROWS>(matrix, pair, rows, unpacked, work);
-  }
 
   template <class Source>
   INLINE void block(const uint16_t* x, size_t ldx, int rows, Source& source, int k, bool,

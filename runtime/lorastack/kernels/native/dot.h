@@ -7,14 +7,13 @@
 
 namespace lorastack::LORASTACK_ISA {
 
-// Sums of ROWS rows by PANELS panels stay in registers; of attention takes QUERIES at once, with SUMS for
-// their values.
-template <int ROWS, int PANELS, int QUERIES, int SUMS>
-struct Dot : Untiled<Dot<ROWS, PANELS, QUERIES, SUMS>> {
+// Sums of ROWS rows by PANELS panels stay in registers; attention takes QUERIES at once, with SUMS for
+// their values. FEW_ROWS: up to so many rows, codes are unpacked on the way.
+template <int ROWS, int PANELS, int QUERIES, int SUMS, int FEW_ROWS = ROWS>
+struct Dot : Untiled<Dot<ROWS, PANELS, QUERIES, SUMS, FEW_ROWS>> {
   using E = BF16;
   using A = BF16;
   using Packed = uint16_t;
-  static constexpr int FEW_ROWS = ROWS;  // up to so many rows, weights are read once
   static constexpr int MAX_QUERIES = QUERIES, VALUE_SUMS = SUMS;
   static constexpr bool PADS_STATES = false;
 

@@ -191,7 +191,7 @@ struct ProposalWorker {
 
   // Tile `index` of a product: the same inputs of 16 states at a time, transposed.
   void pack(const Product<T>& product, int index) {
-    constexpr int STEP = Isa::PACK_INPUTS, LINE = STEP / LANES * LANES;
+    constexpr int STEP = Isa::PACK_INPUTS;
     const int begin = index * LANES, count = std::min(product.count - begin, LANES);
     Packed* const tile = packed(product.tile + index);
     for (int i = 0; i < proposal.hidden; i += STEP) {
@@ -201,7 +201,7 @@ struct ProposalWorker {
                               : zero();
       transpose_16(inputs);
       for (int w = 0; w < LANES; w++)
-        store((float*)(tile + (size_t)i * LANES + w * LINE), inputs[w]);
+        store((float*)(tile + (size_t)i * LANES + w * STEP), inputs[w]);
     }
   }
 

@@ -15,11 +15,7 @@ constexpr int GROUP = 32;  // inputs that share a scale in int4
 
 // Weights begin..begin + 32 of a row as words of two, zeros behind its end.
 INLINE Ints load_group(const uint16_t* row, int inputs, int begin) {
-  const int count = inputs - begin;
-  if (count >= GROUP) return load_ints(row + begin);
-  uint16_t group[GROUP] = {};
-  if (count > 0) memcpy(group, row + begin, count * sizeof(uint16_t));
-  return load_ints(group);
+  return load_pairs(row + begin, std::max(inputs - begin, 0));
 }
 
 INLINE Ints even_bits(Ints words) { return shift_left<16>(words); }

@@ -55,17 +55,14 @@ INLINE void store(float* p, Floats v, Mask m) {
   _mm256_maskstore_ps(p + 8, real.hi, v.hi);
 }
 
-#define LORASTACK_BOTH(name, call)        \
-  INLINE Floats name(Floats a, Floats b) { \
-    return {call(a.lo, b.lo), call(a.hi, b.hi)}; \
-  }
-LORASTACK_BOTH(add, _mm256_add_ps)
-LORASTACK_BOTH(sub, _mm256_sub_ps)
-LORASTACK_BOTH(mul, _mm256_mul_ps)
-LORASTACK_BOTH(div, _mm256_div_ps)
-LORASTACK_BOTH(max, _mm256_max_ps)
-LORASTACK_BOTH(min, _mm256_min_ps)
-#undef LORASTACK_BOTH
+#define LORASTACK_BOTH(Vector, name, call) \
+  INLINE Vector name(Vector a, Vector b) { return {call(a.lo, b.lo), call(a.hi, b.hi)}; }
+LORASTACK_BOTH(Floats, add, _mm256_add_ps)
+LORASTACK_BOTH(Floats, sub, _mm256_sub_ps)
+LORASTACK_BOTH(Floats, mul, _mm256_mul_ps)
+LORASTACK_BOTH(Floats, div, _mm256_div_ps)
+LORASTACK_BOTH(Floats, max, _mm256_max_ps)
+LORASTACK_BOTH(Floats, min, _mm256_min_ps)
 INLINE Floats fma(Floats a, Floats b, Floats c) {
   return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
 }
@@ -137,14 +134,11 @@ INLINE void store_ints(void* p, Ints v) {
   _mm256_storeu_si256((__m256i*)p, v.lo);
   _mm256_storeu_si256((__m256i*)p + 1, v.hi);
 }
-#define LORASTACK_BOTH(name, call) \
-  INLINE Ints name(Ints a, Ints b) { return {call(a.lo, b.lo), call(a.hi, b.hi)}; }
-LORASTACK_BOTH(add, _mm256_add_epi32)
-LORASTACK_BOTH(bits_and, _mm256_and_si256)
-LORASTACK_BOTH(max, _mm256_max_epi32)
-LORASTACK_BOTH(min, _mm256_min_epi32)
-LORASTACK_BOTH(max_unsigned, _mm256_max_epu32)
-#undef LORASTACK_BOTH
+LORASTACK_BOTH(Ints, add, _mm256_add_epi32)
+LORASTACK_BOTH(Ints, bits_and, _mm256_and_si256)
+LORASTACK_BOTH(Ints, max, _mm256_max_epi32)
+LORASTACK_BOTH(Ints, min, _mm256_min_epi32)
+LORASTACK_BOTH(Ints, max_unsigned, _mm256_max_epu32)
 template <int N>
 INLINE Ints shift_left(Ints a) {
   return {_mm256_slli_epi32(a.lo, N), _mm256_slli_epi32(a.hi, N)};
@@ -163,50 +157,16 @@ INLINE Ints select(Mask m, Ints a, Ints b) {
 INLINE Floats to_floats(Ints a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
 INLINE Ints to_ints(Floats a) { return {_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi)}; }
 
-// Stores the lanes of the mask one after the other.
-INLINE void store_compressed(float* p, Floats v, Mask m) {
-  float all[LANES];
-  store(all, v);
-  for (unsigned left = bits(m); left; left &= left - 1) *p++ = all[__builtin_ctz(left)];
-}
-INLINE void store_compressed(int32_t* p, Ints v, Mask m) {
-  int32_t all[LANES];
-  store_ints(all, v);
-  for (unsigned left = bits(m); left; left &= left - 1) *p++ = all[__builtin_ctz(left)];
-}
-
 // bfloat16.
 INLINE Floats load_halves(const uint16_t* p) {
   const Ints wide = {_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)),
                      _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p + 1))};
   return from_bits(shift_left<16>(wide));
 }
-// There are no masked loads and stores of 16 bits: the lanes go through memory.
-INLINE Floats load_halves(const uint16_t* p, Mask m) {
-  const unsigned count = __builtin_popcount(bits(m));
-  if (count == LANES) return load_halves(p);
-  uint16_t all[LANES] = {};
-  memcpy(all, p, count * sizeof(uint16_t));
-  return load_halves(all);
-}
-INLINE Ints rounded_halves(Floats v) {
-  const Ints u = bits_of(v), last = bits_and(shift_right<16>(u), set(1));
-  const Ints rounded = add(u, add(last, set(0x7fff)));
-  return select(unordered(v, v), set(0x7fc00000), rounded);
-}
 INLINE void store_upper_halves(uint16_t* p, Ints v) {
   const Ints upper = shift_right<16>(v);
   const __m256i mixed = _mm256_packus_epi32(upper.lo, upper.hi);
   _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(mixed, 0xd8));
-}
-INLINE void store_upper_halves(uint16_t* p, Ints v, Mask m) {
-  uint16_t all[LANES];
-  store_upper_halves(all, v);
-  memcpy(p, all, __builtin_popcount(bits(m)) * sizeof(uint16_t));
-}
-INLINE void store_halves(uint16_t* p, Floats v) { store_upper_halves(p, rounded_halves(v)); }
-INLINE void store_halves(uint16_t* p, Floats v, Mask m) {
-  store_upper_halves(p, rounded_halves(v), m);
 }
 INLINE Ints join_halves(Floats even, Floats odd) {
   const Ints below = shift_right<16>(bits_of(even)), above = bits_of(odd);
@@ -340,13 +300,10 @@ INLINE Doubles doubles_of(__m256 a) {
 }
 INLINE Doubles low_doubles(Floats a) { return doubles_of(a.lo); }
 INLINE Doubles high_doubles(Floats a) { return doubles_of(a.hi); }
-#define LORASTACK_BOTH(name, call) \
-  INLINE Doubles name(Doubles a, Doubles b) { return {call(a.lo, b.lo), call(a.hi, b.hi)}; }
-LORASTACK_BOTH(add, _mm256_add_pd)
-LORASTACK_BOTH(sub, _mm256_sub_pd)
-LORASTACK_BOTH(mul, _mm256_mul_pd)
-LORASTACK_BOTH(max, _mm256_max_pd)
-#undef LORASTACK_BOTH
+LORASTACK_BOTH(Doubles, add, _mm256_add_pd)
+LORASTACK_BOTH(Doubles, sub, _mm256_sub_pd)
+LORASTACK_BOTH(Doubles, mul, _mm256_mul_pd)
+LORASTACK_BOTH(Doubles, max, _mm256_max_pd)
 INLINE Doubles fma(Doubles a, Doubles b, Doubles c) {
   return {_mm256_fmadd_pd(a.lo, b.lo, c.lo), _mm256_fmadd_pd(a.hi, b.hi, c.hi)};
 }
@@ -378,4 +335,8 @@ INLINE double sum(Doubles a) {
   return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
 }
 
+#undef LORASTACK_BOTH
+
 }  // namespace lorastack::LORASTACK_ISA
+
+#include "vector_partial.h"

@@ -84,21 +84,8 @@ INLINE Floats load_halves(const uint16_t* p) {
 INLINE Floats load_halves(const uint16_t* p, Mask m) {
   return from_bits(shift_left<16>(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, p))));
 }
-#ifdef __AVX512BF16__
-INLINE __m256i rounded_halves(Floats v) { return (__m256i)_mm512_cvtneps_pbh(v); }
-#else
-INLINE __m256i rounded_halves(Floats v) {
-  const Ints u = bits_of(v), last = bits_and(shift_right<16>(u), set(1));
-  const Ints rounded = add(u, add(last, set(0x7fff)));
-  const Ints numbers = select(unordered(v, v), set(0x7fc00000), rounded);
-  return _mm512_cvtepi32_epi16(shift_right<16>(numbers));
-}
-#endif
-INLINE void store_halves(uint16_t* p, Floats v) {
-  _mm256_storeu_si256((__m256i*)p, rounded_halves(v));
-}
-INLINE void store_halves(uint16_t* p, Floats v, Mask m) {
-  _mm256_mask_storeu_epi16(p, m, rounded_halves(v));
+INLINE void store_upper_halves(uint16_t* p, Ints v) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(shift_right<16>(v)));
 }
 INLINE void store_upper_halves(uint16_t* p, Ints v, Mask m) {
   _mm512_mask_cvtepi32_storeu_epi16(p, m, shift_right<16>(v));
@@ -109,11 +96,18 @@ INLINE Ints join_halves(Floats even, Floats odd) {
                                    shift_right<16>(bits_of(even)), AND_OR);
 }
 
-#ifdef __AVX512BF16__
-// Pairs of bfloat16: the first `count` elements of 32, and sums + a b of each pair.
+// The first `count` of 32 elements of 16 bits, as words of two.
 INLINE Ints load_pairs(const uint16_t* p, int count) {
   return _mm512_maskz_loadu_epi16(count >= 32 ? 0xffffffffu : (1u << count) - 1, p);
 }
+#ifdef __AVX512BF16__
+INLINE void store_halves(uint16_t* p, Floats v) {
+  _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(v));
+}
+INLINE void store_halves(uint16_t* p, Floats v, Mask m) {
+  _mm256_mask_storeu_epi16(p, m, (__m256i)_mm512_cvtneps_pbh(v));
+}
+// Sums + a b of each pair of bfloat16.
 INLINE Floats add_dots(Ints a, Ints b, Floats sums) {
   return _mm512_dpbf16_ps(sums, (__m512bh)a, (__m512bh)b);
 }
@@ -217,3 +211,15 @@ INLINE Doubles keep_high(Mask m, Doubles a) { return {_mm512_maskz_mov_pd((__mma
 INLINE double sum(Doubles a) { return _mm512_reduce_add_pd(a.v); }
 
 }  // namespace lorastack::LORASTACK_ISA
+
+#ifndef __AVX512BF16__
+#include "vector_rounding.h"
+
+namespace lorastack::LORASTACK_ISA {
+
+INLINE void store_halves(uint16_t* p, Floats v, Mask m) {
+  store_upper_halves(p, rounded_halves(v), m);
+}
+
+}  // namespace lorastack::LORASTACK_ISA
+#endif

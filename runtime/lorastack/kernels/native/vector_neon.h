@@ -175,49 +175,16 @@ INLINE Ints shift_right(Ints x) { return LORASTACK_EACH_1(shifted_right<N>, x); 
 LORASTACK_UNARY(Floats, to_floats, Ints, vcvtq_f32_s32)
 LORASTACK_UNARY(Ints, to_ints, Floats, vcvtnq_s32_f32)
 
-// Stores the lanes of the mask one after the other.
-INLINE void store_compressed(float* p, Floats v, Mask m) {
-  float lanes[LANES];
-  store(lanes, v);
-  for (unsigned left = bits(m); left; left &= left - 1) *p++ = lanes[__builtin_ctz(left)];
-}
-INLINE void store_compressed(int32_t* p, Ints v, Mask m) {
-  int32_t lanes[LANES];
-  store_ints(lanes, v);
-  for (unsigned left = bits(m); left; left &= left - 1) *p++ = lanes[__builtin_ctz(left)];
-}
-
 // bfloat16.
 INLINE float32x4_t widened(uint16x4_t x) { return vreinterpretq_f32_u32(vshll_n_u16(x, 16)); }
 INLINE Floats load_halves(const uint16_t* p) {
   return {widened(vld1_u16(p)), widened(vld1_u16(p + 4)), widened(vld1_u16(p + 8)),
           widened(vld1_u16(p + 12))};
 }
-INLINE Floats load_halves(const uint16_t* p, Mask m) {
-  if (all(m)) return load_halves(p);
-  uint16_t lanes[LANES] = {};
-  memcpy(lanes, p, __builtin_popcount(bits(m)) * sizeof(uint16_t));
-  return load_halves(lanes);
-}
-INLINE Ints rounded_halves(Floats v) {
-  const Ints u = bits_of(v), last = bits_and(shift_right<16>(u), set(1));
-  const Ints rounded = add(u, add(last, set(0x7fff)));
-  return select(unordered(v, v), set(0x7fc00000), rounded);
-}
 INLINE uint16x4_t upper_half(int32x4_t x) { return vshrn_n_u32(vreinterpretq_u32_s32(x), 16); }
 INLINE void store_upper_halves(uint16_t* p, Ints v) {
   vst1q_u16(p, vcombine_u16(upper_half(v.a), upper_half(v.b)));
   vst1q_u16(p + 8, vcombine_u16(upper_half(v.c), upper_half(v.d)));
-}
-INLINE void store_upper_halves(uint16_t* p, Ints v, Mask m) {
-  if (all(m)) return store_upper_halves(p, v);
-  uint16_t lanes[LANES];
-  store_upper_halves(lanes, v);
-  memcpy(p, lanes, __builtin_popcount(bits(m)) * sizeof(uint16_t));
-}
-INLINE void store_halves(uint16_t* p, Floats v) { store_upper_halves(p, rounded_halves(v)); }
-INLINE void store_halves(uint16_t* p, Floats v, Mask m) {
-  store_upper_halves(p, rounded_halves(v), m);
 }
 INLINE int32x4_t joined(float32x4_t even, float32x4_t odd) {
   return vreinterpretq_s32_u32(
@@ -226,16 +193,10 @@ INLINE int32x4_t joined(float32x4_t even, float32x4_t odd) {
 LORASTACK_BINARY(Ints, join_halves, Floats, joined)
 
 #ifdef __ARM_FEATURE_BF16_VECTOR_ARITHMETIC
-// Pairs of bfloat16: the first `count` elements of 32, and sums + x y of each pair.
-INLINE Ints load_pairs(const uint16_t* p, int count) {
-  if (count >= 2 * LANES) return load_ints(p);
-  uint16_t pairs[2 * LANES] = {};
-  memcpy(pairs, p, count * sizeof(uint16_t));
-  return load_ints(pairs);
-}
 INLINE float32x4_t added_dots(float32x4_t sums, int32x4_t x, int32x4_t y) {
   return vbfdotq_f32(sums, vreinterpretq_bf16_s32(x), vreinterpretq_bf16_s32(y));
 }
+// Sums + x y of each pair of bfloat16.
 INLINE Floats add_dots(Ints x, Ints y, Floats sums) {
   return LORASTACK_EACH_3(added_dots, sums, x, y);
 }
@@ -399,3 +360,5 @@ INLINE double sum(Doubles x) {
 #undef LORASTACK_BINARY
 
 }  // namespace lorastack::LORASTACK_ISA
+
+#include "vector_partial.h"

@@ -22,8 +22,9 @@ struct Mask {
 // A vector of `make(i)` for every lane i.
 template <class Vector, class Make>
 INLINE Vector each_lane(Make&& make) {
+  constexpr int NUM = sizeof(Vector::at) / sizeof(Vector::at[0]);
   Vector v;
-  for (int i = 0; i < LANES; i++) v.at[i] = make(i);
+  for (int i = 0; i < NUM; i++) v.at[i] = make(i);
   return v;
 }
 
@@ -97,7 +98,6 @@ LORASTACK_LANES(Ints, bits_and, a.at[i] & b.at[i])
 LORASTACK_LANES(Ints, max, a.at[i] > b.at[i] ? a.at[i] : b.at[i])
 LORASTACK_LANES(Ints, min, a.at[i] < b.at[i] ? a.at[i] : b.at[i])
 LORASTACK_LANES(Ints, max_unsigned, (uint32_t)a.at[i] > (uint32_t)b.at[i] ? a.at[i] : b.at[i])
-#undef LORASTACK_LANES
 INLINE Floats fma(Floats a, Floats b, Floats c) {
   return each_lane<Floats>([&](int i) { return fused(a.at[i], b.at[i], c.at[i]); });
 }
@@ -193,36 +193,12 @@ INLINE Ints shift_right(Ints a) {
   return each_lane<Ints>([&](int i) { return (int32_t)((uint32_t)a.at[i] >> N); });
 }
 
-// Stores the lanes of the mask one after the other.
-template <class T, class Vector>
-INLINE void store_compressed(T* p, Vector v, Mask m) {
-  for (int i = 0; i < LANES; i++)
-    if (m.at[i]) *p++ = v.at[i];
-}
-
 // bfloat16.
 INLINE Floats load_halves(const uint16_t* p) {
   return from_bits(each_lane<Ints>([&](int i) { return (int32_t)((uint32_t)p[i] << 16); }));
 }
-INLINE Floats load_halves(const uint16_t* p, Mask m) {
-  return from_bits(
-      each_lane<Ints>([&](int i) { return m.at[i] ? (int32_t)((uint32_t)p[i] << 16) : 0; }));
-}
-INLINE Ints rounded_halves(Floats v) {
-  const Ints u = bits_of(v), last = bits_and(shift_right<16>(u), set(1));
-  const Ints rounded = add(u, add(last, set(0x7fff)));
-  return select(unordered(v, v), set(0x7fc00000), rounded);
-}
 INLINE void store_upper_halves(uint16_t* p, Ints v) {
   for (int i = 0; i < LANES; i++) p[i] = (uint16_t)((uint32_t)v.at[i] >> 16);
-}
-INLINE void store_upper_halves(uint16_t* p, Ints v, Mask m) {
-  for (int i = 0; i < LANES; i++)
-    if (m.at[i]) p[i] = (uint16_t)((uint32_t)v.at[i] >> 16);
-}
-INLINE void store_halves(uint16_t* p, Floats v) { store_upper_halves(p, rounded_halves(v)); }
-INLINE void store_halves(uint16_t* p, Floats v, Mask m) {
-  store_upper_halves(p, rounded_halves(v), m);
 }
 INLINE Ints join_halves(Floats even, Floats odd) {
   const Ints below = shift_right<16>(bits_of(even));
@@ -271,37 +247,25 @@ struct Longs {
 struct Doubles {
   alignas(64) double at[LANES / 2];
 };
-template <class Vector, class Make>
-INLINE Vector each_half(Make&& make) {
-  Vector v;
-  for (int i = 0; i < LANES / 2; i++) v.at[i] = make(i);
-  return v;
-}
-
 INLINE Longs set_long(uint64_t x) {
-  return each_half<Longs>([=](int) { return x; });
+  return each_lane<Longs>([=](int) { return x; });
 }
 INLINE Longs low_longs(Ints a) {
-  return each_half<Longs>([&](int i) { return (uint64_t)(int64_t)a.at[i]; });
+  return each_lane<Longs>([&](int i) { return (uint64_t)(int64_t)a.at[i]; });
 }
 INLINE Longs high_longs(Ints a) {
-  return each_half<Longs>([&](int i) { return (uint64_t)(int64_t)a.at[LANES / 2 + i]; });
+  return each_lane<Longs>([&](int i) { return (uint64_t)(int64_t)a.at[LANES / 2 + i]; });
 }
-#define LORASTACK_HALF(Vector, name, result)                    \
-  INLINE Vector name(Vector a, Vector b) {                      \
-    return each_half<Vector>([&](int i) { return result; });    \
-  }
-LORASTACK_HALF(Longs, add, a.at[i] + b.at[i])
-LORASTACK_HALF(Longs, mul, a.at[i] * b.at[i])
-LORASTACK_HALF(Longs, bits_xor, a.at[i] ^ b.at[i])
-LORASTACK_HALF(Doubles, add, a.at[i] + b.at[i])
-LORASTACK_HALF(Doubles, sub, a.at[i] - b.at[i])
-LORASTACK_HALF(Doubles, mul, a.at[i] * b.at[i])
-LORASTACK_HALF(Doubles, max, a.at[i] > b.at[i] ? a.at[i] : b.at[i])
-#undef LORASTACK_HALF
+LORASTACK_LANES(Longs, add, a.at[i] + b.at[i])
+LORASTACK_LANES(Longs, mul, a.at[i] * b.at[i])
+LORASTACK_LANES(Longs, bits_xor, a.at[i] ^ b.at[i])
+LORASTACK_LANES(Doubles, add, a.at[i] + b.at[i])
+LORASTACK_LANES(Doubles, sub, a.at[i] - b.at[i])
+LORASTACK_LANES(Doubles, mul, a.at[i] * b.at[i])
+LORASTACK_LANES(Doubles, max, a.at[i] > b.at[i] ? a.at[i] : b.at[i])
 template <int N>
 INLINE Longs shift_right(Longs a) {
-  return each_half<Longs>([&](int i) { return a.at[i] >> N; });
+  return each_lane<Longs>([&](int i) { return a.at[i] >> N; });
 }
 INLINE Floats to_floats(Longs low, Longs high) {
   return each_lane<Floats>([&](int i) {
@@ -310,31 +274,31 @@ INLINE Floats to_floats(Longs low, Longs high) {
 }
 
 INLINE Doubles set_double(double x) {
-  return each_half<Doubles>([=](int) { return x; });
+  return each_lane<Doubles>([=](int) { return x; });
 }
 INLINE Doubles low_doubles(Floats a) {
-  return each_half<Doubles>([&](int i) { return (double)a.at[i]; });
+  return each_lane<Doubles>([&](int i) { return (double)a.at[i]; });
 }
 INLINE Doubles high_doubles(Floats a) {
-  return each_half<Doubles>([&](int i) { return (double)a.at[LANES / 2 + i]; });
+  return each_lane<Doubles>([&](int i) { return (double)a.at[LANES / 2 + i]; });
 }
 INLINE Doubles fma(Doubles a, Doubles b, Doubles c) {
-  return each_half<Doubles>([&](int i) { return fused(a.at[i], b.at[i], c.at[i]); });
+  return each_lane<Doubles>([&](int i) { return fused(a.at[i], b.at[i], c.at[i]); });
 }
 INLINE Doubles fnma(Doubles a, Doubles b, Doubles c) {
-  return each_half<Doubles>([&](int i) { return fused(-a.at[i], b.at[i], c.at[i]); });
+  return each_lane<Doubles>([&](int i) { return fused(-a.at[i], b.at[i], c.at[i]); });
 }
 INLINE Doubles round(Doubles a) {
-  return each_half<Doubles>([&](int i) { return nearbyint(a.at[i]); });
+  return each_lane<Doubles>([&](int i) { return nearbyint(a.at[i]); });
 }
 INLINE Doubles scale_by_power(Doubles a, Doubles n) {
-  return each_half<Doubles>([&](int i) { return ldexp(a.at[i], (int)n.at[i]); });
+  return each_lane<Doubles>([&](int i) { return ldexp(a.at[i], (int)n.at[i]); });
 }
 INLINE Doubles keep_low(Mask m, Doubles a) {
-  return each_half<Doubles>([&](int i) { return m.at[i] ? a.at[i] : 0.0; });
+  return each_lane<Doubles>([&](int i) { return m.at[i] ? a.at[i] : 0.0; });
 }
 INLINE Doubles keep_high(Mask m, Doubles a) {
-  return each_half<Doubles>([&](int i) { return m.at[LANES / 2 + i] ? a.at[i] : 0.0; });
+  return each_lane<Doubles>([&](int i) { return m.at[LANES / 2 + i] ? a.at[i] : 0.0; });
 }
 INLINE double sum(Doubles a) {
   for (int width = LANES / 4; width; width /= 2)
@@ -342,4 +306,8 @@ INLINE double sum(Doubles a) {
   return a.at[0];
 }
 
+#undef LORASTACK_LANES
+
 }  // namespace lorastack::LORASTACK_ISA
+
+#include "vector_partial.h"
