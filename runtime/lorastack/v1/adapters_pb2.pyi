@@ -1,6 +1,7 @@
 import datetime
 
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
+from lorastack.v1 import generation_pb2 as _generation_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
@@ -11,17 +12,19 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Adapter(_message.Message):
-    __slots__ = ("id", "digest", "revision", "kind", "base_model", "compatible", "rank", "alpha", "target_modules", "num_heads", "num_layers", "medusa_version", "size_bytes", "created_at", "residency", "pinned", "device_bytes", "in_flight", "last_used_at", "warnings")
+    __slots__ = ("id", "digest", "revision", "kind", "base_model", "compatible", "rank", "alpha", "target_modules", "num_heads", "num_layers", "medusa_version", "size_bytes", "created_at", "residency", "pinned", "device_bytes", "in_flight", "last_used_at", "warnings", "alias_loras", "alias_medusa_id")
     class Kind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         KIND_UNSPECIFIED: _ClassVar[Adapter.Kind]
         LORA: _ClassVar[Adapter.Kind]
         MEDUSA: _ClassVar[Adapter.Kind]
         LORA_WITH_MEDUSA: _ClassVar[Adapter.Kind]
+        ALIAS: _ClassVar[Adapter.Kind]
     KIND_UNSPECIFIED: Adapter.Kind
     LORA: Adapter.Kind
     MEDUSA: Adapter.Kind
     LORA_WITH_MEDUSA: Adapter.Kind
+    ALIAS: Adapter.Kind
     class Residency(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         RESIDENCY_UNSPECIFIED: _ClassVar[Adapter.Residency]
@@ -52,6 +55,8 @@ class Adapter(_message.Message):
     IN_FLIGHT_FIELD_NUMBER: _ClassVar[int]
     LAST_USED_AT_FIELD_NUMBER: _ClassVar[int]
     WARNINGS_FIELD_NUMBER: _ClassVar[int]
+    ALIAS_LORAS_FIELD_NUMBER: _ClassVar[int]
+    ALIAS_MEDUSA_ID_FIELD_NUMBER: _ClassVar[int]
     id: str
     digest: str
     revision: int
@@ -72,7 +77,9 @@ class Adapter(_message.Message):
     in_flight: int
     last_used_at: _timestamp_pb2.Timestamp
     warnings: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, id: _Optional[str] = ..., digest: _Optional[str] = ..., revision: _Optional[int] = ..., kind: _Optional[_Union[Adapter.Kind, str]] = ..., base_model: _Optional[str] = ..., compatible: _Optional[bool] = ..., rank: _Optional[int] = ..., alpha: _Optional[float] = ..., target_modules: _Optional[_Iterable[str]] = ..., num_heads: _Optional[int] = ..., num_layers: _Optional[int] = ..., medusa_version: _Optional[int] = ..., size_bytes: _Optional[int] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., residency: _Optional[_Union[Adapter.Residency, str]] = ..., pinned: _Optional[bool] = ..., device_bytes: _Optional[int] = ..., in_flight: _Optional[int] = ..., last_used_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., warnings: _Optional[_Iterable[str]] = ...) -> None: ...
+    alias_loras: _containers.RepeatedCompositeFieldContainer[_generation_pb2.LoraRef]
+    alias_medusa_id: str
+    def __init__(self, id: _Optional[str] = ..., digest: _Optional[str] = ..., revision: _Optional[int] = ..., kind: _Optional[_Union[Adapter.Kind, str]] = ..., base_model: _Optional[str] = ..., compatible: _Optional[bool] = ..., rank: _Optional[int] = ..., alpha: _Optional[float] = ..., target_modules: _Optional[_Iterable[str]] = ..., num_heads: _Optional[int] = ..., num_layers: _Optional[int] = ..., medusa_version: _Optional[int] = ..., size_bytes: _Optional[int] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., residency: _Optional[_Union[Adapter.Residency, str]] = ..., pinned: _Optional[bool] = ..., device_bytes: _Optional[int] = ..., in_flight: _Optional[int] = ..., last_used_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., warnings: _Optional[_Iterable[str]] = ..., alias_loras: _Optional[_Iterable[_Union[_generation_pb2.LoraRef, _Mapping]]] = ..., alias_medusa_id: _Optional[str] = ...) -> None: ...
 
 class FileSpec(_message.Message):
     __slots__ = ("name", "size", "sha256")
@@ -281,3 +288,33 @@ class SetDefaultMedusaResponse(_message.Message):
     medusa_id: str
     medusa_digest: str
     def __init__(self, medusa_id: _Optional[str] = ..., medusa_digest: _Optional[str] = ...) -> None: ...
+
+class MergeAdaptersRequest(_message.Message):
+    __slots__ = ("loras", "strategy", "density", "majority_sign")
+    class Strategy(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        STRATEGY_UNSPECIFIED: _ClassVar[MergeAdaptersRequest.Strategy]
+        TIES: _ClassVar[MergeAdaptersRequest.Strategy]
+        DARE_LINEAR: _ClassVar[MergeAdaptersRequest.Strategy]
+        DARE_TIES: _ClassVar[MergeAdaptersRequest.Strategy]
+    STRATEGY_UNSPECIFIED: MergeAdaptersRequest.Strategy
+    TIES: MergeAdaptersRequest.Strategy
+    DARE_LINEAR: MergeAdaptersRequest.Strategy
+    DARE_TIES: MergeAdaptersRequest.Strategy
+    class MajoritySign(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        MAJORITY_SIGN_UNSPECIFIED: _ClassVar[MergeAdaptersRequest.MajoritySign]
+        TOTAL: _ClassVar[MergeAdaptersRequest.MajoritySign]
+        FREQUENCY: _ClassVar[MergeAdaptersRequest.MajoritySign]
+    MAJORITY_SIGN_UNSPECIFIED: MergeAdaptersRequest.MajoritySign
+    TOTAL: MergeAdaptersRequest.MajoritySign
+    FREQUENCY: MergeAdaptersRequest.MajoritySign
+    LORAS_FIELD_NUMBER: _ClassVar[int]
+    STRATEGY_FIELD_NUMBER: _ClassVar[int]
+    DENSITY_FIELD_NUMBER: _ClassVar[int]
+    MAJORITY_SIGN_FIELD_NUMBER: _ClassVar[int]
+    loras: _containers.RepeatedCompositeFieldContainer[_generation_pb2.LoraRef]
+    strategy: MergeAdaptersRequest.Strategy
+    density: float
+    majority_sign: MergeAdaptersRequest.MajoritySign
+    def __init__(self, loras: _Optional[_Iterable[_Union[_generation_pb2.LoraRef, _Mapping]]] = ..., strategy: _Optional[_Union[MergeAdaptersRequest.Strategy, str]] = ..., density: _Optional[float] = ..., majority_sign: _Optional[_Union[MergeAdaptersRequest.MajoritySign, str]] = ...) -> None: ...

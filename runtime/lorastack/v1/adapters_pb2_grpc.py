@@ -99,6 +99,11 @@ class AdapterServiceStub:
                 request_serializer=lorastack_dot_v1_dot_adapters__pb2.SetDefaultMedusaRequest.SerializeToString,
                 response_deserializer=lorastack_dot_v1_dot_adapters__pb2.SetDefaultMedusaResponse.FromString,
                 _registered_method=True)
+        self.MergeAdapters = channel.unary_unary(
+                '/lorastack.v1.AdapterService/MergeAdapters',
+                request_serializer=lorastack_dot_v1_dot_adapters__pb2.MergeAdaptersRequest.SerializeToString,
+                response_deserializer=lorastack_dot_v1_dot_adapters__pb2.Adapter.FromString,
+                _registered_method=True)
 
 
 class AdapterServiceServicer:
@@ -185,6 +190,14 @@ class AdapterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def MergeAdapters(self, request, context):
+        """One LoRA of several, by PEFT's rules for ties and DARE. The same request gives the same
+        adapter, made once.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdapterServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -252,6 +265,11 @@ def add_AdapterServiceServicer_to_server(servicer, server):
                     servicer.SetDefaultMedusa,
                     request_deserializer=lorastack_dot_v1_dot_adapters__pb2.SetDefaultMedusaRequest.FromString,
                     response_serializer=lorastack_dot_v1_dot_adapters__pb2.SetDefaultMedusaResponse.SerializeToString,
+            ),
+            'MergeAdapters': grpc.unary_unary_rpc_method_handler(
+                    servicer.MergeAdapters,
+                    request_deserializer=lorastack_dot_v1_dot_adapters__pb2.MergeAdaptersRequest.FromString,
+                    response_serializer=lorastack_dot_v1_dot_adapters__pb2.Adapter.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -605,6 +623,33 @@ class AdapterService:
             '/lorastack.v1.AdapterService/SetDefaultMedusa',
             lorastack_dot_v1_dot_adapters__pb2.SetDefaultMedusaRequest.SerializeToString,
             lorastack_dot_v1_dot_adapters__pb2.SetDefaultMedusaResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MergeAdapters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorastack.v1.AdapterService/MergeAdapters',
+            lorastack_dot_v1_dot_adapters__pb2.MergeAdaptersRequest.SerializeToString,
+            lorastack_dot_v1_dot_adapters__pb2.Adapter.FromString,
             options,
             channel_credentials,
             insecure,

@@ -54,6 +54,11 @@ class GenerationServiceStub:
                 request_serializer=lorastack_dot_v1_dot_generation__pb2.GetModelInfoRequest.SerializeToString,
                 response_deserializer=lorastack_dot_v1_dot_generation__pb2.GetModelInfoResponse.FromString,
                 _registered_method=True)
+        self.GetMetrics = channel.unary_unary(
+                '/lorastack.v1.GenerationService/GetMetrics',
+                request_serializer=lorastack_dot_v1_dot_generation__pb2.GetMetricsRequest.SerializeToString,
+                response_deserializer=lorastack_dot_v1_dot_generation__pb2.GetMetricsResponse.FromString,
+                _registered_method=True)
 
 
 class GenerationServiceServicer:
@@ -87,6 +92,13 @@ class GenerationServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetMetrics(self, request, context):
+        """For Prometheus, and for routers that read vLLM's names. Cheap enough for twenty calls a second.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_GenerationServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -109,6 +121,11 @@ def add_GenerationServiceServicer_to_server(servicer, server):
                     servicer.GetModelInfo,
                     request_deserializer=lorastack_dot_v1_dot_generation__pb2.GetModelInfoRequest.FromString,
                     response_serializer=lorastack_dot_v1_dot_generation__pb2.GetModelInfoResponse.SerializeToString,
+            ),
+            'GetMetrics': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetMetrics,
+                    request_deserializer=lorastack_dot_v1_dot_generation__pb2.GetMetricsRequest.FromString,
+                    response_serializer=lorastack_dot_v1_dot_generation__pb2.GetMetricsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -219,6 +236,33 @@ class GenerationService:
             '/lorastack.v1.GenerationService/GetModelInfo',
             lorastack_dot_v1_dot_generation__pb2.GetModelInfoRequest.SerializeToString,
             lorastack_dot_v1_dot_generation__pb2.GetModelInfoResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetMetrics(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorastack.v1.GenerationService/GetMetrics',
+            lorastack_dot_v1_dot_generation__pb2.GetMetricsRequest.SerializeToString,
+            lorastack_dot_v1_dot_generation__pb2.GetMetricsResponse.FromString,
             options,
             channel_credentials,
             insecure,
