@@ -72,6 +72,19 @@ class AdapterConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GatewayConfig:
+    """Where HTTP is served, and what it may ask for. target: the gRPC server, HOST:PORT."""
+
+    target: str = "127.0.0.1:50051"
+    host: str = "127.0.0.1"
+    port: int = 8000  # 0: any free port
+    adapter_management: bool = False  # adapters may be loaded and unloaded over HTTP
+    cors_origins: tuple[str, ...] = ()  # whose pages may call; "*": anyone's
+    max_body: int = 8 * MIB  # of a request
+    max_connections: int = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceConfig:
     """Where the server listens and how it stops. Port 0: any free port."""
 
@@ -81,6 +94,7 @@ class ServiceConfig:
     log_format: str = "text"
     log_level: str = "info"  # debug, info, warning, error
     metrics_port: int = 0  # 0: no metrics endpoint
+    http: GatewayConfig | None = None  # the gateway in the server's process; its target is ignored
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,6 +18,7 @@ from lorastack.config import (
     MIB,
     AdapterConfig,
     EngineConfig,
+    GatewayConfig,
     ModelConfig,
     ServerConfig,
     ServiceConfig,
@@ -100,6 +101,7 @@ class LiveServer:
         adapters: AdapterConfig,
         dtype: str = "float32",
         quantize: str | None = None,
+        http: GatewayConfig | None = None,
     ) -> None:
         self._config = ServerConfig(
             model=ModelConfig(
@@ -111,7 +113,7 @@ class LiveServer:
             ),
             engine=engine,
             adapters=adapters,
-            service=ServiceConfig(port=0, drain_timeout=5.0),
+            service=ServiceConfig(port=0, drain_timeout=5.0, http=http),
         )
         self.digests: dict[str, str] = {}
         self.loop = asyncio.new_event_loop()

@@ -15,6 +15,7 @@ import typer.main
 from lorastack import __version__
 from lorastack.cli.adapters import adapters
 from lorastack.cli.bench import bench
+from lorastack.cli.gateway import gateway
 from lorastack.cli.generate import generate
 from lorastack.cli.serve import serve
 from lorastack.cli.transfer import convert, export, pull, push
@@ -32,6 +33,7 @@ app = typer.Typer(
 )
 app.command()(serve)
 app.command()(generate)
+app.command()(gateway)
 app.command()(bench)
 for command in (pull, export, push, convert):
     adapters.command()(command)

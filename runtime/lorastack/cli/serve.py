@@ -5,17 +5,19 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import nullcontext
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from lorastack.cli.choices import Backend, Device, DType, LogFormat, LogLevel, Quantize
+from lorastack.cli.gateway import AdapterManagement, CorsOrigin, HttpPort
 from lorastack.cli.options import BaseName, Model, Store, default_store, not_empty, size
 from lorastack.cli.output import startup_bars, startup_log
 from lorastack.config import (
     AdapterConfig,
     EngineConfig,
+    GatewayConfig,
     ModelConfig,
     ServerConfig,
     ServiceConfig,
@@ -27,54 +29,6 @@ _ENGINE, _SERVICE, _ADAPTERS = EngineConfig(), ServiceConfig(), AdapterConfig(st
 INT32 = (1 << 31) - 1
 MOST_THREADS = 1024
 LONGEST_WAIT = 86_400  # seconds
-
-
-class Device(StrEnum):
-    """Where the model runs."""
-
-    AUTO = "auto"
-    CPU = "cpu"
-    CUDA = "cuda"
-
-
-class DType(StrEnum):
-    """The type of weights, KV, LoRAs and heads; auto is bfloat16, but float32 in torch on a CPU."""
-
-    AUTO = "auto"
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-
-
-class Backend(StrEnum):
-    """What computes a step; auto is native where it runs the model, else torch."""
-
-    AUTO = "auto"
-    TORCH = "torch"
-    NATIVE = "native"
-
-
-class Quantize(StrEnum):
-    """What the base model's weights are stored as; adapters stay as they are."""
-
-    INT8 = "int8"
-    INT4 = "int4"
-
-
-class LogFormat(StrEnum):
-    """How lines on stderr are written."""
-
-    TEXT = "text"
-    JSON = "json"
-
-
-class LogLevel(StrEnum):
-    """The lowest level that is logged; debug has a line for every call that only reads."""
-
-    DEBUG = "debug"
-    INFO = "info"
-    WARNING = "warning"
-    ERROR = "error"
 
 
 def _roots(folders: list[Path] | None) -> list[Path] | None:
@@ -190,6 +144,9 @@ def serve(
             help="Prometheus metrics over HTTP; 0: none.",
         ),
     ] = _SERVICE.metrics_port,
+    http_port: HttpPort = None,
+    adapter_management: AdapterManagement = False,
+    cors_origin: CorsOrigin = None,
     device: Annotated[
         Device, typer.Option("--device", envvar="LORASTACK_DEVICE", help=Device.__doc__)
     ] = Device.AUTO,
@@ -374,6 +331,14 @@ def serve(
             log_format=log_format.value,
             log_level=log_level.value,
             metrics_port=metrics_port,
+            http=None
+            if http_port is None
+            else GatewayConfig(
+                host=host,
+                port=http_port,
+                adapter_management=adapter_management,
+                cors_origins=tuple(cors_origin or ()),
+            ),
         ),
     )
     share_cores()

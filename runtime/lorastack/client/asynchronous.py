@@ -1,4 +1,4 @@
-"""The client for asyncio: generation calls. Move adapters with `Client`, in a thread."""
+"""The client for asyncio: all calls but those that move files."""
 
 from __future__ import annotations
 
@@ -12,16 +12,22 @@ import grpc
 from lorastack.client.calls import (
     CHANNEL_OPTIONS,
     DEFAULT_SERVER,
+    PAGE_SIZE,
     Patience,
     check_server,
     our_errors,
 )
 from lorastack.errors import ResourceExhaustedError
-from lorastack.v1 import generation_pb2, generation_pb2_grpc
+from lorastack.v1 import (
+    adapters_pb2,
+    adapters_pb2_grpc,
+    generation_pb2,
+    generation_pb2_grpc,
+)
 
 
 class AsyncClient:
-    """`Client`'s generation calls for one event loop. Make it where the loop runs.
+    """`Client`'s calls for one event loop. Make it where the loop runs.
 
     Cancelling the task that waits for a call cancels the call.
     """
@@ -33,6 +39,7 @@ class AsyncClient:
         self._retries = retries
         self._channel = grpc.aio.insecure_channel(server, options=CHANNEL_OPTIONS)
         self._generation: Any = generation_pb2_grpc.GenerationServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._adapters: Any = adapters_pb2_grpc.AdapterServiceStub(self._channel)  # type: ignore[no-untyped-call]
 
     async def __aenter__(self) -> Self:
         return self
@@ -98,6 +105,77 @@ class AsyncClient:
             self._generation.GetModelInfo, generation_pb2.GetModelInfoRequest(), timeout
         )
         return reply
+
+    async def get_adapter(
+        self, adapter_id: str, *, timeout: float | None = None
+    ) -> adapters_pb2.Adapter:
+        """See `Client.get_adapter`."""
+        request = adapters_pb2.GetAdapterRequest(id=adapter_id)
+        reply: adapters_pb2.Adapter = await self._call(self._adapters.GetAdapter, request, timeout)
+        return reply
+
+    async def list_adapters(
+        self, prefix: str = "", *, timeout: float | None = None
+    ) -> list[adapters_pb2.Adapter]:
+        """See `Client.list_adapters`."""
+        adapters: list[adapters_pb2.Adapter] = []
+        request = adapters_pb2.ListAdaptersRequest(page_size=PAGE_SIZE, id_prefix=prefix)
+        while True:
+            page = await self._call(self._adapters.ListAdapters, request, timeout)
+            adapters.extend(page.adapters)
+            if not page.next_page_token:
+                return adapters
+            request.page_token = page.next_page_token
+
+    async def load(
+        self, adapter_id: str, *, pin: bool = False, timeout: float | None = None
+    ) -> adapters_pb2.Adapter:
+        """See `Client.load`."""
+        request = adapters_pb2.LoadAdapterRequest(id=adapter_id, pin=pin)
+        reply: adapters_pb2.Adapter = await self._call(self._adapters.LoadAdapter, request, timeout)
+        return reply
+
+    async def unload(
+        self, adapter_id: str, *, timeout: float | None = None
+    ) -> adapters_pb2.Adapter:
+        """See `Client.unload`."""
+        request = adapters_pb2.UnloadAdapterRequest(id=adapter_id)
+        reply: adapters_pb2.Adapter
+        reply = await self._call(self._adapters.UnloadAdapter, request, timeout)
+        return reply
+
+    async def delete_adapter(self, adapter_id: str, *, timeout: float | None = None) -> None:
+        """See `Client.delete_adapter`."""
+        request = adapters_pb2.DeleteAdapterRequest(id=adapter_id)
+        await self._call(self._adapters.DeleteAdapter, request, timeout)
+
+    async def pull(
+        self,
+        adapter_id: str,
+        *,
+        hub_id: str = "",
+        folder: str = "",
+        revision: str = "",
+        token: str = "",
+        if_digest: str | None = None,
+    ) -> adapters_pb2.Adapter:
+        """See `Client.pull`."""
+        request = adapters_pb2.PullAdapterRequest(
+            id=adapter_id, revision=revision, token=token, if_digest=if_digest
+        )
+        if hub_id:
+            request.hub_id = hub_id
+        if folder:
+            request.folder = folder
+        reply = adapters_pb2.PullAdapterResponse()
+        call = self._adapters.PullAdapter(request)
+        try:
+            with our_errors(self._server):
+                async for part in call:
+                    reply = part
+        finally:
+            call.cancel()
+        return reply.adapter
 
     async def _call(self, method: Any, request: Any, timeout: float | None) -> Any:
         patience = Patience(self._retries, timeout)

@@ -33,6 +33,7 @@ CHANNEL_OPTIONS = [
 ]
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 ERRORS = {code: kind for kind, code in CODES.items()}
+PAGE_SIZE = 1000  # adapters in one reply of ListAdapters
 LONGEST_TIMEOUT = 365 * 86_400.0  # seconds; gRPC cannot count much further: beyond it, no deadline
 
 # Nothing of the request has run, and room for it comes as others end.

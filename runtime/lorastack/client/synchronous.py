@@ -15,6 +15,7 @@ import grpc
 from lorastack.client.calls import (
     CHANNEL_OPTIONS,
     DEFAULT_SERVER,
+    PAGE_SIZE,
     Patience,
     Progress,
     check_server,
@@ -32,8 +33,6 @@ from lorastack.v1.generation_pb2 import (
     GetModelInfoResponse,
     TokenizeRequest,
 )
-
-PAGE_SIZE = 1000  # adapters in one reply of ListAdapters
 
 LeftOut = Callable[[Sequence[str]], None]
 

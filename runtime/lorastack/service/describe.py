@@ -71,10 +71,11 @@ def model_info(model: ServedModel, config: ServerConfig) -> generation_pb2.GetMo
     )
 
 
-def ready_line(model: ServedModel, address: str) -> str:
+def ready_line(model: ServedModel, address: str, http_address: str = "") -> str:
     """The line that tells people that Generate works."""
+    http = f" and http://{http_address}" if http_address else ""
     weights = f", weights {model.quantization}" if model.quantization else ""
     return (
-        f"lorastack {__version__} serves {model.name} on {address} "
+        f"lorastack {__version__} serves {model.name} on {address}{http} "
         f"(backend {model.backend}, device {model.device}, dtype {model.dtype}{weights})"
     )

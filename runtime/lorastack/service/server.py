@@ -25,6 +25,7 @@ from lorastack.adapters.store.learned import Learned
 from lorastack.adapters.store.registry import Registry
 from lorastack.config import AdapterConfig, ServerConfig
 from lorastack.engine.engine import Engine
+from lorastack.gateway.serving import GatewayThread, bind
 from lorastack.service.adapters.keeper import LearnedKeeper
 from lorastack.service.adapters.servicer import AdapterService
 from lorastack.service.adapters.transfer import Transfers
@@ -110,6 +111,8 @@ class Server:
             self._loops.append(self._keeper.run)
         self._background: list[asyncio.Task[None]] = []
         self._metrics_server: MetricsServer | None = None
+        self._gateway: GatewayThread | None = None
+        self.http_address = ""  # host:port of the gateway, once started
         self._server: grpc.aio.Server | None = None
 
     def run(self, on_ready: Callable[[str], None]) -> int:
@@ -148,6 +151,9 @@ class Server:
         await asyncio.to_thread(self._engine.drain, timeout)
         await asyncio.to_thread(self._engine.close)
         await self._untrusted.close()
+        gateway, self._gateway = self._gateway, None
+        if gateway is not None:
+            await asyncio.to_thread(gateway.close)
         left = timeout - (time.monotonic() - began)
         await self._guard.idle(max(left, STOP_GRACE))
         if self._server is not None:
@@ -249,6 +255,10 @@ class Server:
         self._background += [loop.create_task(work()) for work in self._loops]
         await server.start()
         self._server = server
+        if (http := self._config.http) is not None:
+            http = replace(http, target=self.address)
+            self._gateway = await asyncio.to_thread(GatewayThread, http, bind(http))
+            self.http_address = self._gateway.address
         self._health.set(health_pb2.HealthCheckResponse.SERVING)
 
     async def _run(self, on_ready: Callable[[str], None]) -> int:
@@ -266,7 +276,7 @@ class Server:
             loop.add_signal_handler(number, ask, number)
         await self.start()
         gc.freeze()  # a full collection walks all of torch and holds up a step for 0.1 s
-        on_ready(ready_line(self._model, self.address))
+        on_ready(ready_line(self._model, self.address, self.http_address))
         events = (asked.wait(), self._dispatcher.failed.wait())
         waiting = [asyncio.ensure_future(event) for event in events]
         await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)

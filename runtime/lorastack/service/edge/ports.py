@@ -26,6 +26,8 @@ class Ports:
             port = self._reserve(config.host, config.port, "--port")
             if config.metrics_port:
                 self._reserve(config.host, config.metrics_port, "--metrics-port")
+            if config.http is not None and config.http.port:
+                self._reserve(config.host, config.http.port, "--http-port")
         except BaseException:
             self.close()
             raise

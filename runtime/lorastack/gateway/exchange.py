@@ -1,0 +1,247 @@
+"""One HTTP request and its reply: the body read within its limits, the work ended with its caller.
+
+An `Operation` is one row of the API's table: `app` makes routes of it, `describe` the OpenAPI
+description.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from starlette.datastructures import Headers
+from starlette.types import Receive, Scope, Send
+
+from lorastack.errors import DeadlineExceededError, InternalError, InvalidArgumentError
+from lorastack.errors import LorastackError as Failure
+from lorastack.gateway.statuses import http_status, retry_after
+
+BODY_PATIENCE = 30.0  # seconds until a request's body must be there
+MAX_SHOWN = 3  # of a body's mistakes
+OUR_BUG = "the gateway failed; its log says how"
+_REQUEST_ID = re.compile(r"[!-~]{1,64}")  # printable ASCII: it goes into logs and headers
+
+logger = logging.getLogger(__name__)
+
+Body = TypeVar("Body", bound=BaseModel)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Who asks. request_id: the caller's X-Request-Id, else ours."""
+
+    request_id: str
+    headers: Headers
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A whole reply. content: JSON of anything, or bytes as they are."""
+
+    content: Any
+    status: int = 200
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    def body(self) -> tuple[bytes, str]:
+        """The bytes and their content type."""
+        if isinstance(self.content, bytes):
+            return self.content, "text/plain; charset=utf-8"
+        if isinstance(self.content, BaseModel):
+            return self.content.model_dump_json().encode(), "application/json"
+        return json.dumps(self.content, ensure_ascii=False).encode(), "application/json"
+
+
+@dataclass(frozen=True, slots=True)
+class Events:
+    """A reply that is made while it is read: whole server-sent events, each ending in two newlines.
+
+    Await the first message of the server before this is returned, so that a refusal gets its own
+    HTTP status. What `parts` raises later is sent as an event by `failed`.
+    """
+
+    parts: AsyncIterator[bytes]
+    failed: Callable[[Failure], bytes]
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+Refuse = Callable[[Failure, int], Any]  # the JSON of an error and its HTTP status
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operation(Generic[Body]):
+    """One method of one path.
+
+    handle: gets the parsed body; for an operation without one, None. reply: the model of the JSON
+    that it answers, for the description. invalid: the status of a body that does not parse.
+    """
+
+    method: str
+    path: str
+    summary: str
+    handle: Callable[[Call, Body], Awaitable[Reply | Events]]
+    refuse: Refuse
+    body: type[Body] | None = None
+    reply: type[BaseModel] | None = None
+    streams: bool = False
+    status_of: Callable[[Failure], int] = http_status
+
+
+def parsed(model: type[Body], raw: bytes) -> Body:
+    """A body as its model. Raises InvalidArgumentError naming the fields that are wrong."""
+    try:
+        return model.model_validate_json(raw)
+    except ValidationError as error:
+        mistakes = error.errors(include_url=False, include_context=False, include_input=False)
+        shown = "; ".join(_mistake(mistake) for mistake in mistakes[:MAX_SHOWN])
+        path = [str(part) for part in mistakes[0]["loc"]]
+        raise InvalidArgumentError(shown, field=".".join(path)[:200]) from None
+
+
+def _mistake(mistake: Any) -> str:
+    where = ".".join(str(part) for part in mistake["loc"])[:200]
+    if mistake["type"] == "extra_forbidden":
+        return f"{where}: not known here; leave it out"
+    return f"{where}: {mistake['msg']}" if where else f"the body: {mistake['msg']}"
+
+
+class Exchange:
+    """An operation as an ASGI application."""
+
+    def __init__(self, operation: Operation[Any], max_body: int) -> None:
+        """max_body: bytes of a request."""
+        self._operation = operation
+        self._max_body = max_body
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(scope=scope)
+        call = Call(_request_id(headers), headers)
+        try:
+            raw = await self._read(headers, receive)
+            working = asyncio.create_task(self._work(call, raw, send))
+        except Failure as error:
+            await self._refuse(call, error, send)
+            return
+        except ConnectionError:
+            return  # the caller has gone before all was said
+        leaving = asyncio.create_task(_left(receive))
+        try:
+            await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            leaving.cancel()
+            working.cancel()  # no effect on what is done
+            await asyncio.wait((working, leaving))
+        if not working.cancelled():
+            working.result()
+
+    async def _work(self, call: Call, raw: bytes, send: Send) -> None:
+        operation = self._operation
+        try:
+            body = None if operation.body is None else parsed(operation.body, raw)
+            reply = await operation.handle(call, body)
+        except Failure as error:
+            await self._refuse(call, error, send)
+            return
+        except Exception:
+            logger.exception("request %s failed", call.request_id)
+            await self._refuse(call, InternalError(OUR_BUG), send)
+            return
+        if isinstance(reply, Reply):
+            await _send_whole(call, reply, send)
+        else:
+            await self._send_events(call, reply, send)
+
+    async def _send_events(self, call: Call, events: Events, send: Send) -> None:
+        head = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
+        await _send_head(200, {**head, "x-request-id": call.request_id, **events.headers}, send)
+        try:
+            async for part in events.parts:
+                await send({"type": "http.response.body", "body": part, "more_body": True})
+        except Failure as error:
+            await send(
+                {"type": "http.response.body", "body": events.failed(error), "more_body": True}
+            )
+        except OSError:
+            return  # the caller has gone
+        except Exception:
+            logger.exception("request %s failed", call.request_id)
+            last = events.failed(InternalError(OUR_BUG))
+            await send({"type": "http.response.body", "body": last, "more_body": True})
+        finally:
+            close = getattr(events.parts, "aclose", None)
+            if close is not None:
+                await close()
+        await send({"type": "http.response.body", "body": b""})
+
+    async def _refuse(self, call: Call, error: Failure, send: Send) -> None:
+        status = self._operation.status_of(error)
+        content = self._operation.refuse(error, status)
+        headers = {}
+        if status == 429:
+            headers["retry-after"] = str(retry_after(error))
+        await _send_whole(call, Reply(content, status, headers), send)
+
+    async def _read(self, headers: Headers, receive: Receive) -> bytes:
+        length = headers.get("content-length", "0")
+        if length.isdecimal() and int(length) > self._max_body:
+            raise self._too_large()
+        parts: list[bytes] = []
+        size = 0
+        try:
+            async with asyncio.timeout(BODY_PATIENCE):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise ConnectionError
+                    parts.append(message.get("body", b""))
+                    size += len(parts[-1])
+                    if size > self._max_body:
+                        raise self._too_large()
+                    if not message.get("more_body", False):
+                        return b"".join(parts)
+        except TimeoutError:
+            raise DeadlineExceededError(
+                f"the request's body did not come within {BODY_PATIENCE:.0f} s; send it again"
+            ) from None
+
+    def _too_large(self) -> Failure:
+        return InvalidArgumentError(
+            f"the body has more than {self._max_body} bytes; send a shorter one", field="body"
+        )
+
+
+def event(content: str) -> bytes:
+    """One server-sent event of one line of data."""
+    return f"data: {content}\n\n".encode()
+
+
+async def _left(receive: Receive) -> None:
+    """Returns when the caller has gone."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _send_whole(call: Call, reply: Reply, send: Send) -> None:
+    body, content_type = reply.body()
+    head = {"content-type": content_type, "content-length": str(len(body))}
+    await _send_head(reply.status, {**head, "x-request-id": call.request_id, **reply.headers}, send)
+    await send({"type": "http.response.body", "body": body})
+
+
+async def _send_head(status: int, headers: Mapping[str, str], send: Send) -> None:
+    pairs = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": status, "headers": pairs})
+
+
+def _request_id(headers: Headers) -> str:
+    """The caller's, if the server would take it, else a new one."""
+    given = headers.get("x-request-id", "")
+    if _REQUEST_ID.fullmatch(given):
+        return given
+    return f"req-{secrets.token_hex(12)}"
