@@ -99,6 +99,16 @@ class AsyncClient:
         )
         return reply
 
+    async def metrics(
+        self, accept: str = "", *, timeout: float | None = None
+    ) -> generation_pb2.GetMetricsResponse:
+        """A scrape for Prometheus and routers; see `Client.metrics`."""
+        request = generation_pb2.GetMetricsRequest(accept=accept)
+        reply: generation_pb2.GetMetricsResponse = await self._call(
+            self._generation.GetMetrics, request, timeout
+        )
+        return reply
+
     async def _call(self, method: Any, request: Any, timeout: float | None) -> Any:
         patience = Patience(self._retries, timeout)
         while True:
