@@ -53,7 +53,7 @@ class _Rendered:
     def text(self, accept: str) -> tuple[str, bytes]:
         try:
             encode, content_type = choose_encoder(accept)
-        except ValueError:  # a version that is no number
+        except (ValueError, TypeError):  # a version that is no number
             encode, content_type = choose_encoder("")
         now = self._clock()
         kept = self._kept.get(content_type)
