@@ -345,10 +345,20 @@ class TokenizeResponse(_message.Message):
     def __init__(self, token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class GetMetricsRequest(_message.Message):
-    __slots__ = ("accept",)
+    __slots__ = ("accept", "part")
+    class Part(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        ALL: _ClassVar[GetMetricsRequest.Part]
+        OWN: _ClassVar[GetMetricsRequest.Part]
+        ROUTERS: _ClassVar[GetMetricsRequest.Part]
+    ALL: GetMetricsRequest.Part
+    OWN: GetMetricsRequest.Part
+    ROUTERS: GetMetricsRequest.Part
     ACCEPT_FIELD_NUMBER: _ClassVar[int]
+    PART_FIELD_NUMBER: _ClassVar[int]
     accept: str
-    def __init__(self, accept: _Optional[str] = ...) -> None: ...
+    part: GetMetricsRequest.Part
+    def __init__(self, accept: _Optional[str] = ..., part: _Optional[_Union[GetMetricsRequest.Part, str]] = ...) -> None: ...
 
 class GetMetricsResponse(_message.Message):
     __slots__ = ("content_type", "body")

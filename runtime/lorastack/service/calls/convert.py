@@ -26,6 +26,7 @@ from lorastack.service.calls.call import Chat, GenerateCall, Ids, Text
 from lorastack.service.calls.prepare import Prepared
 from lorastack.service.calls.served import ServedModel
 from lorastack.service.edge import limits
+from lorastack.service.watch.exposition import Part
 from lorastack.text.grammar import JsonSchema, Regex
 from lorastack.text.tokenizer import Tokenizer
 from lorastack.v1 import generation_pb2
@@ -35,6 +36,11 @@ _SOURCES = {
     TokenSource.HEADS: generation_pb2.Token.HEADS,
     TokenSource.PROMPT_LOOKUP: generation_pb2.Token.PROMPT_LOOKUP,
     TokenSource.GRAMMAR: generation_pb2.Token.GRAMMAR,
+}
+_PARTS: dict[int, Part] = {
+    generation_pb2.GetMetricsRequest.ALL: Part.ALL,
+    generation_pb2.GetMetricsRequest.OWN: Part.OWN,
+    generation_pb2.GetMetricsRequest.ROUTERS: Part.ROUTERS,
 }
 _FINISH_REASONS = {
     FinishReason.LENGTH: generation_pb2.GenerateResponse.LENGTH,
@@ -94,6 +100,12 @@ def prompt_input(
             raise InvalidArgumentError(
                 "the request has no input; set prompt, token_ids or chat", field="input"
             )
+
+
+def metrics_part(message: generation_pb2.GetMetricsRequest) -> Part:
+    """Which metrics are asked for."""
+    limits.check(message.part in _PARTS, "part", "ALL, OWN or ROUTERS", message.part)
+    return _PARTS[message.part]
 
 
 def _refuse_unimplemented(message: generation_pb2.GenerateRequest) -> None:
