@@ -17,6 +17,7 @@ from lorastack.cli.adapters import adapters
 from lorastack.cli.bench import bench
 from lorastack.cli.generate import generate
 from lorastack.cli.serve import serve
+from lorastack.cli.merging import merge
 from lorastack.cli.transfer import convert, export, pull, push
 from lorastack.errors import LorastackError
 from lorastack.printable import one_line

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -16,8 +16,11 @@ from lorastack.client.calls import (
     check_server,
     our_errors,
 )
+from lorastack.client.merging import MajoritySign, Strategy, merge_request
 from lorastack.errors import ResourceExhaustedError
-from lorastack.v1 import generation_pb2, generation_pb2_grpc
+from lorastack.v1 import adapters_pb2_grpc, generation_pb2, generation_pb2_grpc
+from lorastack.v1.adapters_pb2 import Adapter
+from lorastack.v1.generation_pb2 import LoraRef
 
 
 class AsyncClient:
@@ -33,6 +36,7 @@ class AsyncClient:
         self._retries = retries
         self._channel = grpc.aio.insecure_channel(server, options=CHANNEL_OPTIONS)
         self._generation: Any = generation_pb2_grpc.GenerationServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        self._adapters: Any = adapters_pb2_grpc.AdapterServiceStub(self._channel)  # type: ignore[no-untyped-call]
 
     async def __aenter__(self) -> Self:
         return self
@@ -97,6 +101,20 @@ class AsyncClient:
         reply: generation_pb2.GetModelInfoResponse = await self._call(
             self._generation.GetModelInfo, generation_pb2.GetModelInfoRequest(), timeout
         )
+        return reply
+
+    async def merge(
+        self,
+        loras: Sequence[LoraRef],
+        strategy: Strategy,
+        density: float,
+        *,
+        majority_sign: MajoritySign = "total",
+        timeout: float | None = None,
+    ) -> Adapter:
+        """See `Client.merge`."""
+        request = merge_request(loras, strategy, density, majority_sign)
+        reply: Adapter = await self._call(self._adapters.MergeAdapters, request, timeout)
         return reply
 
     async def _call(self, method: Any, request: Any, timeout: float | None) -> Any:

@@ -1,4 +1,4 @@
-"""The PEFT folder of a LoRA that is merged of several: its config and its tensors, one at a time."""
+"""The PEFT folder of a LoRA merged of several: its config, and its tensors one at a time."""
 
 from __future__ import annotations
 
@@ -73,9 +73,7 @@ class Merge:
             module: place for module, place in module_names(shapes).items() if place in places
         }
         self._ranks = {module: self._rank_of(module) for module in self._places}
-        self._entries = [
-            entry for module in self._places for entry in self._pair(module)
-        ]
+        self._entries = [entry for module in self._places for entry in self._pair(module)]
         self._check_memory()
 
     @property

@@ -51,9 +51,7 @@ def part_weights(weights: Sequence[float]) -> tuple[list[float], list[float]]:
     Each gets the root, so that a product of both has the weight; A takes the sign.
     """
     roots = [math.sqrt(abs(weight)) for weight in weights]
-    signed = [
-        root if weight >= 0 else -root for root, weight in zip(roots, weights, strict=True)
-    ]
+    signed = [root if weight >= 0 else -root for root, weight in zip(roots, weights, strict=True)]
     return signed, roots
 
 
@@ -109,4 +107,4 @@ def _largest(values_N: Tensor, density: float) -> Tensor:
 
 
 def _pieces(values_N: Tensor) -> Iterator[Tensor]:
-    return iter(values_N.split(GRAIN))
+    return iter(torch.split(values_N, GRAIN))
