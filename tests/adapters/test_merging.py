@@ -26,6 +26,8 @@ from lorastack.layout import EMBED, LAYER_TARGETS, LM_HEAD, ModelShapes
 from tests.adapters.folders import files_of
 from tests.helpers.adapters import write_lora
 
+pytestmark = pytest.mark.filterwarnings("ignore:The density 1.0 is greater:UserWarning")
+
 KEY = "k"
 RULES = [
     MergeRule(strategy=strategy, density=density, majority_sign=sign)

@@ -16,8 +16,8 @@ from lorastack import __version__
 from lorastack.cli.adapters import adapters
 from lorastack.cli.bench import bench
 from lorastack.cli.generate import generate
-from lorastack.cli.serve import serve
 from lorastack.cli.merging import merge
+from lorastack.cli.serve import serve
 from lorastack.cli.transfer import convert, export, pull, push
 from lorastack.errors import LorastackError
 from lorastack.printable import one_line
@@ -34,7 +34,7 @@ app = typer.Typer(
 app.command()(serve)
 app.command()(generate)
 app.command()(bench)
-for command in (pull, export, push, convert):
+for command in (pull, export, push, convert, merge):
     adapters.command()(command)
 app.add_typer(adapters, name="adapters")
 
