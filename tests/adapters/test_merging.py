@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraModel
 from peft.utils import get_peft_model_state_dict, merge_utils
-from safetensors.torch import load
+from safetensors.torch import load, load_file
 from transformers import AutoModelForCausalLM
 
 from lorastack.adapters.formats import merged as merged_module
@@ -24,7 +23,7 @@ from lorastack.adapters.formats.parse import parse
 from lorastack.errors import InvalidArgumentError, Reason
 from lorastack.layout import EMBED, LAYER_TARGETS, LM_HEAD, ModelShapes
 from tests.adapters.folders import files_of
-from tests.helpers.adapters import write_lora
+from tests.helpers.adapters import lora_config, write_lora, write_lora_tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore:The density 1.0 is greater:UserWarning")
 
@@ -159,20 +158,27 @@ def test_an_adapter_is_what_peft_makes_of_it(
 
 def test_ranks_of_single_modules_stay(tmp_path: Path, tiny_llama_shapes: ModelShapes) -> None:
     """Where all have the same; PEFT itself writes a config that does not say so."""
-    ranks = {"rank_pattern": {"q_proj": 4}}
     loras = []
     for seed in (1, 2):
-        folder = write_lora(tmp_path / str(seed), tiny_llama_shapes, seed=seed, rank=4)
-        config = json.loads((folder / "adapter_config.json").read_text())
-        # All tensors have rank 4, so that of the config's 8 nothing is left but the patterns.
-        patterns = {target: 4 for target in LAYER_TARGETS} | ranks["rank_pattern"]
-        (folder / "adapter_config.json").write_text(
-            json.dumps(config | {"r": 8, "rank_pattern": patterns})
-        )
+        folder, targets = tmp_path / str(seed), ("q_proj", "up_proj")
+        write_lora(folder / "q", tiny_llama_shapes, seed=seed, rank=2, targets=targets[:1])
+        write_lora(folder / "up", tiny_llama_shapes, seed=seed, rank=4, targets=targets[1:])
+        parts = [load_file(folder / name / "adapter_model.safetensors") for name in ("q", "up")]
+        config = lora_config(4, 4, targets, rank_pattern={"q_proj": 2})
+        write_lora_tensors(folder, parts[0] | parts[1], config)
         parsed = parse(files_of(folder), tiny_llama_shapes)
         loras.append(MergeSource(name=str(seed), parsed=parsed, weight=1.0))
     rule = MergeRule(strategy=Strategy.TIES, density=0.5)
-    assert json.loads(Merge(loras, rule, KEY, tiny_llama_shapes).config)["r"] == 4
+    merge = Merge(loras, rule, KEY, tiny_llama_shapes)
+    with (tmp_path / "adapter_model.safetensors").open("wb") as file:
+        merge.write(file, lambda: None)
+    (tmp_path / "adapter_config.json").write_bytes(merge.config)
+    merged = parse(files_of(tmp_path), tiny_llama_shapes)
+    assert set(merged.scales.values()) == {1.0}
+    assert {key[1]: entry.shape[0] for key, entry in merged.tensors.items() if key[2] == "A"} == {
+        "q_proj": 2,
+        "up_proj": 4,
+    }
 
 
 def test_other_ranks_and_too_much_memory_are_refused_by_name(
