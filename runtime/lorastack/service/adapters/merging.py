@@ -22,6 +22,7 @@ from lorastack.adapters.formats.peft import CONFIG_NAME
 from lorastack.adapters.memory.pool import DevicePool
 from lorastack.adapters.memory.threads import be_nice
 from lorastack.adapters.sources.base import Pieces, SourceFile, copy_missing, describe, pieces_of
+from lorastack.adapters.store.durable import disk_full_is_exhaustion
 from lorastack.adapters.store.ids import MERGED
 from lorastack.adapters.store.manifest import Record
 from lorastack.adapters.store.registry import Registry
@@ -181,7 +182,10 @@ class Merges:
             merge = Merge(sources, wanted.rule, wanted.key, self._shapes)
             # Bytes are staged under their hash, so the file is whole first; without a name it is
             # gone when the process ends, however that comes.
-            with tempfile.TemporaryFile(dir=self._config.store) as file:
+            with (
+                disk_full_is_exhaustion(),
+                tempfile.TemporaryFile(dir=self._config.store) as file,
+            ):
                 self._check_size(merge)
                 merge.write(file, self._alive)
                 file.flush()
