@@ -5,7 +5,7 @@
 
 Requests and replies are the messages of lorastack.v1; the most used ones are names of this module
 too. A failed call raises the class of lorastack.errors for its status, with the server's reason
-and metadata. `AsyncClient` has the generation calls for asyncio.
+and metadata. `AsyncClient` has the generation calls and merges for asyncio.
 """
 
 from __future__ import annotations

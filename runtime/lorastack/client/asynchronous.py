@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -17,6 +17,7 @@ from lorastack.client.calls import (
     check_server,
     our_errors,
 )
+from lorastack.client.merging import MajoritySign, Strategy, merge_request
 from lorastack.errors import ResourceExhaustedError
 from lorastack.v1 import (
     adapters_pb2,
@@ -24,6 +25,8 @@ from lorastack.v1 import (
     generation_pb2,
     generation_pb2_grpc,
 )
+from lorastack.v1.adapters_pb2 import Adapter
+from lorastack.v1.generation_pb2 import LoraRef
 
 
 class AsyncClient:
@@ -106,19 +109,17 @@ class AsyncClient:
         )
         return reply
 
-    async def get_adapter(
-        self, adapter_id: str, *, timeout: float | None = None
-    ) -> adapters_pb2.Adapter:
+    async def get_adapter(self, adapter_id: str, *, timeout: float | None = None) -> Adapter:
         """See `Client.get_adapter`."""
         request = adapters_pb2.GetAdapterRequest(id=adapter_id)
-        reply: adapters_pb2.Adapter = await self._call(self._adapters.GetAdapter, request, timeout)
+        reply: Adapter = await self._call(self._adapters.GetAdapter, request, timeout)
         return reply
 
     async def list_adapters(
         self, prefix: str = "", *, timeout: float | None = None
-    ) -> list[adapters_pb2.Adapter]:
+    ) -> list[Adapter]:
         """See `Client.list_adapters`."""
-        adapters: list[adapters_pb2.Adapter] = []
+        adapters: list[Adapter] = []
         request = adapters_pb2.ListAdaptersRequest(page_size=PAGE_SIZE, id_prefix=prefix)
         while True:
             page = await self._call(self._adapters.ListAdapters, request, timeout)
@@ -129,18 +130,16 @@ class AsyncClient:
 
     async def load(
         self, adapter_id: str, *, pin: bool = False, timeout: float | None = None
-    ) -> adapters_pb2.Adapter:
+    ) -> Adapter:
         """See `Client.load`."""
         request = adapters_pb2.LoadAdapterRequest(id=adapter_id, pin=pin)
-        reply: adapters_pb2.Adapter = await self._call(self._adapters.LoadAdapter, request, timeout)
+        reply: Adapter = await self._call(self._adapters.LoadAdapter, request, timeout)
         return reply
 
-    async def unload(
-        self, adapter_id: str, *, timeout: float | None = None
-    ) -> adapters_pb2.Adapter:
+    async def unload(self, adapter_id: str, *, timeout: float | None = None) -> Adapter:
         """See `Client.unload`."""
         request = adapters_pb2.UnloadAdapterRequest(id=adapter_id)
-        reply: adapters_pb2.Adapter
+        reply: Adapter
         reply = await self._call(self._adapters.UnloadAdapter, request, timeout)
         return reply
 
@@ -158,7 +157,7 @@ class AsyncClient:
         revision: str = "",
         token: str = "",
         if_digest: str | None = None,
-    ) -> adapters_pb2.Adapter:
+    ) -> Adapter:
         """See `Client.pull`."""
         request = adapters_pb2.PullAdapterRequest(
             id=adapter_id, revision=revision, token=token, if_digest=if_digest
@@ -189,6 +188,20 @@ class AsyncClient:
         reply: generation_pb2.GetMetricsResponse = await self._call(
             self._generation.GetMetrics, request, timeout
         )
+        return reply
+
+    async def merge(
+        self,
+        loras: Sequence[LoraRef],
+        strategy: Strategy,
+        density: float,
+        *,
+        majority_sign: MajoritySign = "total",
+        timeout: float | None = None,
+    ) -> Adapter:
+        """See `Client.merge`."""
+        request = merge_request(loras, strategy, density, majority_sign)
+        reply: Adapter = await self._call(self._adapters.MergeAdapters, request, timeout)
         return reply
 
     async def _call(self, method: Any, request: Any, timeout: float | None) -> Any:
