@@ -47,7 +47,7 @@ def _prepare_templates(given: Mapping[str, Any]) -> Run:
     render_jinja_template(conversations=[], chat_template="{{ messages }}")
 
     def variables_of(template: str) -> str:
-        compiled: Any = _compile_jinja_template(template)  # type: ignore[no-untyped-call]
+        compiled: Any = _compile_jinja_template(template)
         environment = compiled.environment
         names = meta.find_undeclared_variables(environment.parse(template))
         return json.dumps(sorted(names - environment.globals.keys()))

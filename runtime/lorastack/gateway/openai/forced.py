@@ -68,7 +68,7 @@ def _rooted(schema: Any, root: str, depth: int) -> Any:
         return [_rooted(each, root, depth - 1) for each in schema]
     if not isinstance(schema, dict):
         return schema
-    rooted = {}
+    rooted: dict[str, Any] = {}
     for key, value in schema.items():
         if key == "$ref" and isinstance(value, str) and (value == "#" or value.startswith("#/")):
             rooted[key] = root + value[1:]

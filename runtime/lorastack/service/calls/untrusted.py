@@ -98,7 +98,7 @@ class Untrusted:
             self._names.move_to_end(key)
             return names
         try:
-            names = json.loads(await self.pool.run(self._compiling(template), caller))
+            names = list(json.loads(await self.pool.run(self._compiling(template), caller)))
         except JobError as error:
             self._refuse_template(error)
         self._names[key] = names
