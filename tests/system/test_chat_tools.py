@@ -24,7 +24,12 @@ from tests.helpers.live import ROOMY, LiveServer, ask
 from tests.helpers.tiny import CHATML
 
 TEMPLATES = {"": QWEN, "llama": LLAMA, "mistral": MISTRAL, "plain": CHATML}
-PARAMETERS = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
+PARAMETERS = {
+    "type": "object",
+    "properties": {"a": {"type": "boolean"}},
+    "required": ["a"],
+    "additionalProperties": False,
+}
 ADD = {
     "type": "function",
     "function": {"name": "add", "description": "Adds, é & <b>.", "parameters": PARAMETERS},
