@@ -6,7 +6,7 @@ version does not have is UnimplementedError, both naming the field.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from lorastack.errors import InvalidArgumentError, UnimplementedError
 from lorastack.request import (
@@ -96,7 +96,12 @@ def prompt_input(
             limits.check_length(given, "chat.messages", limits.MAX_MESSAGES)
             messages = tuple((entry.role, entry.content) for entry in given)
             limits.check_messages(messages)
-            return Chat(messages)
+            return Chat(
+                messages,
+                tuple(entry.fields_json for entry in given) if _has_fields(given) else (),
+                message.chat.tools_json,
+                message.chat.variables_json,
+            )
         case _:
             raise InvalidArgumentError(
                 "the request has no input; set prompt, token_ids or chat", field="input"
@@ -107,6 +112,10 @@ def metrics_part(message: generation_pb2.GetMetricsRequest) -> Part:
     """Which metrics are asked for."""
     limits.check(message.part in _PARTS, "part", "ALL, OWN or ROUTERS", message.part)
     return _PARTS[message.part]
+
+
+def _has_fields(messages: Iterable[generation_pb2.ChatMessage]) -> bool:
+    return any(message.fields_json for message in messages)
 
 
 def _refuse_unimplemented(message: generation_pb2.GenerateRequest) -> None:
