@@ -137,9 +137,6 @@ INVALID: list[tuple[str, dict[str, Any]]] = [
     ("request_id", {"request_id": "x" * 129}),
 ]
 
-UNIMPLEMENTED: list[tuple[str, dict[str, Any]]] = [
-    ("output.prompt_logprobs", {"output": pb.OutputParams(prompt_logprobs=True)}),
-]
 
 
 def refusal(model: ServedModel, fields: dict[str, Any]) -> LorastackError:
