@@ -132,6 +132,8 @@ class ScriptedProposer:
     ) -> tuple[list[Proposal | None], list[str]]:
         """See `Proposer.propose`."""
         failed: list[str] = []
+        if not any(step.num_candidates for step in steps):
+            return [None] * len(steps), failed
         places = guessed_places(steps, last)
         proposals = [
             self._propose(step, place, failed) for step, place in zip(steps, places, strict=True)
