@@ -69,7 +69,7 @@ class Batch:
 class RowResult:
     """What a step gave a row. tokens: of the accepted nodes, then one more sample; or ().
 
-    sources: of the accepted nodes. prompt_logprobs: of the tokens behind `RowStep.scored`, in order.
+    sources: of the accepted nodes. prompt_logprobs: of the tokens behind `RowStep.scored`.
     error: ends the row, behind the tokens if there are any.
     """
 
