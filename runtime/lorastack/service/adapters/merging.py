@@ -37,7 +37,6 @@ from lorastack.errors import (
     UnavailableError,
 )
 from lorastack.layout import AdapterKind, ModelShapes
-from lorastack.request import MAX_LORAS
 from lorastack.service.adapters.writer import StoreWriter
 from lorastack.service.calls.catalogue import Catalogue
 from lorastack.service.edge import limits
@@ -129,7 +128,7 @@ class Merges:
 
     def _wanted(self, request: adapters_pb2.MergeAdaptersRequest) -> _Wanted:
         rule = _rule(request)
-        limits.check_length(request.loras, "loras", MAX_LORAS)
+        limits.check_num_loras(request.loras)
         named = [
             (ref.lora_id, _short(ref.scale) if ref.HasField("scale") else 1.0)
             for ref in request.loras

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from lorastack.errors import InvalidArgumentError
 from lorastack.request import (
-    MAX_LORAS,
     Final,
     FinishReason,
     GeneratedToken,
@@ -128,7 +127,7 @@ def _loras(message: generation_pb2.GenerateRequest) -> tuple[tuple[str, float], 
         rule = "empty when lora_id is set; put all LoRAs into loras"
         limits.check(not message.loras, "loras", rule)
         return ((message.lora_id, 1.0),)
-    limits.check_length(message.loras, "loras", MAX_LORAS)
+    limits.check_num_loras(message.loras)
     loras = tuple(
         (ref.lora_id, ref.scale if ref.HasField("scale") else 1.0) for ref in message.loras
     )

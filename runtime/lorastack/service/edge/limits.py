@@ -138,6 +138,11 @@ def check_messages(messages: Sequence[tuple[str, str]]) -> None:
     check(all(role for role, _ in messages), "chat.messages.role", "set on every message")
 
 
+def check_num_loras(loras: Sized) -> None:
+    """Raises InvalidArgumentError for a stack of too many LoRAs."""
+    check_length(loras, "loras", MAX_LORAS)
+
+
 def check_loras(loras: Sequence[tuple[str, float]]) -> None:
     """(id, scale) pairs. Two names of one adapter are found later, by digest."""
     check(len(loras) <= MAX_LORAS, "loras", f"at most {MAX_LORAS} long", len(loras))
