@@ -141,7 +141,7 @@ def test_failures_are_one_line_with_a_remedy(
         ("serve", "--kv-memory", "infGiB"),
         ("serve", "--device", "tpu"),
         ("serve", "--quantize", "int3"),
-        ("serve", "--http-port", "80"),
+        ("serve", "--htp-port", "80"),
         ("serve", "--port", "70000"),
         ("adapters", "upload", "x"),
         ("nothing",),
