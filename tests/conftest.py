@@ -16,7 +16,6 @@ import pytest
 from lorastack.kernels.native import build, library
 from lorastack.layout import ModelShapes
 from tests.helpers import emulated
-from tests.helpers.isas import count_tested, summary
 
 MAX_WORKERS = 8  # processes of up to 2 GiB each
 
@@ -53,6 +52,9 @@ def pytest_xdist_auto_num_workers() -> int:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Which native kernels were tested, and what was skipped, each reason once."""
+    # Deferred: it asks what the library supports, and --native-library may name another one.
+    from tests.helpers.isas import count_tested, summary
+
     stats = terminalreporter.stats
     reasons = Counter(
         report.longrepr[2].removeprefix("Skipped: ") for report in stats.get("skipped", [])
