@@ -33,6 +33,7 @@ class FakePool:
     def __init__(self) -> None:
         self.residents: dict[str, AdapterStats] = {}
         self.last_used: dict[str, float] = {}
+        self.awaited: frozenset[str] = frozenset()
         self.counts: dict[str, float] = dict.fromkeys(
             ("num_waiting", "host_hits", "disk_loads", "load_seconds", "evictions"), 0
         )
@@ -49,7 +50,10 @@ class FakePool:
 
     def stats(self) -> PoolStats:
         return PoolStats(
-            adapters=tuple(self.residents.values()), last_used=self.last_used, **self.counts
+            adapters=tuple(self.residents.values()),
+            last_used=self.last_used,
+            awaited=self.awaited,
+            **self.counts,
         )
 
     def close(self) -> None:

@@ -14,9 +14,14 @@ from prometheus_client import CollectorRegistry, Counter
 
 from lorastack.errors import InvalidArgumentError
 from lorastack.service.watch import scrape
+from lorastack.service.watch.exposition import Exposition
 from lorastack.service.watch.scrape import MAX_CONNECTIONS, MAX_HEAD, MetricsServer
 
 PATIENCE = 30.0
+
+
+def exposition(registry: CollectorRegistry) -> Exposition:
+    return Exposition(registry, CollectorRegistry())
 
 
 @pytest.fixture
@@ -25,7 +30,7 @@ def port() -> Iterator[int]:
     Counter("seen", "A counter.", registry=registry).inc(3)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         number = int(listener.getsockname()[1])
-    server = MetricsServer("127.0.0.1", number, registry)
+    server = MetricsServer("127.0.0.1", number, exposition(registry))
     yield number
     server.close()
     with pytest.raises(OSError):
@@ -97,7 +102,7 @@ def test_connections_that_come_at_once_are_bounded(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(scrape, "PATIENCE", 2 * PATIENCE)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         number = int(listener.getsockname()[1])
-    server = MetricsServer("127.0.0.1", number, CollectorRegistry())
+    server = MetricsServer("127.0.0.1", number, exposition(CollectorRegistry()))
     listens = threading.Event()
     server._loop.call_soon_threadsafe(listens.set)
     assert listens.wait(PATIENCE)
@@ -120,4 +125,4 @@ def test_a_silent_connection_ends(port: int, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_taken_port_is_refused(port: int) -> None:
     with pytest.raises(InvalidArgumentError, match="--metrics-port"):
-        MetricsServer("127.0.0.1", port, CollectorRegistry())
+        MetricsServer("127.0.0.1", port, exposition(CollectorRegistry()))

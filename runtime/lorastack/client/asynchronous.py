@@ -177,6 +177,20 @@ class AsyncClient:
             call.cancel()
         return reply.adapter
 
+    async def metrics(
+        self,
+        accept: str = "",
+        part: generation_pb2.GetMetricsRequest.Part = generation_pb2.GetMetricsRequest.ALL,
+        *,
+        timeout: float | None = None,
+    ) -> generation_pb2.GetMetricsResponse:
+        """A scrape for Prometheus and routers, or a part of it; see `Client.metrics`."""
+        request = generation_pb2.GetMetricsRequest(accept=accept, part=part)
+        reply: generation_pb2.GetMetricsResponse = await self._call(
+            self._generation.GetMetrics, request, timeout
+        )
+        return reply
+
     async def _call(self, method: Any, request: Any, timeout: float | None) -> Any:
         patience = Patience(self._retries, timeout)
         while True:

@@ -30,6 +30,7 @@ from lorastack.v1.generation_pb2 import (
     GenerateRequest,
     GenerateResponse,
     GenerateStreamResponse,
+    GetMetricsResponse,
     GetModelInfoResponse,
     TokenizeRequest,
 )
@@ -96,6 +97,12 @@ class Client:
         reply: GetModelInfoResponse = self._call(
             self._generation.GetModelInfo, generation_pb2.GetModelInfoRequest(), timeout
         )
+        return reply
+
+    def metrics(self, accept: str = "", *, timeout: float | None = None) -> GetMetricsResponse:
+        """A scrape for Prometheus and routers. accept: as HTTP's; "": Prometheus' classic text."""
+        request = generation_pb2.GetMetricsRequest(accept=accept)
+        reply: GetMetricsResponse = self._call(self._generation.GetMetrics, request, timeout)
         return reply
 
     def get_adapter(self, adapter_id: str, *, timeout: float | None = None) -> Adapter:

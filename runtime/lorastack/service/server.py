@@ -48,7 +48,9 @@ from lorastack.service.edge.status import CallGuard
 from lorastack.service.edge.wire import request_readers
 from lorastack.service.probe import probe
 from lorastack.service.services import FILES, SERVICES, add_services
+from lorastack.service.watch.exposition import Exposition
 from lorastack.service.watch.metrics import RequestMetrics, StateCollector
+from lorastack.service.watch.routers import RouterCollector
 from lorastack.service.watch.scrape import MetricsServer
 
 STOP_GRACE = 2.0  # seconds for handlers to send what the engine has ended
@@ -185,6 +187,15 @@ class Server:
                 info=labels(self._model),
             )
         )
+        routers = RouterCollector(
+            engine=self._engine,
+            pool=self._pool,
+            registry=self._registry,
+            model_name=self._model.name,
+            page_size=config.engine.page_size,
+            device_memory=config.adapters.device_memory,
+        )
+        self.exposition = Exposition(self.metrics, routers)
 
     def _make_generation(self, config: ServerConfig) -> None:
         self._intake = Intake(self._catalogue, self._preparer, self._untrusted, self._workers)
@@ -196,6 +207,7 @@ class Server:
             dispatcher=self._dispatcher,
             guard=self._guard,
             metrics=self._requests,
+            exposition=self.exposition,
             workers=self._workers,
         )
 
@@ -247,7 +259,7 @@ class Server:
         add_services(server, self._generation, self._adapters, self._health)
         self.address = self._ports.listen(server)
         if port := self._config.metrics_port:
-            self._metrics_server = MetricsServer(self._config.host, port, self.metrics)
+            self._metrics_server = MetricsServer(self._config.host, port, self.exposition)
         self._dispatcher.attach(self._engine, loop)
         self._untrusted.attach(loop)
         self._engine.start()

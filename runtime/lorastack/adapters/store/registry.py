@@ -90,6 +90,10 @@ class Registry:
         """
         return self._contents.tables.starting_with(prefix)
 
+    def newest(self) -> tuple[Record, ...]:
+        """As `list` of all ids; the same object until one of them changes."""
+        return self._contents.tables.newest
+
     def knows(self, digest: str) -> bool:
         """True if a revision of any id has this digest."""
         return digest in self._contents.tables.digests

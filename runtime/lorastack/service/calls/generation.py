@@ -14,6 +14,7 @@ from lorastack.service.calls.intake import Intake
 from lorastack.service.calls.served import ServedModel
 from lorastack.service.edge import limits
 from lorastack.service.edge.status import CallGuard, Context, Notes, new_request_id
+from lorastack.service.watch.exposition import Exposition
 from lorastack.service.watch.metrics import RequestMetrics
 from lorastack.v1 import generation_pb2, generation_pb2_grpc
 
@@ -35,6 +36,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         dispatcher: Dispatcher,
         guard: CallGuard,
         metrics: RequestMetrics,
+        exposition: Exposition,
         workers: Executor,
     ) -> None:
         self._model = model
@@ -44,6 +46,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         self._dispatcher = dispatcher
         self._guard = guard
         self._metrics = metrics
+        self._exposition = exposition
         self._workers = workers
 
     async def Generate(
@@ -86,6 +89,14 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             if heads is not None:
                 info.default_medusa_id, info.default_medusa_digest = heads.medusa_id, heads.digest
         return info
+
+    async def GetMetrics(
+        self, request: generation_pb2.GetMetricsRequest, context: Context
+    ) -> generation_pb2.GetMetricsResponse:
+        async with self._guard("GetMetrics", context, new_request_id()):
+            # Not in the workers: a scrape must not wait behind long prompts.
+            content_type, body = await asyncio.to_thread(self._exposition.render, request.accept)
+        return generation_pb2.GetMetricsResponse(content_type=content_type, body=body)
 
     async def _run(
         self,

@@ -8,11 +8,9 @@ import threading
 from contextlib import suppress
 from http import HTTPStatus
 
-from prometheus_client import CollectorRegistry
-from prometheus_client.exposition import choose_encoder
-
 from lorastack.config import KIB
 from lorastack.errors import InvalidArgumentError
+from lorastack.service.watch.exposition import Exposition
 
 PATIENCE = 5.0  # seconds for a whole exchange
 MAX_CONNECTIONS = 32  # beyond them the oldest makes way
@@ -22,7 +20,7 @@ MAX_HEAD = 8 * KIB  # of a request
 class MetricsServer:
     """One thread, however many connect; an exchange gets PATIENCE, even one that says nothing."""
 
-    def __init__(self, host: str, port: int, registry: CollectorRegistry) -> None:
+    def __init__(self, host: str, port: int, exposition: Exposition) -> None:
         """Raises InvalidArgumentError when the address cannot be had."""
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
@@ -31,7 +29,7 @@ class MetricsServer:
             raise InvalidArgumentError(
                 f"cannot listen on {host}:{port} ({error.strerror}): choose another --metrics-port"
             ) from error
-        self._registry = registry
+        self._exposition = exposition
         self._exchanges: dict[asyncio.Task[None], None] = {}  # oldest first
         self._loop = asyncio.new_event_loop()
         self._closed = asyncio.Event()
@@ -83,8 +81,7 @@ class MetricsServer:
             return _response(HTTPStatus.METHOD_NOT_ALLOWED)
         headers = (line.partition(":") for line in lines)
         accept = [value.strip() for name, _, value in headers if name.lower() == "accept"]
-        encode, content_type = choose_encoder(",".join(accept))
-        body = encode(self._registry)
+        content_type, body = self._exposition.render(",".join(accept))
         return _response(HTTPStatus.OK, body, content_type, with_body=method == "GET")
 
 
