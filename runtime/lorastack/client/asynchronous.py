@@ -178,14 +178,10 @@ class AsyncClient:
         return reply.adapter
 
     async def metrics(
-        self,
-        accept: str = "",
-        part: generation_pb2.GetMetricsRequest.Part = generation_pb2.GetMetricsRequest.ALL,
-        *,
-        timeout: float | None = None,
+        self, accept: str = "", *, timeout: float | None = None
     ) -> generation_pb2.GetMetricsResponse:
-        """A scrape for Prometheus and routers, or a part of it; see `Client.metrics`."""
-        request = generation_pb2.GetMetricsRequest(accept=accept, part=part)
+        """A scrape for Prometheus and routers; see `Client.metrics`."""
+        request = generation_pb2.GetMetricsRequest(accept=accept)
         reply: generation_pb2.GetMetricsResponse = await self._call(
             self._generation.GetMetrics, request, timeout
         )
