@@ -59,11 +59,10 @@ def all_operations(
 ) -> Sequence[Operation[Any]]:
     """What is served, by API."""
     del selector
-    operations: list[Operation[Any]] = []
-    operations += health.operations(upstream)
-    if config.adapter_management:
-        operations += management.operations(upstream)
-    return operations
+    return [
+        *health.operations(upstream),
+        *(management.operations(upstream) if config.adapter_management else ()),
+    ]
 
 
 def _description(operations: Sequence[Operation[Any]]) -> Operation[Any]:

@@ -8,6 +8,7 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from starlette.routing import compile_path
 
 from lorastack.gateway.exchange import Operation, request_id
 
@@ -21,14 +22,14 @@ async def no_path(request: Request, error: Exception) -> Response:
 
 def no_method(operations: Sequence[Operation[Any]]) -> Handler:
     """405, with the methods that the path has."""
-    methods: dict[str, set[str]] = {}
-    for operation in operations:
-        both = {"GET", "HEAD"} if operation.method == "GET" else {operation.method}
-        methods.setdefault(operation.path, set()).update(both)
 
     async def refuse(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        allowed = ", ".join(sorted(methods.get(request.url.path, ())))
+        path = request.url.path
+        methods = {each.method for each in operations if compile_path(each.path)[0].match(path)}
+        if "GET" in methods:
+            methods.add("HEAD")
+        allowed = ", ".join(sorted(methods))
         reply = _refusal(request, 405, "MethodNotAllowedError", f"this path takes {allowed}")
         reply.headers["allow"] = allowed
         return reply

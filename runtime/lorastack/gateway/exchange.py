@@ -36,10 +36,11 @@ Body = TypeVar("Body", bound=BaseModel)
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """Who asks. request_id: the caller's X-Request-Id, else ours."""
+    """Who asks. request_id: the caller's X-Request-Id, else ours. path_params: as in the path."""
 
     request_id: str
     headers: Headers
+    path_params: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +140,7 @@ class Exchange:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
-        call = Call(request_id(headers), headers)
+        call = Call(request_id(headers), headers, scope.get("path_params", {}))
         try:
             body = await self._traffic.read(headers, receive, self._parse)
         except Failure as error:
