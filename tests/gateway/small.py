@@ -33,6 +33,7 @@ class Body(BaseModel):
     number: float = 0.0
     anything: object = None
     padding: int = 0
+    lora: str = ""
 
 
 @contextmanager
@@ -63,11 +64,11 @@ def _operations(selector: Selector) -> list[Operation[Any]]:
     async def whole(call: Call, body: Body) -> Reply:
         if body.prompt == "a bug":
             raise ZeroDivisionError("secret")
-        reply = await selector.generate(request(call, body), Selection())
+        reply = await selector.generate(request(call, body), Selection(name=body.lora))
         return Reply({"text": reply.text})
 
     async def stream(call: Call, body: Body) -> Events:
-        parts = await selector.stream(request(call, body), Selection())
+        parts = await selector.stream(request(call, body), Selection(name=body.lora))
 
         async def texts() -> AsyncIterator[bytes]:
             async with aclosing(parts):
