@@ -6,7 +6,8 @@ import asyncio
 import math
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import h11
@@ -144,6 +145,13 @@ class _Server(uvicorn.Server):
         super().__init__(_uvicorn(config, app))
         self._traffic: Traffic = app.state.traffic
         self._on_ready = on_ready
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """uvicorn would send itself the signal again at the end, and die of it."""
+        with super().capture_signals():
+            yield
+            self._captured_signals.clear()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
