@@ -12,6 +12,13 @@ from lorastack.config import AdapterConfig, GatewayConfig
 from lorastack.layout import ModelShapes
 from tests.helpers.live import ROOMY, LiveServer
 from tests.helpers.zoo import build_zoo
+from tests.service.conftest import (  # noqa: F401 - fixtures
+    fake,
+    folders,
+    shapes,
+    start_fake,
+    tokenizer,
+)
 
 GATEWAY = GatewayConfig(port=0, adapter_management=True)
 

@@ -88,8 +88,10 @@ def gateway(
     )
     # Deferred: other commands must not wait for it.
     from lorastack.gateway.serving import bind, serve
+    from lorastack.service.edge.grpc_server import raise_file_limit
 
     def ready(address: str) -> None:
         typer.echo(f"lorastack gateway serves {target} on http://{address}")
 
+    raise_file_limit()
     serve(config, bind(config), ready)

@@ -9,34 +9,33 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
-from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from lorastack.client import AsyncClient
 from lorastack.config import GatewayConfig
-from lorastack.gateway import health
+from lorastack.gateway import health, management
+from lorastack.gateway.astray import no_method, no_path
 from lorastack.gateway.describe import description
-from lorastack.gateway.exchange import Exchange, Operation
+from lorastack.gateway.exchange import Call, Exchange, Operation, Reply
 from lorastack.gateway.selection import Selector
+from lorastack.gateway.traffic import Traffic
 from lorastack.gateway.upstream import Upstream
 
 
 def make_app(config: GatewayConfig) -> Starlette:
-    """The application; its client connects when the application starts."""
+    """The application; its client connects when the application starts.
+
+    Its `state.traffic` is what is open.
+    """
     upstream = Upstream(config.target)
     selector = Selector(upstream)
+    traffic = Traffic(config.max_body)
     operations = all_operations(config, upstream, selector)
+    served = [*operations, _description(operations)]
     routes = [
-        Route(operation.path, Exchange(operation, config.max_body), methods=[operation.method])
-        for operation in operations
+        Route(operation.path, Exchange(operation, traffic), methods=[operation.method])
+        for operation in served
     ]
-    described = JSONResponse(description(operations))
-
-    async def describe(request: Request) -> JSONResponse:
-        return described
-
-    routes.append(Route("/openapi.json", describe, methods=["GET"]))
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -44,15 +43,41 @@ def make_app(config: GatewayConfig) -> Starlette:
             upstream.attach(client)
             yield
 
-    return Starlette(routes=routes, middleware=_middleware(config), lifespan=lifespan)
+    app = Starlette(
+        routes=routes,
+        middleware=_middleware(config),
+        exception_handlers={404: no_path, 405: no_method(served)},
+        lifespan=lifespan,
+    )
+    app.router.redirect_slashes = False  # its Location repeats whatever Host the caller sent
+    app.state.traffic = traffic
+    return app
 
 
 def all_operations(
     config: GatewayConfig, upstream: Upstream, selector: Selector
 ) -> Sequence[Operation[Any]]:
     """What is served, by API."""
-    del config, selector
-    return health.operations(upstream)
+    del selector
+    return [
+        *health.operations(upstream),
+        *(management.operations(upstream) if config.adapter_management else ()),
+    ]
+
+
+def _description(operations: Sequence[Operation[Any]]) -> Operation[Any]:
+    described = Reply(description(operations))
+
+    async def describe(call: Call, body: None) -> Reply:
+        return described
+
+    return Operation(
+        method="GET",
+        path="/openapi.json",
+        summary="This description",
+        handle=describe,
+        refuse=health.refuse,
+    )
 
 
 def _middleware(config: GatewayConfig) -> list[Middleware]:
@@ -64,5 +89,6 @@ def _middleware(config: GatewayConfig) -> list[Middleware]:
             allow_origins=config.cors_origins,
             allow_methods=("GET", "POST"),
             allow_headers=("*",),
+            expose_headers=("x-request-id", "retry-after"),
         )
     ]

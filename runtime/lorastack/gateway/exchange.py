@@ -19,13 +19,14 @@ from pydantic import BaseModel, ValidationError
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
-from lorastack.errors import DeadlineExceededError, InternalError, InvalidArgumentError
+from lorastack.errors import InternalError, InvalidArgumentError, UnavailableError
 from lorastack.errors import LorastackError as Failure
 from lorastack.gateway.statuses import http_status, retry_after
+from lorastack.gateway.traffic import Gone, Traffic
 
-BODY_PATIENCE = 30.0  # seconds until a request's body must be there
 MAX_SHOWN = 3  # of a body's mistakes
 OUR_BUG = "the gateway failed; its log says how"
+STOPPING = "the gateway stops: send the request again, to another one or in a moment"
 _REQUEST_ID = re.compile(r"[!-~]{1,64}")  # printable ASCII: it goes into logs and headers
 
 logger = logging.getLogger(__name__)
@@ -35,10 +36,11 @@ Body = TypeVar("Body", bound=BaseModel)
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """Who asks. request_id: the caller's X-Request-Id, else ours."""
+    """Who asks. request_id: the caller's X-Request-Id, else ours. path_params: as in the path."""
 
     request_id: str
     headers: Headers
+    path_params: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,15 +95,33 @@ class Operation(Generic[Body]):
     status_of: Callable[[Failure], int] = http_status
 
 
-def parsed(model: type[Body], raw: bytes) -> Body:
+def parsed(model: type[Body], raw: bytes | bytearray) -> Body:
     """A body as its model. Raises InvalidArgumentError naming the fields that are wrong."""
     try:
-        return model.model_validate_json(raw)
+        body = model.model_validate_json(raw)
     except ValidationError as error:
         mistakes = error.errors(include_url=False, include_context=False, include_input=False)
         shown = "; ".join(_mistake(mistake) for mistake in mistakes[:MAX_SHOWN])
         path = [str(part) for part in mistakes[0]["loc"]]
         raise InvalidArgumentError(shown, field=".".join(path)[:200]) from None
+    # pydantic takes the last of two equal names, and NaN; the caller meant one or neither.
+    try:
+        json.loads(raw, object_pairs_hook=_unique, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise InvalidArgumentError(f"the body: {str(error)[:200]}", field="body") from None
+    return body
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> None:
+    seen: set[str] = set()
+    for name, _ in pairs:
+        if name in seen:
+            raise ValueError(f"{name[:100]!r} stands twice in one object; leave one out")
+        seen.add(name)
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number in JSON")
 
 
 def _mistake(mistake: Any) -> str:
@@ -114,22 +134,22 @@ def _mistake(mistake: Any) -> str:
 class Exchange:
     """An operation as an ASGI application."""
 
-    def __init__(self, operation: Operation[Any], max_body: int) -> None:
-        """max_body: bytes of a request."""
+    def __init__(self, operation: Operation[Any], traffic: Traffic) -> None:
         self._operation = operation
-        self._max_body = max_body
+        self._traffic = traffic
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
-        call = Call(_request_id(headers), headers)
+        call = Call(request_id(headers), headers, scope.get("path_params", {}))
         try:
-            raw = await self._read(headers, receive)
-            working = asyncio.create_task(self._work(call, raw, send))
+            body = await self._traffic.read(headers, receive, self._parse)
         except Failure as error:
             await self._refuse(call, error, send)
             return
-        except ConnectionError:
-            return  # the caller has gone before all was said
+        except Gone:
+            return
+        working = asyncio.create_task(self._work(call, body, send))
+        self._traffic.add(working)
         leaving = asyncio.create_task(_left(receive))
         try:
             await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
@@ -140,44 +160,54 @@ class Exchange:
         if not working.cancelled():
             working.result()
 
-    async def _work(self, call: Call, raw: bytes, send: Send) -> None:
-        operation = self._operation
+    def _parse(self, raw: bytearray) -> BaseModel | None:
+        model = self._operation.body
+        return None if model is None else parsed(model, raw)
+
+    async def _work(self, call: Call, body: BaseModel | None, send: Send) -> None:
         try:
-            body = None if operation.body is None else parsed(operation.body, raw)
-            reply = await operation.handle(call, body)
+            reply = await self._operation.handle(call, body)
         except Failure as error:
             await self._refuse(call, error, send)
+            return
+        except asyncio.CancelledError:
+            if not self._traffic.stopping:
+                raise
+            await self._refuse(call, UnavailableError(STOPPING), send)
             return
         except Exception:
             logger.exception("request %s failed", call.request_id)
             await self._refuse(call, InternalError(OUR_BUG), send)
             return
         if isinstance(reply, Reply):
-            await _send_whole(call, reply, send)
+            await send_whole(call, reply, send)
         else:
             await self._send_events(call, reply, send)
 
     async def _send_events(self, call: Call, events: Events, send: Send) -> None:
         head = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
-        await _send_head(200, {**head, "x-request-id": call.request_id, **events.headers}, send)
+        failure: Failure | None = None
         try:
+            await send_head(200, {**head, "x-request-id": call.request_id, **events.headers}, send)
             async for part in events.parts:
                 await send({"type": "http.response.body", "body": part, "more_body": True})
         except Failure as error:
-            await send(
-                {"type": "http.response.body", "body": events.failed(error), "more_body": True}
-            )
+            failure = error
+        except asyncio.CancelledError:
+            if not self._traffic.stopping:
+                raise
+            failure = UnavailableError(STOPPING)
         except OSError:
             return  # the caller has gone
         except Exception:
             logger.exception("request %s failed", call.request_id)
-            last = events.failed(InternalError(OUR_BUG))
-            await send({"type": "http.response.body", "body": last, "more_body": True})
+            failure = InternalError(OUR_BUG)
         finally:
             close = getattr(events.parts, "aclose", None)
             if close is not None:
                 await close()
-        await send({"type": "http.response.body", "body": b""})
+        last = b"" if failure is None else events.failed(failure)
+        await send({"type": "http.response.body", "body": last})
 
     async def _refuse(self, call: Call, error: Failure, send: Send) -> None:
         status = self._operation.status_of(error)
@@ -185,35 +215,7 @@ class Exchange:
         headers = {}
         if status == 429:
             headers["retry-after"] = str(retry_after(error))
-        await _send_whole(call, Reply(content, status, headers), send)
-
-    async def _read(self, headers: Headers, receive: Receive) -> bytes:
-        length = headers.get("content-length", "0")
-        if length.isdecimal() and int(length) > self._max_body:
-            raise self._too_large()
-        parts: list[bytes] = []
-        size = 0
-        try:
-            async with asyncio.timeout(BODY_PATIENCE):
-                while True:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        raise ConnectionError
-                    parts.append(message.get("body", b""))
-                    size += len(parts[-1])
-                    if size > self._max_body:
-                        raise self._too_large()
-                    if not message.get("more_body", False):
-                        return b"".join(parts)
-        except TimeoutError:
-            raise DeadlineExceededError(
-                f"the request's body did not come within {BODY_PATIENCE:.0f} s; send it again"
-            ) from None
-
-    def _too_large(self) -> Failure:
-        return InvalidArgumentError(
-            f"the body has more than {self._max_body} bytes; send a shorter one", field="body"
-        )
+        await send_whole(call, Reply(content, status, headers), send)
 
 
 def event(content: str) -> bytes:
@@ -227,19 +229,21 @@ async def _left(receive: Receive) -> None:
         pass
 
 
-async def _send_whole(call: Call, reply: Reply, send: Send) -> None:
+async def send_whole(call: Call, reply: Reply, send: Send) -> None:
+    """Sends a reply with the request's id."""
     body, content_type = reply.body()
     head = {"content-type": content_type, "content-length": str(len(body))}
-    await _send_head(reply.status, {**head, "x-request-id": call.request_id, **reply.headers}, send)
+    await send_head(reply.status, {**head, "x-request-id": call.request_id, **reply.headers}, send)
     await send({"type": "http.response.body", "body": body})
 
 
-async def _send_head(status: int, headers: Mapping[str, str], send: Send) -> None:
+async def send_head(status: int, headers: Mapping[str, str], send: Send) -> None:
+    """Begins a reply."""
     pairs = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": status, "headers": pairs})
 
 
-def _request_id(headers: Headers) -> str:
+def request_id(headers: Headers) -> str:
     """The caller's, if the server would take it, else a new one."""
     given = headers.get("x-request-id", "")
     if _REQUEST_ID.fullmatch(given):

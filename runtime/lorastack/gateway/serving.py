@@ -3,35 +3,48 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import h11
 import uvicorn
+from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from lorastack.config import KIB, GatewayConfig
 from lorastack.errors import InvalidArgumentError, UnavailableError
 from lorastack.gateway.app import make_app
+from lorastack.gateway.traffic import Traffic
 
 HEAD_PATIENCE = 10.0  # seconds from a connection, or from the last reply, to a whole head
+READ_PATIENCE = 60.0  # seconds for which a caller may take nothing of its reply
 MAX_HEAD = 32 * KIB  # of a request
-STOP_GRACE = 2  # seconds for open replies when it stops
+SPARE = 256  # connections beyond the limit that are told so; further ones are closed
+STOP_GRACE = 2.0  # seconds for open replies when it stops; then they end with an error
+LAST_WORDS = 2  # seconds more for these errors to go out
 
 
 class PatientProtocol(H11Protocol):
-    """HTTP/1.1 whose callers must end a request's head within HEAD_PATIENCE of beginning it.
+    """HTTP/1.1 whose callers must go on: end a request's head, read a reply.
 
-    uvicorn itself waits forever for the first request of a connection, and for one that trickles.
+    uvicorn itself waits forever for the first request of a connection, for one that trickles, and
+    for a caller who reads nothing.
     """
 
     _deadline: asyncio.TimerHandle | None = None
+    _unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._watch()
+        limit = self.limit_concurrency
+        if limit is not None and len(self.connections) > limit + SPARE:
+            transport.abort()
+        else:
+            self._watch()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -39,10 +52,28 @@ class PatientProtocol(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._unwatch()
+        self._taken()
         super().connection_lost(exc)
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._unread = self.loop.call_later(READ_PATIENCE, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        self._taken()
+        super().resume_writing()
+
+    def send_400_response(self, msg: str) -> None:
+        if self.conn.our_state is h11.IDLE:
+            super().send_400_response(msg)
+        else:  # a reply is on its way already: nothing can be said in its midst
+            self.transport.abort()
+
     def _watch(self) -> None:
-        if self.conn.their_state is not h11.IDLE:
+        """The deadline of what the caller is sending now: a head, or a body that nobody wants."""
+        conn = self.conn
+        unwanted = conn.our_state is h11.DONE and conn.their_state is h11.SEND_BODY
+        if conn.their_state is not h11.IDLE and not unwanted:
             self._unwatch()
         elif self._deadline is None:
             self._deadline = self.loop.call_later(HEAD_PATIENCE, self.transport.close)
@@ -51,6 +82,11 @@ class PatientProtocol(H11Protocol):
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
+
+    def _taken(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
 
 
 def bind(config: GatewayConfig) -> socket.socket:
@@ -71,7 +107,7 @@ def bind(config: GatewayConfig) -> socket.socket:
 
 def serve(config: GatewayConfig, bound: socket.socket, on_ready: Callable[[str], None]) -> None:
     """Serves until SIGTERM or SIGINT. on_ready: gets the address when it listens."""
-    server = _Server(_uvicorn(config), lambda: on_ready(address(bound)))
+    server = _Server(config, lambda: on_ready(address(bound)))
     asyncio.run(server.serve([bound]))
 
 
@@ -82,7 +118,7 @@ class GatewayThread:
         """Listens when this returns. Raises UnavailableError if it cannot."""
         self.address = address(bound)
         self._started = threading.Event()
-        self._server = _Server(_uvicorn(config), self._started.set)
+        self._server = _Server(config, self._started.set)
         self._bound = bound
         self._thread = threading.Thread(target=self._run, name="lorastack-http", daemon=True)
         self._thread.start()
@@ -104,14 +140,27 @@ class GatewayThread:
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]) -> None:
-        super().__init__(config)
+    def __init__(self, config: GatewayConfig, on_ready: Callable[[], None]) -> None:
+        app = make_app(config)
+        super().__init__(_uvicorn(config, app))
+        self._traffic: Traffic = app.state.traffic
         self._on_ready = on_ready
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """uvicorn would send itself the signal again at the end, and die of it."""
+        with super().capture_signals():
+            yield
+            self._captured_signals.clear()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
             self._on_ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().call_later(STOP_GRACE, self._traffic.stop)
+        await super().shutdown(sockets)
 
 
 def address(bound: socket.socket) -> str:
@@ -120,17 +169,18 @@ def address(bound: socket.socket) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _uvicorn(config: GatewayConfig) -> uvicorn.Config:
+def _uvicorn(config: GatewayConfig, app: Starlette) -> uvicorn.Config:
     return uvicorn.Config(
-        make_app(config),
+        app,
         http=PatientProtocol,
         ws="none",
         log_config=None,
+        log_level="error",  # it warns of every malformed request
         access_log=False,
         server_header=False,
         lifespan="on",
         h11_max_incomplete_event_size=MAX_HEAD,
         limit_concurrency=config.max_connections,
         timeout_keep_alive=75,
-        timeout_graceful_shutdown=STOP_GRACE,
+        timeout_graceful_shutdown=math.ceil(STOP_GRACE) + LAST_WORDS,
     )
