@@ -116,7 +116,7 @@ class EventWriter:
             if count := self._given.return_k_alternatives:
                 likely = f',"alternative_tokens":[{_likely(token, count, "")}]'
             if count := self._given.top_n_tokens:
-                top = f'"top_tokens":[{_likely(token, count, ',"special":false')}],'
+                top = f'"top_tokens":[{_likely(token, count, _NOT_SPECIAL)}],'
         return (
             f'data: {{"index":{self._index},"token":{{"id":{token.id},"text":{json.dumps(text)},'
             f'"logprob":{shown(token.logprob)!r},"special":{_BOOLS[token.special]},'
