@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -42,9 +43,8 @@ def test_the_clients_examples_run(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     fake = start_fake(pull_roots=(tmp_path,))
-    (tmp_path / "my-lora").mkdir()
-    for path in folders["lora"].iterdir():
-        (tmp_path / "my-lora" / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(folders["lora"], tmp_path / "my-lora")
+    shutil.copytree(folders["other"], tmp_path / "my-other-lora")
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     for block in blocks("docs/client.md", "python"):

@@ -64,6 +64,7 @@ class AdapterConfig:
     max_staged: int = 8 * GIB  # all unfinished uploads together
     transfer_idle: float = 60.0  # seconds that an upload or a download may wait for its caller
     keep_revisions: int = 16  # for each id
+    max_merged: int = 64  # adapters that MergeAdapters made
     default_medusa: str = ""
     read_only_store: bool = False  # another process writes it, or nobody can
     base_names: tuple[str, ...] = ()  # what else adapters may call the base model

@@ -17,6 +17,7 @@ from lorastack.cli.adapters import adapters
 from lorastack.cli.bench import bench
 from lorastack.cli.gateway import gateway
 from lorastack.cli.generate import generate
+from lorastack.cli.merging import merge
 from lorastack.cli.serve import serve
 from lorastack.cli.transfer import convert, export, pull, push
 from lorastack.errors import LorastackError
@@ -35,7 +36,7 @@ app.command()(serve)
 app.command()(generate)
 app.command()(gateway)
 app.command()(bench)
-for command in (pull, export, push, convert):
+for command in (pull, export, push, convert, merge):
     adapters.command()(command)
 app.add_typer(adapters, name="adapters")
 

@@ -5,13 +5,14 @@
 
 Requests and replies are the messages of lorastack.v1; the most used ones are names of this module
 too. A failed call raises the class of lorastack.errors for its status, with the server's reason
-and metadata. `AsyncClient` has the generation calls for asyncio.
+and metadata. `AsyncClient` has the generation calls and merges for asyncio.
 """
 
 from __future__ import annotations
 
 from lorastack.client.asynchronous import AsyncClient
 from lorastack.client.calls import DEFAULT_SERVER, ERRORS, check_server, to_error
+from lorastack.client.merging import MajoritySign, Strategy
 from lorastack.client.synchronous import Client
 from lorastack.client.uploading import folder_files
 from lorastack.v1.adapters_pb2 import Adapter
@@ -48,11 +49,13 @@ __all__ = [
     "GenerateStreamResponse",
     "GetModelInfoResponse",
     "LoraRef",
+    "MajoritySign",
     "OutputParams",
     "ResponseFormat",
     "SamplingParams",
     "Speculation",
     "StopParams",
+    "Strategy",
     "Token",
     "TokenIds",
     "TokenizeRequest",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -17,6 +17,7 @@ from lorastack.client.calls import (
     check_server,
     our_errors,
 )
+from lorastack.client.merging import MajoritySign, Strategy, merge_request
 from lorastack.errors import ResourceExhaustedError
 from lorastack.v1 import (
     adapters_pb2,
@@ -24,6 +25,7 @@ from lorastack.v1 import (
     generation_pb2,
     generation_pb2_grpc,
 )
+from lorastack.v1.generation_pb2 import LoraRef
 
 
 class AsyncClient:
@@ -176,6 +178,22 @@ class AsyncClient:
         finally:
             call.cancel()
         return reply.adapter
+
+    async def merge(
+        self,
+        loras: Sequence[LoraRef],
+        strategy: Strategy,
+        density: float,
+        *,
+        majority_sign: MajoritySign = "total",
+        timeout: float | None = None,
+    ) -> adapters_pb2.Adapter:
+        """See `Client.merge`."""
+        request = merge_request(loras, strategy, density, majority_sign)
+        reply: adapters_pb2.Adapter = await self._call(
+            self._adapters.MergeAdapters, request, timeout
+        )
+        return reply
 
     async def _call(self, method: Any, request: Any, timeout: float | None) -> Any:
         patience = Patience(self._retries, timeout)

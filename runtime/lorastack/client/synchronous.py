@@ -22,6 +22,7 @@ from lorastack.client.calls import (
     our_errors,
 )
 from lorastack.client.downloading import new_folder, receive_files
+from lorastack.client.merging import MajoritySign, Strategy, merge_request
 from lorastack.client.uploading import adapter_files, file_spec, send_files
 from lorastack.errors import ResourceExhaustedError
 from lorastack.v1 import adapters_pb2, adapters_pb2_grpc, generation_pb2, generation_pb2_grpc
@@ -31,6 +32,7 @@ from lorastack.v1.generation_pb2 import (
     GenerateResponse,
     GenerateStreamResponse,
     GetModelInfoResponse,
+    LoraRef,
     TokenizeRequest,
 )
 
@@ -180,6 +182,25 @@ class Client:
         reply: adapters_pb2.SetDefaultMedusaResponse = self._call(
             self._adapters.SetDefaultMedusa, request, timeout
         )
+        return reply
+
+    def merge(
+        self,
+        loras: Sequence[LoraRef],
+        strategy: Strategy,
+        density: float,
+        *,
+        majority_sign: MajoritySign = "total",
+        timeout: float | None = None,
+    ) -> Adapter:
+        """Merges two or more LoRAs into a stored one, as PEFT does; equal requests give the same.
+
+        A LoRA's scale is its weight; density: the share of values that stays, above 0 and up to 1.
+        The server may delete merged adapters that nothing has used for longest. Raises
+        InvalidArgumentError for LoRAs of different ranks.
+        """
+        request = merge_request(loras, strategy, density, majority_sign)
+        reply: Adapter = self._call(self._adapters.MergeAdapters, request, timeout)
         return reply
 
     def upload(

@@ -14,6 +14,8 @@ from lorastack.client import (
     GenerateResponse,
     GenerateStreamResponse,
     LoraRef,
+    MajoritySign,
+    Strategy,
 )
 from lorastack.errors import (
     AbortedError,
@@ -22,7 +24,6 @@ from lorastack.errors import (
     NotFoundError,
     PermissionDeniedError,
     Reason,
-    UnimplementedError,
 )
 from lorastack.gateway.upstream import Upstream
 
@@ -78,11 +79,20 @@ class Selector:
         return await self._run(request, selection, run)
 
     async def merged(
-        self, selection: Selection, *, strategy: str, density: float, majority_sign: str
+        self, selection: Selection, strategy: Strategy, density: float, majority_sign: MajoritySign
     ) -> Selection:
-        """The selection's stack as one adapter, merged by the server."""
-        del density, majority_sign
-        raise UnimplementedError(f"merge_strategy {strategy} is not served here; use linear")
+        """The selection with its stack merged into one adapter: by the server, once."""
+        loras = [LoraRef(lora_id=lora_id, scale=scale) for lora_id, scale in selection.loras]
+        pulls: set[str] = set()
+        while True:
+            try:
+                merged = await self._upstream.client.merge(
+                    loras, strategy, density, majority_sign=majority_sign
+                )
+            except NotFoundError as error:
+                await self._fetch(error, selection, pulls)
+            else:
+                return Selection(loras=[(merged.id, 1.0)], medusa_id=selection.medusa_id)
 
     async def _run(
         self, request: GenerateRequest, selection: Selection, run: Callable[[], Awaitable[T]]

@@ -27,6 +27,7 @@ from lorastack.config import AdapterConfig, ServerConfig
 from lorastack.engine.engine import Engine
 from lorastack.gateway.serving import GatewayThread, bind
 from lorastack.service.adapters.keeper import LearnedKeeper
+from lorastack.service.adapters.merging import Merges
 from lorastack.service.adapters.servicer import AdapterService
 from lorastack.service.adapters.transfer import Transfers
 from lorastack.service.adapters.uploads import Uploads
@@ -163,6 +164,7 @@ class Server:
             await asyncio.to_thread(self._metrics_server.close)
         self._pool.close()
         await asyncio.to_thread(self._transfers.close)
+        await asyncio.to_thread(self._merges.close)
         keeper, self._keeper = self._keeper, None
         if keeper is not None:
             await keeper.save()
@@ -200,13 +202,14 @@ class Server:
         )
 
     def _make_adapters(self, config: AdapterConfig, validate: Validator) -> None:
+        needed = partial(needed_digests, self._dispatcher, self._pool, self._catalogue)
         writer = StoreWriter(
             registry=self._registry,
             engine=self._engine,
             validate=replace(validate, check_template=self._untrusted.check_template),
             fingerprint=self._model.fingerprint,
             keep_revisions=config.keep_revisions,
-            needed=partial(needed_digests, self._dispatcher, self._pool, self._catalogue),
+            needed=needed,
         )
         self._uploads = Uploads(
             max_files=config.max_files,
@@ -219,11 +222,24 @@ class Server:
         self._transfers = Transfers(
             config=config, registry=self._registry, writer=writer, uploader=self._uploader
         )
+        self._merges = Merges(
+            config=config,
+            registry=self._registry,
+            writer=writer,
+            catalogue=self._catalogue,
+            pool=self._pool,
+            shapes=validate.shapes,
+            fingerprint=self._model.fingerprint,
+            needed=needed,
+            readers=self._workers,
+            uploader=self._uploader,
+        )
         self._adapters = AdapterService(
             registry=self._registry,
             writer=writer,
             uploads=self._uploads,
             transfers=self._transfers,
+            merges=self._merges,
             engine=self._engine,
             pool=self._pool,
             host=self._host,

@@ -10,6 +10,7 @@ _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 _ID = re.compile(rf"({_NAME}/)?{_NAME}")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 NO_HEADS = "none"  # in place of an id of heads: no heads
+MERGED = "merged/"  # how ids of adapters begin that the server merged of others
 # Words with a meaning of their own in place of an id.
 RESERVED_IDS = frozenset({NO_HEADS, "base", "default"})
 
@@ -22,6 +23,15 @@ def check_id(adapter_id: str) -> None:
         raise InvalidArgumentError(
             f"{adapter_id[:200]!r} is not an adapter id: use letters, digits, '.', '_' and '-', "
             "starting with a letter or digit, at most 96 characters, with an optional 'namespace/'"
+        )
+
+
+def check_new_id(adapter_id: str) -> None:
+    """As `check_id`, of what a caller stores: ids of merged adapters are the server's to give."""
+    check_id(adapter_id)
+    if adapter_id.startswith(MERGED):
+        raise InvalidArgumentError(
+            f"ids that begin with {MERGED!r} are those of merged adapters: choose another one"
         )
 
 

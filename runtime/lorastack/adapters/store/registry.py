@@ -141,6 +141,10 @@ class Registry:
         """
         return self._contents.refresh()
 
+    def check_writable(self) -> None:
+        """Raises FailedPreconditionError if the store was opened read-only."""
+        self._contents.check_writable()
+
     # -- uploads ----------------------------------------------------------------------------------
 
     def plan_upload(

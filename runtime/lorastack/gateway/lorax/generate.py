@@ -87,12 +87,9 @@ class _Routes:
         request = request_of(body, streams=streams)
         request.request_id = row_id(call.request_id)
         selection = selection_of(given)
-        if (merged := merge_of(given)) is not None:
+        if (merge := merge_of(given)) is not None:
             selection = await self._selector.merged(
-                selection,
-                strategy=merged.merge_strategy or "linear",
-                density=merged.density or 0.0,
-                majority_sign=merged.majority_sign_method or "total",
+                selection, merge.strategy, merge.density, merge.majority_sign
             )
         if given.truncate is not None:
             await self._truncate(request, given.truncate)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
 from lorastack.client import (
     ChatMessage,
     ChatMessages,
     GenerateRequest,
+    MajoritySign,
     OutputParams,
     ResponseFormat,
     SamplingParams,
     Speculation,
     StopParams,
+    Strategy,
 )
 from lorastack.errors import InvalidArgumentError
 from lorastack.gateway.lorax.bodies import Body, Grammar, MergedAdapters, Parameters
@@ -76,12 +79,25 @@ def selection_of(given: Parameters) -> Selection:
     )
 
 
-def merge_of(given: Parameters) -> MergedAdapters | None:
-    """A merge that is not a weighted sum; None: nothing to merge."""
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """How a merge is made that is not a weighted sum."""
+
+    strategy: Strategy
+    density: float
+    majority_sign: MajoritySign
+
+
+def merge_of(given: Parameters) -> Merge | None:
+    """None: nothing to merge, or a weighted sum, which is a stack."""
     merged = given.merged_adapters
-    if merged is None or merged.merge_strategy in (None, "linear"):
+    if merged is None or merged.merge_strategy is None or merged.merge_strategy == "linear":
         return None
-    return merged
+    return Merge(
+        strategy=merged.merge_strategy,
+        density=merged.density or 0.0,
+        majority_sign=merged.majority_sign_method or "total",
+    )
 
 
 def is_sampled(given: Parameters) -> bool:

@@ -23,6 +23,7 @@ from lorastack.errors import (
     Reason,
 )
 from lorastack.service.adapters import messages
+from lorastack.service.adapters.merging import Merges
 from lorastack.service.adapters.transfer import Transfers
 from lorastack.service.adapters.uploads import Uploads
 from lorastack.service.adapters.writer import StoreWriter
@@ -46,6 +47,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         writer: StoreWriter,
         uploads: Uploads,
         transfers: Transfers,
+        merges: Merges,
         engine: Engine,
         pool: DevicePool,
         host: HostCache,
@@ -58,6 +60,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         self._registry = registry
         self._writer = writer
         self._transfers = transfers
+        self._merges = merges
         self._engine = engine
         self._pool = pool
         self._host = host
@@ -119,6 +122,12 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
             async for part in parts:
                 await place.waits(context.write(part))
                 place.passed(part.ByteSize())
+
+    async def MergeAdapters(
+        self, request: adapters_pb2.MergeAdaptersRequest, context: Context
+    ) -> adapters_pb2.Adapter:
+        async with self._guard("MergeAdapters", context, new_request_id()) as notes:
+            return self._noted(notes, await self._merges.merge(request, caller_of(context)))
 
     # -- what is stored ---------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from lorastack.adapters.sources.base import PIECE, Limits, Source, copy_missing
 from lorastack.adapters.sources.folder import find_files
 from lorastack.adapters.sources.hub import HubAddress, open_hub
 from lorastack.adapters.store.blobs import damaged_blob
-from lorastack.adapters.store.ids import check_id
+from lorastack.adapters.store.ids import check_new_id
 from lorastack.adapters.store.manifest import FileSpec, Record
 from lorastack.adapters.store.registry import Registry
 from lorastack.config import AdapterConfig
@@ -146,7 +146,7 @@ class Transfers:
         self, request: adapters_pb2.PullAdapterRequest, caller: str, progress: _Progress
     ) -> tuple[Record, Sequence[str]]:
         """The stored adapter, and the names of files that were left where they came from."""
-        check_id(request.id)
+        check_new_id(request.id)
         if_digest = request.if_digest if request.HasField("if_digest") else None
         with self._source(request, progress.check) as source:
             specs = [file.spec for file in source.files]

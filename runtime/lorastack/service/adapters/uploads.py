@@ -12,7 +12,7 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor, Future
 
-from lorastack.adapters.store.ids import check_id
+from lorastack.adapters.store.ids import check_new_id
 from lorastack.adapters.store.manifest import Record
 from lorastack.adapters.store.registry import Registry
 from lorastack.adapters.store.upload import Upload
@@ -66,7 +66,7 @@ class Uploads:
         self, request: adapters_pb2.PlanUploadRequest
     ) -> adapters_pb2.PlanUploadResponse:
         """The blobs that the store lacks of an adapter. Raises InvalidArgumentError."""
-        check_id(request.id)
+        check_new_id(request.id)
         files = messages.file_specs(request.files, "files", self._max_files)
         needed = await run_in(self._readers, self._registry.plan_upload, request.id, files)
         return messages.needed_blobs(needed)
@@ -96,6 +96,7 @@ class Uploads:
             raise InvalidArgumentError("an upload starts with a header of id and files")
         header = first.header
         notes["adapter"] = header.id
+        check_new_id(header.id)
         opening = self._uploader.submit(
             self._registry.begin_upload,
             header.id,
