@@ -181,3 +181,23 @@ def test_alternatives_and_the_whole_prompt_come_as_asked(base_url: str, served: 
             assert [each["id"] for each in theirs["alternative_tokens"]] == [
                 each.id for each in token.top
             ]
+
+
+@pytest.mark.parametrize("strategy", ["ties", "dare_linear", "dare_ties"])
+def test_a_merge_of_another_strategy_is_the_servers(
+    strategy: str, base_url: str, served: LiveServer
+) -> None:
+    ids, weights = ["say-owl", "say-bat"], [0.5, 0.25]
+    given = {"ids": ids, "weights": weights, "merge_strategy": strategy, "density": 0.4}
+    case = {
+        "method": "generate",
+        "arguments": {"prompt": PROMPT, "max_new_tokens": 8, "merged_adapters": given},
+    }
+    loras = [
+        pb.LoraRef(lora_id=lora_id, scale=weight)
+        for lora_id, weight in zip(ids, weights, strict=True)
+    ]
+    merged = served.client.merge(loras, strategy, 0.4)  # type: ignore[arg-type]
+    wanted = served.client.generate(ask(PROMPT, stack=[(merged.id, 1.0)], max_new_tokens=8))
+    for got in lorax_calls(base_url, [{"client": kind, **case} for kind in ("sync", "async")]):
+        assert got["reply"]["generated_text"] == wanted.text

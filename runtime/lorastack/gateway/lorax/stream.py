@@ -68,7 +68,8 @@ class EventWriter:
         last = self._waiting[-1]
         unsettled = not self._rest.endswith(last.text) if self._given.stop else not self._rest
         if last.special or unsettled or self._count >= self._free:
-            return self._write(len(self._waiting) - 1)
+            # No text of its own comes with a special token: what is there belongs before it.
+            return self._write(len(self._waiting) - 1, self._last_plain() if last.special else None)
         return self._write(len(self._waiting), taker=len(self._waiting) - 1)
 
     def finish(self, part: GenerateStreamResponse) -> bytes:
@@ -80,8 +81,7 @@ class EventWriter:
         # A stream without a token to tell it with: the end has an event of its own all the same.
         self._waiting = self._waiting or [Token(special=True)]
         last = self._waiting[-1]
-        plain = [i for i, token in enumerate(self._waiting) if not token.special]
-        written = self._write(len(self._waiting) - 1, taker=plain[-1] if plain else None)
+        written = self._write(len(self._waiting) - 1, self._last_plain())
         text = last.text if last.special and not self._rest else self._rest
         return written + self._event(last, text, self._ending(final))
 
@@ -106,6 +106,11 @@ class EventWriter:
             written.append(self._event(token, text, '"generated_text":null,"details":null'))
         del self._waiting[:count]
         return b"".join(written)
+
+    def _last_plain(self) -> int | None:
+        """The last waiting token that is not special, by index."""
+        plain = [index for index, token in enumerate(self._waiting) if not token.special]
+        return plain[-1] if plain else None
 
     def _event(self, token: Token, text: str, ending: str) -> bytes:
         """By hand: this runs for every token of every stream."""
