@@ -12,6 +12,7 @@ from lorastack.errors import InternalError, UnavailableError
 from lorastack.gateway.lorax.bodies import Body, Parameters
 from lorastack.gateway.lorax.refusals import failed
 from lorastack.gateway.lorax.stream import EventWriter
+from lorastack.text.stream import StopMatcher
 
 END = Token(id=2, text="</s>", special=True)
 
@@ -51,27 +52,29 @@ def test_the_limit_of_the_context_ends_with_the_last_token_too() -> None:
     assert written[-1]["generated_text"] == "a" * 20
 
 
-@pytest.mark.parametrize("seed", range(100))
+@pytest.mark.parametrize("seed", range(300))
 def test_the_texts_of_tokens_are_the_text_however_messages_are_cut(seed: int) -> None:
     draw = random.Random(seed)
-    words = [draw.choice(["a", "bc", " d", "\u2028", "🦉", "\ufffd"]) for _ in range(12)]
-    stop = draw.choice(["", "bc d"])
-    ended = [] if stop else draw.choice([[], [END]])
-    tokens = [token(word) for word in words] + ended
-    # With a stop sequence text comes late, and the rest of it never.
-    text = "".join(words)
-    parts, sent, told = [], 0, 0
-    while sent < len(tokens):
-        count = draw.randint(1, 4)
-        chunk = tokens[sent : sent + count]
-        sent += len(chunk)
-        known = sum(len(word) for word in words[:sent])
-        until = draw.randint(told, known) if stop else known
-        parts.append(GenerateStreamResponse(text=text[told:until], tokens=chunk))
-        told = until
+    stop = draw.choice(["", "aa", "c d", "\u2028a"])
+    tokens = [token(draw.choice(["a", "bc", " d", "ca", "\u2028", "🦉"])) for _ in range(30)]
+    matcher = StopMatcher([stop] if stop else [])
     writer = EventWriter(body(stop=[stop] if stop else None), 10_000)
-    written = b"".join(writer.take(part) for part in parts)
-    written += writer.finish(final(GenerateResponse.EOS, stop_match=stop))
+    written, text, sent, match = b"", "", 0, None
+    while match is None and sent < len(tokens):
+        part = GenerateStreamResponse()
+        for _ in range(draw.randint(1, 4)):
+            if match is None and sent < len(tokens):
+                settled, match = matcher.push(tokens[sent].text)
+                part.text += settled
+                part.tokens.append(tokens[sent])
+                sent += 1
+        if match is None and sent == len(tokens):
+            part.text += matcher.flush()
+            part.tokens.append(END)
+        text += part.text
+        written += writer.take(part)
+    written += writer.finish(final(GenerateResponse.EOS, stop_match=match or ""))
+    text += match or ""
     events = parsed(written)
     assert (
         "".join(
@@ -79,13 +82,14 @@ def test_the_texts_of_tokens_are_the_text_however_messages_are_cut(seed: int) ->
             for event in events
             if not event["token"]["special"]  # type: ignore[index]
         )
-        == text[:told] + stop
+        == text
     )
-    assert events[-1]["generated_text"] == text[:told] + stop
+    assert events[-1]["generated_text"] == text
     assert [event["generated_text"] for event in events[:-1]] == [None] * (len(events) - 1)
     assert [event["index"] for event in events] == list(range(1, len(events) + 1))
     ids = [event["token"]["id"] for event in events]  # type: ignore[index]
-    assert ids[: len(tokens)] == [each.id for each in tokens]
+    ended = [] if match else [END]
+    assert ids == [each.id for each in (*tokens[:sent], *ended)]
 
 
 def test_what_breaks_a_stream_is_an_event_of_a_known_type() -> None:

@@ -65,12 +65,14 @@ class EventWriter:
         self._add(part)
         if not self._waiting:
             return b""
-        last = self._waiting[-1]
-        unsettled = not self._rest.endswith(last.text) if self._given.stop else not self._rest
-        if last.special or unsettled or self._count >= self._free:
-            # No text of its own comes with a special token: what is there belongs before it.
-            return self._write(len(self._waiting) - 1, self._last_plain() if last.special else None)
-        return self._write(len(self._waiting), taker=len(self._waiting) - 1)
+        last, before = self._waiting[-1], len(self._waiting) - 1
+        if last.special:
+            # No text comes with a special token: what is there belongs before it.
+            return self._write(before, self._last_plain())
+        if not self._settled() or self._count >= self._free:
+            own = before and self._rest.startswith("".join(t.text for t in self._waiting[:-1]))
+            return self._write(before, None if own else before - 1)
+        return self._write(before + 1, taker=before)
 
     def finish(self, part: GenerateStreamResponse) -> bytes:
         """The last events. part: the message with `final`."""
@@ -106,6 +108,17 @@ class EventWriter:
             written.append(self._event(token, text, '"generated_text":null,"details":null'))
         del self._waiting[:count]
         return b"".join(written)
+
+    def _settled(self) -> bool:
+        """True if the waiting tokens' text is all there, so that they did not end the reply.
+
+        With stop sequences it must be the text of these very tokens; a space before the first
+        may be left out.
+        """
+        if not self._given.stop:
+            return bool(self._rest)
+        own = "".join(token.text for token in self._waiting)
+        return bool(self._rest) and self._rest in (own, own.removeprefix(" "))
 
     def _last_plain(self) -> int | None:
         """The last waiting token that is not special, by index."""
