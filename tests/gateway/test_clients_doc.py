@@ -29,7 +29,11 @@ def server(
 ) -> Iterator[LiveServer]:
     adapters = AdapterConfig(store=tmp_path_factory.mktemp("page") / "store")
     with LiveServer(
-        tiny_llama, engine=ROOMY, adapters=adapters, http=GatewayConfig(port=0)
+        tiny_llama,
+        engine=ROOMY,
+        adapters=adapters,
+        http=GatewayConfig(port=0),
+        max_context=256,  # some examples run up to its end
     ) as server:
         server.upload_all({name: zoo[name] for name in NAMES.values()})
         server.client.set_default_medusa(NAMES["heads-general"])

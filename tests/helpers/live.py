@@ -102,6 +102,7 @@ class LiveServer:
         dtype: str = "float32",
         quantize: str | None = None,
         http: GatewayConfig | None = None,
+        max_context: int | None = None,
     ) -> None:
         self._config = ServerConfig(
             model=ModelConfig(
@@ -110,6 +111,7 @@ class LiveServer:
                 dtype=dtype,
                 isa=os.environ.get("LORASTACK_ISA"),
                 quantize=quantize,
+                max_context=max_context,
             ),
             engine=engine,
             adapters=adapters,
