@@ -1,4 +1,4 @@
-"""GET /info and POST /tokenize."""
+"""GET /info."""
 
 from __future__ import annotations
 
