@@ -104,6 +104,7 @@ class LiveServer:
         dtype: str = "float32",
         quantize: str | None = None,
         http: GatewayConfig | None = None,
+        max_context: int | None = None,
     ) -> None:
         self._config = ServerConfig(
             model=ModelConfig(
@@ -112,6 +113,7 @@ class LiveServer:
                 dtype=dtype,
                 isa=os.environ.get("LORASTACK_ISA"),
                 quantize=quantize,
+                max_context=max_context,
             ),
             engine=engine,
             adapters=adapters,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from lorastack.client.asynchronous import AsyncClient
 from lorastack.client.calls import DEFAULT_SERVER, ERRORS, check_server, to_error
+from lorastack.client.merging import MajoritySign, Strategy
 from lorastack.client.synchronous import Client
 from lorastack.client.uploading import folder_files
 from lorastack.v1.adapters_pb2 import Adapter
@@ -48,11 +49,13 @@ __all__ = [
     "GenerateStreamResponse",
     "GetModelInfoResponse",
     "LoraRef",
+    "MajoritySign",
     "OutputParams",
     "ResponseFormat",
     "SamplingParams",
     "Speculation",
     "StopParams",
+    "Strategy",
     "Token",
     "TokenIds",
     "TokenizeRequest",

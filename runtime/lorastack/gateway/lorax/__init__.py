@@ -1,0 +1,15 @@
+"""The APIs of LoRAX and TGI, which share routes, bodies and errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lorastack.gateway.exchange import Operation
+from lorastack.gateway.lorax import generate, info
+from lorastack.gateway.selection import Selector
+from lorastack.gateway.upstream import Upstream
+
+
+def operations(upstream: Upstream, selector: Selector) -> list[Operation[Any]]:
+    """POST /, /generate, /generate_stream; GET /info."""
+    return [*generate.operations(upstream, selector), *info.operations(upstream)]
