@@ -15,7 +15,7 @@ from starlette.routing import Route
 
 from lorastack.client import AsyncClient
 from lorastack.config import GatewayConfig
-from lorastack.gateway import health
+from lorastack.gateway import health, openai
 from lorastack.gateway.describe import description
 from lorastack.gateway.exchange import Exchange, Operation
 from lorastack.gateway.selection import Selector
@@ -51,8 +51,11 @@ def all_operations(
     config: GatewayConfig, upstream: Upstream, selector: Selector
 ) -> Sequence[Operation[Any]]:
     """What is served, by API."""
-    del config, selector
-    return health.operations(upstream)
+    del config
+    return [
+        *health.operations(upstream),
+        *openai.operations(upstream, selector),
+    ]
 
 
 def _middleware(config: GatewayConfig) -> list[Middleware]:

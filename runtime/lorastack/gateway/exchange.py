@@ -35,10 +35,11 @@ Body = TypeVar("Body", bound=BaseModel)
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """Who asks. request_id: the caller's X-Request-Id, else ours."""
+    """Who asks. request_id: the caller's X-Request-Id, else ours. path_params: as in the path."""
 
     request_id: str
     headers: Headers
+    path_params: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +122,7 @@ class Exchange:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
-        call = Call(_request_id(headers), headers)
+        call = Call(_request_id(headers), headers, scope.get("path_params", {}))
         try:
             raw = await self._read(headers, receive)
             working = asyncio.create_task(self._work(call, raw, send))
@@ -159,8 +160,8 @@ class Exchange:
 
     async def _send_events(self, call: Call, events: Events, send: Send) -> None:
         head = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
-        await _send_head(200, {**head, "x-request-id": call.request_id, **events.headers}, send)
         try:
+            await _send_head(200, {**head, "x-request-id": call.request_id, **events.headers}, send)
             async for part in events.parts:
                 await send({"type": "http.response.body", "body": part, "more_body": True})
         except Failure as error:
