@@ -20,7 +20,9 @@ from lorastack.errors import InvalidArgumentError, Reason, UnavailableError
 from lorastack.sandbox.pool import JobError, Pool
 from lorastack.sandbox.tasks import TEMPLATE, template_body
 from lorastack.sandbox.wire import Job, Limits, Outcome
+from lorastack.service.calls.call import Chat
 from lorastack.service.calls.untrusted import GRAMMAR_LIMITS, TEMPLATE_LIMITS, Untrusted
+from lorastack.text.conversation import Conversation
 from lorastack.text.grammar import GrammarCompiler, JsonSchema, Regex
 from lorastack.text.tokenizer import Tokenizer
 from tests.helpers.tiny import CHATML
@@ -52,7 +54,7 @@ class Sandbox:
         return self.runner.run(asyncio.wait_for(coroutine, PATIENCE))
 
     def render(self, template: str, messages: tuple[tuple[str, str], ...] = CHAT) -> str:
-        return self.run(self.untrusted.render(template, messages, "caller"))
+        return self.run(self.untrusted.render(template, Chat(messages), "caller"))
 
     def admit(self, wanted: JsonSchema | Regex) -> int:
         return self.run(self.untrusted.admit(wanted, "caller"))
@@ -301,7 +303,9 @@ async def started(pool: Pool, num_jobs: int) -> None:
 
 def endless() -> Job:
     limits = Limits(cpu=1000, wall=1000, memory=1 << 28, output=100)
-    return Job(task=TEMPLATE, body=template_body(FOR_EVER, CHAT), limits=limits)
+    return Job(
+        task=TEMPLATE, body=template_body(FOR_EVER, Conversation([], None, {})), limits=limits
+    )
 
 
 def test_whoever_gives_up_frees_the_worker(sandbox: Sandbox) -> None:
@@ -318,7 +322,7 @@ def test_whoever_gives_up_frees_the_worker(sandbox: Sandbox) -> None:
         assert pool.num_waiting == 0
         # The workers serve the next caller, and none was replaced.
         pids = pool.pids
-        texts = [sandbox.untrusted.render("x", CHAT, "caller") for _ in range(4)]
+        texts = [sandbox.untrusted.render("x", Chat(CHAT), "caller") for _ in range(4)]
         assert await asyncio.gather(*texts) == ["x"] * 4
         assert pool.pids == pids
         assert pool.num_running == 0
@@ -343,13 +347,13 @@ def test_a_worker_that_dies_is_replaced(sandbox: Sandbox) -> None:
         job = asyncio.create_task(pool.run(endless(), "caller"))
         children = await kill_all()
         # A job is tried once more; no caller hears of a worker that died idle.
-        texts = [sandbox.untrusted.render("x", CHAT, "caller") for _ in range(3)]
+        texts = [sandbox.untrusted.render("x", Chat(CHAT), "caller") for _ in range(3)]
         assert await asyncio.gather(*texts) == ["x"] * 3
         children += await kill_all()
         with pytest.raises(UnavailableError) as lost:
             await job
         assert lost.value.reason is Reason.WORKER_ENDED
-        assert await sandbox.untrusted.render("x", CHAT, "caller") == "x"
+        assert await sandbox.untrusted.render("x", Chat(CHAT), "caller") == "x"
         while any(child.is_running() for child in children):
             await asyncio.sleep(0.001)
 

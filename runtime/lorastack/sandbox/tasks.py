@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from lorastack.printable import error_line
+from lorastack.text.conversation import Conversation
 
 Run = Callable[[bytes], bytes]
 
@@ -23,35 +25,54 @@ def prepare(task: str, given: Mapping[str, Any]) -> Run:
     return _prepare_grammars(given) if task == GRAMMAR else _prepare_templates(given)
 
 
-def template_body(template: str, messages: tuple[tuple[str, str], ...] | None) -> bytes:
-    """A job of TEMPLATE. messages: (role, content) each; None: the template is compiled only."""
-    return json.dumps({"template": template, "messages": messages}).encode()
+def template_body(template: str, conversation: Conversation | None) -> bytes:
+    """A job of TEMPLATE, which gives the text.
+
+    Without a conversation the template is compiled only; the job then gives the names of the
+    variables that the template reads, a JSON list.
+    """
+    values = None if conversation is None else asdict(conversation)
+    return json.dumps({"template": template, "conversation": values}).encode()
 
 
 def _prepare_templates(given: Mapping[str, Any]) -> Run:
     """given["variables"]: the tokenizer's special tokens by name, which templates may use."""
-    from transformers.utils.chat_template_utils import render_jinja_template
+    from jinja2 import meta
+    from transformers.utils.chat_template_utils import (
+        _compile_jinja_template,
+        render_jinja_template,
+    )
 
     time.tzset()  # templates may ask for the date
     render_jinja_template(conversations=[], chat_template="{{ messages }}")
 
+    def variables_of(template: str) -> str:
+        compiled: Any = _compile_jinja_template(template)
+        environment = compiled.environment
+        names = meta.find_undeclared_variables(environment.parse(template))
+        return json.dumps(sorted(names - environment.globals.keys()))
+
+    def rendered(template: str, wanted: dict[str, Any]) -> str:
+        variables = {**given["variables"], **wanted.pop("variables")}
+        texts: Any = render_jinja_template(
+            conversations=[wanted.pop("messages")], chat_template=template, **wanted, **variables
+        )[0]
+        return str(texts[0])
+
     def run(body: bytes) -> bytes:
         wanted = json.loads(body)
-        messages = wanted["messages"]
-        chats = [] if messages is None else [[{"role": r, "content": c} for r, c in messages]]
+        template, conversation = wanted["template"], wanted["conversation"]
         try:
-            texts: list[str] = render_jinja_template(  # type: ignore[assignment]
-                conversations=chats,
-                chat_template=wanted["template"],
-                add_generation_prompt=True,
-                **given["variables"],
-            )[0]
+            if conversation is None:
+                text = variables_of(template)
+            else:
+                text = rendered(template, conversation)
         except MemoryError:
             raise
         except Exception as error:  # a template is foreign code and may raise anything
             raise RefusalError(error_line(error)) from error
         try:
-            return str("".join(texts)).encode()
+            return text.encode()
         except UnicodeEncodeError as error:
             raise RefusalError("it gives half a surrogate pair, which is no text") from error
 

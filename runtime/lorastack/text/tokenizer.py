@@ -158,6 +158,18 @@ class Tokenizer:
         template = self._hf.chat_template
         return template.get("default") if isinstance(template, dict) else template
 
+    def template(self, *, with_tools: bool) -> str:
+        """The model's own chat template for such chats; some have another one for tools.
+
+        Raises InvalidArgumentError if there is none.
+        """
+        if not self._hf.chat_template:
+            raise _no_template()
+        try:
+            return str(self._hf.get_chat_template(tools=[] if with_tools else None))
+        except ValueError as error:  # several templates, none of which is the default
+            raise InvalidArgumentError(template_refusal(str(error))) from error
+
     @property
     def template_variables(self) -> dict[str, str]:
         """What templates may use beside the messages: the special tokens by name."""
@@ -182,10 +194,7 @@ class Tokenizer:
         if not messages:
             raise InvalidArgumentError("The chat has no messages: send at least one.")
         if not self._hf.chat_template:
-            raise InvalidArgumentError(
-                "The model has no chat template: send a prompt instead of chat messages, or use a "
-                "LoRA whose folder has chat_template.jinja."
-            )
+            raise _no_template()
         conversation = [{"role": role, "content": content} for role, content in messages]
         try:
             text = self._hf.apply_chat_template(
@@ -247,6 +256,13 @@ def _declared(folder: Path) -> dict[str, Any]:
         value = declared.get(name)
         check(value is None or is_valid(value), path, name, rule, value)
     return declared
+
+
+def _no_template() -> InvalidArgumentError:
+    return InvalidArgumentError(
+        "The model has no chat template: send a prompt instead of chat messages, or use a LoRA "
+        "whose folder has chat_template.jinja."
+    )
 
 
 def template_refusal(cause: str) -> str:

@@ -24,9 +24,20 @@ class Ids:
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """A conversation: (role, content) pairs for a chat template."""
+    """A conversation for a chat template: (role, content) pairs, and JSON as the caller wrote it.
+
+    fields: what else each message has, an object or "" for each; () if none has any.
+    """
 
     messages: tuple[tuple[str, str], ...]
+    fields: tuple[str, ...] = ()
+    tools: str = ""
+    variables: str = ""
+
+    @property
+    def is_plain(self) -> bool:
+        """True for roles and contents alone."""
+        return not (self.fields or self.tools or self.variables)
 
 
 @dataclass(frozen=True, slots=True)

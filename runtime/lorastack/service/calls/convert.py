@@ -6,7 +6,7 @@ version does not have is UnimplementedError, both naming the field.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from lorastack.errors import InvalidArgumentError, UnimplementedError
 from lorastack.request import (
@@ -89,11 +89,20 @@ def prompt_input(
             limits.check_length(given, "chat.messages", limits.MAX_MESSAGES)
             messages = tuple((entry.role, entry.content) for entry in given)
             limits.check_messages(messages)
-            return Chat(messages)
+            return Chat(
+                messages,
+                tuple(entry.fields_json for entry in given) if _has_fields(given) else (),
+                message.chat.tools_json,
+                message.chat.variables_json,
+            )
         case _:
             raise InvalidArgumentError(
                 "the request has no input; set prompt, token_ids or chat", field="input"
             )
+
+
+def _has_fields(messages: Iterable[generation_pb2.ChatMessage]) -> bool:
+    return any(message.fields_json for message in messages)
 
 
 def _refuse_unimplemented(message: generation_pb2.GenerateRequest) -> None:

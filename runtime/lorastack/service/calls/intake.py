@@ -13,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import replace
+from itertools import chain
 from typing import TypeVar
 
 from lorastack.sandbox.fair_queue import FairQueue
@@ -87,13 +88,19 @@ class Intake:
         self._preparer.check_length(_num_bytes(given), field)
 
     async def _rendered(self, given: Given, lora_id: str, caller: str) -> Given:
-        """A chat as text if its single LoRA has a template, which wins over the model's."""
-        if not isinstance(given, Chat) or not lora_id:
+        """A chat as text, if a worker process renders it.
+
+        One does if the single LoRA has a template, which wins over the model's, and for tools and
+        other JSON: such values may keep even the model's own template busy for ever.
+        """
+        if not isinstance(given, Chat):
             return given
-        template = await run_in(self._workers, self._catalogue.own_template, lora_id)
-        if template is None:
+        template = None
+        if lora_id:
+            template = await run_in(self._workers, self._catalogue.own_template, lora_id)
+        if template is None and given.is_plain:
             return given
-        return Rendered(await self._untrusted.render(template, given.messages, caller))
+        return Rendered(await self._untrusted.render(template, given, caller))
 
     async def _run(self, work: Callable[[], T], is_long: bool, caller: str) -> T:
         """Runs `work` in a thread; it keeps its seat until it ends, even if its caller has gone."""
@@ -121,8 +128,9 @@ def _num_bytes(given: Given) -> int:
     match given:
         case Text(text) | Rendered(text):
             return _length(text)
-        case Chat(messages):
-            return sum(_length(part) for message in messages for part in message)
+        case Chat(messages, fields, tools, variables):
+            parts = chain(chain.from_iterable(messages), fields, (tools, variables))
+            return sum(map(_length, parts))
     return 0
 
 

@@ -96,6 +96,7 @@ class Preparer:
                 self.check_length(len(text.encode()), "prompt")
                 prompt_ids = tuple(tokenizer.encode(text))
             case Chat(messages):
+                assert given.is_plain, "the rest is rendered before, in a worker process"
                 return self.encode(Rendered(tokenizer.render(messages)))
             case Rendered(text):
                 self.check_length(len(text.encode()), "chat")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 from collections import OrderedDict
 from dataclasses import replace
 from typing import NoReturn
@@ -13,6 +14,8 @@ from lorastack.errors import InternalError, InvalidArgumentError, Reason, Resour
 from lorastack.sandbox.pool import JobError, Pool
 from lorastack.sandbox.tasks import GRAMMAR, TEMPLATE, template_body
 from lorastack.sandbox.wire import Job, Limits, Outcome
+from lorastack.service.calls.call import Chat
+from lorastack.text.conversation import conversation
 from lorastack.text.grammar import GrammarCompiler, JsonSchema, Regex, refuse
 from lorastack.text.tokenizer import Tokenizer, template_refusal
 from lorastack.text.trial import trial_body
@@ -20,6 +23,8 @@ from lorastack.text.trial import trial_body
 TEMPLATE_LIMITS = Limits(cpu=0.5, wall=20.0, memory=256 * MIB, output=0)  # output: the text's
 GRAMMAR_LIMITS = Limits(cpu=1.0, wall=20.0, memory=128 * MIB, output=4096)
 MAX_VERDICTS = 1024
+MAX_NAMES = 256  # templates whose variables are remembered
+NAMES_BYTES = 1 << 17  # of one template's variables, JSON
 UPLOADER = "an upload"  # all uploads queue for workers as one caller
 UPLOAD_PATIENCE = 10.0  # seconds that the store's one thread waits for a verdict
 
@@ -39,6 +44,7 @@ class Untrusted:
         grammar_limits: Limits = GRAMMAR_LIMITS,
     ) -> None:
         """max_text: bytes of text that a template may give."""
+        self._tokenizer = tokenizer
         self._models_own = tokenizer.chat_template
         self._grammars = grammars
         self._template_limits = replace(template_limits, output=max_text)
@@ -46,6 +52,8 @@ class Untrusted:
         self._loop: asyncio.AbstractEventLoop | None = None
         # By the hash of a grammar's text: the bytes that it takes, or why it was refused.
         self._verdicts: OrderedDict[bytes, int | str] = OrderedDict()
+        # By the hash of a template: the variables that it reads.
+        self._names: OrderedDict[bytes, list[str]] = OrderedDict()
         self.pool = Pool(
             {
                 TEMPLATE: lambda: {"variables": tokenizer.template_variables},
@@ -61,16 +69,46 @@ class Untrusted:
         """Ends the worker processes; whoever waits gets UnavailableError."""
         await self.pool.close()
 
-    async def render(
-        self, template: str, messages: tuple[tuple[str, str], ...], caller: str
-    ) -> str:
-        """A conversation as text. Raises InvalidArgumentError, and what `Pool.run` raises."""
-        body = await asyncio.to_thread(template_body, template, messages)
+    async def render(self, template: str | None, chat: Chat, caller: str) -> str:
+        """A conversation as text. template: None is the model's own.
+
+        Raises InvalidArgumentError, also for what is given and the template does not read, and
+        what `Pool.run` raises.
+        """
+        fields = chat.fields or ("",) * len(chat.messages)
+        special = self._tokenizer.template_variables
+        given = await asyncio.to_thread(
+            conversation, chat.messages, fields, chat.tools, chat.variables, special
+        )
+        if template is None:
+            template = self._tokenizer.template(with_tools=given.tools is not None)
+        if not chat.is_plain:
+            given.check_read(template, await self._read_by(template, caller))
+        body = await asyncio.to_thread(template_body, template, given)
         job = Job(task=TEMPLATE, body=body, limits=self._template_limits)
         try:
             return (await self.pool.run(job, caller)).decode()
         except JobError as error:
             self._refuse_template(error)
+
+    async def _read_by(self, template: str, caller: str) -> list[str]:
+        """The names of the variables that a template reads."""
+        key = hashlib.sha256(template.encode()).digest()
+        if (names := self._names.get(key)) is not None:
+            self._names.move_to_end(key)
+            return names
+        try:
+            names = list(json.loads(await self.pool.run(self._compiling(template), caller)))
+        except JobError as error:
+            self._refuse_template(error)
+        self._names[key] = names
+        if len(self._names) > MAX_NAMES:
+            self._names.popitem(last=False)
+        return names
+
+    def _compiling(self, template: str) -> Job:
+        limits = replace(self._template_limits, output=NAMES_BYTES)
+        return Job(task=TEMPLATE, body=template_body(template, None), limits=limits)
 
     def check_template(self, template: str) -> None:
         """Raises InvalidArgumentError for one that does not compile. Not for the event loop.
@@ -80,7 +118,7 @@ class Untrusted:
         if template == self._models_own:
             return
         assert self._loop is not None, "attach() comes first"
-        job = Job(task=TEMPLATE, body=template_body(template, None), limits=self._template_limits)
+        job = self._compiling(template)
         compiling = asyncio.run_coroutine_threadsafe(self.pool.run(job, UPLOADER), self._loop)
         try:
             compiling.result(UPLOAD_PATIENCE)
@@ -140,8 +178,7 @@ class Untrusted:
             case _:
                 raise _not_the_callers(error) from None
         raise InvalidArgumentError(
-            f"The chat template of the LoRA {cause}: shorten the chat, send a prompt, or repair "
-            "the template."
+            f"The chat template {cause}: shorten the chat, send a prompt, or repair the template."
         ) from None
 
     def _why_not(self, error: JobError) -> str:
