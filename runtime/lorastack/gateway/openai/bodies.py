@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 MAX_CHOICES = 16  # n
@@ -26,7 +26,7 @@ def _refuse(value: object) -> None:
 
 Refused: TypeAlias = Annotated[None, BeforeValidator(_refuse)]  # null passes
 Uint32: TypeAlias = Annotated[int, Field(ge=0, le=2**32 - 1)]
-Ids: TypeAlias = Annotated[list[Uint32], FailFast(), Field(min_length=1, max_length=MAX_IDS)]
+Ids: TypeAlias = Annotated[list[Uint32], Field(fail_fast=True, min_length=1, max_length=MAX_IDS)]
 Penalty: TypeAlias = Annotated[float, Field(ge=-2, le=2)]
 Name: TypeAlias = Annotated[str, Field(min_length=1, max_length=4096)]
 
@@ -140,8 +140,8 @@ class GenerationBody(_Harmless):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Uint32 | None = None
-    stop: str | Annotated[list[str], FailFast(), Field(max_length=16)] | None = None
-    stop_token_ids: Annotated[list[Uint32], FailFast(), Field(max_length=1024)] | None = None
+    stop: str | Annotated[list[str], Field(fail_fast=True, max_length=16)] | None = None
+    stop_token_ids: Annotated[list[Uint32], Field(fail_fast=True, max_length=1024)] | None = None
     ignore_eos: bool | None = None
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -152,9 +152,7 @@ class GenerationBody(_Harmless):
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
     logit_bias: (
-        Annotated[
-            dict[Uint32, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)
-        ]
+        Annotated[dict[Uint32, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)]
         | None
     ) = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
@@ -163,8 +161,8 @@ class GenerationBody(_Harmless):
     guided_regex: str | None = None
     structured_outputs: StructuredOutputs | None = None
     medusa_id: str | None = None
-    loras: Annotated[list[LoraScale], FailFast(), Field(max_length=16)] | None = None
-    lora: Annotated[list[LlamaLora], FailFast(), Field(max_length=16)] | None = None
+    loras: Annotated[list[LoraScale], Field(fail_fast=True, max_length=16)] | None = None
+    lora: Annotated[list[LlamaLora], Field(fail_fast=True, max_length=16)] | None = None
     speculation: Literal["auto", "off"] | SpeculationOptions | None = None
 
 
@@ -173,9 +171,9 @@ class CompletionBody(GenerationBody):
 
     prompt: (
         str
-        | Annotated[list[str], FailFast(), Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
         | Ids
-        | Annotated[list[Ids], FailFast(), Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[Ids], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
     )
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
@@ -211,10 +209,10 @@ class Message(Strict):
     """One message. A content of several parts is joined by newlines."""
 
     role: Annotated[str, Field(min_length=1, max_length=64)]
-    content: str | Annotated[list[TextPart], FailFast(), Field(max_length=1024)] | None = None
+    content: str | Annotated[list[TextPart], Field(fail_fast=True, max_length=1024)] | None = None
     name: str | None = None
     tool_call_id: str | None = None
-    tool_calls: Annotated[list[MadeCall], FailFast(), Field(max_length=256)] | None = None
+    tool_calls: Annotated[list[MadeCall], Field(fail_fast=True, max_length=256)] | None = None
     refusal: Refused = None
     audio: Refused = None
     function_call: Refused = None
@@ -253,11 +251,11 @@ class NamedTool(Strict):
 class ChatBody(GenerationBody):
     """POST /v1/chat/completions. max_completion_tokens is max_tokens by its newer name."""
 
-    messages: Annotated[list[Message], FailFast(), Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: Uint32 | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    tools: Annotated[list[Tool], FailFast(), Field(max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None

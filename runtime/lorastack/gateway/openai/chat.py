@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -255,7 +255,7 @@ def _whole(ask: _Ask, top: Head, finals: Sequence[GenerateResponse]) -> ChatRepl
     )
 
 
-async def _events(ask: _Ask, top: Head, rows: Rows) -> AsyncIterator[bytes]:
+async def _events(ask: _Ask, top: Head, rows: Rows) -> AsyncGenerator[bytes]:
     options = ask.body.stream_options
     with_usage = options is not None and options.include_usage
     streams = [_Row(ask, top, index, with_usage) for index in range(len(ask.rows))]
@@ -323,8 +323,10 @@ class _Row:
             given = [""]
         made = b""
         for each in given:
-            call = isinstance(each, ToolCall)
-            made += self._chunk({"tool_calls": [each.delta()]} if call else {"content": each}, logprobs)
+            told = (
+                {"tool_calls": [each.delta()]} if isinstance(each, ToolCall) else {"content": each}
+            )
+            made += self._chunk(told, logprobs)
             logprobs = None
         return made
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -146,8 +146,8 @@ def _prompts(given: str | list[str] | list[int] | list[list[int]]) -> Sequence[s
     if isinstance(given, str):
         return [given]
     if isinstance(given[0], int):
-        return [given]  # type: ignore[list-item]
-    return given  # type: ignore[return-value]
+        return [given]
+    return given
 
 
 def _whole(ask: _Ask, top: Head, finals: Sequence[GenerateResponse]) -> CompletionReply:
@@ -184,7 +184,7 @@ def _drop_output(ask: _Ask, finals: Sequence[GenerateResponse]) -> None:
             final.finish_reason = GenerateResponse.LENGTH
 
 
-async def _events(ask: _Ask, top: Head, rows: Rows) -> AsyncIterator[bytes]:
+async def _events(ask: _Ask, top: Head, rows: Rows) -> AsyncGenerator[bytes]:
     options = ask.body.stream_options
     with_usage = options is not None and options.include_usage
     streams = [_Row(ask, top, index, with_usage) for index in range(len(ask.rows))]

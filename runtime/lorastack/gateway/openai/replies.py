@@ -171,7 +171,10 @@ def chat_logprobs(tokens: Iterable[Token], num_top: int) -> dict[str, Any]:
 
 def completion_logprobs(tokens: Iterable[Token], offset: int) -> dict[str, Any]:
     """A choice's `logprobs` in a completion. offset: of the first token's text, in characters."""
-    texts, logprobs, tops, offsets = [], [], [], []
+    texts: list[str] = []
+    offsets: list[int] = []
+    logprobs: list[float | None] = []
+    tops: list[dict[str, float] | None] = []
     for token in tokens:
         texts.append(token.text)
         offsets.append(offset)
@@ -182,8 +185,9 @@ def completion_logprobs(tokens: Iterable[Token], offset: int) -> dict[str, Any]:
             continue
         logprobs.append(max(token.logprob, LOWEST))
         top: dict[str, float] = {}
-        for each in (*token.top, token):
+        for each in token.top:
             top.setdefault(each.text, max(each.logprob, LOWEST))
+        top.setdefault(token.text, max(token.logprob, LOWEST))
         tops.append(top)
     return {
         "text_offset": offsets,
