@@ -25,7 +25,12 @@ from lorastack.gateway.statuses import http_status, retry_after
 
 BODY_PATIENCE = 30.0  # seconds until a request's body must be there
 MAX_SHOWN = 3  # of a body's mistakes
+# Reading a value takes far longer than a byte of text, and nobody else is served
+# meanwhile; each unknown key is a mistake of its own. Token ids are values.
+MAX_VALUES, MAX_KEYS = 1 << 18, 1 << 14
+SMALL_BODY = 64 << 10  # bytes that are read without counting
 OUR_BUG = "the gateway failed; its log says how"
+_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)  # of JSON, or all behind a lone quote
 _REQUEST_ID = re.compile(r"[!-~]{1,64}")  # printable ASCII: it goes into logs and headers
 
 logger = logging.getLogger(__name__)
@@ -96,6 +101,7 @@ class Operation(Generic[Body]):
 
 def parsed(model: type[Body], raw: bytes) -> Body:
     """A body as its model. Raises InvalidArgumentError naming the fields that are wrong."""
+    _check_values(raw)
     try:
         return model.model_validate_json(raw)
     except ValidationError as error:
@@ -103,6 +109,18 @@ def parsed(model: type[Body], raw: bytes) -> Body:
         shown = "; ".join(_mistake(mistake) for mistake in mistakes[:MAX_SHOWN])
         path = [str(part) for part in mistakes[0]["loc"]]
         raise InvalidArgumentError(shown, field=".".join(path)[:200]) from None
+
+
+def _check_values(raw: bytes) -> None:
+    if len(raw) <= SMALL_BODY:
+        return
+    structure = _STRING.sub(b"", raw)
+    if structure.count(b",") > MAX_VALUES or structure.count(b":") > MAX_KEYS:
+        raise InvalidArgumentError(
+            f"the body holds more than {MAX_VALUES} values or {MAX_KEYS} keys; send fewer, or a "
+            "text instead of token ids",
+            field="body",
+        )
 
 
 def _mistake(mistake: Any) -> str:

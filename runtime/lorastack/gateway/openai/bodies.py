@@ -13,7 +13,7 @@ from pydantic_core import PydanticCustomError
 
 MAX_CHOICES = 16  # n
 MAX_PROMPTS = 64  # rows of one body: prompts times n
-MAX_IDS = 1 << 20
+MAX_IDS = 1 << 18
 MAX_MESSAGES = 1024
 MAX_TOOLS = 256
 MAX_TOP_LOGPROBS = 20
