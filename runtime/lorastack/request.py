@@ -135,6 +135,7 @@ class Request:
     loras: tuple[LoraUse, ...] = ()  # sorted by digest
     heads: HeadsUse | None = None
     num_logprobs: int | None = None  # n: the sampled token's and the n best; None: no logprobs
+    num_prompt_logprobs: int | None = None  # the same of each token of the prompt
     deadline: float | None = None  # time.monotonic() seconds
     grammar: Grammar | None = None  # None: any text
 
@@ -181,6 +182,14 @@ class GeneratedToken:
     logprobs: TokenLogprobs | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptToken:
+    """One token of the prompt. logprobs: behind the tokens before it; None: it is the first."""
+
+    id: int
+    logprobs: TokenLogprobs | None
+
+
 @dataclass(slots=True, kw_only=True)
 class SpeculationStats:
     """Counts over a row's decode steps (the step that finishes the prompt is not one).
@@ -224,6 +233,7 @@ class RowEvent:
     request_id: str
     text: str = ""  # newly settled text: whole characters, no part of a stop sequence
     tokens: tuple[GeneratedToken, ...] = ()
+    prompt_tokens: tuple[PromptToken, ...] = ()  # all of them before the first of `tokens`
     final: Final | None = None
     error: LorastackError | None = None
 

@@ -79,11 +79,13 @@ def join(parts: Sequence[pb.GenerateStreamResponse]) -> pb.GenerateResponse:
     assert [part.HasField("final") for part in parts] == [False] * (len(parts) - 1) + [True]
     reply = pb.GenerateResponse()
     reply.CopyFrom(parts[-1].final)
-    assert not (reply.text or reply.token_ids or reply.tokens)
+    assert not (reply.text or reply.token_ids or reply.tokens or reply.prompt_tokens)
     reply.text = "".join(part.text for part in parts)
     for part in parts:
         reply.token_ids.extend(part.token_ids)
         reply.tokens.extend(part.tokens)
+        assert not (part.prompt_tokens and reply.token_ids[: -len(part.token_ids) or None])
+        reply.prompt_tokens.extend(part.prompt_tokens)
     return reply
 
 

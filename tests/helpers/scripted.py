@@ -30,7 +30,7 @@ from lorastack.errors import LorastackError
 from lorastack.layout import AdapterLayout
 from lorastack.model.backends.base import Backend
 from lorastack.model.kv import KVCache
-from lorastack.request import Final, GeneratedToken, Request, RowEvent
+from lorastack.request import Final, GeneratedToken, PromptToken, Request, RowEvent
 from lorastack.speculation.cost import CostCurve
 from lorastack.speculation.proposal import Proposal
 from lorastack.text.tokenizer import Tokenizer
@@ -44,6 +44,7 @@ class Output:
     """What a request came to."""
 
     tokens: list[GeneratedToken] = field(default_factory=list)
+    prompt_tokens: list[PromptToken] = field(default_factory=list)
     text: str = ""
     final: Final | None = None
     error: LorastackError | None = None
@@ -58,6 +59,8 @@ class Output:
 
     def add(self, event: RowEvent) -> None:
         assert not self.ended, "an event after the last"
+        assert not (event.prompt_tokens and self.tokens), "the prompt comes first"
+        self.prompt_tokens += event.prompt_tokens
         self.tokens += event.tokens
         self.text += event.text
         self.final, self.error = event.final, event.error
@@ -129,6 +132,8 @@ class ScriptedProposer:
     ) -> tuple[list[Proposal | None], list[str]]:
         """See `Proposer.propose`."""
         failed: list[str] = []
+        if not any(step.num_candidates for step in steps):
+            return [None] * len(steps), failed
         places = guessed_places(steps, last)
         proposals = [
             self._propose(step, place, failed) for step, place in zip(steps, places, strict=True)

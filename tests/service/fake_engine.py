@@ -14,6 +14,7 @@ from lorastack.request import (
     Final,
     FinishReason,
     GeneratedToken,
+    PromptToken,
     Request,
     RowEvent,
     SpeculationStats,
@@ -239,10 +240,20 @@ class FakeEngine:
             request_id=request.request_id,
             text=self.tokenizer.token_text(token_id),
             tokens=(self._token(token_id, request.num_logprobs),),
+            prompt_tokens=() if row.num_done > 1 else self._prompt_tokens(request),
         )
         if row.num_done < request.stop.max_new_tokens:
             return event
         return replace(event, final=self._end(row, FinishReason.LENGTH).final)
+
+    def _prompt_tokens(self, request: Request) -> tuple[PromptToken, ...]:
+        if request.num_prompt_logprobs is None:
+            return ()
+        found = [self._token(each, request.num_prompt_logprobs) for each in request.prompt_ids]
+        return tuple(
+            PromptToken(id=token.id, logprobs=token.logprobs if index else None)
+            for index, token in enumerate(found)
+        )
 
     def _token(self, token_id: int, num_logprobs: int | None) -> GeneratedToken:
         logprobs = None

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
-from lorastack.errors import InvalidArgumentError, LorastackError, Reason, UnimplementedError
+from lorastack.errors import InvalidArgumentError, LorastackError, Reason
 from lorastack.layout import ModelShapes
 from lorastack.request import (
     GeneratedToken,
+    PromptToken,
     RowEvent,
     SamplingParams,
     SpeculationParams,
@@ -137,10 +138,6 @@ INVALID: list[tuple[str, dict[str, Any]]] = [
     ("request_id", {"request_id": "x" * 129}),
 ]
 
-UNIMPLEMENTED: list[tuple[str, dict[str, Any]]] = [
-    ("output.prompt_logprobs", {"output": pb.OutputParams(prompt_logprobs=True)}),
-]
-
 
 def refusal(model: ServedModel, fields: dict[str, Any]) -> LorastackError:
     with pytest.raises(LorastackError) as caught:
@@ -155,16 +152,6 @@ def test_bad_values_are_refused_by_name(
     error = refusal(model, fields)
     assert type(error) is InvalidArgumentError
     assert error.reason is Reason.INVALID_REQUEST
-    assert error.metadata == {"field": field}
-    assert field in error.message
-
-
-@pytest.mark.parametrize(("field", "fields"), UNIMPLEMENTED)
-def test_what_this_version_lacks_is_refused_by_name(
-    model: ServedModel, field: str, fields: dict[str, Any]
-) -> None:
-    error = refusal(model, fields)
-    assert type(error) is UnimplementedError
     assert error.metadata == {"field": field}
     assert field in error.message
 
@@ -241,6 +228,25 @@ def test_all_values_arrive(model: ServedModel) -> None:
     assert full.stop.time_limit == 1.5
     assert full.speculation == SpeculationParams(enabled=True, max_nodes=63)
     assert (full.num_logprobs, full.return_prompt) == (20, True)
+
+
+@pytest.mark.parametrize("logprobs", [False, True])
+def test_top_logprobs_go_with_either_list(model: ServedModel, logprobs: bool) -> None:
+    output = pb.OutputParams(prompt_logprobs=True, top_logprobs=3, logprobs=logprobs)
+    asked = call(model, output=output)
+    assert (asked.num_prompt_logprobs, asked.num_logprobs) == (3, 3 if logprobs else None)
+    assert call(model, output=pb.OutputParams(logprobs=True)).num_prompt_logprobs is None
+
+
+def test_long_lists_are_made_in_pieces() -> None:
+    """Others have their turn between two; nothing is lost."""
+    top = tuple((index, -1.0) for index in range(20))
+    token = PromptToken(id=1, logprobs=TokenLogprobs(logprob=-1.0, top=top))
+    events = [RowEvent(request_id="id", prompt_tokens=(token,) * 64)] * 9
+    pieces = list(convert.in_pieces(events))
+    assert [event for piece in pieces for event in piece] == events
+    assert {len(piece) for piece in pieces} == {1, 2}
+    assert list(convert.in_pieces(events[:1])) == [events[:1]]
 
 
 def test_formats_arrive_as_they_are(model: ServedModel) -> None:

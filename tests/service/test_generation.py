@@ -36,18 +36,22 @@ def ask(prompt: str = "hello", num_new: int = 8, **fields: object) -> pb.Generat
 
 
 def test_unary_is_the_joined_stream(client: Client) -> None:
-    request = ask(num_new=20, output=pb.OutputParams(logprobs=True, top_logprobs=2))
+    output = pb.OutputParams(logprobs=True, top_logprobs=2, prompt_logprobs=True)
+    request = ask(num_new=20, output=output)
     whole = client.generate(request)
     *parts, last = client.stream(request)
     assert "".join(part.text for part in parts) == whole.text
     assert [token for part in parts for token in part.token_ids] == list(whole.token_ids)
     assert [token for part in parts for token in part.tokens] == list(whole.tokens)
+    assert [token for part in parts for token in part.prompt_tokens] == list(whole.prompt_tokens)
+    assert whole.prompt_tokens and not last.prompt_tokens
     assert not any(part.HasField("final") for part in parts)
     assert (last.text, list(last.token_ids), list(last.tokens)) == ("", [], [])
     for message in (whole, last.final):
         message.ClearField("text")
         message.ClearField("token_ids")
         message.ClearField("tokens")
+        message.ClearField("prompt_tokens")
         message.ClearField("request_id")
     assert last.final == whole
 

@@ -17,6 +17,7 @@ from lorastack.service.calls.call import Chat, GenerateCall, Ids, Rendered, Text
 from lorastack.service.calls.catalogue import Catalogue
 from lorastack.service.calls.prepare import Preparer
 from lorastack.service.calls.served import TEXT_SLACK
+from lorastack.service.edge import limits
 from lorastack.text.grammar import JsonSchema, Regex
 from lorastack.text.tokenizer import Tokenizer
 from tests.helpers.tiny import build_tokenizer, write_tokenizer
@@ -50,6 +51,21 @@ def preparer_of(registry: Registry, tokenizer: Tokenizer, shapes: ModelShapes) -
 
 def prepare(preparer: Preparer, **fields: Any) -> Any:
     return preparer.prepare(replace(CALL, **fields), None).request
+
+
+def test_a_prompts_list_is_bounded(preparer: Preparer) -> None:
+    """Counted with its likely tokens, before anything runs."""
+    room = limits.MAX_PROMPT_LOGPROBS
+    limits.check_prompt_logprobs(room // 21, 20)
+    for num_prompt, num_top in ((room // 21 + 1, 20), (room + 1, 0)):
+        with pytest.raises(InvalidArgumentError) as refusal:
+            limits.check_prompt_logprobs(num_prompt, num_top)
+        assert refusal.value.reason is Reason.REQUEST_TOO_LARGE
+    assert prepare(preparer, num_prompt_logprobs=20).num_prompt_logprobs == 20
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(limits, "MAX_PROMPT_LOGPROBS", 20)
+        with pytest.raises(InvalidArgumentError, match="log-probabilities"):
+            prepare(preparer, num_prompt_logprobs=20)
 
 
 def test_heads_that_may_not_draft_are_checked_and_not_used(preparer: Preparer) -> None:

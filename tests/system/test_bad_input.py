@@ -128,12 +128,6 @@ REQUESTS: dict[str, Refusal] = {
         Reason.INVALID_GRAMMAR,
         "not",
     ),
-    **{
-        name: (request, UnimplementedError, Reason.NOT_IMPLEMENTED, name)
-        for name, request in (
-            ("prompt_logprobs", ask(output=pb.OutputParams(prompt_logprobs=True))),
-        )
-    },
 }
 
 

@@ -37,6 +37,7 @@ class RowStep:
     adapters: RowAdapters
     num_candidates: int  # tokens that each head shall propose; 0: heads do not run
     processor: Processor | None = None  # None: tokens come from the model's own logits
+    scored: range = range(0)  # places in token_ids whose logits score the prompt's next token
 
     @property
     def decodes(self) -> bool:
@@ -68,11 +69,13 @@ class Batch:
 class RowResult:
     """What a step gave a row. tokens: of the accepted nodes, then one more sample; or ().
 
-    sources: of the accepted nodes. error: ends the row, behind the tokens if there are any.
+    sources: of the accepted nodes. prompt_logprobs: of the tokens behind `RowStep.scored`.
+    error: ends the row, behind the tokens if there are any.
     """
 
     tokens: tuple[int, ...] = ()
     sources: tuple[TokenSource, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     proposal: Proposal | None = None
     error: LorastackError | None = None

@@ -47,7 +47,7 @@ class Holds:
 
         make_room: frees pages that others hold; False: it found none to free.
         """
-        cached, hashes = self._pages.match(row.kv_root, row.tokens)
+        cached, hashes = self._pages.match(row.kv_root, row.cacheable)
         missing = self._pages.pages_for(len(row.tokens)) - len(cached)
         while (fresh := self._pages.allocate(missing)) is None:
             if not make_room():

@@ -12,10 +12,12 @@ from lorastack.request import (
     FinishReason,
     GeneratedToken,
     Matcher,
+    PromptToken,
     Request,
     RowEvent,
     SpeculationStats,
     Timings,
+    TokenLogprobs,
     TokenSource,
 )
 from lorastack.sampling.processors import Processor, needs_processor
@@ -44,6 +46,7 @@ class Row:
     continuation: Continuation = NOWHERE  # what the lookup gave for this step
     parked: bool = False  # its reader is slow: keeps its pages, takes no step
     cancelled: bool = False
+    num_listed: int = 0  # prompt tokens that an event has given, if their logprobs are wanted
     num_cached: int = 0  # prompt tokens found in the prefix cache at first admission
     stats: SpeculationStats = field(default_factory=SpeculationStats)
     adapter_wait_start: float | None = None
@@ -86,6 +89,27 @@ class Row:
     def decodes(self) -> bool:
         """True if only its last token has no KV: its next step makes a token and may draft."""
         return self.num_pending == 1
+
+    @property
+    def lists_prompt(self) -> bool:
+        """True if the prompt's log-probabilities are wanted and some were not given yet."""
+        return self.request.num_prompt_logprobs is not None and self.num_listed < self.num_prompt
+
+    @property
+    def num_unscored(self) -> int:
+        """Tokens, from the first without KV on, whose logits say nothing that is still wanted.
+
+        Of a row that lists its prompt: the logits behind its last listed token are the next ones.
+        """
+        return max(self.num_listed - 1 - self.num_computed, 0)
+
+    @property
+    def cacheable(self) -> Sequence[int]:
+        """Its tokens as far as the prefix cache may hold them, see `Pages.match`.
+
+        The logits behind a cached token are gone; `match` leaves the last of these tokens out.
+        """
+        return self.tokens[: self.num_listed] if self.lists_prompt else self.tokens
 
     @property
     def kv_root(self) -> bytes:
@@ -138,6 +162,24 @@ class Row:
         if self.adapter_wait_start is not None:
             self.adapter_wait += now - self.adapter_wait_start
             self.adapter_wait_start = None
+
+    def scored(self, num_tokens: int) -> range:
+        """Of a chunk of so many tokens, those whose logits score a prompt token not listed yet."""
+        if not self.lists_prompt:
+            return range(0)
+        return range(self.num_unscored, min(num_tokens, self.num_prompt - 1 - self.num_computed))
+
+    def list_prompt(self, logprobs: Sequence[TokenLogprobs]) -> tuple[PromptToken, ...]:
+        """The next tokens of the prompt, with these; before them the first, which has none."""
+        if not self.lists_prompt:
+            return ()
+        found: list[TokenLogprobs | None] = [] if self.num_listed else [None]
+        found.extend(logprobs)
+        ids = self.request.prompt_ids[self.num_listed : self.num_listed + len(found)]
+        self.num_listed += len(found)
+        return tuple(
+            PromptToken(id=token, logprobs=each) for token, each in zip(ids, found, strict=True)
+        )
 
     def append(self, result: RowResult, eos_ids: frozenset[int], now: float) -> RowEvent:
         """Take a step's tokens, up to the first that ends the row: then the event is its last."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lorastack.engine.acceptance import SampledRow, accept_rows
 from lorastack.engine.batch import Batch, RowResult, RowStep
@@ -54,12 +54,15 @@ class Runner:
 
     def run(self, batch: Batch) -> StepResults:
         """Runs one step: one forward pass, then the heads of rows that ask for candidates."""
-        forward, sampled = self._lay_out(batch)
+        forward, sampled, firsts = self._lay_out(batch)
         outputs = self._backend.forward(forward, self._kv)
-        results = [RowResult() for _ in batch.steps]
+        peaks_X = outputs.peaks_X.tolist()
+        results = [
+            self._score(step, first, outputs, peaks_X) if step.scored else RowResult()
+            for step, first in zip(batch.steps, firsts, strict=True)
+        ]
         if not sampled:
             return StepResults(results)
-        peaks_X = outputs.peaks_X.tolist()
         accepted = accept_rows(self._backend.ops, sampled, outputs)
         self._move_kv(sampled, accepted)
         last = [
@@ -71,18 +74,22 @@ class Runner:
         proposals, failed = self._proposer.propose(steps, last, outputs.hidden_XH)
         seconds = time.monotonic() - began
         for row, path, proposal in zip(sampled, accepted, proposals, strict=True):
-            results[row.index] = self._result(row, path, proposal, outputs, peaks_X)
+            scored = results[row.index]
+            if scored.error is None:
+                result = self._result(row, path, proposal, outputs, peaks_X)
+                results[row.index] = replace(result, prompt_logprobs=scored.prompt_logprobs)
         return StepResults(results, seconds, failed)
 
-    def _lay_out(self, batch: Batch) -> tuple[ForwardBatch, list[SampledRow]]:
-        """The step for the backend, and its rows that sample.
+    def _lay_out(self, batch: Batch) -> tuple[ForwardBatch, list[SampledRow], list[int]]:
+        """The step for the backend, its rows that sample, and each row's first output.
 
-        Results are wanted of all nodes of a tree, and of a chain's last token.
+        Results are wanted of all nodes of a tree, of a chain's last token, and of scored tokens.
         """
         token_ids: list[int] = []
         spans: list[RowSpan] = []
         outputs: list[int] = []
         sampled: list[SampledRow] = []
+        firsts: list[int] = []
         for index, step in enumerate(batch.steps):
             start = len(token_ids)
             token_ids.extend(step.token_ids)
@@ -90,6 +97,8 @@ class Runner:
             parents = step.tree.parents if step.tree else None
             prompt = len(step.request.prompt_ids)
             spans.append(RowSpan(start, end, step.block_table, step.committed, parents, prompt))
+            firsts.append(len(outputs))
+            outputs.extend(start + place for place in step.scored)
             if step.samples:
                 tree = step.tree or Tree.root(step.token_ids[-1])
                 params = step.request.sampling
@@ -103,7 +112,20 @@ class Runner:
             self._stacks.segments(batch.steps, [len(step.token_ids) for step in batch.steps]),
             [row.sampled for row in sampled if row.by_backend],
         )
-        return forward, sampled
+        return forward, sampled, firsts
+
+    def _score(
+        self, step: RowStep, first: int, outputs: Outputs, peaks_X: list[float]
+    ) -> RowResult:
+        """The log-probabilities of the prompt tokens behind the scored ones. first: its output."""
+        nodes = range(first, first + len(step.scored))
+        if not all(math.isfinite(peaks_X[node]) for node in nodes):
+            return RowResult(error=_non_finite(step.request))
+        start = step.committed + step.scored.start + 1
+        ids = step.request.prompt_ids[start : start + len(nodes)]
+        num_top = step.request.num_prompt_logprobs or 0
+        logprobs = self._backend.ops.logprobs(outputs.logits_XV, nodes, ids, num_top)
+        return RowResult(prompt_logprobs=tuple(logprobs))
 
     def _move_kv(self, sampled: list[SampledRow], accepted: list[Accepted]) -> None:
         """Moves the KV of each accepted path behind its root's, in order."""

@@ -12,6 +12,7 @@ from lorastack.adapters.memory.pool import DevicePool
 from lorastack.config import EngineConfig
 from lorastack.engine.admission import LOOK_AHEAD, admission_order, is_overdue
 from lorastack.engine.batch import Batch, RowAdapters, RowResult, RowStep
+from lorastack.engine.chunks import ChunkBudget
 from lorastack.engine.holds import Holds
 from lorastack.engine.pace import Pace
 from lorastack.engine.pages import Pages
@@ -89,12 +90,12 @@ class Scheduler:
         with advisory():
             self._speculator.choose_heads(decoding)
         num_reading = self.rows.num_active - len(decoding)  # with prompt tokens left
-        budget = self._pace.budget(decoding=len(decoding), waiting=num_reading)
+        budget = ChunkBudget(self._pace.budget(decoding=len(decoding), waiting=num_reading))
         for row in list(self.rows.running):
             if row.parked or row not in self.rows.running:  # preempted by a row before it
                 continue
             with self._blaming(row):
-                budget -= self._schedule_row(row, budget, now)
+                self._schedule_row(row, budget, now)
         self._admit(budget, now)
         if not self._planned:
             return None
@@ -155,20 +156,21 @@ class Scheduler:
         elif limit is not None and now >= row.submitted + limit:
             self._finish(row, FinishReason.TIME_LIMIT, now)
 
-    def _schedule_row(self, row: Row, budget: int, now: float) -> int:
-        """Plan one running row; returns how much of the prompt budget it took."""
-        num_tokens = 1 if row.decodes else min(row.num_pending, budget)
+    def _schedule_row(self, row: Row, budget: ChunkBudget, now: float) -> None:
+        """Plan one running row. Those that decode take nothing of the budget."""
+        num_tokens = 1 if row.decodes else budget.chunk(row)
         adapters = self._pin(row, now)
         if adapters is None:
-            return 0
+            return
         # A row without budget has asked all the same: one that does not ask loses its adapters.
         if num_tokens <= 0 or not self.rows.make_room(row, row.num_computed + num_tokens):
             self._holds.unpin(row)
-            return 0
+            return
         self._planned.append(Plan(row, num_tokens, adapters))
-        return 0 if row.decodes else num_tokens
+        if not row.decodes:
+            budget.take(row, num_tokens)
 
-    def _admit(self, budget: int, now: float) -> None:
+    def _admit(self, budget: ChunkBudget, now: float) -> None:
         """Start waiting rows. Others pass a row whose LoRAs are missing, until it is overdue.
 
         Then a slot is kept for it. No more rows ask for LoRAs than could start, as asking may take
@@ -192,10 +194,9 @@ class Scheduler:
                 num_slots -= 1
             elif adapters is None:
                 num_asking += 1
-            elif budget <= 0:
+            elif not budget.admits(row):
                 self._holds.unpin(row)  # it had to ask, or it would lose its place in the queue
             elif self._start(row, adapters, budget, now):
-                budget -= self._planned[-1].num_tokens
                 num_slots -= 1
             else:
                 return
@@ -206,12 +207,14 @@ class Scheduler:
         if row.request.heads is not None and self._speculator.max_nodes(row):
             self._pool.prefetch([row.request.heads.digest])
 
-    def _start(self, row: Row, adapters: RowAdapters, budget: int, now: float) -> bool:
+    def _start(self, row: Row, adapters: RowAdapters, budget: ChunkBudget, now: float) -> bool:
         """Plan a waiting row's first chunk; False: too few pages."""
         if not self.rows.start(row, now):
             self._holds.unpin(row)
             return False
-        self._planned.append(Plan(row, min(row.num_pending, budget), adapters))
+        num_tokens = budget.chunk(row)
+        self._planned.append(Plan(row, num_tokens, adapters))
+        budget.take(row, num_tokens)
         return True
 
     def _trees(self, plans: list[Plan]) -> list[Tree | None]:
@@ -245,11 +248,15 @@ class Scheduler:
             adapters=plan.adapters,
             num_candidates=NUM_CANDIDATES if plan.samples and plan.adapters.heads else 0,
             processor=row.processor,
+            scored=row.scored(len(chain)),
         )
 
     def _take_in(self, row: Row, step: RowStep, result: RowResult, now: float) -> None:
         """Take in one row's result. An error ends the row behind the tokens that came before it."""
         self._commit(row, step, result)
+        if listed := row.list_prompt(result.prompt_logprobs):
+            event = RowEvent(request_id=row.request.request_id, prompt_tokens=listed)
+            self._events.append(event)
         if result.tokens:
             event = row.append(result, self._eos_ids, now)
             if event.final is not None:

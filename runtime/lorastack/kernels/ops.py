@@ -28,6 +28,8 @@ from lorastack.kernels.quantize import Kind, Quantised, quantise_native, quantis
 from lorastack.kernels.sample import Sample, sample_native, sample_torch
 from lorastack.request import TokenLogprobs
 
+LOGPROB_ROWS = 16  # rows of logits that are weighed at once: what that takes beside stays small
+
 
 class Ops:
     """Everything in plain torch, on any device."""
@@ -72,13 +74,19 @@ class Ops:
         of its token in `token_ids` and of its `num_top` best, ties to the lowest id."""
         num_top = min(num_top, logits_XV.shape[1])
         results = []
-        for row, token_id in zip(rows, token_ids, strict=True):
-            logits_V = logits_XV[row]
-            total = logits_V.double().logsumexp(0)
-            ids = self.top(logits_V[None], num_top).ids_XR[0].tolist() if num_top else []
-            values = logits_V[[token_id, *ids]].double() - total
-            logprob, *best = values.tolist()
-            results.append(TokenLogprobs(logprob=logprob, top=tuple(zip(ids, best, strict=True))))
+        for start in range(0, len(rows), LOGPROB_ROWS):
+            piece = slice(start, start + LOGPROB_ROWS)
+            logits_NV = logits_XV[list(rows[piece])]
+            ids_NR = torch.tensor(token_ids[piece], device=logits_NV.device)[:, None]
+            if num_top:
+                ids_NR = torch.cat((ids_NR, self.top(logits_NV, num_top).ids_XR), dim=1)
+            totals_N1 = logits_NV.double().logsumexp(1, keepdim=True)
+            values_NR = logits_NV.gather(1, ids_NR).double() - totals_N1
+            for (_, *ids), (logprob, *best) in zip(
+                ids_NR.tolist(), values_NR.tolist(), strict=True
+            ):
+                top = tuple(zip(ids, best, strict=True))
+                results.append(TokenLogprobs(logprob=logprob, top=top))
         return results
 
     def _sample(self, logits_XV: Tensor, samples: Sequence[Sample]) -> list[int]:

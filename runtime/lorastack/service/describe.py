@@ -10,7 +10,8 @@ from lorastack.v1 import generation_pb2
 
 FEATURES = (
     *("chat", "lora", "lora_stack", "logprobs", "medusa", "medusa_tree"),
-    *("response_format", "return_prompt", "sampling", "seed", "stop_sequences", "time_limit"),
+    *("prompt_logprobs", "response_format", "return_prompt", "sampling", "seed"),
+    *("stop_sequences", "time_limit"),
 )
 
 

@@ -65,4 +65,5 @@ class GenerateCall:
     speculation: SpeculationParams
     num_logprobs: int | None
     return_prompt: bool
+    num_prompt_logprobs: int | None = None
     response_format: JsonSchema | Regex | None = None

@@ -1,18 +1,18 @@
 """GenerationService's messages on one side, our own types on the other; no other file knows both.
 
-Requests are checked here field by field: a bad value is InvalidArgumentError, a field that this
-version does not have is UnimplementedError, both naming the field.
+Requests are checked here field by field: a bad value is InvalidArgumentError that names the field.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
-from lorastack.errors import InvalidArgumentError, UnimplementedError
+from lorastack.errors import InvalidArgumentError
 from lorastack.request import (
     Final,
     FinishReason,
     GeneratedToken,
+    PromptToken,
     Request,
     RowEvent,
     SamplingParams,
@@ -30,6 +30,9 @@ from lorastack.text.grammar import JsonSchema, Regex
 from lorastack.text.tokenizer import Tokenizer
 from lorastack.v1 import generation_pb2
 
+# Tokens, and likely ones beside them, that one part of a reply is made of: some milliseconds of the
+# event loop.
+MOST_LISTED = 2048
 _SOURCES = {
     TokenSource.MODEL: generation_pb2.Token.MODEL,
     TokenSource.HEADS: generation_pb2.Token.HEADS,
@@ -51,8 +54,9 @@ def generate_call(
 ) -> GenerateCall:
     """Checks every field and converts. request_id: the caller's or ours."""
     limits.check_request_id(message.request_id)
-    _refuse_unimplemented(message)
-    sampling, stop = message.sampling, message.stop
+    sampling, stop, output = message.sampling, message.stop, message.output
+    num_top = output.top_logprobs
+    limits.check_logprobs(output.logprobs or output.prompt_logprobs, num_top)
     max_new_tokens = stop.max_new_tokens if stop.HasField("max_new_tokens") else None
     if max_new_tokens is not None:
         limits.check_max_new_tokens(max_new_tokens, model.max_context)
@@ -66,8 +70,9 @@ def generate_call(
         max_new_tokens=max_new_tokens,
         stop=_stop(stop, model.vocab_size),
         speculation=_speculation(message.speculation),
-        num_logprobs=_num_logprobs(message.output),
-        return_prompt=message.output.return_prompt,
+        num_logprobs=num_top if output.logprobs else None,
+        num_prompt_logprobs=num_top if output.prompt_logprobs else None,
+        return_prompt=output.return_prompt,
         response_format=_response_format(message.response_format),
     )
 
@@ -103,14 +108,6 @@ def prompt_input(
 
 def _has_fields(messages: Iterable[generation_pb2.ChatMessage]) -> bool:
     return any(message.fields_json for message in messages)
-
-
-def _refuse_unimplemented(message: generation_pb2.GenerateRequest) -> None:
-    if message.output.prompt_logprobs:
-        field = "output.prompt_logprobs"
-        raise UnimplementedError(
-            f"{field} is not implemented in this version; leave it unset", field=field
-        )
 
 
 def _loras(message: generation_pb2.GenerateRequest) -> tuple[tuple[str, float], ...]:
@@ -191,11 +188,6 @@ def _typical(message: generation_pb2.Speculation) -> TypicalAcceptance | None:
     return typical
 
 
-def _num_logprobs(message: generation_pb2.OutputParams) -> int | None:
-    limits.check_logprobs(message.logprobs, message.top_logprobs)
-    return message.top_logprobs if message.logprobs else None
-
-
 def _response_format(message: generation_pb2.ResponseFormat) -> JsonSchema | Regex | None:
     match message.WhichOneof("format"):
         case "json_schema":
@@ -208,15 +200,28 @@ def _response_format(message: generation_pb2.ResponseFormat) -> JsonSchema | Reg
     return wanted
 
 
+def in_pieces(events: Sequence[RowEvent]) -> Iterator[Sequence[RowEvent]]:
+    """Runs of events whose parts are made at once: none lists much more than MOST_LISTED tokens."""
+    start = listed = 0
+    for end, event in enumerate(events, start=1):
+        tokens: tuple[GeneratedToken | PromptToken, ...] = (*event.prompt_tokens, *event.tokens)
+        listed += len(tokens) + sum(len(each.logprobs.top) for each in tokens if each.logprobs)
+        if listed >= MOST_LISTED or end == len(events):
+            yield events[start:end]
+            start, listed = end, 0
+
+
 def stream_part(
     events: Sequence[RowEvent], tokenizer: Tokenizer
 ) -> generation_pb2.GenerateStreamResponse:
     """The text and tokens of some events of one row."""
+    prompt = [token for event in events for token in event.prompt_tokens]
     tokens = [token for event in events for token in event.tokens]
     return generation_pb2.GenerateStreamResponse(
         text="".join(event.text for event in events),
         token_ids=[token.id for token in tokens],
         tokens=[_token(token, tokenizer) for token in tokens],
+        prompt_tokens=[_token(token, tokenizer) for token in prompt],
     )
 
 
@@ -228,6 +233,7 @@ def joined(
     for part in parts:
         final.token_ids.extend(part.token_ids)
         final.tokens.extend(part.tokens)
+        final.prompt_tokens.extend(part.prompt_tokens)
     return final
 
 
@@ -285,12 +291,12 @@ def _adapters_used(request: Request) -> generation_pb2.AdaptersUsed:
     )
 
 
-def _token(token: GeneratedToken, tokenizer: Tokenizer) -> generation_pb2.Token:
+def _token(token: GeneratedToken | PromptToken, tokenizer: Tokenizer) -> generation_pb2.Token:
     message = generation_pb2.Token(
         id=token.id,
         text=tokenizer.token_text(token.id),
         special=tokenizer.is_special(token.id),
-        source=_SOURCES[token.source],
+        source=_SOURCES[token.source] if isinstance(token, GeneratedToken) else None,
     )
     if token.logprobs is not None:
         message.logprob = token.logprobs.logprob

@@ -112,10 +112,13 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             stream.submit(prepared.request)
             while True:
                 events = await stream.take()
-                part = convert.stream_part(events, self._model.tokenizer)
-                self._metrics.generated(len(part.token_ids))
-                if part.token_ids or part.text:
-                    await stream.hand_over(write(part))
+                for piece in convert.in_pieces(events):
+                    part = convert.stream_part(piece, self._model.tokenizer)
+                    self._metrics.generated(len(part.token_ids))
+                    if part.token_ids or part.text or part.prompt_tokens:
+                        await stream.hand_over(write(part))
+                    if piece[-1] is not events[-1]:
+                        await asyncio.sleep(0)  # others' turn
                 if (error := events[-1].error) is not None:
                     raise self._catalogue.with_ids(error)
                 if (final := events[-1].final) is not None:

@@ -14,6 +14,7 @@ from lorastack.request import Grammar, Request, StopParams
 from lorastack.service.calls.call import Chat, GenerateCall, Given, Ids, Rendered, Text
 from lorastack.service.calls.catalogue import Catalogue
 from lorastack.service.calls.served import ServedModel
+from lorastack.service.edge import limits
 from lorastack.text.grammar import GrammarCompiler, JsonSchema, Regex
 
 
@@ -42,6 +43,8 @@ class Preparer:
         """
         loras, heads = self._catalogue.resolve(call.loras, call.medusa_id)
         prompt_ids = self.encode(call.input)
+        if call.num_prompt_logprobs is not None:
+            limits.check_prompt_logprobs(len(prompt_ids), call.num_prompt_logprobs)
         sampling = call.sampling
         if not call.seeded and not sampling.greedy:
             sampling = replace(sampling, seed=secrets.randbits(64))
@@ -56,6 +59,7 @@ class Preparer:
             # Heads that may not draft are checked like all others, but neither loaded nor reported.
             heads=heads if call.speculation.enabled else None,
             num_logprobs=call.num_logprobs,
+            num_prompt_logprobs=call.num_prompt_logprobs,
             deadline=deadline,
             grammar=None if wanted is None else self._grammar(wanted, prompt_ids, grammar_bytes),
         )

@@ -20,6 +20,7 @@ from lorastack.text.grammar import JsonSchema, Regex
 
 MAX_NODES = 63  # drafted tokens a step
 MAX_TOP_LOGPROBS = 20
+MAX_PROMPT_LOGPROBS = 1 << 18  # of a prompt's tokens and likely ones, in one reply
 MAX_LORAS = 16
 MAX_LORA_SCALE = 1e6  # either way; adapters' alpha is bounded likewise when they are stored
 MAX_STOP_SEQUENCES = 16
@@ -220,10 +221,24 @@ def check_format(wanted: JsonSchema | Regex) -> None:
 
 
 def check_logprobs(wanted: bool, num_top: int) -> None:
-    """wanted: output.logprobs; num_top: output.top_logprobs."""
+    """wanted: output.logprobs or output.prompt_logprobs; num_top: output.top_logprobs."""
     field = "output.top_logprobs"
     check(num_top <= MAX_TOP_LOGPROBS, field, f"at most {MAX_TOP_LOGPROBS}", num_top)
-    check(wanted or num_top == 0, field, "0 unless logprobs is set", num_top)
+    rule = "0 unless logprobs or prompt_logprobs is set"
+    check(wanted or num_top == 0, field, rule, num_top)
+
+
+def check_prompt_logprobs(num_prompt: int, num_top: int) -> None:
+    """Bounds the list of a prompt's tokens and their `num_top` likely ones."""
+    num_listed = num_prompt * (1 + num_top)
+    if num_listed > MAX_PROMPT_LOGPROBS:
+        raise InvalidArgumentError(
+            f"output.prompt_logprobs of {num_prompt} tokens with top_logprobs {num_top} makes "
+            f"{num_listed} log-probabilities, and a reply lists {MAX_PROMPT_LOGPROBS} of a prompt "
+            "at most; lower top_logprobs or shorten the prompt",
+            reason=Reason.REQUEST_TOO_LARGE,
+            field="output.top_logprobs" if num_top else "output.prompt_logprobs",
+        )
 
 
 def _check_ids(ids: Collection[int], field: str, vocab_size: int) -> None:
