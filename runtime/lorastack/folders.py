@@ -19,6 +19,7 @@ _TRAINER_STATE = (
 _RESULTS = "_results.json"  # train_results.json, all_results.json
 _CONFIG = "adapter_config.json"
 _HEADS = "medusa_lm_head.safetensors"
+ALIAS_NAME = "alias.json"  # all of a folder that names other adapters
 _MAX_NAMED = 64  # left-out files that a message names; the rest are counted
 
 
@@ -38,12 +39,12 @@ def choose(names: Iterable[str], where: str, files_in: Callable[[str], Collectio
 
     names: the folder's, inner folders with a slash at the end; where: the folder, for messages;
     files_in: lists an inner folder, so that a refusal can say which hold adapters. Raises
-    InvalidArgumentError if there are no weights that may be sent.
+    InvalidArgumentError if there are neither weights that may be sent nor an alias.json.
     """
     shown = sorted(names)
     files = [name for name in shown if belongs(name)]
     left_out = [name for name in shown if not belongs(name)]
-    if not any(name.endswith(".safetensors") for name in files):
+    if ALIAS_NAME not in files and not any(name.endswith(".safetensors") for name in files):
         remedy = _remedy(left_out, files_in) or _has(files, left_out)
         raise InvalidArgumentError(
             f"{where} holds no *.safetensors file{remedy}", reason=Reason.INVALID_ADAPTER

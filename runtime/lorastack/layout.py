@@ -45,16 +45,17 @@ class AdapterKind(StrEnum):
     LORA = "lora"
     MEDUSA = "medusa"
     LORA_WITH_MEDUSA = "lora_with_medusa"
+    ALIAS = "alias"  # a name for other adapters, without a tensor
 
     @property
     def has_lora(self) -> bool:
         """True if a row may name it in its stack."""
-        return self is not AdapterKind.MEDUSA
+        return self in (AdapterKind.LORA, AdapterKind.LORA_WITH_MEDUSA)
 
     @property
     def has_heads(self) -> bool:
         """True if a row may use its Medusa heads."""
-        return self is not AdapterKind.LORA
+        return self in (AdapterKind.MEDUSA, AdapterKind.LORA_WITH_MEDUSA)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,6 +14,9 @@ from typing import Protocol
 
 from lorastack.errors import LorastackError
 
+MAX_LORAS = 16  # in a stack
+MAX_LORA_SCALE = 1e6  # either way; adapters' alpha is bounded likewise when they are stored
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraUse:

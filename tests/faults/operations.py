@@ -7,10 +7,11 @@ from pathlib import Path
 
 from lorastack.adapters.store.manifest import FileSpec
 from lorastack.adapters.store.registry import Registry
-from tests.adapters.folders import sha256, store
+from tests.adapters.folders import VALIDATE, sha256, store
 
 ONE = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"1" * 3000}
 TWO = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"2" * 3000}
+ALIAS = {"alias.json": b'{"loras": [{"lora_id": "old", "scale": 0.5}]}'}
 ORPHAN = b"of an upload that was never published"
 
 
@@ -31,6 +32,10 @@ def describe(registry: Registry) -> None:
     store(registry, "old", ONE | {"README.md": b"new"})
 
 
+def name_alias(registry: Registry) -> None:
+    store(registry, "alias", ALIAS, validate=VALIDATE)
+
+
 def roll_back(registry: Registry) -> None:
     registry.rollback("twice", registry.revisions("twice")[-1].digest)
 
@@ -49,7 +54,10 @@ def nothing(registry: Registry) -> None:
 
 OPERATIONS: dict[str, Callable[[Registry], None]] = {
     operation.__name__: operation
-    for operation in (upload, replace, repeat, describe, roll_back, choose_heads, delete, nothing)
+    for operation in (
+        *(upload, replace, repeat, describe, name_alias),
+        *(roll_back, choose_heads, delete, nothing),
+    )
 }
 
 

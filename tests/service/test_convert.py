@@ -9,6 +9,7 @@ import pytest
 from lorastack.errors import InvalidArgumentError, LorastackError, Reason
 from lorastack.layout import ModelShapes
 from lorastack.request import (
+    MAX_LORAS,
     GeneratedToken,
     PromptToken,
     RowEvent,
@@ -76,7 +77,7 @@ INVALID: list[tuple[str, dict[str, Any]]] = [
     ("loras.scale", loras({"lora_id": "a", "scale": 1.1e6})),
     ("loras.scale", loras({"lora_id": "a", "scale": -3e38})),
     ("loras", loras({"lora_id": "a"}, {"lora_id": "a", "scale": 2})),
-    ("loras", loras(*({"lora_id": f"a{n}"} for n in range(limits.MAX_LORAS + 1)))),
+    ("loras", loras(*({"lora_id": f"a{n}"} for n in range(MAX_LORAS + 1)))),
     ("sampling.temperature", sampling(temperature=-0.5)),
     ("sampling.temperature", sampling(temperature=NAN)),
     ("sampling.temperature", sampling(temperature=INF)),

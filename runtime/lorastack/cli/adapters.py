@@ -11,6 +11,7 @@ import typer
 
 from lorastack.adapters.store.fsck import check_store
 from lorastack.adapters.store.ids import NO_HEADS
+from lorastack.cli.inputs import lora_ref
 from lorastack.cli.options import (
     UINT32,
     BaseName,
@@ -78,6 +79,30 @@ def upload(
     show_stored(adapter, as_json)
 
 
+@adapters.command()
+def alias(
+    alias_id: Annotated[
+        str, typer.Argument(metavar="NAME", help="The alias' id.", show_default=False)
+    ],
+    lora: Annotated[
+        list[str] | None,
+        typer.Option("--lora", metavar="ID[:SCALE]", help="A LoRA; repeat it for a stack."),
+    ] = None,
+    medusa_id: Annotated[
+        str,
+        typer.Option("--medusa", metavar="ID|none", help="Its heads.", show_default="not its part"),
+    ] = "",
+    if_digest: IfDigest = None,
+    server: Server = DEFAULT_SERVER,
+    as_json: Json = False,
+) -> None:
+    """Name a selection of stored LoRAs and heads; requests give the name as their LoRA."""
+    refs = [lora_ref(text) for text in lora or ()]
+    loras = [(ref.lora_id, ref.scale if ref.HasField("scale") else 1.0) for ref in refs]
+    with Client(server) as client:
+        show_stored(client.alias(alias_id, loras, medusa_id, if_digest=if_digest), as_json)
+
+
 @adapters.command("list")
 def list_adapters(
     prefix: Annotated[str, typer.Option("--prefix", help="Only ids that start so.")] = "",
@@ -91,6 +116,7 @@ def list_adapters(
     if as_json:
         print_json({"adapters": [to_dict(adapter) for adapter in listed]})
         return
+    aliases = any(adapter.kind == Adapter.ALIAS for adapter in listed)
     rows = [
         (
             adapter.id,
@@ -100,10 +126,12 @@ def list_adapters(
             human_size(adapter.size_bytes),
             Adapter.Residency.Name(adapter.residency).lower(),
             short_digest(adapter.digest),
+            *([_stands_for(adapter)] if aliases else []),
         )
         for adapter in listed
     ]
-    print_table(("id", "kind", "rank", "heads", "size", "where", "digest"), rows)
+    headings = ("id", "kind", "rank", "heads", "size", "where", "digest")
+    print_table((*headings, *(["stands for"] if aliases else [])), rows)
     typer.echo(f"{human_size(stored)} on the server's disk, with older revisions", err=True)
 
 
@@ -295,7 +323,7 @@ def say_left_out(names: Sequence[str]) -> None:
 
 def show_stored(adapter: Adapter, as_json: bool) -> None:
     """Prints an adapter that was just stored, after its warnings."""
-    if not adapter.base_model:
+    if not adapter.base_model and adapter.kind != Adapter.ALIAS:
         typer.echo(
             "warning: its config names no base model; only shapes were checked against the "
             "server's",
@@ -312,7 +340,21 @@ def show_adapter(adapter: Adapter, as_json: bool) -> None:
     if as_json:
         print_json(fields)
     else:
-        _print_fields({**fields, "kind": _kind(adapter)})
+        shown = {"kind": _kind(adapter), "alias_loras": _loras_of(adapter)}
+        _print_fields({**fields, **shown})
+
+
+def _loras_of(adapter: Adapter) -> list[str]:
+    """What an alias names, as --lora takes it."""
+    return [
+        ref.lora_id if ref.scale == 1.0 else f"{ref.lora_id}:{ref.scale:g}"
+        for ref in adapter.alias_loras
+    ]
+
+
+def _stands_for(adapter: Adapter) -> str:
+    heads = [f"heads {adapter.alias_medusa_id}"] if adapter.alias_medusa_id else []
+    return ", ".join((*_loras_of(adapter), *heads))
 
 
 def _kind(adapter: Adapter) -> str:

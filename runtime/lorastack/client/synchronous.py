@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
@@ -24,6 +26,7 @@ from lorastack.client.calls import (
 from lorastack.client.downloading import new_folder, receive_files
 from lorastack.client.uploading import adapter_files, file_spec, send_files
 from lorastack.errors import ResourceExhaustedError
+from lorastack.folders import ALIAS_NAME
 from lorastack.v1 import adapters_pb2, adapters_pb2_grpc, generation_pb2, generation_pb2_grpc
 from lorastack.v1.adapters_pb2 import Adapter
 from lorastack.v1.generation_pb2 import (
@@ -213,6 +216,25 @@ class Client:
             accept_base=accept_base,
         )
         return send_files(self._adapters, self._server, header, paths, progress)
+
+    def alias(
+        self,
+        alias_id: str,
+        loras: Sequence[tuple[str, float]] = (),
+        medusa_id: str = "",
+        *,
+        if_digest: str | None = None,
+    ) -> Adapter:
+        """Stores a name for LoRAs, (id, scale) pairs, and heads: requests give it as lora_id.
+
+        medusa_id: "" leaves the heads to the request, "none" means no heads; if_digest: as in
+        `upload`. Raises NotFoundError or InvalidArgumentError that says which id is wrong.
+        """
+        entries = [{"lora_id": lora_id, "scale": scale} for lora_id, scale in loras]
+        with tempfile.TemporaryDirectory() as folder:
+            text = json.dumps({"loras": entries, "medusa_id": medusa_id})
+            Path(folder, ALIAS_NAME).write_text(text, encoding="utf-8")
+            return self.upload(Path(folder), alias_id, if_digest=if_digest)
 
     def pull(
         self,

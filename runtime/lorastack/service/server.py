@@ -204,6 +204,7 @@ class Server:
             registry=self._registry,
             engine=self._engine,
             validate=replace(validate, check_template=self._untrusted.check_template),
+            check_alias=self._catalogue.check_alias,
             fingerprint=self._model.fingerprint,
             keep_revisions=config.keep_revisions,
             needed=partial(needed_digests, self._dispatcher, self._pool, self._catalogue),

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lorastack.adapters.formats.alias import Alias
 from lorastack.layout import AdapterKind
 
 
@@ -22,20 +23,24 @@ class Facts:
     num_layers: int  # blocks a head; 0 without heads
     medusa_version: int  # 0 without heads
     warnings: tuple[str, ...] = ()  # what its owner should know
+    alias: Alias | None = None  # what an alias stands for; None for every other kind
 
     def to_json(self) -> dict[str, object]:
-        """The fields as `from_json` takes them: text, numbers and lists of text."""
+        """The fields as `from_json` takes them: JSON values; `alias` only of an alias."""
         lists = {"target_modules": list(self.target_modules), "warnings": list(self.warnings)}
-        return {**asdict(self), **lists, "kind": self.kind.value}
+        fields = {**asdict(self), **lists, "kind": self.kind.value}
+        del fields["alias"]
+        return fields if self.alias is None else {**fields, "alias": self.alias.to_json()}
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Facts:
-        """From parsed JSON. Raises KeyError, TypeError or ValueError for other fields.
+        """From parsed JSON. Raises KeyError, TypeError, ValueError or InvalidArgumentError.
 
         Manifests of older versions have no warnings.
         """
+        alias = Alias.from_json(fields["alias"]) if "alias" in fields else None
         tuples = {
             "target_modules": tuple(fields["target_modules"]),
             "warnings": tuple(fields.get("warnings", ())),
         }
-        return cls(**{**fields, **tuples, "kind": AdapterKind(fields["kind"])})
+        return cls(**{**fields, **tuples, "kind": AdapterKind(fields["kind"]), "alias": alias})

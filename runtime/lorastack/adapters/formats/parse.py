@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorastack.adapters.formats import medusa, peft
+from lorastack.adapters.formats.alias import parse_alias
 from lorastack.adapters.formats.base_names import Same, same_model
 from lorastack.adapters.formats.facts import Facts
 from lorastack.adapters.formats.jsonfile import read_object, read_text
 from lorastack.adapters.formats.refusal import invalid
 from lorastack.adapters.formats.tensorfile import check_finite, read_header
 from lorastack.errors import FailedPreconditionError, InvalidArgumentError, Reason
+from lorastack.folders import ALIAS_NAME
 from lorastack.layout import AdapterKind, ModelShapes, TensorKey
 from lorastack.tensorheader import TensorEntry
 
@@ -52,6 +54,8 @@ def parse(
     field, or tensor with both shapes.
     """
     _check_names(files)
+    if ALIAS_NAME in files:
+        return _alias(files)
     lora_config = _config(files, peft.CONFIG_NAME)
     heads_config = _config(files, medusa.CONFIG_NAME)
     if heads_config is not None and medusa.HEADS_FIELD not in heads_config:
@@ -87,6 +91,29 @@ def parse(
         else None
     )
     return _combine(lora, heads, chat_template(files) if scales is None else None)
+
+
+def _alias(files: Mapping[str, Path]) -> ParsedAdapter:
+    facts = Facts(
+        kind=AdapterKind.ALIAS,
+        base_model="",
+        rank=0,
+        alpha=0.0,
+        target_modules=(),
+        num_heads=0,
+        num_layers=0,
+        medusa_version=0,
+        alias=parse_alias(files),
+    )
+    return ParsedAdapter(
+        facts=facts,
+        base_models=(),
+        draft_vocabulary=(),
+        scales={},
+        chat_template=None,
+        tensors={},
+        base_copies={},
+    )
 
 
 def _combine(

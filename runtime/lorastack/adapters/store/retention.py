@@ -6,6 +6,7 @@ from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
+from lorastack.adapters.store.ids import split_reference
 from lorastack.adapters.store.manifest import Pointer
 from lorastack.adapters.store.tables import Tables
 from lorastack.errors import DataLossError, NotFoundError
@@ -25,12 +26,14 @@ def shortened(
 ) -> dict[str, Pointer]:
     """The shorter pointers, by id, of the ids that lose revisions.
 
-    keep: how many revisions an id keeps, at least 1; more if their digests are in_use or the
-    default heads'. adapter_id: a plain id, "" for all. Raises NotFoundError or DataLossError.
+    keep: how many revisions an id keeps, at least 1; more if their digests are in_use, the
+    default heads' or named by an alias (`id@sha256:...`). adapter_id: a plain id, "" for all.
+    Raises NotFoundError or DataLossError.
     """
     needed = {*in_use}
     with suppress(NotFoundError, DataLossError):
         needed.add(tables.resolve(tables.default_medusa).digest)
+    needed |= _named_by_aliases(tables)
     known: Collection[Pointer] = tables.pointers.values()
     if adapter_id:
         known = [tables.known_pointer(adapter_id)]
@@ -40,6 +43,13 @@ def shortened(
         for pointer in known
         if len((shorter := _keeping(pointer, keep, needed)).revisions) < len(pointer.revisions)
     }
+
+
+def _named_by_aliases(tables: Tables) -> set[str]:
+    """The digests of the revisions that the newest revision of an alias names."""
+    aliases = (record.manifest.facts.alias for record in tables.newest)
+    references = (split_reference(name) for alias in aliases if alias for name in alias.ids)
+    return {digest for _, digest in references if digest is not None}
 
 
 def num_revisions(tables: Tables) -> int:

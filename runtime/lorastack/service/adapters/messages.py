@@ -16,6 +16,7 @@ _KINDS = {
     AdapterKind.LORA: adapters_pb2.Adapter.LORA,
     AdapterKind.MEDUSA: adapters_pb2.Adapter.MEDUSA,
     AdapterKind.LORA_WITH_MEDUSA: adapters_pb2.Adapter.LORA_WITH_MEDUSA,
+    AdapterKind.ALIAS: adapters_pb2.Adapter.ALIAS,
 }
 
 
@@ -67,6 +68,10 @@ def adapter(record: Record, *, compatible: bool, usage: AdapterUsage) -> adapter
         residency=adapters_pb2.Adapter.DISK,
         in_flight=usage.in_flight.get(digest, 0),
     )
+    if (alias := facts.alias) is not None:
+        message.alias_medusa_id = alias.medusa_id
+        for lora_id, scale in alias.loras:
+            message.alias_loras.add(lora_id=lora_id, scale=scale)
     if (last_used := usage.last_used.get(digest)) is not None:
         message.last_used_at.FromMicroseconds(int(last_used * 1e6))
     if (device := usage.on_device.get(digest)) is not None:

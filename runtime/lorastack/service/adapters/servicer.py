@@ -26,7 +26,7 @@ from lorastack.service.adapters import messages
 from lorastack.service.adapters.transfer import Transfers
 from lorastack.service.adapters.uploads import Uploads
 from lorastack.service.adapters.writer import StoreWriter
-from lorastack.service.calls.catalogue import Catalogue
+from lorastack.service.calls.catalogue import Catalogue, check_no_alias
 from lorastack.service.calls.dispatch import Dispatcher
 from lorastack.service.edge.places import caller_of
 from lorastack.service.edge.status import CallGuard, Context, Notes, new_request_id
@@ -188,6 +188,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
             notes["adapter"] = request.id
             notes["pin"] = request.pin
             record = await run_in(self._readers, self._catalogue.servable, request.id)
+            check_no_alias(record, "load what it stands for")
             await self._load(record, request.pin)
             return self._noted(notes, record)
 
@@ -197,6 +198,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
         async with self._guard("UnloadAdapter", context, new_request_id()) as notes:
             notes["adapter"] = request.id
             record = await run_in(self._readers, self._registry.resolve, request.id)
+            check_no_alias(record, "unload what it stands for")
             await asyncio.wrap_future(self._engine.unload(record.digest))
             return self._noted(notes, record)
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Executor
-from functools import partial
+from pathlib import Path
 
+from lorastack.adapters.formats.alias import Alias
+from lorastack.adapters.formats.parse import ParsedAdapter
 from lorastack.adapters.formats.validate import Validator
 from lorastack.adapters.memory.pool import DevicePool
 from lorastack.adapters.store.ids import split_reference
@@ -37,17 +39,20 @@ class StoreWriter:
         registry: Registry,
         engine: Engine,
         validate: Validator,
+        check_alias: Callable[[str, Alias], None],
         fingerprint: str,
         keep_revisions: int,
         needed: Callable[[], Collection[str]],
     ) -> None:
-        """fingerprint: the base model's, which `validate` compares with. keep_revisions: revisions
+        """check_alias: raises unless what an alias of this id names is stored. fingerprint: the
+        base model's, which `validate` compares with. keep_revisions: revisions
         of each id that stay. needed: digests that stay beside them, as rows or pins may load them
         again; may be called in any thread.
         """
         self._registry = registry
         self._engine = engine
         self._validate = validate
+        self._check_alias = check_alias
         self._fingerprint = fingerprint
         self._keep_revisions = keep_revisions
         self._needed = needed
@@ -55,7 +60,13 @@ class StoreWriter:
     def commit(self, upload: Upload, *, accept_base: bool) -> Record:
         """Validates and publishes an upload. Raises what is wrong with it."""
         replaced = self._newest(upload.id)
-        validate = partial(self._validate, accept_base=accept_base)
+
+        def validate(files: Mapping[str, Path]) -> ParsedAdapter:
+            parsed = self._validate(files, accept_base=accept_base)
+            if parsed.facts.alias is not None:
+                self._check_alias(upload.id, parsed.facts.alias)
+            return parsed
+
         record = upload.commit(validate, base_fingerprint=self._fingerprint)
         self._forget(replaced)
         self._prune_quietly(upload.id)

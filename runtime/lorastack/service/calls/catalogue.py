@@ -7,9 +7,11 @@ Look-ups read the registry's tables in memory. What touches files (`own_template
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
-from lorastack.adapters.store.ids import NO_HEADS, RESERVED_IDS
+from lorastack.adapters.formats.alias import Alias
+from lorastack.adapters.store.ids import NO_HEADS, RESERVED_IDS, split_reference
 from lorastack.adapters.store.manifest import Record
 from lorastack.adapters.store.registry import Registry
 from lorastack.errors import (
@@ -42,17 +44,41 @@ class Catalogue:
     ) -> tuple[tuple[LoraUse, ...], HeadsUse | None]:
         """A call's LoRAs, (id, scale) pairs, as a stack in order of digest; and its heads.
 
-        Heads are those of medusa_id, else those that the call's only LoRA brings, else the default
-        ones. Raises NotFoundError, FailedPreconditionError for an adapter of another base model,
-        InvalidArgumentError for one of the wrong kind or named twice.
+        An alias, alone in loras, stands for its own LoRAs and heads. Heads are those of medusa_id,
+        else the alias', else those that the call's only LoRA brings, else the default ones. Raises
+        NotFoundError, FailedPreconditionError for an adapter of another base model,
+        InvalidArgumentError for one of the wrong kind or named twice; for what an alias names, the
+        message names both.
         """
-        records = [self.lora(lora_id) for lora_id, _ in loras]
-        heads = self._heads(medusa_id, records)
-        return _stack(loras, records), heads
+        alias_id, alias = self._alias(loras)
+        if alias is None:
+            records = [self.lora(lora_id) for lora_id, _ in loras]
+            return _stack(loras, records), self._heads(medusa_id, records)
+        with _named_by(alias_id):
+            records = [self.lora(lora_id) for lora_id, _ in alias.loras]
+            stack = _stack(alias.loras, records)
+            if alias.medusa_id and not medusa_id:
+                return stack, self._named_heads(alias.medusa_id)
+        return stack, self._heads(medusa_id, records)
+
+    def check_alias(self, alias_id: str, alias: Alias) -> None:
+        """Checks what an alias is about to be stored for: adapters that are here, of fitting kinds.
+
+        Raises as `resolve` would if a request named it.
+        """
+        with _named_by(alias_id):
+            if alias_id in {split_reference(reference)[0] for reference in alias.ids}:
+                raise InvalidArgumentError(
+                    "an alias cannot stand for itself; choose another id for it",
+                    reason=Reason.INVALID_ADAPTER,
+                )
+            _stack(alias.loras, [self.lora(lora_id) for lora_id, _ in alias.loras])
+            self._named_heads(alias.medusa_id)
 
     def lora(self, lora_id: str) -> Record:
-        """The record of a LoRA or bundle. Raises as `servable`; InvalidArgumentError for heads."""
+        """The record of a LoRA or bundle. Raises as `servable`; InvalidArgumentError for others."""
         record = self._record(lora_id, "lora_id")
+        check_no_alias(record, "no alias may be part of another selection")
         if not record.manifest.facts.kind.has_lora:
             raise InvalidArgumentError(
                 f"{lora_id!r} holds Medusa heads, not a LoRA; name it as medusa_id",
@@ -62,8 +88,9 @@ class Catalogue:
         return record
 
     def heads(self, medusa_id: str) -> HeadsUse:
-        """The heads of an id. Raises as `servable`; InvalidArgumentError for a plain LoRA."""
+        """The heads of an id. Raises as `servable`; InvalidArgumentError for others than heads."""
         record = self._record(medusa_id, "medusa_id")
+        check_no_alias(record, "name the heads themselves")
         if not record.manifest.facts.kind.has_heads:
             raise InvalidArgumentError(
                 f"{medusa_id!r} holds a LoRA without Medusa heads; name it as lora_id",
@@ -126,11 +153,12 @@ class Catalogue:
         return record
 
     def own_template(self, lora_id: str) -> str | None:
-        """A LoRA's own chat template; None if the model's serves for it too.
+        """The own chat template of a LoRA, or of an alias' only one; None if the model's serves.
 
-        Raises as `lora`.
+        Raises as `resolve`.
         """
-        return self._templates.of(self.lora(lora_id).digest)
+        stack, _ = self.resolve(((lora_id, 1.0),), NO_HEADS)
+        return self._templates.of(stack[0].digest) if len(stack) == 1 else None
 
     def with_ids(self, error: LorastackError) -> LorastackError:
         """An error about pinned memory, told in ids, which callers know rather than digests.
@@ -158,14 +186,80 @@ class Catalogue:
             )
         return self.servable(adapter_id)
 
+    def _alias(self, loras: Sequence[tuple[str, float]]) -> tuple[str, Alias | None]:
+        """The alias that a call names in place of LoRAs; ("", None) if it names none.
+
+        Raises InvalidArgumentError for one among others or with a scale, and as `servable`.
+        """
+        for lora_id, scale in loras:
+            alias = self._record(lora_id, "lora_id").manifest.facts.alias
+            if alias is None:
+                continue
+            if len(loras) > 1 or scale != 1.0:
+                raise InvalidArgumentError(
+                    f"{lora_id!r} is an alias, a whole selection with its own scales: put it as "
+                    "lora_id, alone, or name its parts in loras",
+                    reason=Reason.WRONG_ADAPTER_KIND,
+                    adapter_id=lora_id,
+                )
+            return lora_id, alias
+        return "", None
+
     def _heads(self, medusa_id: str, records: list[Record]) -> HeadsUse | None:
+        """The heads of a call. records: its LoRAs'."""
+        if not medusa_id:
+            return _brought(records) or self.default_heads()
         if medusa_id == NO_HEADS:
             return None
-        if medusa_id:
-            return self.heads(medusa_id)
-        if len(records) == 1 and records[0].manifest.facts.kind.has_heads:
-            return HeadsUse(medusa_id=records[0].id, digest=records[0].digest)
-        return self.default_heads()
+        alias = self._record(medusa_id, "medusa_id").manifest.facts.alias
+        return self.heads(medusa_id) if alias is None else self._heads_of_alias(medusa_id, alias)
+
+    def _heads_of_alias(self, alias_id: str, alias: Alias) -> HeadsUse:
+        """Those that a call gets by naming an alias as medusa_id."""
+        with _named_by(alias_id):
+            heads = self._named_heads(alias.medusa_id)
+            if heads is None and not alias.medusa_id:
+                heads = _brought([self.lora(lora_id) for lora_id, _ in alias.loras])
+        if heads is None:
+            raise InvalidArgumentError(
+                f"the alias {alias_id!r} names no Medusa heads; name it as lora_id",
+                reason=Reason.WRONG_ADAPTER_KIND,
+                adapter_id=alias_id,
+            )
+        return heads
+
+    def _named_heads(self, medusa_id: str) -> HeadsUse | None:
+        return None if medusa_id in ("", NO_HEADS) else self.heads(medusa_id)
+
+
+def check_no_alias(record: Record, remedy: str) -> None:
+    """Raises InvalidArgumentError that names what an alias stands for. remedy: what to do."""
+    if (alias := record.manifest.facts.alias) is not None:
+        raise InvalidArgumentError(
+            f"{record.id!r} is an alias of {', '.join(alias.ids)}: {remedy}",
+            reason=Reason.WRONG_ADAPTER_KIND,
+            adapter_id=record.id,
+        )
+
+
+@contextmanager
+def _named_by(alias_id: str) -> Iterator[None]:
+    """Errors about what an alias names name the alias as well."""
+    try:
+        yield
+    except LorastackError as error:
+        raise type(error)(
+            f"alias {alias_id!r}: {error.message}",
+            reason=error.reason,
+            **{**error.metadata, "alias_id": alias_id},
+        ) from None
+
+
+def _brought(records: Sequence[Record]) -> HeadsUse | None:
+    """The heads that a selection's only LoRA brings."""
+    if len(records) == 1 and records[0].manifest.facts.kind.has_heads:
+        return HeadsUse(medusa_id=records[0].id, digest=records[0].digest)
+    return None
 
 
 def _stack(loras: Sequence[tuple[str, float]], records: list[Record]) -> tuple[LoraUse, ...]:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from lorastack.errors import InvalidArgumentError
 from lorastack.request import (
+    MAX_LORAS,
     Final,
     FinishReason,
     GeneratedToken,
@@ -115,7 +116,7 @@ def _loras(message: generation_pb2.GenerateRequest) -> tuple[tuple[str, float], 
         rule = "empty when lora_id is set; put all LoRAs into loras"
         limits.check(not message.loras, "loras", rule)
         return ((message.lora_id, 1.0),)
-    limits.check_length(message.loras, "loras", limits.MAX_LORAS)
+    limits.check_length(message.loras, "loras", MAX_LORAS)
     loras = tuple(
         (ref.lora_id, ref.scale if ref.HasField("scale") else 1.0) for ref in message.loras
     )

@@ -16,6 +16,7 @@ from dataclasses import replace
 from itertools import chain
 from typing import TypeVar
 
+from lorastack.adapters.store.ids import NO_HEADS
 from lorastack.sandbox.fair_queue import FairQueue
 from lorastack.service.calls.call import Chat, GenerateCall, Given, Rendered, Text
 from lorastack.service.calls.catalogue import Catalogue
@@ -76,7 +77,7 @@ class Intake:
         """The ids that the model would run. Raises LorastackError."""
         self._check_length(given)
         if lora_id:
-            await run_in(self._workers, self._catalogue.lora, lora_id)
+            await run_in(self._workers, self._catalogue.resolve, ((lora_id, 1.0),), NO_HEADS)
         given = await self._rendered(given, lora_id, caller)
         return await self._run(lambda: self._preparer.encode(given), _is_long(given), caller)
 

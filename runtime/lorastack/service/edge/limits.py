@@ -15,14 +15,18 @@ from dataclasses import dataclass
 
 from lorastack.config import KIB, MIB
 from lorastack.errors import InvalidArgumentError, Reason
-from lorastack.request import SamplingParams, StopParams, TypicalAcceptance
+from lorastack.request import (
+    MAX_LORA_SCALE,
+    MAX_LORAS,
+    SamplingParams,
+    StopParams,
+    TypicalAcceptance,
+)
 from lorastack.text.grammar import JsonSchema, Regex
 
 MAX_NODES = 63  # drafted tokens a step
 MAX_TOP_LOGPROBS = 20
 MAX_PROMPT_LOGPROBS = 1 << 18  # of a prompt's tokens and likely ones, in one reply
-MAX_LORAS = 16
-MAX_LORA_SCALE = 1e6  # either way; adapters' alpha is bounded likewise when they are stored
 MAX_STOP_SEQUENCES = 16
 MAX_STOP_SEQUENCE_CHARS = 256
 MAX_STOP_TOKEN_IDS = 1024

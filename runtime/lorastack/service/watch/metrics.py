@@ -24,6 +24,7 @@ from lorastack.adapters.memory.pool import DevicePool, PoolStats
 from lorastack.adapters.store.registry import Registry
 from lorastack.config import AdapterConfig
 from lorastack.engine.engine import Engine
+from lorastack.layout import AdapterKind
 from lorastack.request import Final, Request, SpeculationStats, TokenSource
 
 # Seconds: from a warm step of a small model to the wait for a cold adapter behind others.
@@ -228,8 +229,14 @@ class StateCollector(Collector):
         yield _gauge("kv_pages", "Pages of the KV cache.", "state", pages)
 
     def _tiers(self, stats: PoolStats) -> Iterator[Metric]:
+        stored = self._registry.list()
         tiers = {
-            "disk": {r.digest: r.size_bytes for r in self._registry.list()},
+            # An alias is a name, and in no other tier.
+            "disk": {
+                record.digest: record.size_bytes
+                for record in stored
+                if record.manifest.facts.kind is not AdapterKind.ALIAS
+            },
             "host": self._host.snapshot(),
             "device": {adapter.digest: adapter.nbytes for adapter in stats.adapters},
         }
