@@ -265,6 +265,34 @@ def test_echo_gives_the_prompt_first(client: OpenAI, served: LiveServer, base: s
     assert alone.usage is not None and alone.usage.completion_tokens == 0
 
 
+def test_echo_with_logprobs_scores_the_prompt(
+    client: OpenAI, served: LiveServer, base: str
+) -> None:
+    asked: Any = {"model": base, "prompt": PROMPT, "echo": True, "logprobs": 1}
+    made = client.completions.create(**asked, **GREEDY)
+    told = made.choices[0].logprobs
+    assert told is not None and told.tokens and told.token_logprobs and told.top_logprobs
+    num_prompt = len(served.tokenize(PROMPT))
+    assert len(told.tokens) == num_prompt + LIMIT
+    assert told.token_logprobs[0] is None and told.top_logprobs[0] is None
+    assert all(each is not None for each in told.token_logprobs[1:])
+    request = ask(PROMPT, heads="", max_new_tokens=1)
+    request.output.logprobs = request.output.prompt_logprobs = True
+    expected = [token.logprob for token in served.client.generate(request).prompt_tokens][1:]
+    assert told.token_logprobs[1:num_prompt] == pytest.approx(expected)
+
+    text, tokens = "", []
+    for part in client.completions.create(stream=True, **asked, **GREEDY):
+        text += part.choices[0].text
+        if part.choices[0].logprobs:
+            tokens += part.choices[0].logprobs.tokens or []
+    assert (text, tokens) == (made.choices[0].text, told.tokens)
+
+    alone = client.completions.create(**asked, max_tokens=0).choices[0]
+    assert alone.text == PROMPT
+    assert alone.logprobs is not None and len(alone.logprobs.tokens or ()) == num_prompt
+
+
 class Answer(BaseModel):
     """What the model must fill in."""
 
@@ -363,21 +391,48 @@ def test_the_async_client(served: LiveServer, base_url: str, base: str) -> None:
     asyncio.run(run())
 
 
-def test_a_caller_who_leaves_ends_every_choice(
-    client: OpenAI, served: LiveServer, base: str
+@pytest.fixture
+def cancels(served: LiveServer, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The ids of the rows that are cancelled."""
+    seen: list[str] = []
+    cancel = served.engine.cancel
+
+    def record(request_id: str) -> None:
+        seen.append(request_id)
+        cancel(request_id)
+
+    monkeypatch.setattr(served.engine, "cancel", record)
+    return seen
+
+
+LONG: Any = {"temperature": 0, "max_tokens": 16_000, "extra_body": {"ignore_eos": True}}
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_caller_who_leaves_a_stream_ends_every_choice(
+    client: OpenAI, served: LiveServer, base: str, cancels: list[str], n: int
 ) -> None:
-    stream = client.completions.create(
-        model=base,
-        prompt=PROMPT,
-        n=3,
-        stream=True,
-        temperature=0,
-        max_tokens=200,
-        extra_body={"ignore_eos": True},
-    )
+    stream = client.completions.create(model=base, prompt=PROMPT, n=n, stream=True, **LONG)
     next(iter(stream))
     stream.close()
-    wait_until(lambda: served.engine.num_rows == 0, "all rows end")
+    wait_until(lambda: len(set(cancels)) == n, "all rows are cancelled")
+    served.assert_idle()
+
+
+def test_a_caller_who_leaves_ends_every_choice(
+    base_url: str, served: LiveServer, base: str, cancels: list[str]
+) -> None:
+    async def run() -> None:
+        async with AsyncOpenAI(base_url=f"{base_url}/v1", api_key="x", max_retries=0) as client:
+            asking = asyncio.create_task(
+                client.chat.completions.create(model=base, messages=CHAT, n=3, **LONG)
+            )
+            await asyncio.to_thread(wait_until, lambda: served.engine.num_rows == 3, "all rows run")
+            asking.cancel()
+            await asyncio.wait([asking])
+
+    asyncio.run(run())
+    wait_until(lambda: len(set(cancels)) == 3, "all rows are cancelled")
     served.assert_idle()
 
 
@@ -482,3 +537,32 @@ def test_a_stream_is_plain_server_sent_events(http: httpx.Client, base: str) -> 
     events = reply.text.split("\n\n")
     assert events[-2:] == ["data: [DONE]", ""]
     assert all(each.startswith("data: ") and "\n" not in each for each in events[:-1])
+
+
+def test_an_alias_is_a_model(client: OpenAI, served: LiveServer) -> None:
+    served.client.alias("whoever", [("say-owl", 1.0), ("random-a", 0.5)], "heads-owl")
+    try:
+        made: Any = client.completions.create(model="whoever", prompt=PROMPT, **GREEDY)
+        assert "whoever" in [model.id for model in client.models.list()]
+    finally:
+        served.client.delete_adapter("whoever")
+    expected = direct(served, stack=[("say-owl", 1.0), ("random-a", 0.5)], heads="heads-owl")
+    assert made.choices[0].text == expected.text
+    assert len(made.lorastack["loras"]) == 2
+    assert made.lorastack["medusa_id"] == "heads-owl"
+    with pytest.raises(openai.NotFoundError):
+        client.completions.create(model="whoever", prompt=PROMPT, **GREEDY)
+
+
+@pytest.mark.parametrize("placeholder", ["tgi", "dummy"])
+def test_what_tgis_clients_call_the_model_is_the_base(
+    client: OpenAI, served: LiveServer, placeholder: str
+) -> None:
+    made = client.completions.create(model=placeholder, prompt=PROMPT, **GREEDY)
+    assert made.choices[0].text == direct(served).text
+    served.client.alias(placeholder, [("say-owl", 1.0)])
+    try:
+        made = client.completions.create(model=placeholder, prompt=PROMPT, **GREEDY)
+    finally:
+        served.client.delete_adapter(placeholder)
+    assert made.choices[0].text == direct(served, stack=[("say-owl", 1.0)]).text
