@@ -461,6 +461,14 @@ def test_a_caller_who_leaves_ends_every_choice(
             "say-owl",
         ),
         ("completions", {"stream_options": {}}, 400, "stream_options", "stream"),
+        (
+            "completions",
+            {"prompt": ["a"] * 64, "max_tokens": 16_000, "logprobs": 20},
+            400,
+            "logprobs",
+            "",
+        ),
+        ("chat", {"n": 16, "logprobs": True, "top_logprobs": 20}, 400, "logprobs", "max_tokens"),
         ("chat", {"top_logprobs": 3}, 400, "top_logprobs", "logprobs"),
         ("chat", {"reasoning_effort": "high"}, 400, "reasoning_effort", "not supported"),
         ("chat", {"functions": [{"name": "f"}]}, 400, "functions", "not supported"),
@@ -497,7 +505,7 @@ def test_refusals_name_the_field(
     stream: bool,
 ) -> None:
     asked: dict[str, Any] = {"model": base, **fields}
-    if stream and "stream_options" not in fields:
+    if stream and param not in ("stream_options", "logprobs"):
         asked["stream"] = True
     with pytest.raises(openai.APIStatusError) as raised:
         if path == "chat":
@@ -566,3 +574,14 @@ def test_what_tgis_clients_call_the_model_is_the_base(
     finally:
         served.client.delete_adapter(placeholder)
     assert made.choices[0].text == direct(served, stack=[("say-owl", 1.0)]).text
+
+
+def test_the_description_names_every_route(http: httpx.Client) -> None:
+    paths = http.get("/openapi.json").json()["paths"]
+    (parameter,) = paths["/v1/models/{model}"]["get"]["parameters"]
+    assert (parameter["name"], parameter["in"]) == ("model", "path")
+    for path in ("/v1/completions", "/v1/chat/completions"):
+        assert set(paths[path]["post"]["responses"]["200"]["content"]) == {
+            "application/json",
+            "text/event-stream",
+        }

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorastack.errors import InvalidArgumentError
+from lorastack.errors import InternalError, InvalidArgumentError, ResourceExhaustedError
 from lorastack.gateway.exchange import MAX_KEYS, MAX_VALUES, parsed
 from lorastack.gateway.openai.bodies import CompletionBody
+from lorastack.gateway.openai.refusals import failed, refuse
 from lorastack.gateway.openai.replies import (
     LOWEST,
     TEXT,
@@ -69,3 +70,11 @@ def test_text_is_no_value() -> None:
     assert parsed(CompletionBody, raw).prompt == text
     with pytest.raises(InvalidArgumentError):
         parsed(CompletionBody, b'"' + b'\\"' * 1_000_000)  # at once, however many quotes
+
+
+def test_errors_are_openais() -> None:
+    full = refuse(ResourceExhaustedError("full"), 429)["error"]
+    assert (full["type"], full["code"]) == ("rate_limit_error", "rate_limit_exceeded")
+    first, last, rest = failed(InternalError("oh")).decode().split("\n\n")
+    assert json.loads(first.removeprefix("data: "))["error"]["message"] == "oh"
+    assert (last, rest) == ("data: [DONE]", "")

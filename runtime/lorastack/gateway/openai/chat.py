@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from lorastack.errors import InvalidArgumentError
 from lorastack.gateway.exchange import Call, Events, Operation, Reply
 from lorastack.gateway.openai.bodies import ChatBody
 from lorastack.gateway.openai.conversation import ToolUse, chat_messages, tool_use
-from lorastack.gateway.openai.convert import Wanted, choices, wanted
+from lorastack.gateway.openai.convert import Wanted, check_logprobs, choices, wanted
 from lorastack.gateway.openai.refusals import DONE, failed, refuse
 from lorastack.gateway.openai.replies import (
     TEXT,
@@ -127,7 +128,8 @@ def operations(upstream: Upstream, selector: Selector) -> list[Operation[Any]]:
             rows = await open_rows(selector, ask.wanted.selection, ask.rows)
             return Events(RowEvents(_events(ask, top, rows), rows), failed)
         finals = await generate_rows(selector, ask.wanted.selection, ask.rows)
-        return Reply(_whole(ask, top, finals))
+        # In a thread: with log-probabilities of thousands of tokens it takes a while.
+        return Reply(await asyncio.to_thread(_whole, ask, top, finals))
 
     return [
         Operation(
@@ -164,6 +166,9 @@ async def _ask(call: Call, body: ChatBody, upstream: Upstream) -> _Ask:
         base.stop.max_new_tokens = limit
     base.output.logprobs = bool(body.logprobs)
     base.output.top_logprobs = body.top_logprobs or 0
+    if body.logprobs and not body.stream:
+        num_tokens = what.num_choices * (limit or what.max_context)
+        check_logprobs(num_tokens, base.output.top_logprobs)
     row_ids = [row_id(call.request_id) for _ in range(what.num_choices)]
     return _Ask(body, what, use, choices(what, base, row_ids))
 

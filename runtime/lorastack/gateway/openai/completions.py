@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,7 +13,7 @@ from lorastack.client import GenerateRequest, GenerateResponse, Token
 from lorastack.errors import InvalidArgumentError
 from lorastack.gateway.exchange import Call, Events, Operation, Reply
 from lorastack.gateway.openai.bodies import MAX_PROMPTS, CompletionBody
-from lorastack.gateway.openai.convert import Wanted, choices, wanted
+from lorastack.gateway.openai.convert import Wanted, check_logprobs, choices, wanted
 from lorastack.gateway.openai.refusals import DONE, failed, refuse
 from lorastack.gateway.openai.replies import (
     TEXT,
@@ -90,7 +91,8 @@ def operations(upstream: Upstream, selector: Selector) -> list[Operation[Any]]:
             rows = await open_rows(selector, ask.wanted.selection, ask.rows)
             return Events(RowEvents(_events(ask, top, rows), rows), failed)
         finals = await generate_rows(selector, ask.wanted.selection, ask.rows)
-        return Reply(_whole(ask, top, finals))
+        # In a thread: with log-probabilities of thousands of tokens it takes a while.
+        return Reply(await asyncio.to_thread(_whole, ask, top, finals))
 
     return [
         Operation(
@@ -130,6 +132,11 @@ async def _ask(call: Call, body: CompletionBody, upstream: Upstream) -> _Ask:
         base.output.logprobs = True
         base.output.top_logprobs = body.logprobs
         base.output.prompt_logprobs = bool(body.echo)
+        if not body.stream:
+            # No text has more tokens than bytes.
+            lengths = [_length(prompt) if body.echo else 0 for prompt in prompts]
+            num_tokens = num_choices * sum(min(each, what.max_context) + limit for each in lengths)
+            check_logprobs(num_tokens, body.logprobs)
     rows, echoes = [], []
     for prompt in prompts:
         if isinstance(prompt, str):
@@ -148,6 +155,10 @@ def _prompts(given: str | list[str] | list[int] | list[list[int]]) -> Sequence[s
     if isinstance(given[0], int):
         return [given]
     return given
+
+
+def _length(prompt: str | list[int]) -> int:
+    return len(prompt.encode()) if isinstance(prompt, str) else len(prompt)
 
 
 def _whole(ask: _Ask, top: Head, finals: Sequence[GenerateResponse]) -> CompletionReply:

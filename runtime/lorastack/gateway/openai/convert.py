@@ -24,6 +24,7 @@ from lorastack.gateway.selection import Selection
 from lorastack.gateway.upstream import Upstream
 
 DEFAULT_TEMPERATURE = 1.0
+MAX_LOGPROBS = 1 << 22  # in one reply that is not streamed
 ANY_OBJECT = '{"type": "object"}'
 # What TGI's clients send as model where the address is all that they know.
 _PLACEHOLDERS = ("tgi", "dummy")
@@ -45,6 +46,7 @@ class Wanted:
     request: GenerateRequest
     num_choices: int
     fingerprint: str
+    max_context: int
 
 
 async def wanted(body: GenerationBody, upstream: Upstream) -> Wanted:
@@ -65,7 +67,17 @@ async def wanted(body: GenerationBody, upstream: Upstream) -> Wanted:
         response_format=_response_format(body),
     )
     selection = await _selection(body, info.base_model, upstream)
-    return Wanted(selection, request, body.n or 1, info.fingerprint)
+    return Wanted(selection, request, body.n or 1, info.fingerprint, info.limits.max_context)
+
+
+def check_logprobs(num_tokens: int, num_top: int) -> None:
+    """Refuses a reply that holds too much at once. num_tokens: of all rows, at most."""
+    if num_tokens * (1 + num_top) > MAX_LOGPROBS:
+        raise InvalidArgumentError(
+            f"{num_tokens} tokens with {1 + num_top} log-probabilities each may come to more than "
+            f"{MAX_LOGPROBS}; set a lower max_tokens, n or number of log-probabilities, or stream",
+            field="logprobs",
+        )
 
 
 def choices(wanted: Wanted, base: GenerateRequest, row_ids: list[str]) -> list[GenerateRequest]:
