@@ -519,6 +519,33 @@ def test_refusals_name_the_field(
     assert error.type == "invalid_request_error"
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        '"prompt": "\\ud800"',
+        '"prompt": "a", "temperature": NaN',
+        '"prompt": "a", "temperature": 1e300',
+        '"prompt": "a", "logit_bias": {"5": NaN}',
+        '"prompt": "a", "loras": [{"lora_id": "random-a", "scale": 1e300}]',
+        '"prompt": "a", "stop_token_ids": [4294967295]',
+        '"prompt": "a", "seed": 18446744073709551616',
+        '"prompt": "a", "max_tokens": 4294967295',
+        '"prompt": [4294967295]',
+        '"prompt": [[]]',
+        '"prompt": ""',
+        '"prompt": "a", "medusa_id": "\\u0000"',
+        '"prompt": "a", "model": "\\u0000"',
+        '"prompt": "a", "model": "none"',
+        '"prompt": "a", "response_format": {"type": "json_object", "schema": {"type": 5}}',
+    ],
+)
+def test_odd_values_are_refused(http: httpx.Client, base: str, fields: str) -> None:
+    model = "" if '"model"' in fields else f'"model": "{base}", '
+    reply = http.post("/v1/completions", content=f"{{{model}{fields}}}")
+    assert 400 <= reply.status_code < 500, reply.text
+    assert reply.json()["error"]["message"]
+
+
 def test_harmless_fields_are_taken(client: OpenAI, base: str) -> None:
     made = client.chat.completions.create(
         model=base,
@@ -548,18 +575,20 @@ def test_a_stream_is_plain_server_sent_events(http: httpx.Client, base: str) -> 
 
 
 def test_an_alias_is_a_model(client: OpenAI, served: LiveServer) -> None:
-    served.client.alias("whoever", [("say-owl", 1.0), ("random-a", 0.5)], "heads-owl")
+    name = "team/whoever"
+    served.client.alias(name, [("say-owl", 1.0), ("random-a", 0.5)], "heads-owl")
     try:
-        made: Any = client.completions.create(model="whoever", prompt=PROMPT, **GREEDY)
-        assert "whoever" in [model.id for model in client.models.list()]
+        made: Any = client.completions.create(model=name, prompt=PROMPT, **GREEDY)
+        assert name in [model.id for model in client.models.list()]
+        assert client.models.retrieve(name).id == name
     finally:
-        served.client.delete_adapter("whoever")
+        served.client.delete_adapter(name)
     expected = direct(served, stack=[("say-owl", 1.0), ("random-a", 0.5)], heads="heads-owl")
     assert made.choices[0].text == expected.text
     assert len(made.lorastack["loras"]) == 2
     assert made.lorastack["medusa_id"] == "heads-owl"
     with pytest.raises(openai.NotFoundError):
-        client.completions.create(model="whoever", prompt=PROMPT, **GREEDY)
+        client.completions.create(model=name, prompt=PROMPT, **GREEDY)
 
 
 @pytest.mark.parametrize("placeholder", ["tgi", "dummy"])

@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
-
-from pydantic import BaseModel
+from typing import Any
 
 from lorastack.client import GenerateRequest, GenerateResponse, GenerateStreamResponse
 from lorastack.errors import InvalidArgumentError
 from lorastack.gateway.exchange import Call, Events, Operation, Reply
 from lorastack.gateway.openai.bodies import ChatBody
+from lorastack.gateway.openai.chat_reply import ChatChoice, ChatReply
 from lorastack.gateway.openai.conversation import ToolUse, chat_messages, tool_use
 from lorastack.gateway.openai.convert import Wanted, check_logprobs, choices, wanted
 from lorastack.gateway.openai.refusals import DONE, failed, refuse
@@ -20,8 +19,6 @@ from lorastack.gateway.openai.replies import (
     TEXT,
     Chunks,
     Head,
-    Report,
-    Usage,
     chat_logprobs,
     finish_reason,
     head,
@@ -33,74 +30,6 @@ from lorastack.gateway.openai.rows import RowEvents, Rows, generate_rows, open_r
 from lorastack.gateway.openai.tools import ToolCall, ToolParser, parse_forced
 from lorastack.gateway.selection import Selector
 from lorastack.gateway.upstream import Upstream, row_id
-
-
-class CalledFunction(BaseModel):
-    """arguments: a JSON object as text."""
-
-    name: str
-    arguments: str
-
-
-class MadeCall(BaseModel):
-    """A call that the model wants made."""
-
-    id: str
-    type: Literal["function"]
-    function: CalledFunction
-
-
-class ReplyMessage(BaseModel):
-    """content: null where there are calls and nothing else."""
-
-    role: Literal["assistant"] = "assistant"
-    content: str | None
-    refusal: None = None
-    tool_calls: list[MadeCall] | None = None
-
-
-class TokenEntry(BaseModel):
-    """bytes: null where the token is a part of a character."""
-
-    token: str
-    logprob: float
-    bytes: list[int] | None
-
-
-class TokenLogprobs(TokenEntry):
-    """With the most likely tokens in its place."""
-
-    top_logprobs: list[TokenEntry]
-
-
-class ChatLogprobs(BaseModel):
-    """One entry a token."""
-
-    content: list[TokenLogprobs]
-    refusal: None = None
-
-
-class ChatChoice(BaseModel):
-    """stop_reason: the stop sequence that ended the text."""
-
-    index: int
-    message: ReplyMessage
-    logprobs: ChatLogprobs | None = None
-    finish_reason: str
-    stop_reason: str | None = None
-
-
-class ChatReply(BaseModel):
-    """One choice a row."""
-
-    id: str
-    object: Literal["chat.completion"]
-    created: int
-    model: str
-    system_fingerprint: str
-    choices: list[ChatChoice]
-    usage: Usage
-    lorastack: Report
 
 
 @dataclass(frozen=True, slots=True)
