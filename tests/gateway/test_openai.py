@@ -9,6 +9,7 @@ from typing import Any, Literal
 import httpx
 import openai
 import pytest
+from huggingface_hub import InferenceClient
 from openai import AsyncOpenAI, OpenAI
 from pydantic import BaseModel, ConfigDict
 
@@ -614,3 +615,24 @@ def test_the_description_names_every_route(http: httpx.Client) -> None:
             "application/json",
             "text/event-stream",
         }
+
+
+def test_more_choices_than_the_server_has_rows(client: OpenAI, served: LiveServer) -> None:
+    texts = [""] * 16
+    for part in client.completions.create(
+        model="say-owl", prompt=PROMPT, n=16, stream=True, **GREEDY
+    ):
+        texts[part.choices[0].index] += part.choices[0].text
+    assert set(texts) == {direct(served, stack=[("say-owl", 1.0)]).text}
+
+
+def test_the_chat_of_the_hubs_client(base_url: str, served: LiveServer) -> None:
+    client = InferenceClient(base_url=base_url)
+    for model in (None, "say-owl"):
+        expected = direct_chat(served, model or "").text
+        made = client.chat_completion(CHAT, model=model, temperature=0, max_tokens=LIMIT)
+        assert made.choices[0].message.content == expected
+        parts = client.chat_completion(
+            CHAT, model=model, temperature=0, max_tokens=LIMIT, stream=True
+        )
+        assert "".join(part.choices[0].delta.content or "" for part in parts) == expected
