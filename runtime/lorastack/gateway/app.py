@@ -13,7 +13,7 @@ from starlette.routing import Route
 
 from lorastack.client import AsyncClient
 from lorastack.config import GatewayConfig
-from lorastack.gateway import health, lorax, management
+from lorastack.gateway import health, lorax, management, openai
 from lorastack.gateway.astray import no_method, no_path
 from lorastack.gateway.describe import description
 from lorastack.gateway.exchange import Call, Exchange, Operation, Reply
@@ -61,6 +61,7 @@ def all_operations(
     return [
         *health.operations(upstream),
         *lorax.operations(upstream, selector),
+        *openai.operations(upstream, selector),
         *(management.operations(upstream) if config.adapter_management else ()),
     ]
 

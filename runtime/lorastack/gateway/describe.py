@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from lorastack import __version__
 from lorastack.gateway.exchange import Operation
 
 _REFERENCE = "#/components/schemas/{model}"
+_PARAMETER = re.compile(r"{(\w+)(:\w+)?}")  # in a path, as starlette writes it
 
 
 def description(operations: Sequence[Operation[Any]]) -> dict[str, Any]:
@@ -24,7 +26,8 @@ def description(operations: Sequence[Operation[Any]]) -> dict[str, Any]:
     by_model = {model: schema for (model, _), schema in places.items()}
     paths: dict[str, dict[str, Any]] = {}
     for operation in operations:
-        paths.setdefault(operation.path, {})[operation.method.lower()] = _one(operation, by_model)
+        path = _PARAMETER.sub(r"{\1}", operation.path)
+        paths.setdefault(path, {})[operation.method.lower()] = _one(operation, by_model)
     return {
         "openapi": "3.1.0",
         "info": {"title": "lorastack", "version": __version__},
@@ -46,6 +49,12 @@ def _one(operation: Operation[Any], schemas: dict[Any, Any]) -> dict[str, Any]:
             "default": {"description": "refused; the body says why"},
         },
     }
+    names = [found[1] for found in _PARAMETER.finditer(operation.path)]
+    if names:
+        described["parameters"] = [
+            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+            for name in names
+        ]
     if operation.body is not None:
         described["requestBody"] = {
             "required": True,

@@ -25,8 +25,13 @@ from lorastack.gateway.statuses import http_status, retry_after
 from lorastack.gateway.traffic import Gone, Traffic
 
 MAX_SHOWN = 3  # of a body's mistakes
+# Reading a value takes far longer than a byte of text, and nobody else is served
+# meanwhile; each unknown key is a mistake of its own. Token ids are values.
+MAX_VALUES, MAX_KEYS = 1 << 18, 1 << 14
+SMALL_BODY = 64 << 10  # bytes that are read without counting
 OUR_BUG = "the gateway failed; its log says how"
 STOPPING = "the gateway stops: send the request again, to another one or in a moment"
+_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)  # of JSON, or all behind a lone quote
 _REQUEST_ID = re.compile(r"[!-~]{1,64}")  # printable ASCII: it goes into logs and headers
 
 logger = logging.getLogger(__name__)
@@ -97,6 +102,7 @@ class Operation(Generic[Body]):
 
 def parsed(model: type[Body], raw: bytes | bytearray) -> Body:
     """A body as its model. Raises InvalidArgumentError naming the fields that are wrong."""
+    _check_values(raw)
     try:
         body = model.model_validate_json(raw)
     except ValidationError as error:
@@ -122,6 +128,18 @@ def _unique(pairs: list[tuple[str, Any]]) -> None:
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is no number in JSON")
+
+
+def _check_values(raw: bytes) -> None:
+    if len(raw) <= SMALL_BODY:
+        return
+    structure = _STRING.sub(b"", raw)
+    if structure.count(b",") > MAX_VALUES or structure.count(b":") > MAX_KEYS:
+        raise InvalidArgumentError(
+            f"the body holds more than {MAX_VALUES} values or {MAX_KEYS} keys; send fewer, or a "
+            "text instead of token ids",
+            field="body",
+        )
 
 
 def _mistake(mistake: Any) -> str:

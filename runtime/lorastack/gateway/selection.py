@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import aclosing, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -74,7 +74,7 @@ class Selector:
 
         async def run() -> AsyncIterator[GenerateStreamResponse]:
             parts = self._upstream.client.stream(request)
-            return _from(await anext(parts), parts)
+            return _Begun(await anext(parts), parts)
 
         return await self._run(request, selection, run)
 
@@ -165,10 +165,24 @@ class Selector:
             pull.exception()  # read, as its callers may have gone
 
 
-async def _from(
-    first: GenerateStreamResponse, parts: AsyncIterator[GenerateStreamResponse]
-) -> AsyncIterator[GenerateStreamResponse]:
-    async with aclosing(parts):  # type: ignore[type-var]
-        yield first
-        async for part in parts:
-            yield part
+class _Begun:
+    """A stream whose first message is here. Closing it, read or not, closes what it reads."""
+
+    def __init__(
+        self, first: GenerateStreamResponse, parts: AsyncIterator[GenerateStreamResponse]
+    ) -> None:
+        self._first: GenerateStreamResponse | None = first
+        self._parts = parts
+
+    def __aiter__(self) -> AsyncIterator[GenerateStreamResponse]:
+        return self
+
+    async def __anext__(self) -> GenerateStreamResponse:
+        if self._first is None:
+            return await anext(self._parts)
+        first, self._first = self._first, None
+        return first
+
+    async def aclose(self) -> None:
+        self._first = None
+        await self._parts.aclose()  # type: ignore[attr-defined]
