@@ -146,7 +146,8 @@ def _mistake(mistake: Any) -> str:
     where = ".".join(str(part) for part in mistake["loc"])[:200]
     if mistake["type"] == "extra_forbidden":
         return f"{where}: not known here; leave it out"
-    return f"{where}: {mistake['msg']}" if where else f"the body: {mistake['msg']}"
+    says = mistake["msg"].removeprefix("Value error, ")
+    return f"{where}: {says}" if where else f"the body: {says}"
 
 
 class Exchange:

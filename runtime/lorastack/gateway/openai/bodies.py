@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
-from pydantic_core import PydanticCustomError
 
 MAX_CHOICES = 16  # n
 MAX_PROMPTS = 64  # rows of one body: prompts times n
@@ -21,7 +20,7 @@ MAX_TOP_LOGPROBS = 20
 
 def _refuse(value: object) -> None:
     if value is not None:
-        raise PydanticCustomError("unsupported", "not supported here; leave it out")
+        raise ValueError("not supported here; leave it out")
 
 
 Refused: TypeAlias = Annotated[None, BeforeValidator(_refuse)]  # null passes
