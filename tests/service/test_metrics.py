@@ -116,6 +116,15 @@ def test_rows_and_tiers(fake: RunningServer, client: Client, busy: dict[str, str
     list(stream)
 
 
+def test_an_alias_is_in_no_tier(fake: RunningServer, client: Client, folders: Folders) -> None:
+    client.upload(folders["lora"], "lora")
+    before = samples(fake.server.metrics)
+    client.alias("x", [("lora", 1.0)])
+    after = samples(fake.server.metrics)
+    for name in ("lorastack_adapters", "lorastack_adapter_bytes"):
+        assert after[name, "disk"] == before[name, "disk"] > 0
+
+
 def test_labels_of_an_adapter_end_with_its_stay(
     fake: RunningServer, client: Client, busy: dict[str, str]
 ) -> None:
