@@ -71,7 +71,7 @@ def _operations(selector: Selector) -> list[Operation[Any]]:
         parts = await selector.stream(request(call, body), Selection(name=body.lora))
 
         async def texts() -> AsyncIterator[bytes]:
-            async with aclosing(parts):
+            async with aclosing(parts):  # type: ignore[type-var]
                 async for part in parts:
                     if body.prompt == "a late bug":
                         raise ZeroDivisionError("secret")
