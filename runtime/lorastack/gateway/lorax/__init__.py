@@ -11,5 +11,5 @@ from lorastack.gateway.upstream import Upstream
 
 
 def operations(upstream: Upstream, selector: Selector) -> list[Operation[Any]]:
-    """POST /, /generate, /generate_stream; GET /info."""
+    """POST /, /generate, /generate_stream, /tokenize; GET /info."""
     return [*generate.operations(upstream, selector), *info.operations(upstream)]
