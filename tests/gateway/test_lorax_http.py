@@ -163,3 +163,14 @@ def test_info_tells_the_limits(http: httpx.Client, served: LiveServer) -> None:
     info, model = http.get("/info").json(), served.client.model_info()
     assert info["model_id"] == model.base_model
     assert info["max_total_tokens"] == model.limits.max_context
+
+
+def test_tokens_come_with_text_and_place(http: httpx.Client, served: LiveServer) -> None:
+    tokens = http.post("/tokenize", json={"inputs": "naïve 日本"}).json()
+    assert [token["id"] for token in tokens] == served.tokenize("naïve 日本")
+    places = [(token["start"], token["stop"]) for token in tokens]
+    assert (max(stop for _, stop in places), places[-1][1]) == (8, 8)
+    one = [token for token in tokens if token["stop"] - token["start"] == 1]
+    assert any(token["text"].strip() == "v" for token in one)
+    for body in ({"inputs": "a", "add_special_tokens": False}, {"inputs": ""}, {"prompt": "a"}):
+        assert http.post("/tokenize", json=body).status_code == 422

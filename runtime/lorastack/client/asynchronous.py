@@ -100,6 +100,16 @@ class AsyncClient:
         reply = await self._call(self._generation.Tokenize, request, timeout)
         return list(reply.token_ids)
 
+    async def token_spans(
+        self, prompt: str, *, timeout: float | None = None
+    ) -> generation_pb2.TokenizeResponse:
+        """A prompt's token ids, and each one's text and place."""
+        request = generation_pb2.TokenizeRequest(prompt=prompt, spans=True)
+        reply: generation_pb2.TokenizeResponse = await self._call(
+            self._generation.Tokenize, request, timeout
+        )
+        return reply
+
     async def model_info(
         self, *, timeout: float | None = None
     ) -> generation_pb2.GetModelInfoResponse:

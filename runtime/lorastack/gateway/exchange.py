@@ -130,7 +130,7 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is no number in JSON")
 
 
-def _check_values(raw: bytes) -> None:
+def _check_values(raw: bytes | bytearray) -> None:
     if len(raw) <= SMALL_BODY:
         return
     structure = _STRING.sub(b"", raw)

@@ -148,6 +148,11 @@ class Tokenizer:
         """Ids with the special tokens (<s>, ...) that the model's tokenizer adds."""
         return self._encode(text, add_special_tokens=True)
 
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        """The characters (from, up to) that each token of `encode` stands for; (0, 0) if none."""
+        (encoding,) = self._backend.encode_batch([text], add_special_tokens=True)
+        return [(int(start), int(stop)) for start, stop in encoding.offsets]
+
     def encode_part(self, text: str) -> list[int]:
         """Ids with nothing added but what the tokenizer puts before every text."""
         return self._encode(text, add_special_tokens=False)

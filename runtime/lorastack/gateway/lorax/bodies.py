@@ -111,6 +111,13 @@ class Body(Model):
     stream: bool | None = None
 
 
+class TokenizeBody(Model):
+    """A request of /tokenize."""
+
+    inputs: Annotated[str, Field(min_length=1)]
+    add_special_tokens: bool | None = None
+
+
 class PrefillToken(BaseModel):
     """A token of the prompt; the first has no logprob."""
 

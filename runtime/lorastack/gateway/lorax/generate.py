@@ -7,10 +7,11 @@ from typing import Any
 from lorastack.client import GenerateRequest, TokenizeRequest
 from lorastack.errors import InvalidArgumentError
 from lorastack.gateway.exchange import Call, Events, Operation, Reply
-from lorastack.gateway.lorax import replies, stream
 from lorastack.gateway.lorax.bodies import Body, Generated, Parameters
 from lorastack.gateway.lorax.refusals import failed, refuse, status_of
+from lorastack.gateway.lorax.replies import headers, whole
 from lorastack.gateway.lorax.requests import merge_of, request_of, selection_of
+from lorastack.gateway.lorax.stream import events
 from lorastack.gateway.selection import Selection, Selector
 from lorastack.gateway.upstream import Upstream, row_id
 
@@ -73,12 +74,12 @@ class _Routes:
         request, selection = await self._prepared(call, body, streams=True)
         info = await self._upstream.info()
         parts = await self._selector.stream(request, selection)
-        return Events(stream.events(body, parts, info.limits.max_context), failed)
+        return Events(events(body, parts, info.limits.max_context), failed)
 
     async def _generate(self, call: Call, body: Body) -> Reply:
         request, selection = await self._prepared(call, body, streams=False)
         reply = await self._selector.generate(request, selection)
-        return Reply(replies.whole(body, reply), headers=replies.headers(reply))
+        return Reply(whole(body, reply), headers=headers(reply))
 
     async def _prepared(
         self, call: Call, body: Body, *, streams: bool

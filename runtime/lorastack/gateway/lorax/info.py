@@ -1,12 +1,13 @@
-"""GET /info."""
+"""GET /info and POST /tokenize."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from lorastack.client import GetModelInfoResponse
+from lorastack.errors import InvalidArgumentError
 from lorastack.gateway.exchange import Call, Operation, Reply
-from lorastack.gateway.lorax.bodies import Info
+from lorastack.gateway.lorax.bodies import Info, TokenizeBody
 from lorastack.gateway.lorax.refusals import refuse, status_of
 from lorastack.gateway.upstream import Upstream
 
@@ -19,7 +20,30 @@ def operations(upstream: Upstream) -> list[Operation[Any]]:
     async def info(call: Call, body: None) -> Reply:
         return Reply(_info(await upstream.info()))
 
+    async def tokenize(call: Call, body: TokenizeBody) -> Reply:
+        if body.add_special_tokens is False:
+            raise InvalidArgumentError(
+                "add_special_tokens: false is not served here; leave it out",
+                field="add_special_tokens",
+            )
+        reply = await upstream.client.token_spans(body.inputs)
+        return Reply(
+            [
+                {"id": token_id, "text": span.text, "start": span.start, "stop": span.stop}
+                for token_id, span in zip(reply.token_ids, reply.spans, strict=True)
+            ]
+        )
+
     return [
+        Operation(
+            method="POST",
+            path="/tokenize",
+            summary="The prompt's tokens: a list of id, text, start and stop",
+            handle=tokenize,
+            refuse=refuse,
+            body=TokenizeBody,
+            status_of=status_of,
+        ),
         Operation(
             method="GET",
             path="/info",
@@ -28,7 +52,7 @@ def operations(upstream: Upstream) -> list[Operation[Any]]:
             refuse=refuse,
             reply=Info,
             status_of=status_of,
-        )
+        ),
     ]
 
 

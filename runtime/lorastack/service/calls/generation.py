@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
 
 from lorastack.service.calls import convert
+from lorastack.service.calls.call import Text
 from lorastack.service.calls.catalogue import Catalogue
 from lorastack.service.calls.dispatch import Dispatcher
 from lorastack.service.calls.intake import Intake
@@ -75,8 +76,15 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     ) -> generation_pb2.TokenizeResponse:
         async with self._guard("Tokenize", context, new_request_id()):
             given = convert.prompt_input(request, self._model)
+            limits.check(not request.spans or isinstance(given, Text), "spans", "for a prompt only")
             ids = await self._intake.encode(given, request.lora_id, context.peer())
-        return generation_pb2.TokenizeResponse(token_ids=ids)
+            reply = generation_pb2.TokenizeResponse(token_ids=ids)
+            if request.spans:
+                spans = await self._intake.spans(request.prompt, context.peer())
+                for token_id, (start, stop) in zip(ids, spans, strict=True):
+                    text = self._model.tokenizer.token_text(token_id)
+                    reply.spans.add(text=text, start=start, stop=stop)
+        return reply
 
     async def GetModelInfo(
         self, request: generation_pb2.GetModelInfoRequest, context: Context

@@ -81,6 +81,12 @@ class Intake:
         given = await self._rendered(given, lora_id, caller)
         return await self._run(lambda: self._preparer.encode(given), _is_long(given), caller)
 
+    async def spans(self, prompt: str, caller: str) -> list[tuple[int, int]]:
+        """The characters of each of a prompt's tokens. Raises LorastackError."""
+        given = Text(prompt)
+        self._check_length(given)
+        return await self._run(lambda: self._preparer.spans(prompt), _is_long(given), caller)
+
     def _check_length(self, given: Given) -> None:
         """Refuses what is too long before anything is looked up, rendered or tokenised."""
         if isinstance(given, Chat):

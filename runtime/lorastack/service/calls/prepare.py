@@ -87,6 +87,10 @@ class Preparer:
                 max_context=str(self._model.max_context),
             )
 
+    def spans(self, prompt: str) -> list[tuple[int, int]]:
+        """The characters (from, up to) of each token that `encode` gives for a prompt."""
+        return self._model.tokenizer.spans(prompt)
+
     def encode(self, given: Given) -> tuple[int, ...]:
         """The token ids of a prompt; the model's own template makes text of a chat.
 
