@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
@@ -70,14 +70,15 @@ def _operations(selector: Selector) -> list[Operation[Any]]:
     async def stream(call: Call, body: Body) -> Events:
         parts = await selector.stream(request(call, body), Selection(name=body.lora))
 
-        async def texts() -> AsyncIterator[bytes]:
-            async with aclosing(parts):  # type: ignore[type-var]
-                async for part in parts:
-                    if body.prompt == "a late bug":
-                        raise ZeroDivisionError("secret")
-                    yield event(json.dumps({"text": part.text + " " * body.padding}))
+        async def texts() -> AsyncGenerator[bytes]:
+            async for part in parts:
+                if body.prompt == "a late bug":
+                    raise ZeroDivisionError("secret")
+                yield event(json.dumps({"text": part.text + " " * body.padding}))
 
-        return Events(texts(), lambda error: event(json.dumps({"error": error.message})))
+        return Events(
+            texts(), lambda error: event(json.dumps({"error": error.message})), parts.aclose
+        )
 
     shared: dict[str, Any] = {"method": "POST", "summary": "", "body": Body, "refuse": refuse}
     return [

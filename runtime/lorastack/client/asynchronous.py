@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -70,7 +70,7 @@ class AsyncClient:
 
     async def stream(
         self, request: generation_pb2.GenerateRequest, *, timeout: float | None = None
-    ) -> AsyncIterator[generation_pb2.GenerateStreamResponse]:
+    ) -> AsyncGenerator[generation_pb2.GenerateStreamResponse]:
         """Yields the reply as it is made; the last message has `final`.
 
         `aclose()` of the iterator cancels the call. A loop that is left early cancels it only when

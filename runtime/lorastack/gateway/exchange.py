@@ -11,7 +11,7 @@ import json
 import logging
 import re
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -70,11 +70,13 @@ class Events:
     """A reply that is made while it is read: whole server-sent events, each ending in two newlines.
 
     Await the first message of the server before this is returned, so that a refusal gets its own
-    HTTP status. What `parts` raises later is sent as an event by `failed`.
+    HTTP status. What `parts` raises later is sent as an event by `failed`. close: ends what the
+    parts are made of, even if none was asked for.
     """
 
-    parts: AsyncIterator[bytes]
+    parts: AsyncGenerator[bytes]
     failed: Callable[[Failure], bytes]
+    close: Callable[[], Awaitable[object]]
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -222,9 +224,8 @@ class Exchange:
             logger.exception("request %s failed", call.request_id)
             failure = InternalError(OUR_BUG)
         finally:
-            close = getattr(events.parts, "aclose", None)
-            if close is not None:
-                await close()
+            await events.parts.aclose()
+            await events.close()
         last = b"" if failure is None else events.failed(failure)
         await send({"type": "http.response.body", "body": last})
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
@@ -64,17 +64,15 @@ class Selector:
 
         return await self._run(request, selection, run)
 
-    async def stream(
-        self, request: GenerateRequest, selection: Selection
-    ) -> AsyncIterator[GenerateStreamResponse]:
+    async def stream(self, request: GenerateRequest, selection: Selection) -> Stream:
         """The reply as it is made. The first message is here when this returns.
 
         Closing the iterator cancels the row.
         """
 
-        async def run() -> AsyncIterator[GenerateStreamResponse]:
+        async def run() -> Stream:
             parts = self._upstream.client.stream(request)
-            return _Begun(await anext(parts), parts)
+            return Stream(await anext(parts), parts)
 
         return await self._run(request, selection, run)
 
@@ -165,11 +163,11 @@ class Selector:
             pull.exception()  # read, as its callers may have gone
 
 
-class _Begun:
+class Stream:
     """A stream whose first message is here. Closing it, read or not, closes what it reads."""
 
     def __init__(
-        self, first: GenerateStreamResponse, parts: AsyncIterator[GenerateStreamResponse]
+        self, first: GenerateStreamResponse, parts: AsyncGenerator[GenerateStreamResponse]
     ) -> None:
         self._first: GenerateStreamResponse | None = first
         self._parts = parts
@@ -185,4 +183,4 @@ class _Begun:
 
     async def aclose(self) -> None:
         self._first = None
-        await self._parts.aclose()  # type: ignore[attr-defined]
+        await self._parts.aclose()

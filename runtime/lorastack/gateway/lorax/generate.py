@@ -74,7 +74,7 @@ class _Routes:
         request, selection = await self._prepared(call, body, streams=True)
         info = await self._upstream.info()
         parts = await self._selector.stream(request, selection)
-        return Events(events(body, parts, info.limits.max_context), failed)
+        return Events(events(body, parts, info.limits.max_context), failed, parts.aclose)
 
     async def _generate(self, call: Call, body: Body) -> Reply:
         request, selection = await self._prepared(call, body, streams=False)

@@ -7,7 +7,7 @@ has ended one message later. A token waits for that message only where it may be
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 
 from lorastack.client import GenerateResponse, GenerateStreamResponse, Token
@@ -23,7 +23,7 @@ _NOT_SPECIAL = ',"special":false'
 
 async def events(
     body: Body, parts: AsyncIterator[GenerateStreamResponse], max_context: int
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes]:
     """The events of a reply. max_context: tokens of prompt and output together.
 
     Raises what the server's stream raises, and InternalError if it ends unfinished.

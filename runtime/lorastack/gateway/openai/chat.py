@@ -26,7 +26,7 @@ from lorastack.gateway.openai.replies import (
     report,
     usage,
 )
-from lorastack.gateway.openai.rows import RowEvents, Rows, generate_rows, open_rows
+from lorastack.gateway.openai.rows import Rows, generate_rows, open_rows
 from lorastack.gateway.openai.tools import ToolCall, ToolParser, parse_forced
 from lorastack.gateway.selection import Selector
 from lorastack.gateway.upstream import Upstream, row_id
@@ -55,7 +55,7 @@ def operations(upstream: Upstream, selector: Selector) -> list[Operation[Any]]:
         top = head("chatcmpl", kind, body.model, ask.wanted)
         if body.stream:
             rows = await open_rows(selector, ask.wanted.selection, ask.rows)
-            return Events(RowEvents(_events(ask, top, rows), rows), failed)
+            return Events(_events(ask, top, rows), failed, rows.close)
         finals = await generate_rows(selector, ask.wanted.selection, ask.rows)
         # In a thread: with log-probabilities of thousands of tokens it takes a while.
         return Reply(await asyncio.to_thread(_whole, ask, top, finals))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -38,7 +38,7 @@ async def open_rows(
     """Begins every row; raises the error of the first that says anything."""
     if len(requests) == 1:
         messages = await selector.stream(requests[0], selection)
-        return Rows(_only(messages), messages.aclose)  # type: ignore[attr-defined]
+        return Rows(_only(messages), messages.aclose)
     # One message of each row may wait here; a row that is not read is parked by the server.
     queue: asyncio.Queue[tuple[int, GenerateStreamResponse | Exception]]
     queue = asyncio.Queue(len(requests))
@@ -65,25 +65,6 @@ async def open_rows(
         await close()
         raise
     return Rows(_merged((row, first), queue, len(requests)), close)
-
-
-class RowEvents:
-    """Server-sent events whose closing ends the rows that they are made of, begun or not."""
-
-    def __init__(self, events: AsyncGenerator[bytes], rows: Rows) -> None:
-        self._events = events
-        self._rows = rows
-
-    def __aiter__(self) -> AsyncIterator[bytes]:
-        return self._events
-
-    def __anext__(self) -> Awaitable[bytes]:
-        return anext(self._events)
-
-    async def aclose(self) -> None:
-        """Ends everything."""
-        await self._events.aclose()
-        await self._rows.close()
 
 
 async def _only(messages: AsyncIterator[GenerateStreamResponse]) -> AsyncIterator[Part]:
