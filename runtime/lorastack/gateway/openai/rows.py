@@ -46,7 +46,7 @@ async def open_rows(
     async def pump(row: int) -> None:
         try:
             messages = await selector.stream(requests[row], selection)
-            async with aclosing(messages):  # type: ignore[type-var]
+            async with aclosing(messages):
                 async for message in messages:
                     await queue.put((row, message))
         except Exception as error:
