@@ -183,6 +183,24 @@ def test_alternatives_and_the_whole_prompt_come_as_asked(base_url: str, served: 
             ]
 
 
+def test_the_prompts_numbers_are_grpcs(base_url: str, served: LiveServer) -> None:
+    asked = {"prompt": PROMPT, "adapter_id": "random-a", "max_new_tokens": 3}
+    case = {"method": "generate", "arguments": {**asked, "decoder_input_details": True}}
+    output = pb.OutputParams(logprobs=True, prompt_logprobs=True)
+    wanted = served.client.generate(
+        ask(PROMPT, stack=[("random-a", 1.0)], max_new_tokens=3, output=output)
+    ).prompt_tokens
+    assert [token.id for token in wanted] == served.tokenize(PROMPT)
+    for got in lorax_calls(base_url, [{"client": kind, **case} for kind in ("sync", "async")]):
+        prefill = got["reply"]["details"]["prefill"]
+        assert [(token["id"], token["text"]) for token in prefill] == [
+            (token.id, token.text) for token in wanted
+        ]
+        assert prefill[0]["logprob"] is None  # there is nothing before it
+        logprobs = [token["logprob"] for token in prefill[1:]]
+        assert logprobs == pytest.approx([token.logprob for token in wanted[1:]], abs=1e-4)
+
+
 @pytest.mark.parametrize("strategy", ["ties", "dare_linear", "dare_ties"])
 def test_a_merge_of_another_strategy_is_the_servers(
     strategy: str, base_url: str, served: LiveServer

@@ -62,6 +62,38 @@ def test_an_adapter_is_applied_on_every_route(
 
 
 @pytest.mark.parametrize("path", ROUTES)
+def test_an_alias_is_all_that_it_names(http: httpx.Client, served: LiveServer, path: str) -> None:
+    name, stack = "team/anyone", [("random-a", 0.5), ("random-b", 1.0)]
+    wanted = served.client.generate(ask(PROMPT, stack=stack, heads="heads-owl", max_new_tokens=12))
+    served.client.alias(name, stack, "heads-owl")
+    try:
+        over_grpc = served.client.generate(
+            ask(PROMPT, stack=[(name, 1.0)], heads="", max_new_tokens=12)
+        )
+        got = text_of(post(http, path, adapter_id=name, max_new_tokens=12))
+    finally:
+        served.client.delete_adapter(name)
+    assert got == over_grpc.text == wanted.text
+    assert over_grpc.adapters.medusa_id == "heads-owl"
+    assert got != text_of(post(http, path, max_new_tokens=12))
+    assert post(http, path, adapter_id=name).status_code == 404  # gone; never the base model
+
+
+@pytest.mark.parametrize("path", ROUTES)
+def test_a_merge_is_the_servers(http: httpx.Client, served: LiveServer, path: str) -> None:
+    ids, weights = ["say-owl", "say-bat"], [0.5, 0.25]
+    given = {"ids": ids, "weights": weights, "merge_strategy": "ties", "density": 0.6}
+    loras = [
+        pb.LoraRef(lora_id=lora_id, scale=weight)
+        for lora_id, weight in zip(ids, weights, strict=True)
+    ]
+    merged = served.client.merge(loras, "ties", 0.6)
+    wanted = served.client.generate(ask(PROMPT, stack=[(merged.id, 1.0)], max_new_tokens=12))
+    got = text_of(post(http, path, merged_adapters=given, max_new_tokens=12))
+    assert got == wanted.text != text_of(post(http, path, max_new_tokens=12))
+
+
+@pytest.mark.parametrize("path", ROUTES)
 def test_unset_parameters_come_as_null(http: httpx.Client, path: str) -> None:
     nulls = dict.fromkeys(Parameters.model_fields)
     plain = text_of(post(http, path, max_new_tokens=8))
