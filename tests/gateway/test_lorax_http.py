@@ -162,6 +162,12 @@ def test_a_full_reply_tells_which_tokens_were_drafted(
     assert any(part["token"]["skipped"] for part in streamed)
 
 
+def test_a_stream_has_no_place_for_the_prompts_numbers(http: httpx.Client) -> None:
+    reply = post(http, "/generate_stream", decoder_input_details=True, max_new_tokens=4)
+    assert reply.status_code == 422
+    assert "decoder_input_details" in reply.json()["error"]
+
+
 def test_without_details_there_are_none(http: httpx.Client) -> None:
     assert set(post(http, "/generate", max_new_tokens=4).json()) == {"generated_text"}
     assert events(post(http, "/generate_stream", max_new_tokens=4))[-1]["details"] is None
