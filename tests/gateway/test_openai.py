@@ -580,6 +580,9 @@ def test_an_alias_is_a_model(client: OpenAI, served: LiveServer) -> None:
     served.client.alias(name, [("say-owl", 1.0), ("random-a", 0.5)], "heads-owl")
     try:
         made: Any = client.completions.create(model=name, prompt=PROMPT, **GREEDY)
+        chat = client.chat.completions.create(model=name, messages=CHAT, **GREEDY)
+        assert made.choices[0].text == direct(served, stack=[(name, 1.0)]).text
+        assert chat.choices[0].message.content == direct_chat(served, name).text
         assert name in [model.id for model in client.models.list()]
         assert client.models.retrieve(name).id == name
     finally:
