@@ -5,6 +5,7 @@ The command tree is walked, so a new option is tried without being named here.
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 
 from lorastack.cli.main import commands as tree
 from lorastack.client import Client
-from lorastack.config import ModelConfig
+from lorastack.config import GatewayConfig, ModelConfig
 from lorastack.errors import UnavailableError
 from lorastack.service import build as build_module
 from lorastack.service.watch import logs
@@ -30,6 +31,7 @@ VALUES = (
 # What a command needs beside the parameter that is tried.
 GOOD: dict[str, tuple[str, ...]] = {
     "serve": ("--port", "0", "--store", "STORE", "--threads", "1"),
+    "gateway": ("--port", "0"),
     "generate": ("--max-new-tokens", "2"),
     "bench": ("--concurrency", "1", "--requests", "1", "--max-new-tokens", "2"),
     "verify": ("--model", "MODEL"),
@@ -38,7 +40,7 @@ GOOD: dict[str, tuple[str, ...]] = {
 }
 ARGUMENTS = {
     "prompt": "hi", "adapter_id": "known", "digest": "sha256:00", "folder": "NEW", "source": "LORA",
-    "hub_id": "org/name", "medusa_id": "none", "upload folder": "LORA", "verify folder": "LORA",
+    "alias_id": "new", "hub_id": "org/name", "medusa_id": "none", "upload folder": "LORA", "verify folder": "LORA",
 }  # fmt: skip
 
 
@@ -87,7 +89,13 @@ def nothing_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(build_module, "load_model", stop)
+    monkeypatch.setattr("lorastack.gateway.serving.serve", listening)
     monkeypatch.setattr(logs, "configure_logging", lambda log_format, level: None)
+
+
+def listening(config: GatewayConfig, bound: socket.socket, on_ready: object) -> None:
+    bound.close()
+    raise UnavailableError("this is where HTTP would be served")
 
 
 def line(path: tuple[str, ...], parameter: Any, value: str, address: str) -> list[str]:

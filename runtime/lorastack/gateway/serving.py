@@ -19,6 +19,7 @@ from lorastack.config import KIB, GatewayConfig
 from lorastack.errors import InvalidArgumentError, UnavailableError
 from lorastack.gateway.app import make_app
 from lorastack.gateway.traffic import Traffic
+from lorastack.printable import error_line
 
 HEAD_PATIENCE = 10.0  # seconds from a connection, or from the last reply, to a whole head
 READ_PATIENCE = 60.0  # seconds for which a caller may take nothing of its reply
@@ -96,11 +97,11 @@ def bind(config: GatewayConfig) -> socket.socket:
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind((config.host, config.port))
-    except OSError as error:
+    except (OSError, TypeError, ValueError) as error:  # the last two: it cannot be a host's name
         bound.close()
         raise InvalidArgumentError(
-            f"cannot listen on {config.host}:{config.port} ({error.strerror}): choose another port "
-            "for HTTP"
+            f"cannot listen on {config.host}:{config.port} for HTTP ({error_line(error)}); choose "
+            "another host or port"
         ) from error
     return bound
 
