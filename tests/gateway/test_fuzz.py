@@ -38,7 +38,6 @@ PARAMETERS = {
     "seed": 3,
     "temperature": 0.5,
     "top_k": 5,
-    "top_p": 0.9,
     "typical_p": 0.9,
     "repetition_penalty": 1.1,
     "stop": ["b", "é"],
@@ -68,10 +67,8 @@ MERGED = {
 SAMPLED = {
     "n": 2,
     "max_tokens": MAX_TOKENS,
-    "stop": ["b"],
     "stop_token_ids": [5],
     "temperature": 0.5,
-    "top_p": 0.9,
     "min_p": 0.1,
     "frequency_penalty": 0.5,
     "logit_bias": {"5": 1.5},
