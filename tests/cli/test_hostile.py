@@ -40,7 +40,8 @@ GOOD: dict[str, tuple[str, ...]] = {
 }
 ARGUMENTS = {
     "prompt": "hi", "adapter_id": "known", "digest": "sha256:00", "folder": "NEW", "source": "LORA",
-    "alias_id": "new", "hub_id": "org/name", "medusa_id": "none", "upload folder": "LORA", "verify folder": "LORA",
+    "hub_id": "org/name", "medusa_id": "none", "upload folder": "LORA", "verify folder": "LORA",
+    "alias_id": "new",
 }  # fmt: skip
 
 
