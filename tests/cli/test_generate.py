@@ -9,6 +9,7 @@ import pytest
 
 from lorastack.cli.generate import MAX_NEW_TOKENS
 from lorastack.cli.output import shown
+from lorastack.client import Client, GenerateStreamResponse
 from lorastack.errors import ResourceExhaustedError
 from lorastack.printable import one_line
 from tests.cli.conftest import Run
@@ -20,6 +21,15 @@ SCHEMA = '{"type": "boolean"}'
 @pytest.fixture
 def at(fake: RunningServer) -> tuple[str, ...]:
     return "--max-new-tokens", "2", "--server", fake.address
+
+
+def test_a_file_gets_escapes_that_come_in_one_part(
+    run: Run, at: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether a sequence is cut depends on how fast the server and its reader are."""
+    parts = [GenerateStreamResponse(text="a\x1b[2Jb"), GenerateStreamResponse(final={})]
+    monkeypatch.setattr(Client, "stream", lambda *_, **__: iter(parts))
+    assert run("generate", "hi", *at).out == "a\x1b[2Jb\n"
 
 
 def test_sampling_and_a_deadline_are_sent(

@@ -174,7 +174,8 @@ def _stream(client: Client, request: GenerateRequest, timeout: float | None) -> 
     final, tokens = GenerateResponse(), list[Token]()
     on_terminal = sys.stdout.isatty()  # a file gets the text as it is
     for part in client.stream(request, timeout=timeout):
-        typer.echo(shown(part.text) if on_terminal else part.text, nl=False)
+        # color: else typer takes escape sequences out of what goes into a file.
+        typer.echo(shown(part.text) if on_terminal else part.text, nl=False, color=True)
         tokens.extend(token for token in part.tokens if token.HasField("logprob"))
         if part.HasField("final"):
             final = part.final
