@@ -101,7 +101,7 @@ def bind(config: GatewayConfig) -> socket.socket:
         bound.close()
         raise InvalidArgumentError(
             f"cannot listen on {config.host}:{config.port} for HTTP ({error_line(error)}); choose "
-            "another host or port"
+            "another port or host"
         ) from error
     return bound
 
