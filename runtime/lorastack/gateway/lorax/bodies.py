@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-MAX_IDS = 16  # LoRAs of a request, as the server has it
+from lorastack.request import MAX_LORAS
+
 MAX_COUNT = 2**31 - 1
 
 Name = Annotated[str, Field(min_length=1, max_length=400)]
@@ -26,8 +27,8 @@ class Model(BaseModel):
 class MergedAdapters(Model):
     """LoRAX's merge. linear is the weighted sum of the adapters, exactly, without a merge."""
 
-    ids: Annotated[list[Name], Field(min_length=1, max_length=MAX_IDS)]
-    weights: Annotated[list[float], Field(min_length=1, max_length=MAX_IDS)]
+    ids: Annotated[list[Name], Field(min_length=1, max_length=MAX_LORAS)]
+    weights: Annotated[list[float], Field(min_length=1, max_length=MAX_LORAS)]
     merge_strategy: Literal["linear", "ties", "dare_linear", "dare_ties"] | None = None
     density: Annotated[float, Field(ge=0, le=1)] | None = None
     majority_sign_method: Literal["total", "frequency"] | None = None
@@ -73,7 +74,7 @@ class Parameters(Model):
     merged_adapters: MergedAdapters | None = None
     lora_id: Name | None = None
     medusa_id: Name | None = None
-    loras: Annotated[list[Lora], Field(max_length=MAX_IDS)] | None = None
+    loras: Annotated[list[Lora], Field(max_length=MAX_LORAS)] | None = None
     speculation: Speculation | None = None
 
     do_sample: bool | None = None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
 
 from lorastack.client import GenerateResponse, GenerateStreamResponse, Token
 from lorastack.errors import InternalError, Reason
@@ -29,13 +28,12 @@ async def events(
     Raises what the server's stream raises, and InternalError if it ends unfinished.
     """
     writer = EventWriter(body, max_context)
-    async with aclosing(parts):  # type: ignore[type-var]
-        async for part in parts:
-            if part.HasField("final"):
-                yield writer.finish(part)
-                return
-            if written := writer.take(part):
-                yield written
+    async for part in parts:
+        if part.HasField("final"):
+            yield writer.finish(part)
+            return
+        if written := writer.take(part):
+            yield written
     raise InternalError("the server ended the stream too soon", reason=Reason.WORKER_ENDED)
 
 

@@ -14,7 +14,7 @@ from lorastack.gateway.openai.bodies import ChatBody
 from lorastack.gateway.openai.chat_reply import ChatChoice, ChatReply
 from lorastack.gateway.openai.conversation import ToolUse, chat_messages, tool_use
 from lorastack.gateway.openai.convert import Wanted, check_logprobs, choices, wanted
-from lorastack.gateway.openai.refusals import DONE, failed, refuse
+from lorastack.gateway.openai.refusals import failed, refuse
 from lorastack.gateway.openai.replies import (
     TEXT,
     Chunks,
@@ -27,6 +27,7 @@ from lorastack.gateway.openai.replies import (
     usage,
 )
 from lorastack.gateway.openai.rows import Rows, generate_rows, open_rows
+from lorastack.gateway.openai.streaming import chunks, wants_usage
 from lorastack.gateway.openai.tools import ToolCall, ToolParser, parse_forced
 from lorastack.gateway.selection import Selector
 from lorastack.gateway.upstream import Upstream, row_id
@@ -190,22 +191,12 @@ def _whole(ask: _Ask, top: Head, finals: Sequence[GenerateResponse]) -> ChatRepl
 
 
 async def _events(ask: _Ask, top: Head, rows: Rows) -> AsyncGenerator[bytes]:
-    options = ask.body.stream_options
-    with_usage = options is not None and options.include_usage
+    with_usage = wants_usage(ask.body)
     streams = [_Row(ask, top, index, with_usage) for index in range(len(ask.rows))]
-    finals: list[GenerateResponse] = [GenerateResponse() for _ in ask.rows]
     for stream in streams:
         yield stream.begin()
-    async for row, part in rows.parts:
-        if not part.HasField("final"):
-            if chunk := streams[row].chunk(part):
-                yield chunk
-            continue
-        finals[row] = part.final
-        yield streams[row].end(part.final)
-    if with_usage:
-        yield top.chunk([], usage=usage(finals, ask.wanted.num_choices).model_dump())
-    yield DONE
+    async for chunk in chunks(top, rows, streams, ask.wanted.num_choices, with_usage):
+        yield chunk
 
 
 class _Row:

@@ -9,12 +9,12 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from lorastack.client import GenerateRequest, GenerateResponse, Token
+from lorastack.client import GenerateRequest, GenerateResponse, GenerateStreamResponse
 from lorastack.errors import InvalidArgumentError
 from lorastack.gateway.exchange import Call, Events, Operation, Reply
 from lorastack.gateway.openai.bodies import MAX_PROMPTS, CompletionBody
 from lorastack.gateway.openai.convert import Wanted, check_logprobs, choices, wanted
-from lorastack.gateway.openai.refusals import DONE, failed, refuse
+from lorastack.gateway.openai.refusals import failed, refuse
 from lorastack.gateway.openai.replies import (
     TEXT,
     Chunks,
@@ -29,6 +29,7 @@ from lorastack.gateway.openai.replies import (
     usage,
 )
 from lorastack.gateway.openai.rows import Rows, generate_rows, open_rows
+from lorastack.gateway.openai.streaming import chunks, wants_usage
 from lorastack.gateway.selection import Selector
 from lorastack.gateway.upstream import Upstream, row_id
 
@@ -195,46 +196,34 @@ def _drop_output(ask: _Ask, finals: Sequence[GenerateResponse]) -> None:
             final.finish_reason = GenerateResponse.LENGTH
 
 
-async def _events(ask: _Ask, top: Head, rows: Rows) -> AsyncGenerator[bytes]:
-    options = ask.body.stream_options
-    with_usage = options is not None and options.include_usage
+def _events(ask: _Ask, top: Head, rows: Rows) -> AsyncGenerator[bytes]:
+    with_usage = wants_usage(ask.body)
     streams = [_Row(ask, top, index, with_usage) for index in range(len(ask.rows))]
-    finals: list[GenerateResponse] = [GenerateResponse() for _ in ask.rows]
-    async for row, part in rows.parts:
-        if not part.HasField("final"):
-            if chunk := streams[row].chunk(part.text, [*part.prompt_tokens], [*part.tokens]):
-                yield chunk
-            continue
-        _drop_output(ask, [part.final])
-        finals[row] = part.final
-        yield streams[row].end(part.final)
-    if with_usage:
-        yield top.chunk([], usage=usage(finals, ask.wanted.num_choices).model_dump())
-    yield DONE
+    return chunks(top, rows, streams, ask.wanted.num_choices, with_usage)
 
 
 class _Row:
     """One row's chunks."""
 
     def __init__(self, ask: _Ask, top: Head, index: int, with_usage: bool) -> None:
+        self._ask = ask
         self._top = top
         self._index = index
         self._usage = no_usage(with_usage)
         self._echo = ask.echoes[index]
         self._with_logprobs = ask.body.logprobs is not None
-        self._prompt_only = ask.prompt_only
         self._offset = 0
         self._plain = Chunks(top, self._choice(TEXT), with_usage)
 
-    def chunk(self, text: str, prompt_tokens: list[Token], tokens: list[Token]) -> bytes:
+    def chunk(self, part: GenerateStreamResponse) -> bytes:
         """b"": there is nothing to say."""
-        if self._prompt_only:
-            text, tokens = "", []
+        text, told = part.text, [*part.prompt_tokens, *part.tokens]
+        if self._ask.prompt_only:
+            text, told = "", [*part.prompt_tokens]
         if self._echo:
             text, self._echo = self._echo + text, ""
         if not self._with_logprobs:
             return self._plain.chunk(text) if text else b""
-        told = [*prompt_tokens, *tokens]
         if not text and not told:
             return b""
         logprobs = completion_logprobs(told, self._offset)
@@ -242,6 +231,8 @@ class _Row:
         return self._top.chunk([self._choice(text, logprobs)], **self._usage)
 
     def end(self, final: GenerateResponse) -> bytes:
+        """Why the row ended."""
+        _drop_output(self._ask, [final])
         choice = {
             **self._choice(self._echo),
             "finish_reason": finish_reason(final),
