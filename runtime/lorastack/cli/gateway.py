@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from lorastack.cli.options import not_empty
+from lorastack.cli.options import Host
 from lorastack.client import DEFAULT_SERVER, check_server
 from lorastack.config import GatewayConfig
 
@@ -53,16 +53,7 @@ def gateway(
             help="The gRPC server.",
         ),
     ] = DEFAULT_SERVER,
-    host: Annotated[
-        str,
-        typer.Option(
-            "--host",
-            metavar="ADDRESS",
-            callback=not_empty,
-            envvar="LORASTACK_HOST",
-            help="Listen there; whoever reaches it may do everything, see docs/security.md.",
-        ),
-    ] = _DEFAULTS.host,
+    host: Host = _DEFAULTS.host,
     port: Annotated[
         int,
         typer.Option(

@@ -35,6 +35,16 @@ def path(text: str) -> Path:
     return Path(text)
 
 
+Host = Annotated[
+    str,
+    typer.Option(
+        "--host",
+        metavar="ADDRESS",
+        callback=not_empty,
+        envvar="LORASTACK_HOST",
+        help="Listen there; whoever reaches it may do everything, see docs/security.md.",
+    ),
+]
 Server = Annotated[
     str,
     typer.Option(

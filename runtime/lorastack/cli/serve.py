@@ -12,7 +12,7 @@ import typer
 
 from lorastack.cli.choices import Backend, Device, DType, LogFormat, LogLevel, Quantize
 from lorastack.cli.gateway import AdapterManagement, CorsOrigin, HttpPort
-from lorastack.cli.options import BaseName, Model, Store, default_store, not_empty, size
+from lorastack.cli.options import BaseName, Host, Model, Store, default_store, size
 from lorastack.cli.output import startup_bars, startup_log
 from lorastack.config import (
     AdapterConfig,
@@ -112,16 +112,7 @@ def serve(
             help="How long an upload or a download may wait for its caller.",
         ),
     ] = _ADAPTERS.transfer_idle,
-    host: Annotated[
-        str,
-        typer.Option(
-            "--host",
-            metavar="ADDRESS",
-            callback=not_empty,
-            envvar="LORASTACK_HOST",
-            help="Listen there; whoever reaches it may do everything, see docs/security.md.",
-        ),
-    ] = _SERVICE.host,
+    host: Host = _SERVICE.host,
     port: Annotated[
         int,
         typer.Option(

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from lorastack.request import MAX_LORAS
+
 MAX_CHOICES = 16  # n
 MAX_PROMPTS = 64  # rows of one body: prompts times n
 MAX_IDS = 1 << 18
@@ -160,8 +162,8 @@ class GenerationBody(_Harmless):
     guided_regex: str | None = None
     structured_outputs: StructuredOutputs | None = None
     medusa_id: str | None = None
-    loras: Annotated[list[LoraScale], Field(fail_fast=True, max_length=16)] | None = None
-    lora: Annotated[list[LlamaLora], Field(fail_fast=True, max_length=16)] | None = None
+    loras: Annotated[list[LoraScale], Field(fail_fast=True, max_length=MAX_LORAS)] | None = None
+    lora: Annotated[list[LlamaLora], Field(fail_fast=True, max_length=MAX_LORAS)] | None = None
     speculation: Literal["auto", "off"] | SpeculationOptions | None = None
 
 
