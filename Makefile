@@ -13,7 +13,7 @@ JOBS ?= auto
 PYTEST = $(VENV)/bin/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 PROTOC = $(PY) -m grpc_tools.protoc -Iprotos --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) $(PROTOS)
 
-.PHONY: install proto check check-native check-arm format test test-quick test-real test-mistral fuzz demo bench bench-load bench-parts bench-paging peers serve clean
+.PHONY: install proto check check-native check-arm check-triton format test test-quick test-real test-mistral fuzz demo bench bench-load bench-parts bench-paging peers serve clean
 
 install: $(STAMP) $(LIBRARY)
 
@@ -61,6 +61,12 @@ check-arm: install
 	$(ARM_CXX) -O2 -std=c++17 -Wall -Wextra -I$(NATIVE) tests/helpers/emulated.cpp $(ARM)/liblorastack.so \
 	  -Wl,-rpath,'$$ORIGIN' -o $(ARM)/emulated
 	$(PYTEST) --emulated '$(ARM_RUN) $(ARM)/emulated' -k 'NEON or same_bits or agree' tests/kernels
+
+# The Triton kernels without a GPU: the whole backend on CPU tensors in Triton's interpreter, then
+# every kernel compiled for the devices that it may meet.
+check-triton: install
+	TRITON_INTERPRET=1 $(PYTEST) tests/triton
+	$(PYTEST) tests/triton/compiled
 
 format: $(STAMP)
 	$(VENV)/bin/ruff check --fix .

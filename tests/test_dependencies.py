@@ -26,7 +26,8 @@ def distributions(module: str) -> set[str]:
 
 def test_every_import_is_a_declared_dependency() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    declared = {normal(re.split(r"[<>=!~\[; ]", wanted)[0]) for wanted in project["dependencies"]}
+    wanted_somewhere = project["dependencies"] + project["optional-dependencies"]["cuda"]
+    declared = {normal(re.split(r"[<>=!~\[; ]", wanted)[0]) for wanted in wanted_somewhere}
     modules = {module for path in sources() for _, module in imports(path)}
     foreign = {
         module

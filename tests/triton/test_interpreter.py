@@ -1,0 +1,38 @@
+"""What the kernels' tests rest on: products in the interpreter."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from lorastack.kernels.triton.launch import launch, why_not
+
+
+@triton.jit
+def multiply_kernel(a, b, out, SIZE: tl.constexpr):
+    i = tl.arange(0, SIZE)
+    square = i[:, None] * SIZE + i[None, :]
+    product = tl.dot(tl.load(a + square), tl.load(b + square), input_precision="ieee")
+    tl.store(out + square, product)
+
+
+def multiply(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    out = torch.empty(a.shape, device=a.device)
+    launch(multiply_kernel, (1,), a, b, out, SIZE=len(a))
+    return out
+
+
+def test_bfloat16_products_are_right(device: torch.device) -> None:
+    a, b = torch.randn(2, 16, 16, device=device).bfloat16()
+    torch.testing.assert_close(multiply(a, b), a.float() @ b.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_equal_rows_have_equal_bits(device: torch.device) -> None:
+    row, b = torch.randn(1, 16, device=device), torch.randn(16, 16, device=device)
+    out = multiply(row.expand(16, 16).contiguous(), b)
+    assert (out == out[0]).all()
+
+
+def test_kernels_run_here(device: torch.device) -> None:
+    assert why_not(device) == ""
