@@ -368,6 +368,8 @@ def test_stats(ten: Bench) -> None:
     ]
     assert stats.last_used.keys() == set("acde")
     assert (stats.num_waiting, stats.evictions) == (1, 2)
+    assert list(ten.pool.sizes().items()) == [("a", 1), ("e", 5), ("c", 3)]
+    assert ten.pool.awaited() == {"d"}
     ten.settle()
     stats = ten.pool.stats()
     assert (stats.disk_loads, stats.host_hits) == (4, 2)

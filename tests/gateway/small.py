@@ -16,7 +16,7 @@ from lorastack.client import GenerateRequest
 from lorastack.config import GatewayConfig
 from lorastack.gateway import app
 from lorastack.gateway.exchange import Call, Events, Operation, Reply, event
-from lorastack.gateway.health import refuse
+from lorastack.gateway.health import Scrape, refuse
 from lorastack.gateway.selection import Selection, Selector
 from lorastack.gateway.serving import GatewayThread, bind
 from lorastack.gateway.upstream import Upstream, row_id
@@ -43,9 +43,9 @@ def small_gateway(target: str, **config: Any) -> Iterator[GatewayThread]:
     ours = app.all_operations
 
     def operations(
-        config: GatewayConfig, upstream: Upstream, selector: Selector
+        config: GatewayConfig, upstream: Upstream, selector: Selector, scrape: Scrape | None
     ) -> Sequence[Operation[Any]]:
-        return [*ours(config, upstream, selector), *_operations(selector)]
+        return [*ours(config, upstream, selector, scrape), *_operations(selector)]
 
     with patch.object(app, "all_operations", operations):
         gateway = GatewayThread(served, bind(served))

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
+from lorastack.config import GatewayConfig
 from lorastack.errors import ResourceExhaustedError
 from lorastack.gateway import serving, traffic
-from lorastack.gateway.serving import GatewayThread
+from lorastack.gateway.serving import GatewayThread, bind
 from tests.gateway.small import connect, post, read_all, small_gateway
 from tests.helpers.live import wait_until
 from tests.service import fakes
@@ -56,6 +57,21 @@ def test_metrics_are_the_servers(plain: httpx.Client) -> None:
     assert "vllm:num_requests_waiting" in reply.text
     asked = plain.get("/metrics", headers={"Accept": "application/openmetrics-text"})
     assert asked.headers["content-type"].startswith("application/openmetrics-text")
+
+
+def test_metrics_in_the_servers_process_need_no_call() -> None:
+    def scrape(accept: str) -> tuple[str, bytes]:
+        return "text/plain; version=0.0.4", accept.encode()
+
+    config = GatewayConfig(target="127.0.0.1:1", port=0)
+    gateway = GatewayThread(config, bind(config), scrape)
+    try:
+        reply = httpx.get(f"http://{gateway.address}/metrics", headers={"Accept": "any"})
+        assert (reply.status_code, reply.text) == (200, "any")
+        assert reply.headers["content-type"] == "text/plain; version=0.0.4"
+        assert httpx.get(f"http://{gateway.address}/health").status_code == 503
+    finally:
+        gateway.close()
 
 
 def test_a_server_that_drains_is_503(fake: RunningServer, plain: httpx.Client) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 
+import psutil
 import pytest
 
 from tests.gateway.small import post, small_gateway
@@ -26,6 +28,21 @@ def test_everything_returns_to_zero(served: LiveServer, num_clients: int) -> Non
         wait_until(lambda: not gateway._server.server_state.connections, "all connections close")
         assert traffic._held == 0
     served.assert_idle()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_memory_stays_flat(served: LiveServer) -> None:
+    """Waves of 500 clients after two that fill caches and the allocator's arenas."""
+    process = psutil.Process()
+    with small_gateway(served.server.address) as gateway:
+        sizes = []
+        for _ in range(6):
+            asyncio.run(crowd(gateway.address, 500))
+            served.assert_idle()
+            gc.collect()
+            sizes.append(process.memory_info().rss >> 20)
+    assert max(sizes[2:]) - sizes[1] < 32, f"MiB: {sizes}"
 
 
 async def crowd(address: str, num_clients: int) -> list[str]:

@@ -34,7 +34,7 @@ class FakePool:
     def __init__(self) -> None:
         self.residents: dict[str, AdapterStats] = {}
         self.last_used: dict[str, float] = {}
-        self.awaited: frozenset[str] = frozenset()
+        self.waited_for: frozenset[str] = frozenset()
         self.counts: dict[str, float] = dict.fromkeys(
             ("num_waiting", "host_hits", "disk_loads", "load_seconds", "evictions"), 0
         )
@@ -49,11 +49,16 @@ class FakePool:
     def drop(self, digest: str) -> None:
         self.residents.pop(digest, None)
 
+    def sizes(self) -> dict[str, int]:
+        return {digest: each.nbytes for digest, each in self.residents.items()}
+
+    def awaited(self) -> frozenset[str]:
+        return self.waited_for
+
     def stats(self) -> PoolStats:
         return PoolStats(
             adapters=tuple(self.residents.values()),
             last_used=self.last_used,
-            awaited=self.awaited,
             **self.counts,
         )
 

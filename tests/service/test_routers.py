@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -22,18 +23,22 @@ from tests.service.fakes import RunningServer
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 
 
-def lora_info(fake: RunningServer) -> dict[str, str]:
-    """The labels of vllm:lora_requests_info, read now."""
-    registry = CollectorRegistry()
-    collector = routers.RouterCollector(
+def router_collector(fake: RunningServer, **options: Any) -> routers.RouterCollector:
+    return routers.RouterCollector(
         engine=fake.server._engine,
         pool=fake.server._pool,
         registry=fake.registry,
         model_name="tiny",
         page_size=16,
         device_memory=10_000,
+        **options,
     )
-    registry.register(collector)
+
+
+def lora_info(fake: RunningServer) -> dict[str, str]:
+    """The labels of vllm:lora_requests_info, read now."""
+    registry = CollectorRegistry()
+    registry.register(router_collector(fake))
     (family,) = (f for f in registry.collect() if f.name == "vllm:lora_requests_info")
     return family.samples[0].labels
 
@@ -75,7 +80,7 @@ def test_adapters_by_id(fake: RunningServer, client: Client, folders: dict[str, 
     assert stored["max_lora"] == str(max(int(10_000 / mean), 1))
     client.upload(folders["lora"], "a-copy")
     fake.pool.put(lora, 2000)
-    fake.pool.awaited = frozenset({lora, other})
+    fake.pool.waited_for = frozenset({lora, other})
     assert lora_info(fake) == {
         "max_lora": "10",  # two ids share 2,000 bytes
         "running_lora_adapters": "a-copy,z-lora",
@@ -85,6 +90,28 @@ def test_adapters_by_id(fake: RunningServer, client: Client, folders: dict[str, 
     assert lora_info(fake)["running_lora_adapters"] == "z-lora"
     fake.pool.put("sha256:of-an-older-revision", 2000)
     assert lora_info(fake)["running_lora_adapters"] == "z-lora"
+
+
+def test_lists_are_read_anew_after_a_moment(
+    fake: RunningServer, client: Client, folders: dict[str, Path]
+) -> None:
+    now = [100.0]
+    collector = router_collector(fake, clock=lambda: now[0])
+
+    def read() -> tuple[float, str]:
+        (family,) = (f for f in collector.collect() if f.name == "vllm:lora_requests_info")
+        (sample,) = family.samples
+        return sample.value, sample.labels["running_lora_adapters"]
+
+    assert read() == (100.0, "")
+    fake.pool.put(client.upload(folders["lora"], "lora").digest)
+    now[0] += routers.ADAPTERS_AGE / 2
+    assert read() == (100.0, "")  # the value says of when the lists are
+    now[0] = 100.0 + routers.ADAPTERS_AGE
+    assert read() == (now[0], "lora")
+    fake.pool.put(client.upload(folders["other"], "other").digest)
+    now[0] = 50.0  # the clock was set back
+    assert read() == (50.0, "lora,other")
 
 
 def test_a_list_is_bounded(

@@ -22,15 +22,16 @@ from lorastack.gateway.traffic import Traffic
 from lorastack.gateway.upstream import Upstream
 
 
-def make_app(config: GatewayConfig) -> Starlette:
+def make_app(config: GatewayConfig, scrape: health.Scrape | None = None) -> Starlette:
     """The application; its client connects when the application starts.
 
+    scrape: see `health.operations`.
     Its `state.traffic` is what is open.
     """
     upstream = Upstream(config.target)
     selector = Selector(upstream)
     traffic = Traffic(config.max_body)
-    operations = all_operations(config, upstream, selector)
+    operations = all_operations(config, upstream, selector, scrape)
     served = [*operations, _description(operations)]
     routes = [
         Route(operation.path, Exchange(operation, traffic), methods=[operation.method])
@@ -55,11 +56,14 @@ def make_app(config: GatewayConfig) -> Starlette:
 
 
 def all_operations(
-    config: GatewayConfig, upstream: Upstream, selector: Selector
+    config: GatewayConfig,
+    upstream: Upstream,
+    selector: Selector,
+    scrape: health.Scrape | None,
 ) -> Sequence[Operation[Any]]:
     """What is served, by API."""
     return [
-        *health.operations(upstream),
+        *health.operations(upstream, scrape),
         *lorax.operations(upstream, selector),
         *openai.operations(upstream, selector),
         *(management.operations(upstream) if config.adapter_management else ()),

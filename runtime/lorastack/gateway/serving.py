@@ -18,6 +18,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from lorastack.config import KIB, GatewayConfig
 from lorastack.errors import InvalidArgumentError, UnavailableError
 from lorastack.gateway.app import make_app
+from lorastack.gateway.health import Scrape
 from lorastack.gateway.traffic import Traffic
 from lorastack.printable import error_line
 
@@ -115,11 +116,16 @@ def serve(config: GatewayConfig, bound: socket.socket, on_ready: Callable[[str],
 class GatewayThread:
     """The gateway on a thread and an event loop of its own."""
 
-    def __init__(self, config: GatewayConfig, bound: socket.socket) -> None:
-        """Listens when this returns. Raises UnavailableError if it cannot."""
+    def __init__(
+        self, config: GatewayConfig, bound: socket.socket, scrape: Scrape | None = None
+    ) -> None:
+        """Listens when this returns. Raises UnavailableError if it cannot.
+
+        scrape: the server's metrics, from any thread, where the server is in this process.
+        """
         self.address = address(bound)
         self._started = threading.Event()
-        self._server = _Server(config, self._started.set)
+        self._server = _Server(config, self._started.set, scrape)
         self._bound = bound
         self._thread = threading.Thread(target=self._run, name="lorastack-http", daemon=True)
         self._thread.start()
@@ -141,8 +147,10 @@ class GatewayThread:
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: GatewayConfig, on_ready: Callable[[], None]) -> None:
-        app = make_app(config)
+    def __init__(
+        self, config: GatewayConfig, on_ready: Callable[[], None], scrape: Scrape | None = None
+    ) -> None:
+        app = make_app(config, scrape)
         super().__init__(_uvicorn(config, app))
         self._traffic: Traffic = app.state.traffic
         self._on_ready = on_ready

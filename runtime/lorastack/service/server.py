@@ -286,7 +286,8 @@ class Server:
         self._server = server
         if (http := self._config.http) is not None:
             http = replace(http, target=self.address)
-            self._gateway = await asyncio.to_thread(GatewayThread, http, bind(http))
+            scrape = self.exposition.render
+            self._gateway = await asyncio.to_thread(GatewayThread, http, bind(http), scrape)
             self.http_address = self._gateway.address
         self._health.set(health_pb2.HealthCheckResponse.SERVING)
 

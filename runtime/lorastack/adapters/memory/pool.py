@@ -56,15 +56,13 @@ class PoolStats:
     """What the pool holds, and counts since it was made.
 
     adapters: least recently used first. last_used: digest -> time.time() seconds, of any that was
-    ever used and not dropped. num_waiting: sets of LoRAs that rows wait for. awaited: the
-    digests in them, also those on the device. host_hits, disk_loads: loads by where the bytes were.
-    load_seconds: total run time of loads and copies.
+    ever used and not dropped. num_waiting: sets of LoRAs that rows wait for. host_hits, disk_loads:
+    loads by where the bytes were. load_seconds: total run time of loads and copies.
     """
 
     adapters: tuple[AdapterStats, ...]
     last_used: Mapping[str, float]
     num_waiting: int
-    awaited: frozenset[str]
     host_hits: int
     disk_loads: int
     load_seconds: float
@@ -212,9 +210,18 @@ class DevicePool:
             resident.use = Use.IDLE
         return changed
 
+    def sizes(self) -> dict[str, int]:
+        """Bytes by digest of what is on the device, least recently used first. Any thread."""
+        with self._lock:
+            return {digest: each.adapter.nbytes for digest, each in self._residents.items()}
+
+    def awaited(self) -> frozenset[str]:
+        """The digests in the sets that rows wait for, also those on the device. Any thread."""
+        # A copy is one step of the interpreter: the step thread may change the queue.
+        return frozenset().union(*self._queue.copy())
+
     def stats(self) -> PoolStats:
         """What the pool holds and has counted. Any thread."""
-        queue = self._queue.copy()  # one step of the interpreter: the step thread may change it
         with self._lock:
             return PoolStats(
                 adapters=tuple(
@@ -227,8 +234,7 @@ class DevicePool:
                     for digest, resident in self._residents.items()
                 ),
                 last_used=dict(self._last_used),
-                num_waiting=len(queue),
-                awaited=frozenset().union(*queue),
+                num_waiting=len(self._queue),
                 host_hits=self._host.num_hits,
                 disk_loads=self._host.num_misses,
                 load_seconds=self._pipeline.seconds,

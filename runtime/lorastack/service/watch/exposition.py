@@ -1,4 +1,4 @@
-"""The text of a scrape: our own names, kept for a second, and the routers' ones, for a moment."""
+"""The text of a scrape: our own names, kept for seconds, and the routers' ones, for a moment."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-OWN_AGE = 1.0  # seconds that a rendering of our own names may be old
+OWN_AGE = 5.0  # seconds that a rendering of our own names may be old
 ROUTERS_AGE = 0.02  # seconds, likewise: the usual router asks every 0.05 s
 MAX_KEPT = 8  # renderings, by content type: callers choose these
 _END = b"# EOF\n"  # of OpenMetrics; it ends the whole

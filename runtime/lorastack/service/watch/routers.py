@@ -6,17 +6,19 @@ They score by the ids that callers send as `model`, so adapters are named by id,
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from math import inf
 
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from lorastack.adapters.memory.pool import DevicePool, PoolStats
+from lorastack.adapters.memory.pool import DevicePool
 from lorastack.adapters.store.manifest import Record
 from lorastack.adapters.store.registry import Registry
 from lorastack.engine.engine import Engine
 
 MAX_NAMES = 512  # in one list
+ADAPTERS_AGE = 0.2  # seconds that the lists of adapters may be old: loads take longer
 PREFIX = "vllm:"
 
 
@@ -29,10 +31,10 @@ class Names:
         self._by_digest: dict[str, list[str]] = {}
         self._stored_bytes = 0
 
-    def of(self, digest: str) -> Sequence[str]:
-        """The ids whose newest revision has this content, sorted; empty if none has."""
+    def by_digest(self) -> Mapping[str, Sequence[str]]:
+        """The ids whose newest revision has a content, sorted, by the content's digest."""
         self._follow()
-        return self._by_digest.get(digest, ())
+        return self._by_digest
 
     def mean_stored_bytes(self) -> float:
         """Bytes of all stored adapters, equal content once, by the number of ids; 0 without any."""
@@ -63,12 +65,17 @@ class RouterCollector(Collector):
         model_name: str,
         page_size: int,
         device_memory: int,
+        clock: Callable[[], float] = time.time,
     ) -> None:
-        """page_size: tokens. device_memory: bytes for adapters on the device."""
+        """page_size: tokens. device_memory: bytes for adapters on the device. clock: seconds since
+        the epoch."""
         self._engine = engine
         self._pool = pool
         self._names = Names(registry)
         self._model_name = model_name
+        self._clock = clock
+        self._read = -inf  # when the adapters were
+        self._read_adapters: dict[str, str] = {}
         self._page_size = page_size
         self._device_memory = device_memory
 
@@ -85,40 +92,40 @@ class RouterCollector(Collector):
         yield _gauge("kv_cache_usage_perc", "Share of KV pages that rows hold.", usage, model)
         size = {"block_size": str(self._page_size), "num_gpu_blocks": str(num_pages)}
         yield _gauge("cache_config_info", "The KV cache.", 1, size)
-        adapters = self._adapters(self._pool.stats())
+        now = self._clock()
+        if not self._read <= now < self._read + ADAPTERS_AGE:  # or the clock was set back
+            self._read, self._read_adapters = now, self._adapters()
         about = "Adapters on the device and awaited, at this time in seconds."
-        yield _gauge("lora_requests_info", about, time.time(), adapters)
+        yield _gauge("lora_requests_info", about, self._read, self._read_adapters)
 
-    def _adapters(self, stats: PoolStats) -> dict[str, str]:
-        latest_first = [adapter.digest for adapter in reversed(stats.adapters)]
-        awaited = sorted(stats.awaited.difference(latest_first))
+    def _adapters(self) -> dict[str, str]:
+        sizes, awaited = self._pool.sizes(), self._pool.awaited()
+        names = self._names.by_digest()
         return {
-            "max_lora": str(self._max_names(stats)),
-            "running_lora_adapters": ",".join(self._listed(latest_first)),
-            "waiting_lora_adapters": ",".join(self._listed(awaited)),
+            "max_lora": str(self._max_names(sizes, names)),
+            "running_lora_adapters": _listed(reversed(sizes), names),
+            "waiting_lora_adapters": _listed(sorted(awaited.difference(sizes)), names),
         }
 
-    def _listed(self, digests: Iterable[str]) -> list[str]:
-        """The first MAX_NAMES ids of these digests, sorted."""
-        names: list[str] = []
-        for digest in digests:
-            names += self._names.of(digest)
-            if len(names) >= MAX_NAMES:
-                break
-        return sorted(names[:MAX_NAMES])
-
-    def _max_names(self, stats: PoolStats) -> int:
+    def _max_names(self, sizes: Mapping[str, int], names: Mapping[str, Sequence[str]]) -> int:
         """How many ids of mean size fit on the device, at least 1.
 
         The mean is of the ids on the device, in the bytes that they take there; while there are
         none, of all that are stored, in the bytes of their files.
         """
-        num_names = sum(len(self._names.of(adapter.digest)) for adapter in stats.adapters)
-        if num_names:
-            mean = sum(adapter.nbytes for adapter in stats.adapters) / num_names
-        else:
-            mean = self._names.mean_stored_bytes()
+        num_names = sum(len(names.get(digest, ())) for digest in sizes)
+        mean = sum(sizes.values()) / num_names if num_names else self._names.mean_stored_bytes()
         return max(int(self._device_memory / mean), 1) if mean else 1
+
+
+def _listed(digests: Iterable[str], names: Mapping[str, Sequence[str]]) -> str:
+    """The first MAX_NAMES ids of these digests, sorted."""
+    listed: list[str] = []
+    for digest in digests:
+        listed += names.get(digest, ())
+        if len(listed) >= MAX_NAMES:
+            break
+    return ",".join(sorted(listed[:MAX_NAMES]))
 
 
 def _gauge(name: str, about: str, value: float, labels: Mapping[str, str]) -> Metric:
