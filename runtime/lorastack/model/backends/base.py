@@ -40,7 +40,10 @@ class Backend(Protocol):
         ...
 
     def forward(self, batch: ForwardBatch, kv: KVCache) -> Outputs:
-        """Runs a step. Writes the keys and values of all its tokens to `kv`."""
+        """Runs a step. Writes the keys and values of all its tokens to `kv`.
+
+        Ends when the device is done with it, so that a step can be timed.
+        """
         ...
 
     def logits(self, hidden_XH: Tensor, lora: LoraBatch) -> Tensor:
@@ -51,5 +54,8 @@ class Backend(Protocol):
         ...
 
     def head_rows(self, ids: Sequence[int], out_NH: Tensor) -> None:
-        """Writes lm_head's rows of these tokens into a tensor on the CPU. Any thread."""
+        """Writes lm_head's rows of these tokens into a tensor on the CPU or `device`. Any thread.
+
+        On a CUDA device in the calling thread's current stream, for whose end nobody need wait.
+        """
         ...
