@@ -21,6 +21,7 @@ from schemathesis import Case
 from schemathesis.schemas import APIOperation
 
 from lorastack.config import AdapterConfig
+from lorastack.gateway import health
 from tests.gateway.conftest import GATEWAY
 from tests.helpers.chat_templates import QWEN
 from tests.helpers.live import ROOMY, LiveServer
@@ -307,8 +308,9 @@ def fuzzed(
 
 
 @pytest.fixture
-def url(fuzzed: LiveServer) -> Iterator[str]:
+def url(fuzzed: LiveServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Its address; behind the test it must be idle and generate."""
+    monkeypatch.setattr(health, "PATIENCE", PATIENCE)  # a busy machine takes its time
     url = f"http://{fuzzed.server.http_address}"
     yield url
     fuzzed.assert_idle()
