@@ -155,3 +155,12 @@ class DataLossError(LorastackError):
 
 class InternalError(LorastackError):
     """INTERNAL: our bug."""
+
+
+class DeviceLostError(InternalError):
+    """INTERNAL: what computes the model is gone; the server ends."""
+
+
+def breaks_device(error: BaseException) -> bool:
+    """True for an error after which the device computes nothing any more for this process."""
+    return isinstance(error, DeviceLostError)

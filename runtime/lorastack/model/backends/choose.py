@@ -9,6 +9,7 @@ import torch
 from lorastack.kernels.native.isa import Isa, missing
 from lorastack.kernels.quantize import Kind
 from lorastack.model.backends.native import native_isa
+from lorastack.model.backends.parallel.shards import check_shards
 from lorastack.model.config import DecoderConfig
 
 
@@ -17,7 +18,8 @@ class Choice:
     """dtype: of weights, KV, LoRAs and heads. kind: what the base model's weights are quantised to.
 
     native: the native kernels may be used, with no better instruction set than `at_most` if it is
-    there. isa: the one with which they run the model; None for plain torch.
+    there. isa: the one with which they run the model; None for plain torch. shards: devices that
+    share the model.
     """
 
     device: torch.device
@@ -26,6 +28,7 @@ class Choice:
     native: bool
     at_most: Isa | None
     isa: Isa | None
+    shards: int = 1
 
     def why_torch(self, name: str) -> str:
         """Why the model `name` runs in plain torch on a CPU although the native kernels may run.
@@ -45,15 +48,21 @@ def choose(
     native: bool,
     kind: Kind | None,
     at_most: Isa | None = None,
+    shards: int = 1,
 ) -> Choice:
     """The native kernels where they run the model and may (`native`), else torch.
 
     dtype: None for bfloat16, on a CPU only where the native kernels run the model in it, else
-    float32. at_most: no better instruction set than it.
+    float32. at_most: no better instruction set than it. shards: devices that share the model; more
+    than one run it in torch.
+
+    Raises InvalidArgumentError for a model that so many devices cannot share.
     """
+    if shards > 1:
+        check_shards(config.shapes, shards, kind)
 
     def isa_for(dtype: torch.dtype) -> Isa | None:
-        return native_isa(config, dtype, device, kind, at_most) if native else None
+        return native_isa(config, dtype, device, kind, at_most) if native and shards == 1 else None
 
     if dtype is None:
         native_bfloat16 = isa_for(torch.bfloat16) is not None
@@ -65,4 +74,5 @@ def choose(
         native=native,
         at_most=at_most,
         isa=isa_for(dtype),
+        shards=shards,
     )

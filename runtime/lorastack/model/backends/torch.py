@@ -19,7 +19,7 @@ from lorastack.lora.segments import LoraBatch
 from lorastack.model.backends.accept import accept_trees
 from lorastack.model.checkpoint import Checkpoint
 from lorastack.model.config import DecoderConfig
-from lorastack.model.context import ForwardBatch, Outputs
+from lorastack.model.context import ForwardBatch, Outputs, SampledTree
 from lorastack.model.kv import KVCache
 from lorastack.model.weights import DecoderWeights, LayerWeights, Packing, load_weights
 
@@ -91,19 +91,28 @@ class TorchBackend:
 
     def forward(self, batch: ForwardBatch, kv: KVCache) -> Outputs:
         """See `Backend`."""
+        return self.outputs(*self.compute(batch, kv), batch.trees)
+
+    def outputs(
+        self, hidden_XH: Tensor, logits_XV: Tensor, trees: Sequence[SampledTree]
+    ) -> Outputs:
+        """What `forward` makes of what `compute` gives."""
+        peaks_X, best_X = (each_X.cpu() for each_X in self.ops.best(logits_XV))
+        accepted = accept_trees(self.ops, logits_XV, best_X, trees)
+        return Outputs(hidden_XH, logits_XV, peaks_X, best_X, accepted)
+
+    def compute(self, batch: ForwardBatch, kv: KVCache) -> tuple[Tensor, Tensor]:
+        """The states and logits of `Outputs`: all of a step that several devices share."""
         meta = self._prepare(batch, kv)
         token_ids_T = torch.tensor(batch.token_ids, dtype=torch.int64, device=self.device)
-        hidden_TH = embedding(token_ids_T, self._weights.embed_VH)
+        hidden_TH = self._embed(token_ids_T)
         add_embedding(token_ids_T, hidden_TH, batch.lora)
         for layer in self._weights.layers:
             hidden_TH = self._layer(hidden_TH, layer, batch.lora, kv, meta)
         wanted_X = torch.tensor(batch.outputs, dtype=torch.int64, device=hidden_TH.device)
         hidden_XH = hidden_TH[wanted_X]
         hidden_XH = rms_norm(hidden_XH, (hidden_XH.shape[-1],), self._weights.norm, self._eps)
-        logits_XV = self.logits(hidden_XH, batch.lora.select(batch.outputs))
-        peaks_X, best_X = (each_X.cpu() for each_X in self.ops.best(logits_XV))
-        accepted = accept_trees(self.ops, logits_XV, best_X, batch.trees)
-        return Outputs(hidden_XH, logits_XV, peaks_X, best_X, accepted)
+        return hidden_XH, self.logits(hidden_XH, batch.lora.select(batch.outputs))
 
     def logits(self, hidden_XH: Tensor, lora: LoraBatch) -> Tensor:
         """See `Backend`."""
@@ -159,17 +168,31 @@ class TorchBackend:
         kv.write(index, meta.plan.slots_T, qkv[:, self._query_size :])
         q_THD = qkv[:, : self._query_size].view(-1, self._num_heads, self._head_dim)
         context_TI = attend(q_THD, kv.data[index], meta.plan)
-        hidden_TH += linear(context_TI, weights.o)
-        add_group(context_TI, (hidden_TH,), lora, index, O)
+        self._add_dense(hidden_TH, context_TI, weights.o, lora, index, O)
 
         x_TH = rms_norm(hidden_TH, size, weights.mlp_norm, self._eps)
         gate_up = linear(x_TH, weights.gate_up)
         gate_TI, up_TI = gate_up.chunk(2, dim=1)
         add_group(x_TH, (gate_TI, up_TI), lora, index, GATE_UP)
         inner_TI = silu(gate_TI).mul_(up_TI)
-        hidden_TH += linear(inner_TI, weights.down)
-        add_group(inner_TI, (hidden_TH,), lora, index, DOWN)
+        self._add_dense(hidden_TH, inner_TI, weights.down, lora, index, DOWN)
         return hidden_TH
+
+    def _embed(self, token_ids_T: Tensor) -> Tensor:
+        return embedding(token_ids_T, self._weights.embed_VH)
+
+    def _add_dense(
+        self,
+        hidden_TH: Tensor,
+        x_TI: Tensor,
+        weight: Dense,
+        lora: LoraBatch,
+        layer: int,
+        group: int,
+    ) -> None:
+        """Adds a projection back to the hidden size, and its LoRAs, to hidden_TH in place."""
+        hidden_TH += linear(x_TI, weight)
+        add_group(x_TI, (hidden_TH,), lora, layer, group)
 
     def _rotate(self, qkv: Tensor, meta: StepMeta) -> None:
         """RoPE on queries and keys, in place: x * cos + (second half negated, first half) * sin.
