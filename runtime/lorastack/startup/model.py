@@ -18,6 +18,9 @@ from lorastack.kernels.quantize import Kind
 from lorastack.model.backends.base import Backend
 from lorastack.model.backends.choose import Choice, choose
 from lorastack.model.backends.load import read_backend
+from lorastack.model.backends.parallel.backend import ParallelBackend
+from lorastack.model.backends.parallel.crew import Crew
+from lorastack.model.backends.parallel.shards import Shard, shard_config
 from lorastack.model.config import DecoderConfig
 from lorastack.model.fetch.download import Progress
 from lorastack.model.size import weights_nbytes
@@ -43,7 +46,8 @@ class LoadedModel:
     """A base model in memory with its tokenizer. name: hub id, or the folder's name.
 
     kv_memory: bytes for keys and values beside it; num_pages: the pages that they hold. threads:
-    CPU threads of a step.
+    CPU threads of a step. crew: the processes of the other devices that share the model, which all
+    have so many bytes, pages and threads.
     """
 
     backend: Backend
@@ -54,6 +58,17 @@ class LoadedModel:
     kv_memory: int
     num_pages: int
     threads: int
+    crew: Crew | None
+
+    def watch(self, on_failure: Callable[[BaseException], None]) -> None:
+        """on_failure: called, from any thread, when a device that shares the model is lost."""
+        if self.crew is not None:
+            self.crew.watch(on_failure)
+
+    def close(self) -> None:
+        """Ends the processes of the other devices. No step may run any more."""
+        if self.crew is not None:
+            self.crew.close()
 
 
 def load_model(
@@ -69,15 +84,19 @@ def load_model(
     here, and FailedPreconditionError for more memory than the device has or less KV than two pages.
     """
     device, at_most = _device(config.device), isa_named(config.isa)
+    _check_devices(config, device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    if config.tensor_parallel > 1 and device.type == "cpu":
+        torch.set_num_threads(max(1, torch.get_num_threads() // config.tensor_parallel))
     path, name = model_folder(config.model, partial(progress, "fetching the default model"))
     with ThreadPoolExecutor(1) as beside:  # the weights, which hardly need the interpreter
         tokenizer = beside.submit(Tokenizer.load, path)
         files = ModelFiles(path, config.max_context)
         choice = _choose(config, files.config, device, at_most, name)
-        kv_memory = _kv_memory(files.config, choice, engine.kv_memory, adapter_memory)
-        num_pages = count_pages(files.config.shapes, choice.dtype, kv_memory, engine.page_size)
+        largest = shard_config(files.config, Shard(choice.shards - 1, choice.shards))
+        kv_memory = _kv_memory(largest, choice, engine.kv_memory, adapter_memory)
+        num_pages = count_pages(largest.shapes, choice.dtype, kv_memory, engine.page_size)
         checkpoint = files.checkpoint.reporting(_reporter(progress, tokenizer))
         backend = read_backend(checkpoint, files.config, choice)
     _warn_of_unknown_tokens(tokenizer.result(), backend.shapes.vocab_size)
@@ -90,6 +109,7 @@ def load_model(
         kv_memory=kv_memory,
         num_pages=num_pages,
         threads=torch.get_num_threads(),
+        crew=backend.crew if isinstance(backend, ParallelBackend) else None,
     )
 
 
@@ -119,6 +139,7 @@ def _choose(
         native=config.backend != "torch",
         kind=None if config.quantize is None else Kind(config.quantize),
         at_most=at_most,
+        shards=config.tensor_parallel,
     )
     why = choice.why_torch(name)
     if why and config.backend == "native":
@@ -136,19 +157,23 @@ def _kv_memory(
 ) -> int:
     """Bytes for keys and values, if there is room for all that is to come.
 
-    wanted: None for what is left, up to 4 GiB.
+    model: what one device has of it. wanted: None for what is left, up to 4 GiB.
     """
-    device, dtype = choice.device, choice.dtype
+    device, dtype, where = choice.device, choice.dtype, "here"
     available = available_memory(device)
     if available is None:
         return MOST_KV if wanted is None else wanted
     sizes = {kind: weights_nbytes(model, dtype, kind, device) for kind in (None, *Kind)}
     weights = sizes[choice.kind]
+    if choice.shards > 1:
+        sizes, where = {}, f"for each of {choice.shards} shards"
+        if device.type == "cpu":
+            available //= choice.shards
     smaller = {f"--quantize {kind}": size for kind, size in sizes.items() if size < weights}
     kv = wanted
     if kv is None:
         kv = min(MOST_KV, max(LEAST_KV, available - weights - adapter_memory))
-    check_fits(Demand(weights=weights, kv=kv, adapters=adapter_memory), available, smaller)
+    check_fits(Demand(weights=weights, kv=kv, adapters=adapter_memory), available, smaller, where)
     if wanted is None and kv < MOST_KV:
         log.warning("keys and values get the %d MiB that are left; --kv-memory sets it", kv // MIB)
     return kv
@@ -161,6 +186,19 @@ def _warn_of_unknown_tokens(tokenizer: Tokenizer, vocab_size: int) -> None:
             "are refused",
             tokenizer.vocab_size - 1,
             vocab_size,
+        )
+
+
+def _check_devices(config: ModelConfig, device: torch.device) -> None:
+    """Raises InvalidArgumentError where so many devices cannot share a model."""
+    shards = config.tensor_parallel
+    if shards > 1 and config.backend == "native":
+        raise InvalidArgumentError(
+            f"--tensor-parallel {shards} runs in torch: leave --backend native out"
+        )
+    if device.type == "cuda" and torch.cuda.device_count() < shards:
+        raise InvalidArgumentError(
+            f"--tensor-parallel {shards}: torch finds {torch.cuda.device_count()} CUDA devices"
         )
 
 
