@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
-import psutil
 import pytest
 import torch
 from torch import Tensor
@@ -27,7 +27,6 @@ from lorastack.lora.segments import LoraBatch, Segment
 from lorastack.lora.weights import LoraWeights
 from lorastack.model.backends.base import Backend
 from lorastack.model.backends.load import load_backend
-from lorastack.model.backends.parallel import backend as parallel_module
 from lorastack.model.backends.parallel import crew as crew_module
 from lorastack.model.backends.parallel.backend import ParallelBackend
 from lorastack.model.backends.parallel.checkpoint import CheckpointShard
@@ -41,7 +40,6 @@ from lorastack.model.config import load_config
 from lorastack.model.context import ForwardBatch, RowSpan
 from lorastack.model.kv import Move
 from tests.helpers.adapters import write_lora
-from tests.helpers.live import wait_until
 from tests.helpers.native import RowPart, lay_out
 from tests.helpers.packed import read_weights
 from tests.helpers.tiny import build_llama, build_mistral, shapes_of
@@ -298,68 +296,50 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(tmp_path_factory.mktemp("parallel") / "model")
 
 
-def two_processes(folder: Path) -> ParallelBackend:
+@pytest.fixture(scope="module")
+def two(folder: Path) -> Iterator[ParallelBackend]:
     backend = load_backend(folder, device=CPU, dtype=None, max_context=None, shards=2)
     assert isinstance(backend, ParallelBackend)
-    return backend
-
-
-def gone(pid: int) -> bool:
-    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-
-
-def test_two_processes_give_the_logits_of_one(tmp_path: Path, folder: Path) -> None:
-    """LoRAs come and go: each is handed over once, and let go of with shard 0's copy."""
-    backend = two_processes(folder)
-    try:
-        assert (backend.name, backend.dtype) == ("torch x2", torch.float32)
-        assert backend.shapes == shapes_of(folder)
-        plain = one_process(folder)
-        for seeds in ((4, 7), (5, 6)):
-            loras = [lora_of(tmp_path, folder, seed, rank=seed) for seed in seeds]
-            for got, wanted in zip(
-                steps(backend, folder, loras), steps(plain, folder, loras), strict=True
-            ):
-                torch.testing.assert_close(got, wanted, **CLOSE)
-            assert len(backend._loras._held) == 2
-            del loras
-        assert len(backend._loras._gone) == 2 and not backend._loras._held
-        ids, rows_NH = (280, 3, 140), torch.empty(3, 64)
-        expected_NH = torch.empty(3, 64)
-        backend.head_rows(ids, rows_NH)
-        plain.head_rows(ids, expected_NH)
-        assert torch.equal(rows_NH, expected_NH)
-    finally:
-        backend.crew.close()
-    assert all(gone(pid) for pid in backend.crew.pids)
+    yield backend
     backend.crew.close()
 
 
-def test_a_shard_that_hangs_or_fails_is_an_error_and_no_hang(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+def test_two_processes_give_the_logits_of_one(
+    tmp_path: Path, folder: Path, two: ParallelBackend
 ) -> None:
-    monkeypatch.setattr(parallel_module, "TIMEOUT", 2.0)
+    """LoRAs come and go: each is handed over once, and let go of with shard 0's copy."""
+    assert (two.name, two.dtype, two.shapes) == ("torch x2", torch.float32, shapes_of(folder))
+    plain = one_process(folder)
+    for seeds in ((4, 7), (5, 6)):
+        loras = [lora_of(tmp_path, folder, seed, rank=seed) for seed in seeds]
+        for got, wanted in zip(steps(two, folder, loras), steps(plain, folder, loras), strict=True):
+            torch.testing.assert_close(got, wanted, **CLOSE)
+        assert len(two._loras._held) == 2
+        del loras
+    assert len(two._loras._gone) == 2 and not two._loras._held
+
+
+def test_rows_of_lm_head_are_those_of_the_checkpoint(folder: Path, two: ParallelBackend) -> None:
+    ids, rows_NH, expected_NH = (280, 3, 140), torch.empty(3, 64), torch.empty(3, 64)
+    two.head_rows(ids, rows_NH)
+    one_process(folder).head_rows(ids, expected_NH)
+    assert torch.equal(rows_NH, expected_NH)
+
+
+def test_a_shard_that_hangs_is_an_error_and_no_hang(
+    two: ParallelBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last test of `two`."""
     monkeypatch.setattr(crew_module, "GRACE", 0.5)
-    backend = two_processes(folder)
     failures: list[BaseException] = []
-    backend.crew.watch(failures.append)
-    try:
-        kv = backend.make_kv(4, 4)
-        batch = ForwardBatch([5], (RowSpan(0, 1, [0], 0),), [0])
-        backend.forward(batch, kv)
-        os.kill(backend.crew.pids[0], signal.SIGSTOP)
-        with pytest.raises(DeviceLostError, match="waited too long for another one"):
-            backend.forward(batch, kv)
-        wait_until(lambda: gone(backend.crew.pids[0]), "the shard that hung is ended")
-        with pytest.raises(DeviceLostError):
-            backend.forward(batch, kv)
-        (failure,) = failures
-        assert isinstance(failure, DeviceLostError)
-    finally:
-        backend.crew.close()
-
-
-def test_a_shard_that_cannot_start_says_why(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parallel_module, "TIMEOUT", "soon")
-    with pytest.raises(DeviceLostError, match=r"shard 1 of 2 .* failed: TypeError"):
-        two_processes(folder)
+    two.crew.watch(failures.append)
+    kv = two.make_kv(4, 4)
+    batch = ForwardBatch([5], (RowSpan(0, 1, [0], 0),), [0])
+    two.forward(batch, kv)
+    two._group._backend._set_default_timeout(timedelta(seconds=1))
+    os.kill(two.crew.pids[0], signal.SIGSTOP)
+    with pytest.raises(DeviceLostError, match="waited too long for another one"):
+        two.forward(batch, kv)
+    with pytest.raises(DeviceLostError, match="waited too long for another one"):
+        kv.move([Move([0], [0], [1])])
+    assert [type(failure) for failure in failures] == [DeviceLostError]
