@@ -13,7 +13,7 @@ JOBS ?= auto
 PYTEST = $(VENV)/bin/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 PROTOC = $(PY) -m grpc_tools.protoc -Iprotos --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) $(PROTOS)
 
-.PHONY: install proto check check-native check-arm format test test-quick test-real test-mistral fuzz demo bench bench-load bench-parts bench-paging peers serve clean
+.PHONY: install proto check check-native check-arm format test test-quick test-real test-mistral fuzz demo bench bench-load bench-parts bench-paging peers images serve clean
 
 install: $(STAMP) $(LIBRARY)
 
@@ -116,6 +116,10 @@ benchmarks/peers/%/.venv/.installed: benchmarks/peers/%/requirements.txt
 	$(PYTHON) -m venv $(@D)
 	CMAKE_ARGS="-DGGML_NATIVE=ON" $(@D)/bin/python -m pip install --quiet -r $<
 	touch $@
+
+# The Docker images, where there is a daemon.
+images:
+	docker/build.sh
 
 serve: install
 	$(VENV)/bin/lorastack serve

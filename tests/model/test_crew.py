@@ -106,7 +106,7 @@ def test_a_process_that_is_killed_is_noticed_at_once(start: Start) -> None:
     assert str(failures[0]).startswith(text)
     assert breaks_device(failures[0])
     assert aborted == [True]
-    assert all(gone(pid) for pid in crew.pids)
+    wait_until(lambda: all(gone(pid) for pid in crew.pids), "the others end")
     for _ in range(2):
         with pytest.raises(DeviceLostError, match="was killed by SIGKILL"), crew.together():
             raise AssertionError("nothing runs any more")

@@ -25,6 +25,7 @@ from lorastack.kernels.quantize import Kind
 from lorastack.layout import EMBED, LAYER_TARGETS, LM_HEAD
 from lorastack.lora.segments import LoraBatch, Segment
 from lorastack.lora.weights import LoraWeights
+from lorastack.model import checkpoint as checkpoint_module
 from lorastack.model.backends.base import Backend
 from lorastack.model.backends.load import load_backend
 from lorastack.model.backends.parallel import crew as crew_module
@@ -154,20 +155,19 @@ def test_shards_read_their_parts_and_no_more(tmp_path: Path, name: str, count: i
     assert max(sizes) < whole.nbytes / count * 1.1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("piece", [4, 96, 100, 4 << 20])
 def test_columns_are_read_to_any_dtype_in_any_pieces(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, piece: int
 ) -> None:
     whole = Checkpoint(build(tmp_path))
     name = "model.layers.1.mlp.down_proj.weight"
     expected = torch.empty(whole.tensors[name].shape)
     whole.read_into(name, expected)
-    for rows in (1, 5, 1000):
-        monkeypatch.setattr(
-            "lorastack.model.backends.parallel.checkpoint.PIECE", rows * expected.shape[1] * 4
-        )
-        out = torch.empty(expected.shape[0], expected.shape[1] // 2, dtype=torch.bfloat16)
-        CheckpointShard(whole, Shard(1, 2)).read_into(name, out)
-        assert torch.equal(out, expected.chunk(2, dim=1)[1].bfloat16())
+    monkeypatch.setattr(checkpoint_module, "PIECE", piece)
+    out = torch.empty(expected.shape[0], expected.shape[1] // 2, dtype=dtype)
+    CheckpointShard(whole, Shard(1, 2)).read_into(name, out)
+    assert torch.equal(out, expected.chunk(2, dim=1)[1].to(dtype))
 
 
 # -- sums ---------------------------------------------------------------------------------------

@@ -24,15 +24,16 @@ from lorastack.model.backends.parallel.shards import Shard, shard_config
 from lorastack.model.config import DecoderConfig
 from lorastack.model.fetch.download import Progress
 from lorastack.model.size import weights_nbytes
+from lorastack.startup.device import find_device
 from lorastack.startup.files import ModelFiles
 from lorastack.startup.folder import model_folder
 from lorastack.startup.memory import (
-    LEAST_KV,
     MOST_KV,
     Demand,
     available_memory,
     check_fits,
     count_pages,
+    default_kv,
 )
 from lorastack.text.tokenizer import Tokenizer
 
@@ -45,9 +46,9 @@ StartupProgress = Callable[[str, int, int], None]  # what is going on; bytes don
 class LoadedModel:
     """A base model in memory with its tokenizer. name: hub id, or the folder's name.
 
-    kv_memory: bytes for keys and values beside it; num_pages: the pages that they hold. threads:
-    CPU threads of a step. crew: the processes of the other devices that share the model, which all
-    have so many bytes, pages and threads.
+    kv_memory: bytes for keys and values beside it; num_pages: the pages that they hold. lossless:
+    see `Choice`. threads: CPU threads of a step. crew: the processes of the other devices that
+    share the model, all of which have so many bytes, pages and threads.
     """
 
     backend: Backend
@@ -57,6 +58,7 @@ class LoadedModel:
     fingerprint: str
     kv_memory: int
     num_pages: int
+    lossless: bool
     threads: int
     crew: Crew | None
 
@@ -83,8 +85,7 @@ def load_model(
     read, InvalidArgumentError for a model, a device, a backend or instructions that cannot run
     here, and FailedPreconditionError for more memory than the device has or less KV than two pages.
     """
-    device, at_most = _device(config.device), isa_named(config.isa)
-    _check_devices(config, device)
+    device, at_most = find_device(config.device, config.tensor_parallel), isa_named(config.isa)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     if config.tensor_parallel > 1 and device.type == "cpu":
@@ -108,6 +109,7 @@ def load_model(
         fingerprint=files.fingerprint(),
         kv_memory=kv_memory,
         num_pages=num_pages,
+        lossless=choice.lossless,
         threads=torch.get_num_threads(),
         crew=backend.crew if isinstance(backend, ParallelBackend) else None,
     )
@@ -132,6 +134,11 @@ def _choose(
     name: str,
 ) -> Choice:
     """What runs the model; steps that are slower than they might be are refused or logged."""
+    if config.tensor_parallel > 1 and config.backend == "native":
+        raise InvalidArgumentError(
+            f"--tensor-parallel {config.tensor_parallel} runs in torch: leave --backend native out",
+            reason=Reason.INVALID_MODEL,
+        )
     choice = choose(
         model,
         device=device,
@@ -142,13 +149,22 @@ def _choose(
         shards=config.tensor_parallel,
     )
     why = choice.why_torch(name)
-    if why and config.backend == "native":
+    if config.backend == "native" and choice.isa is None:
+        why = why or f"the native kernels run on a CPU, not on {device.type}"
         raise InvalidArgumentError(
             f"--backend native: {why}; or leave --backend out", reason=Reason.INVALID_MODEL
         )
+    dtype_name = str(choice.dtype).removeprefix("torch.")
     if why and library() is not None:  # a library that is not there was logged already
-        dtype_name = str(choice.dtype).removeprefix("torch.")
         log.warning("%s: steps run in plain torch (%s), which is slower", why, dtype_name)
+    if not choice.lossless:
+        log.warning(
+            "%s in plain torch: at a near-tie of two tokens a row may take another one beside "
+            "other rows or with drafts; --dtype float32 keeps them",
+            dtype_name,
+        )
+    elif device.type == "cuda" and config.dtype == "auto":
+        log.info("--dtype auto is float32 here: bfloat16 in plain torch is not lossless")
     return choice
 
 
@@ -157,22 +173,21 @@ def _kv_memory(
 ) -> int:
     """Bytes for keys and values, if there is room for all that is to come.
 
-    model: what one device has of it. wanted: None for what is left, up to 4 GiB.
+    model: what one device has of it. wanted: None for `default_kv`.
     """
-    device, dtype, where = choice.device, choice.dtype, "here"
+    device, dtype = choice.device, choice.dtype
     available = available_memory(device)
     if available is None:
         return MOST_KV if wanted is None else wanted
-    sizes = {kind: weights_nbytes(model, dtype, kind, device) for kind in (None, *Kind)}
-    weights = sizes[choice.kind]
-    if choice.shards > 1:
-        sizes, where = {}, f"for each of {choice.shards} shards"
-        if device.type == "cpu":
-            available //= choice.shards
-    smaller = {f"--quantize {kind}": size for kind, size in sizes.items() if size < weights}
-    kv = wanted
-    if kv is None:
-        kv = min(MOST_KV, max(LEAST_KV, available - weights - adapter_memory))
+    weights = weights_nbytes(model, dtype, choice.kind, device)
+    others = {f"--quantize {kind}": weights_nbytes(model, dtype, kind, device) for kind in Kind}
+    if device.type == "cuda":
+        others = {"--dtype bfloat16": weights_nbytes(model, torch.bfloat16, None, device)}
+    elif choice.shards > 1:
+        others, available = {}, available // choice.shards
+    smaller = {option: size for option, size in others.items() if size < weights}
+    kv = default_kv(device, available - weights - adapter_memory) if wanted is None else wanted
+    where = f"for each of {choice.shards} devices" if choice.shards > 1 else "here"
     check_fits(Demand(weights=weights, kv=kv, adapters=adapter_memory), available, smaller, where)
     if wanted is None and kv < MOST_KV:
         log.warning("keys and values get the %d MiB that are left; --kv-memory sets it", kv // MIB)
@@ -187,27 +202,6 @@ def _warn_of_unknown_tokens(tokenizer: Tokenizer, vocab_size: int) -> None:
             tokenizer.vocab_size - 1,
             vocab_size,
         )
-
-
-def _check_devices(config: ModelConfig, device: torch.device) -> None:
-    """Raises InvalidArgumentError where so many devices cannot share a model."""
-    shards = config.tensor_parallel
-    if shards > 1 and config.backend == "native":
-        raise InvalidArgumentError(
-            f"--tensor-parallel {shards} runs in torch: leave --backend native out"
-        )
-    if device.type == "cuda" and torch.cuda.device_count() < shards:
-        raise InvalidArgumentError(
-            f"--tensor-parallel {shards}: torch finds {torch.cuda.device_count()} CUDA devices"
-        )
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InvalidArgumentError("--device cuda: torch finds no CUDA device; use cpu or auto")
-    return torch.device(name)
 
 
 def _dtype(name: str) -> torch.dtype | None:
