@@ -115,6 +115,17 @@ def test_a_process_that_is_killed_is_noticed_at_once(start: Start) -> None:
     assert late == failures
 
 
+def test_orders_to_a_process_that_reads_nothing_do_not_hang(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(crew_module, "GRACE", 0.1)
+    crew = start("never ends")
+    crew.wait_ready()
+    with pytest.raises(DeviceLostError, match="waited too long"), crew.together():
+        for _ in range(1000):
+            crew.send(Drop(tuple(range(1000))))
+
+
 def test_what_a_process_failed_with_is_the_error_of_what_waits_for_it(start: Start) -> None:
     crew = start("fails at the first order")
     crew.wait_ready()

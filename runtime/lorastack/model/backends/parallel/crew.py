@@ -12,6 +12,7 @@ import logging
 import os
 import pickle
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -49,6 +50,9 @@ class Crew:
         self._watcher = threading.Thread(target=self._watch, name="lorastack-shards", daemon=True)
         for setup in setups:
             ours, theirs = socket.socketpair()
+            # A process that hangs reads nothing: `send` gives up as collectives do.
+            patience = struct.pack("ll", *divmod(int(setup.timeout * 1e6), 10**6))
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, patience)
             with theirs:
                 process = subprocess.Popen([sys.executable, "-m", _MODULE], stdin=theirs.fileno())
             self._processes.append(process)

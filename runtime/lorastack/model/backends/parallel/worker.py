@@ -19,6 +19,7 @@ from multiprocessing.connection import Connection
 import torch
 
 from lorastack.kernels.ops import Ops
+from lorastack.model.backends.exact import ask_for_exact_sums
 from lorastack.model.backends.parallel.backend import join
 from lorastack.model.backends.parallel.checkpoint import CheckpointShard
 from lorastack.model.backends.parallel.crew import READY
@@ -51,6 +52,7 @@ class Worker:
         torch.set_num_threads(setup.threads)
         if setup.device.type == "cuda":
             torch.cuda.set_device(setup.device)
+            ask_for_exact_sums()
         weights = load_shard(CheckpointShard(Checkpoint(setup.folder), setup.shard), setup)
         connection.send_bytes(READY)
         self._group = join(setup)
