@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import timedelta
 from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -170,9 +171,6 @@ class ParallelBackend:
 
 def join(setup: Setup) -> Group:
     """Waits for the other shards."""
-    return Group(
-        setup.shard,
-        setup.device,
-        FileStore(setup.store, setup.shard.count),
-        setup.timeout,
-    )
+    store = FileStore(setup.store, setup.shard.count)
+    store.set_timeout(timedelta(seconds=setup.timeout))
+    return Group(setup.shard, setup.device, store, setup.timeout)
