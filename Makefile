@@ -13,7 +13,7 @@ JOBS ?= auto
 PYTEST = $(VENV)/bin/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 PROTOC = $(PY) -m grpc_tools.protoc -Iprotos --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) $(PROTOS)
 
-.PHONY: install proto check check-native check-arm format test test-quick test-real test-mistral fuzz demo bench bench-load bench-parts bench-paging peers images serve clean
+.PHONY: install proto check check-native check-arm format test test-quick test-real test-mistral fuzz demo bench bench-load bench-parts bench-paging peers serve clean
 
 install: $(STAMP) $(LIBRARY)
 
@@ -118,6 +118,7 @@ benchmarks/peers/%/.venv/.installed: benchmarks/peers/%/requirements.txt
 	touch $@
 
 # The Docker images, where there is a daemon.
+.PHONY: images
 images:
 	docker/build.sh
 

@@ -32,6 +32,7 @@ from lorastack.model.backends.parallel import crew as crew_module
 from lorastack.model.backends.parallel.backend import ParallelBackend
 from lorastack.model.backends.parallel.checkpoint import CheckpointShard
 from lorastack.model.backends.parallel.group import Group
+from lorastack.model.backends.parallel.loras import _tensors, _with
 from lorastack.model.backends.parallel.orders import Setup
 from lorastack.model.backends.parallel.sharded import ShardedBackend, load_shard
 from lorastack.model.backends.parallel.shards import Shard, check_shards, shard_lora
@@ -288,6 +289,21 @@ def test_shards_together_give_the_logits_of_one_process(
         torch.testing.assert_close(got, wanted, **CLOSE)
 
 
+def test_shards_in_bfloat16_give_float32_logits_near_one_process(tmp_path: Path) -> None:
+    folder = build(tmp_path / "model")
+    batch = lay_out([], parts_of(folder)[0][1:2], range(30))
+
+    def run(group: Group) -> Tensor:
+        backend = sharded(folder, group, torch.bfloat16)
+        return backend.forward(batch, backend.make_kv(64, 4)).logits_XV
+
+    plain = one_process(folder)
+    expected = plain.forward(batch, plain.make_kv(64, 4)).logits_XV
+    first, _ = on_shards(2, run)
+    assert first.dtype == torch.float32
+    assert torch.nn.functional.cosine_similarity(first, expected).min() > 0.99
+
+
 # -- processes ----------------------------------------------------------------------------------
 
 
@@ -324,6 +340,25 @@ def test_rows_of_lm_head_are_those_of_the_checkpoint(folder: Path, two: Parallel
     two.head_rows(ids, rows_NH)
     one_process(folder).head_rows(ids, expected_NH)
     assert torch.equal(rows_NH, expected_NH)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_gpus_give_the_logits_of_one_process(tmp_path: Path, folder: Path) -> None:
+    cuda = torch.device("cuda")
+    backend = load_backend(folder, device=cuda, dtype=torch.float32, max_context=None, shards=2)
+    assert isinstance(backend, ParallelBackend)
+    loras = [lora_of(tmp_path, folder, seed, rank=seed) for seed in (4, 7)]
+    on_device = [_with(lora, [each.to(cuda) for each in _tensors(lora)]) for lora in loras]
+    try:
+        for got, wanted in zip(
+            steps(backend, folder, on_device),
+            steps(one_process(folder), folder, loras),
+            strict=True,
+        ):
+            torch.testing.assert_close(got.cpu(), wanted, **CLOSE)
+    finally:
+        backend.crew.close()
 
 
 def test_a_shard_that_hangs_is_an_error_and_no_hang(
