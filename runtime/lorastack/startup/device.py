@@ -35,7 +35,7 @@ def find_device(name: str, count: int = 1) -> torch.device:
             reason=Reason.INVALID_MODEL,
         )
     device = torch.device(name)
-    if device.type == "cuda" and torch.cuda.device_count() < count:
+    if device.type == "cuda" and count > 1 and torch.cuda.device_count() < count:
         raise InvalidArgumentError(
             f"--tensor-parallel {count}: torch finds {torch.cuda.device_count()} CUDA devices; "
             "give no more than that",
