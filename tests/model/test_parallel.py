@@ -28,6 +28,7 @@ from lorastack.lora.weights import LoraWeights
 from lorastack.model import checkpoint as checkpoint_module
 from lorastack.model.backends.base import Backend
 from lorastack.model.backends.load import load_backend
+from lorastack.model.backends.parallel import backend as parallel_module
 from lorastack.model.backends.parallel import crew as crew_module
 from lorastack.model.backends.parallel.backend import ParallelBackend
 from lorastack.model.backends.parallel.checkpoint import CheckpointShard
@@ -340,6 +341,25 @@ def test_rows_of_lm_head_are_those_of_the_checkpoint(folder: Path, two: Parallel
     two.head_rows(ids, rows_NH)
     one_process(folder).head_rows(ids, expected_NH)
     assert torch.equal(rows_NH, expected_NH)
+
+
+def test_each_shard_takes_a_device_and_a_share_of_the_model(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[Setup] = []
+
+    def refuse(setups: list[Setup]) -> None:
+        started.extend(setups)
+        raise DeviceLostError("none starts")
+
+    monkeypatch.setattr(parallel_module, "Crew", refuse)
+    whole = (Checkpoint(folder), load_config(folder, None))
+    for device, expected in (("cuda", ["cuda:1", "cuda:2", "cuda:3"]), ("cpu", ["cpu"] * 3)):
+        started.clear()
+        with pytest.raises(DeviceLostError):
+            ParallelBackend.load(*whole, torch.device(device), torch.float32, Ops(), 4)
+        assert [str(setup.device) for setup in started] == expected
+        assert [setup.shard for setup in started] == Shard(0, 4).all[1:]
 
 
 @pytest.mark.gpu

@@ -129,7 +129,9 @@ def test_a_model_on_cuda_is_made_with_exact_sums(
     names = ["allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction"]
     before = [getattr(matmul, name) for name in names]
     cudnn = cuda.cudnn_sdp_enabled(), torch.backends.cudnn.allow_tf32
-    choice = SimpleNamespace(device=CUDA, dtype=torch.float32, kind=None, isa=None, native=False)
+    choice = SimpleNamespace(
+        device=CUDA, dtype=torch.float32, kind=None, isa=None, native=False, shards=1
+    )
     files = load.Checkpoint(tiny_llama), load.load_config(tiny_llama, None)
     monkeypatch.setattr(load.TorchBackend, "load", lambda *args: args)
     try:
