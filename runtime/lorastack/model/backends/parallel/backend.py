@@ -109,9 +109,7 @@ class ParallelBackend:
                     shard=shard,
                     folder=checkpoint.folder,
                     config=config,
-                    device=torch.device(device.type, shard.index)
-                    if device.type == "cuda"
-                    else device,
+                    device=_device(device, shard),
                     dtype=dtype,
                     store=str(Path(folder, "store")),
                     threads=torch.get_num_threads(),
@@ -167,6 +165,10 @@ class ParallelBackend:
     def head_rows(self, ids: Sequence[int], out_NH: Tensor) -> None:
         """See `Backend`. From the checkpoint: shard 0 has its own part of them alone."""
         self._part.read_rows(self._lm_head, ids, out_NH)
+
+
+def _device(device: torch.device, shard: Shard) -> torch.device:
+    return device if device.type == "cpu" else torch.device(device.type, shard.index)
 
 
 def join(setup: Setup) -> Group:
