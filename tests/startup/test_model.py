@@ -54,7 +54,10 @@ def test_a_backend_that_cannot_run_is_refused_before_a_weight_is_read(tiny_llama
     [
         ({"tensor_parallel": 3}, "--tensor-parallel 3 does not divide .*num_key_value_heads, 2"),
         ({"tensor_parallel": 2, "quantize": "int8"}, "does not go with --quantize"),
-        ({"tensor_parallel": 2, "backend": "native"}, "leave --backend native out"),
+        (
+            {"tensor_parallel": 2, "backend": "native"},
+            "--backend native: --tensor-parallel 2 runs in torch",
+        ),
     ],
 )
 def test_a_model_that_devices_cannot_share_is_refused_before_a_weight_is_read(

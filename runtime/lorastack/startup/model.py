@@ -134,11 +134,6 @@ def _choose(
     name: str,
 ) -> Choice:
     """What runs the model; steps that are slower than they might be are refused or logged."""
-    if config.tensor_parallel > 1 and config.backend == "native":
-        raise InvalidArgumentError(
-            f"--tensor-parallel {config.tensor_parallel} runs in torch: leave --backend native out",
-            reason=Reason.INVALID_MODEL,
-        )
     choice = choose(
         model,
         device=device,

@@ -47,6 +47,8 @@ class Choice:
         """
         if self.isa is not None or not self.native or self.device.type != "cpu":
             return ""
+        if self.shards > 1:
+            return f"--tensor-parallel {self.shards} runs in torch alone"
         return missing(self.dtype) or f"no native kernels run {name} with these options"
 
 
