@@ -23,6 +23,7 @@ class ModelConfig:
 
     backend: auto, torch or native. isa: the best instruction set that native kernels may use, such
     as avx2; None: the machine's. quantize: int8 or int4 for the base model's weights, or None.
+    tensor_parallel: devices that share the model.
     """
 
     model: str | None = None
@@ -31,6 +32,7 @@ class ModelConfig:
     backend: str = "auto"
     isa: str | None = None
     quantize: str | None = None
+    tensor_parallel: int = 1
     threads: int | None = None  # CPU threads of a step; None: as torch has it
     max_context: int | None = None  # tokens; None: the model's own
 

@@ -161,12 +161,18 @@ class InternalError(LorastackError):
     """INTERNAL: our bug."""
 
 
+class DeviceLostError(InternalError):
+    """INTERNAL: what computes the model is gone; the server ends."""
+
+
 def breaks_device(error: BaseException) -> bool:
     """True for an error after which the device computes nothing any more for this process.
 
     CUDA reports an error in whatever is asked of the device next, and again in everything after
     it, so it is no fault of the rows that meet it. A device whose memory is full works on.
     """
+    if isinstance(error, DeviceLostError):
+        return True
     text = str(error)
     if not isinstance(error, RuntimeError) or any(words in text for words in _OUT_OF_MEMORY):
         return False

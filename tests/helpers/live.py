@@ -105,6 +105,7 @@ class LiveServer:
         quantize: str | None = None,
         http: GatewayConfig | None = None,
         max_context: int | None = None,
+        tensor_parallel: int = 1,
     ) -> None:
         self._config = ServerConfig(
             model=ModelConfig(
@@ -114,6 +115,7 @@ class LiveServer:
                 isa=os.environ.get("LORASTACK_ISA"),
                 quantize=quantize,
                 max_context=max_context,
+                tensor_parallel=tensor_parallel,
             ),
             engine=engine,
             adapters=adapters,

@@ -33,6 +33,15 @@ def test_auto_is_the_gpu_if_there_is_one(monkeypatch: pytest.MonkeyPatch) -> Non
     assert find_device("cpu") == CPU
 
 
+def test_more_gpus_than_there_are_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    give_gpu(monkeypatch, GIB, GIB)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert find_device("auto", 3) == CUDA
+    with pytest.raises(InvalidArgumentError, match="--tensor-parallel 4: torch finds 3 CUDA dev"):
+        find_device("auto", 4)
+    assert find_device("cpu", 4) == CPU
+
+
 def test_a_gpu_gets_more_rows_and_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
     assert device_defaults(CPU) == ON_CPU
     give_gpu(monkeypatch, 139 * GIB, 140 * GIB)
@@ -120,7 +129,9 @@ def test_a_model_on_cuda_is_made_with_exact_sums(
     names = ["allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction"]
     before = [getattr(matmul, name) for name in names]
     cudnn = cuda.cudnn_sdp_enabled(), torch.backends.cudnn.allow_tf32
-    choice = SimpleNamespace(device=CUDA, dtype=torch.float32, kind=None, isa=None, native=False)
+    choice = SimpleNamespace(
+        device=CUDA, dtype=torch.float32, kind=None, isa=None, native=False, shards=1
+    )
     files = load.Checkpoint(tiny_llama), load.load_config(tiny_llama, None)
     monkeypatch.setattr(load.TorchBackend, "load", lambda *args: args)
     try:

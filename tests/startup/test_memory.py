@@ -15,6 +15,7 @@ from lorastack.errors import FailedPreconditionError
 from lorastack.kernels.quantize import Kind
 from lorastack.model.backends.load import load_backend
 from lorastack.model.config import load_config
+from lorastack.model.kv import page_nbytes
 from lorastack.model.size import weights_nbytes
 from lorastack.startup import model
 from lorastack.startup.memory import Demand, check_fits, host_memory
@@ -168,6 +169,21 @@ def test_what_is_left_is_for_keys_and_values(
     config = ModelConfig(model=str(tiny_llama), device="cpu")
     loaded = model.load_model(config, EngineConfig(), adapter_memory=GIB)
     assert loaded.kv_memory == pytest.approx(expected, rel=0.01)
+
+
+def test_memory_counts_for_each_of_the_devices_that_share_a_model(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Processes on a CPU share its memory; a page holds a device's part of the heads."""
+    monkeypatch.setattr(model, "available_memory", lambda device: 6 * GIB)
+    monkeypatch.setattr(model, "read_backend", lambda *_: one)
+    one = load_backend(tiny_llama, device=CPU, dtype=torch.float32, max_context=None, native=False)
+    config = ModelConfig(model=str(tiny_llama), device="cpu", tensor_parallel=2)
+    with pytest.raises(FailedPreconditionError, match=r"3\.0 GiB are available for each of 2 dev"):
+        model.load_model(config, EngineConfig(kv_memory=5 * GIB // 2), adapter_memory=GIB)
+    loaded = model.load_model(config, EngineConfig(), adapter_memory=GIB)
+    assert loaded.kv_memory == pytest.approx(2 * GIB, rel=0.01)
+    assert loaded.num_pages == loaded.kv_memory * 2 // page_nbytes(one.shapes, 16, torch.float32)
 
 
 @pytest.mark.parametrize("kind", [None, *Kind])

@@ -26,7 +26,7 @@ from lorastack.startup.model import LoadedModel, load_model
 SINGLE = "model.safetensors"
 
 
-def load(folder: Path, kv_memory: int = MIB, **fields: str) -> LoadedModel:
+def load(folder: Path, kv_memory: int = MIB, **fields: str | int) -> LoadedModel:
     config = ModelConfig(model=str(folder), device="cpu", **fields)  # type: ignore[arg-type]
     return load_model(config, EngineConfig(kv_memory=kv_memory), MIB)
 
@@ -46,6 +46,25 @@ def folder(tiny_llama: Path, tmp_path: Path) -> Path:
 def test_a_backend_that_cannot_run_is_refused_before_a_weight_is_read(tiny_llama: Path) -> None:
     with pytest.raises(InvalidArgumentError, match="--backend native: "):
         load(tiny_llama, backend="native", dtype="float16")
+
+
+@pytest.mark.usefixtures("unread")
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"tensor_parallel": 3}, "--tensor-parallel 3 does not divide .*num_key_value_heads, 2"),
+        ({"tensor_parallel": 2, "quantize": "int8"}, "does not go with --quantize"),
+        (
+            {"tensor_parallel": 2, "backend": "native"},
+            "--backend native: --tensor-parallel 2 runs in torch",
+        ),
+    ],
+)
+def test_a_model_that_devices_cannot_share_is_refused_before_a_weight_is_read(
+    tiny_llama: Path, fields: dict[str, str | int], words: str
+) -> None:
+    with pytest.raises(InvalidArgumentError, match=words):
+        load(tiny_llama, **fields)
 
 
 @pytest.mark.usefixtures("unread")

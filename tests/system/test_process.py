@@ -50,6 +50,10 @@ class Process:
         self.address = match.group()
 
     @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
     def files(self) -> set[Path]:
         """The files mapped into its memory, code included."""
         lines = Path(f"/proc/{self._process.pid}/maps").read_text().splitlines()

@@ -28,6 +28,7 @@ from lorastack.config import (
 _ENGINE, _SERVICE, _ADAPTERS = EngineConfig(), ServiceConfig(), AdapterConfig(store=Path())
 INT32 = (1 << 31) - 1
 MOST_THREADS = 1024
+MOST_SHARDS = 64
 LONGEST_WAIT = 86_400  # seconds
 
 
@@ -166,6 +167,17 @@ def serve(
             show_default="as they are",
         ),
     ] = None,
+    tensor_parallel: Annotated[
+        int,
+        typer.Option(
+            "--tensor-parallel",
+            min=1,
+            max=MOST_SHARDS,
+            metavar="N",
+            envvar="LORASTACK_TENSOR_PARALLEL",
+            help="Devices that share the base model, each with a process; on a CPU, processes.",
+        ),
+    ] = 1,
     threads: Annotated[
         int | None,
         typer.Option(
@@ -304,6 +316,7 @@ def serve(
             backend=backend.value,
             isa=isa,
             quantize=None if quantize is None else quantize.value,
+            tensor_parallel=tensor_parallel,
             threads=threads,
             max_context=max_context,
         ),

@@ -85,8 +85,7 @@ class Checkpoint:
         stored = self.tensors[name]
         dtype = DTYPES[stored.dtype]
         out_X = out.view(-1)
-        with stored.path.open("rb", buffering=0) as stream:
-            stream.seek(stored.offset)
+        with self._open(stored) as stream:
             _read_ahead(stream, stored.end)
             if out.device.type == "cpu" and out.dtype == dtype:
                 self._fill(stream, out_X, name)
@@ -100,6 +99,12 @@ class Checkpoint:
                     piece_X = buffer_X[: len(part_X)]
                     self._fill(stream, piece_X, name)
                     turns.append((buffer_X, _send(piece_X, part_X)))
+
+    def _open(self, stored: TensorEntry) -> FileIO:
+        """A stream of the tensor's bytes, and then of others."""
+        stream = FileIO(stored.path)
+        stream.seek(stored.offset)
+        return stream
 
     def _fill(self, stream: FileIO, out_X: Tensor, name: str) -> None:
         """The stream's next bytes into a tensor on the CPU."""

@@ -19,6 +19,7 @@ from torch import Tensor
 from lorastack.errors import InvalidArgumentError, Reason
 from lorastack.kernels.native.memory import give_back
 from lorastack.kernels.quantize import NotFiniteError
+from lorastack.layout import ModelShapes
 from lorastack.model.checkpoint import Checkpoint
 from lorastack.model.config import DecoderConfig
 
@@ -140,6 +141,14 @@ def untie(config: DecoderConfig, checkpoint: Checkpoint) -> DecoderConfig:
     return replace(config, shapes=replace(config.shapes, tie_word_embeddings=False))
 
 
+def vocabulary_names(checkpoint: Checkpoint, shapes: ModelShapes) -> tuple[str, str]:
+    """The tensors that are read for the embedding and for lm_head; tied, they are one."""
+    if not shapes.tie_word_embeddings:
+        return EMBED_WEIGHT, LM_HEAD_WEIGHT
+    name = EMBED_WEIGHT if EMBED_WEIGHT in checkpoint.tensors else LM_HEAD_WEIGHT
+    return name, name
+
+
 def load_weights(
     checkpoint: Checkpoint,
     config: DecoderConfig,
@@ -155,23 +164,17 @@ def load_weights(
     """
     reader = _Reader(checkpoint, config, device, dtype, packing)
     shapes = config.shapes
-    embedding = (
-        LM_HEAD_WEIGHT
-        if shapes.tie_word_embeddings and EMBED_WEIGHT not in checkpoint.tensors
-        else EMBED_WEIGHT
-    )
+    embedding, lm_head_name = vocabulary_names(checkpoint, shapes)
     embed_VH = reader.tensor(embedding, (shapes.vocab_size, shapes.hidden_size))
     layers = []
     for index in range(shapes.num_layers):
         layers.append(reader.layer(index))
         give_back()
     norm = reader.tensor(NORM, (shapes.hidden_size,))
-    if shapes.tie_word_embeddings:
-        name, lm_head_VH = embedding, embed_VH
-    else:
-        name = LM_HEAD_WEIGHT
-        lm_head_VH = reader.matrix([name], [shapes.vocab_size], shapes.hidden_size)
-    lm_head = _packed(packing.head, lm_head_VH, None, [name], [shapes.vocab_size])
+    lm_head_VH = embed_VH
+    if lm_head_name != embedding:
+        lm_head_VH = reader.matrix([lm_head_name], [shapes.vocab_size], shapes.hidden_size)
+    lm_head = _packed(packing.head, lm_head_VH, None, [lm_head_name], [shapes.vocab_size])
     return DecoderWeights(embed_VH, tuple(layers), norm, lm_head)
 
 

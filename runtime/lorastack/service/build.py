@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import ExitStack
 
 from lorastack import __version__
 from lorastack.adapters.formats.validate import Validator
@@ -34,22 +35,28 @@ def build_server(
     copy: copies adapters to the device; None: the pool's own way. Ports and the store come first,
     so that what is wrong with them is told before a model loads. Raises LorastackError.
     """
-    ports = Ports(config.service)
-    try:
-        return _build(config, ports, progress, copy)
-    except BaseException:
-        ports.close()
-        raise
+    with ExitStack() as undo:
+        ports = Ports(config.service)
+        undo.callback(ports.close)
+        server = _build(config, ports, progress, copy, undo)
+        undo.pop_all()
+    return server
 
 
 def _build(
-    config: ServerConfig, ports: Ports, progress: StartupProgress, copy: Copy | None
+    config: ServerConfig,
+    ports: Ports,
+    progress: StartupProgress,
+    copy: Copy | None,
+    undo: ExitStack,
 ) -> Server:
+    """undo: gets what must end if the rest fails."""
     limits = config.adapters
     model = config.model.model or "the default model"
     logger.info("lorastack %s: model %s, store %s", __version__, model, limits.store)
     registry = _open_store(limits)
     loaded = load_model(config.model, config.engine, limits.device_memory, progress)
+    undo.callback(loaded.close)
     validate = Validator(
         shapes=loaded.backend.shapes,
         dtype=loaded.backend.dtype,
@@ -71,6 +78,7 @@ def _build(
         max_parked=config.engine.max_parked,
         reader_timeout=config.engine.reader_timeout,
     )
+    loaded.watch(dispatcher.fail)
     learned = Learned(limits.store, registry.knows)
     engine = build_engine(
         loaded, config.engine, pool, learned.texts, dispatcher.deliver, dispatcher.fail
@@ -86,6 +94,7 @@ def _build(
         validate=validate,
         dispatcher=dispatcher,
         ports=ports,
+        close_model=loaded.close,
     )
 
 

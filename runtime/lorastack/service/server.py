@@ -79,13 +79,15 @@ class Server:
         validate: Validator,
         dispatcher: Dispatcher,
         ports: Ports,
+        close_model: Callable[[], None] = lambda: None,
     ) -> None:
         """dispatcher: the engine has its deliver and fail as callbacks already. ports: reserved
-        already; they are closed with the server."""
+        already; they are closed with the server. close_model: called after the last step."""
         self.address = ""  # host:port, once started
         self._config = config.service
         self._ports = ports
         self._model = model
+        self._close_model = close_model
         self._engine = engine
         self._pool = pool
         self._host = host
@@ -153,6 +155,7 @@ class Server:
         self._health.set(health_pb2.HealthCheckResponse.NOT_SERVING)
         await asyncio.to_thread(self._engine.drain, timeout)
         await asyncio.to_thread(self._engine.close)
+        await asyncio.to_thread(self._close_model)
         await self._untrusted.close()
         gateway, self._gateway = self._gateway, None
         if gateway is not None:

@@ -22,16 +22,26 @@ ON_CUDA = DeviceDefaults(128, 8 * GIB)
 MOST_ADAPTERS = 0.1  # of a CUDA device's memory, whatever ON_CUDA says
 
 
-def find_device(name: str) -> torch.device:
-    """The device of --device: auto, cpu or cuda. Raises InvalidArgumentError if it is not there."""
+def find_device(name: str, count: int = 1) -> torch.device:
+    """The device of --device: auto, cpu or cuda; of `count` CUDA devices the first.
+
+    Raises InvalidArgumentError if they are not there.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise InvalidArgumentError(
             "--device cuda: torch finds no CUDA device; use cpu or auto",
             reason=Reason.INVALID_MODEL,
         )
-    return torch.device(name)
+    device = torch.device(name)
+    if device.type == "cuda" and count > 1 and torch.cuda.device_count() < count:
+        raise InvalidArgumentError(
+            f"--tensor-parallel {count}: torch finds {torch.cuda.device_count()} CUDA devices; "
+            "give no more than that",
+            reason=Reason.INVALID_MODEL,
+        )
+    return device
 
 
 def device_defaults(device: torch.device) -> DeviceDefaults:

@@ -63,10 +63,12 @@ def host_memory(root: Path = Path("/")) -> int | None:
     return min([available * 1024, *_cgroup_rooms(root)])
 
 
-def check_fits(demand: Demand, available: int, others: Mapping[str, int]) -> None:
+def check_fits(
+    demand: Demand, available: int, others: Mapping[str, int], where: str = "here"
+) -> None:
     """Raises FailedPreconditionError, with advice, for a demand of more than `available` bytes.
 
-    others: options that were not given -> bytes of the weights with them.
+    others: options that were not given -> bytes of the weights with them. where: the bytes are.
     """
     if demand.total <= available:
         return
@@ -74,7 +76,7 @@ def check_fits(demand: Demand, available: int, others: Mapping[str, int]) -> Non
     raise FailedPreconditionError(
         f"the weights take {_size(demand.weights)}, --kv-memory {_size(demand.kv)} and "
         f"--device-adapter-memory {_size(demand.adapters)}, {_size(demand.total)} together, but "
-        f"{_size(available)} are available here: "
+        f"{_size(available)} are available {where}: "
         + (", or ".join(advice) if advice else "take a smaller model or a machine with more"),
         reason=Reason.INVALID_MODEL,
     )

@@ -18,6 +18,9 @@ from lorastack.kernels.quantize import Kind
 from lorastack.model.backends.base import Backend
 from lorastack.model.backends.choose import Choice, choose
 from lorastack.model.backends.load import read_backend
+from lorastack.model.backends.parallel.backend import ParallelBackend
+from lorastack.model.backends.parallel.crew import Crew
+from lorastack.model.backends.parallel.shards import Shard, shard_config
 from lorastack.model.config import DecoderConfig
 from lorastack.model.fetch.download import Progress
 from lorastack.model.size import weights_nbytes
@@ -44,7 +47,8 @@ class LoadedModel:
     """A base model in memory with its tokenizer. name: hub id, or the folder's name.
 
     kv_memory: bytes for keys and values beside it; num_pages: the pages that they hold. lossless:
-    see `Choice`. threads: CPU threads of a step.
+    see `Choice`. threads: CPU threads of a step. crew: the processes of the other devices that
+    share the model, all of which have so many bytes, pages and threads.
     """
 
     backend: Backend
@@ -56,6 +60,17 @@ class LoadedModel:
     num_pages: int
     lossless: bool
     threads: int
+    crew: Crew | None
+
+    def watch(self, on_failure: Callable[[BaseException], None]) -> None:
+        """on_failure: called, from any thread, when a device that shares the model is lost."""
+        if self.crew is not None:
+            self.crew.watch(on_failure)
+
+    def close(self) -> None:
+        """Ends the processes of the other devices. No step may run any more."""
+        if self.crew is not None:
+            self.crew.close()
 
 
 def load_model(
@@ -70,16 +85,19 @@ def load_model(
     read, InvalidArgumentError for a model, a device, a backend or instructions that cannot run
     here, and FailedPreconditionError for more memory than the device has or less KV than two pages.
     """
-    device, at_most = find_device(config.device), isa_named(config.isa)
+    device, at_most = find_device(config.device, config.tensor_parallel), isa_named(config.isa)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    if config.tensor_parallel > 1 and device.type == "cpu":
+        torch.set_num_threads(max(1, torch.get_num_threads() // config.tensor_parallel))
     path, name = model_folder(config.model, partial(progress, "fetching the default model"))
     with ThreadPoolExecutor(1) as beside:  # the weights, which hardly need the interpreter
         tokenizer = beside.submit(Tokenizer.load, path)
         files = ModelFiles(path, config.max_context)
         choice = _choose(config, files.config, device, at_most, name)
-        kv_memory = _kv_memory(files.config, choice, engine.kv_memory, adapter_memory)
-        num_pages = count_pages(files.config.shapes, choice.dtype, kv_memory, engine.page_size)
+        largest = shard_config(files.config, Shard(choice.shards - 1, choice.shards))
+        kv_memory = _kv_memory(largest, choice, engine.kv_memory, adapter_memory)
+        num_pages = count_pages(largest.shapes, choice.dtype, kv_memory, engine.page_size)
         checkpoint = files.checkpoint.reporting(_reporter(progress, tokenizer))
         backend = read_backend(checkpoint, files.config, choice)
     _warn_of_unknown_tokens(tokenizer.result(), backend.shapes.vocab_size)
@@ -93,6 +111,7 @@ def load_model(
         num_pages=num_pages,
         lossless=choice.lossless,
         threads=torch.get_num_threads(),
+        crew=backend.crew if isinstance(backend, ParallelBackend) else None,
     )
 
 
@@ -122,6 +141,7 @@ def _choose(
         native=config.backend != "torch",
         kind=None if config.quantize is None else Kind(config.quantize),
         at_most=at_most,
+        shards=config.tensor_parallel,
     )
     why = choice.why_torch(name)
     if config.backend == "native" and choice.isa is None:
@@ -148,7 +168,7 @@ def _kv_memory(
 ) -> int:
     """Bytes for keys and values, if there is room for all that is to come.
 
-    wanted: None for `default_kv`.
+    model: what one device has of it. wanted: None for `default_kv`.
     """
     device, dtype = choice.device, choice.dtype
     available = available_memory(device)
@@ -158,9 +178,12 @@ def _kv_memory(
     others = {f"--quantize {kind}": weights_nbytes(model, dtype, kind, device) for kind in Kind}
     if device.type == "cuda":
         others = {"--dtype bfloat16": weights_nbytes(model, torch.bfloat16, None, device)}
+    elif choice.shards > 1:
+        others, available = {}, available // choice.shards
     smaller = {option: size for option, size in others.items() if size < weights}
     kv = default_kv(device, available - weights - adapter_memory) if wanted is None else wanted
-    check_fits(Demand(weights=weights, kv=kv, adapters=adapter_memory), available, smaller)
+    where = f"for each of {choice.shards} devices" if choice.shards > 1 else "here"
+    check_fits(Demand(weights=weights, kv=kv, adapters=adapter_memory), available, smaller, where)
     if device.type == "cuda":
         log.info(
             "the GPU has %d MiB free: weights get %d, adapters %d, keys and values %d",

@@ -10,6 +10,7 @@ from lorastack.errors import InvalidArgumentError, Reason
 from lorastack.kernels.native.isa import Isa, missing
 from lorastack.kernels.quantize import Kind
 from lorastack.model.backends.native import native_isa
+from lorastack.model.backends.parallel.shards import check_shards
 from lorastack.model.config import DecoderConfig
 
 
@@ -18,7 +19,8 @@ class Choice:
     """dtype: of weights, KV, LoRAs and heads. kind: what the base model's weights are quantised to.
 
     native: the native kernels may be used, with no better instruction set than `at_most` if it is
-    there. isa: the one with which they run the model; None for plain torch.
+    there. isa: the one with which they run the model; None for plain torch. shards: devices that
+    share the model.
     """
 
     device: torch.device
@@ -27,6 +29,7 @@ class Choice:
     native: bool
     at_most: Isa | None
     isa: Isa | None
+    shards: int = 1
 
     @property
     def lossless(self) -> bool:
@@ -44,6 +47,8 @@ class Choice:
         """
         if self.isa is not None or not self.native or self.device.type != "cpu":
             return ""
+        if self.shards > 1:
+            return f"--tensor-parallel {self.shards} runs in torch alone"
         return missing(self.dtype) or f"no native kernels run {name} with these options"
 
 
@@ -55,11 +60,14 @@ def choose(
     native: bool,
     kind: Kind | None,
     at_most: Isa | None = None,
+    shards: int = 1,
 ) -> Choice:
     """The native kernels where they run the model and may (`native`), else torch.
 
     dtype: None for bfloat16 where that is lossless, else float32. at_most: no better instruction
-    set than it. Raises InvalidArgumentError for what no kernel here can do.
+    set than it. shards: devices that share the model; more than one run it in torch. Raises
+    InvalidArgumentError for what no kernel here can do, and for a model that so many devices cannot
+    share.
     """
     if device.type == "cuda" and kind is not None:
         raise InvalidArgumentError(
@@ -67,9 +75,11 @@ def choose(
             "out, take --dtype bfloat16 for half the memory, or --device cpu",
             reason=Reason.INVALID_MODEL,
         )
+    if shards > 1:
+        check_shards(config.shapes, shards, kind)
 
     def isa_for(dtype: torch.dtype) -> Isa | None:
-        return native_isa(config, dtype, device, kind, at_most) if native else None
+        return native_isa(config, dtype, device, kind, at_most) if native and shards == 1 else None
 
     if dtype is None:
         # The native kernels alone keep bfloat16 lossless, and they run on a CPU. A backend that
@@ -82,4 +92,5 @@ def choose(
         native=native,
         at_most=at_most,
         isa=isa_for(dtype),
+        shards=shards,
     )

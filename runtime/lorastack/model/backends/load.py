@@ -13,6 +13,7 @@ from lorastack.model.backends.base import Backend
 from lorastack.model.backends.choose import Choice, choose
 from lorastack.model.backends.exact import ask_for_exact_sums
 from lorastack.model.backends.native import NativeBackend
+from lorastack.model.backends.parallel.backend import ParallelBackend
 from lorastack.model.backends.torch import TorchBackend
 from lorastack.model.checkpoint import Checkpoint
 from lorastack.model.config import DecoderConfig, load_config
@@ -28,15 +29,25 @@ def load_backend(
     native: bool = True,
     quantize: str | None = None,
     at_most: Isa | None = None,
+    shards: int = 1,
 ) -> Backend:
     """Load a Hugging Face folder: config.json, the choice of `choose`, and the weights.
 
     native: False for all in torch, as the reference does it. quantize: a `Kind`. at_most: the best
-    instruction set that may be used. Raises InvalidArgumentError naming what is not supported.
+    instruction set that may be used. shards: devices that share the model. Raises
+    InvalidArgumentError naming what is not supported.
     """
     config = load_config(path, max_context)
     kind = None if quantize is None else Kind(quantize)
-    choice = choose(config, device=device, dtype=dtype, native=native, kind=kind, at_most=at_most)
+    choice = choose(
+        config,
+        device=device,
+        dtype=dtype,
+        native=native,
+        kind=kind,
+        at_most=at_most,
+        shards=shards,
+    )
     return read_backend(Checkpoint(path), config, choice)
 
 
@@ -56,4 +67,6 @@ def read_backend(checkpoint: Checkpoint, config: DecoderConfig, choice: Choice) 
     ops = Ops()
     if choice.native:
         ops = fastest_ops(dtype, config.shapes.hidden_size, device, choice.at_most)
+    if choice.shards > 1:
+        return ParallelBackend.load(checkpoint, config, device, dtype, ops, choice.shards)
     return TorchBackend.load(checkpoint, config, device, dtype, ops, kind)

@@ -28,7 +28,7 @@ from lorastack.lora.segments import LoraBatch
 from lorastack.model.backends.accept import accept_trees
 from lorastack.model.checkpoint import Checkpoint
 from lorastack.model.config import DecoderConfig
-from lorastack.model.context import ForwardBatch, Outputs
+from lorastack.model.context import ForwardBatch, Outputs, SampledTree
 from lorastack.model.kv import KVCache
 from lorastack.model.weights import DecoderWeights, LayerWeights, Packing, load_weights
 
@@ -105,8 +105,12 @@ class TorchBackend:
 
     def forward(self, batch: ForwardBatch, kv: KVCache) -> Outputs:
         """See `Backend`."""
+        return self.outputs(*self.compute(batch, kv), batch.trees)
+
+    def compute(self, batch: ForwardBatch, kv: KVCache) -> tuple[Tensor, Tensor]:
+        """The states and logits of `Outputs`: what devices that share a model do together."""
         meta = self._prepare(batch, kv)
-        hidden_TH = embedding(meta.token_ids_T, self._weights.embed_VH)
+        hidden_TH = self._embed(meta.token_ids_T)
         add_embedding(meta.token_ids_T, hidden_TH, batch.lora)
         for layer in self._weights.layers:
             hidden_TH = self._layer(hidden_TH, layer, batch.lora, kv, meta)
@@ -115,8 +119,14 @@ class TorchBackend:
         logits_XV = self.logits(hidden_XH, batch.lora.select(batch.outputs))
         if not batch.outputs:
             hidden_TH[-1, 0].item()  # waits: a step that ends later than its call cannot be timed
+        return hidden_XH, logits_XV
+
+    def outputs(
+        self, hidden_XH: Tensor, logits_XV: Tensor, trees: Sequence[SampledTree]
+    ) -> Outputs:
+        """What `forward` makes of what `compute` gives."""
         peaks_X, best_X = _download(*self.ops.best(logits_XV))
-        accepted = accept_trees(self.ops, logits_XV, best_X, batch.trees)
+        accepted = accept_trees(self.ops, logits_XV, best_X, trees)
         return Outputs(hidden_XH, logits_XV, peaks_X, best_X, accepted)
 
     def logits(self, hidden_XH: Tensor, lora: LoraBatch) -> Tensor:
@@ -174,17 +184,31 @@ class TorchBackend:
         kv.write(index, meta.plan.slots_T, qkv[:, self._query_size :])
         q_THD = qkv[:, : self._query_size].view(-1, self._num_heads, self._head_dim)
         context_TI = attend(q_THD, kv.data[index], meta.plan)
-        hidden_TH += linear(context_TI, weights.o)
-        add_group(context_TI, (hidden_TH,), lora, index, O)
+        self._add_dense(hidden_TH, context_TI, weights.o, lora, index, O)
 
         x_TH = rms_norm(hidden_TH, size, weights.mlp_norm, self._eps)
         gate_up = linear(x_TH, weights.gate_up)
         gate_TI, up_TI = gate_up.chunk(2, dim=1)
         add_group(x_TH, (gate_TI, up_TI), lora, index, GATE_UP)
         inner_TI = silu(gate_TI).mul_(up_TI)
-        hidden_TH += linear(inner_TI, weights.down)
-        add_group(inner_TI, (hidden_TH,), lora, index, DOWN)
+        self._add_dense(hidden_TH, inner_TI, weights.down, lora, index, DOWN)
         return hidden_TH
+
+    def _embed(self, token_ids_T: Tensor) -> Tensor:
+        return embedding(token_ids_T, self._weights.embed_VH)
+
+    def _add_dense(
+        self,
+        hidden_TH: Tensor,
+        x_TI: Tensor,
+        weight: Dense,
+        lora: LoraBatch,
+        layer: int,
+        group: int,
+    ) -> None:
+        """Adds a projection back to the hidden size, and its LoRAs, to hidden_TH in place."""
+        hidden_TH += linear(x_TI, weight)
+        add_group(x_TI, (hidden_TH,), lora, layer, group)
 
     def _rotate(self, qkv: Tensor, meta: StepMeta) -> None:
         """RoPE on queries and keys, in place: x * cos + (second half negated, first half) * sin.

@@ -164,8 +164,10 @@ class Dispatcher:
         )
 
     def fail(self, error: BaseException) -> None:
-        """Step thread: the step loop cannot go on. The engine has logged the error."""
-        assert self._loop is not None, "attach() comes before the first request"
+        """Any thread: the step loop cannot go on. Whoever calls this has logged the error."""
+        if self._loop is None:
+            self.failed.set()  # the server is still being made
+            return
         with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self.failed.set)
 

@@ -1,0 +1,121 @@
+"""The process of a shard other than 0: does what shard 0 orders, until it is gone.
+
+Started as `python -m` this module with a socket as its standard input. It says on the socket when
+its weights are there, and why it ends if it fails.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import select
+import signal
+import threading
+import traceback
+from contextlib import suppress
+from dataclasses import replace
+from multiprocessing.connection import Connection
+
+import torch
+
+from lorastack.kernels.ops import Ops
+from lorastack.model.backends.exact import ask_for_exact_sums
+from lorastack.model.backends.parallel.backend import join
+from lorastack.model.backends.parallel.checkpoint import CheckpointShard
+from lorastack.model.backends.parallel.crew import READY
+from lorastack.model.backends.parallel.loras import Borrower
+from lorastack.model.backends.parallel.orders import (
+    Drop,
+    Hold,
+    Logits,
+    MakeKV,
+    MoveKV,
+    Order,
+    Run,
+    Setup,
+    Stop,
+)
+from lorastack.model.backends.parallel.sharded import ShardedBackend, load_shard
+from lorastack.model.checkpoint import Checkpoint
+from lorastack.model.kv import KVCache
+
+_SOCKET = 0
+
+
+class Worker:
+    """A shard's weights, keys and values, and its parts of LoRAs."""
+
+    def __init__(self, connection: Connection) -> None:
+        """Reads the weights, says so, and waits for the other shards."""
+        setup = pickle.loads(connection.recv_bytes())
+        assert isinstance(setup, Setup)
+        torch.set_num_threads(setup.threads)
+        if setup.device.type == "cuda":
+            torch.cuda.set_device(setup.device)
+            ask_for_exact_sums()
+        weights = load_shard(CheckpointShard(Checkpoint(setup.folder), setup.shard), setup)
+        connection.send_bytes(READY)
+        self._group = join(setup)
+        self._backend = ShardedBackend(setup, weights, Ops(), self._group)
+        self._loras = Borrower(self._group, setup.device)
+        self._hidden_size = setup.config.shapes.hidden_size
+        self._kv: list[KVCache] = []
+        self._connection = connection
+
+    @torch.inference_mode()
+    def serve(self) -> None:
+        """Carries out orders up to the last."""
+        while not isinstance(order := pickle.loads(self._connection.recv_bytes()), Stop):
+            self._do(order)
+
+    def _do(self, order: Order) -> None:
+        backend = self._backend
+        match order:
+            case Run():
+                batch = order.batch
+                lora = self._loras.batch(order.uses)
+                backend.compute(replace(batch, lora=lora), self._kv[order.kv])
+            case MoveKV():
+                self._kv[order.kv].move(order.moves)
+            case Logits():
+                hidden_XH = torch.empty(
+                    order.num_rows, self._hidden_size, dtype=backend.dtype, device=backend.device
+                )
+                self._group.broadcast(hidden_XH)
+                backend.logits(hidden_XH, self._loras.batch(order.uses))
+            case Hold():
+                self._loras.hold(order)
+            case Drop():
+                self._loras.drop(order.numbers)
+            case MakeKV():
+                self._kv.append(backend.make_kv(order.num_pages, order.page_size))
+
+
+def _end_with_server() -> None:
+    """Ends the process when the other end of the socket is closed, whatever else is going on."""
+    poll = select.poll()
+    poll.register(_SOCKET, 0)  # nothing but its end
+    poll.poll()
+    os._exit(0)
+
+
+def main() -> None:
+    """The server decides when this ends, not whoever signals its group."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_server, name="server-watch", daemon=True).start()
+    connection = Connection(_SOCKET)
+    status = 0
+    try:
+        Worker(connection).serve()
+    except EOFError:
+        pass  # the server has gone
+    except Exception:
+        status = 1
+        with suppress(OSError):
+            connection.send_bytes(traceback.format_exc().encode())
+    os._exit(status)  # the group's threads may wait for shards that are gone
+
+
+if __name__ == "__main__":
+    main()
