@@ -116,10 +116,17 @@ def _choose(
         model,
         device=device,
         dtype=_dtype(config.dtype),
-        native=config.backend != "torch",
+        native=config.backend in ("auto", "native"),
         kind=None if config.quantize is None else Kind(config.quantize),
         at_most=at_most,
+        triton={"auto": None, "triton": True}.get(config.backend, False),
     )
+    if why := choice.why_not_triton:
+        if config.backend == "triton":
+            raise InvalidArgumentError(
+                f"--backend triton: {why}; or leave --backend out", reason=Reason.INVALID_MODEL
+            )
+        log.warning("%s: steps run in plain torch, which is slower", why)
     why = choice.why_torch(name)
     if why and config.backend == "native":
         raise InvalidArgumentError(

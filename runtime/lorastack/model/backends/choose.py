@@ -8,8 +8,12 @@ import torch
 
 from lorastack.kernels.native.isa import Isa, missing
 from lorastack.kernels.quantize import Kind
+from lorastack.kernels.triton.launch import why_not
 from lorastack.model.backends.native import native_isa
 from lorastack.model.config import DecoderConfig
+
+TRITON_DTYPES = (torch.bfloat16, torch.float32)
+TRITON_HEAD_DIM = 256  # of attention at most
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,7 +21,9 @@ class Choice:
     """dtype: of weights, KV, LoRAs and heads. kind: what the base model's weights are quantised to.
 
     native: the native kernels may be used, with no better instruction set than `at_most` if it is
-    there. isa: the one with which they run the model; None for plain torch.
+    there. isa: the one with which they run the model. triton: Triton's kernels run it, and `isa` is
+    None. Neither: plain torch. why_not_triton: why its kernels do not, "" if they do or nobody
+    wants them.
     """
 
     device: torch.device
@@ -26,13 +32,16 @@ class Choice:
     native: bool
     at_most: Isa | None
     isa: Isa | None
+    triton: bool = False
+    why_not_triton: str = ""
 
     def why_torch(self, name: str) -> str:
         """Why the model `name` runs in plain torch on a CPU although the native kernels may run.
 
         "" where they do run, may not, or the device is no CPU.
         """
-        if self.isa is not None or not self.native or self.device.type != "cpu":
+        runs = self.triton or self.isa is not None
+        if runs or not self.native or self.device.type != "cpu":
             return ""
         return missing(self.dtype) or f"no native kernels run {name} with these options"
 
@@ -45,12 +54,27 @@ def choose(
     native: bool,
     kind: Kind | None,
     at_most: Isa | None = None,
+    triton: bool | None = False,
 ) -> Choice:
-    """The native kernels where they run the model and may (`native`), else torch.
+    """Triton's kernels or the native ones where they run the model and may, else torch.
 
     dtype: None for bfloat16, on a CPU only where the native kernels run the model in it, else
-    float32. at_most: no better instruction set than it.
+    float32. native: native kernels may run. at_most: no better instruction set than it. triton:
+    Triton's kernels may run; None: on a CUDA device alone.
     """
+    if triton is None:
+        triton = device.type == "cuda"
+    why = why_no_triton(config, dtype or torch.bfloat16, device) if triton else ""
+    if triton and not why:
+        return Choice(
+            device=device,
+            dtype=dtype or torch.bfloat16,
+            kind=kind,
+            native=native,
+            at_most=at_most,
+            isa=None,
+            triton=True,
+        )
 
     def isa_for(dtype: torch.dtype) -> Isa | None:
         return native_isa(config, dtype, device, kind, at_most) if native else None
@@ -65,4 +89,19 @@ def choose(
         native=native,
         at_most=at_most,
         isa=isa_for(dtype),
+        why_not_triton=why,
     )
+
+
+def why_no_triton(config: DecoderConfig, dtype: torch.dtype, device: torch.device) -> str:
+    """Why Triton's kernels cannot run this model there; "" if they can."""
+    if dtype not in TRITON_DTYPES:
+        return f"Triton's kernels compute in bfloat16 and float32, not {dtype}".replace(
+            "torch.", ""
+        )
+    if config.dynamic_rope_begin is not None:
+        return "Triton's kernels have no dynamic RoPE"
+    size = config.shapes.head_dim
+    if size % 2 or size > TRITON_HEAD_DIM:
+        return f"Triton's kernels take even head sizes up to {TRITON_HEAD_DIM}, not {size}"
+    return why_not(device)

@@ -27,15 +27,25 @@ def load_backend(
     native: bool = True,
     quantize: str | None = None,
     at_most: Isa | None = None,
+    triton: bool | None = False,
 ) -> Backend:
     """Load a Hugging Face folder: config.json, the choice of `choose`, and the weights.
 
     native: False for all in torch, as the reference does it. quantize: a `Kind`. at_most: the best
-    instruction set that may be used. Raises InvalidArgumentError naming what is not supported.
+    instruction set that may be used. triton: see `choose`. Raises InvalidArgumentError naming what
+    is not supported.
     """
     config = load_config(path, max_context)
     kind = None if quantize is None else Kind(quantize)
-    choice = choose(config, device=device, dtype=dtype, native=native, kind=kind, at_most=at_most)
+    choice = choose(
+        config,
+        device=device,
+        dtype=dtype,
+        native=native,
+        kind=kind,
+        at_most=at_most,
+        triton=triton,
+    )
     return read_backend(Checkpoint(path), config, choice)
 
 
@@ -48,6 +58,11 @@ def read_backend(checkpoint: Checkpoint, config: DecoderConfig, choice: Choice) 
     check_tensors(checkpoint, config)
     config = untie(config, checkpoint)
     device, dtype, kind = choice.device, choice.dtype, choice.kind
+    if choice.triton:
+        # Triton is there where it was chosen, and need not be elsewhere.
+        from lorastack.model.backends.triton.backend import TritonBackend
+
+        return TritonBackend.load(checkpoint, config, device, dtype, kind)
     if choice.isa is not None:
         return NativeBackend.load(checkpoint, config, dtype, choice.isa, kind)
     ops = Ops()
