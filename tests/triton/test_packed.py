@@ -22,7 +22,7 @@ def test_one_copy_brings_all_arrays() -> None:
     packed.host["small"][:] = [1, 2, 3]
     packed.host["wide"][:] = np.array([[1 << 40, -1], [5, 6]])
     packed.host["last"][:] = range(8)
-    packed.upload()
+    packed.upload(last=8)
     assert not packed.device["small"].any()
     device.run()
     assert packed.device["small"].tolist() == [1, 2, 3]
@@ -47,5 +47,5 @@ def test_a_download_waits_for_what_was_enqueued() -> None:
     device = LateDevice()
     packed = Packed(FIELDS, CPU, device)
     device.enqueue(lambda: packed.device["wide"].fill_(9))
-    packed.download()
+    packed.download(last=8)
     assert packed.host["wide"].tolist() == [[9, 9], [9, 9]]

@@ -1,4 +1,4 @@
-"""Arrays of several types in one buffer, on the host and on the device: one copy brings them all."""
+"""Arrays of several types in one buffer, on host and device: one copy brings them all."""
 
 from __future__ import annotations
 
@@ -45,16 +45,19 @@ class Packed:
         nbytes = prod(shape) * dtype.itemsize
         return buffer[start : start + nbytes].view(dtype).view(shape)
 
-    def upload(self, last: int | None = None) -> None:
+    def upload(self, last: int) -> None:
         """Enqueues the copy to the device. last: elements of the last array that count."""
-        end = len(self._host)
-        if last is not None:
-            end = self._starts[self._last] + last * self.host[self._last].itemsize
+        end = self._end(last)
         self._calls.upload(self._host[:end], self._device[:end])
 
-    def download(self) -> None:
-        """Waits for the device and copies everything to the host."""
-        self._calls.download(self._device, self._host)
+    def download(self, last: int) -> None:
+        """Waits for the device and copies to the host. last: as in `upload`."""
+        end = self._end(last)
+        self._calls.download(self._device[:end], self._host[:end])
+
+    def _end(self, last: int) -> int:
+        """Bytes up to there in the last array."""
+        return self._starts[self._last] + last * self.host[self._last].itemsize
 
 
 def int_fields(shapes: Mapping[str, Shape]) -> Fields:

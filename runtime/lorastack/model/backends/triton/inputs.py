@@ -1,0 +1,142 @@
+"""A step's numbers, laid out on the host and brought to the device in one copy.
+
+A bucket is the number of tokens that a step's launches are made for: the least that holds the step.
+Its arrays have fixed places, so that launches, once captured, serve every step of the bucket; how
+much of them counts is itself among the numbers (`counts`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lorastack.kernels.attention import RowSpan
+from lorastack.kernels.triton.accept import Slots, Trees
+from lorastack.kernels.triton.attention_plan import (
+    AttentionArrays,
+    AttentionShape,
+    plan_attention,
+)
+from lorastack.kernels.triton.samples import SETTINGS, Nodes, settings_of
+from lorastack.model.backends.triton.device import Device
+from lorastack.model.backends.triton.packed import Fields, Packed, int_fields
+from lorastack.model.context import ForwardBatch, SampledTree
+
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 320)
+BEYOND = 64  # buckets above the last are multiples of it
+
+TOKENS, OUTPUTS, TREES = range(3)  # places in `counts`
+
+
+def bucket_of(num_tokens: int) -> int:
+    """The bucket that a step of so many tokens runs in."""
+    for bucket in BUCKETS:
+        if num_tokens <= bucket:
+            return bucket
+    return -(-num_tokens // BEYOND) * BEYOND
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What sizes a step's arrays beside its bucket. row_pages: of the longest row."""
+
+    attention: AttentionShape
+    max_parts: int
+    row_pages: int
+
+
+class StepInputs:
+    """The arrays of a bucket, filled anew for every step.
+
+    On the device: token_ids_T and outputs_X (places in the step), int32; what the kernels of
+    attention, sampling and acceptance read; and the counts of tokens, outputs and trees, int32 [1].
+    """
+
+    def __init__(self, bucket: int, limits: Limits, device: torch.device, calls: Device) -> None:
+        self._limits = limits
+        self._packed = Packed(_fields(bucket, limits), device, calls)
+        on_device = self._packed.device
+        self.bucket = bucket
+        self.num_tokens = on_device["counts"][TOKENS:][:1]
+        self.num_outputs = on_device["counts"][OUTPUTS:][:1]
+        self.token_ids_T: Tensor = on_device["token_ids_T"]
+        self.outputs_X: Tensor = on_device["outputs_X"]
+        names = AttentionArrays.lengths(bucket, limits.max_parts, 0)
+        self.attention = AttentionArrays(**{name: on_device[name] for name in names})
+        self._host_attention = AttentionArrays(**{name: self._packed.host[name] for name in names})
+        num_trees = on_device["counts"][TREES:][:1]
+        self.nodes = Nodes(
+            *(on_device[name] for name in ("tree_X", "depth_X", "settings_BS")), self.num_outputs
+        )
+        self.trees = Trees(
+            *(on_device[name] for name in ("first_B", "size_B", "token_X", "parent_X")), num_trees
+        )
+        self.slots = Slots(*(on_device[name] for name in ("lists", "table_B", "committed_B")))
+        self._lists = 0
+
+    def fill(self, batch: ForwardBatch) -> None:
+        """Lays a step out on the host. No copy may read it any more."""
+        host, num_tokens = self._packed.host, len(batch.token_ids)
+        num_outputs = len(batch.outputs)
+        host["counts"][:] = (num_tokens, num_outputs, len(batch.trees))
+        host["token_ids_T"][:num_tokens] = batch.token_ids
+        host["outputs_X"][:num_outputs] = batch.outputs
+        limits = self._limits
+        self._lists = plan_attention(
+            batch.rows, limits.attention, limits.max_parts, self._host_attention
+        )
+        self._fill_trees(batch.trees, num_outputs, batch)
+
+    def upload(self) -> None:
+        """Enqueues the copy of what was filled."""
+        self._packed.upload(self._lists)
+
+    def _fill_trees(
+        self, trees: Sequence[SampledTree], num_outputs: int, batch: ForwardBatch
+    ) -> None:
+        host = self._packed.host
+        host["tree_X"][:num_outputs] = -1
+        if not trees:
+            return
+        places = host["outputs_X"][:num_outputs]
+        position_X = host["position_T"][places]
+        starts, tables = _tables(batch.rows, self._limits.attention.page_size)
+        for index, each in enumerate(trees):
+            tree, first = each.tree, each.first_output
+            nodes = slice(first, first + tree.num_nodes)
+            host["tree_X"][nodes] = index
+            host["depth_X"][nodes] = position_X[nodes] - position_X[first]
+            host["token_X"][nodes] = tree.tokens
+            host["parent_X"][nodes] = tree.parents
+            host["settings_BS"][index] = settings_of(each.params, each.token_index)
+        count = len(trees)
+        first_B = np.array([each.first_output for each in trees])
+        row_B = np.searchsorted(starts, places[first_B], side="right") - 1
+        host["first_B"][:count] = first_B
+        host["size_B"][:count] = [each.tree.num_nodes for each in trees]
+        host["table_B"][:count] = tables[row_B]
+        host["committed_B"][:count] = position_X[first_B]
+
+
+def _fields(bucket: int, limits: Limits) -> Fields:
+    """Arrays by name; `lists`, which is filled in part, comes last."""
+    # Pages of as many rows, and the ancestors in a tree that is one path.
+    max_lists = bucket * limits.row_pages + bucket * (bucket + 1) // 2
+    by_token = ("token_ids_T", "outputs_X", "tree_X", "depth_X", "token_X", "parent_X")
+    by_tree = ("first_B", "size_B", "table_B", "committed_B")
+    return {
+        "settings_BS": (torch.int64, (bucket, SETTINGS)),
+        **int_fields({"counts": (3,), **dict.fromkeys((*by_token, *by_tree), (bucket,))}),
+        **int_fields(AttentionArrays.lengths(bucket, limits.max_parts, max_lists)),
+    }
+
+
+def _tables(rows: Sequence[RowSpan], page_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where each row's tokens begin, and where its pages do in the attention's `lists`."""
+    starts = np.array([row.start for row in rows])
+    num_pages = np.array([-(-row.num_slots // page_size) for row in rows])
+    return starts, np.cumsum(num_pages) - num_pages
