@@ -24,7 +24,7 @@ from lorastack.kernels.triton.weight import Weight, pack_weight
 from lorastack.lora.segments import LoraBatch
 from lorastack.model.backends.triton.device import Device, device_of
 from lorastack.model.backends.triton.graphs import Graphs
-from lorastack.model.backends.triton.inputs import Limits, StepInputs, bucket_of
+from lorastack.model.backends.triton.inputs import BUCKETS, Limits, StepInputs, bucket_of
 from lorastack.model.backends.triton.layers import Model, Step, launch_step
 from lorastack.model.backends.triton.results import StepResults
 from lorastack.model.backends.triton.workspace import Workspace, attention_workspace
@@ -34,7 +34,7 @@ from lorastack.model.context import ForwardBatch, Outputs
 from lorastack.model.kv import KVCache
 from lorastack.model.weights import DecoderWeights, Packing, load_weights
 
-STEP_TOKENS = 512  # for which memory is made at first
+STEP_TOKENS = BUCKETS[-1]  # for which memory is made at first
 
 
 class TritonBackend:
@@ -95,6 +95,7 @@ class TritonBackend:
         """See `Backend`."""
         return KVCache(self.shapes, num_pages, page_size, self.dtype, self.device)
 
+    @torch.inference_mode()
     def forward(self, batch: ForwardBatch, kv: KVCache) -> Outputs:
         """See `Backend`."""
         steps = self._steps_of(kv)
@@ -116,6 +117,7 @@ class TritonBackend:
             moved=True,
         )
 
+    @torch.inference_mode()
     def logits(self, hidden_XH: Tensor, lora: LoraBatch) -> Tensor:
         """See `Backend`."""
         lm_head, num_rows = self._model.weights.lm_head, len(hidden_XH)

@@ -2,7 +2,7 @@
 
 A bucket is the number of tokens that a step's launches are made for: the least that holds the step.
 Its arrays have fixed places, so that launches, once captured, serve every step of the bucket; how
-much of them counts is itself among the numbers (`counts`).
+much of them counts is itself among the numbers (`sizes`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lorastack.model.context import ForwardBatch, SampledTree
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 320)
 BEYOND = 64  # buckets above the last are multiples of it
 
-TOKENS, OUTPUTS, TREES = range(3)  # places in `counts`
+TOKENS, OUTPUTS, TREES = range(3)  # places in `sizes`
 
 
 def bucket_of(num_tokens: int) -> int:
@@ -61,14 +61,14 @@ class StepInputs:
         self._packed = Packed(_fields(bucket, limits), device, calls)
         on_device = self._packed.device
         self.bucket = bucket
-        self.num_tokens = on_device["counts"][TOKENS:][:1]
-        self.num_outputs = on_device["counts"][OUTPUTS:][:1]
+        self.num_tokens = on_device["sizes"][TOKENS:][:1]
+        self.num_outputs = on_device["sizes"][OUTPUTS:][:1]
         self.token_ids_T: Tensor = on_device["token_ids_T"]
         self.outputs_X: Tensor = on_device["outputs_X"]
         names = AttentionArrays.lengths(bucket, limits.max_parts, 0)
         self.attention = AttentionArrays(**{name: on_device[name] for name in names})
         self._host_attention = AttentionArrays(**{name: self._packed.host[name] for name in names})
-        num_trees = on_device["counts"][TREES:][:1]
+        num_trees = on_device["sizes"][TREES:][:1]
         self.nodes = Nodes(
             *(on_device[name] for name in ("tree_X", "depth_X", "settings_BS")), self.num_outputs
         )
@@ -82,7 +82,7 @@ class StepInputs:
         """Lays a step out on the host. No copy may read it any more."""
         host, num_tokens = self._packed.host, len(batch.token_ids)
         num_outputs = len(batch.outputs)
-        host["counts"][:] = (num_tokens, num_outputs, len(batch.trees))
+        host["sizes"][:] = (num_tokens, num_outputs, len(batch.trees))
         host["token_ids_T"][:num_tokens] = batch.token_ids
         host["outputs_X"][:num_outputs] = batch.outputs
         limits = self._limits
@@ -130,7 +130,7 @@ def _fields(bucket: int, limits: Limits) -> Fields:
     by_tree = ("first_B", "size_B", "table_B", "committed_B")
     return {
         "settings_BS": (torch.int64, (bucket, SETTINGS)),
-        **int_fields({"counts": (3,), **dict.fromkeys((*by_token, *by_tree), (bucket,))}),
+        **int_fields({"sizes": (3,), **dict.fromkeys((*by_token, *by_tree), (bucket,))}),
         **int_fields(AttentionArrays.lengths(bucket, limits.max_parts, max_lists)),
     }
 
