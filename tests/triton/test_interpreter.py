@@ -34,5 +34,19 @@ def test_equal_rows_have_equal_bits(device: torch.device) -> None:
     assert (out == out[0]).all()
 
 
+@triton.jit
+def round_kernel(values, out, SIZE: tl.constexpr):
+    i = tl.arange(0, SIZE)
+    tl.store(out + i, tl.load(values + i).to(tl.bfloat16))
+
+
+def test_bfloat16_is_the_nearest(device: torch.device) -> None:
+    specials = (0.0, -0.0, 1e-42, 3e38, 3.4e38, float("inf"), float("nan"), 1 + 2**-8)
+    values = torch.cat((torch.randn(56), torch.tensor(specials))).to(device)
+    out = torch.empty(64, dtype=torch.bfloat16, device=device)
+    launch(round_kernel, (1,), values, out, SIZE=64)
+    torch.testing.assert_close(out, values.bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+
 def test_kernels_run_here(device: torch.device) -> None:
     assert why_not(device) == ""
