@@ -39,5 +39,17 @@ def mend() -> None:
         nearest = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
         return np.where(np.isnan(values), 0x7FC0, nearest).astype(np.uint16)
 
+    patch, patched = interpreter._patch_lang, set[frozenset[int]]()
+
+    def patch_once(function: Any) -> Any:
+        modules = (value for value in function.__globals__.values() if value in (tl, tl.core))
+        key = frozenset(map(id, modules))
+        if key not in patched:
+            patched.add(key)
+            patch(function)
+        return interpreter._LangPatchScope()  # nothing to restore: nobody compiles here
+
+    # Every call of a function by a kernel patches the language anew, which takes milliseconds.
+    interpreter._patch_lang = patch_once
     interpreter.InterpreterBuilder.create_dot = dot
     interpreter._convert_float = convert
