@@ -21,13 +21,17 @@ from lorastack.kernels.triton.attention_plan import AttentionShape
 from lorastack.kernels.triton.matmul import matmul
 from lorastack.kernels.triton.pointwise import Projection, add_parts
 from lorastack.kernels.triton.weight import Weight, pack_weight
+from lorastack.kernels.segmented_lora import GroupLora, TargetLora
+from lorastack.kernels.triton.lora import CHUNK
+from lorastack.kernels.triton.lora_plan import AdapterTable, LoraUse
 from lorastack.lora.segments import LoraBatch
+from lorastack.lora.weights import LoraWeights
 from lorastack.model.backends.triton.device import Device, device_of
 from lorastack.model.backends.triton.graphs import Graphs
-from lorastack.model.backends.triton.inputs import BUCKETS, Limits, StepInputs, bucket_of
-from lorastack.model.backends.triton.layers import Model, Step, launch_step
+from lorastack.model.backends.triton.inputs import BUCKETS, Limits, Loras, StepInputs, bucket_of
+from lorastack.model.backends.triton.layers import LoraLaunch, Model, Step, launch_step
 from lorastack.model.backends.triton.results import StepResults
-from lorastack.model.backends.triton.workspace import Workspace, attention_workspace
+from lorastack.model.backends.triton.workspace import LoraMemory, Workspace, attention_workspace
 from lorastack.model.checkpoint import Checkpoint
 from lorastack.model.config import DecoderConfig
 from lorastack.model.context import ForwardBatch, Outputs
@@ -72,6 +76,8 @@ class TritonBackend:
             angle_PF.cos().mul_(config.rope_scale).to(device),
             angle_PF.sin().mul_(config.rope_scale).to(device),
         )
+        self._lora_memory = LoraMemory(config.shapes, CHUNK, device)
+        self._tables: WeakKeyDictionary[LoraWeights, AdapterTable] = WeakKeyDictionary()
         self._memory: list[Workspace] = []  # the last serves; graphs keep those before
         self._steps: WeakKeyDictionary[KVCache, _Steps] = WeakKeyDictionary()
 
@@ -102,9 +108,10 @@ class TritonBackend:
         step, results = steps.of(bucket_of(len(batch.token_ids)))
         inputs, num_outputs = step.inputs, len(batch.outputs)
         self._calls.free_to_write()
-        inputs.fill(batch)
+        kind = inputs.fill(batch, self._uses(batch.lora))
         inputs.upload()
-        steps.graphs.run(inputs.bucket, partial(launch_step, self._model, step))
+        launch = partial(launch_step, self._model, step, self._lora_launch(kind, inputs.bucket))
+        steps.graphs.run((inputs.bucket, kind), launch)
         results.download(0)
         peaks_X, best_X = results.best(num_outputs)
         logits_CXV = step.memory.logits_of(self._model.weights.lm_head, inputs.bucket)
@@ -136,6 +143,35 @@ class TritonBackend:
         """See `Backend`."""
         lm_head = self._model.weights.lm_head
         copy_rows(lambda ids_N: lm_head.rows(ids_N.to(self.device)), torch.tensor(ids), out_NH)
+
+    def _uses(self, lora: LoraBatch) -> list[LoraUse]:
+        """The segments with their adapters' tables, which are made once an adapter."""
+        return [
+            LoraUse(each.start, each.end, self._table(each.weights), each.scale)
+            for each in lora.segments
+            if each.start < each.end
+        ]
+
+    def _table(self, weights: LoraWeights) -> AdapterTable:
+        table = self._tables.get(weights)
+        if table is None:
+            embedding = None
+            if (own := weights.embedding) is not None:
+                whole = slice(0, len(own.a_RV))
+                embedding = GroupLora(own.a_RV, (TargetLora(0, whole, own.b_HR, own.scale),))
+            table = AdapterTable.of(
+                weights.groups, embedding, self.shapes.num_layers, self.device
+            )
+            self._tables[weights] = table
+        return table
+
+    def _lora_launch(self, kind: Loras | None, bucket: int) -> LoraLaunch | None:
+        if kind is None:
+            return None
+        deltas = None
+        if kind.lm_head:
+            deltas = self._lora_memory.logit_deltas(max(bucket, STEP_TOKENS))
+        return LoraLaunch(self.shapes, kind, self._lora_memory.shrunk(kind.room), deltas)
 
     def _steps_of(self, kv: KVCache) -> _Steps:
         if kv not in self._steps:

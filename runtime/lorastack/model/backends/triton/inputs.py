@@ -7,6 +7,7 @@ much of them counts is itself among the numbers (`sizes`).
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,15 +22,28 @@ from lorastack.kernels.triton.attention_plan import (
     AttentionShape,
     plan_attention,
 )
+from lorastack.kernels.triton.lora_plan import (
+    Ints,
+    PAIR_FIELDS,
+    TILE_FIELDS,
+    LoraArrays,
+    LoraUse,
+    Longs,
+    plan_lora,
+    workspace_size,
+)
 from lorastack.kernels.triton.samples import SETTINGS, Nodes, settings_of
 from lorastack.model.backends.triton.device import Device
 from lorastack.model.backends.triton.packed import Fields, Packed, int_fields
 from lorastack.model.context import ForwardBatch, SampledTree
+from lorastack.request import MAX_LORAS
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 320)
 BEYOND = 64  # buckets above the last are multiples of it
 
 TOKENS, OUTPUTS, TREES = range(3)  # places in `sizes`
+
+LEAST_ROOM = 1 << 14  # floats a chunk of the LoRAs' workspace
 
 
 def bucket_of(num_tokens: int) -> int:
@@ -49,11 +63,38 @@ class Limits:
     row_pages: int
 
 
+@dataclass(frozen=True, slots=True)
+class Loras:
+    """What a step with LoRAs is launched for. room: floats a chunk of the workspace.
+
+    lm_head, embedding: some LoRA adapts them.
+    """
+
+    room: int
+    lm_head: bool
+    embedding: bool
+
+    @classmethod
+    def of(cls, uses: Sequence[LoraUse]) -> Loras | None:
+        """None without a LoRA. Rooms come in a few sizes, so that steps share graphs."""
+        if not uses:
+            return None
+        room, needed = LEAST_ROOM, workspace_size(uses)
+        while room < needed:
+            room *= 4
+        return cls(
+            room,
+            any(use.table.adapts_lm_head for use in uses),
+            any(use.table.adapts_embedding for use in uses),
+        )
+
+
 class StepInputs:
     """The arrays of a bucket, filled anew for every step.
 
     On the device: token_ids_T and outputs_X (places in the step), int32; what the kernels of
-    attention, sampling and acceptance read; and the counts of tokens, outputs and trees, int32 [1].
+    attention, LoRAs (over tokens, and over outputs for lm_head), sampling and acceptance read; and
+    the counts of tokens, outputs and trees, int32 [1].
     """
 
     def __init__(self, bucket: int, limits: Limits, device: torch.device, calls: Device) -> None:
@@ -68,6 +109,8 @@ class StepInputs:
         names = AttentionArrays.lengths(bucket, limits.max_parts, 0)
         self.attention = AttentionArrays(**{name: on_device[name] for name in names})
         self._host_attention = AttentionArrays(**{name: self._packed.host[name] for name in names})
+        self.lora, self._host_lora = self._lora_arrays("")
+        self.output_lora, self._host_output_lora = self._lora_arrays("output_")
         num_trees = on_device["sizes"][TREES:][:1]
         self.nodes = Nodes(
             *(on_device[name] for name in ("tree_X", "depth_X", "settings_BS")), self.num_outputs
@@ -78,8 +121,18 @@ class StepInputs:
         self.slots = Slots(*(on_device[name] for name in ("lists", "table_B", "committed_B")))
         self._lists = 0
 
-    def fill(self, batch: ForwardBatch) -> None:
-        """Lays a step out on the host. No copy may read it any more."""
+    def _lora_arrays(
+        self, prefix: str
+    ) -> tuple[LoraArrays[Tensor, Tensor], LoraArrays[Ints, Longs]]:
+        names = {name: f"{prefix}lora_{name}" for name in ("counts", "adapted_T", "tiles", "pairs")}
+        host, on_device = self._packed.host, self._packed.device
+        return (
+            LoraArrays(**{name: on_device[field] for name, field in names.items()}),
+            LoraArrays(**{name: host[field] for name, field in names.items()}),
+        )
+
+    def fill(self, batch: ForwardBatch, uses: Sequence[LoraUse]) -> Loras | None:
+        """Lays a step out on the host. No copy may read it any more. uses: its LoRAs' tables."""
         host, num_tokens = self._packed.host, len(batch.token_ids)
         num_outputs = len(batch.outputs)
         host["sizes"][:] = (num_tokens, num_outputs, len(batch.trees))
@@ -90,6 +143,12 @@ class StepInputs:
             batch.rows, limits.attention, limits.max_parts, self._host_attention
         )
         self._fill_trees(batch.trees, num_outputs, batch)
+        loras = Loras.of(uses)
+        if loras is not None:
+            plan_lora(uses, num_tokens, self._host_lora)
+            if loras.lm_head:
+                plan_lora(_selected(uses, batch.outputs), num_outputs, self._host_output_lora)
+        return loras
 
     def upload(self) -> None:
         """Enqueues the copy of what was filled."""
@@ -128,11 +187,26 @@ def _fields(bucket: int, limits: Limits) -> Fields:
     max_lists = bucket * limits.row_pages + bucket * (bucket + 1) // 2
     by_token = ("token_ids_T", "outputs_X", "tree_X", "depth_X", "token_X", "parent_X")
     by_tree = ("first_B", "size_B", "table_B", "committed_B")
+    pairs = (torch.int64, (bucket * MAX_LORAS, PAIR_FIELDS))
+    lora = {"lora_counts": (2,), "lora_adapted_T": (bucket,), "lora_tiles": (bucket, TILE_FIELDS)}
     return {
         "settings_BS": (torch.int64, (bucket, SETTINGS)),
+        "lora_pairs": pairs,
+        "output_lora_pairs": pairs,
+        **int_fields({f"{prefix}{name}": lora[name] for prefix in ("", "output_") for name in lora}),
         **int_fields({"sizes": (3,), **dict.fromkeys((*by_token, *by_tree), (bucket,))}),
         **int_fields(AttentionArrays.lengths(bucket, limits.max_parts, max_lists)),
     }
+
+
+def _selected(uses: Sequence[LoraUse], outputs: Sequence[int]) -> list[LoraUse]:
+    """The same over some of the tokens: their places in the step, rising."""
+    selected = []
+    for use in uses:
+        start, end = bisect_left(outputs, use.start), bisect_left(outputs, use.end)
+        if start < end:
+            selected.append(use._replace(start=start, end=end))
+    return selected
 
 
 def _tables(rows: Sequence[RowSpan], page_size: int) -> tuple[np.ndarray, np.ndarray]:

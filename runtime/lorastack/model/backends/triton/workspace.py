@@ -20,7 +20,7 @@ MAX_PARTS = 512  # of attention, or as many as the longest row has splits
 @dataclass(frozen=True, slots=True)
 class Workspace:
     """For steps of up to T tokens. hidden_TH: float32. x_TH, hidden_XH, q_TX, context_TX and
-    inner_TI are of the model's dtype; parts and logits float32, flat.
+    inner_TI are of the model's dtype; parts, logits and deltas (of LoRAs) float32, flat.
     """
 
     hidden_TH: Tensor
@@ -31,6 +31,7 @@ class Workspace:
     inner_TI: Tensor
     parts: Tensor
     logits: Tensor
+    deltas: Tensor
     keys_XS: Tensor
 
     @classmethod
@@ -48,9 +49,7 @@ class Workspace:
             return torch.zeros(tokens, size, dtype=dtype, device=device)
 
         layer = weights.layers[0]
-        most = max(
-            _parts_numel(each, tokens) for each in (layer.qkv, layer.o, layer.gate_up, layer.down)
-        )
+        products = (layer.qkv, layer.o, layer.gate_up, layer.down)
         return cls(
             hidden_TH=room(shapes.hidden_size, torch.float32),
             x_TH=room(shapes.hidden_size),
@@ -58,8 +57,11 @@ class Workspace:
             q_TX=room(query),
             context_TX=room(query),
             inner_TI=room(shapes.intermediate_size),
-            parts=torch.zeros(most, device=device),
+            parts=torch.zeros(
+                max(_parts_numel(each, tokens) for each in products), device=device
+            ),
             logits=torch.zeros(_parts_numel(weights.lm_head, tokens), device=device),
+            deltas=torch.zeros(tokens * max(each.num_outputs for each in products), device=device),
             keys_XS=room(num_spans(shapes.vocab_size), torch.int64),
         )
 
@@ -67,9 +69,38 @@ class Workspace:
         """[C, bucket, O] for a product with `weight`. All products share this memory."""
         return _parts(self.parts, weight, bucket)
 
+    def deltas_of(self, weight: Weight, bucket: int) -> Tensor:
+        """[bucket, O] for what LoRAs add to a product with `weight`. All share this memory."""
+        return self.deltas[: bucket * weight.num_outputs].view(bucket, weight.num_outputs)
+
     def logits_of(self, lm_head: Weight, bucket: int) -> Tensor:
         """[C, bucket, V]: the first becomes the sum of all."""
         return _parts(self.logits, lm_head, bucket)
+
+
+class LoraMemory:
+    """What steps with LoRAs need beside it: made when first asked for. Graphs keep what they use.
+    """
+
+    def __init__(self, shapes: ModelShapes, chunk: int, device: torch.device) -> None:
+        """chunk: inputs, see `lora.shrink`."""
+        inputs = (shapes.hidden_size, shapes.num_heads * shapes.head_dim, shapes.intermediate_size)
+        self._num_chunks = -(-max(inputs) // chunk)
+        self._device = device
+        self._rooms: dict[int, Tensor] = {}
+        self._logit_deltas = torch.empty(0, shapes.vocab_size, device=device)
+
+    def shrunk(self, room: int) -> Tensor:
+        """[chunks, room], float32: the workspace of `lora.shrink`."""
+        if room not in self._rooms:
+            self._rooms[room] = torch.zeros(self._num_chunks, room, device=self._device)
+        return self._rooms[room]
+
+    def logit_deltas(self, tokens: int) -> Tensor:
+        """[tokens or more, V], float32: what LoRAs of lm_head add."""
+        if len(self._logit_deltas) < tokens:
+            self._logit_deltas = self._logit_deltas.new_zeros(tokens, self._logit_deltas.shape[1])
+        return self._logit_deltas
 
 
 def attention_workspace(
