@@ -69,10 +69,11 @@ class AttentionShape:
 class AttentionArrays(Generic[Array]):
     """A step's numbers, int32, on the host or on the device.
 
-    counts [2]: tokens and items; items [items, ITEM_FIELDS]; for each token its position, its physical slot (page
-    * page size + place in the page), its tile's first item, and where its ancestors begin in
-    `lists` (trees only: by depth, itself last, as places in the row); lists: pages of all rows and
-    ancestors, of which a step fills only the beginning, so that they belong last in an upload.
+    counts [2]: tokens and items; items [items, ITEM_FIELDS]; for each token its position, its
+    physical slot (page * page size + place in the page), its tile's first item, and where its
+    ancestors begin in `lists` (trees only: by depth, itself last, as places in the row); lists:
+    pages of all rows and ancestors, of which a step fills only the beginning, so that they belong
+    last in an upload.
     """
 
     counts: Array
