@@ -3,7 +3,7 @@
 Its product of bfloat16 multiplies the integers that it keeps them in: garbage, and no error. And
 its product is numpy's matmul, whose sums depend on where a row stands in its tile, so that equal
 rows differ. A product that adds over the inputs in order has neither fault. Its bfloat16 of a
-float32 is cut off, where devices round to the nearest.
+float32 is cut off; a device's is the nearest, ties to even.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 
 def mend() -> None:
-    """Replaces the interpreter's product and its rounding in this process."""
+    """Replaces the interpreter's product and its rounding to bfloat16 in this process."""
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -30,17 +30,14 @@ def mend() -> None:
             total += x[..., k, None].astype(kind) * y[..., k, None, :].astype(kind)
         return interpreter.TensorHandle(total, d.dtype.scalar)
 
-    def truncate(self: Any, value: Any, kind: Any) -> Any:
-        if (value.dtype.scalar, kind.scalar) == (tl.float32, tl.bfloat16):
-            return interpreter.TensorHandle(_rounded(value.data), kind.scalar)
-        return self.cast_impl(value, kind)
+    plain = interpreter._convert_float
+
+    def convert(values: Any, source: Any, target: Any, rounding: Any) -> Any:
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return plain(values, source, target, rounding)
+        bits = np.ascontiguousarray(values).view(np.uint32)
+        nearest = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+        return np.where(np.isnan(values), 0x7FC0, nearest).astype(np.uint16)
 
     interpreter.InterpreterBuilder.create_dot = dot
-    interpreter.InterpreterBuilder.create_fp_trunc = truncate
-
-
-def _rounded(values: Any) -> Any:
-    """The nearest bfloat16, ties to even, as bits."""
-    bits = np.ascontiguousarray(values).view(np.uint32).astype(np.uint64)
-    nearest = bits + 0x7FFF + (bits >> 16 & 1)
-    return (np.where(np.isnan(values), bits | 0x400000, nearest) >> 16).astype(np.uint16)
+    interpreter._convert_float = convert
