@@ -42,8 +42,8 @@ def mend() -> None:
     patch, patched = interpreter._patch_lang, set[frozenset[int]]()
 
     def patch_once(function: Any) -> Any:
-        modules = (value for value in function.__globals__.values() if value in (tl, tl.core))
-        key = frozenset(map(id, modules))
+        names = function.__globals__.values()
+        key = frozenset(id(each) for each in names if each is tl or each is tl.core)
         if key not in patched:
             patched.add(key)
             patch(function)

@@ -20,6 +20,9 @@ is torch.nn.functional.linear on `kernels.linear.plain_weight`.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -128,29 +131,41 @@ def matmul(x_TI: Tensor, weight: Weight, parts_CTO: Tensor, num_tokens: Tensor) 
     x_TI: contiguous, of the model's dtype. parts_CTO: float32, contiguous, with T the bucket and
     C = weight.plan.num_parts(T). num_tokens: int32 [1] on the device, at most T.
     """
-    plan = weight.plan
     num_parts, bucket, outputs = parts_CTO.shape
-    spread = bucket <= SPREAD_TOKENS
-    few = triton.next_power_of_2(max(16, min(bucket, 64)))
+    plan, blocks = weight.plan, _blocks(weight, x_TI.dtype, bucket)
+    grid = (triton.cdiv(bucket, blocks.tokens), triton.cdiv(outputs, blocks.outputs), num_parts)
     launch(
         matmul_kernel,
-        (triton.cdiv(bucket, few), triton.cdiv(outputs, plan.block_outputs), num_parts),
-        x_TI,
-        x_TI.stride(0),
-        weight.values,
-        weight.scales,
-        parts_CTO,
-        parts_CTO.stride(0),
-        num_tokens,
-        outputs,
-        weight.num_inputs,
-        plan.chunk,
+        grid,
+        *(x_TI, x_TI.stride(0), weight.values, weight.scales, parts_CTO, parts_CTO.stride(0)),
+        *(num_tokens, outputs, weight.num_inputs, plan.chunk),
         BITS=BITS[weight.kind],
-        SPREAD=spread,
-        EVEN=weight.num_inputs % plan.block_inputs == 0,
-        BT=few,
-        BN=plan.block_outputs,
-        BK=plan.block_inputs,
-        num_warps=4,
-        num_stages=4,
+        SPREAD=num_parts == plan.num_chunks,
+        EVEN=weight.num_inputs % blocks.inputs == 0,
+        BT=blocks.tokens,
+        BN=blocks.outputs,
+        BK=blocks.inputs,
+        num_warps=blocks.warps,
+        num_stages=blocks.stages,
     )
+
+
+class _Blocks(NamedTuple):
+    """What a program takes at once; none of it changes a bit. stages: blocks on their way."""
+
+    tokens: int
+    outputs: int
+    inputs: int
+    warps: int
+    stages: int
+
+
+def _blocks(weight: Weight, dtype: torch.dtype, bucket: int) -> _Blocks:
+    plan, is_plain = weight.plan, weight.kind is None
+    if bucket > SPREAD_TOKENS:
+        # One program fills a multiprocessor, so it may have up to 255 registers a thread.
+        inputs = min(plan.block_inputs, 64) if is_plain else plan.block_inputs
+        return _Blocks(64, 2 * plan.block_outputs, inputs, 8, 4 if is_plain else 3)
+    tokens = max(16, triton.next_power_of_2(bucket))
+    stages = 3 if tokens == 64 else 4 if is_plain else 6
+    return _Blocks(tokens, plan.block_outputs, plan.block_inputs, 4, stages)
