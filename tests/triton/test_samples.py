@@ -18,7 +18,6 @@ from lorastack.request import SamplingParams
 from lorastack.sampling.reference import sample_reference
 from tests.helpers.examples import at_most
 from tests.kernels.test_sample import KINDS, SEEDS, make_logits
-import lorastack.kernels.triton.samples
 
 
 def run(logits_XV: Tensor, samples: Sequence[Sample], device: torch.device) -> Sampled:
@@ -28,7 +27,9 @@ def run(logits_XV: Tensor, samples: Sequence[Sample], device: torch.device) -> S
     nodes = Nodes(
         torch.tensor([trees.get(x, -1) for x in range(X)], **ints),
         torch.zeros(X, **ints),
-        torch.tensor([settings_of(s.params, s.token_index) for s in samples] or [[0]*6], device=device),
+        torch.tensor(
+            [settings_of(s.params, s.token_index) for s in samples] or [[0] * 6], device=device
+        ),
         torch.tensor([X], **ints),
     )
     out = Sampled(torch.zeros(X, device=device), torch.zeros(X, **ints), torch.zeros(X, **ints))

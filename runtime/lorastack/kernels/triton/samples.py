@@ -17,7 +17,6 @@ typical_p is left to the host: such rows count as greedy here, and are sampled a
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import triton
@@ -251,7 +250,9 @@ def _start(seed, index):
 @triton.jit
 def _gumbel(start, ids):
     """`kernels.gumbel.gumbel` of a stream, float64."""
-    uniform = ((_mix(start + ids.to(tl.uint64) * _TOKEN_STEP) >> 12).to(tl.float64) + 0.5) * 2.0**-52
+    uniform = (
+        (_mix(start + ids.to(tl.uint64) * _TOKEN_STEP) >> 12).to(tl.float64) + 0.5
+    ) * 2.0**-52
     return -tl.log(-tl.log(uniform))
 
 
