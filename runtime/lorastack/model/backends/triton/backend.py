@@ -16,14 +16,14 @@ from torch import Tensor
 from lorastack.kernels.linear import copy_rows
 from lorastack.kernels.ops import Ops
 from lorastack.kernels.quantize import Kind, head_kind
+from lorastack.kernels.segmented_lora import GroupLora, TargetLora
 from lorastack.kernels.triton.accept import Accepted
 from lorastack.kernels.triton.attention_plan import AttentionShape
+from lorastack.kernels.triton.lora import CHUNK
+from lorastack.kernels.triton.lora_plan import AdapterTable, LoraUse
 from lorastack.kernels.triton.matmul import matmul
 from lorastack.kernels.triton.pointwise import Projection, add_parts
 from lorastack.kernels.triton.weight import Weight, pack_weight
-from lorastack.kernels.segmented_lora import GroupLora, TargetLora
-from lorastack.kernels.triton.lora import CHUNK
-from lorastack.kernels.triton.lora_plan import AdapterTable, LoraUse
 from lorastack.lora.segments import LoraBatch
 from lorastack.lora.weights import LoraWeights
 from lorastack.model.backends.triton.device import Device, device_of
@@ -159,9 +159,7 @@ class TritonBackend:
             if (own := weights.embedding) is not None:
                 whole = slice(0, len(own.a_RV))
                 embedding = GroupLora(own.a_RV, (TargetLora(0, whole, own.b_HR, own.scale),))
-            table = AdapterTable.of(
-                weights.groups, embedding, self.shapes.num_layers, self.device
-            )
+            table = AdapterTable.of(weights.groups, embedding, self.shapes.num_layers, self.device)
             self._tables[weights] = table
         return table
 
@@ -182,9 +180,7 @@ class TritonBackend:
         """What holds steps of this bucket."""
         if not self._memory or len(self._memory[-1].hidden_TH) < bucket:
             tokens = max(bucket, STEP_TOKENS)
-            made = Workspace.of(
-                self.shapes, self._model.weights, tokens, self.dtype, self.device
-            )
+            made = Workspace.of(self.shapes, self._model.weights, tokens, self.dtype, self.device)
             self._memory.append(made)
         return self._memory[-1]
 

@@ -23,12 +23,12 @@ from lorastack.kernels.triton.attention_plan import (
     plan_attention,
 )
 from lorastack.kernels.triton.lora_plan import (
-    Ints,
     PAIR_FIELDS,
     TILE_FIELDS,
+    Ints,
+    Longs,
     LoraArrays,
     LoraUse,
-    Longs,
     plan_lora,
     workspace_size,
 )
@@ -188,12 +188,15 @@ def _fields(bucket: int, limits: Limits) -> Fields:
     by_token = ("token_ids_T", "outputs_X", "tree_X", "depth_X", "token_X", "parent_X")
     by_tree = ("first_B", "size_B", "table_B", "committed_B")
     pairs = (torch.int64, (bucket * MAX_LORAS, PAIR_FIELDS))
-    lora = {"lora_counts": (2,), "lora_adapted_T": (bucket,), "lora_tiles": (bucket, TILE_FIELDS)}
+    lora = {"counts": (2,), "adapted_T": (bucket,), "tiles": (bucket, TILE_FIELDS)}
+    kinds = ("lora_", "output_lora_")
     return {
         "settings_BS": (torch.int64, (bucket, SETTINGS)),
         "lora_pairs": pairs,
         "output_lora_pairs": pairs,
-        **int_fields({f"{prefix}{name}": lora[name] for prefix in ("", "output_") for name in lora}),
+        **int_fields(
+            {f"{kind}{name}": lora[name] for kind in kinds for name in lora}
+        ),
         **int_fields({"sizes": (3,), **dict.fromkeys((*by_token, *by_tree), (bucket,))}),
         **int_fields(AttentionArrays.lengths(bucket, limits.max_parts, max_lists)),
     }

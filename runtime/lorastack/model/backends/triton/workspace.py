@@ -57,9 +57,7 @@ class Workspace:
             q_TX=room(query),
             context_TX=room(query),
             inner_TI=room(shapes.intermediate_size),
-            parts=torch.zeros(
-                max(_parts_numel(each, tokens) for each in products), device=device
-            ),
+            parts=torch.zeros(max(_parts_numel(each, tokens) for each in products), device=device),
             logits=torch.zeros(_parts_numel(weights.lm_head, tokens), device=device),
             deltas=torch.zeros(tokens * max(each.num_outputs for each in products), device=device),
             keys_XS=room(num_spans(shapes.vocab_size), torch.int64),
@@ -79,8 +77,7 @@ class Workspace:
 
 
 class LoraMemory:
-    """What steps with LoRAs need beside it: made when first asked for. Graphs keep what they use.
-    """
+    """What steps with LoRAs need beside it: made when first asked for. Graphs keep what they use."""
 
     def __init__(self, shapes: ModelShapes, chunk: int, device: torch.device) -> None:
         """chunk: inputs, see `lora.shrink`."""
