@@ -104,9 +104,9 @@ def attend(
 
 
 @triton.jit
-def _take_block(q_MD, k_DN, v_ND, see_MN, scale, peak_M, total_M, sum_MD):
+def _take_block(q_MD, k_ND, v_ND, see_MN, scale, peak_M, total_M, sum_MD):
     """One block of keys into a running softmax, in base 2."""
-    score_MN = tl.dot(q_MD, k_DN, input_precision="ieee") * scale
+    score_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee") * scale
     score_MN = tl.where(see_MN, score_MN, float("-inf"))
     new_M = tl.maximum(peak_M, tl.max(score_MN, 1))
     safe_M = tl.where(new_M == float("-inf"), 0.0, new_M)  # nothing seen so far
@@ -167,59 +167,49 @@ def attention_kernel(
         for split in range(tl.load(item + 3), tl.load(item + 4)):
             first = tl.maximum(split * SPLIT, lowest // BLOCK * BLOCK)
             end = tl.minimum(split * SPLIT + SPLIT, last + 1)
-            # Below it the tile's tokens share their products, behind it each has its own.
+            # Blocks below `common` are one product for all tokens of the tile, others one for each.
             common = tl.where(chain > 0, end, tl.minimum(committed // BLOCK * BLOCK, end))
+            shared = tl.cdiv(tl.maximum(common - first, 0), BLOCK)
+            blocks = tl.cdiv(end - first, BLOCK)
             m_M, l_M, acc_MD = peak_M, total_M, sum_MD
             again = 1
             while again > 0:
                 m_M = tl.full((TILE,), float("-inf"), tl.float32)
                 l_M = tl.zeros((TILE,), tl.float32)
                 acc_MD = tl.zeros((TILE, DP), tl.float32)
-                for begin in range(first, common, BLOCK):
-                    p_N = begin + n_N
-                    inside_N = p_N < end
-                    page_N = tl.load(pages + p_N // PAGE, mask=inside_N, other=0).to(tl.int64)
-                    at_N = page_N * (2 * KV_HEADS * PAGE * D) + p_N % PAGE * D
-                    mask_ND = inside_N[:, None] & (d_D < D)[None, :]
-                    mask_DN = inside_N[None, :] & (d_D < D)[:, None]
-                    k_DN = tl.load(keys + at_N[None, :] + d_D[:, None], mask=mask_DN, other=0.0)
-                    v_ND = tl.load(values + at_N[:, None] + d_D[None, :], mask=mask_ND, other=0.0)
-                    see_MN = p_N[None, :] <= position_M[:, None]
-                    see_MN &= p_N[None, :] > position_M[:, None] - window
-                    m_M, l_M, acc_MD = _take_block(
-                        q_MD, k_DN, v_ND, see_MN, scale, m_M, l_M, acc_MD
+                for product in range(0, shared + (blocks - shared) * count):
+                    alone = product >= shared
+                    behind = tl.maximum(product - shared, 0)
+                    j = behind % count
+                    p_N = first + tl.where(alone, shared + behind // count, product) * BLOCK + n_N
+                    own = tl.where(alone, tl.load(position + start + j), last)
+                    inside_N = (p_N <= own) & (p_N > tl.where(alone, own - window, -1))
+                    drafted_N = (p_N >= committed) & alone & (chain == 0)
+                    ancestors = lists + tl.load(
+                        line + start + j, mask=alone & (chain == 0), other=0
                     )
-                for begin in range(tl.maximum(first, common), end, BLOCK):
-                    p_N = begin + n_N
-                    for j in range(count):
-                        own = tl.load(position + start + j)
-                        inside_N = (p_N <= own) & (p_N > own - window)
-                        drafted_N = (p_N >= committed) & (chain == 0)
-                        ancestors = lists + tl.load(line + start + j, mask=chain == 0, other=0)
-                        ancestor_N = tl.load(
-                            ancestors + (p_N - committed), mask=inside_N & drafted_N, other=0
-                        )
-                        slot_N = tl.where(drafted_N, committed + ancestor_N, p_N)
-                        page_N = tl.load(pages + slot_N // PAGE, mask=inside_N, other=0)
-                        at_N = page_N.to(tl.int64) * (2 * KV_HEADS * PAGE * D) + slot_N % PAGE * D
-                        mask_ND = inside_N[:, None] & (d_D < D)[None, :]
-                        mask_DN = inside_N[None, :] & (d_D < D)[:, None]
-                        k_DN = tl.load(keys + at_N[None, :] + d_D[:, None], mask=mask_DN, other=0.0)
-                        v_ND = tl.load(
-                            values + at_N[:, None] + d_D[None, :], mask=mask_ND, other=0.0
-                        )
-                        mine_M = place_M == j
-                        see_MN = inside_N[None, :] & mine_M[:, None]
-                        new_M, l_new_M, acc_new_MD = _take_block(
-                            q_MD, k_DN, v_ND, see_MN, scale, m_M, l_M, acc_MD
-                        )
-                        m_M = tl.where(mine_M, new_M, m_M)
-                        l_M = tl.where(mine_M, l_new_M, l_M)
-                        acc_MD = tl.where(mine_M[:, None], acc_new_MD, acc_MD)
-                # 0 times NaN is NaN: where there is any, it may be of a key that not all see.
+                    ancestor_N = tl.load(
+                        ancestors + (p_N - committed), mask=inside_N & drafted_N, other=0
+                    )
+                    slot_N = tl.where(drafted_N, committed + ancestor_N, p_N)
+                    page_N = tl.load(pages + slot_N // PAGE, mask=inside_N, other=0).to(tl.int64)
+                    at_N = page_N * (2 * KV_HEADS * PAGE * D) + slot_N % PAGE * D
+                    mask_ND = inside_N[:, None] & (d_D < D)[None, :]
+                    k_ND = tl.load(keys + at_N[:, None] + d_D[None, :], mask=mask_ND, other=0.0)
+                    v_ND = tl.load(values + at_N[:, None] + d_D[None, :], mask=mask_ND, other=0.0)
+                    mine_M = (place_M == j) | (alone == 0)
+                    see_MN = (p_N[None, :] <= position_M[:, None]) & mine_M[:, None]
+                    see_MN &= p_N[None, :] > position_M[:, None] - window
+                    new_M, l_new_M, acc_new_MD = _take_block(
+                        q_MD, k_ND, v_ND, see_MN, scale, m_M, l_M, acc_MD
+                    )
+                    m_M = tl.where(mine_M, new_M, m_M)
+                    l_M = tl.where(mine_M, l_new_M, l_M)
+                    acc_MD = tl.where(mine_M[:, None], acc_new_MD, acc_MD)
+                # 0 times NaN is NaN: if there is any, it may be of a key that not all tokens see.
                 odd = tl.max(tl.max(tl.where(acc_MD == acc_MD, 0, 1), 1), 0)
-                again = tl.where((count > 1) & (common > first), odd, 0)
-                common = first
+                again = tl.where((count > 1) & (shared > 0), odd, 0)
+                shared = 0
             peak_M, total_M, sum_MD = _add_split(peak_M, total_M, sum_MD, m_M, l_M, acc_MD)
 
         if part < 0:
