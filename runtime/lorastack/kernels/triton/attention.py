@@ -67,16 +67,17 @@ def attend(
     tokens written; all of one dtype and contiguous. bucket: at least the step's tokens; what it
     has beyond them is neither read nor written.
     """
-    size, block, split = shape.padded_dim, shape.block, shape.split
-    assert split % block == 0, "a block must not reach into the next split"
-    staged = 4 * block * size * kv.element_size()
+    assert shape.split % shape.block == 0, "a block must not reach into the next split"
+    itemsize = kv.element_size()
+    few = shape.tile * shape.padded_dim * itemsize <= 4096  # bytes of queries that 4 warps hold
+    staged = 4 * shape.block * shape.padded_dim * itemsize
     common = {
         "SHARE": shape.share,
         "KV_HEADS": shape.num_kv_heads,
         "D": shape.head_dim,
-        "DP": size,
+        "DP": shape.padded_dim,
         "TILE": shape.tile,
-        "SPLIT": split,
+        "SPLIT": shape.split,
         "FIELDS": ITEM_FIELDS,
     }
     launch(
@@ -86,10 +87,11 @@ def attend(
         *(workspace.sums, workspace.softmax),
         *(shape.head_dim**-0.5 / math.log(2), shape.window or ALL),
         PAGE=shape.page_size,
-        BLOCK=block,
+        BLOCK=shape.block,
         **common,
-        num_warps=4,
+        num_warps=4 if few else 8,
         num_stages=2 if staged <= STAGED_BYTES else 1,
+        maxnreg=168 if few else 232,  # three programs of 4 warps a multiprocessor, else one of 8
     )
     launch(
         combine_kernel,
