@@ -67,16 +67,17 @@ def attend(
     tokens written; all of one dtype and contiguous. bucket: at least the step's tokens; what it
     has beyond them is neither read nor written.
     """
-    size, block, split = shape.padded_dim, shape.block, shape.split
-    assert split % block == 0, "a block must not reach into the next split"
-    staged = 4 * block * size * kv.element_size()
+    assert shape.split % shape.block == 0, "a block must not reach into the next split"
+    itemsize = kv.element_size()
+    few = shape.tile * shape.padded_dim * itemsize <= 4096  # bytes of queries that 4 warps hold
+    staged = 4 * shape.block * shape.padded_dim * itemsize
     common = {
         "SHARE": shape.share,
         "KV_HEADS": shape.num_kv_heads,
         "D": shape.head_dim,
-        "DP": size,
+        "DP": shape.padded_dim,
         "TILE": shape.tile,
-        "SPLIT": split,
+        "SPLIT": shape.split,
         "FIELDS": ITEM_FIELDS,
     }
     launch(
@@ -86,10 +87,11 @@ def attend(
         *(workspace.sums, workspace.softmax),
         *(shape.head_dim**-0.5 / math.log(2), shape.window or ALL),
         PAGE=shape.page_size,
-        BLOCK=block,
+        BLOCK=shape.block,
         **common,
-        num_warps=4,
+        num_warps=4 if few else 8,
         num_stages=2 if staged <= STAGED_BYTES else 1,
+        maxnreg=168 if few else 232,  # three programs of 4 warps a multiprocessor, else one of 8
     )
     launch(
         combine_kernel,
@@ -104,9 +106,9 @@ def attend(
 
 
 @triton.jit
-def _take_block(q_MD, k_DN, v_ND, see_MN, scale, peak_M, total_M, sum_MD):
+def _take_block(q_MD, k_ND, v_ND, see_MN, scale, peak_M, total_M, sum_MD):
     """One block of keys into a running softmax, in base 2."""
-    score_MN = tl.dot(q_MD, k_DN, input_precision="ieee") * scale
+    score_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee") * scale
     score_MN = tl.where(see_MN, score_MN, float("-inf"))
     new_M = tl.maximum(peak_M, tl.max(score_MN, 1))
     safe_M = tl.where(new_M == float("-inf"), 0.0, new_M)  # nothing seen so far
@@ -167,59 +169,49 @@ def attention_kernel(
         for split in range(tl.load(item + 3), tl.load(item + 4)):
             first = tl.maximum(split * SPLIT, lowest // BLOCK * BLOCK)
             end = tl.minimum(split * SPLIT + SPLIT, last + 1)
-            # Below it the tile's tokens share their products, behind it each has its own.
+            # Blocks below `common` are one product for all tokens of the tile, others one for each.
             common = tl.where(chain > 0, end, tl.minimum(committed // BLOCK * BLOCK, end))
+            shared = tl.cdiv(tl.maximum(common - first, 0), BLOCK)
+            blocks = tl.cdiv(end - first, BLOCK)
             m_M, l_M, acc_MD = peak_M, total_M, sum_MD
             again = 1
             while again > 0:
                 m_M = tl.full((TILE,), float("-inf"), tl.float32)
                 l_M = tl.zeros((TILE,), tl.float32)
                 acc_MD = tl.zeros((TILE, DP), tl.float32)
-                for begin in range(first, common, BLOCK):
-                    p_N = begin + n_N
-                    inside_N = p_N < end
-                    page_N = tl.load(pages + p_N // PAGE, mask=inside_N, other=0).to(tl.int64)
-                    at_N = page_N * (2 * KV_HEADS * PAGE * D) + p_N % PAGE * D
-                    mask_ND = inside_N[:, None] & (d_D < D)[None, :]
-                    mask_DN = inside_N[None, :] & (d_D < D)[:, None]
-                    k_DN = tl.load(keys + at_N[None, :] + d_D[:, None], mask=mask_DN, other=0.0)
-                    v_ND = tl.load(values + at_N[:, None] + d_D[None, :], mask=mask_ND, other=0.0)
-                    see_MN = p_N[None, :] <= position_M[:, None]
-                    see_MN &= p_N[None, :] > position_M[:, None] - window
-                    m_M, l_M, acc_MD = _take_block(
-                        q_MD, k_DN, v_ND, see_MN, scale, m_M, l_M, acc_MD
+                for product in range(0, shared + (blocks - shared) * count):
+                    alone = product >= shared
+                    behind = tl.maximum(product - shared, 0)
+                    j = behind % count
+                    p_N = first + tl.where(alone, shared + behind // count, product) * BLOCK + n_N
+                    own = tl.where(alone, tl.load(position + start + j), last)
+                    inside_N = (p_N <= own) & (p_N > tl.where(alone, own - window, -1))
+                    drafted_N = (p_N >= committed) & alone & (chain == 0)
+                    ancestors = lists + tl.load(
+                        line + start + j, mask=alone & (chain == 0), other=0
                     )
-                for begin in range(tl.maximum(first, common), end, BLOCK):
-                    p_N = begin + n_N
-                    for j in range(count):
-                        own = tl.load(position + start + j)
-                        inside_N = (p_N <= own) & (p_N > own - window)
-                        drafted_N = (p_N >= committed) & (chain == 0)
-                        ancestors = lists + tl.load(line + start + j, mask=chain == 0, other=0)
-                        ancestor_N = tl.load(
-                            ancestors + (p_N - committed), mask=inside_N & drafted_N, other=0
-                        )
-                        slot_N = tl.where(drafted_N, committed + ancestor_N, p_N)
-                        page_N = tl.load(pages + slot_N // PAGE, mask=inside_N, other=0)
-                        at_N = page_N.to(tl.int64) * (2 * KV_HEADS * PAGE * D) + slot_N % PAGE * D
-                        mask_ND = inside_N[:, None] & (d_D < D)[None, :]
-                        mask_DN = inside_N[None, :] & (d_D < D)[:, None]
-                        k_DN = tl.load(keys + at_N[None, :] + d_D[:, None], mask=mask_DN, other=0.0)
-                        v_ND = tl.load(
-                            values + at_N[:, None] + d_D[None, :], mask=mask_ND, other=0.0
-                        )
-                        mine_M = place_M == j
-                        see_MN = inside_N[None, :] & mine_M[:, None]
-                        new_M, l_new_M, acc_new_MD = _take_block(
-                            q_MD, k_DN, v_ND, see_MN, scale, m_M, l_M, acc_MD
-                        )
-                        m_M = tl.where(mine_M, new_M, m_M)
-                        l_M = tl.where(mine_M, l_new_M, l_M)
-                        acc_MD = tl.where(mine_M[:, None], acc_new_MD, acc_MD)
-                # 0 times NaN is NaN: where there is any, it may be of a key that not all see.
+                    ancestor_N = tl.load(
+                        ancestors + (p_N - committed), mask=inside_N & drafted_N, other=0
+                    )
+                    slot_N = tl.where(drafted_N, committed + ancestor_N, p_N)
+                    page_N = tl.load(pages + slot_N // PAGE, mask=inside_N, other=0).to(tl.int64)
+                    at_N = page_N * (2 * KV_HEADS * PAGE * D) + slot_N % PAGE * D
+                    mask_ND = inside_N[:, None] & (d_D < D)[None, :]
+                    k_ND = tl.load(keys + at_N[:, None] + d_D[None, :], mask=mask_ND, other=0.0)
+                    v_ND = tl.load(values + at_N[:, None] + d_D[None, :], mask=mask_ND, other=0.0)
+                    mine_M = (place_M == j) | (alone == 0)
+                    see_MN = (p_N[None, :] <= position_M[:, None]) & mine_M[:, None]
+                    see_MN &= p_N[None, :] > position_M[:, None] - window
+                    new_M, l_new_M, acc_new_MD = _take_block(
+                        q_MD, k_ND, v_ND, see_MN, scale, m_M, l_M, acc_MD
+                    )
+                    m_M = tl.where(mine_M, new_M, m_M)
+                    l_M = tl.where(mine_M, l_new_M, l_M)
+                    acc_MD = tl.where(mine_M[:, None], acc_new_MD, acc_MD)
+                # 0 times NaN is NaN: if there is any, it may be of a key that not all tokens see.
                 odd = tl.max(tl.max(tl.where(acc_MD == acc_MD, 0, 1), 1), 0)
-                again = tl.where((count > 1) & (common > first), odd, 0)
-                common = first
+                again = tl.where((count > 1) & (shared > 0), odd, 0)
+                shared = 0
             peak_M, total_M, sum_MD = _add_split(peak_M, total_M, sum_MD, m_M, l_M, acc_MD)
 
         if part < 0:
