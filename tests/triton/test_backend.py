@@ -48,8 +48,8 @@ def world(
 def mixed() -> list[RowPart]:
     """A chunk, a tree, single tokens, with stacks and without."""
     return [
-        RowPart(tokens(7, 1), 0, [3, 1], STACKS[1]),
-        RowPart(tokens(5, 2), 0, [0, 2], STACKS[3], (-1, 0, 0, 1, 0)),
+        RowPart(tokens(6, 1), 0, [3, 1], STACKS[1]),
+        RowPart(tokens(4, 2), 0, [0, 2], STACKS[3], (-1, 0, 0, 1)),
         RowPart(tokens(1, 3), 0, [5]),
         RowPart(tokens(1, 4), 0, [7], STACKS[2]),
     ]
@@ -63,7 +63,14 @@ def assert_close(found: Sequence[Tensor], expected: Sequence[Tensor], dtype: tor
             assert (mine - theirs).norm() < 0.04 * theirs.norm()
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, torch.float32) for name in ("llama", "biases", "window")),
+        *((name, torch.bfloat16) for name in ("biases", "int8", "int4")),
+    ],
+    ids=str,
+)
 def test_a_mixed_batch_equals_torch(
     name: str, dtype: torch.dtype, device: torch.device, tmp_path: Path
 ) -> None:
@@ -102,9 +109,9 @@ def test_a_rows_bits_do_not_depend_on_company_tree_chunk_or_bucket(world: World)
     assert done == len(ids)
 
 
-@pytest.mark.parametrize("outputs", [(), (2,), (0, 1, 8, 12)])
+@pytest.mark.parametrize("outputs", [(), (0, 1, 7, 11)])
 def test_only_the_wanted_tokens_get_results(world: World, outputs: tuple[int, ...]) -> None:
-    batch = lay_out(world.loras, mixed(), range(14))
+    batch = lay_out(world.loras, mixed(), range(12))
     every = world.backend.forward(batch, world.cache())
     logits_XV, hidden_XH = every.logits_XV.clone(), every.hidden_XH.clone()
     found = world.backend.forward(replace(batch, outputs=outputs), world.cache())
@@ -117,16 +124,16 @@ def test_only_the_wanted_tokens_get_results(world: World, outputs: tuple[int, ..
 def test_logits_of_states_equal_those_of_the_step(world: World) -> None:
     """Heads through lm_head ask for them, each row with its LoRAs."""
     parts = mixed()
-    batch = lay_out(world.loras, parts, range(14))
+    batch = lay_out(world.loras, parts, range(12))
     outputs = world.backend.forward(batch, world.cache())
     logits_XV, hidden_XH = outputs.logits_XV.clone(), outputs.hidden_XH.clone()
     assert torch.equal(world.backend.logits(hidden_XH, batch.lora), logits_XV)
 
 
 def test_what_one_row_breaks_stays_in_it(world: World) -> None:
-    """A LoRA whose scale makes everything infinite."""
+    """A LoRA whose scale is too large for a float32."""
     sound = mixed()
-    batch = [sound[0], RowPart(tokens(2, 9), 0, [40], ((ALL, 1e38),)), *sound[1:]]
+    batch = [sound[0], RowPart(tokens(2, 9), 0, [40], ((ALL, 1e39),)), *sound[1:]]
     expected = [each.clone() for each in run(world.backend, world.loras, world.cache(), sound)]
     found = run(world.backend, world.loras, world.cache(), batch)
     assert not found[1].isfinite().all()

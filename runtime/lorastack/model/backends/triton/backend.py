@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lorastack.kernels.heads import TopTokens
 from lorastack.kernels.linear import copy_rows
+from lorastack.kernels.ops import Ops
 from lorastack.kernels.quantize import Kind, head_kind
 from lorastack.kernels.segmented_lora import GroupLora, TargetLora
 from lorastack.kernels.triton.accept import Accepted
@@ -72,7 +73,7 @@ class TritonBackend:
         self.dtype = dtype
         self.quantization = "" if kind is None else kind.value
         self.dynamic_rope_begin = config.dynamic_rope_begin
-        self.ops = TritonOps(device)
+        self.ops: Ops = TritonOps(device)
         self._window = config.window
         self._calls = device_of(device) if calls is None else calls
         positions_P = torch.arange(config.shapes.max_context, dtype=torch.float32)
