@@ -177,6 +177,8 @@ def test_nan_outside_the_window_stays_there(device: torch.device) -> None:
     after_TX = run(WINDOWED, cache, [row], q_TX)
     assert after_TX[:2].isnan().all()
     assert torch.equal(after_TX[2:], before_TX[2:])
+    single = replace(row, committed=22, end=1)
+    assert torch.equal(run(WINDOWED, cache, [single], q_TX[2:3]), before_TX[2:3])
 
 
 def test_a_group_of_more_heads_than_a_tile_has_rows(device: torch.device) -> None:
