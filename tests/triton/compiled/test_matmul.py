@@ -25,10 +25,10 @@ def compiled(
 ) -> Compiled:
     """As `matmul` launches it."""
     plan = MatmulPlan.of(OUTPUTS, INPUTS, dtype, kind)
-    weight = Weight(torch.empty(0), None, OUTPUTS, INPUTS, plan, kind)
+    weight = Weight(torch.empty(0, dtype=dtype), None, OUTPUTS, INPUTS, plan, kind)
     blocks, of_x = blocks_of(weight, bucket), f"*{NAMES[dtype]}"
     types = {"x": of_x, "w": "*u8" if kind else of_x, "parts": "*fp32", "num_tokens": "*i32"}
-    types |= dict.fromkeys(("stride_x", "stride_p", "N", "K", "KC"), "i32")
+    types |= dict.fromkeys(("stride_x", "bucket", "N", "K", "KC"), "i32")
     constants: dict[str, object] = {
         "BITS": BITS[kind],
         "SPREAD": plan.num_parts(bucket) == plan.num_chunks,

@@ -48,12 +48,12 @@ class Rotations:
 
 
 @triton.jit
-def _sums(parts, stride_p, bias, lora, adapted, token, size, column, mask, C: tl.constexpr):
-    """A token's projection at some columns. size: columns of a row."""
+def _sums(parts, bucket, bias, lora, adapted, token, size, column, mask, C: tl.constexpr):
+    """A token's projection at some columns. size: columns of a row; bucket: rows of a part."""
     at = token.to(tl.int64) * size + column
     total = tl.load(parts + at, mask=mask, other=0.0)
     for c in tl.static_range(1, C):
-        total += tl.load(parts + c * tl.cast(stride_p, tl.int64) + at, mask=mask, other=0.0)
+        total += tl.load(parts + c * tl.cast(bucket, tl.int64) * size + at, mask=mask, other=0.0)
     if bias is not None:
         total += tl.load(bias + column, mask=mask, other=0.0)
     if lora is not None:
@@ -76,11 +76,11 @@ def embed_kernel(tokens, embedding, hidden, num_tokens, H, BLOCK: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["stride_p"],
+    do_not_specialize=["bucket"],
     do_not_specialize_on_alignment=["adapted", "outputs", "num_rows"],
 )
 def norm_kernel(
-    parts, stride_p, bias, lora, adapted, hidden, outputs, norm, x, num_rows, H, eps,
+    parts, bucket, bias, lora, adapted, hidden, outputs, norm, x, num_rows, H, eps,
     C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid: (rows,). C: parts, 0 without a projection. outputs: which tokens, None for all.
@@ -98,7 +98,7 @@ def norm_kernel(
     at = token.to(tl.int64) * H + column
     state = tl.load(hidden + at, mask=mask, other=0.0)
     if C > 0:
-        state += _sums(parts, stride_p, bias, lora, adapted, token, H, column, mask, C)
+        state += _sums(parts, bucket, bias, lora, adapted, token, H, column, mask, C)
         if outputs is None:
             tl.store(hidden + at, state, mask=mask)
     scale = 1.0 / tl.sqrt(tl.sum(state * state) / H + eps)
@@ -108,11 +108,11 @@ def norm_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["stride_p"],
+    do_not_specialize=["bucket"],
     do_not_specialize_on_alignment=["adapted", "rows", "slots", "num_tokens"],
 )
 def rope_kernel(
-    parts, stride_p, bias, lora, adapted, cos, sin, rows, slots, q, kv, num_tokens,
+    parts, bucket, bias, lora, adapted, cos, sin, rows, slots, q, kv, num_tokens,
     HQ, HKV, P, D, C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid: (tokens, heads of q, k and v). BLOCK: at least half a head."""
@@ -124,8 +124,8 @@ def rope_kernel(
     mask = i < half
     size = (HQ + 2 * HKV) * D
     column = head * D + i
-    first = _sums(parts, stride_p, bias, lora, adapted, t, size, column, mask, C)
-    second = _sums(parts, stride_p, bias, lora, adapted, t, size, column + half, mask, C)
+    first = _sums(parts, bucket, bias, lora, adapted, t, size, column, mask, C)
+    second = _sums(parts, bucket, bias, lora, adapted, t, size, column + half, mask, C)
     if head < HQ + HKV:
         turn = tl.load(rows + t).to(tl.int64) * half + i
         c = tl.load(cos + turn, mask=mask, other=0.0)
@@ -144,11 +144,9 @@ def rope_kernel(
     tl.store(out + half, second.to(DTYPE), mask=mask)
 
 
-@triton.jit(
-    do_not_specialize=["stride_p"], do_not_specialize_on_alignment=["adapted", "num_tokens"]
-)
+@triton.jit(do_not_specialize=["bucket"], do_not_specialize_on_alignment=["adapted", "num_tokens"])
 def silu_kernel(
-    parts, stride_p, bias, lora, adapted, inner, num_tokens, size,
+    parts, bucket, bias, lora, adapted, inner, num_tokens, size,
     C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid: (tokens, blocks of the size)."""
@@ -157,15 +155,15 @@ def silu_kernel(
         return
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < size
-    gate = _sums(parts, stride_p, bias, lora, adapted, t, 2 * size, column, mask, C)
-    up = _sums(parts, stride_p, bias, lora, adapted, t, 2 * size, column + size, mask, C)
+    gate = _sums(parts, bucket, bias, lora, adapted, t, 2 * size, column, mask, C)
+    up = _sums(parts, bucket, bias, lora, adapted, t, 2 * size, column + size, mask, C)
     value = gate / (1.0 + tl.exp(-gate)) * up
     tl.store(inner + t.to(tl.int64) * size + column, value.to(inner.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["stride_p"], do_not_specialize_on_alignment=["adapted", "num_rows"])
+@triton.jit(do_not_specialize=["bucket"], do_not_specialize_on_alignment=["adapted", "num_rows"])
 def sum_kernel(
-    parts, stride_p, bias, lora, adapted, out, num_rows, size,
+    parts, bucket, bias, lora, adapted, out, num_rows, size,
     C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid: (rows, blocks of the size)."""
@@ -174,7 +172,7 @@ def sum_kernel(
         return
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < size
-    value = _sums(parts, stride_p, bias, lora, adapted, row, size, column, mask, C)
+    value = _sums(parts, bucket, bias, lora, adapted, row, size, column, mask, C)
     tl.store(out + row.to(tl.int64) * size + column, value, mask=mask)
 
 
@@ -230,7 +228,7 @@ def _norm(
         *(hidden_TH, outputs_X, norm_H, x_XH, num_rows, size, eps),
         C=0 if projection is None else len(projection.parts_CTO),
         BLOCK=triton.next_power_of_2(size),
-        num_warps=_norm_warps(size),
+        num_warps=norm_warps(size),
     )
 
 
@@ -289,10 +287,10 @@ def _pointers(projection: Projection | None) -> tuple[object, ...]:
     """The first arguments of the kernels that add a projection up."""
     if projection is None:
         return (None, 0, None, None, None)
-    parts_CTO = projection.parts_CTO
     rest = (projection.bias_O, projection.lora_TO, projection.adapted_T)
-    return (parts_CTO, parts_CTO.stride(0), *rest)
+    return (projection.parts_CTO, projection.parts_CTO.shape[1], *rest)
 
 
-def _norm_warps(size: int) -> int:
+def norm_warps(size: int) -> int:
+    """Of a program that normalises a row: 4 to 16 values a thread at a time."""
     return max(1, min(8, size // 256))
