@@ -28,7 +28,7 @@ def compiled(
     weight = Weight(torch.empty(0, dtype=dtype), None, OUTPUTS, INPUTS, plan, kind)
     blocks, of_x = blocks_of(weight, bucket), f"*{NAMES[dtype]}"
     types = {"x": of_x, "w": "*u8" if kind else of_x, "parts": "*fp32", "num_tokens": "*i32"}
-    types |= dict.fromkeys(("stride_x", "bucket", "N", "K", "KC"), "i32")
+    types |= dict.fromkeys(("bucket", "N", "K", "KC"), "i32")
     constants: dict[str, object] = {
         "BITS": BITS[kind],
         "SPREAD": plan.num_parts(bucket) == plan.num_chunks,
@@ -37,7 +37,7 @@ def compiled(
         "BN": blocks.outputs,
         "BK": blocks.inputs,
     }
-    aligned = ["x", "stride_x", "w", "parts", "N", "K", "KC"]
+    aligned = ["x", "w", "parts", "N", "K", "KC"]
     if kind is None:
         constants["scales"] = None
     else:

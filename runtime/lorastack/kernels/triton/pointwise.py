@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lorastack.kernels.triton.launch import launch
+from lorastack.kernels.triton.launch import launch, num_blocks, power_of_two
 
 BLOCK = 1024  # columns of a program, where a row has several
 
@@ -107,6 +107,23 @@ def norm_kernel(
     tl.store(out, value.to(x.dtype.element_ty), mask=mask)
 
 
+@triton.jit(do_not_specialize_on_alignment=["positions", "lasts", "num_tokens"])
+def turn_kernel(
+    frequencies, positions, lasts, cos, sin, num_tokens, F, scale, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Grid: (tokens,)."""
+    t = tl.program_id(0)
+    if t >= tl.load(num_tokens):
+        return
+    i = tl.arange(0, BLOCK)
+    mask = i < F
+    position = tl.load(positions + t)
+    length = tl.maximum(position, tl.load(lasts + t)).to(tl.int64)
+    angle = position.to(tl.float32) * tl.load(frequencies + length * F + i, mask=mask, other=0.0)
+    tl.store(cos + t * F + i, tl.cos(angle) * scale, mask=mask)
+    tl.store(sin + t * F + i, tl.sin(angle) * scale, mask=mask)
+
+
 @triton.jit(
     do_not_specialize=["bucket"],
     do_not_specialize_on_alignment=["adapted", "rows", "slots", "num_tokens"],
@@ -179,7 +196,7 @@ def sum_kernel(
 def embed(token_ids_T: Tensor, embed_VH: Tensor, hidden_TH: Tensor, num_tokens: Tensor) -> None:
     """hidden = the tokens' embeddings, in float32. token_ids_T: int32."""
     bucket, size = hidden_TH.shape
-    grid = (bucket, triton.cdiv(size, BLOCK))
+    grid = (bucket, num_blocks(size, BLOCK))
     launch(embed_kernel, grid, token_ids_T, embed_VH, hidden_TH, num_tokens, size, BLOCK=BLOCK)
 
 
@@ -227,8 +244,32 @@ def _norm(
         *_pointers(projection),
         *(hidden_TH, outputs_X, norm_H, x_XH, num_rows, size, eps),
         C=0 if projection is None else len(projection.parts_CTO),
-        BLOCK=triton.next_power_of_2(size),
+        BLOCK=power_of_two(size),
         num_warps=norm_warps(size),
+    )
+
+
+def turn(
+    inv_freq_PF: Tensor,
+    positions_T: Tensor,
+    lasts_T: Tensor,
+    scale: float,
+    cos_TF: Tensor,
+    sin_TF: Tensor,
+    num_tokens: Tensor,
+) -> None:
+    """Dynamic RoPE's cosines and sines of a step's tokens, for `Rotations` of their places.
+
+    inv_freq_PF: float32, see `model.rope`; row n - 1 is for a text of n tokens. lasts_T: int32, the
+    last position of the prompt of each token's row. scale: the model's rope scale.
+    """
+    bucket, size = cos_TF.shape
+    launch(
+        turn_kernel,
+        (bucket,),
+        *(inv_freq_PF, positions_T, lasts_T, cos_TF, sin_TF, num_tokens, size, scale),
+        BLOCK=power_of_two(size),
+        num_warps=1,
     )
 
 
@@ -254,7 +295,7 @@ def rope_write(
         *(rotations.cos_NF, rotations.sin_NF, rotations.rows_T, slots_T, q_THD, kv, num_tokens),
         *(num_heads, num_kv_heads, page_size, head_dim),
         C=len(qkv.parts_CTO),
-        BLOCK=triton.next_power_of_2(head_dim // 2),
+        BLOCK=power_of_two(head_dim // 2),
         num_warps=1,
     )
 
@@ -264,7 +305,7 @@ def silu_mul(gate_up: Projection, inner_TI: Tensor, num_tokens: Tensor) -> None:
     bucket, size = inner_TI.shape
     launch(
         silu_kernel,
-        (bucket, triton.cdiv(size, BLOCK)),
+        (bucket, num_blocks(size, BLOCK)),
         *(*_pointers(gate_up), inner_TI, num_tokens, size),
         C=len(gate_up.parts_CTO),
         BLOCK=BLOCK,
@@ -276,7 +317,7 @@ def add_parts(projection: Projection, out_XO: Tensor, num_rows: Tensor) -> None:
     bucket, size = out_XO.shape
     launch(
         sum_kernel,
-        (bucket, triton.cdiv(size, BLOCK)),
+        (bucket, num_blocks(size, BLOCK)),
         *(*_pointers(projection), out_XO, num_rows, size),
         C=len(projection.parts_CTO),
         BLOCK=BLOCK,
