@@ -39,5 +39,17 @@ def mend() -> None:
         nearest = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
         return np.where(np.isnan(values), 0x7FC0, nearest).astype(np.uint16)
 
+    patch, patched = interpreter._patch_lang, set[frozenset[int]]()
+
+    def patch_once(function: Any) -> Any:
+        names = function.__globals__.values()
+        key = frozenset(id(each) for each in names if each is tl or each is tl.core)
+        if key not in patched:
+            patched.add(key)
+            patch(function)
+        return interpreter._LangPatchScope()  # nothing to restore: nobody compiles here
+
+    # Every call of a function by a kernel patches the language anew, which takes milliseconds.
+    interpreter._patch_lang = patch_once
     interpreter.InterpreterBuilder.create_dot = dot
     interpreter._convert_float = convert

@@ -20,7 +20,7 @@ from lorastack.kernels.triton.launch import launch
 from lorastack.kernels.triton.ranks import BEHIND_ALL, key_of, limit_of, rank_of
 
 TILE = 16  # pairs of a tile
-_BLOCK = 2048  # outputs of a pair that are ranked at once
+BLOCK = 2048  # outputs of a pair that are ranked at once
 
 
 class Tile(NamedTuple):
@@ -164,7 +164,7 @@ def top(logits_YN: Tensor, pairs: Pairs, ids_YR: Tensor, logprobs_YR: Tensor, bu
         *(top_kernel, (bucket,), logits_YN, logits_YN.stride(0), pairs.num_outputs_Y, pairs.ids_Y),
         *(pairs.counts, ids_YR, logprobs_YR, ids_YR.stride(0), num),
         RANK=triton.next_power_of_2(num),
-        BLOCK=_BLOCK,
+        BLOCK=BLOCK,
         num_warps=8,
     )
 
