@@ -29,6 +29,7 @@ from lorastack.request import SamplingParams
 SPAN = 4096  # tokens of a row that a program of `best_kernel` reads
 SETTINGS = 6  # int64 words of a tree, see `settings_of`
 BLOCK = 2048  # of its tokens that `sample_kernel` reads at once
+SAMPLE_WARPS = 16
 _NAN_RANK = tl.constexpr(0xFFFFFFFF)
 _INDEX_STEP = tl.constexpr(0xD1B54A32D192ED03)
 _TOKEN_STEP = tl.constexpr(0x9E3779B97F4A7C15)
@@ -95,7 +96,7 @@ def sample(logits_XV: Tensor, nodes: Nodes, keys_XS: Tensor, out: Sampled, bucke
         *(vocab, spans),
         SPANS=triton.next_power_of_2(spans),
         BLOCK=BLOCK,
-        num_warps=16,
+        num_warps=SAMPLE_WARPS,
     )
 
 
