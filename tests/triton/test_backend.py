@@ -13,7 +13,12 @@ import torch
 from torch import Tensor
 
 from lorastack.kernels.quantize import Kind
+from lorastack.kernels.segmented_lora import GroupLora
+from lorastack.lora.weights import LoraWeights
+from lorastack.model.backends.triton import backend as backend_module
 from lorastack.model.kv import Move
+from tests.helpers.fake_device import LateDevice
+from tests.helpers.launches import launching
 from tests.helpers.native import RowPart, lay_out, run
 from tests.helpers.tiny import build_llama, build_mistral
 from tests.helpers.triton_world import ALL, STACKS, WIDE, World, build_world, tokens
@@ -148,3 +153,51 @@ def test_rows_of_lm_head(world: World) -> None:
     world.backend.head_rows(ids, rows_NH)
     world.reference.head_rows(ids, expected_NH)
     assert torch.equal(rows_NH, expected_NH.to(rows_NH.dtype))
+
+
+def test_replays_give_the_bits_of_launches_and_a_step_is_done_when_it_returns(
+    device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a device that runs late: other rows and adapters in the same graph, and adapters' memory
+    is somebody else's right behind a step."""
+    if device.type != "cpu":
+        pytest.skip("a device that runs late is made up")
+    world = world_of("llama", torch.bfloat16, device, tmp_path)
+    late = LateDevice()
+    monkeypatch.setattr(backend_module, "device_of", lambda _: late)
+    other = world_of("llama", torch.bfloat16, device, tmp_path)
+    plain, mine = world.cache(), other.cache()
+    for step, stack in enumerate((STACKS[1], STACKS[2], ((ALL, -0.5),), ((ALL, 2.0),))):
+        parts = [
+            RowPart(tokens(1, step), step, [1]),
+            RowPart(tokens(1, step + 9), step, [2], stack),
+        ]
+        expected = run(world.backend, world.loras, plain, parts)
+        loras = [_copy(each) for each in world.loras]
+        with launching(late.launch):
+            found = run(other.backend, loras, mine, parts)
+        for each in loras:
+            _spoil(each)
+        late.run()
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert late.log.count("capture") >= 1
+    assert late.log.count("upload") == late.log.count("download") == 4
+
+
+def _copy(lora: LoraWeights) -> LoraWeights:
+    def group(each: GroupLora) -> GroupLora:
+        targets = tuple(replace(target, b_OR=target.b_OR.clone()) for target in each.targets)
+        return GroupLora(each.a_RI.clone(), targets)
+
+    embedding = lora.embedding
+    if embedding is not None:
+        own = {"a_RV": embedding.a_RV.clone(), "b_HR": embedding.b_HR.clone()}
+        embedding = replace(embedding, **own)
+    return LoraWeights({key: group(each) for key, each in lora.groups.items()}, embedding)
+
+
+def _spoil(lora: LoraWeights) -> None:
+    for group in lora.groups.values():
+        group.a_RI.fill_(torch.nan)
+        for target in group.targets:
+            target.b_OR.fill_(torch.nan)
