@@ -21,9 +21,9 @@ _SIZE = re.compile(r"(?P<number>[0-9]{1,20}(\.[0-9]{1,20})?)(?P<unit>[KMGT]iB|B|
 class ModelConfig:
     """model: folder or hub id; None: the embedded default. dtype: auto, or torch's name of a dtype.
 
-    backend: auto, torch or native. isa: the best instruction set that native kernels may use, such
-    as avx2; None: the machine's. quantize: int8 or int4 for the base model's weights, or None.
-    tensor_parallel: devices that share the model.
+    backend: auto, torch, native or triton. isa: the best instruction set that native kernels may
+    use, such as avx2; None: the machine's. quantize: int8 or int4 for the base model's weights, or
+    None. tensor_parallel: devices that share the model.
     """
 
     model: str | None = None

@@ -127,8 +127,15 @@ class ScriptedProposer:
         self._chance = chance
         self._clock = clock
 
+    def ask(self, step: RowStep) -> None:
+        """No weights, nothing to ask the backend."""
+
     def propose(
-        self, steps: Sequence[RowStep], last: Sequence[int], hidden_XH: torch.Tensor
+        self,
+        steps: Sequence[RowStep],
+        last: Sequence[int],
+        hidden_XH: torch.Tensor,
+        drafted: Sequence[None],
     ) -> tuple[list[Proposal | None], list[str]]:
         """See `Proposer.propose`."""
         failed: list[str] = []

@@ -23,11 +23,13 @@ class DType(StrEnum):
 
 
 class Backend(StrEnum):
-    """What computes a step; auto is native where it runs the model, else torch."""
+    """What computes a step; auto is triton on a GPU and native on a CPU where they run the model,
+    else torch."""
 
     AUTO = "auto"
     TORCH = "torch"
     NATIVE = "native"
+    TRITON = "triton"
 
 
 class Quantize(StrEnum):

@@ -15,6 +15,7 @@ from lorastack.engine.stacks import Stacks
 from lorastack.kernels.heads import HeadsGroup, HeadsWeights, TopTokens
 from lorastack.layout import LM_HEAD, NO_LAYER, Part
 from lorastack.model.backends.base import Backend
+from lorastack.model.context import HeadsAsk
 from lorastack.speculation.heads import heads_weights, own_outputs
 from lorastack.speculation.proposal import Proposal
 
@@ -27,37 +28,51 @@ class Proposer:
         self._stacks = stacks
         self._views: WeakKeyDictionary[DeviceAdapter, HeadsWeights] = WeakKeyDictionary()
 
+    def ask(self, step: RowStep) -> HeadsAsk | None:
+        """What the row asks of heads that stand alone, for the backend to answer."""
+        if not step.num_candidates or not _stand_alone(step):
+            return None
+        return HeadsAsk(self._weights(_heads_of(step)), step.num_candidates)
+
     def propose(
-        self, steps: Sequence[RowStep], last: Sequence[int], hidden_XH: Tensor
+        self,
+        steps: Sequence[RowStep],
+        last: Sequence[int],
+        hidden_XH: Tensor,
+        drafted: Sequence[TopTokens | None] = (),
     ) -> tuple[list[Proposal | None], list[str]]:
         """What every row's heads propose at its last accepted token, None for a row that asks for
         no candidates or whose heads fail; and the digests of heads that fail, once a row.
 
         Heads fail that make NaN or infinity of a finite state; a state that is not finite blames no
-        heads. last: the places of these tokens in hidden_XH, one a step.
+        heads. last: the places of these tokens in hidden_XH, one a step. drafted: what the backend
+        has answered already, one a step or ().
         """
         proposals: list[Proposal | None] = [None] * len(steps)
         failed: list[str] = []
+
+        def take(i: int, proposal: Proposal) -> None:
+            if _is_sound(proposal):
+                proposals[i] = proposal
+            elif hidden_XH[last[i]].isfinite().all():
+                failed.append(_heads_of(steps[i]).digest)
+
+        answered = {i: top for i, top in enumerate(drafted) if top is not None}
+        for i, top in answered.items():
+            take(i, Proposal(*(tuple(map(tuple, each_KR.tolist())) for each_KR in top)))
         wanting = sorted(
-            (i for i, step in enumerate(steps) if step.num_candidates),
+            (i for i, step in enumerate(steps) if step.num_candidates and i not in answered),
             key=lambda i: _heads_order(steps[i]),
         )
         for alone, places in groupby(wanting, key=lambda i: _stand_alone(steps[i])):
             chosen = list(places)
             rows = [steps[i] for i in chosen]
             ask = self._propose if alone else self._propose_with_lm_head
-            hidden_BH = hidden_XH[[last[i] for i in chosen]]
-            top = ask(hidden_BH, rows)
+            top = ask(hidden_XH[[last[i] for i in chosen]], rows)
             ids, logprobs = (iter(map(tuple, each_YR.tolist())) for each_YR in top)
-            for row, (i, step) in enumerate(zip(chosen, rows, strict=True)):
+            for i, step in zip(chosen, rows, strict=True):
                 num_heads = _heads_of(step).layout.num_heads
-                proposal = Proposal(
-                    tuple(islice(ids, num_heads)), tuple(islice(logprobs, num_heads))
-                )
-                if _is_sound(proposal):
-                    proposals[i] = proposal
-                elif hidden_BH[row].isfinite().all():
-                    failed.append(_heads_of(step).digest)
+                take(i, Proposal(tuple(islice(ids, num_heads)), tuple(islice(logprobs, num_heads))))
         return proposals, failed
 
     def _propose(self, hidden_BH: Tensor, steps: Sequence[RowStep]) -> TopTokens:

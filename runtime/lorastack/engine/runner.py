@@ -12,6 +12,7 @@ from lorastack.engine.batch import Batch, RowResult, RowStep
 from lorastack.engine.proposer import Proposer
 from lorastack.engine.stacks import Stacks
 from lorastack.errors import InternalError, InvalidArgumentError, LorastackError, Reason
+from lorastack.kernels.heads import TopTokens
 from lorastack.model.backends.base import Backend
 from lorastack.model.context import ForwardBatch, Outputs, RowSpan, SampledTree
 from lorastack.model.kv import KVCache, Move
@@ -64,15 +65,16 @@ class Runner:
         if not sampled:
             return StepResults(results)
         accepted = accept_rows(self._backend.ops, sampled, outputs)
-        self._move_kv(sampled, accepted)
+        self._move_kv(sampled, accepted, outputs.moved)
         last = [
             row.sampled.first_output + (path.path or (0,))[-1]
             for row, path in zip(sampled, accepted, strict=True)
         ]
         began = time.monotonic()
         steps = [row.step for row in sampled]
-        proposals, failed = self._proposer.propose(steps, last, outputs.hidden_XH)
-        seconds = time.monotonic() - began
+        drafted = _beside_rows(sampled, outputs.drafted)
+        proposals, failed = self._proposer.propose(steps, last, outputs.hidden_XH, drafted)
+        seconds = time.monotonic() - began + outputs.heads_seconds
         for row, path, proposal in zip(sampled, accepted, proposals, strict=True):
             scored = results[row.index]
             if scored.error is None:
@@ -102,7 +104,8 @@ class Runner:
             if step.samples:
                 tree = step.tree or Tree.root(step.token_ids[-1])
                 params = step.request.sampling
-                drawn = SampledTree(tree, len(outputs), params, step.num_generated)
+                ask = self._proposer.ask(step)
+                drawn = SampledTree(tree, len(outputs), params, step.num_generated, ask)
                 sampled.append(SampledRow(index, step, drawn))
                 outputs.extend(range(end - tree.num_nodes, end))
         forward = ForwardBatch(
@@ -127,12 +130,15 @@ class Runner:
         logprobs = self._backend.ops.logprobs(outputs.logits_XV, nodes, ids, num_top)
         return RowResult(prompt_logprobs=tuple(logprobs))
 
-    def _move_kv(self, sampled: list[SampledRow], accepted: list[Accepted]) -> None:
-        """Moves the KV of each accepted path behind its root's, in order."""
+    def _move_kv(self, sampled: list[SampledRow], accepted: list[Accepted], moved: bool) -> None:
+        """Moves the KV of each accepted path behind its root's, in order.
+
+        moved: the backend did so for what it accepted.
+        """
         moves = []
         for row, path in zip(sampled, accepted, strict=True):
             places = tuple(range(1, len(path.path) + 1))
-            if path.path != places:
+            if path.path != places and not (moved and row.by_backend):
                 step = row.step
                 src = [step.committed + node for node in path.path]
                 dst = [step.committed + place for place in places]
@@ -171,6 +177,14 @@ class Runner:
             proposal=proposal,
             error=error,
         )
+
+
+def _beside_rows(
+    rows: Sequence[SampledRow], drafted: Sequence[TopTokens | None]
+) -> list[TopTokens | None]:
+    """One for each row of what the backend gave for its trees."""
+    by_tree = iter(drafted)
+    return [next(by_tree, None) if row.by_backend else None for row in rows]
 
 
 def _non_finite(request: Request) -> InternalError:

@@ -138,11 +138,18 @@ def _choose(
         model,
         device=device,
         dtype=_dtype(config.dtype),
-        native=config.backend != "torch",
+        native=config.backend in ("auto", "native"),
         kind=None if config.quantize is None else Kind(config.quantize),
         at_most=at_most,
         shards=config.tensor_parallel,
+        triton={"auto": None, "triton": True}.get(config.backend, False),
     )
+    if why := choice.why_not_triton:
+        if config.backend == "triton":
+            raise InvalidArgumentError(
+                f"--backend triton: {why}; or leave --backend out", reason=Reason.INVALID_MODEL
+            )
+        log.warning("%s: steps run in plain torch, which is slower", why)
     why = choice.why_torch(name)
     if config.backend == "native" and choice.isa is None:
         why = why or f"the native kernels run on a CPU, not on {device.type}"
@@ -174,9 +181,13 @@ def _kv_memory(
     available = available_memory(device)
     if available is None:
         return MOST_KV if wanted is None else wanted
+    if choice.triton:
+        from lorastack.model.backends.triton.reserve import reserved_nbytes
+
+        available -= reserved_nbytes(model.shapes, dtype, choice.kind)
     weights = weights_nbytes(model, dtype, choice.kind, device)
     others = {f"--quantize {kind}": weights_nbytes(model, dtype, kind, device) for kind in Kind}
-    if device.type == "cuda":
+    if device.type == "cuda" and not choice.triton:
         others = {"--dtype bfloat16": weights_nbytes(model, torch.bfloat16, None, device)}
     elif choice.shards > 1:
         others, available = {}, available // choice.shards

@@ -24,6 +24,7 @@ from lorastack.cli.main import main
 from lorastack.engine import runner
 from lorastack.engine.batch import RowStep
 from lorastack.engine.proposer import Proposer
+from lorastack.kernels.heads import TopTokens
 from lorastack.speculation.proposal import Proposal
 from lorastack.startup import engine as startup_engine
 from tests.helpers.costs import CheapHeads
@@ -38,11 +39,15 @@ class KnowingProposer(Proposer):
     path: Path
 
     def propose(
-        self, steps: Sequence[RowStep], last: Sequence[int], hidden_XH: torch.Tensor
+        self,
+        steps: Sequence[RowStep],
+        last: Sequence[int],
+        hidden_XH: torch.Tensor,
+        drafted: Sequence[TopTokens | None] = (),
     ) -> tuple[list[Proposal | None], list[str]]:
         """See `Proposer.propose`."""
         answers: dict[str, list[int]] = json.loads(self.path.read_text())
-        drafts, failed = super().propose(steps, last, hidden_XH)
+        drafts, failed = super().propose(steps, last, hidden_XH, drafted)
         for row, (step, place) in enumerate(zip(steps, guessed_places(steps, last), strict=True)):
             name, own = step.request.request_id, drafts[row]
             if name in answers and own is not None:

@@ -30,12 +30,13 @@ def load_backend(
     quantize: str | None = None,
     at_most: Isa | None = None,
     shards: int = 1,
+    triton: bool | None = False,
 ) -> Backend:
     """Load a Hugging Face folder: config.json, the choice of `choose`, and the weights.
 
     native: False for all in torch, as the reference does it. quantize: a `Kind`. at_most: the best
-    instruction set that may be used. shards: devices that share the model. Raises
-    InvalidArgumentError naming what is not supported.
+    instruction set that may be used. shards: devices that share the model. triton: see `choose`.
+    Raises InvalidArgumentError naming what is not supported.
     """
     config = load_config(path, max_context)
     kind = None if quantize is None else Kind(quantize)
@@ -47,6 +48,7 @@ def load_backend(
         kind=kind,
         at_most=at_most,
         shards=shards,
+        triton=triton,
     )
     return read_backend(Checkpoint(path), config, choice)
 
@@ -62,6 +64,11 @@ def read_backend(checkpoint: Checkpoint, config: DecoderConfig, choice: Choice) 
     device, dtype, kind = choice.device, choice.dtype, choice.kind
     if device.type == "cuda":
         ask_for_exact_sums()
+    if choice.triton:
+        # Triton is there where it was chosen, and need not be elsewhere.
+        from lorastack.model.backends.triton.backend import TritonBackend
+
+        return TritonBackend.load(checkpoint, config, device, dtype, kind)
     if choice.isa is not None:
         return NativeBackend.load(checkpoint, config, dtype, choice.isa, kind)
     ops = Ops()

@@ -144,6 +144,9 @@ class ParallelBackend:
                 crew=self.crew,
             )
 
+    def prepare(self, kv: KVCache) -> None:
+        """See `Backend`."""
+
     def forward(self, batch: ForwardBatch, kv: KVCache) -> Outputs:
         """See `Backend`. kv: what `make_kv` made."""
         assert isinstance(kv, ParallelKV)

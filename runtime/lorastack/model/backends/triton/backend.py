@@ -1,0 +1,284 @@
+"""A step as Triton kernels: one copy to the device, one graph, one copy back.
+
+A token's bits depend on its own row alone, in bfloat16 as in float32: every kernel adds in an order
+that neither the number of tokens nor the bucket changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from lorastack.kernels.heads import TopTokens
+from lorastack.kernels.linear import copy_rows
+from lorastack.kernels.ops import Ops
+from lorastack.kernels.quantize import Kind, head_kind
+from lorastack.kernels.segmented_lora import GroupLora, TargetLora
+from lorastack.kernels.triton.accept import Accepted
+from lorastack.kernels.triton.attention_plan import AttentionShape
+from lorastack.kernels.triton.lora import CHUNK
+from lorastack.kernels.triton.lora_plan import AdapterTable, LoraUse
+from lorastack.kernels.triton.weight import Weight, pack_weight
+from lorastack.lora.segments import LoraBatch, Segment
+from lorastack.lora.weights import LoraWeights
+from lorastack.model.backends.triton.device import Device, device_of
+from lorastack.model.backends.triton.graphs import CAPTURED_AT, Graphs
+from lorastack.model.backends.triton.heads import launch_heads, plan_heads, top_of
+from lorastack.model.backends.triton.inputs import (
+    BUCKETS,
+    Limits,
+    LogitsInputs,
+    Loras,
+    StepInputs,
+    bucket_of,
+    most_pairs,
+)
+from lorastack.model.backends.triton.layers import LoraLaunch, Model, Step, add_logits, launch_step
+from lorastack.model.backends.triton.ops import TritonOps
+from lorastack.model.backends.triton.reserve import STEP_TOKENS, products_of
+from lorastack.model.backends.triton.results import StepResults
+from lorastack.model.backends.triton.workspace import LoraMemory, Workspace, attention_workspace
+from lorastack.model.checkpoint import Checkpoint
+from lorastack.model.config import DecoderConfig
+from lorastack.model.context import ForwardBatch, Outputs, RowSpan
+from lorastack.model.kv import KVCache
+from lorastack.model.weights import DecoderWeights, Packing, load_weights
+
+PREPARED_TOKENS = 64  # of a step; larger ones are prepared by their first uses
+
+
+class TritonBackend:
+    """See `Backend`. Owns weights, the memory of a step and its graphs.
+
+    Its steps run on the current stream of the thread that calls it, one after the other.
+    """
+
+    name = "triton"
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        weights: DecoderWeights[Weight],
+        device: torch.device,
+        dtype: torch.dtype,
+        kind: Kind | None = None,
+        calls: Device | None = None,
+    ) -> None:
+        """kind: what the weights are quantised to. calls: the device's, made here if None."""
+        self.shapes = config.shapes
+        self.device = device
+        self.dtype = dtype
+        self.quantization = "" if kind is None else kind.value
+        self.dynamic_rope_begin = config.dynamic_rope_begin
+        self.ops: Ops = TritonOps(device)
+        self._window = config.window
+        self._calls = device_of(device) if calls is None else calls
+        positions_P = torch.arange(config.shapes.max_context, dtype=torch.float32)
+        angle_PF = positions_P[:, None] * config.inv_freq
+        self._model = Model(
+            config.shapes,
+            weights,
+            config.rms_eps,
+            angle_PF.cos().mul_(config.rope_scale).to(device),
+            angle_PF.sin().mul_(config.rope_scale).to(device),
+        )
+        self._lora_memory = LoraMemory(config.shapes, CHUNK, device)
+        self._tables: WeakKeyDictionary[LoraWeights, AdapterTable] = WeakKeyDictionary()
+        self._logits_inputs: dict[int, LogitsInputs] = {}
+        self._products = products_of(config.shapes, dtype, kind)
+        self._memory: list[Workspace] = []  # the last serves; graphs keep those before
+        self._steps: WeakKeyDictionary[KVCache, _Steps] = WeakKeyDictionary()
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: Checkpoint,
+        config: DecoderConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        kind: Kind | None = None,
+    ) -> TritonBackend:
+        """kind: what weights are quantised to. Raises what `load_weights` raises."""
+        dense = partial(pack_weight, kind=kind)
+        head = partial(pack_weight, kind=head_kind(kind))
+        packing = Packing(dense, pair=dense, head=head, copies=kind is not None)
+        weights = load_weights(checkpoint, config, device=device, dtype=dtype, packing=packing)
+        return cls(config, weights, device, dtype, kind)
+
+    def make_kv(self, num_pages: int, page_size: int) -> KVCache:
+        """See `Backend`."""
+        return KVCache(self.shapes, num_pages, page_size, self.dtype, self.device)
+
+    def prepare(self, kv: KVCache) -> None:
+        """See `Backend`. Compiles the kernels of steps, and captures those of few tokens.
+
+        With LoRAs and without: what an adapter holds does not matter, nor what the steps write.
+        """
+        if not self._calls.captures:
+            return
+        nothing = LoraWeights({}, None)
+        for bucket in BUCKETS:
+            table = range(-(-bucket // kv.page_size))
+            if bucket > PREPARED_TOKENS or len(table) > kv.data.shape[1]:
+                break
+            rows = (RowSpan(0, bucket, table, 0),)
+            for loras in ((), (Segment(0, bucket, nothing, 1.0),)):
+                batch = ForwardBatch([0] * bucket, rows, (bucket - 1,), LoraBatch(loras))
+                for _ in range(CAPTURED_AT):
+                    self.forward(batch, kv)
+
+    @torch.inference_mode()
+    def forward(self, batch: ForwardBatch, kv: KVCache) -> Outputs:
+        """See `Backend`."""
+        steps = self._steps_of(kv)
+        step, results = steps.of(bucket_of(len(batch.token_ids)))
+        inputs, num_outputs = step.inputs, len(batch.outputs)
+        heads = plan_heads(batch.trees, most_pairs(inputs.bucket))
+        self._calls.free_to_write()
+        kind = inputs.fill(batch, self._uses(batch.lora), heads)
+        inputs.upload()
+        launch = partial(launch_step, self._model, step, self._lora_launch(kind, inputs.bucket))
+        steps.graphs.run((inputs.bucket, kind), launch)
+        began = self._calls.mark()
+        if heads is not None:
+            hidden_XH, ends_B = step.memory.hidden_XH, step.accepted.ends_B
+            launch_heads(hidden_XH, ends_B, inputs.heads, heads, results.drafts)
+        ended = self._calls.mark()
+        num_drafts = 0 if heads is None else heads.num_drafts
+        results.download(num_drafts)
+        peaks_X, best_X = results.best(num_outputs)
+        drafts: Sequence[TopTokens | None] = ()
+        if heads is not None:
+            drafts = top_of(heads, results.drafted(num_drafts), len(batch.trees))
+        return Outputs(
+            step.memory.hidden_XH[:num_outputs],
+            step.memory.logits_of(self._model.weights.lm_head, inputs.bucket)[0, :num_outputs],
+            peaks_X,
+            best_X,
+            results.accepted(batch),
+            moved=True,
+            drafted=drafts,
+            heads_seconds=ended() - began(),
+        )
+
+    @torch.inference_mode()
+    def logits(self, hidden_XH: Tensor, lora: LoraBatch) -> Tensor:
+        """See `Backend`."""
+        lm_head, num_rows = self._model.weights.lm_head, len(hidden_XH)
+        bucket = bucket_of(num_rows)
+        inputs = self._logits_inputs.get(bucket)
+        if inputs is None:
+            inputs = self._logits_inputs[bucket] = LogitsInputs(bucket, self.device, self._calls)
+        self._calls.free_to_write()
+        kind = inputs.upload(self._uses(lora), num_rows)
+        x_XH = hidden_XH.new_zeros(bucket, hidden_XH.shape[1])
+        x_XH[:num_rows] = hidden_XH
+        shape = (lm_head.plan.num_parts(bucket), bucket, lm_head.num_outputs)
+        logits_CXV = torch.empty(shape, dtype=torch.float32, device=self.device)
+        loras = self._lora_launch(kind, bucket)
+        add_logits(x_XH, lm_head, logits_CXV, inputs.num_rows, inputs.lora, loras)
+        return logits_CXV[0, :num_rows]
+
+    def head_rows(self, ids: Sequence[int], out_NH: Tensor) -> None:
+        """See `Backend`."""
+        lm_head = self._model.weights.lm_head
+        copy_rows(lambda ids_N: lm_head.rows(ids_N.to(self.device)), torch.tensor(ids), out_NH)
+
+    def _uses(self, lora: LoraBatch) -> list[LoraUse]:
+        """The segments with their adapters' tables, which are made once an adapter."""
+        return [
+            LoraUse(each.start, each.end, self._table(each.weights), each.scale)
+            for each in lora.segments
+            if each.start < each.end
+        ]
+
+    def _table(self, weights: LoraWeights) -> AdapterTable:
+        table = self._tables.get(weights)
+        if table is None:
+            embedding = None
+            if (own := weights.embedding) is not None:
+                whole = slice(0, len(own.a_RV))
+                embedding = GroupLora(own.a_RV, (TargetLora(0, whole, own.b_HR, own.scale),))
+            table = AdapterTable.of(weights.groups, embedding, self.shapes.num_layers, self.device)
+            self._tables[weights] = table
+        return table
+
+    def _lora_launch(self, kind: Loras | None, bucket: int) -> LoraLaunch | None:
+        if kind is None:
+            return None
+        deltas = None
+        if kind.lm_head:
+            deltas = self._lora_memory.logit_deltas(max(bucket, STEP_TOKENS))
+        return LoraLaunch(self.shapes, kind, self._lora_memory.shrunk(kind.room), deltas)
+
+    def _steps_of(self, kv: KVCache) -> _Steps:
+        if kv not in self._steps:
+            self._steps[kv] = _Steps(self, kv)
+        return self._steps[kv]
+
+    def _memory_for(self, bucket: int) -> Workspace:
+        """What holds steps of this bucket."""
+        if not self._memory or len(self._memory[-1].hidden_TH) < bucket:
+            tokens = max(bucket, STEP_TOKENS)
+            made = Workspace.of(self.shapes, self._products, tokens, self.dtype, self.device)
+            self._memory.append(made)
+        return self._memory[-1]
+
+
+class _Steps:
+    """The steps over one KV cache, and their graphs."""
+
+    def __init__(self, backend: TritonBackend, kv: KVCache) -> None:
+        shapes, device = backend.shapes, backend.device
+        self.graphs = Graphs(backend._calls)
+        self._backend = backend
+        self._kv = kv.data  # not `kv`, which this lives no longer than
+        self._shape = AttentionShape(
+            shapes.num_heads,
+            shapes.num_kv_heads,
+            shapes.head_dim,
+            kv.page_size,
+            backend._window,
+        )
+        self._attention, max_parts = attention_workspace(
+            self._shape, shapes.max_context, _programs(device), device
+        )
+        self._limits = Limits(self._shape, max_parts, -(-shapes.max_context // kv.page_size))
+        self._by_bucket: dict[int, tuple[Step, StepResults]] = {}
+
+    def of(self, bucket: int) -> tuple[Step, StepResults]:
+        """Where steps of this bucket read and write."""
+        if bucket not in self._by_bucket:
+            backend, device = self._backend, self._backend.device
+            results = StepResults(bucket, device, backend._calls)
+            max_nodes = 1 << (bucket - 1).bit_length()
+
+            def ints(*shape: int) -> Tensor:
+                return torch.zeros(shape, dtype=torch.int32, device=device)
+
+            accepted = Accepted(
+                ints(bucket), ints(bucket), ints(bucket, max_nodes), ints(bucket, max_nodes)
+            )
+            step = Step(
+                StepInputs(bucket, self._limits, device, backend._calls),
+                backend._memory_for(bucket),
+                self._shape,
+                self._attention,
+                results.sampled,
+                accepted,
+                max_nodes,
+                self._kv,
+            )
+            self._by_bucket[bucket] = step, results
+        return self._by_bucket[bucket]
+
+
+def _programs(device: torch.device) -> int:
+    """How many of attention's programs a device holds at once."""
+    if device.type != "cuda":
+        return 8
+    return 3 * int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -1,0 +1,129 @@
+"""The few calls of a device that are not kernels: copies, what waits for them, and graphs.
+
+Everything of a step is enqueued in order on the stream of the thread that runs steps; the host
+waits once a step, for its results.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+Replay = Callable[[], None]  # enqueues what was captured
+
+
+class Device(Protocol):
+    """captures: launches can be captured in a graph."""
+
+    captures: bool
+
+    def host_buffer(self, nbytes: int) -> Tensor:
+        """uint8 in main memory, zeros; copies from and to it do not keep the host."""
+        ...
+
+    def upload(self, host: Tensor, device: Tensor) -> None:
+        """Enqueues a copy. `host` must not change until `free_to_write` has returned."""
+        ...
+
+    def free_to_write(self) -> None:
+        """Returns when no upload reads host memory any more."""
+        ...
+
+    def download(self, device: Tensor, host: Tensor) -> None:
+        """Copies once all that was enqueued is done; returns when it is there."""
+        ...
+
+    def mark(self) -> Callable[[], float]:
+        """Marks this place of the stream; the function gives the second at which the device came
+        by, from some start, once a later download has returned."""
+        ...
+
+    def capture(self, run: Callable[[], None]) -> Replay:
+        """What `run` enqueues, which runs at each replay and not now. It must have run before."""
+        ...
+
+
+class CpuDevice:
+    """Triton's interpreter: everything has happened when a call returns."""
+
+    captures = False
+
+    def host_buffer(self, nbytes: int) -> Tensor:
+        return torch.zeros(nbytes, dtype=torch.uint8)
+
+    def upload(self, host: Tensor, device: Tensor) -> None:
+        device.copy_(host)
+
+    def free_to_write(self) -> None:
+        pass
+
+    def download(self, device: Tensor, host: Tensor) -> None:
+        host.copy_(device)
+
+    def mark(self) -> Callable[[], float]:
+        now = time.monotonic()
+        return lambda: now
+
+    def capture(self, run: Callable[[], None]) -> Replay:
+        raise NotImplementedError("the interpreter has no graphs")
+
+
+class CudaDevice:
+    """A CUDA device. All graphs share one pool of memory, as one replay follows another."""
+
+    captures = True
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._uploaded, self._done = _event(), _event()
+        self._start = _event(timing=True)
+        self._start.record()
+        # The default stream cannot be captured.
+        self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._pool: Any = None
+
+    def host_buffer(self, nbytes: int) -> Tensor:
+        return torch.zeros(nbytes, dtype=torch.uint8, pin_memory=True)
+
+    def upload(self, host: Tensor, device: Tensor) -> None:
+        device.copy_(host, non_blocking=True)
+        self._uploaded.record()
+
+    def free_to_write(self) -> None:
+        self._uploaded.synchronize()
+
+    def download(self, device: Tensor, host: Tensor) -> None:
+        host.copy_(device, non_blocking=True)
+        self._done.record()
+        self._done.synchronize()
+
+    def mark(self) -> Callable[[], float]:
+        event = _event(timing=True)
+        event.record()
+        return lambda: self._start.elapsed_time(event) / 1000
+
+    def capture(self, run: Callable[[], None]) -> Replay:
+        graph = torch.cuda.CUDAGraph()
+        self._side.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._side):
+            # Other threads may allocate and copy meanwhile: their calls are no part of the graph.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                run()
+            finally:
+                graph.capture_end()
+        self._pool = graph.pool()
+        return graph.replay
+
+
+def _event(timing: bool = False) -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=timing)  # type: ignore[no-untyped-call]
+
+
+def device_of(device: torch.device) -> Device:
+    """The calls of a torch device."""
+    return CudaDevice(device) if device.type == "cuda" else CpuDevice()
