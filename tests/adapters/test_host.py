@@ -15,7 +15,10 @@ from lorastack.layout import AdapterLayout
 def packed(digest: str, nbytes: int) -> PackedAdapter:
     layout = AdapterLayout(slots={}, scales={}, num_elements=nbytes, itemsize=1, num_heads=0)
     return PackedAdapter(
-        digest=digest, buffer=torch.zeros(nbytes, dtype=torch.uint8), layout=layout
+        digest=digest,
+        buffer=torch.zeros(nbytes, dtype=torch.uint8),
+        layout=layout,
+        pinned=True,
     )
 
 

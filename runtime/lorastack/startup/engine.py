@@ -1,4 +1,4 @@
-"""From a loaded model to a ready engine, and to the loader of its adapters."""
+"""From a loaded model to a ready engine, and to the memory of its adapters."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import logging
 from collections.abc import Callable, Mapping
 from functools import partial
 
+from lorastack.adapters.memory.arena import DeviceArena, PinnedArena
+from lorastack.adapters.memory.copies import Copies
+from lorastack.adapters.memory.host import HostCache
 from lorastack.adapters.memory.loader import Loader
 from lorastack.adapters.memory.pool import DevicePool
+from lorastack.adapters.memory.stream import Streams, device_streams
 from lorastack.adapters.store.registry import Registry
-from lorastack.config import EngineConfig
+from lorastack.config import AdapterConfig, EngineConfig
 from lorastack.engine.costs import measure
 from lorastack.engine.engine import Engine
 from lorastack.engine.pages import Pages
@@ -22,15 +26,36 @@ from lorastack.startup.model import LoadedModel
 log = logging.getLogger(__name__)
 
 
-def adapter_loader(model: LoadedModel, registry: Registry) -> Loader:
-    """The host cache's loader, which packs adapters as this model's backend reads them."""
+def adapter_memory(
+    model: LoadedModel,
+    limits: AdapterConfig,
+    registry: Registry,
+    on_loaded: Callable[[], None],
+    streams: Streams | None = None,
+) -> tuple[HostCache, DevicePool]:
+    """Host and device copies, packed as this model's backend reads them.
+
+    on_loaded: see `DevicePool`. streams: None for the device's own; on a CPU, where it has none,
+    the host copies serve.
+    """
     backend = model.backend
-    return Loader(
+    device, pinned = backend.device, None
+    if device.type == "cuda":
+        pinned = PinnedArena(limits.host_memory, lambda: host.drop_oldest())
+    empty = None if pinned is None else pinned.empty
+    loader = Loader(
         registry=registry,
         shapes=backend.shapes,
-        allocate=partial(allocate, dtype=backend.dtype, pinned=backend.device.type == "cuda"),
-        head_rows=backend.head_rows,
+        allocate=partial(allocate, dtype=backend.dtype, empty=empty),
+        head_rows=backend.head_rows if pinned is None else None,
     )
+    host = HostCache(limits.host_memory, loader)
+    budget, copies = limits.device_memory, None
+    if streams := streams or device_streams(device):
+        arena = DeviceArena(budget, device, streams)
+        copies = Copies(arena, streams, backend.head_rows, on_loaded)
+    idle = None if pinned is None else pinned.grow
+    return host, DevicePool(budget, host, on_loaded, copies=copies, idle=idle)
 
 
 def build_engine(

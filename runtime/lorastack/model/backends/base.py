@@ -51,5 +51,8 @@ class Backend(Protocol):
         ...
 
     def head_rows(self, ids: Sequence[int], out_NH: Tensor) -> None:
-        """Writes lm_head's rows of these tokens into a tensor on the CPU. Any thread."""
+        """Writes lm_head's rows of these tokens into a tensor on the CPU or `device`. Any thread.
+
+        On a CUDA device in the calling thread's current stream, for whose end nobody need wait.
+        """
         ...
