@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-# What errors of a CUDA device begin with, in torch and in Triton; and what of that is want of memory.
+# What torch and Triton say of a CUDA device's errors; which of these only lack memory.
 _DEVICE_ERRORS = ("CUDA error:", "CUDA driver error:", "Triton Error [CUDA]:")
 _OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lorastack.errors import InvalidArgumentError
 from lorastack.kernels.native import isa as isa_module
 from lorastack.kernels.native.isa import Isa
 from lorastack.kernels.quantize import Kind
@@ -12,7 +13,7 @@ from lorastack.layout import ModelShapes
 from lorastack.model.backends.choose import Choice, choose
 from tests.helpers.native import config_of
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 XEON = (Isa.AMX, Isa.AVX512_BF16, Isa.AVX512, Isa.AVX2, Isa.PLAIN)
 MACHINES = {"xeon": XEON, "zen3": (Isa.AVX2, Isa.PLAIN), "arm": (Isa.NEON, Isa.PLAIN)}
 
@@ -34,6 +35,7 @@ def choice_of(
     native: bool = True,
     kind: Kind | None = None,
     at_most: Isa | None = None,
+    device: torch.device = CPU,
 ) -> Choice:
     shapes = ModelShapes(
         architecture="LlamaForCausalLM",
@@ -48,7 +50,7 @@ def choice_of(
         tie_word_embeddings=False,
     )
     config = config_of(shapes)
-    return choose(config, device=CPU, dtype=dtype, native=native, kind=kind, at_most=at_most)
+    return choose(config, device=device, dtype=dtype, native=native, kind=kind, at_most=at_most)
 
 
 @pytest.mark.parametrize("kind", [None, *Kind])
@@ -120,3 +122,20 @@ def test_torch_runs_what_native_kernels_may_not_or_cannot() -> None:
     assert (off.isa, off.dtype, off.why_torch("m")) == (None, torch.float32, "")
     assert choice_of(dtype=torch.float16).isa is None
     assert choice_of(dtype=torch.float32, kind=Kind.INT8).isa is None
+
+
+@pytest.mark.usefixtures("machine")
+def test_auto_is_what_is_lossless() -> None:
+    """On CUDA float32, until kernels there keep bfloat16 so."""
+    for chosen in (choice_of(), choice_of(native=False), choice_of(device=CUDA)):
+        assert chosen.lossless
+    on_cuda = choice_of(device=CUDA)
+    assert (on_cuda.isa, on_cuda.dtype, on_cuda.why_torch("m")) == (None, torch.float32, "")
+    assert not choice_of(device=CUDA, dtype=torch.bfloat16).lossless
+    assert not choice_of(native=False, dtype=torch.bfloat16).lossless
+
+
+@pytest.mark.parametrize("kind", Kind)
+def test_quantised_weights_are_refused_on_cuda_with_a_remedy(kind: Kind) -> None:
+    with pytest.raises(InvalidArgumentError, match=rf"--quantize {kind}: .*--dtype bfloat16"):
+        choice_of(device=CUDA, kind=kind)

@@ -81,6 +81,19 @@ def linear(x_TI: Tensor, dense: Dense) -> Tensor:
     return out
 
 
+def linear_wide(x_TI: Tensor, dense: Dense) -> Tensor:
+    """The same in float32, or in float64 of a float64 x.
+
+    On CUDA sums of 16-bit products come out as they are. Elsewhere they are rounded to x's dtype
+    first: torch has no such product there, and float32 weights for each call would be the price.
+    """
+    wide = torch.promote_types(x_TI.dtype, torch.float32)
+    if x_TI.device.type == "cpu" or x_TI.dtype == wide or dense.scales is not None:
+        return linear(x_TI, dense).to(wide)
+    out = torch.mm(x_TI, dense.weight.t(), out_dtype=wide)
+    return out if dense.bias is None else out.add_(dense.bias)
+
+
 def plain_weight(dense: Dense) -> Tensor:
     """The weight that was packed, [out, in], or what the codes of a quantised one stand for.
 

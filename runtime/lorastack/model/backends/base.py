@@ -40,7 +40,10 @@ class Backend(Protocol):
         ...
 
     def forward(self, batch: ForwardBatch, kv: KVCache) -> Outputs:
-        """Runs a step. Writes the keys and values of all its tokens to `kv`."""
+        """Runs a step. Writes the keys and values of all its tokens to `kv`.
+
+        Ends when the device is done with it, so that a step can be timed.
+        """
         ...
 
     def logits(self, hidden_XH: Tensor, lora: LoraBatch) -> Tensor:
