@@ -15,8 +15,8 @@ from lorastack.adapters.memory.copies import Copies
 from lorastack.adapters.memory.device import DeviceAdapter
 from lorastack.adapters.memory.host import HostCache, PackedAdapter
 from lorastack.adapters.memory.pool import DevicePool
-from tests.adapters.streams import FakeDevice
 from tests.adapters.test_host import packed
+from tests.helpers.streams import FakeDevice
 
 CPU = torch.device("cpu")
 SIZES = {"a": 1, "b": 2, "c": 3, "d": 4, "e": 5, "too-large": 11}
@@ -59,7 +59,9 @@ class Bench:
         return self.pool.poll()
 
     def wait_for_loads(self) -> None:
-        for _ in self.pool._pipeline.loading:
+        """Until all that were asked for wait to be polled."""
+        pipeline = self.pool._pipeline
+        while pipeline._loads._results.qsize() < len(pipeline.loading):
             assert self._done.acquire(timeout=WAIT)
 
     def wait_for(self, condition: Callable[[], bool], *rows: str) -> None:

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from lorastack.adapters.memory.turns import QUANTUM
 from tests.adapters.pools import Bench, bench
-from tests.adapters.streams import FakeDevice
 from tests.adapters.test_host import packed
+from tests.helpers.streams import FakeDevice
 
 ROUNDING = 1e-9  # of sums of steps
 STEP = QUANTUM / 4  # seconds

@@ -11,8 +11,8 @@ from lorastack.adapters.memory.host import PackedAdapter
 from lorastack.adapters.memory.turns import QUANTUM
 from lorastack.errors import FailedPreconditionError, Reason, ResourceExhaustedError
 from tests.adapters.pools import WAIT, Bench, bench
-from tests.adapters.streams import FakeDevice
 from tests.adapters.test_host import packed
+from tests.helpers.streams import FakeDevice
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_what_was_placed_stays_until_nobody_asks() -> None:
     with bench(2, lambda digest: packed(digest, 1), device=device) as made:
         step(made, "xy")
         made.pool.acquire("xy")
-        device.copies.finish(1)
+        device.copies.advance()
         made.wait_for(lambda: made.resident.keys() == {"x"}, "xy", "v")
         for _ in range(3):
             made.now += QUANTUM

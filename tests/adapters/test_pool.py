@@ -13,8 +13,8 @@ from lorastack.adapters.memory.device import DeviceAdapter
 from lorastack.adapters.memory.host import PackedAdapter
 from lorastack.errors import DataLossError, FailedPreconditionError, InternalError, Reason
 from tests.adapters.pools import WAIT, Bench, bench, resident
-from tests.adapters.streams import FakeDevice
 from tests.adapters.test_host import packed
+from tests.helpers.streams import FakeDevice
 
 
 @pytest.fixture

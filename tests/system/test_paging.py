@@ -15,6 +15,7 @@ from lorastack.errors import FailedPreconditionError, Reason, ResourceExhaustedE
 from lorastack.layout import ModelShapes
 from tests.helpers.adapters import write_heads, write_lora
 from tests.helpers.live import ROOMY, LiveServer, ask, wait_until
+from tests.helpers.streams import FakeDevice
 
 NAMES = ("a", "b", "c")
 
@@ -43,13 +44,18 @@ def device_bytes(tiny_llama: Path, folders: dict[str, Path], tmp_path_factory: o
         return int(server.client.load("a").device_bytes)
 
 
-@pytest.fixture
+@pytest.fixture(params=["on a CPU", "on a device of its own"])
 def server(
-    tiny_llama: Path, folders: dict[str, Path], tmp_path: Path, device_bytes: int
+    request: pytest.FixtureRequest,
+    tiny_llama: Path,
+    folders: dict[str, Path],
+    tmp_path: Path,
+    device_bytes: int,
 ) -> Iterator[LiveServer]:
     """Room for two of NAMES."""
     config = AdapterConfig(store=tmp_path / "store", device_memory=device_bytes * 5 // 2)
-    with LiveServer(tiny_llama, engine=ROOMY, adapters=config) as live:
+    streams = None if request.param == "on a CPU" else FakeDevice(lazy=True).streams
+    with LiveServer(tiny_llama, engine=ROOMY, adapters=config, streams=streams) as live:
         live.upload_all(folders)
         yield live
         live.assert_idle()
