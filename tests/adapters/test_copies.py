@@ -16,7 +16,7 @@ from lorastack.layout import DRAFT_KEY, AdapterLayout, TensorSlot
 from tests.adapters.pools import Bench, bench
 from tests.helpers.streams import FakeDevice
 
-SIZES = {"a": 4, "b": 4, "c": 4, "d": 6, "e": 9, "l": 24}
+SIZES = {"a": 4, "b": 4, "c": 4, "d": 6, "e": 9, "l": 24, "x": 1}
 HIDDEN, IDS = 2, (3, 5, 8)  # of adapters with a draft vocabulary
 
 
@@ -259,16 +259,19 @@ def test_what_is_pinned_does_not_move(made: Bench, device: FakeDevice) -> None:
         assert made.pool.acquire("d") is None
         made.settle()
     assert pinned.buffer.tolist() == contents("b", 4)
-    made.pool.acquire("a")  # would fit beside it, but d was first
-    made.wait_for_loads()
-    made.pool.acquire("d")
-    made.settle()
-    assert made.resident == {"b": 1}
-    made.pool.release("b")
-    for _ in range(2):
+    for _ in range(3):
+        made.pool.acquire("x")  # would fit beside it, but d was first
         made.pool.acquire("d")
         made.settle()
-    assert held(made, "d").buffer.tolist() == contents("d", 6)
+    assert made.resident == {"b": 1}
+    assert made.pool._pipeline.copying.keys() == {"d", "x"}
+    made.pool.release("b")
+    for _ in range(3):
+        made.pool.acquire("x")
+        made.pool.acquire("d")
+        made.settle()
+    for digest in "dx":
+        assert held(made, digest).buffer.tolist() == contents(digest, SIZES[digest])
 
 
 def test_what_left_is_overwritten_behind_its_last_step(made: Bench, device: FakeDevice) -> None:

@@ -52,8 +52,11 @@ class World:
         self.made, self.device, self.rows = made, device, rows
         self.num_read = 0
 
-    def step(self) -> None:
-        """Takes in what is there, tells the device of a step of all rows that can run, goes on."""
+    def step(self) -> bool:
+        """Takes in what is there and tells the device of a step of all rows that can run, if any.
+
+        It may run long after, when they have given back what they held.
+        """
         self.made.pool.poll()
         self.check_room()
         held: list[DeviceAdapter] = []
@@ -66,6 +69,7 @@ class World:
             self.device.steps.run(lambda: self.read(views))
         self.made.pool.release([adapter.digest for adapter in held])
         self.made.now += QUANTUM / 2
+        return bool(held)
 
     def run_row(self, row: Row) -> list[DeviceAdapter]:
         try:
@@ -93,16 +97,21 @@ class World:
         assert sum(here.values()) + sum(copying.values()) <= BUDGET
         assert not here.keys() & copying.keys()
 
-    def end(self) -> None:
-        """Nothing fails any more, and the device does what it is told: every row gets on."""
+    def end(self, lag: int) -> None:
+        """Nothing fails any more, and the device does what it is told: every row gets on.
+
+        lag: steps that wait for their turn while copies may have theirs, and rows can run.
+        """
         self.device.copies.failures.clear()
         for _ in range(500):
             if not any(row.left for row in self.rows):
                 break
-            self.step()
+            left = lag if self.step() else 0
             self.made.wait_for_loads()
             self.wait_for_thread()
-            self.device.settle()
+            self.device.copies.finish()
+            while len(self.device.steps) > left and self.device.steps.advance():
+                self.device.copies.finish()
         assert not any(row.left for row in self.rows), "rows starve"
         self.device.settle()
         assert not any(self.made.resident.values())
@@ -155,9 +164,12 @@ def loader(pinned: PinnedArena) -> Callable[[str], PackedAdapter]:
     ),
     moves=MOVES,
     piece=st.integers(1, 5),
+    lag=st.integers(0, 8),
 )
 @settings(max_examples=150, deadline=None)
-def test_every_step_reads_what_it_should(rows: list[Row], moves: list[str], piece: int) -> None:
+def test_every_step_reads_what_it_should(
+    rows: list[Row], moves: list[str], piece: int, lag: int
+) -> None:
     device = FakeDevice()
     pinned = PinnedArena(
         HOST,
@@ -184,5 +196,5 @@ def test_every_step_reads_what_it_should(rows: list[Row], moves: list[str], piec
                         device.copies.failures[:] = [RuntimeError("boom")]
                     case "drop":
                         made.pool.drop("abc"[len(moves) % 3])
-            world.end()
+            world.end(lag)
             assert world.num_read

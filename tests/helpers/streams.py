@@ -93,7 +93,7 @@ class StepStream(FakeStream):
 
 
 class FakeDevice:
-    """Its two streams advance apart; `settle` lets both do all they can."""
+    """Its two streams advance apart; `settle` lets both do all they can, copies before steps."""
 
     def __init__(self, lazy: bool = False) -> None:
         """lazy: see `FakeStream`."""
@@ -101,5 +101,5 @@ class FakeDevice:
         self.streams = Streams(self.steps, self.copies)
 
     def settle(self) -> None:
-        while self.steps.advance() or self.copies.advance():
+        while self.copies.advance() or self.steps.advance():
             pass

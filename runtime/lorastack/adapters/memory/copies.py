@@ -215,7 +215,6 @@ class Copies:
         if cause is not None and breaks_device(cause):
             raise cause
         log.error("%s", error, exc_info=cause)
-        copy.left.clear()
         copy.error = error
         copy.event = self._streams.copies.record()
 
