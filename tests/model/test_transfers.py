@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lorastack.kernels.linear import DEVICE_GRAIN, copy_rows
 from lorastack.kernels.segmented_lora import GroupLora, TargetLora
 from lorastack.layout import GROUPS, ModelShapes
 from lorastack.lora.segments import LoraBatch, Segment
@@ -14,6 +15,7 @@ from lorastack.lora.weights import LM_HEAD_GROUP, EmbeddingLora, LoraWeights
 from lorastack.model.backends.base import Backend
 from lorastack.model.backends.load import load_backend
 from lorastack.model.context import ForwardBatch, RowSpan, SampledTree
+from lorastack.model.kv import Move
 from lorastack.request import SamplingParams, TokenSource
 from lorastack.speculation.tree import Tree
 from tests.helpers.tiny import build_llama
@@ -107,3 +109,17 @@ def test_logits_of_a_device_are_never_rounded_to_16_bits(
     found = traced(lambda: made.logits(hidden_XH, LoraBatch()))
     assert made.logits(hidden_XH, LoraBatch()).dtype == torch.float32
     assert found.events[-1] == "mm" and "_to_copy" not in found.events
+
+
+def test_rows_of_lm_head_stay_on_the_device_in_a_few_pieces() -> None:
+    weight_VH, out_NH = torch.empty(32_000, 4096, device=META), torch.empty(4096, 4096, device=META)
+    found = traced(lambda: copy_rows(weight_VH.__getitem__, torch.arange(4096), out_NH))
+    assert (found.num_up, found.num_down) == (1, 0)
+    assert found.events.count("index") == 4096 * 4096 // DEVICE_GRAIN
+
+
+def test_moves_of_kv_go_up_once(tiny_llama: Path) -> None:
+    kv = backend(tiny_llama).make_kv(8, 4)
+    moves = [Move([3, 5], [4, 6], [1, 2]), Move([2, 7], [5], [3])]
+    found = traced(lambda: kv.move(moves))
+    assert (found.num_up, found.num_down) == (1, 0)

@@ -14,20 +14,13 @@ from lorastack.model.backends import load
 from lorastack.startup.device import ON_CPU, ON_CUDA, device_defaults, find_device
 from lorastack.startup.memory import KV_SHARE, RESERVE, available_memory, default_kv
 from lorastack.startup.model import load_model
+from tests.helpers.gpu import give_gpu
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 class Read(Exception):
     """The weights would be read now. args: the choice."""
-
-
-def give_gpu(patch: pytest.MonkeyPatch, free: int, total: int) -> None:
-    """A machine with a CUDA device of so many bytes."""
-    patch.setattr(torch.cuda, "is_available", lambda: True)
-    patch.setattr(torch.cuda, "mem_get_info", lambda device: (free, total))
-    made = SimpleNamespace(total_memory=total)
-    patch.setattr(torch.cuda, "get_device_properties", lambda device: made)
 
 
 def test_auto_is_the_gpu_if_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +79,8 @@ def test_the_log_says_what_is_lossless_on_a_gpu(
         assert choice.device == CUDA and choice.lossless is (dtype != "bfloat16")
         said[dtype] = caplog.text
     assert "float32 here: bfloat16 in plain torch is not lossless" in said["auto"]
-    assert said["float32"] == ""
+    assert "bfloat16" not in said["float32"]
+    assert "8192 MiB free: weights get 0, adapters 1024, keys and values " in said["float32"]
     assert "near-tie" in said["bfloat16"]
 
 

@@ -33,6 +33,7 @@ from lorastack.kernels.quantize import (
 # The number of rows oneDNN lays a weight out for; from 8 upwards it picks one layout for all.
 PACK_ROWS = 64
 GRAIN = 1 << 15  # elements: torch copies more than these at once with its OpenMP threads
+DEVICE_GRAIN = 1 << 22  # elements that are copied at once on another device: little memory beside
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +109,14 @@ def plain_weight(dense: Dense) -> Tensor:
 
 
 def copy_rows(read: Callable[[Tensor], Tensor], ids_N: Tensor, out_NI: Tensor) -> None:
-    """out_NI = read(ids_N), in pieces that torch does not hand to its OpenMP threads."""
-    step = max(1, GRAIN // out_NI.shape[1])
+    """out_NI = read(ids_N), piece by piece; `read` gets ids where `out_NI` is.
+
+    On a CPU in pieces that torch does not hand to its OpenMP threads. On CUDA all of it runs in the
+    caller's stream.
+    """
+    grain = GRAIN if out_NI.device.type == "cpu" else DEVICE_GRAIN
+    step = max(1, grain // out_NI.shape[1])
+    ids_N = ids_N.to(out_NI.device)
     for start in range(0, len(ids_N), step):
         piece = slice(start, start + step)
         out_NI[piece] = read(ids_N[piece])

@@ -161,6 +161,11 @@ def _kv_memory(
     smaller = {option: size for option, size in others.items() if size < weights}
     kv = default_kv(device, available - weights - adapter_memory) if wanted is None else wanted
     check_fits(Demand(weights=weights, kv=kv, adapters=adapter_memory), available, smaller)
+    if device.type == "cuda":
+        log.info(
+            "the GPU has %d MiB free: weights get %d, adapters %d, keys and values %d",
+            *(each // MIB for each in (available, weights, adapter_memory, kv)),
+        )
     if wanted is None and kv < MOST_KV:
         log.warning("keys and values get the %d MiB that are left; --kv-memory sets it", kv // MIB)
     return kv
