@@ -20,9 +20,10 @@ class FakeEvent:
     happened: bool = False
 
     def done(self) -> bool:
+        happened = self.happened
         if self.stream.lazy:
             self.stream.advance()
-        return self.happened
+        return happened
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,7 @@ class FakeStream:
     """Work in a queue. It reads and writes real tensors, and only when it is its turn."""
 
     def __init__(self, lazy: bool = False) -> None:
-        """lazy: it gets on by one piece of work whenever one of its events is asked."""
+        """lazy: it gets on by one piece of work after one of its events was asked."""
         self.lazy = lazy
         self.failures: list[Exception] = []  # what the next calls of `run` raise
         self.threads: list[str] = []  # who called `run`
