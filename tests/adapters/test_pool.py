@@ -11,6 +11,7 @@ import torch
 
 from lorastack.adapters.memory.device import DeviceAdapter
 from lorastack.adapters.memory.host import PackedAdapter
+from lorastack.adapters.memory.threads import JobThread
 from lorastack.errors import DataLossError, FailedPreconditionError, InternalError, Reason
 from tests.adapters.pools import WAIT, Bench, bench, resident
 from tests.adapters.test_host import packed
@@ -201,6 +202,26 @@ def test_loads_run_at_low_priority_elsewhere() -> None:
         made.use("a")
     assert seen == [(10, False)]
     assert os.getpriority(os.PRIO_PROCESS, main) == before
+
+
+def test_a_thread_without_jobs_has_other_things_to_do() -> None:
+    """Until they are done, or a job comes."""
+    began, go_on, left = threading.Event(), threading.Event(), ["last", "first"]
+
+    def idle() -> bool:
+        began.set()
+        assert go_on.wait(WAIT)
+        return bool(left) and bool(left.pop())
+
+    ended = threading.Event()
+    thread: JobThread[str] = JobThread("test", ended.set, idle)
+    assert began.wait(WAIT)
+    thread.submit("job", lambda: ",".join(left))
+    go_on.set()
+    assert ended.wait(WAIT)
+    assert list(thread.finished()) == ["last"]
+    thread.close()
+    assert not left
 
 
 def test_the_step_thread_never_waits_for_a_load() -> None:

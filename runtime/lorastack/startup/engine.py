@@ -21,6 +21,7 @@ from lorastack.engine.runner import Runner
 from lorastack.kernels.packing import allocate
 from lorastack.request import RowEvent
 from lorastack.speculation.calibration import Calibration
+from lorastack.startup.memory import host_memory, pinned_memory
 from lorastack.startup.model import LoadedModel
 
 log = logging.getLogger(__name__)
@@ -38,23 +39,23 @@ def adapter_memory(
     on_loaded: see `DevicePool`. streams: None for the device's own; on a CPU, where it has none,
     the host copies serve.
     """
-    backend = model.backend
-    device, pinned = backend.device, None
+    backend, device = model.backend, model.backend.device
+    host_budget, budget = limits.host_memory, limits.device_memory
+    pinned = copies = None
     if device.type == "cuda":
-        pinned = PinnedArena(limits.host_memory, lambda: host.drop_oldest())
-    empty = None if pinned is None else pinned.empty
+        host_budget = pinned_memory(host_budget, host_memory())
+        pinned = PinnedArena(host_budget, lambda: host.drop_oldest())
+    if streams := streams or device_streams(device):
+        arena = DeviceArena(budget, device, streams)
+        copies = Copies(arena, streams, backend.head_rows, on_loaded)
+    empty, idle = (None, None) if pinned is None else (pinned.empty, pinned.grow)
     loader = Loader(
         registry=registry,
         shapes=backend.shapes,
         allocate=partial(allocate, dtype=backend.dtype, empty=empty),
         head_rows=backend.head_rows if pinned is None else None,
     )
-    host = HostCache(limits.host_memory, loader)
-    budget, copies = limits.device_memory, None
-    if streams := streams or device_streams(device):
-        arena = DeviceArena(budget, device, streams)
-        copies = Copies(arena, streams, backend.head_rows, on_loaded)
-    idle = None if pinned is None else pinned.grow
+    host = HostCache(host_budget, loader)
     return host, DevicePool(budget, host, on_loaded, copies=copies, idle=idle)
 
 
