@@ -7,9 +7,12 @@ A copy between two parts of RAM takes a millisecond, which hides what paging doe
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -23,19 +26,36 @@ from lorastack.config import (
     share_cores,
 )
 
-if TYPE_CHECKING:
-    from lorastack.adapters.memory.device import DeviceAdapter
-    from lorastack.adapters.memory.host import PackedAdapter
-
 COPY_SECONDS, COPY_BYTES_A_SECOND = 0.050, 2e9
 
 
-def slow_copy(packed: PackedAdapter) -> DeviceAdapter:
-    """Takes as long as a device 50 ms away, over a bus of 2 GB/s."""
-    from lorastack.adapters.memory.device import DeviceAdapter
+@dataclass(frozen=True)
+class TimedEvent:
+    """Happens at a time."""
 
-    time.sleep(COPY_SECONDS + packed.nbytes / COPY_BYTES_A_SECOND)
-    return DeviceAdapter(digest=packed.digest, buffer=packed.buffer, layout=packed.layout)
+    time: float
+
+    def done(self) -> bool:
+        return time.monotonic() >= self.time
+
+
+class TimedStream:
+    """Its work is done here at once; events tell of it when a device would have."""
+
+    def __init__(self, latency: float, rate: float) -> None:
+        """latency: seconds. rate: bytes a second."""
+        self._latency, self._rate = latency, rate
+        self._busy_until = 0.0
+
+    def run(self, work: Callable[[], object]) -> None:
+        nbytes = getattr(work(), "nbytes", 0)
+        self._busy_until = max(self._busy_until, time.monotonic()) + nbytes / self._rate
+
+    def record(self) -> TimedEvent:
+        return TimedEvent(self._busy_until + self._latency)
+
+    def wait(self, event: object) -> None:
+        """Steps are done when they return."""
 
 
 def main(
@@ -63,9 +83,12 @@ def main(
         service=ServiceConfig(port=0),
     )
     share_cores()
-    from lorastack.service.build import build_server  # after share_cores, as `lorastack serve` does
+    # After share_cores, as `lorastack serve` does.
+    from lorastack.adapters.memory.stream import Streams
+    from lorastack.service.build import build_server
 
-    server = build_server(config, copy=slow_copy if slow else None)
+    steps, bus = TimedStream(0.0, math.inf), TimedStream(COPY_SECONDS, COPY_BYTES_A_SECOND)
+    server = build_server(config, streams=Streams(steps, bus) if slow else None)
     raise typer.Exit(server.run(typer.echo))
 
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
-from lorastack.adapters.memory.device import Copy, DeviceAdapter
+from lorastack.adapters.memory.arena import DeviceArena
+from lorastack.adapters.memory.copies import Copies
+from lorastack.adapters.memory.device import DeviceAdapter
 from lorastack.adapters.memory.host import HostCache, PackedAdapter
 from lorastack.adapters.memory.pool import DevicePool
 from tests.adapters.test_host import packed
+from tests.helpers.streams import FakeDevice
 
 CPU = torch.device("cpu")
 SIZES = {"a": 1, "b": 2, "c": 3, "d": 4, "e": 5, "too-large": 11}
@@ -26,16 +30,21 @@ class Bench:
         self,
         budget: int = 10,
         load: Callable[[str], PackedAdapter] | None = None,
-        device: torch.device = CPU,
-        copy: Copy | None = None,
+        device: FakeDevice | None = None,
     ) -> None:
+        """device: what adapters are copied to; None: the host copies serve."""
         self.now = 0.0  # seconds
         self.loads: list[str] = []
         self._done = threading.Semaphore(0)
         self._load = load or (lambda digest: packed(digest, SIZES[digest]))
-        self.host = HostCache(100, self._counted)
+        self._device = device
+        self.host = HostCache(100 * budget, self._counted)
+        copies = None
+        if device is not None:
+            arena = DeviceArena(budget, CPU, device.streams)
+            copies = Copies(arena, device.streams, head_rows, self._done.release)
         self.pool = DevicePool(
-            budget, device, self.host, self._done.release, copy=copy, clock=lambda: self.now
+            budget, self.host, self._done.release, copies=copies, clock=lambda: self.now
         )
 
     def _counted(self, digest: str) -> PackedAdapter:
@@ -43,11 +52,17 @@ class Bench:
         return self._load(digest)
 
     def settle(self) -> bool:
-        """Waits until the loader has done all it was asked for, then polls."""
-        pipeline = self.pool._pipeline
-        for _ in (*pipeline.loading, *pipeline.copying):
-            assert self._done.acquire(timeout=WAIT)
+        """Waits until the loader has done all it was asked for, and the device too; then polls."""
+        self.wait_for_loads()
+        if self._device is not None:
+            self._device.settle()
         return self.pool.poll()
+
+    def wait_for_loads(self) -> None:
+        """Until all that were asked for wait to be polled."""
+        pipeline = self.pool._pipeline
+        while pipeline._loads._results.qsize() < len(pipeline.loading):
+            assert self._done.acquire(timeout=WAIT)
 
     def wait_for(self, condition: Callable[[], bool], *rows: str) -> None:
         """Polls while these rows ask, until the condition holds."""
@@ -77,6 +92,11 @@ class Bench:
         return {digest: pins for digest, _, pins in resident(self.pool)}
 
 
+def head_rows(ids: Sequence[int], out_NH: Tensor) -> None:
+    """Row i of lm_head holds i everywhere."""
+    out_NH.copy_(torch.tensor(ids)[:, None].expand_as(out_NH))
+
+
 def resident(pool: DevicePool) -> list[tuple[str, int, int]]:
     """(digest, bytes, pins) of every device copy, least recently used first."""
     return [(each.digest, each.nbytes, each.in_use) for each in pool.stats().adapters]
@@ -86,9 +106,9 @@ def resident(pool: DevicePool) -> list[tuple[str, int, int]]:
 def bench(
     budget: int = 10,
     load: Callable[[str], PackedAdapter] | None = None,
-    copy: Copy | None = None,
+    device: FakeDevice | None = None,
 ) -> Iterator[Bench]:
-    made = Bench(budget, load, copy=copy)
+    made = Bench(budget, load, device)
     try:
         yield made
     finally:

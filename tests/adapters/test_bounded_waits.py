@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorastack.adapters.memory.device import DeviceAdapter
 from lorastack.adapters.memory.turns import QUANTUM
 from tests.adapters.pools import Bench, bench
 from tests.adapters.test_host import packed
+from tests.helpers.streams import FakeDevice
 
 ROUNDING = 1e-9  # of sums of steps
 STEP = QUANTUM / 4  # seconds
@@ -95,8 +95,8 @@ class World:
 def test_every_set_gets_its_turn_in_time(rows: list[Row], budget: int, slow: bool) -> None:
     """The bound of docs/architecture.md; a load and a copy take a step each here."""
     sizes = {"a": 1, "b": 2, "c": 3, "d": 4, "e": 5, "f": 2, "g": 4}
-    copy = (lambda source: DeviceAdapter.of(source, source.buffer)) if slow else None
-    with bench(budget, lambda digest: packed(digest, sizes[digest]), copy) as made:
+    device = FakeDevice() if slow else None
+    with bench(budget, lambda digest: packed(digest, sizes[digest]), device) as made:
         world = World(made, budget, rows)
         world.run()
         assert not any(made.resident.values())

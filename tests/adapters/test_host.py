@@ -15,7 +15,10 @@ from lorastack.layout import AdapterLayout
 def packed(digest: str, nbytes: int) -> PackedAdapter:
     layout = AdapterLayout(slots={}, scales={}, num_elements=nbytes, itemsize=1, num_heads=0)
     return PackedAdapter(
-        digest=digest, buffer=torch.zeros(nbytes, dtype=torch.uint8), layout=layout
+        digest=digest,
+        buffer=torch.zeros(nbytes, dtype=torch.uint8),
+        layout=layout,
+        pinned=True,
     )
 
 
@@ -63,6 +66,17 @@ def test_failures_are_not_kept() -> None:
         cache.get("a")
     assert cache.snapshot() == {}
     assert cache.get("a").digest == "a"
+
+
+def test_the_oldest_can_be_dropped() -> None:
+    cache = HostCache(3, lambda digest: packed(digest, 1))
+    for digest in "abca":
+        cache.get(digest)
+    assert cache.drop_oldest()
+    assert cache.snapshot() == {"c": 1, "a": 1}
+    assert cache.drop_oldest() and cache.drop_oldest() and not cache.drop_oldest()
+    cache.get("b")
+    assert cache.snapshot() == {"b": 1}
 
 
 def test_a_dropped_copy_makes_room() -> None:

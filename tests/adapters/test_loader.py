@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,15 +17,19 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lorastack.adapters.formats.parse import parse
+from lorastack.adapters.memory import arena
 from lorastack.adapters.memory import loader as loader_module
+from lorastack.adapters.memory.arena import DeviceArena
 from lorastack.adapters.memory.fill import fill
 from lorastack.adapters.memory.loader import Loader
 from lorastack.adapters.store.registry import Registry
+from lorastack.config import AdapterConfig
 from lorastack.errors import (
     DataLossError,
     InvalidArgumentError,
     NotFoundError,
 )
+from lorastack.kernels import packing
 from lorastack.layout import (
     DRAFT_KEY,
     AdapterKind,
@@ -31,8 +38,11 @@ from lorastack.layout import (
     TensorKey,
     TensorSlot,
 )
+from lorastack.startup import engine
+from lorastack.startup.model import LoadedModel
 from tests.adapters.folders import SHAPES, VALIDATE, files_of, read_folder, store
 from tests.helpers.adapters import write_heads
+from tests.helpers.streams import FakeDevice
 
 
 def allocate(
@@ -108,6 +118,35 @@ def test_a_draft_vocabulary_brings_rows_of_lm_head(tmp_path: Path, registry: Reg
     assert packed.nbytes == without.nbytes + math.prod(slot.shape) * 4
     rows_NH = packed.buffer[slot.offset :][: math.prod(slot.shape)].view(slot.shape)
     assert torch.equal(rows_NH, (100.0 + torch.tensor(ids))[:, None].expand_as(rows_NH))
+
+
+def test_a_gpu_copy_has_the_bytes_of_a_load(
+    tmp_path: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through page-locked memory, its end gathered on the device, on a GPU that is made up."""
+    ids = range(SHAPES.vocab_size)
+    heads = read_folder(write_heads(tmp_path / "x", SHAPES.hidden_size, draft_vocabulary=ids))
+    digest = upload(registry, "a", heads)
+    device = FakeDevice(lazy=True)
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(engine, "DeviceArena", lambda n, _, streams: DeviceArena(n, cpu, streams))
+    monkeypatch.setattr(arena, "_page_locked", lambda n: torch.zeros(n, dtype=torch.uint8))
+    backend = SimpleNamespace(
+        device=torch.device("cuda"), dtype=torch.float32, shapes=SHAPES, head_rows=head_rows
+    )
+    limits = AdapterConfig(store=tmp_path, device_memory=1 << 16, host_memory=1 << 16)
+    loaded = threading.Event()
+    model = cast(LoadedModel, SimpleNamespace(backend=backend))
+    host, pool = engine.adapter_memory(model, limits, registry, loaded.set, device.streams)
+    while (found := pool.acquire([digest])) is None:
+        pool.poll()
+    (adapter,) = found
+    pool.close()
+    plain = replace(loader(registry), allocate=partial(packing.allocate, dtype=torch.float32))
+    whole = plain(digest).buffer
+    assert adapter.nbytes % packing.UNIT == 0
+    assert torch.equal(adapter.buffer[: len(whole)], whole)
+    assert host.snapshot()[digest] == adapter.layout.slots[DRAFT_KEY].offset * 4 < adapter.nbytes
 
 
 def test_a_load_of_damaged_bytes_says_so(registry: Registry, bundle: Path) -> None:

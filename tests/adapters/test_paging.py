@@ -7,13 +7,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from lorastack.adapters.memory import pipeline
-from lorastack.adapters.memory.device import DeviceAdapter
 from lorastack.adapters.memory.host import PackedAdapter
 from lorastack.adapters.memory.turns import QUANTUM
 from lorastack.errors import FailedPreconditionError, Reason, ResourceExhaustedError
 from tests.adapters.pools import WAIT, Bench, bench
 from tests.adapters.test_host import packed
+from tests.helpers.streams import FakeDevice
 
 
 @pytest.fixture
@@ -100,13 +99,12 @@ def test_one_that_loads_lets_others_pass() -> None:
         assert step(made, "e", "ab") == [True, False]
 
 
-def test_what_was_placed_stays_until_nobody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "COPIES", 1)  # the device's gate opens for one after the other
-    device = SlowDevice()
-    with bench(2, lambda digest: packed(digest, 1), copy=device.copy) as made:
+def test_what_was_placed_stays_until_nobody_asks() -> None:
+    device = FakeDevice()
+    with bench(2, lambda digest: packed(digest, 1), device=device) as made:
         step(made, "xy")
         made.pool.acquire("xy")
-        device.gate.release()
+        device.copies.advance()
         made.wait_for(lambda: made.resident.keys() == {"x"}, "xy", "v")
         for _ in range(3):
             made.now += QUANTUM
@@ -114,8 +112,12 @@ def test_what_was_placed_stays_until_nobody_asks(monkeypatch: pytest.MonkeyPatch
             made.pool.acquire("xy")
             made.pool.poll()
             assert made.resident.keys() == {"x"}
-        device.gate.release(3)
-        made.wait_for(lambda: made.resident.keys() == {"v", "y"}, "v")
+
+        def v_came() -> bool:
+            device.settle()
+            return made.resident.keys() == {"v", "y"}
+
+        made.wait_for(v_came, "v")
 
 
 def test_a_stack_is_placed_whole(ten: Bench) -> None:
@@ -188,11 +190,10 @@ def test_what_is_loaded_ahead_outlives_the_idle(ten: Bench) -> None:
 
 
 def test_a_copy_made_ahead_is_kept_for_who_wants_it() -> None:
-    device = SlowDevice()
-    with bench(1, lambda digest: packed(digest, 1), copy=device.copy) as made:
+    device = FakeDevice()
+    with bench(1, lambda digest: packed(digest, 1), device=device) as made:
         made.pool.prefetch("xy")
         made.settle()
-        device.gate.release(2)
         for _ in range(3):
             made.pool.prefetch("xy")
             made.settle()
@@ -200,15 +201,14 @@ def test_a_copy_made_ahead_is_kept_for_who_wants_it() -> None:
 
 
 def test_few_copies_are_made_ahead() -> None:
-    device = SlowDevice()
-    with bench(copy=device.copy) as made:
+    device = FakeDevice()
+    with bench(device=device) as made:
         for _ in range(3):
             made.pool.prefetch("abcd")
             while made.pool._pipeline.loading:
                 made.pool.prefetch("abcd")
                 made.pool.poll()
         assert made.pool._pipeline.copying.keys() == {"a", "b"}
-        device.gate.release(2)
 
 
 def test_loading_ahead_holds_up_no_row() -> None:
@@ -239,21 +239,8 @@ def test_no_more_is_loaded_ahead_than_could_be_placed() -> None:
 # -- copies ---------------------------------------------------------------------------------------
 
 
-class SlowDevice:
-    """Copies end when they are told to."""
-
-    def __init__(self) -> None:
-        self.gate = threading.Semaphore(0)
-        self.copies: list[str] = []
-
-    def copy(self, source: PackedAdapter) -> DeviceAdapter:
-        assert self.gate.acquire(timeout=WAIT)
-        self.copies.append(source.digest)
-        return DeviceAdapter.of(source, source.buffer.clone())
-
-
 def test_a_slow_copy_holds_up_no_load() -> None:
-    device = SlowDevice()
+    device = FakeDevice()
     loaded = threading.Event()
 
     def load(digest: str) -> PackedAdapter:
@@ -261,20 +248,18 @@ def test_a_slow_copy_holds_up_no_load() -> None:
             loaded.set()
         return packed(digest, 1)
 
-    with bench(load=load, copy=device.copy) as made:
+    with bench(load=load, device=device) as made:
         made.pool.acquire("a")
         made.settle()
         made.pool.acquire("a")
         made.pool.poll()
         made.pool.acquire("b")
         assert loaded.wait(WAIT)
-        device.gate.release()
 
 
 def test_running_rows_give_up_room_for_one_copy_at_a_time() -> None:
-    device = SlowDevice()
-    with bench(2, lambda digest: packed(digest, 1), copy=device.copy) as made:
-        device.gate.release(2)
+    device = FakeDevice()
+    with bench(2, lambda digest: packed(digest, 1), device=device) as made:
         for _ in range(3):
             step(made, "x", "y")
         assert step(made, "x", "y") == [True, True]
@@ -289,7 +274,6 @@ def test_running_rows_give_up_room_for_one_copy_at_a_time() -> None:
             made.pool.poll()
         assert len(made.resident) == 1
         assert made.pool._pipeline.copying == {"v": 1}
-        device.gate.release(2)
 
 
 # -- pins of operators ----------------------------------------------------------------------------

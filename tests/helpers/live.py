@@ -13,6 +13,7 @@ from typing import Any, Self
 from unittest.mock import patch
 
 from lorastack.adapters.memory.pool import DevicePool
+from lorastack.adapters.memory.stream import Streams
 from lorastack.client import Client
 from lorastack.config import (
     MIB,
@@ -106,7 +107,9 @@ class LiveServer:
         http: GatewayConfig | None = None,
         max_context: int | None = None,
         tensor_parallel: int = 1,
+        streams: Streams | None = None,
     ) -> None:
+        """streams: of a device that adapters are copied to; None: the host copies serve."""
         self._config = ServerConfig(
             model=ModelConfig(
                 model=None if model is None else str(model),
@@ -121,6 +124,7 @@ class LiveServer:
             adapters=adapters,
             service=ServiceConfig(port=0, drain_timeout=5.0, http=http),
         )
+        self._streams = streams
         self.digests: dict[str, str] = {}
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(
@@ -130,7 +134,7 @@ class LiveServer:
     def __enter__(self) -> Self:
         self._thread.start()
         with patch.object(startup_engine, "measure", lambda *_: CheapHeads()):
-            self.server = build_server(self._config)
+            self.server = build_server(self._config, streams=self._streams)
         asyncio.run_coroutine_threadsafe(self.server.start(), self.loop).result(PATIENCE)
         self.client = Client(self.server.address)
         return self

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lorastack.kernels.packing import view, view_run
+from lorastack.kernels.packing import UNIT, allocate, view, view_run
 from lorastack.layout import (
     ALIGNMENT,
     DRAFT_KEY,
@@ -17,6 +17,7 @@ from lorastack.layout import (
     LAYER_TARGETS,
     LM_HEAD,
     NO_LAYER,
+    AdapterLayout,
     Part,
     TensorKey,
     head_block,
@@ -122,6 +123,34 @@ def test_heads_are_one_stack():
     assert layout.num_elements >= sum(tensor.numel() for tensor in tensors.values())
     assert layout.num_heads == 3
     assert layout.scales == {(0, "q_proj"): 2.0}
+
+
+def test_a_buffer_to_be_copied_is_whole_units_without_the_bases_rows():
+    tensors = adapter([(0, "q_proj")], [3], 2)
+    rows = torch.randn(5, 6)
+    made: list[Tensor] = []
+
+    def empty(count: int, dtype: torch.dtype) -> Tensor:
+        made.append(torch.full((count,), torch.nan, dtype=dtype))
+        return made[-1]
+
+    def packed(tensors: dict[TensorKey, Tensor], ids: tuple[int, ...]) -> AdapterLayout:
+        shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+        layout, buffer = allocate(shapes, {}, 2, ids, dtype=torch.float32, empty=empty)
+        assert buffer is made[-1]
+        return layout
+
+    plain, drafting = packed(tensors, ()), packed({**tensors, DRAFT_KEY: rows}, (0, 1, 3, 4, 8))
+    assert plain.nbytes % UNIT == drafting.nbytes % UNIT == 0
+    assert made[0].nbytes == plain.nbytes
+    slot = drafting.slots[DRAFT_KEY]
+    assert made[1].numel() == slot.offset == max(each.offset for each in drafting.slots.values())
+    assert slot.offset + rows.numel() <= drafting.num_elements
+    without = {key: slot for key, slot in drafting.slots.items() if key != DRAFT_KEY}
+    assert without == plain.slots
+    for key, tensor in tensors.items():
+        view(made[0], plain, key).copy_(tensor)
+    assert made[0].isfinite().all(), "padding is written"
 
 
 def test_equal_adapters_give_equal_bytes():

@@ -18,7 +18,7 @@ from lorastack.model.config import load_config
 from lorastack.model.kv import page_nbytes
 from lorastack.model.size import weights_nbytes
 from lorastack.startup import model
-from lorastack.startup.memory import Demand, check_fits, host_memory
+from lorastack.startup.memory import Demand, check_fits, host_memory, pinned_memory
 
 SIZES = st.integers(0, 64 * GIB)
 CPU = torch.device("cpu")
@@ -34,6 +34,13 @@ def test_a_demand_passes_exactly_when_it_is_available(
     else:
         with pytest.raises(FailedPreconditionError):
             check_fits(demand, available, {})
+
+
+def test_half_of_what_a_host_has_is_page_locked_at_most(caplog: pytest.LogCaptureFixture) -> None:
+    assert pinned_memory(8 * GIB, None) == pinned_memory(8 * GIB, 16 * GIB) == 8 * GIB
+    assert not caplog.text
+    assert pinned_memory(8 * GIB, 10 * GIB) == 5 * GIB
+    assert "--host-adapter-memory: 8.0 GiB" in caplog.text and "get 5.0 GiB" in caplog.text
 
 
 @given(SIZES, SIZES, SIZES, SIZES, SIZES)

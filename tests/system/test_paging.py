@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from prometheus_client import generate_latest
 
+from lorastack.adapters.memory.stream import Streams
 from lorastack.client import Adapter
-from lorastack.config import AdapterConfig
+from lorastack.config import MIB, AdapterConfig
 from lorastack.errors import FailedPreconditionError, Reason, ResourceExhaustedError
 from lorastack.layout import ModelShapes
 from tests.helpers.adapters import write_heads, write_lora
 from tests.helpers.live import ROOMY, LiveServer, ask, wait_until
+from tests.helpers.streams import FakeDevice
 
 NAMES = ("a", "b", "c")
 
@@ -43,13 +46,18 @@ def device_bytes(tiny_llama: Path, folders: dict[str, Path], tmp_path_factory: o
         return int(server.client.load("a").device_bytes)
 
 
-@pytest.fixture
+@pytest.fixture(params=["on a CPU", "on a device of its own"])
 def server(
-    tiny_llama: Path, folders: dict[str, Path], tmp_path: Path, device_bytes: int
+    request: pytest.FixtureRequest,
+    tiny_llama: Path,
+    folders: dict[str, Path],
+    tmp_path: Path,
+    device_bytes: int,
 ) -> Iterator[LiveServer]:
     """Room for two of NAMES."""
     config = AdapterConfig(store=tmp_path / "store", device_memory=device_bytes * 5 // 2)
-    with LiveServer(tiny_llama, engine=ROOMY, adapters=config) as live:
+    streams = None if request.param == "on a CPU" else FakeDevice(lazy=True).streams
+    with LiveServer(tiny_llama, engine=ROOMY, adapters=config, streams=streams) as live:
         live.upload_all(folders)
         yield live
         live.assert_idle()
@@ -140,6 +148,37 @@ def test_default_heads_draft(server: LiveServer) -> None:
     assert f'lorastack_heads_drafted_tokens_total{{digest="{digest}"}}' in scraped(server)
     server.client.set_default_medusa("")
     assert server.client.generate(ask(heads="")).adapters.medusa_id == ""
+
+
+def test_tokens_are_the_same_through_a_small_device(
+    tiny_llama: Path, tiny_llama_shapes: ModelShapes, tmp_path: Path
+) -> None:
+    """Adapters of three sizes page through an arena that holds a third of them."""
+    folders = {
+        f"a{seed}": write_lora(
+            tmp_path / f"a{seed}", tiny_llama_shapes, seed=seed, rank=4 + 4 * (seed % 3)
+        )
+        for seed in range(6)
+    }
+    requests = [ask(stack=[(f"a{i % 6}", 1.0)], max_new_tokens=5) for i in range(24)]
+
+    def tokens(name: str, memory: int, streams: Streams | None) -> list[list[int]]:
+        config = AdapterConfig(store=tmp_path / name, device_memory=memory)
+        with LiveServer(tiny_llama, engine=ROOMY, adapters=config, streams=streams) as live:
+            live.upload_all(folders)
+            with ThreadPoolExecutor(12) as callers:
+                replies = list(callers.map(live.client.generate, requests))
+            live.assert_idle()
+            sizes.append(sum(each.nbytes for each in live.pool.stats().adapters))
+            evictions.append(live.pool.stats().evictions)
+            return [list(reply.token_ids) for reply in replies]
+
+    sizes: list[int] = []
+    evictions: list[int] = []
+    expected = tokens("host", MIB, None)
+    small = sizes[0] // 3
+    assert tokens("device", small, FakeDevice(lazy=True).streams) == expected
+    assert evictions[0] == 0 < evictions[1] and sizes[1] <= small
 
 
 def test_the_log_says_how_the_store_was_found(

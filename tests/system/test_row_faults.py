@@ -204,7 +204,7 @@ def test_a_device_that_fails_every_step_ends_the_process(start: StartServer) -> 
     wait_until(server.server._dispatcher.failed.is_set, "the engine gives up")
 
 
-@pytest.mark.parametrize("place", ["a step", "a copy"])
+@pytest.mark.parametrize("place", ["a step", "a load"])
 def test_an_error_that_breaks_the_device_ends_the_process_at_once(
     start: StartServer, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
@@ -221,7 +221,7 @@ def test_an_error_that_breaks_the_device_ends_the_process_at_once(
     if place == "a step":
         monkeypatch.setattr(server.engine._runner, "run", broken)
     else:
-        server.pool._pipeline._copies.submit("sha256:0", broken)
+        server.pool._pipeline._loads.submit("sha256:0", broken)
     wait_until(server.server._dispatcher.failed.is_set, "the engine gives up")
     with pytest.raises(LorastackError):
         list(running)

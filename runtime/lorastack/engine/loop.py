@@ -28,6 +28,7 @@ from lorastack.errors import (
 )
 from lorastack.request import RowEvent
 
+COPY_REST = 0.0005  # seconds between two looks at copies to the device while no row can run
 MAX_FAULTS = 3  # faults that no row caused, without a step that went well in between
 
 log = logging.getLogger(__name__)
@@ -160,12 +161,15 @@ class StepLoop:
         )
 
     def _rest(self) -> None:
-        """Sleep until a command, a loaded adapter or the next deadline."""
+        """Sleep until a command, a loaded adapter or the next deadline.
+
+        The end of a copy wakes nobody: it has to be looked for.
+        """
         wake_time = self._scheduler.rows.wake_time()
-        if wake_time is None:
-            self._inbox.rest(None)
-        else:
-            self._inbox.rest(max(wake_time - time.monotonic(), 0.0))
+        rest = None if wake_time is None else max(wake_time - time.monotonic(), 0.0)
+        if self._pool.copying:
+            rest = COPY_REST if rest is None else min(rest, COPY_REST)
+        self._inbox.rest(rest)
 
     def _end_all(self, error: LorastackError) -> None:
         self._inbox.carry_out(self._state)

@@ -14,7 +14,7 @@ Source of the groups and of the alignment: `lorastack.layout`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from math import prod
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lorastack.layout import (
     ALIGNMENT,
+    DRAFT_KEY,
     EMBED,
     GROUPS,
     HEADS,
@@ -33,6 +34,10 @@ from lorastack.layout import (
     TensorSlot,
 )
 
+UNIT = (
+    256  # bytes; a buffer to be copied has a multiple, so that neighbours in an arena are aligned
+)
+
 
 def allocate(
     shapes: Mapping[TensorKey, tuple[int, ...]],
@@ -41,13 +46,16 @@ def allocate(
     draft_vocabulary: tuple[int, ...] = (),
     *,
     dtype: torch.dtype,
-    pinned: bool = False,
+    empty: Callable[[int, torch.dtype], Tensor] | None = None,
 ) -> tuple[AdapterLayout, Tensor]:
     """The layout and a buffer on the CPU for tensors of these shapes, still to be written.
 
     scales: LoRA scale of every (layer, target) present; num_heads: Medusa heads, 0 for none;
-    draft_vocabulary: the tokens they choose from, () for all; pinned: page-locked, for copies to a
-    CUDA device. Padding is zero already, so equal adapters give equal bytes.
+    draft_vocabulary: the tokens they choose from, () for all. Padding is zero already, so equal
+    adapters give equal bytes.
+
+    empty: makes the buffer if the device has a copy of it, for which the layout is then: a multiple
+    of UNIT bytes. The base's rows of a draft vocabulary come last and only in the copy.
     """
     slots: dict[TensorKey, TensorSlot] = {}
     padding: list[slice] = []
@@ -62,7 +70,13 @@ def allocate(
             end += prod(shapes[key])
     assert slots.keys() == shapes.keys(), f"no place for {shapes.keys() - slots.keys()}"
 
-    buffer = torch.empty(end, dtype=dtype, pin_memory=pinned)
+    if empty is None:
+        buffer = torch.empty(end, dtype=dtype)
+    else:
+        unit = UNIT // dtype.itemsize
+        padding.append(slice(end, -(-end // unit) * unit))
+        end = padding[-1].stop
+        buffer = empty(slots[DRAFT_KEY].offset if DRAFT_KEY in slots else end, dtype)
     for gap in padding:
         buffer[gap] = 0
     layout = AdapterLayout(

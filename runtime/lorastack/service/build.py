@@ -7,9 +7,7 @@ from contextlib import ExitStack
 
 from lorastack import __version__
 from lorastack.adapters.formats.validate import Validator
-from lorastack.adapters.memory.device import Copy
-from lorastack.adapters.memory.host import HostCache
-from lorastack.adapters.memory.pool import DevicePool
+from lorastack.adapters.memory.stream import Streams
 from lorastack.adapters.store.learned import Learned
 from lorastack.adapters.store.opening import Recovery
 from lorastack.adapters.store.registry import Registry
@@ -19,7 +17,7 @@ from lorastack.service.describe import served
 from lorastack.service.edge.ports import Ports
 from lorastack.service.provision import Provision
 from lorastack.service.server import Server
-from lorastack.startup.engine import adapter_loader, build_engine
+from lorastack.startup.engine import adapter_memory, build_engine
 from lorastack.startup.model import StartupProgress, load_model
 
 logger = logging.getLogger(__name__)
@@ -28,17 +26,18 @@ logger = logging.getLogger(__name__)
 def build_server(
     config: ServerConfig,
     progress: StartupProgress = lambda label, done, total: None,
-    copy: Copy | None = None,
+    streams: Streams | None = None,
 ) -> Server:
     """Loads the model and opens the store. progress: called with (label, bytes done, bytes in all).
 
-    copy: copies adapters to the device; None: the pool's own way. Ports and the store come first,
-    so that what is wrong with them is told before a model loads. Raises LorastackError.
+    streams: those of a device that adapters are copied to; None: the device's own. Ports and the
+    store come first, so that what is wrong with them is told before a model loads. Raises
+    LorastackError.
     """
     with ExitStack() as undo:
         ports = Ports(config.service)
         undo.callback(ports.close)
-        server = _build(config, ports, progress, copy, undo)
+        server = _build(config, ports, progress, streams, undo)
         undo.pop_all()
     return server
 
@@ -47,7 +46,7 @@ def _build(
     config: ServerConfig,
     ports: Ports,
     progress: StartupProgress,
-    copy: Copy | None,
+    streams: Streams | None,
     undo: ExitStack,
 ) -> Server:
     """undo: gets what must end if the rest fails."""
@@ -69,10 +68,7 @@ def _build(
     )
     provision.store_own_heads()
     provision.pull_default_heads()
-    host = HostCache(limits.host_memory, adapter_loader(loaded, registry))
-    pool = DevicePool(
-        limits.device_memory, loaded.backend.device, host, lambda: engine.wake(), copy=copy
-    )
+    host, pool = adapter_memory(loaded, limits, registry, lambda: engine.wake(), streams)
     dispatcher = Dispatcher(
         max_buffered=config.engine.max_buffered_events,
         max_parked=config.engine.max_parked,

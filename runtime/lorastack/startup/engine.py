@@ -1,4 +1,4 @@
-"""From a loaded model to a ready engine, and to the loader of its adapters."""
+"""From a loaded model to a ready engine, and to the memory of its adapters."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import logging
 from collections.abc import Callable, Mapping
 from functools import partial
 
+from lorastack.adapters.memory.arena import DeviceArena, PinnedArena
+from lorastack.adapters.memory.copies import Copies
+from lorastack.adapters.memory.host import HostCache
 from lorastack.adapters.memory.loader import Loader
 from lorastack.adapters.memory.pool import DevicePool
+from lorastack.adapters.memory.stream import Streams, device_streams
 from lorastack.adapters.store.registry import Registry
-from lorastack.config import EngineConfig
+from lorastack.config import AdapterConfig, EngineConfig
 from lorastack.engine.costs import measure
 from lorastack.engine.engine import Engine
 from lorastack.engine.pages import Pages
@@ -17,20 +21,42 @@ from lorastack.engine.runner import Runner
 from lorastack.kernels.packing import allocate
 from lorastack.request import RowEvent
 from lorastack.speculation.calibration import Calibration
+from lorastack.startup.memory import host_memory, pinned_memory
 from lorastack.startup.model import LoadedModel
 
 log = logging.getLogger(__name__)
 
 
-def adapter_loader(model: LoadedModel, registry: Registry) -> Loader:
-    """The host cache's loader, which packs adapters as this model's backend reads them."""
-    backend = model.backend
-    return Loader(
+def adapter_memory(
+    model: LoadedModel,
+    limits: AdapterConfig,
+    registry: Registry,
+    on_loaded: Callable[[], None],
+    streams: Streams | None = None,
+) -> tuple[HostCache, DevicePool]:
+    """Host and device copies, packed as this model's backend reads them.
+
+    on_loaded: see `DevicePool`. streams: None for the device's own; on a CPU, where it has none,
+    the host copies serve.
+    """
+    backend, device = model.backend, model.backend.device
+    host_budget, budget = limits.host_memory, limits.device_memory
+    pinned = copies = None
+    if device.type == "cuda":
+        host_budget = pinned_memory(host_budget, host_memory())
+        pinned = PinnedArena(host_budget, lambda: host.drop_oldest())
+    if streams := streams or device_streams(device):
+        arena = DeviceArena(budget, device, streams)
+        copies = Copies(arena, streams, backend.head_rows, on_loaded)
+    empty, idle = (None, None) if pinned is None else (pinned.empty, pinned.grow)
+    loader = Loader(
         registry=registry,
         shapes=backend.shapes,
-        allocate=partial(allocate, dtype=backend.dtype, pinned=backend.device.type == "cuda"),
-        head_rows=backend.head_rows,
+        allocate=partial(allocate, dtype=backend.dtype, empty=empty),
+        head_rows=backend.head_rows if pinned is None else None,
     )
+    host = HostCache(host_budget, loader)
+    return host, DevicePool(budget, host, on_loaded, copies=copies, idle=idle)
 
 
 def build_engine(

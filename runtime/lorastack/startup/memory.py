@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ from lorastack.config import GIB, MIB
 from lorastack.errors import FailedPreconditionError, Reason
 from lorastack.layout import ModelShapes
 from lorastack.model.kv import page_nbytes
+
+log = logging.getLogger(__name__)
 
 LEAST_KV = 64 * MIB  # bytes; neither the default nor advice is less
 MOST_KV = 4 * GIB  # bytes on a CPU; more only where it is asked for
@@ -61,6 +64,23 @@ def host_memory(root: Path = Path("/")) -> int | None:
     if available is None:
         return None
     return min([available * 1024, *_cgroup_rooms(root)])
+
+
+def pinned_memory(wanted: int, available: int | None) -> int:
+    """Bytes of the host to page-lock for adapters on their way to a GPU: `wanted` or fewer.
+
+    available: what the host has left, of which at most half is taken: the system can lend none of
+    it to others, nor move it out.
+    """
+    most = wanted if available is None else available // 2
+    if wanted <= most:
+        return wanted
+    log.warning(
+        "--host-adapter-memory: %s would be page-locked, but %s are available here: adapters get "
+        "%s of the host's memory",
+        *map(_size, (wanted, available or 0, most)),
+    )
+    return most
 
 
 def check_fits(

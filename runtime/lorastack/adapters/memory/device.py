@@ -1,12 +1,9 @@
-"""Adapters on a device, and how they get there."""
+"""Adapters on a device."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
-import torch
 from torch import Tensor
 
 from lorastack.adapters.memory.host import PackedAdapter
@@ -17,7 +14,8 @@ from lorastack.layout import AdapterLayout
 class DeviceAdapter:
     """An adapter's flat buffer on the device. Valid while pinned.
 
-    Compared by identity, so that views of the buffer can be kept for as long as it lives.
+    Compared by identity, so that views of the buffer can be kept for as long as it lives: an
+    adapter that moves on the device is another one.
     """
 
     digest: str
@@ -32,22 +30,3 @@ class DeviceAdapter:
     def of(cls, packed: PackedAdapter, buffer: Tensor) -> DeviceAdapter:
         """The adapter of a host copy, its bytes being in `buffer`."""
         return cls(digest=packed.digest, buffer=buffer, layout=packed.layout)
-
-
-Copy = Callable[[PackedAdapter], DeviceAdapter]  # runs in a thread of its own and may take its time
-
-
-def device_copy(device: torch.device) -> Copy | None:
-    """How host copies get to `device`. None on a CPU: there the host copy itself serves."""
-    return None if device.type == "cpu" else partial(_copy, device)
-
-
-def _copy(device: torch.device, packed: PackedAdapter) -> DeviceAdapter:
-    """One contiguous copy; on CUDA on a stream of its own, so that no step waits for it."""
-    if device.type != "cuda":
-        return DeviceAdapter.of(packed, packed.buffer.to(device))
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    with torch.cuda.stream(stream):
-        buffer = packed.buffer.to(device, non_blocking=True)
-    stream.synchronize()
-    return DeviceAdapter.of(packed, buffer)

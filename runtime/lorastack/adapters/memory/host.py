@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from threading import Lock
 
@@ -11,18 +11,31 @@ from torch import Tensor
 
 from lorastack.layout import AdapterLayout
 
+HeadRows = Callable[[Sequence[int], Tensor], None]  # see `model.backends.base`
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedAdapter:
-    """An adapter ready for one copy to a device. buffer: flat, on the CPU, read-only by custom."""
+    """An adapter ready for its copy to a device. buffer: flat, on the CPU, read-only by custom.
+
+    It may lack the rows of the base's lm_head at its end, which the device has itself. pinned: it
+    is page-locked.
+    """
 
     digest: str
     buffer: Tensor
     layout: AdapterLayout
+    pinned: bool = False
 
     @property
     def nbytes(self) -> int:
+        """On the device."""
         return self.layout.nbytes
+
+    @property
+    def lacks_rows(self) -> bool:
+        """True if the copy has to bring the rows of a draft vocabulary."""
+        return self.buffer.nbytes < self.nbytes and bool(self.layout.draft_vocabulary)
 
 
 class HostCache:
@@ -68,18 +81,30 @@ class HostCache:
         """Lets go of a copy, if there is one."""
         with self._lock:
             if entry := self._entries.pop(digest, None):
-                self._nbytes -= entry.nbytes
+                self._nbytes -= entry.buffer.nbytes
+
+    def drop_oldest(self) -> bool:
+        """Lets go of the copy that was used least recently; False if there is none."""
+        with self._lock:
+            return self._drop_oldest()
+
+    def _drop_oldest(self) -> bool:
+        if not self._entries:
+            return False
+        _, oldest = self._entries.popitem(last=False)
+        self._nbytes -= oldest.buffer.nbytes
+        return True
 
     def _keep(self, loaded: PackedAdapter) -> None:
-        if loaded.digest in self._entries or loaded.nbytes > self._budget:
+        nbytes = loaded.buffer.nbytes
+        if loaded.digest in self._entries or nbytes > self._budget:
             return
-        while self._nbytes + loaded.nbytes > self._budget:
-            _, oldest = self._entries.popitem(last=False)
-            self._nbytes -= oldest.nbytes
+        while self._nbytes + nbytes > self._budget:
+            self._drop_oldest()
         self._entries[loaded.digest] = loaded
-        self._nbytes += loaded.nbytes
+        self._nbytes += nbytes
 
     def snapshot(self) -> dict[str, int]:
         """Digest -> bytes of every host copy, least recently used first."""
         with self._lock:
-            return {digest: entry.nbytes for digest, entry in self._entries.items()}
+            return {digest: entry.buffer.nbytes for digest, entry in self._entries.items()}

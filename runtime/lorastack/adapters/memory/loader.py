@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from lorastack.adapters.formats.parse import ParsedAdapter, parse
 from lorastack.adapters.memory.fill import fill
-from lorastack.adapters.memory.host import PackedAdapter
+from lorastack.adapters.memory.host import HeadRows, PackedAdapter
 from lorastack.adapters.store.blobs import damaged_blob
 from lorastack.adapters.store.registry import Registry
 from lorastack.errors import InvalidArgumentError
@@ -31,7 +31,6 @@ Allocate = Callable[
     ],
     tuple[AdapterLayout, Tensor],
 ]
-HeadRows = Callable[[Sequence[int], Tensor], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,13 +39,14 @@ class Loader:
 
     allocate: an adapter's shapes, scales, number of heads and draft vocabulary -> its layout and a
     buffer for it, in the form and dtype that the model's backend reads. head_rows: writes the base
-    lm_head's rows of these N tokens to a tensor [N, H].
+    lm_head's rows of these N tokens to a tensor [N, H]; None: the copy to the device does, and the
+    buffer has no room for them.
     """
 
     registry: Registry
     shapes: ModelShapes
     allocate: Allocate
-    head_rows: HeadRows
+    head_rows: HeadRows | None
 
     def __call__(self, digest: str) -> PackedAdapter:
         """Raises NotFoundError, DataLossError, or what `parse` raises (another base model)."""
@@ -67,10 +67,10 @@ class Loader:
             if sha256 != spec.sha256:
                 self.registry.verify(digest)  # says so itself, unless an upload healed it by now
                 raise damaged_blob(spec, digest)
-        if parsed.draft_vocabulary:
+        if parsed.draft_vocabulary and self.head_rows is not None:
             slot = layout.slots[DRAFT_KEY]
             self.head_rows(parsed.draft_vocabulary, _place(buffer, slot).view(slot.shape))
-        return PackedAdapter(digest=digest, buffer=buffer, layout=layout)
+        return PackedAdapter(digest=digest, buffer=buffer, layout=layout, pinned=buffer.is_pinned())
 
     def _allocate(self, parsed: ParsedAdapter) -> tuple[AdapterLayout, Tensor]:
         shapes = {key: entry.shape for key, entry in parsed.tensors.items()}

@@ -1,7 +1,6 @@
-"""Adapters on their way: one thread loads from disk to the host, others copy to the device.
+"""Adapters on their way: one thread loads from disk to the host, `copies` bring them to the device.
 
-A slow copy holds up no load, a slow load no copy, and copies that are slow to begin overlap. All
-methods are for the step thread and never wait; `seconds` is for any thread.
+All methods are for the step thread and never wait; `seconds` is for any thread.
 """
 
 from __future__ import annotations
@@ -9,19 +8,27 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Container
 from functools import partial
 
-from lorastack.adapters.memory.device import Copy, DeviceAdapter
+from lorastack.adapters.memory.copies import Copies
+from lorastack.adapters.memory.device import DeviceAdapter
 from lorastack.adapters.memory.host import HostCache, PackedAdapter
-from lorastack.adapters.memory.threads import Failure, JobThreads
+from lorastack.adapters.memory.threads import Failure, JobThread
 from lorastack.errors import LorastackError
-
-COPIES = 8  # under way at once
 
 
 class Pipeline:
     """Loads and copies under way, host copies that wait for room on the device, and failures."""
 
-    def __init__(self, host: HostCache, copy: Copy | None, on_finished: Callable[[], None]) -> None:
-        """copy: None if host copies serve as they are. on_finished: called from their threads."""
+    def __init__(
+        self,
+        host: HostCache,
+        copies: Copies | None,
+        on_finished: Callable[[], None],
+        idle: Callable[[], bool] | None = None,
+    ) -> None:
+        """copies: None if host copies serve as they are. on_finished: from the loads' thread.
+
+        idle: what that thread does while it has nothing to load, see `JobThread`.
+        """
         self.loading: set[str] = set()
         self.packed: dict[str, PackedAdapter] = {}
         self.copying: dict[str, int] = {}  # digest -> bytes it will take on the device
@@ -29,9 +36,8 @@ class Pipeline:
         self._told: set[str] = set()  # failures that were raised since `keep_only`
         self._host = host
         self._on_finished = on_finished
-        self._copy = copy
-        self._loads: JobThreads[PackedAdapter] = JobThreads("adapter-loads", 1, on_finished)
-        self._copies: JobThreads[DeviceAdapter] = JobThreads("adapter-copies", COPIES, on_finished)
+        self._copies = copies
+        self._loads: JobThread[PackedAdapter] = JobThread("adapter-loads", on_finished, idle)
 
     def has(self, digest: str) -> bool:
         """True if it is on its way, or its load failed."""
@@ -60,20 +66,32 @@ class Pipeline:
         self._loads.submit(digest, partial(self._host.get, digest))
 
     def copy(self, digest: str) -> DeviceAdapter | None:
-        """Starts the copy of what waits in `packed`; the adapter itself if none is needed."""
+        """Has what waits in `packed` copied; the adapter itself if no copy is needed."""
         packed = self.packed.pop(digest)
-        if self._copy is None:
+        if self._copies is None:
             return DeviceAdapter.of(packed, packed.buffer)
         self.copying[digest] = packed.nbytes
-        self._copies.submit(digest, partial(self._copy, packed))
+        self._copies.start(packed)
         return None
+
+    def advance(
+        self, urgent: Container[str], movable: Callable[[], Collection[str]]
+    ) -> list[DeviceAdapter]:
+        """See `Copies`."""
+        return [] if self._copies is None else self._copies.advance(urgent, movable)
+
+    def release(self, digest: str) -> None:
+        """Gives back the room of an adapter that arrived on the device."""
+        if self._copies is not None:
+            self._copies.release(digest)
 
     def take_finished(self) -> tuple[bool, list[DeviceAdapter]]:
         """True if a load or a copy ended since the last call, and what arrived on the device.
 
         Raises what broke the device.
         """
-        loaded, copied = list(self._loads.finished()), list(self._copies.finished())
+        loaded = list(self._loads.finished())
+        copied = [] if self._copies is None else list(self._copies.finished())
         arrived: list[DeviceAdapter] = []
         for result in (*loaded, *copied):
             self.loading.discard(result.digest)
@@ -110,9 +128,10 @@ class Pipeline:
     @property
     def seconds(self) -> float:
         """Total run time of loads and copies. Any thread."""
-        return self._loads.seconds + self._copies.seconds
+        return self._loads.seconds + (0.0 if self._copies is None else self._copies.seconds)
 
     def close(self) -> None:
         """Ends the threads after the jobs that are queued."""
         self._loads.close()
-        self._copies.close()
+        if self._copies is not None:
+            self._copies.close()

@@ -1,9 +1,9 @@
 """Device copies of adapters: loaded beside the step loop, pinned by running rows, paged by turns.
 
 The step thread calls `poll`, then `acquire`, `try_acquire` and `prefetch` for its rows, and
-`release`; it never waits. Threads of low priority load adapters to the host and copy them to the
-device (`pipeline`); `poll` takes in what they finished. On a CPU the host copy itself serves as
-the device copy, so nothing is stored twice.
+`release`; it never waits. A thread of low priority loads adapters to the host, and the device
+copies them while it computes (`pipeline`); `poll` takes in what is finished. On a CPU the host copy
+itself serves as the device copy, so nothing is stored twice.
 
 LoRAs that are missing. `acquire` is all or nothing. A set of LoRAs that is not there whole queues
 in the order of first asking, and stays in the queue while its rows keep asking. The first set whose
@@ -25,9 +25,8 @@ from dataclasses import dataclass
 from math import inf
 from threading import Lock
 
-import torch
-
-from lorastack.adapters.memory.device import Copy, DeviceAdapter, device_copy
+from lorastack.adapters.memory.copies import Copies
+from lorastack.adapters.memory.device import DeviceAdapter
 from lorastack.adapters.memory.host import HostCache
 from lorastack.adapters.memory.pipeline import Pipeline
 from lorastack.adapters.memory.turns import QUANTUM, Resident, Use, choose_victims
@@ -83,21 +82,22 @@ class DevicePool:
     def __init__(
         self,
         budget: int,
-        device: torch.device,
         host: HostCache,
         on_loaded: Callable[[], None] = lambda: None,
         *,
-        copy: Copy | None = None,
+        copies: Copies | None = None,
+        idle: Callable[[], bool] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """budget: bytes. on_loaded: called from a loader thread when `poll` has something to take.
 
-        copy: from the host to the device, None for the device's own way. clock: seconds.
+        copies: into an arena of `budget` bytes; None if host copies serve. idle: see `Pipeline`.
+        clock: seconds.
         """
         self.blocked = False  # a set waits for the turns of rows that run: poll after the next step
         self._budget = budget
         self._host = host
-        self._pipeline = Pipeline(host, copy or device_copy(device), on_loaded)
+        self._pipeline = Pipeline(host, copies, on_loaded, idle)
         self._clock = clock
         self._lock = Lock()  # guards what `stats` reads
         self._residents: OrderedDict[str, Resident] = OrderedDict()  # oldest use first
@@ -189,10 +189,17 @@ class DevicePool:
         with self._lock:
             self._last_used.pop(digest, None)
             resident = self._residents.pop(digest, None)
-        assert resident is None or not resident.pins, digest
+        if resident is not None:
+            assert not resident.pins, digest
+            self._pipeline.release(digest)
         return True
 
     # -- once a step ------------------------------------------------------------------------------
+
+    @property
+    def copying(self) -> bool:
+        """True while a copy is under way, of whose end only `poll` tells."""
+        return bool(self._pipeline.copying)
 
     def poll(self) -> bool:
         """Takes in what was loaded, makes room for those that wait; True if anything changed."""
@@ -203,6 +210,9 @@ class DevicePool:
         self._queue = {wanted: ask for wanted, ask in self._queue.items() if ask.asked}
         self._pipeline.keep_only(set(self._soft).union(*self._queue))
         changed |= self._place_all(now)
+        for adapter in self._pipeline.advance(set[str]().union(*self._queue), self._movable):
+            with self._lock:
+                self._residents[adapter.digest].adapter = adapter
         self._soft.clear()
         for ask in self._queue.values():
             ask.asked = False
@@ -350,14 +360,17 @@ class DevicePool:
             self._evictions += len(victims)
             for digest in victims:
                 del self._residents[digest]
+        for digest in victims:
+            self._pipeline.release(digest)
         for digest in missing:
             if (adapter := self._pipeline.copy(digest)) is not None:
                 self._take_in(adapter, now)
         return True
 
+    def _movable(self) -> set[str]:
+        """What may change its place on the device: nobody has pinned it for a step."""
+        return {digest for digest, resident in self._residents.items() if not resident.pins}
+
     def _take_in(self, adapter: DeviceAdapter, now: float) -> None:
-        if adapter.buffer.is_cuda:
-            # It was allocated on the copy's stream; freeing it must wait for this one's work.
-            adapter.buffer.record_stream(torch.cuda.current_stream(adapter.buffer.device))
         with self._lock:
             self._residents[adapter.digest] = Resident(adapter, since=now)

@@ -1,4 +1,4 @@
-"""Threads of low priority that load and copy for a thread that must never wait."""
+"""A thread of low priority that works for a thread that must never wait."""
 
 from __future__ import annotations
 
@@ -38,24 +38,26 @@ class Failure:
     cause: Exception | None = None
 
 
-class JobThreads(Generic[ResultT]):
-    """Run jobs in the order they came, as many at a time as there are threads.
+class JobThread(Generic[ResultT]):
+    """Runs jobs in the order they came. Results wait in a queue."""
 
-    Results wait in a queue.
-    """
+    def __init__(
+        self,
+        name: str,
+        on_finished: Callable[[], None],
+        idle: Callable[[], bool] | None = None,
+    ) -> None:
+        """on_finished: called from the thread after each job.
 
-    def __init__(self, name: str, count: int, on_finished: Callable[[], None]) -> None:
-        """on_finished: called from a thread after each job."""
+        idle: called again and again while no job waits, until it returns False.
+        """
         self.seconds = 0.0  # total run time of all jobs
-        self._counting = threading.Lock()
         self._on_finished = on_finished
+        self._idle = idle
         self._jobs: SimpleQueue[tuple[str, Callable[[], ResultT]] | None] = SimpleQueue()
         self._results: SimpleQueue[ResultT | Failure] = SimpleQueue()
-        self._threads = [
-            threading.Thread(target=self._run, name=name, daemon=True) for _ in range(count)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
 
     def submit(self, digest: str, job: Callable[[], ResultT]) -> None:
         """Queues a job; its result, or a Failure for the digest, comes out of `finished`."""
@@ -68,21 +70,23 @@ class JobThreads(Generic[ResultT]):
                 yield self._results.get_nowait()
 
     def close(self) -> None:
-        """Ends the threads after the jobs that are queued."""
-        for _ in self._threads:
-            self._jobs.put(None)
-        for thread in self._threads:
-            thread.join()
+        """Ends the thread after the jobs that are queued."""
+        self._jobs.put(None)
+        self._thread.join()
 
     def _run(self) -> None:
         be_nice(LOAD_NICENESS)
-        while (item := self._jobs.get()) is not None:
+        while (item := self._next()) is not None:
             began = time.monotonic()
             result = self._outcome(*item)
-            with self._counting:
-                self.seconds += time.monotonic() - began
+            self.seconds += time.monotonic() - began
             self._results.put(result)
             self._on_finished()
+
+    def _next(self) -> tuple[str, Callable[[], ResultT]] | None:
+        while self._idle is not None and self._jobs.empty() and self._idle():
+            pass
+        return self._jobs.get()
 
     def _outcome(self, digest: str, job: Callable[[], ResultT]) -> ResultT | Failure:
         try:
