@@ -72,6 +72,7 @@ class Bench:
             for row in rows:
                 assert self.pool.acquire(row) is None, row
             self.pool.poll()
+            time.sleep(0.0005)  # as the step loop rests
 
     def hold(self, *digests: str) -> tuple[DeviceAdapter, ...]:
         """Acquires, waiting for the load."""

@@ -45,7 +45,7 @@ class Model:
 @given(st.integers(1, 24), st.data())
 def test_against_a_list_of_bytes(size: int, data: st.DataObject) -> None:
     space, model = Space(size), Model([0] * size)
-    for owner in range(1, data.draw(st.integers(1, 40)) + 1):
+    for owner in range(1, data.draw(st.integers(1, 20)) + 1):
         nbytes = data.draw(st.integers(1, 8))
         if model.slices and data.draw(st.booleans()):
             space.give(model.clear(data.draw(st.sampled_from(sorted(model.slices)))))
