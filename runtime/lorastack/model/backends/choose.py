@@ -99,7 +99,8 @@ def choose(
     if device.type == "cuda" and kind is not None:
         raise InvalidArgumentError(
             f"--quantize {kind}: plain torch multiplies no quantised weights on a GPU"
-            f"{f', and {why}' if why else ''}; leave it out, or --device cpu",
+            f"{f', and {why}' if why else ''}; leave it out, take "
+            "--dtype bfloat16 for half the memory, or --device cpu",
             reason=Reason.INVALID_MODEL,
         )
 
