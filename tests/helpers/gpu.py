@@ -9,8 +9,8 @@ import torch
 
 
 def give_gpu(patch: pytest.MonkeyPatch, free: int, total: int) -> None:
-    """A machine with a CUDA device of so many bytes."""
+    """A machine with a CUDA device of so many bytes, too old for Triton's kernels."""
     patch.setattr(torch.cuda, "is_available", lambda: True)
     patch.setattr(torch.cuda, "mem_get_info", lambda device: (free, total))
-    made = SimpleNamespace(total_memory=total)
+    made = SimpleNamespace(total_memory=total, major=7, minor=5)
     patch.setattr(torch.cuda, "get_device_properties", lambda device: made)

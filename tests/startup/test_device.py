@@ -130,7 +130,7 @@ def test_a_model_on_cuda_is_made_with_exact_sums(
     before = [getattr(matmul, name) for name in names]
     cudnn = cuda.cudnn_sdp_enabled(), torch.backends.cudnn.allow_tf32
     choice = SimpleNamespace(
-        device=CUDA, dtype=torch.float32, kind=None, isa=None, native=False, shards=1
+        device=CUDA, dtype=torch.float32, kind=None, isa=None, native=False, shards=1, triton=False
     )
     files = load.Checkpoint(tiny_llama), load.load_config(tiny_llama, None)
     monkeypatch.setattr(load.TorchBackend, "load", lambda *args: args)
