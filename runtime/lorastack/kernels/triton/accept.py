@@ -17,7 +17,7 @@ from lorastack.kernels.triton.launch import launch
 
 
 class Trees(NamedTuple):
-    """The step's trees on the device, int32. N: all their nodes, a tree's own side by side.
+    """The step's trees on the device, int32.
 
     first_B: the root's output; the tree's other nodes follow. size_B: its nodes, the root included.
     token_X, parent_X: of an output that is a node, its token and its parent's place in the tree, -1
@@ -42,8 +42,8 @@ class Accepted(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """Where the trees' KV lies, int32. pages: tables of pages, one behind the other. table_B: where a
-    row's begins. committed_B: the logical slot of its root."""
+    """Where the trees' KV lies, int32. pages: tables of pages, one behind the other. table_B: where
+    a tree's begins. committed_B: the logical slot of its root."""
 
     pages: Tensor
     table_B: Tensor

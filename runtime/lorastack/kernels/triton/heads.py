@@ -9,7 +9,7 @@ propose changes no token.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -17,15 +17,14 @@ from torch import Tensor
 
 from lorastack.kernels.heads import HeadsWeights
 from lorastack.kernels.triton.launch import launch
-from lorastack.kernels.triton.ranks import id_of, key_of, rank_of
+from lorastack.kernels.triton.ranks import BEHIND_ALL, key_of, limit_of, rank_of
 
 TILE = 16  # pairs of a tile
-SPAN = 4096  # outputs of a pair that one program of `top_kernel` ranks
-_BLOCK = 512  # of them at once: larger ones take long to compile
+_BLOCK = 2048  # outputs of a pair that are ranked at once
 
 
 class Tile(NamedTuple):
-    """Pairs first, first + stride, ... that share a matrix.
+    """`num_pairs` pairs first, first + stride, ... that share a matrix.
 
     matrix: its address: the first block's of one head, or an output [size, H]. bias: the first
     block's; 0 for outputs. stride: for states, the number of heads. blocks: of each head. size: of
@@ -36,7 +35,7 @@ class Tile(NamedTuple):
     bias: int
     first: int
     stride: int
-    count: int
+    num_pairs: int
     blocks: int
     size: int
 
@@ -142,7 +141,7 @@ def logits(r_LYH: Tensor, pairs: Pairs, logits_YN: Tensor, max_tiles: int) -> No
     )
 
 
-def _sizes(x_TH: Tensor) -> dict[str, int]:
+def _sizes(x_TH: Tensor) -> dict[str, Any]:
     hidden = x_TH.shape[-1]
     width = min(128 if x_TH.itemsize == 2 else 64, max(16, triton.next_power_of_2(hidden)))
     return {
@@ -155,50 +154,18 @@ def _sizes(x_TH: Tensor) -> dict[str, int]:
     }
 
 
-class Ranked(NamedTuple):
-    """Workspace of `top`, for S spans of SPAN outputs: keys_YSR int64, R a power of two and at
-    least num; weights_YS3 float32."""
+def top(logits_YN: Tensor, pairs: Pairs, ids_YR: Tensor, logprobs_YR: Tensor, bucket: int) -> None:
+    """Fills ids_YR, int32, and logprobs_YR, float32, of at most `bucket` pairs with R tokens each.
 
-    keys_YSR: Tensor
-    weights_YS3: Tensor
-
-
-def num_spans(num_outputs: int) -> int:
-    """S of `Ranked`."""
-    return -(-num_outputs // SPAN)
-
-
-def top(
-    logits_YN: Tensor,
-    pairs: Pairs,
-    ranked: Ranked,
-    ids_YR: Tensor,
-    logprobs_YR: Tensor,
-    bucket: int,
-) -> None:
-    """Fills ids_YR, int32, and logprobs_YR, float32, of equal strides, for at most `bucket` pairs."""
-    num_spans, rank = ranked.keys_YSR.shape[1:]
+    Both have equal strides.
+    """
+    num = ids_YR.shape[1]
     launch(
-        *(rank_kernel, (bucket, num_spans), logits_YN, logits_YN.stride(0), pairs.num_outputs_Y),
-        *(pairs.counts, *ranked),
-        RANK=rank,
-        SPAN=SPAN,
-        BLOCK=max(_BLOCK, 2 * rank),
-        num_warps=4,
-    )
-    launch(
-        *(
-            top_kernel,
-            (bucket,),
-            logits_YN,
-            logits_YN.stride(0),
-            pairs.ids_Y,
-            pairs.counts,
-            *ranked,
-        ),
-        *(num_spans, ids_YR, logprobs_YR, ids_YR.stride(0), ids_YR.shape[1]),
-        RANK=rank,
-        num_warps=1,
+        *(top_kernel, (bucket,), logits_YN, logits_YN.stride(0), pairs.num_outputs_Y, pairs.ids_Y),
+        *(pairs.counts, ids_YR, logprobs_YR, ids_YR.stride(0), num),
+        RANK=triton.next_power_of_2(num),
+        BLOCK=_BLOCK,
+        num_warps=8,
     )
 
 
@@ -315,91 +282,76 @@ def _product(
     return total
 
 
-@triton.jit(do_not_specialize=["stride"])
-def rank_kernel(
-    logits,
-    stride,
-    num_outputs,
-    counts,
-    keys,
-    weights,
-    RANK: tl.constexpr,
-    SPAN: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Grid: pairs, spans. A span's best keys; its best logit, the weight of all beside it, and how
-    many are not finite."""
-    pair = tl.program_id(0).to(tl.int64)
-    if pair >= tl.load(counts + 2):
-        return
-    size = tl.load(num_outputs + pair)
-    logits += pair * stride
-    held = tl.zeros((RANK,), tl.uint64)
-    peak = tl.full((), float("-inf"), tl.float32)
-    total = tl.zeros((), tl.float32)
-    odd = tl.zeros((), tl.float32)
-    first = tl.program_id(1) * SPAN
-    for begin in range(first, tl.minimum(first + SPAN, size), BLOCK):
-        places = begin + tl.arange(0, BLOCK)
-        x = tl.load(logits + places, mask=places < size, other=float("-inf"))
-        odd += tl.sum(
-            ((places < size) & ((x != x) | (tl.abs(x) == float("inf")))).to(tl.float32), 0
-        )
-        x = tl.where(x != x, float("-inf"), x)
-        block_keys = tl.where(places < size, key_of(rank_of(x), places), 0)
-        if tl.max(block_keys, 0) > tl.min(held, 0):
-            held = tl.topk(tl.interleave(held, tl.topk(block_keys, RANK)), RANK)
-        most = tl.maximum(peak, tl.max(x, 0))
-        safe = tl.where(tl.abs(most) == float("inf"), 0.0, most)
-        total = total * tl.exp(peak - safe) + tl.sum(tl.exp(x - safe), 0)
-        peak = most
-    row = pair * tl.num_programs(1) + tl.program_id(1)
-    tl.store(keys + row * RANK + tl.arange(0, RANK), held.to(tl.int64, bitcast=True))
-    tl.store(weights + row * 3, peak)
-    tl.store(weights + row * 3 + 1, total)
-    tl.store(weights + row * 3 + 2, odd)
-
-
-@triton.jit(do_not_specialize=["stride", "spans", "out_stride", "num"])
+@triton.jit(do_not_specialize=["stride", "out_stride", "num"])
 def top_kernel(
     logits,
     stride,
-    ids,
+    sizes,
+    tokens,
     counts,
-    keys,
-    weights,
-    spans,
     out_ids,
     out_logprobs,
     out_stride,
     num,
     RANK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """Grid: pairs. Joins the spans."""
+    """Grid: pairs. Finds the best places in any order, and then their order."""
     pair = tl.program_id(0).to(tl.int64)
     if pair >= tl.load(counts + 2):
         return
     logits += pair * stride
-    keys += pair * spans * RANK
-    weights += pair * spans * 3
-    i = tl.arange(0, RANK)
-    held = tl.load(keys + i).to(tl.uint64, bitcast=True)
-    peak, total, odd = tl.load(weights), tl.load(weights + 1), tl.load(weights + 2)
-    for span in range(1, spans):
-        others = tl.load(keys + span * RANK + i).to(tl.uint64, bitcast=True)
-        held = tl.topk(tl.interleave(held, others), RANK)
-        own = tl.load(weights + span * 3)
-        most = tl.maximum(peak, own)
-        safe = tl.where(tl.abs(most) == float("inf"), 0.0, most)
-        total = total * tl.exp(peak - safe) + tl.load(weights + span * 3 + 1) * tl.exp(own - safe)
-        peak = most
-        odd += tl.load(weights + span * 3 + 2)
-    places = id_of(tl.where(held == 0, tl.max(held, 0), held))
-    logprobs = tl.load(logits + places) - peak - tl.log(total)
-    logprobs = tl.where(odd > 0, float("nan"), logprobs)
     out_ids += pair * out_stride
-    address = tl.load(ids + pair)
+    out_logprobs += pair * out_stride
+    size = tl.load(sizes + pair)
+    found = tl.minimum(num, size)
+    limit = tl.full((), BEHIND_ALL, tl.uint64)
+    if found < size:
+        limit = limit_of(logits, found, size, BLOCK)
+    peak, total = _collect(logits, limit, size, out_ids, BLOCK)
+    tl.debug_barrier()
+    i = tl.arange(0, RANK)
+    places = tl.load(out_ids + i, mask=i < found, other=0).to(tl.int64)
+    x = tl.load(logits + places, mask=i < found, other=0.0)
+    logprobs = x - peak - total
+    keys = tl.where(i < found, key_of(rank_of(x), places), BEHIND_ALL)
+    order = tl.sum((keys[None, :] > keys[:, None]).to(tl.int32), 1)
+    address = tl.load(tokens + pair)
     if address != 0:
-        places = tl.load(address.to(tl.pointer_type(tl.int64)) + places)
-    tl.store(out_ids + i, places.to(tl.int32), mask=i < num)
-    tl.store(out_logprobs + pair * out_stride + i, logprobs, mask=i < num)
+        places = tl.load(address.to(tl.pointer_type(tl.int64)) + places, mask=i < found, other=0)
+    tl.debug_barrier()
+    tl.store(out_ids + order, places.to(tl.int32), mask=i < found)
+    tl.store(out_logprobs + order, logprobs, mask=i < found)
+    # The best stands for what is missing.
+    best = tl.sum(tl.where(order == 0, places, 0), 0)
+    logprob = tl.sum(tl.where(order == 0, logprobs, 0.0), 0)
+    missing = (i >= found) & (i < num)
+    tl.store(out_ids + i, tl.where(missing, best, 0).to(tl.int32), mask=missing)
+    tl.store(out_logprobs + i, tl.where(missing, logprob, 0.0), mask=missing)
+
+
+@triton.jit
+def _collect(logits, limit, size, out, BLOCK: tl.constexpr):
+    """Writes the places whose keys are above `limit`. The best logit, and the logarithm of the sum
+    of all e^(logit - best), NaN where a logit is not finite."""
+    peak = tl.full((), float("-inf"), tl.float32)
+    total = tl.zeros((), tl.float32)
+    odd = tl.zeros((), tl.int32)
+    num = tl.zeros((), tl.int32)
+    for begin in range(0, size, BLOCK):
+        places = begin + tl.arange(0, BLOCK)
+        real = places < size
+        x = tl.load(logits + places, mask=real, other=float("-inf"))
+        keys = tl.where(real, key_of(rank_of(x), places), BEHIND_ALL)
+        if tl.max(keys, 0) > limit:
+            above = (keys > limit).to(tl.int32)
+            tl.store(out + num + tl.cumsum(above, 0) - 1, places, mask=above > 0)
+            num += tl.sum(above, 0)
+        finite = tl.abs(x) < float("inf")
+        odd += tl.sum((real & (finite == 0)).to(tl.int32), 0)
+        x = tl.where(finite, x, float("-inf"))
+        most = tl.maximum(peak, tl.max(x, 0))
+        safe = tl.where(most == float("-inf"), 0.0, most)
+        total = total * tl.exp(peak - safe) + tl.sum(tl.exp(x - safe), 0)
+        peak = most
+    return peak, tl.where(odd > 0, float("nan"), tl.log(total))

@@ -8,8 +8,7 @@ row joins what they found and draws.
 A draw is a few passes over its row, which a cache holds. `_survey` gives the best score among the
 tokens that rank before a limit, and their weight. One pass serves a temperature alone. With top_p a
 second tells whether the winner is inside the run: if not, the best before it is the next to try.
-top_k's limit is found digit by digit, 8 bits of the logits a pass. All sums are float64, in an
-order that depends on the vocabulary alone.
+All sums are float64, in an order that depends on the vocabulary alone.
 
 typical_p is left to the host: such rows count as greedy here, and are sampled again.
 """
@@ -24,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lorastack.kernels.triton.launch import launch
-from lorastack.kernels.triton.ranks import BEHIND_ALL, id_of, key_of, rank_of
+from lorastack.kernels.triton.ranks import BEHIND_ALL, id_of, key_of, limit_of, rank_of
 from lorastack.request import SamplingParams
 
 SPAN = 4096  # tokens of a row that a program of `best_kernel` reads
@@ -64,9 +63,9 @@ def settings_of(params: SamplingParams, token_index: int) -> tuple[int, ...]:
     seed = params.seed & (1 << 64) - 1
     return (
         seed - (seed >> 63 << 64),
-        _bits(temperature),
-        _bits(params.top_p),
-        _bits(params.min_p),
+        _float_bits(temperature),
+        _float_bits(params.top_p),
+        _float_bits(params.min_p),
         params.top_k,
         token_index,
     )
@@ -103,7 +102,7 @@ def sample(logits_XV: Tensor, nodes: Nodes, keys_XS: Tensor, out: Sampled, bucke
     )
 
 
-def _bits(value: float) -> int:
+def _float_bits(value: float) -> int:
     """The int64 with a float64's bits."""
     (bits,) = struct.unpack("<q", struct.pack("<d", value))
     assert isinstance(bits, int)
@@ -165,80 +164,73 @@ def sample_kernel(
         top_p = tl.load(settings + 2).to(tl.float64, bitcast=True)
         min_p = tl.load(settings + 3).to(tl.float64, bitcast=True)
         top_k = tl.load(settings + 4)
-        limit = tl.full((), BEHIND_ALL, tl.uint64)
+        limited = top_p < 1
+        winner = tl.full((), BEHIND_ALL, tl.uint64)  # before its first guess: all that top_k leaves
         if (top_k > 0) & (top_k < vocab):
-            limit = _limit(logits, top_k.to(tl.int32), vocab, BLOCK)
-        winner = limit  # that of all that top_k leaves, at first
+            winner = limit_of(logits, top_k.to(tl.int32), vocab, BLOCK)
+        first_key = key_of(rank_of(peak), first)
         enough = tl.zeros((), tl.float64)
         outside = True
         while outside:
-            weight, best_before = _survey(
-                *(logits, winner, start, temperature, top, min_p, vocab, BLOCK)
+            weight, before = _survey(
+                *(logits, winner, peak, first_key, start, temperature, limited, min_p, vocab, BLOCK)
             )
-            outside = (weight >= enough) & (weight > 0)
-            winner = tl.where(outside, best_before, winner)
-            enough = tl.where(enough == 0, top_p * weight, enough)
-            outside = outside & (top_p < 1)
+            outside = weight >= enough
+            winner = tl.where(outside, before, winner)
+            enough = tl.where(enough == 0, tl.maximum(top_p * weight, 1e-300), enough)
+            outside = outside & limited
         tl.store(tokens + row, id_of(winner).to(tl.int32))
 
 
 @triton.jit
-def _survey(logits, limit, start, temperature, top, min_p, vocab, BLOCK: tl.constexpr):
-    """Of the tokens with keys above `limit`: their weight, and the key of the best score among
-    those that min_p leaves. top: the row's best logit / T, whose weight is 1."""
+def _survey(
+    logits,
+    limit,
+    peak,
+    first_key,
+    start,
+    temperature,
+    limited,
+    min_p,
+    vocab,
+    BLOCK: tl.constexpr,
+):
+    """Of the tokens with keys above `limit`: their weight, if that is wanted (`limited`), and the
+    key of the best score among those that min_p leaves.
+
+    peak, first_key: the row's first token, which has weight 1 and is always left.
+
+    Noise is -log E with E = -log(uniform), which is at least 1 - uniform. So float32 tells of most
+    blocks that none of their tokens reaches the best score so far; only the others are scored in
+    float64. The bound is too high by its rounding, which is far below a thousandth for tokens that
+    can win: their logit / T is at most 41 below the peak's.
+    """
+    top = peak.to(tl.float64) / temperature
+    inverse = tl.minimum(1 / temperature, 3.4e38).to(tl.float32)
     weight = tl.zeros((), tl.float64)
-    best = tl.full((), float("-inf"), tl.float64)
-    winner = tl.full((), BEHIND_ALL, tl.uint64)
+    winner = first_key
+    best = top + _gumbel(start, id_of(first_key))
     for begin in range(0, vocab, BLOCK):
         ids = begin + tl.arange(0, BLOCK)
         x = tl.load(logits + ids, mask=ids < vocab, other=float("-inf"))
         keys = tl.where(ids < vocab, key_of(rank_of(x), ids), BEHIND_ALL)
-        before = keys > limit
         if tl.max(keys, 0) > limit:
-            scaled = x.to(tl.float64) / temperature
-            weights = tl.where(before, tl.exp(scaled - top), 0.0)
-            weight += tl.sum(weights, 0)
-            scores = scaled + _gumbel(start, ids)
-            scores = tl.where(before & (weights >= min_p), scores, float("-inf"))
-            most = tl.max(scores, 0)
-            first = tl.max(tl.where(scores == most, keys, BEHIND_ALL), 0)
-            better = (most > best) | ((most == best) & (first > winner))
-            best = tl.where(better, most, best)
-            winner = tl.where(better, first, winner)
+            before = keys > limit
+            if limited:
+                weights = tl.exp(x.to(tl.float64) / temperature - top)
+                weight += tl.sum(tl.where(before, weights, 0.0), 0)
+            bound = tl.maximum(x - peak, -3.4e38) * inverse - tl.log(_rest(start, ids))
+            bound = tl.max(tl.where(before, bound, float("-inf")), 0)
+            if bound + 1e-3 >= (best - top).to(tl.float32):
+                scaled = x.to(tl.float64) / temperature
+                left = before & (tl.exp(scaled - top) >= min_p)
+                scores = tl.where(left, scaled + _gumbel(start, ids), float("-inf"))
+                most = tl.max(scores, 0)
+                holder = tl.max(tl.where(scores == most, keys, BEHIND_ALL), 0)
+                better = (most > best) | ((most == best) & (holder > winner))
+                best = tl.where(better, most, best)
+                winner = tl.where(better, holder, winner)
     return weight, winner
-
-
-@triton.jit
-def _limit(logits, top_k, vocab, BLOCK: tl.constexpr):
-    """The key below that of the top_k-th token."""
-    digits = tl.arange(0, 256)
-    rank = tl.zeros((), tl.uint32)  # of the last token that stays, from its highest digit on
-    left = top_k  # how many tokens stay of those whose ranks begin so
-    for place in range(4):
-        shift = 24 - 8 * place
-        counts = tl.zeros((256,), tl.int32)
-        for begin in range(0, vocab, BLOCK):
-            ids = begin + tl.arange(0, BLOCK)
-            x = tl.load(logits + ids, mask=ids < vocab, other=0.0)
-            ranks = rank_of(x) >> shift
-            same = (ids < vocab) & (ranks >> 8 == rank)
-            counts += tl.histogram((ranks & 255).to(tl.int32), 256, mask=same)
-        reaching = tl.cumsum(counts, 0, reverse=True)
-        digit = tl.sum((reaching >= left).to(tl.int32), 0) - 1
-        left -= tl.sum(tl.where(digits > digit, counts, 0), 0)
-        rank = (rank << 8) | digit.to(tl.uint32)
-    # Of the tokens with that very logit the `left` first stay.
-    last = tl.zeros((), tl.int32)
-    seen = tl.zeros((), tl.int32)
-    for begin in range(0, vocab, BLOCK):
-        ids = begin + tl.arange(0, BLOCK)
-        x = tl.load(logits + ids, mask=ids < vocab, other=0.0)
-        level = ((ids < vocab) & (rank_of(x) == rank)).to(tl.int32)
-        if seen < left:
-            places = seen + tl.cumsum(level, 0)
-            last = tl.maximum(last, tl.max(tl.where((level > 0) & (places == left), ids, 0), 0))
-            seen += tl.sum(level, 0)
-    return key_of(rank, last) - 1
 
 
 @triton.jit
@@ -250,10 +242,20 @@ def _start(seed, index):
 @triton.jit
 def _gumbel(start, ids):
     """`kernels.gumbel.gumbel` of a stream, float64."""
-    uniform = (
-        (_mix(start + ids.to(tl.uint64) * _TOKEN_STEP) >> 12).to(tl.float64) + 0.5
-    ) * 2.0**-52
+    uniform = (_bits_of(start, ids).to(tl.float64) + 0.5) * 2.220446049250313e-16
     return -tl.log(-tl.log(uniform))
+
+
+@triton.jit
+def _rest(start, ids):
+    """1 - the uniform of the same, rounded to float32."""
+    return ((_bits_of(start, ids) ^ 0xFFFFFFFFFFFFF).to(tl.float32) + 0.5) * 2.220446049250313e-16
+
+
+@triton.jit
+def _bits_of(start, ids):
+    """The 52 bits of a uniform."""
+    return _mix(start + ids.to(tl.uint64) * _TOKEN_STEP) >> 12
 
 
 @triton.jit
