@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lorastack.kernels.attention import RowSpan, depths
+from lorastack.kernels.attention import RowSpan
 
 MIN_TILE = 16  # rows that a matrix instruction takes
 # Of an item: its tile's first token, tokens and last position, its splits first..end, the place of
@@ -27,6 +27,7 @@ MIN_TILE = 16  # rows that a matrix instruction takes
 ITEM_FIELDS = 9
 
 Ints: TypeAlias = NDArray[np.int32]
+Places: TypeAlias = NDArray[np.intp]
 Array = TypeVar("Array", Ints, Tensor)
 
 
@@ -99,82 +100,69 @@ def plan_attention(
 
     rows: they cover the step's tokens in order, without gaps; max_parts: see `Workspace`.
     """
-    tokens = rows[-1].end
+    num_tokens = rows[-1].end
     lists, pages_B = _pages(rows, shape.page_size)
-    start_B, end_B, committed_B, chain_B = np.array(
-        [(row.start, row.end, row.committed, row.parents is None) for row in rows], dtype=np.int32
-    ).T
-    row_T = np.repeat(np.arange(len(rows)), end_B - start_B)
-    place_T = np.arange(tokens, dtype=np.int32) - start_B[row_T]
-    logical_T = committed_B[row_T] + place_T
-    into.position_T[:tokens] = logical_T
-    for row in rows:
-        if row.parents is not None:
-            into.position_T[row.start : row.end] = row.committed + np.array(depths(row))
-            into.line_T[row.start : row.end] = _add_ancestors(lists, row.parents)
-    lists_L = np.array(lists, dtype=np.int32)
-    pages_T = lists_L[pages_B[row_T] + logical_T // shape.page_size]
-    into.slot_T[:tokens] = pages_T * shape.page_size + logical_T % shape.page_size
-    into.lists[: len(lists)] = lists_L
+    start_B = np.array([row.start for row in rows], dtype=np.int32)
+    count_B = np.array([row.num_tokens for row in rows], dtype=np.int32)
+    committed_B = np.array([row.committed for row in rows], dtype=np.int32)
+    row_T = np.arange(len(rows)).repeat(count_B)
+    logical_T = (committed_B - start_B)[row_T] + np.arange(num_tokens, dtype=np.int32)
+    position_T = into.position_T[:num_tokens]
+    position_T[:] = logical_T
+    if nodes := _add_ancestors(lists, rows):
+        token_N, line_N, depth_N = np.array(nodes, dtype=np.int32).reshape(-1, 3).T
+        into.line_T[token_N] = line_N
+        position_T[token_N] = committed_B[row_T[token_N]] + depth_N
+    pages = into.lists[: len(lists)]
+    pages[:] = lists
+    page_T, place_T = np.divmod(logical_T, shape.page_size)
+    into.slot_T[:num_tokens] = pages[pages_B[row_T] + page_T] * shape.page_size + place_T
 
-    tiles = _tiles(start_B, end_B, shape.tokens_a_tile)
-    row_G = row_T[tiles.start_G]
-    position_T = into.position_T[:tokens]
-    last_G = np.maximum.reduceat(position_T, tiles.start_G)
-    first_G = np.zeros_like(last_G)
+    start_G, row_G = _tiles(start_B, count_B, shape.tokens_a_tile)
+    count_G = np.append(start_G[1:], num_tokens) - start_G
+    last_G = np.maximum.reduceat(position_T, start_G)
+    fields = np.zeros((len(start_G), ITEM_FIELDS), dtype=np.int32)
+    fields[:, 0], fields[:, 1], fields[:, 2] = start_G, count_G, last_G
     if shape.window is not None:  # splits that no token of the tile sees change nothing
-        lowest_G = np.minimum.reduceat(position_T, tiles.start_G)
-        first_G = np.maximum(lowest_G - shape.window + 1, 0) // shape.split
-    fields = np.stack(
-        (tiles.start_G, tiles.count_G, last_G, first_G, last_G // shape.split + 1, first_G,
-         committed_B[row_G], chain_B[row_G], pages_B[row_G])
-    ).T  # fmt: skip
+        lowest_G = np.minimum.reduceat(position_T, start_G) - shape.window + 1
+        fields[:, 3] = np.maximum(lowest_G, 0) // shape.split
+    fields[:, 4] = last_G // shape.split + 1
+    fields[:, 6], fields[:, 8] = committed_B[row_G], pages_B[row_G]
+    fields[:, 7] = np.array([row.parents is None for row in rows])[row_G]
     items, item_G = _spread(fields, max_parts)
-    into.counts[:] = tokens, len(items)
+    into.counts[:] = num_tokens, len(items)
     into.items[: len(items)] = items
-    into.item_T[:tokens] = np.repeat(item_G, tiles.count_G)
+    into.item_T[:num_tokens] = item_G.repeat(count_G)
     return len(lists)
 
 
-@dataclass(frozen=True, slots=True)
-class _Tiles:
-    """First tokens and numbers of tokens, in the order of the tokens."""
-
-    start_G: Ints
-    count_G: Ints
-
-
-def _tiles(start_B: Ints, end_B: Ints, most: int) -> _Tiles:
-    """Cuts every row into tiles of up to `most` tokens."""
-    num_B = -(-(end_B - start_B) // most)
-    before_B = np.cumsum(num_B) - num_B
-    start_G = np.repeat(start_B, num_B)
-    start_G += (np.arange(len(start_G)) - np.repeat(before_B, num_B)).astype(np.int32) * most
-    return _Tiles(start_G, np.minimum(np.repeat(end_B, num_B) - start_G, most))
+def _tiles(start_B: Ints, count_B: Ints, most: int) -> tuple[Ints, Places]:
+    """First tokens and rows of the tiles, in the order of the tokens: rows in pieces of `most`."""
+    tiles_B = -(-count_B // most)
+    row_G = np.arange(len(start_B)).repeat(tiles_B)
+    before_B = tiles_B.cumsum(dtype=np.int32) - tiles_B
+    first_B = start_B - before_B * most
+    return first_B[row_G] + np.arange(len(row_G), dtype=np.int32) * most, row_G
 
 
-def _spread(fields: Ints, max_parts: int) -> tuple[Ints, NDArray[np.intp]]:
+def _spread(fields: Ints, max_parts: int) -> tuple[Ints, Places]:
     """Items, and the first item of each tile.
 
-    The longest tiles get an item a split while there is room for their parts, and an item's place
-    is its part's; each of the others gets one item that takes its splits in turn.
+    Tiles of several splits get an item a split, the longest of them while there is room for their
+    parts; each of the others gets one item that takes its splits in turn.
     """
     num_G = fields[:, 4] - fields[:, 3]
-    order_G = np.argsort(-num_G, kind="stable")
-    num_G, fields = num_G[order_G], fields[order_G]
-    spread = int(np.count_nonzero((num_G > 1) & (np.cumsum(num_G) <= max_parts)))
-    items_G = num_G.copy()
-    items_G[spread:] = 1
-    first_G = np.cumsum(items_G) - items_G
-    items = np.repeat(fields, items_G, axis=0)
-    parts = int(num_G[:spread].sum())
-    place = np.arange(parts)
-    items[:parts, 3] += place - np.repeat(first_G[:spread], num_G[:spread])
-    items[:parts, 4] = items[:parts, 3] + 1
-    items[:parts, 5] = place
-    items[parts:, 5] = -1
-    item_G = np.empty_like(first_G)
-    item_G[order_G] = first_G
+    spread_G = num_G > 1
+    if num_G.sum() > max_parts:
+        order_G = (-num_G).argsort(kind="stable")
+        spread_G[order_G[num_G[order_G].cumsum() > max_parts]] = False
+    items_G = np.where(spread_G, num_G, 1)
+    item_G = items_G.cumsum() - items_G
+    tile_I = np.arange(len(fields)).repeat(items_G)
+    items, spread_I = fields[tile_I], spread_G[tile_I]
+    items[:, 3] += np.arange(len(items)) - item_G[tile_I]
+    items[spread_I, 4] = items[spread_I, 3] + 1
+    items[:, 5] = np.where(spread_I, spread_I.cumsum() - 1, -1)
     return items, item_G
 
 
@@ -188,16 +176,17 @@ def _pages(rows: Sequence[RowSpan], page_size: int) -> tuple[list[int], Ints]:
     return lists, np.array(starts, dtype=np.int32)
 
 
-def _add_ancestors(lists: list[int], parents: Sequence[int]) -> list[int]:
-    """Appends every token's ancestors, and returns where they begin."""
-    lines: list[list[int]] = []
-    starts: list[int] = []
-    for token, parent in enumerate(parents):
-        line = [token] if parent < 0 else [*lines[parent], token]
-        lines.append(line)
-        starts.append(len(lists))
-        lists += line
-    return starts
+def _add_ancestors(lists: list[int], rows: Sequence[RowSpan]) -> list[int]:
+    """Appends the ancestors of every token of a tree; of each the token, where they begin, and its
+    depth."""
+    found: list[int] = []
+    for row in rows:
+        lines: list[list[int]] = []
+        for node, parent in enumerate(row.parents or ()):
+            found += (row.start + node, len(lists), 0 if parent < 0 else len(lines[parent]))
+            lines.append([node] if parent < 0 else [*lines[parent], node])
+            lists += lines[node]
+    return found
 
 
 def _power_of_2(number: int) -> int:

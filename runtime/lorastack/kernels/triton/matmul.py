@@ -11,8 +11,8 @@ over programs, a part each; larger ones take them in turn in one program and add
 that there is one part. Either way the sum is the same. Rows beyond the number of tokens are neither
 read nor written, and NaN stays in its own row.
 
-A quantised weight (see `kernels.quantize`) is widened to x's dtype in registers: int8 codes as they
-are, the chunk's sums times the scale; int4 codes times their scales, which is exact in bfloat16.
+A quantised weight (see `kernels.quantize`) is widened to bfloat16 in registers, and x is bfloat16:
+int8 codes as they are, the chunk's sums times the scale; int4 codes times their scales, exactly.
 
 Tokens are the narrow side of the products: 16 of them pay for no more than 16. The plain reference
 is torch.nn.functional.linear on `kernels.linear.plain_weight`.
@@ -131,8 +131,9 @@ def matmul(x_TI: Tensor, weight: Weight, parts_CTO: Tensor, num_tokens: Tensor) 
     x_TI: contiguous, of the model's dtype. parts_CTO: float32, contiguous, with T the bucket and
     C = weight.plan.num_parts(T). num_tokens: int32 [1] on the device, at most T.
     """
+    assert weight.kind is None or x_TI.dtype == torch.bfloat16, "codes are widened to bfloat16"
     num_parts, bucket, outputs = parts_CTO.shape
-    plan, blocks = weight.plan, _blocks(weight, x_TI.dtype, bucket)
+    plan, blocks = weight.plan, blocks_of(weight, bucket)
     grid = (triton.cdiv(bucket, blocks.tokens), triton.cdiv(outputs, blocks.outputs), num_parts)
     launch(
         matmul_kernel,
@@ -150,7 +151,7 @@ def matmul(x_TI: Tensor, weight: Weight, parts_CTO: Tensor, num_tokens: Tensor) 
     )
 
 
-class _Blocks(NamedTuple):
+class Blocks(NamedTuple):
     """What a program takes at once; none of it changes a bit. stages: blocks on their way."""
 
     tokens: int
@@ -160,12 +161,13 @@ class _Blocks(NamedTuple):
     stages: int
 
 
-def _blocks(weight: Weight, dtype: torch.dtype, bucket: int) -> _Blocks:
+def blocks_of(weight: Weight, bucket: int) -> Blocks:
+    """Blocks for a bucket of tokens."""
     plan, is_plain = weight.plan, weight.kind is None
     if bucket > SPREAD_TOKENS:
         # One program fills a multiprocessor, so it may have up to 255 registers a thread.
         inputs = min(plan.block_inputs, 64) if is_plain else plan.block_inputs
-        return _Blocks(64, 2 * plan.block_outputs, inputs, 8, 4 if is_plain else 3)
+        return Blocks(64, 2 * plan.block_outputs, inputs, 8, 4 if is_plain else 3)
     tokens = max(16, triton.next_power_of_2(bucket))
     stages = 3 if tokens == 64 else 4 if is_plain else 6
-    return _Blocks(tokens, plan.block_outputs, plan.block_inputs, 4, stages)
+    return Blocks(tokens, plan.block_outputs, plan.block_inputs, 4, stages)

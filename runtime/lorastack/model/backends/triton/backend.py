@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from lorastack.kernels.heads import TopTokens
 from lorastack.kernels.linear import copy_rows
 from lorastack.kernels.ops import Ops
 from lorastack.kernels.quantize import Kind, head_kind
@@ -21,15 +22,22 @@ from lorastack.kernels.triton.accept import Accepted
 from lorastack.kernels.triton.attention_plan import AttentionShape
 from lorastack.kernels.triton.lora import CHUNK
 from lorastack.kernels.triton.lora_plan import AdapterTable, LoraUse
-from lorastack.kernels.triton.matmul import matmul
-from lorastack.kernels.triton.pointwise import Projection, add_parts
 from lorastack.kernels.triton.weight import Weight, pack_weight
 from lorastack.lora.segments import LoraBatch
 from lorastack.lora.weights import LoraWeights
 from lorastack.model.backends.triton.device import Device, device_of
 from lorastack.model.backends.triton.graphs import Graphs
-from lorastack.model.backends.triton.inputs import BUCKETS, Limits, Loras, StepInputs, bucket_of
-from lorastack.model.backends.triton.layers import LoraLaunch, Model, Step, launch_step
+from lorastack.model.backends.triton.heads import launch_heads, plan_heads, top_of
+from lorastack.model.backends.triton.inputs import (
+    BUCKETS,
+    Limits,
+    LogitsInputs,
+    Loras,
+    StepInputs,
+    bucket_of,
+    most_pairs,
+)
+from lorastack.model.backends.triton.layers import LoraLaunch, Model, Step, add_logits, launch_step
 from lorastack.model.backends.triton.results import StepResults
 from lorastack.model.backends.triton.workspace import LoraMemory, Workspace, attention_workspace
 from lorastack.model.checkpoint import Checkpoint
@@ -78,6 +86,7 @@ class TritonBackend:
         )
         self._lora_memory = LoraMemory(config.shapes, CHUNK, device)
         self._tables: WeakKeyDictionary[LoraWeights, AdapterTable] = WeakKeyDictionary()
+        self._logits_inputs: dict[int, LogitsInputs] = {}
         self._memory: list[Workspace] = []  # the last serves; graphs keep those before
         self._steps: WeakKeyDictionary[KVCache, _Steps] = WeakKeyDictionary()
 
@@ -107,21 +116,32 @@ class TritonBackend:
         steps = self._steps_of(kv)
         step, results = steps.of(bucket_of(len(batch.token_ids)))
         inputs, num_outputs = step.inputs, len(batch.outputs)
+        heads = plan_heads(batch.trees, most_pairs(inputs.bucket))
         self._calls.free_to_write()
-        kind = inputs.fill(batch, self._uses(batch.lora))
+        kind = inputs.fill(batch, self._uses(batch.lora), heads)
         inputs.upload()
         launch = partial(launch_step, self._model, step, self._lora_launch(kind, inputs.bucket))
         steps.graphs.run((inputs.bucket, kind), launch)
-        results.download(0)
+        began = self._calls.mark()
+        if heads is not None:
+            hidden_XH, ends_B = step.memory.hidden_XH, step.accepted.ends_B
+            launch_heads(hidden_XH, ends_B, inputs.heads, heads, results.drafts)
+        ended = self._calls.mark()
+        num_drafts = 0 if heads is None else heads.num_drafts
+        results.download(num_drafts)
         peaks_X, best_X = results.best(num_outputs)
-        logits_CXV = step.memory.logits_of(self._model.weights.lm_head, inputs.bucket)
+        drafts: Sequence[TopTokens | None] = ()
+        if heads is not None:
+            drafts = top_of(heads, results.drafted(num_drafts), len(batch.trees))
         return Outputs(
             step.memory.hidden_XH[:num_outputs],
-            logits_CXV[0, :num_outputs],
+            step.memory.logits_of(self._model.weights.lm_head, inputs.bucket)[0, :num_outputs],
             peaks_X,
             best_X,
             results.accepted(batch),
             moved=True,
+            drafted=drafts,
+            heads_seconds=ended() - began(),
         )
 
     @torch.inference_mode()
@@ -129,14 +149,17 @@ class TritonBackend:
         """See `Backend`."""
         lm_head, num_rows = self._model.weights.lm_head, len(hidden_XH)
         bucket = bucket_of(num_rows)
-        shape = (lm_head.plan.num_parts(bucket), bucket, lm_head.num_outputs)
-        logits_CXV = torch.empty(shape, device=self.device)
+        inputs = self._logits_inputs.get(bucket)
+        if inputs is None:
+            inputs = self._logits_inputs[bucket] = LogitsInputs(bucket, self.device, self._calls)
+        self._calls.free_to_write()
+        kind = inputs.upload(self._uses(lora), num_rows)
         x_XH = hidden_XH.new_zeros(bucket, hidden_XH.shape[1])
         x_XH[:num_rows] = hidden_XH
-        count = torch.tensor([num_rows], dtype=torch.int32, device=self.device)
-        matmul(x_XH, lm_head, logits_CXV, count)
-        if len(logits_CXV) > 1:
-            add_parts(Projection(logits_CXV), logits_CXV[0], count)
+        shape = (lm_head.plan.num_parts(bucket), bucket, lm_head.num_outputs)
+        logits_CXV = torch.empty(shape, dtype=torch.float32, device=self.device)
+        loras = self._lora_launch(kind, bucket)
+        add_logits(x_XH, lm_head, logits_CXV, inputs.num_rows, inputs.lora, loras)
         return logits_CXV[0, :num_rows]
 
     def head_rows(self, ids: Sequence[int], out_NH: Tensor) -> None:

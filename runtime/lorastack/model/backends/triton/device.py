@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -79,12 +79,12 @@ class CudaDevice:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._uploaded = torch.cuda.Event()
-        self._done = torch.cuda.Event(blocking=True)
-        self._start = torch.cuda.Event(enable_timing=True)
+        self._uploaded, self._done = _event(), _event()
+        self._start = _event(timing=True)
         self._start.record()
-        self._side = torch.cuda.Stream(device)  # the default stream cannot be captured
-        self._pool: tuple[int, int] | None = None
+        # The default stream cannot be captured.
+        self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._pool: Any = None
 
     def host_buffer(self, nbytes: int) -> Tensor:
         return torch.zeros(nbytes, dtype=torch.uint8, pin_memory=True)
@@ -102,7 +102,7 @@ class CudaDevice:
         self._done.synchronize()
 
     def mark(self) -> Callable[[], float]:
-        event = torch.cuda.Event(enable_timing=True)
+        event = _event(timing=True)
         event.record()
         return lambda: self._start.elapsed_time(event) / 1000
 
@@ -118,6 +118,10 @@ class CudaDevice:
                 graph.capture_end()
         self._pool = graph.pool()
         return graph.replay
+
+
+def _event(timing: bool = False) -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=timing)  # type: ignore[no-untyped-call]
 
 
 def device_of(device: torch.device) -> Device:

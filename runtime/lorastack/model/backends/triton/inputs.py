@@ -34,6 +34,12 @@ from lorastack.kernels.triton.lora_plan import (
 )
 from lorastack.kernels.triton.samples import SETTINGS, Nodes, settings_of
 from lorastack.model.backends.triton.device import Device
+from lorastack.model.backends.triton.heads import (
+    HeadsPlan,
+    fill_heads,
+    heads_fields,
+    heads_pairs,
+)
 from lorastack.model.backends.triton.packed import Fields, Packed, int_fields
 from lorastack.model.context import ForwardBatch, SampledTree
 from lorastack.request import MAX_LORAS
@@ -43,6 +49,7 @@ BEYOND = 64  # buckets above the last are multiples of it
 
 TOKENS, OUTPUTS, TREES = range(3)  # places in `sizes`
 
+TREE_HEADS, LEAST_PAIRS, MAX_PAIRS = 8, 16, 512  # of trees and heads
 LEAST_ROOM = 1 << 14  # floats a chunk of the LoRAs' workspace
 
 
@@ -109,29 +116,25 @@ class StepInputs:
         names = AttentionArrays.lengths(bucket, limits.max_parts, 0)
         self.attention = AttentionArrays(**{name: on_device[name] for name in names})
         self._host_attention = AttentionArrays(**{name: self._packed.host[name] for name in names})
-        self.lora, self._host_lora = self._lora_arrays("")
-        self.output_lora, self._host_output_lora = self._lora_arrays("output_")
-        num_trees = on_device["sizes"][TREES:][:1]
+        self.lora, self._host_lora = lora_arrays(self._packed, "")
+        self.output_lora, self._host_output_lora = lora_arrays(self._packed, "output_")
         self.nodes = Nodes(
-            *(on_device[name] for name in ("tree_X", "depth_X", "settings_BS")), self.num_outputs
+            on_device["tree_X"], on_device["depth_X"], on_device["settings_BS"], self.num_outputs
         )
         self.trees = Trees(
-            *(on_device[name] for name in ("first_B", "size_B", "token_X", "parent_X")), num_trees
+            first_B=on_device["first_B"],
+            size_B=on_device["size_B"],
+            token_X=on_device["token_X"],
+            parent_X=on_device["parent_X"],
+            num_trees=on_device["sizes"][TREES:][:1],
         )
+        self.heads = heads_pairs(self._packed)
         self.slots = Slots(*(on_device[name] for name in ("lists", "table_B", "committed_B")))
         self._lists = 0
 
-    def _lora_arrays(
-        self, prefix: str
-    ) -> tuple[LoraArrays[Tensor, Tensor], LoraArrays[Ints, Longs]]:
-        names = {name: f"{prefix}lora_{name}" for name in ("counts", "adapted_T", "tiles", "pairs")}
-        host, on_device = self._packed.host, self._packed.device
-        return (
-            LoraArrays(**{name: on_device[field] for name, field in names.items()}),
-            LoraArrays(**{name: host[field] for name, field in names.items()}),
-        )
-
-    def fill(self, batch: ForwardBatch, uses: Sequence[LoraUse]) -> Loras | None:
+    def fill(
+        self, batch: ForwardBatch, uses: Sequence[LoraUse], heads: HeadsPlan | None
+    ) -> Loras | None:
         """Lays a step out on the host. No copy may read it any more. uses: its LoRAs' tables."""
         host, num_tokens = self._packed.host, len(batch.token_ids)
         num_outputs = len(batch.outputs)
@@ -143,6 +146,8 @@ class StepInputs:
             batch.rows, limits.attention, limits.max_parts, self._host_attention
         )
         self._fill_trees(batch.trees, num_outputs, batch)
+        if heads is not None:
+            fill_heads(self._packed, heads.layout)
         loras = Loras.of(uses)
         if loras is not None:
             plan_lora(uses, num_tokens, self._host_lora)
@@ -187,19 +192,59 @@ def _fields(bucket: int, limits: Limits) -> Fields:
     max_lists = bucket * limits.row_pages + bucket * (bucket + 1) // 2
     by_token = ("token_ids_T", "outputs_X", "tree_X", "depth_X", "token_X", "parent_X")
     by_tree = ("first_B", "size_B", "table_B", "committed_B")
-    pairs = (torch.int64, (bucket * MAX_LORAS, PAIR_FIELDS))
-    lora = {"counts": (2,), "adapted_T": (bucket,), "tiles": (bucket, TILE_FIELDS)}
-    kinds = ("lora_", "output_lora_")
     return {
         "settings_BS": (torch.int64, (bucket, SETTINGS)),
-        "lora_pairs": pairs,
-        "output_lora_pairs": pairs,
-        **int_fields(
-            {f"{kind}{name}": lora[name] for kind in kinds for name in lora}
-        ),
+        **lora_fields(bucket, ""),
+        **lora_fields(bucket, "output_"),
+        **heads_fields(most_pairs(bucket)),
         **int_fields({"sizes": (3,), **dict.fromkeys((*by_token, *by_tree), (bucket,))}),
         **int_fields(AttentionArrays.lengths(bucket, limits.max_parts, max_lists)),
     }
+
+
+def most_pairs(bucket: int) -> int:
+    """Of trees and heads, for which a step's arrays have room."""
+    return min(MAX_PAIRS, max(LEAST_PAIRS, TREE_HEADS * bucket))
+
+
+def lora_fields(bucket: int, prefix: str) -> Fields:
+    """What `lora_arrays` takes of a `Packed`."""
+    ints = {"counts": (2,), "adapted_T": (bucket,), "tiles": (bucket, TILE_FIELDS)}
+    pairs = (torch.int64, (bucket * MAX_LORAS, PAIR_FIELDS))
+    return {
+        f"{prefix}lora_pairs": pairs,
+        **int_fields({f"{prefix}lora_{name}": shape for name, shape in ints.items()}),
+    }
+
+
+def lora_arrays(
+    packed: Packed, prefix: str
+) -> tuple[LoraArrays[Tensor, Tensor], LoraArrays[Ints, Longs]]:
+    """A step's LoRAs on the device and on the host."""
+    names = {name: f"{prefix}lora_{name}" for name in ("counts", "adapted_T", "tiles", "pairs")}
+    return (
+        LoraArrays(**{name: packed.device[field] for name, field in names.items()}),
+        LoraArrays(**{name: packed.host[field] for name, field in names.items()}),
+    )
+
+
+class LogitsInputs:
+    """What `Backend.logits` needs of rows: their number, int32 [1], and their LoRAs."""
+
+    def __init__(self, bucket: int, device: torch.device, calls: Device) -> None:
+        fields = {**lora_fields(bucket, ""), "num_rows": (torch.int32, (1,))}
+        self._packed = Packed(fields, device, calls)
+        self.num_rows: Tensor = self._packed.device["num_rows"]
+        self.lora, self._host_lora = lora_arrays(self._packed, "")
+
+    def upload(self, uses: Sequence[LoraUse], num_rows: int) -> Loras | None:
+        """Lays them out and enqueues the copy. No other may read the host's side any more."""
+        self._packed.host["num_rows"][0] = num_rows
+        loras = Loras.of(uses)
+        if loras is not None:
+            plan_lora(uses, num_rows, self._host_lora)
+        self._packed.upload(1)
+        return loras
 
 
 def _selected(uses: Sequence[LoraUse], outputs: Sequence[int]) -> list[LoraUse]:

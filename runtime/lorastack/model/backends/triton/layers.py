@@ -84,10 +84,9 @@ class LoraLaunch:
 
     def add_embedding(self, inputs: StepInputs, hidden_TH: Tensor, dtype: torch.dtype) -> None:
         """What LoRAs add to the embedded tokens."""
-        add_embedding(
-            *(inputs.token_ids_T, inputs.lora, embedding_site(self.shapes.num_layers)),
-            *(self.shapes.vocab_size, dtype, hidden_TH, inputs.bucket),
-        )
+        site, shapes = embedding_site(self.shapes.num_layers), self.shapes
+        ids_T, arrays, bucket = inputs.token_ids_T, inputs.lora, inputs.bucket
+        add_embedding(ids_T, arrays, site, shapes.vocab_size, dtype, hidden_TH, bucket)
 
 
 QKV, O, GATE_UP, DOWN = range(4)  # noqa: E741  indices into layout.GROUPS

@@ -38,7 +38,7 @@ class Packed:
         self.device: dict[str, Tensor] = {
             name: self._view(self._device, name, *fields[name]) for name in fields
         }
-        self._last = next(reversed(fields))
+        self._last = list(fields)[-1]
 
     def _view(self, buffer: Tensor, name: str, dtype: torch.dtype, shape: Shape) -> Tensor:
         start = self._starts[name]

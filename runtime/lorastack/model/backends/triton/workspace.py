@@ -77,7 +77,7 @@ class Workspace:
 
 
 class LoraMemory:
-    """What steps with LoRAs need beside it: made when first asked for. Graphs keep what they use."""
+    """What steps with LoRAs need beside it, made when first asked for. Graphs keep theirs."""
 
     def __init__(self, shapes: ModelShapes, chunk: int, device: torch.device) -> None:
         """chunk: inputs, see `lora.shrink`."""

@@ -1,0 +1,112 @@
+"""What a step of Mistral-7B asks of the device: launches and copies, counted without one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tests.helpers.launches import launching
+from tests.helpers.mock_mistral import MockMistral, mock_heads, mock_lora
+
+
+class Launches:
+    """Counts them by kernel."""
+
+    def __init__(self) -> None:
+        self.kernels: Counter[str] = Counter()
+
+    def __call__(self, kernel: Any, grid: Any, *args: object, **settings: object) -> None:
+        self.kernels[kernel.fn.__name__] += 1
+
+    @property
+    def total(self) -> int:
+        return self.kernels.total()
+
+
+class Copies(TorchDispatchMode):
+    """Notes what torch copies between host and device beside the backend's own two calls."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        plain = torch.tensor
+
+        def noted(*args: Any, **kwargs: Any) -> torch.Tensor:  # what torch does not dispatch
+            made = plain(*args, **kwargs)
+            self.names += ["tensor"] if made.is_meta else []
+            return made
+
+        monkeypatch.setattr(torch, "tensor", noted)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        values = tree_leaves((args, kwargs, result))
+        if len({each.device for each in values if isinstance(each, torch.Tensor)}) > 1:
+            self.names.append(func.overloadpacket.__name__)
+        return result
+
+
+@pytest.fixture(scope="module")
+def mistral() -> MockMistral:
+    return MockMistral()
+
+
+@pytest.fixture
+def launches() -> Iterator[Launches]:
+    counted = Launches()
+    with launching(counted):
+        yield counted
+
+
+def test_a_step_takes_few_launches(mistral: MockMistral, launches: Launches) -> None:
+    mistral.backend.forward(mistral.step(8), mistral.kv)
+    assert 320 <= launches.total <= 350
+    plain = launches.total
+    launches.kernels.clear()
+    loras = [mock_lora(16) for _ in range(8)]
+    mistral.backend.forward(mistral.step(8, loras), mistral.kv)
+    assert plain + 8 * 32 <= launches.total <= 650
+
+
+def test_a_step_of_known_kind_is_one_replay(mistral: MockMistral, launches: Launches) -> None:
+    mistral = MockMistral()
+    loras = [mock_lora(rank) for rank in (8, 16, 32, 8, 16)]
+    for index in range(3):
+        mistral.backend.forward(mistral.step(5 + index, loras[index:]), mistral.kv)
+    counted = launches.total
+    assert mistral.device.replays == 1
+    for nodes in (1, 2):
+        mistral.backend.forward(mistral.step(8 // nodes, loras[:2], nodes), mistral.kv)
+    assert mistral.device.replays == 3 and launches.total == counted
+
+
+@pytest.mark.usefixtures("launches")
+@pytest.mark.parametrize("drafting", [False, True])
+def test_a_step_takes_one_copy_in_and_one_back(
+    mistral: MockMistral, drafting: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows with adapters, trees and heads of their own, at any step but an adapter's first."""
+    loras = [mock_lora(16) for _ in range(8)]
+    heads = mock_heads(4, 4096) if drafting else None
+    mistral.backend.forward(mistral.step(8, loras, 8, heads), mistral.kv)
+    mistral.device.copies.clear()
+    with Copies(monkeypatch) as copies:
+        outputs = mistral.backend.forward(mistral.step(8, loras, 8, heads), mistral.kv)
+    assert mistral.device.copies == ["upload", "download"]
+    assert copies.names == []
+    assert len(outputs.accepted) == 8 and outputs.moved
+    assert len(outputs.drafted) == (8 if drafting else 0)
+    assert outputs.logits_XV.shape == (64, 32000) and outputs.logits_XV.device.type == "meta"
+
+
+def test_a_copy_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Copies(monkeypatch) as copies:
+        torch.tensor([1.0], device="meta")
+        torch.ones(1).to("meta")
+    assert copies.names == ["tensor", "_to_copy"]
