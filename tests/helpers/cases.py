@@ -11,6 +11,7 @@ import torch
 from lorastack.adapters.formats.parse import parse
 from lorastack.adapters.memory.device import DeviceAdapter
 from lorastack.layout import EMBED, LAYER_TARGETS, LM_HEAD
+from lorastack.model.backends.base import Backend
 from lorastack.model.backends.load import load_backend
 from lorastack.request import (
     Grammar,
@@ -59,16 +60,18 @@ WORDS = [
 ]
 
 
-def build_bench(model: Path, folder: Path) -> Bench:
-    """model: a folder; folder: where the adapters are written."""
-    decoder = load_backend(
-        model, device=torch.device("cpu"), dtype=torch.float64, max_context=None, native=False
-    )
+def build_bench(model: Path, folder: Path, decoder: Backend | None = None) -> Bench:
+    """model: a folder; folder: where the adapters are written. decoder: its backend, or None for
+    plain torch in float64."""
+    if decoder is None:
+        decoder = load_backend(
+            model, device=torch.device("cpu"), dtype=torch.float64, max_context=None, native=False
+        )
     shapes = decoder.shapes
     everything = (*LAYER_TARGETS, EMBED, LM_HEAD)
     folders = {
         "lora-2": write_lora(folder / "2", shapes, seed=1, rank=2, targets=everything),
-        "lora-7": write_lora(folder / "7", shapes, seed=2, rank=7, layers=[1]),
+        "lora-7": write_lora(folder / "7", shapes, seed=2, rank=7, layers=[shapes.num_layers - 1]),
         "lora-16": write_lora(folder / "16", shapes, seed=3, rank=16, targets=("q_proj", LM_HEAD)),
         BUNDLE: write_lora(folder / BUNDLE, shapes, seed=4, rank=3, strength=0.8),
     }
@@ -77,6 +80,7 @@ def build_bench(model: Path, folder: Path) -> Bench:
         parsed = parse({file.name: file for file in path.iterdir()}, shapes)
         heads = HEADS.get(digest, 0)
         layout, buffer = pack(read_tensors(parsed), parsed.scales, heads, decoder.dtype)
+        buffer = buffer.to(decoder.device)
         adapters[digest] = DeviceAdapter(digest=digest, buffer=buffer, layout=layout)
     for digest, heads in HEADS.items():
         adapters.setdefault(digest, scripted_heads(digest, heads))

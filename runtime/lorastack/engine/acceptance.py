@@ -1,7 +1,7 @@
 """Which tokens a step's rows take, by each row's own rule.
 
 The backend samples and accepts for rows that take the model's own tokens by the match rule. The
-rest happens here, on the host: rows with a processor, and typical acceptance.
+rest happens here, on the host: rows with a processor or typical_p, and typical acceptance.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ class SampledRow:
     @property
     def by_backend(self) -> bool:
         """True if the backend accepts its tokens."""
-        return self.step.processor is None and self.step.request.typical is None
+        request = self.step.request
+        plain = request.sampling.greedy or request.sampling.typical_p >= 1
+        return plain and self.step.processor is None and request.typical is None
 
 
 def accept_rows(ops: Ops, rows: Sequence[SampledRow], outputs: Outputs) -> list[Accepted]:

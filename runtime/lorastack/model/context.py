@@ -29,6 +29,7 @@ class HeadsAsk:
 @dataclass(frozen=True, slots=True)
 class SampledTree:
     """A row whose tokens are the model's own, accepted by the match rule (`speculation.accept`).
+    Its typical_p, unless it is greedy, is 1: that takes a sorted vocabulary.
 
     first_output: its root's place in the step's outputs; the other nodes follow in their order.
     token_index: the place in the row's output of the token that is sampled at the root. ask: of

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from lorastack.kernels.heads import TopTokens
 from lorastack.kernels.linear import copy_rows
-from lorastack.kernels.ops import Ops
 from lorastack.kernels.quantize import Kind, head_kind
 from lorastack.kernels.segmented_lora import GroupLora, TargetLora
 from lorastack.kernels.triton.accept import Accepted
@@ -38,6 +37,7 @@ from lorastack.model.backends.triton.inputs import (
     most_pairs,
 )
 from lorastack.model.backends.triton.layers import LoraLaunch, Model, Step, add_logits, launch_step
+from lorastack.model.backends.triton.ops import TritonOps
 from lorastack.model.backends.triton.results import StepResults
 from lorastack.model.backends.triton.workspace import LoraMemory, Workspace, attention_workspace
 from lorastack.model.checkpoint import Checkpoint
@@ -72,7 +72,7 @@ class TritonBackend:
         self.dtype = dtype
         self.quantization = "" if kind is None else kind.value
         self.dynamic_rope_begin = config.dynamic_rope_begin
-        self.ops = Ops()
+        self.ops = TritonOps(device)
         self._window = config.window
         self._calls = device_of(device) if calls is None else calls
         positions_P = torch.arange(config.shapes.max_context, dtype=torch.float32)

@@ -9,17 +9,7 @@ import torch
 from torch import Tensor
 
 from lorastack.kernels.heads import HeadsWeights, TopTokens
-from lorastack.kernels.triton.heads import (
-    Layout,
-    Pairs,
-    Ranked,
-    Tile,
-    lay_out,
-    logits,
-    num_spans,
-    states,
-    top,
-)
+from lorastack.kernels.triton.heads import Layout, Pairs, Tile, lay_out, logits, states, top
 from lorastack.model.backends.triton.packed import Fields, Packed
 from lorastack.model.context import SampledTree
 
@@ -131,20 +121,7 @@ def launch_heads(
     size = (num_pairs, max(layout.num_outputs_Y))
     logits_YN = torch.empty(size, dtype=torch.float32, device=hidden_XH.device)
     logits(r_LYH, pairs, logits_YN, len(layout.outputs))
-    rank_top(logits_YN, pairs, plan.num, *plan.take(drafts))
-
-
-def rank_top(
-    logits_YN: Tensor, pairs: Pairs, num: int, ids_YR: Tensor, logprobs_YR: Tensor
-) -> None:
-    """The `num` best of each row, see `kernels.triton.heads.top`."""
-    num_pairs, num_outputs = logits_YN.shape
-    spans, rank = num_spans(num_outputs), 1 << (num - 1).bit_length()
-    ranked = Ranked(
-        torch.empty((num_pairs, spans, rank), dtype=torch.int64, device=logits_YN.device),
-        torch.empty((num_pairs, spans, 3), dtype=torch.float32, device=logits_YN.device),
-    )
-    top(logits_YN, pairs, ranked, ids_YR, logprobs_YR, num_pairs)
+    top(logits_YN, pairs, *plan.take(drafts), num_pairs)
 
 
 def top_of(plan: HeadsPlan, drafts: Tensor, num_rows: int) -> list[TopTokens | None]:
