@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from benchmarks.gpu.compare import DTYPES, LoraStep, attention, products
+from benchmarks.gpu.compare import DTYPES, AttentionStep, LoraStep, products
 from benchmarks.gpu.models import random_backend, random_lora
 from benchmarks.gpu.record import Finding
 from benchmarks.gpu.setting import Setting
@@ -89,7 +89,7 @@ def _attention(setting: Setting) -> Iterator[Finding]:
     """A path as a tree among others, as a chunk, and token by token; over the edge of a split."""
     heads, kv_heads, size, page_size = (4, 2, 16, 4) if setting.tiny else (32, 8, 128, 16)
     blocks = {"block": 16, "split": 32} if setting.tiny else {}
-    committed = (30, 13) if setting.tiny else (254, 253, 700, 2046)
+    committed = (30,) if setting.tiny else (254, 253, 700, 2046)
     shape = AttentionShape(heads, kv_heads, size, page_size, None, **blocks)
     for name, dtype in DTYPES.items():
         unequal = 0
@@ -100,9 +100,7 @@ def _attention(setting: Setting) -> Iterator[Finding]:
         )
 
 
-def _path_of_a_tree(
-    setting: Setting, shape: AttentionShape, begin: int, dtype: torch.dtype
-) -> int:
+def _path_of_a_tree(setting: Setting, shape: AttentionShape, begin: int, dtype: torch.dtype) -> int:
     """Tokens whose bits differ when their path is a chunk, or when each is alone."""
     page_size, kv_heads, size = shape.page_size, shape.num_kv_heads, shape.head_dim
     num_pages = -(-(begin + len(PARENTS)) // page_size)
@@ -119,14 +117,15 @@ def _path_of_a_tree(
         RowSpan(0, len(PARENTS), table, begin, PARENTS),
         RowSpan(len(PARENTS), len(PARENTS) + 1, other, page_size),
     ]
-    tree_TX = attention(setting, q_TX, kv, rows, shape)[list(PATH)]
+    tree_TX = AttentionStep(setting, rows, shape).run(q_TX, kv)[list(PATH)]
     # The path's keys and values behind the committed ones, as a chain has them.
-    source, chain = [begin + node for node in PATH], range(begin, begin + len(PATH))
-    by_slot[pages[list(chain)], places[list(chain)]] = by_slot[pages[source], places[source]]
+    source, target = [begin + node for node in PATH], [begin + i for i in range(len(PATH))]
+    by_slot[pages[target], places[target]] = by_slot[pages[source], places[source]]
+    chunk = [RowSpan(0, len(PATH), table, begin)]
     q_PX = q_TX[list(PATH)]
-    chunk_TX = attention(setting, q_PX, kv, [RowSpan(0, len(PATH), table, begin)], shape)
+    chunk_TX = AttentionStep(setting, chunk, shape).run(q_PX, kv)
     alone = [
-        attention(setting, q_PX[i : i + 1], kv, [RowSpan(0, 1, table, begin + i)], shape)
+        AttentionStep(setting, [RowSpan(0, 1, table, begin + i)], shape).run(q_PX[i : i + 1], kv)
         for i in range(len(PATH))
     ]
     return unequal_rows(chunk_TX, tree_TX) + unequal_rows(torch.cat(alone), tree_TX)
@@ -159,7 +158,8 @@ def _steps(setting: Setting) -> Iterator[Finding]:
     shapes = setting.small
     vocab = shapes.vocab_size
     times = 1 if setting.tiny else 4
-    for name, dtype in DTYPES.items():
+    # The interpreter takes its time, and bfloat16 is where bits are lost.
+    for name, dtype in list(DTYPES.items())[: 1 if setting.tiny else None]:
         backend = random_backend(shapes, dtype, setting.device)
         targets = (*LAYER_TARGETS, LM_HEAD)
         adapters = [
@@ -219,7 +219,9 @@ def _repeats(setting: Setting) -> Iterator[Finding]:
     backend = random_backend(shapes, torch.bfloat16, setting.device)
     kv = backend.make_kv(400, 16)
     kv.data.fill_(torch.nan)
-    parts = [RowPart(_ids(9 + row, shapes.vocab_size), 0, [3 * row, 3 * row + 1]) for row in range(8)]
+    parts = [
+        RowPart(_ids(9 + row, shapes.vocab_size), 0, [3 * row, 3 * row + 1]) for row in range(8)
+    ]
     expected_TV = torch.cat(run(backend, [], kv, parts)).clone()
     with _load(setting):
         for _ in range(REPEATS):

@@ -62,20 +62,33 @@ def upload(arrays: dict[str, np.ndarray], device: torch.device) -> dict[str, Ten
     return {name: torch.from_numpy(each).to(device) for name, each in arrays.items()}
 
 
-def attention(
-    setting: Setting, q_TX: Tensor, kv: Tensor, rows: Sequence[RowSpan], shape: AttentionShape
-) -> Tensor:
-    """Of a step, in memory of its own. q_TX: [tokens, heads * D]; kv: one layer's."""
-    count, max_parts = len(q_TX), 64
-    lengths = AttentionArrays.lengths(count, max_parts, 1 << 16)
-    host = {name: np.zeros(size, dtype=np.int32) for name, size in lengths.items()}
-    plan_attention(rows, shape, max_parts, AttentionArrays(**host))
-    step = AttentionArrays(**upload(host, setting.device))
-    workspace = AttentionWorkspace.of(shape, max_parts, 264 if setting.on_device else 4, kv.device)
-    workspace.sums.fill_(torch.nan)
-    out_TX = setting.poisoned(*q_TX.shape, dtype=q_TX.dtype)
-    attend(q_TX, kv, step, workspace, out_TX, shape, count)
-    return out_TX
+class AttentionStep:
+    """A step's rows over one layer's pages, in memory of its own."""
+
+    def __init__(self, setting: Setting, rows: Sequence[RowSpan], shape: AttentionShape) -> None:
+        self._setting, self._shape = setting, shape
+        self._count, max_parts = rows[-1].end, 512
+        room = sum(len(row.block_table) + row.num_tokens**2 for row in rows)
+        lengths = AttentionArrays.lengths(self._count, max_parts, room)
+        host = {name: np.zeros(size, dtype=np.int32) for name, size in lengths.items()}
+        plan_attention(rows, shape, max_parts, AttentionArrays(**host))
+        self._arrays = AttentionArrays(**upload(host, setting.device))
+        programs = 8
+        if setting.on_device:
+            properties = torch.cuda.get_device_properties(setting.device)
+            programs = 3 * properties.multi_processor_count
+        self._workspace = AttentionWorkspace.of(shape, max_parts, programs, setting.device)
+        self._workspace.sums.fill_(torch.nan)
+
+    def run(self, q_TX: Tensor, kv: Tensor) -> Tensor:
+        """Of queries [tokens, heads * D]; into memory of NaN."""
+        out_TX = self._setting.poisoned(*q_TX.shape, dtype=q_TX.dtype)
+        self.write(q_TX, kv, out_TX)
+        return out_TX
+
+    def write(self, q_TX: Tensor, kv: Tensor, out_TX: Tensor) -> None:
+        """Two launches."""
+        attend(q_TX, kv, self._arrays, self._workspace, out_TX, self._shape, self._count)
 
 
 class LoraStep:

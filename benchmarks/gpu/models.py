@@ -16,7 +16,7 @@ from lorastack.layout import EMBED, GROUPS, LAYER_TARGETS, LM_HEAD, NO_LAYER, Mo
 from lorastack.model.backends.triton.backend import TritonBackend
 from lorastack.model.backends.triton.device import Device
 from lorastack.model.config import DecoderConfig
-from lorastack.model.weights import Dense, DecoderWeights, LayerWeights, Pack, Packing
+from lorastack.model.weights import DecoderWeights, Dense, LayerWeights, Pack, Packing
 from tests.helpers.native import config_of
 
 STRENGTH = 0.3  # of LoRAs: what they add beside what they add it to

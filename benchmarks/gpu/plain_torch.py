@@ -56,9 +56,7 @@ def _run(model: Callable[[], Model], load: Load) -> Iterator[Finding]:
 
     def step(grown: int) -> None:
         loras = made.loras[: load.loras]
-        batch = decoding(
-            made.shapes, load.rows, made.past + grown, nodes=load.nodes, loras=loras
-        )
+        batch = decoding(made.shapes, load.rows, made.past + grown, nodes=load.nodes, loras=loras)
         made.backend.forward(batch, made.kv)
 
     step(0)

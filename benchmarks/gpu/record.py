@@ -134,7 +134,13 @@ def table(reports: Sequence[Report]) -> str:
 def _rows(report: Report) -> Iterable[tuple[str, ...]]:
     stage = f"{report.number} {report.name}"
     if report.state != ENDED:
-        yield stage, report.state, _cell(report.why), "", "" if report.state == NOT_RUN else "FAILED"
+        yield (
+            stage,
+            report.state,
+            _cell(report.why),
+            "",
+            "" if report.state == NOT_RUN else "FAILED",
+        )
     for name, case in report.cases.items():
         for each in case.findings:
             verdict = "" if not each.expected else "MISSED" if each.missed else "as expected"
@@ -147,7 +153,9 @@ def _rows(report: Report) -> Iterable[tuple[str, ...]]:
 
 
 def _number(value: float) -> str:
-    return str(value) if isinstance(value, int) else f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+    return (
+        str(value) if isinstance(value, int) else f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+    )
 
 
 def _cell(text: str) -> str:

@@ -14,8 +14,8 @@ from torch import Tensor
 from benchmarks.gpu import right_samples
 from benchmarks.gpu.compare import (
     DTYPES,
+    AttentionStep,
     LoraStep,
-    attention,
     check_untouched,
     error_of,
     products,
@@ -121,9 +121,7 @@ def rows_of_attention(tiny: bool, page_size: int) -> list[RowSpan]:
         num_pages = -(-(length + count) // page_size)
         table = [page + 2 * i for i in reversed(range(num_pages))]  # every other one is foreign
         is_tree = count == len(parents)
-        rows.append(
-            RowSpan(start, start + count, table, length, parents if is_tree else None)
-        )
+        rows.append(RowSpan(start, start + count, table, length, parents if is_tree else None))
         start, page = start + count, page + 2 * num_pages
     return rows
 
@@ -153,7 +151,7 @@ def _attention(setting: Setting) -> Iterator[Finding]:
             kv = setting.poisoned(pages, 2, kv_heads, page_size, size, dtype=dtype)
             fill_rows(setting, kv, rows)
             q_TX = setting.random(rows[-1].end, heads * size, dtype=dtype)
-            found_TX = attention(setting, q_TX, kv, rows, shape)
+            found_TX = AttentionStep(setting, rows, shape).run(q_TX, kv)
             q_THD = q_TX.view(-1, heads, size)
             expected_TX = attend_reference(q_THD, kv, rows, window)
             worst = max(worst, error_of(found_TX.cpu(), expected_TX))
@@ -186,9 +184,7 @@ def _norms(setting: Setting) -> Iterator[Finding]:
             places = [1, 3]
             x_XH = setting.poisoned(2, size, dtype=dtype)
             wanted = setting.ints(*places)
-            gather_norm(
-                projected.projection, hidden_TH, wanted, norm_H, x_XH, setting.ints(2), EPS
-            )
+            gather_norm(projected.projection, hidden_TH, wanted, norm_H, x_XH, setting.ints(2), EPS)
             worst = max(worst, error_of(x_XH, normed_TH[places]))
             x_TH = setting.poisoned(bucket, size, dtype=dtype)
             add_norm(projected.projection, hidden_TH, norm_H, x_TH, setting.ints(count), EPS)
@@ -212,9 +208,7 @@ def _rope(setting: Setting) -> Iterator[Finding]:
             kv = setting.poisoned(6, 2, kv_heads, page_size, size, dtype=dtype)
             q_THD = setting.poisoned(bucket, heads, size, dtype=dtype)
             slots_T = setting.ints(*slots, 0)
-            rope_write(
-                projected.projection, rotations, slots_T, q_THD, kv, setting.ints(count)
-            )
+            rope_write(projected.projection, rotations, slots_T, q_THD, kv, setting.ints(count))
             by_head = projected.sums_TO[:count].view(count, -1, size)
             angle = angle_PF[rotations.rows_T[:count].long()].double()[:, None]
             first, second = by_head.chunk(2, dim=2)

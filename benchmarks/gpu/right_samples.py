@@ -39,22 +39,27 @@ def cases(setting: Setting) -> dict[str, Callable[[], Iterator[Finding]]]:
     return {name: partial(run, setting) for name, run in kernels.items()}
 
 
-def draw(setting: Setting, logits_XV: Tensor, samples: list[Sample]) -> Sampled:
-    """By the kernels, every row a tree of its own."""
-    count, vocab = logits_XV.shape
-    nodes = Nodes(
-        setting.ints(*range(count)),
-        torch.zeros(count, dtype=torch.int32, device=setting.device),
-        torch.tensor(
-            [settings_of(each.params, each.token_index) for each in samples], device=setting.device
-        ),
-        setting.ints(count),
-    )
-    empty = partial(torch.full, (count,), -1, dtype=torch.int32, device=setting.device)
-    out = Sampled(setting.poisoned(count), empty(), empty())
-    keys = torch.zeros(count, num_spans(vocab), dtype=torch.int64, device=setting.device)
-    sample(logits_XV, nodes, keys, out, count)
-    return out
+class Draw:
+    """The kernels' samples of logits, every row a tree of its own."""
+
+    def __init__(self, setting: Setting, logits_XV: Tensor, samples: list[Sample]) -> None:
+        count, vocab = logits_XV.shape
+        self._logits_XV = logits_XV
+        settings = [settings_of(each.params, each.token_index) for each in samples]
+        self._nodes = Nodes(
+            setting.ints(*range(count)),
+            torch.zeros(count, dtype=torch.int32, device=setting.device),
+            torch.tensor(settings, device=setting.device),
+            setting.ints(count),
+        )
+        empty = partial(torch.full, (count,), -1, dtype=torch.int32, device=setting.device)
+        self.found = Sampled(setting.poisoned(count), empty(), empty())
+        spans = num_spans(vocab)
+        self._keys_XS = torch.zeros(count, spans, dtype=torch.int64, device=setting.device)
+
+    def __call__(self) -> None:
+        """Fills `found`."""
+        sample(self._logits_XV, self._nodes, self._keys_XS, self.found, len(self._logits_XV))
 
 
 def _samples(setting: Setting) -> Iterator[Finding]:
@@ -66,7 +71,9 @@ def _samples(setting: Setting) -> Iterator[Finding]:
         Sample(row, SamplingParams(seed=chance.getrandbits(64), **SAMPLINGS[row % 6]), row)
         for row in range(count)
     ]
-    found = draw(setting, logits_XV, samples)
+    draw = Draw(setting, logits_XV, samples)
+    draw()
+    found = draw.found
     host_XV = logits_XV.cpu()
     expected = [
         int(host_XV[each.row].argmax()) if each.params.greedy else sample_torch(host_XV, [each])[0]
@@ -147,7 +154,11 @@ def _trees(setting: Setting) -> Iterator[Finding]:
     move_kv(moved, out, slots, ints(len(trees)), count)
     kv.move(
         [
-            Move(table, [root + node for node in each.path], range(root + 1, root + 1 + len(each.path)))
+            Move(
+                table,
+                [root + node for node in each.path],
+                range(root + 1, root + 1 + len(each.path)),
+            )
             for table, root, each in zip(tables, committed, expected, strict=True)
         ]
     )

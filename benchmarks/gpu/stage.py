@@ -1,6 +1,6 @@
 """One stage: a process that `check` begins, and that may be lost.
 
-    python -m benchmarks.gpu.stage MODULE FILE [--tiny]
+python -m benchmarks.gpu.stage MODULE FILE [--tiny]
 """
 
 from __future__ import annotations
