@@ -115,7 +115,7 @@ def _quantised(setting: Setting, speed: Callable[[], float], kind: Kind) -> Iter
         yield Finding(f"{count} tokens", percent, "% of a copy")
 
 
-def candidates(setting: Setting) -> Iterator[tuple[str, int, Any]]:
+def candidates() -> Iterator[tuple[str, int, Any]]:
     """Words, tokens, and the function that chooses these blocks."""
     plain = module.blocks_of
     for count in CANDIDATE_TOKENS:
@@ -133,7 +133,7 @@ def _candidates(setting: Setting, speed: Callable[[], float]) -> Iterator[Findin
     """Of the matrix that is largest. One that does not fit is left out."""
     weights = _weights(setting, *matrices_of(setting.mistral)["gate_proj+up_proj"])
     left_out = []
-    for words, count, chosen in candidates(setting):
+    for words, count, chosen in candidates():
         with patch.object(module, "blocks_of", chosen):
             try:
                 seconds = _seconds(setting, weights, count)

@@ -1,8 +1,8 @@
 """The engine in this process: drafts change no token, and what they bring.
 
-128 mixed requests, greedy and drawn, with LoRAs and stacks of them, run once without drafts and once
-with; heads are scripted and guess right about half the time. Then eight rows of Mistral-7B's shapes,
-timed.
+128 mixed requests, greedy and drawn, with LoRAs and stacks of them, run once without drafts and
+once with; heads are scripted and guess right about half the time. Then eight rows of Mistral-7B's
+shapes, timed.
 """
 
 from __future__ import annotations

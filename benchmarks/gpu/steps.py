@@ -1,4 +1,4 @@
-"""Whole steps of a random Mistral-7B: time beside what reading its bytes takes, launches, copies."""
+"""Whole steps of a random Mistral-7B: time beside what its bytes take, launches, copies."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def _run(model: Callable[[], Model], name: str, load: Load) -> Iterator[Finding]
 
 
 def profile(call: Callable[[], object], steps: int = 3, most: int = 20) -> list[str]:
-    """The kernels that take longest, in microseconds a step."""
+    """The kernels that take longest: microseconds and launches a step."""
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profiler:
         for _ in range(steps):
@@ -159,6 +159,6 @@ def profile(call: Callable[[], object], steps: int = 3, most: int = 20) -> list[
         torch.cuda.synchronize()
     averages = sorted(profiler.key_averages(), key=lambda each: -each.self_device_time_total)
     return [
-        f"{each.self_device_time_total / steps:9.1f} us, {each.count / steps:6.1f} launches: {each.key[:80]}"
+        f"{each.self_device_time_total / steps:.1f} us, {each.count / steps:.1f}: {each.key[:80]}"
         for each in averages[:most]
     ]

@@ -1,0 +1,144 @@
+"""Compiles every kernel that steps of Mistral-7B's shapes launch, in many processes at once.
+
+All walk through the same launches, without running any, and each compiles its share into the one
+TRITON_CACHE_DIR, from which the later stages take them. Registers are read where they are loaded.
+
+    python -m benchmarks.gpu.compiling PART PARTS          (a share; a line of JSON for each kernel)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu.decoding import PAGE, counting, decoding, num_pages
+from benchmarks.gpu.models import packing_of, random_heads, random_lora, random_weights
+from benchmarks.gpu.record import Finding
+from benchmarks.gpu.setting import Setting
+from lorastack.kernels.triton import matmul as module
+from lorastack.kernels.triton.launch import OPTIONS
+from lorastack.kernels.triton.weight import pack_weight
+from lorastack.layout import EMBED, LAYER_TARGETS, LM_HEAD
+from lorastack.lora.weights import LoraWeights
+from lorastack.model.backends.triton.backend import TritonBackend
+from lorastack.model.backends.triton.inputs import BUCKETS
+from tests.helpers.launches import launching
+from tests.helpers.native import config_of
+
+DTYPE = torch.bfloat16
+PROCESSES = 12
+Compiled = Callable[[Any, tuple[object, ...], dict[str, object]], None]
+
+
+def cases(setting: Setting) -> dict[str, Callable[[], Iterator[Finding]]]:
+    return {"all kernels": partial(_all, setting)}
+
+
+def _all(setting: Setting) -> Iterator[Finding]:
+    count = min(PROCESSES, os.cpu_count() or 1)
+    began = time.monotonic()
+    command = [sys.executable, "-m", __spec__.name]
+    processes = [
+        subprocess.Popen([*command, str(part), str(count)], stdout=subprocess.PIPE, text=True)
+        for part in range(count)
+    ]
+    found = [json.loads(line) for each in processes for line in each.communicate()[0].splitlines()]
+    failed = sum(each.wait() != 0 for each in processes)
+    yield Finding("shares that failed", failed, most=0)
+    by_kernel = defaultdict(list)
+    for each in found:
+        by_kernel[each["kernel"]].append(each)
+    yield Finding("kernels", len(by_kernel), f"in {len(found)} versions", least=1)
+    yield Finding("time", time.monotonic() - began, f"s, {count} processes")
+    for name, versions in sorted(by_kernel.items()):
+        most = max(each["registers"] for each in versions)
+        yield Finding(f"{name}, registers", most, "a thread")
+        spills = sum(each["spills"] for each in versions)
+        yield Finding(f"{name}, spills", spills, "of all versions", most=0)
+    setting.notes["versions"] = [json.dumps(each) for each in found]
+
+
+def share(setting: Setting, part: int, parts: int, report: Callable[[Any, float], None]) -> None:
+    """Compiles a share of what `walk` launches. report: gets a compiled kernel and seconds."""
+    seen: set[int] = set()
+
+    def compile_only(kernel: Any, grid: Any, *args: object, **settings: object) -> None:
+        key = zlib.crc32(repr((kernel.fn.__name__, _kinds(args), settings)).encode())
+        if key in seen or key % parts != part:
+            return
+        seen.add(key)
+        began = time.monotonic()
+        made = kernel.warmup(*args, grid=tuple(grid), **settings, **OPTIONS)
+        report(made, time.monotonic() - began)
+
+    with launching(compile_only):
+        walk(setting)
+
+
+def _kinds(args: tuple[object, ...]) -> list[object]:
+    """What a kernel may be specialised for."""
+    return [
+        (each.dtype, each.data_ptr() % 16) if isinstance(each, Tensor) else each for each in args
+    ]
+
+
+def walk(setting: Setting) -> None:
+    """The launches of one layer and what is around it: every bucket, with LoRAs and heads.
+
+    And of the matmul with the blocks that `kernel_speed` tries.
+    """
+    shapes, device = replace(setting.mistral, num_layers=1), setting.device
+    config = config_of(shapes)
+    weights = random_weights(config, DTYPE, device, packing_of())
+    backend = TritonBackend(config, weights, device, DTYPE, None, counting(device)[0])
+    targets = (*LAYER_TARGETS, LM_HEAD, EMBED)
+    adapter = random_lora(shapes, DTYPE, device, targets=targets)
+    lora = LoraWeights.from_buffer(adapter.buffer, adapter.layout)
+    heads = random_heads(shapes, DTYPE, device)
+    kv = backend.make_kv(num_pages(decoding(shapes, BUCKETS[-1], PAGE)), PAGE)
+    for bucket in BUCKETS:
+        backend.forward(decoding(shapes, bucket, PAGE), kv)
+        backend.forward(decoding(shapes, bucket, PAGE, loras=[lora]), kv)
+    for nodes in (2, 4, 8, 16):
+        backend.forward(decoding(shapes, 2, PAGE, nodes=nodes, heads=heads), kv)
+    _walk_candidates(setting)
+
+
+def _walk_candidates(setting: Setting) -> None:
+    from benchmarks.gpu.kernel_speed import candidates, matrices_of
+
+    outputs, inputs = matrices_of(setting.mistral)["gate_proj+up_proj"]
+    weight = pack_weight(torch.empty(outputs, inputs, dtype=DTYPE, device=setting.device))
+    for _, count, chosen in candidates():
+        x_TI = torch.empty(count, inputs, dtype=DTYPE, device=setting.device)
+        parts_CTO = setting.poisoned(weight.plan.num_parts(count), count, outputs)
+        with patch.object(module, "blocks_of", chosen):
+            module.matmul(x_TI, weight, parts_CTO, setting.ints(count))
+
+
+def _tell(made: Any, seconds: float) -> None:
+    """A line of JSON. A kernel that a device refuses, for its shared memory, has no registers."""
+    told = {"kernel": made.metadata.name, "shared": made.metadata.shared, "seconds": seconds}
+    try:
+        made._init_handles()
+        told |= {"registers": made.n_regs, "spills": made.n_spills}
+    except Exception as error:
+        told |= {"registers": 0, "spills": 0, "refused": str(error)}
+    print(json.dumps(told), flush=True)
+
+
+if __name__ == "__main__":
+    share(Setting.here(tiny=False), int(sys.argv[1]), int(sys.argv[2]), _tell)
