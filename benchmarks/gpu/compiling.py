@@ -89,10 +89,16 @@ def share(setting: Setting, part: int, parts: int, report: Callable[[Any, float]
 
 
 def _kinds(args: tuple[object, ...]) -> list[object]:
-    """What a kernel may be specialised for."""
-    return [
-        (each.dtype, each.data_ptr() % 16) if isinstance(each, Tensor) else each for each in args
-    ]
+    """What a kernel may be specialised for: dtypes and alignment, integers that are 1."""
+    kinds: list[object] = []
+    for each in args:
+        if isinstance(each, Tensor):
+            kinds.append((each.dtype, each.data_ptr() % 16 == 0))
+        elif isinstance(each, int):
+            kinds.append((each == 1, each % 16 == 0, each >> 31 == 0))
+        else:
+            kinds.append(type(each))
+    return kinds
 
 
 def walk(setting: Setting) -> None:
