@@ -55,7 +55,7 @@ class Traffic:
         adapter = random_lora(setting.mistral, DTYPE, setting.device)
         host = self._host.empty(len(adapter.buffer), DTYPE)
         host.copy_(adapter.buffer)
-        return PackedAdapter(digest, host, adapter.layout, pinned=True)
+        return PackedAdapter(digest=digest, buffer=host, layout=adapter.layout, pinned=True)
 
     def advance(self) -> list[DeviceAdapter]:
         """Takes what has come and starts others, as the engine does between steps. Returns what has

@@ -55,6 +55,7 @@ class Case:
 
     state: str = WAITING
     error: str = ""
+    seconds: float = 0.0
     findings: list[Finding] = field(default_factory=list)
 
 

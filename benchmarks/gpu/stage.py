@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 import traceback
 from importlib import import_module
 from pathlib import Path
@@ -37,7 +38,7 @@ def main() -> int:
         case = report.cases[name]
         if case.state != WAITING:
             continue
-        case.state = RUNNING
+        case.state, began = RUNNING, time.monotonic()
         report.write(arguments.file)
         try:
             for finding in run():
@@ -47,6 +48,7 @@ def main() -> int:
         except Exception as error:
             traceback.print_exc()
             case.error = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        case.seconds = time.monotonic() - began
         report.notes |= setting.notes
         case.state = FAILED if case.error else ENDED
         report.write(arguments.file)

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
-import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 
 from lorastack.kernels.sample import Sample
-from lorastack.kernels.triton import samples as module
 from lorastack.kernels.triton.samples import Nodes, Sampled, num_spans, sample, settings_of
-from lorastack.request import SamplingParams
-from lorastack.sampling.reference import sample_reference
-from tests.helpers.examples import at_most
-from tests.kernels.test_sample import KINDS, SEEDS, make_logits
 
 
 def run(logits_XV: Tensor, samples: Sequence[Sample], device: torch.device) -> Sampled:
