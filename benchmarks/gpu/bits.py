@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from benchmarks.gpu.compare import DTYPES, AttentionStep, LoraStep, products
+from benchmarks.gpu.compare import AttentionStep, LoraStep, products
 from benchmarks.gpu.models import random_backend, random_lora
 from benchmarks.gpu.record import Finding
 from benchmarks.gpu.setting import Setting
@@ -91,7 +91,7 @@ def _attention(setting: Setting) -> Iterator[Finding]:
     blocks = {"block": 16, "split": 32} if setting.tiny else {}
     committed = (30,) if setting.tiny else (254, 253, 700, 2046)
     shape = AttentionShape(heads, kv_heads, size, page_size, None, **blocks)
-    for name, dtype in DTYPES.items():
+    for name, dtype in setting.dtypes.items():
         unequal = 0
         for begin in committed:
             unequal += _path_of_a_tree(setting, shape, begin, dtype)
@@ -134,7 +134,7 @@ def _path_of_a_tree(setting: Setting, shape: AttentionShape, begin: int, dtype: 
 def _lora(setting: Setting) -> Iterator[Finding]:
     """A stack alone, and in a batch at another place."""
     shapes = replace(setting.mistral, num_layers=1)
-    for name, dtype in DTYPES.items():
+    for name, dtype in setting.dtypes.items():
         adapters = [
             random_lora(shapes, dtype, setting.device, rank=rank) for rank in (16, 40, 8, 5)
         ]
@@ -158,8 +158,7 @@ def _steps(setting: Setting) -> Iterator[Finding]:
     shapes = setting.small
     vocab = shapes.vocab_size
     times = 1 if setting.tiny else 4
-    # The interpreter takes its time, and bfloat16 is where bits are lost.
-    for name, dtype in list(DTYPES.items())[: 1 if setting.tiny else None]:
+    for name, dtype in setting.dtypes.items():
         backend = random_backend(shapes, dtype, setting.device)
         targets = (*LAYER_TARGETS, LM_HEAD)
         adapters = [
@@ -173,7 +172,7 @@ def _steps(setting: Setting) -> Iterator[Finding]:
         (alone_TV,) = run(backend, loras, kv, [RowPart(ids, 0, pages, stack)])
         alone_TV = alone_TV.clone()
         others = [
-            RowPart(_ids(20, vocab), 0, range(20, 26), ((0, 1.0),)),
+            RowPart(_ids(3 if setting.tiny else 20, vocab), 0, range(20, 26), ((0, 1.0),)),
             RowPart(_ids(1, vocab), 0, [30]),
         ]
         wrong = _ids(3, vocab)

@@ -29,8 +29,6 @@ from lorastack.lora.weights import LoraWeights
 from lorastack.model.context import RowSpan
 from lorastack.request import MAX_LORAS
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-
 
 def error_of(found: Tensor, expected: Tensor) -> float:
     """Of all numbers together, relative; infinite where one is not finite."""

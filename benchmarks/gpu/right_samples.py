@@ -9,10 +9,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.compare import DTYPES, error_of
+from benchmarks.gpu.compare import error_of
 from benchmarks.gpu.models import random_heads
 from benchmarks.gpu.record import Finding
-from benchmarks.gpu.setting import Setting
+from benchmarks.gpu.setting import DTYPES, Setting
 from lorastack.kernels.heads import HeadsGroup, states_reference, top_reference
 from lorastack.kernels.sample import Sample, sample_torch
 from lorastack.kernels.triton import heads as heads_kernels

@@ -11,6 +11,7 @@ from lorastack.kernels.triton.launch import INTERPRETED, why_not
 from lorastack.layout import ModelShapes
 from tests.helpers import interpreter
 
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 MISTRAL = ModelShapes(
     architecture="MistralForCausalLM",
     hidden_size=4096,
@@ -81,6 +82,11 @@ class Setting:
         if not self.on_device:
             return "Triton's interpreter on a CPU"
         return torch.cuda.get_device_name(self.device)
+
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Of which a stage of bits tells: at tiny sizes only the one in which bits are lost."""
+        return {"bfloat16": torch.bfloat16} if self.tiny else DTYPES
 
     @property
     def mistral(self) -> ModelShapes:

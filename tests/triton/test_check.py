@@ -43,7 +43,12 @@ def test_it_runs_end_to_end_at_tiny_sizes(
     for number in (2, 3, 5, 7):
         report = Report.read(tmp_path / f"{number}.json")
         assert report.passed and all(case.findings for case in report.cases.values())
-    for words in ("matmul: bfloat16, int4", "heads: float32", "whole steps: bfloat16", "copies"):
+    for words in (
+        "matmul: bfloat16, int4 weights",
+        "heads: float32",
+        "whole steps: bfloat16",
+        "copies",
+    ):
         assert words in text
     assert "accepted" in text and "MISSED" not in text
 
