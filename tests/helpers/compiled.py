@@ -11,22 +11,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lorastack.kernels.triton.launch import OPTIONS
 
 ARCHITECTURES = (80, 90, 120)
 # Bytes that a program may have: sm_80 and sm_120 keep 100 KiB a multiprocessor in reach, sm_90 227.
 MAX_SHARED = {80: 100 << 10, 90: 227 << 10, 120: 99 << 10}
 _INSTRUCTIONS = re.compile(r"\b(HGMMA|HMMA|LDGSTS|LDG|LDL|STL|DFMA)\b")
+_WIDE_LOADS = re.compile(r"\b(?:LDG|LDGSTS)\.E[.A-Z0-9]*\.128\b")
+_TYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
 _RESOURCES = re.compile(r"(REG|STACK|SHARED|LOCAL):(\d+)")
 
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """registers: a thread. shared: bytes a program. instructions: how many there are of each."""
+    """registers: a thread. shared: bytes a program. instructions: how many there are of each.
+    wide_loads: those of 16 bytes."""
 
     registers: int
     shared: int
     instructions: Counter[str]
+    wide_loads: int
 
     @property
     def spills(self) -> int:
@@ -62,13 +73,58 @@ def compile_kernel(
     return _read(made.asm["cubin"], made.metadata.shared)
 
 
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What was to be launched."""
+
+    kernel: Any
+    args: tuple[object, ...]
+    settings: dict[str, Any]
+
+    def compiled(self, architecture: int) -> Compiled:
+        """With the types, constants and alignments of its arguments, as a launch compiles it."""
+        types: dict[str, str] = {}
+        aligned: list[str] = []
+        for parameter, value in zip(self.kernel.params, self.args, strict=False):
+            types[parameter.name] = _type_of(value)
+            place = value.data_ptr() if isinstance(value, torch.Tensor) else value
+            told = not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment)
+            if told and isinstance(place, int) and place % 16 == 0:
+                aligned.append(parameter.name)
+        names = {parameter.name for parameter in self.kernel.params}
+        constants = {name: value for name, value in self.settings.items() if name in names}
+        options = {name: value for name, value in self.settings.items() if name not in names}
+        return compile_kernel(self.kernel, architecture, types, constants, aligned, **options)
+
+
+class Recorder:
+    """In the place of `launch` it launches nothing. launches: in their order."""
+
+    def __init__(self) -> None:
+        self.launches: list[Launch] = []
+
+    def __call__(self, kernel: Any, grid: Sequence[int], *args: object, **settings: object) -> None:
+        self.launches.append(Launch(kernel, args, settings))
+
+
+def _type_of(value: object) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"*{_TYPES[value.dtype]}"
+    return "fp32" if isinstance(value, float) else "i32"
+
+
 def _read(cubin: bytes, shared: int) -> Compiled:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         resources = dict(_RESOURCES.findall(_dump("-res-usage", file.name)))
-        instructions = Counter(_INSTRUCTIONS.findall(_dump("-sass", file.name)))
-    return Compiled(int(resources["REG"]), shared, instructions)
+        code = _dump("-sass", file.name)
+    return Compiled(
+        registers=int(resources["REG"]),
+        shared=shared,
+        instructions=Counter(_INSTRUCTIONS.findall(code)),
+        wide_loads=len(_WIDE_LOADS.findall(code)),
+    )
 
 
 def _dump(what: str, file: str) -> str:

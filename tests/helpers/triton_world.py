@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from lorastack.kernels.quantize import Kind
 from lorastack.layout import EMBED, LAYER_TARGETS, LM_HEAD
@@ -67,6 +68,10 @@ def build_world(
 ) -> World:
     """build: of `tests.helpers.tiny`, called with `fields` beside SMALL's."""
     folder = build(root / "model", **(SMALL | fields))
+    if kind is not None:  # what both read must be the same for codes to be
+        file = folder / "model.safetensors"
+        rounded = {name: each.bfloat16() for name, each in load_file(file).items()}
+        save_file(rounded, file, {"format": "pt"})
     shapes = shapes_of(folder)
     folders = [write_lora(root / name, shapes, **each) for name, each in LORAS.items()]
     backend = load_backend(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lorastack.config import GIB
+from lorastack.model.backends.triton.reserve import CONTEXT_NBYTES, reserved_nbytes
 from tests.helpers.launches import launching
 from tests.helpers.mock_mistral import MockMistral, mock_heads, mock_lora
 
@@ -84,6 +87,32 @@ def test_a_step_of_known_kind_is_one_replay(mistral: MockMistral, launches: Laun
     for nodes in (1, 2):
         mistral.backend.forward(mistral.step(8 // nodes, loras[:2], nodes), mistral.kv)
     assert mistral.device.replays == 3 and launches.total == counted
+
+
+@pytest.mark.usefixtures("launches")
+def test_steps_of_few_tokens_are_graphs_before_the_first_row() -> None:
+    mistral = MockMistral()
+    mistral.backend.prepare(mistral.kv)
+    replays = mistral.device.replays
+    assert replays == 2 * 9  # buckets up to 64, with LoRAs and without
+    loras = [mock_lora(16) for _ in range(3)]
+    for batch in (
+        mistral.step(3),
+        mistral.step(64),
+        mistral.step(3, loras),
+        mistral.step(8, loras, 8),
+    ):
+        mistral.backend.forward(batch, mistral.kv)
+        replays += 1
+        assert mistral.device.replays == replays
+
+
+def test_memory_of_steps_is_counted_before_it_is_taken(mistral: MockMistral) -> None:
+    backend = mistral.backend
+    counted = reserved_nbytes(backend.shapes, backend.dtype, None)
+    memory = backend._memory_for(64)
+    taken = sum(getattr(memory, each.name).nbytes for each in fields(memory))
+    assert taken + CONTEXT_NBYTES < counted < 2 * GIB
 
 
 @pytest.mark.usefixtures("launches")

@@ -21,6 +21,7 @@ from lorastack.kernels.triton.pointwise import (
     gather_norm,
     rope_write,
     silu_mul,
+    turn,
 )
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -154,6 +155,20 @@ def test_gather_norm(
     gather_norm(*wanted)
     check_rows(out_XH, x_TH[outputs_X.long()], count, exactly=True)
     assert torch.equal(hidden_TH, before_TH)
+
+
+@few
+@given(counts, st.integers(1, 20), st.floats(0.5, 2))
+def test_turn(device: torch.device, count: int, size: int, scale: float) -> None:
+    """What the torch backend computes, see its `_frequencies`."""
+    inv_freq_PF = torch.rand(200, size, device=device)
+    positions_T, lasts_T = torch.randint(0, 200, (2, BUCKET), dtype=torch.int32, device=device)
+    cos_TF, sin_TF = (empty(BUCKET, size, dtype=torch.float32, device=device) for _ in range(2))
+    turn(inv_freq_PF, positions_T, lasts_T, scale, cos_TF, sin_TF, scalar(count, device))
+    rows_T = torch.maximum(positions_T, lasts_T).long()
+    angle_TF = positions_T[:, None].float() * inv_freq_PF[rows_T]
+    check_rows(cos_TF, angle_TF.cos() * scale, count)
+    check_rows(sin_TF, angle_TF.sin() * scale, count)
 
 
 def rotated(x_TKD: Tensor, rotations: Rotations) -> Tensor:

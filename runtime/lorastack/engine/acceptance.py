@@ -1,7 +1,8 @@
 """Which tokens a step's rows take, by each row's own rule.
 
 The backend samples and accepts for rows that take the model's own tokens by the match rule. The
-rest happens here, on the host: rows with a processor or typical_p, and typical acceptance.
+rest happens here, on the host: rows with a processor, typical acceptance, and typical_p, which not
+every backend's kernels have.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ class SampledRow:
     def by_backend(self) -> bool:
         """True if the backend accepts its tokens."""
         request = self.step.request
-        plain = request.sampling.greedy or request.sampling.typical_p >= 1
-        return plain and self.step.processor is None and request.typical is None
+        own = self.step.processor is None and request.sampling.typical_p >= 1
+        return own and request.typical is None
 
 
 def accept_rows(ops: Ops, rows: Sequence[SampledRow], outputs: Outputs) -> list[Accepted]:

@@ -57,6 +57,7 @@ def build_engine(
             shapes.max_context,
         )
     kv = backend.make_kv(num_pages, config.page_size)
+    backend.prepare(kv)
     runner, pages = Runner(backend, kv), Pages(num_pages, config.page_size)
     return Engine(
         config=config,

@@ -149,6 +149,10 @@ def _kv_memory(
     available = available_memory(device)
     if available is None:
         return MOST_KV if wanted is None else wanted
+    if choice.triton:
+        from lorastack.model.backends.triton.reserve import reserved_nbytes
+
+        available -= reserved_nbytes(model.shapes, dtype, choice.kind)
     sizes = {kind: weights_nbytes(model, dtype, kind, device) for kind in (None, *Kind)}
     weights = sizes[choice.kind]
     smaller = {f"--quantize {kind}": size for kind, size in sizes.items() if size < weights}

@@ -21,23 +21,27 @@ FEW_REGISTERS, MANY_REGISTERS = 168, 255
 
 
 def compiled(
-    architecture: int, bucket: int, dtype: torch.dtype, kind: Kind | None = None
+    architecture: int,
+    bucket: int,
+    dtype: torch.dtype,
+    kind: Kind | None = None,
+    inputs: int = INPUTS,
 ) -> Compiled:
     """As `matmul` launches it."""
-    plan = MatmulPlan.of(OUTPUTS, INPUTS, dtype, kind)
-    weight = Weight(torch.empty(0), None, OUTPUTS, INPUTS, plan, kind)
+    plan = MatmulPlan.of(OUTPUTS, inputs, dtype, kind)
+    weight = Weight(torch.empty(0, dtype=dtype), None, OUTPUTS, inputs, plan, kind)
     blocks, of_x = blocks_of(weight, bucket), f"*{NAMES[dtype]}"
     types = {"x": of_x, "w": "*u8" if kind else of_x, "parts": "*fp32", "num_tokens": "*i32"}
-    types |= dict.fromkeys(("stride_x", "stride_p", "N", "K", "KC"), "i32")
+    types |= dict.fromkeys(("bucket", "N", "K", "KC"), "i32")
     constants: dict[str, object] = {
         "BITS": BITS[kind],
         "SPREAD": plan.num_parts(bucket) == plan.num_chunks,
-        "EVEN": True,
+        "EVEN": inputs % blocks.inputs == 0,
         "BT": blocks.tokens,
         "BN": blocks.outputs,
         "BK": blocks.inputs,
     }
-    aligned = ["x", "stride_x", "w", "parts", "N", "K", "KC"]
+    aligned = ["x", "w", "parts", "KC", "N", *(["K"] if inputs % 16 == 0 else [])]
     if kind is None:
         constants["scales"] = None
     else:
@@ -59,7 +63,7 @@ def test_bfloat16(architecture: int, kind: Kind | None, bucket: int) -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("bucket", [FEW, MOST_SPREAD, MANY])
+@pytest.mark.parametrize("bucket", [MOST_SPREAD, MANY])
 def test_float32(architecture: int, bucket: int) -> None:
     """No matrix instruction: those of float32 round their inputs."""
     found = compiled(architecture, bucket, torch.float32)
@@ -67,3 +71,11 @@ def test_float32(architecture: int, bucket: int) -> None:
     assert found.registers <= MANY_REGISTERS
     assert found.shared <= MAX_SHARED[architecture]
     assert found.instructions["HGMMA"] + found.instructions["HMMA"] == 0
+
+
+@pytest.mark.parametrize("kind", [None, *Kind])
+def test_an_odd_number_of_inputs(kind: Kind | None) -> None:
+    found = compiled(80, FEW, torch.bfloat16, kind, INPUTS - 1)
+    assert found.spills == 0
+    assert found.registers <= FEW_REGISTERS
+    assert found.instructions["HMMA"] > 0

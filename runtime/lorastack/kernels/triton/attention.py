@@ -137,7 +137,8 @@ def _result(total_M, sum_MD):
     return sum_MD / total_M[:, None] + 0.0
 
 
-@triton.jit
+# A step's arrays begin where their bucket's upload has them: one kernel serves all places.
+@triton.jit(do_not_specialize_on_alignment=["counts", "items", "position", "line", "lists"])
 def attention_kernel(
     q, kv, out, counts, items, position, line, lists, sums, softmax, scale, window,
     SHARE: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
@@ -185,7 +186,7 @@ def attention_kernel(
                     j = behind % count
                     p_N = first + tl.where(alone, shared + behind // count, product) * BLOCK + n_N
                     own = tl.where(alone, tl.load(position + start + j), last)
-                    inside_N = (p_N <= own) & (p_N > tl.where(alone, own - window, -1))
+                    inside_N = (p_N <= own) & (p_N >= tl.where(alone, own - window + 1, lowest))
                     drafted_N = (p_N >= committed) & alone & (chain == 0)
                     ancestors = lists + tl.load(
                         line + start + j, mask=alone & (chain == 0), other=0
@@ -224,7 +225,7 @@ def attention_kernel(
             tl.store(sums + line_M[:, None] * DP + d_D[None, :], sum_MD, mask=real_M[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["counts", "items", "position", "item_of"])
 def combine_kernel(
     out, counts, items, position, item_of, sums, softmax,
     SHARE: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,

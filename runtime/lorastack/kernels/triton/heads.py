@@ -20,7 +20,7 @@ from lorastack.kernels.triton.launch import launch
 from lorastack.kernels.triton.ranks import BEHIND_ALL, key_of, limit_of, rank_of
 
 TILE = 16  # pairs of a tile
-_BLOCK = 2048  # outputs of a pair that are ranked at once
+BLOCK = 2048  # outputs of a pair that are ranked at once
 
 
 class Tile(NamedTuple):
@@ -120,35 +120,35 @@ def states(
     state stands. num_blocks: at most L, and no heads have more. One launch a block.
     """
     hidden = hidden_XH.shape[1]
-    sizes = _sizes(hidden_XH)
+    constants = sizes(hidden, hidden_XH.itemsize)
     for block in range(num_blocks):
         launch(
-            *(states_kernel, (max_tiles, triton.cdiv(hidden, sizes["BLOCK_O"]))),
+            *(states_kernel, (max_tiles, triton.cdiv(hidden, constants["BLOCK_O"]))),
             *(hidden_XH, ends_B, pairs.states_GF, pairs.tree_Y, r_LYH, r_LYH.stride(0)),
             *(pairs.counts, block),
-            **sizes,
+            **constants,
             FIRST=block == 0,
         )
 
 
 def logits(r_LYH: Tensor, pairs: Pairs, logits_YN: Tensor, max_tiles: int) -> None:
     """Fills logits_YN, float32, N at least that of all heads, with what `states` has made."""
-    sizes = _sizes(r_LYH)
+    constants = sizes(r_LYH.shape[2], r_LYH.itemsize)
     launch(
-        *(logits_kernel, (max_tiles, triton.cdiv(logits_YN.shape[1], sizes["BLOCK_O"]))),
+        *(logits_kernel, (max_tiles, triton.cdiv(logits_YN.shape[1], constants["BLOCK_O"]))),
         *(r_LYH, r_LYH.stride(0), pairs.outputs_GF, logits_YN, logits_YN.stride(0), pairs.counts),
-        **sizes,
+        **constants,
     )
 
 
-def _sizes(x_TH: Tensor) -> dict[str, Any]:
-    hidden = x_TH.shape[-1]
-    width = min(128 if x_TH.itemsize == 2 else 64, max(16, triton.next_power_of_2(hidden)))
+def sizes(hidden: int, itemsize: int) -> dict[str, Any]:
+    """Constants and settings of the two products. itemsize: bytes of a number of theirs."""
+    inputs = min(256 // itemsize, max(16, triton.next_power_of_2(hidden)))
     return {
         "HIDDEN": hidden,
         "TILE": TILE,
-        "BLOCK_O": min(64, width),
-        "BLOCK_I": width,
+        "BLOCK_O": min(64, inputs),
+        "BLOCK_I": inputs,
         "num_warps": 4,
         "num_stages": 3,
     }
@@ -164,7 +164,7 @@ def top(logits_YN: Tensor, pairs: Pairs, ids_YR: Tensor, logprobs_YR: Tensor, bu
         *(top_kernel, (bucket,), logits_YN, logits_YN.stride(0), pairs.num_outputs_Y, pairs.ids_Y),
         *(pairs.counts, ids_YR, logprobs_YR, ids_YR.stride(0), num),
         RANK=triton.next_power_of_2(num),
-        BLOCK=_BLOCK,
+        BLOCK=BLOCK,
         num_warps=8,
     )
 
@@ -286,7 +286,7 @@ def _product(
 def top_kernel(
     logits,
     stride,
-    sizes,
+    num_outputs,
     tokens,
     counts,
     out_ids,
@@ -303,7 +303,7 @@ def top_kernel(
     logits += pair * stride
     out_ids += pair * out_stride
     out_logprobs += pair * out_stride
-    size = tl.load(sizes + pair)
+    size = tl.load(num_outputs + pair)
     found = tl.minimum(num, size)
     limit = tl.full((), BEHIND_ALL, tl.uint64)
     if found < size:

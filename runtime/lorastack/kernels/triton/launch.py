@@ -28,6 +28,16 @@ def launch(kernel: Kernel, grid: Sequence[int], *args: object, **settings: objec
     kernel[tuple(grid)](*args, **settings, **OPTIONS)
 
 
+def num_blocks(size: int, block: int) -> int:
+    """How many blocks cover a size. triton.cdiv is as slow as a launch."""
+    return -(-size // block)
+
+
+def power_of_two(size: int) -> int:
+    """The next one, at least the size."""
+    return 1 << (size - 1).bit_length()
+
+
 def why_not(device: torch.device) -> str:
     """Why Triton's kernels cannot run there, with the remedy; empty if they can."""
     if importlib.util.find_spec("triton") is None:

@@ -145,10 +145,12 @@ def _expand(
         **_FIELDS,
         num_warps=4,
         num_stages=2,
+        maxnreg=168,  # three programs a multiprocessor
     )
 
 
-@triton.jit(do_not_specialize=["site"])
+# A step's arrays begin where their bucket's upload has them: one kernel serves all places.
+@triton.jit(do_not_specialize=["site"], do_not_specialize_on_alignment=["counts", "pairs"])
 def shrink_kernel(
     x, counts, pairs, shrunk, stride, site,
     INPUTS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, SITE: tl.constexpr,
@@ -184,13 +186,14 @@ def shrink_kernel(
 
 
 @triton.jit
-def _load_b(b, n_N, r_R, rank, mask_RN):
+def _load_b(b, n_N, r_R, rank, there_N):
     """[ranks, outputs] of B, 16 bytes at once where its rows begin on such."""
     if rank % 8 == 0:
-        b_RN = tl.load(
-            b + n_N[None, :] * tl.multiple_of(rank, 8) + r_R[:, None], mask=mask_RN, other=0.0
-        )
+        whole = rank // 8 * 8  # which tells the compiler what the condition says
+        mask_RN = there_N[None, :] & (r_R < whole)[:, None]
+        b_RN = tl.load(b + n_N[None, :] * whole + r_R[:, None], mask=mask_RN, other=0.0)
     else:
+        mask_RN = there_N[None, :] & (r_R < rank)[:, None]
         b_RN = tl.load(b + n_N[None, :] * rank + r_R[:, None], mask=mask_RN, other=0.0)
     return b_RN
 
@@ -201,7 +204,10 @@ def _scale(address):
     return tl.load(address).to(tl.int32).to(tl.float32, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["site"])
+@triton.jit(
+    do_not_specialize=["site"],
+    do_not_specialize_on_alignment=["source", "counts", "tiles", "pairs"],
+)
 def expand_kernel(
     source, counts, tiles, pairs, out, stride, site,
     OUT0: tl.constexpr, OUT1: tl.constexpr, OUT2: tl.constexpr, BLOCK: tl.constexpr,
@@ -254,8 +260,7 @@ def expand_kernel(
                         h_TR += tl.load(
                             source + line_T[:, None] + own_R[None, :], mask=inside_TR, other=0.0
                         )
-                mask_RN = (n_N < outputs)[None, :] & (r_R < rank)[:, None]
-                b_RN = _load_b(b, n_N, r_R, rank, mask_RN)
+                b_RN = _load_b(b, n_N, r_R, rank, n_N < outputs)
                 part_TN = tl.dot(h_TR.to(DTYPE), b_RN, part_TN, input_precision="ieee")
             if rank > 0:
                 delta_TN += part_TN * (_scale(entry + 3) * _scale(pair + 3))

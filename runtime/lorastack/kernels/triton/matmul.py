@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lorastack.kernels.quantize import Kind
-from lorastack.kernels.triton.launch import launch
+from lorastack.kernels.triton.launch import launch, num_blocks, power_of_two
 from lorastack.kernels.triton.weight import SPREAD_TOKENS, Weight
 
 BITS = {None: 16, Kind.INT8: 8, Kind.INT4: 4}
@@ -92,16 +92,16 @@ def _chunk(
     return total
 
 
-@triton.jit(do_not_specialize=["stride_p"], do_not_specialize_on_alignment=["num_tokens"])
+@triton.jit(do_not_specialize=["bucket"], do_not_specialize_on_alignment=["num_tokens"])
 def matmul_kernel(
-    x, stride_x, w, scales, parts, stride_p, num_tokens, N, K, KC,
+    x, w, scales, parts, bucket, num_tokens, N, K, KC,
     BITS: tl.constexpr, SPREAD: tl.constexpr, EVEN: tl.constexpr,
     BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Grid: (token tiles, output tiles, chunks of KC inputs if SPREAD else 1).
 
-    Programs that read the same weights stand together. BITS: of a code, 16 of a plain weight.
-    EVEN: the inputs are whole tiles of BK.
+    Programs that read the same weights stand together. bucket: rows of a part. BITS: of a code, 16
+    of a plain weight. EVEN: the inputs are whole tiles of BK.
     """
     count = tl.load(num_tokens)
     if tl.program_id(0) * BT >= count:
@@ -109,7 +109,7 @@ def matmul_kernel(
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     # What lies beyond the last token or output reads what that one does, and is not stored.
-    x_T = x + tl.minimum(t, count - 1).to(tl.int64)[None, :] * stride_x
+    x_T = x + tl.minimum(t, count - 1).to(tl.int64)[None, :] * K
     last = tl.minimum(n, N - 1)
     if SPREAD:
         begin = tl.program_id(2) * KC
@@ -121,7 +121,8 @@ def matmul_kernel(
             end = tl.minimum(begin + KC, K)
             part = _chunk(x_T, w, scales, last, begin, end, N, K, BITS, EVEN, BT, BN, BK)
             total = tl.where(begin == 0, part, total + part)
-    at = tl.program_id(2).to(tl.int64) * stride_p + t.to(tl.int64)[None, :] * N + n[:, None]
+    rows = tl.program_id(2).to(tl.int64) * bucket + t
+    at = rows[None, :] * N + n[:, None]
     tl.store(parts + at, total, mask=(n < N)[:, None] & (t < count)[None, :])
 
 
@@ -134,11 +135,11 @@ def matmul(x_TI: Tensor, weight: Weight, parts_CTO: Tensor, num_tokens: Tensor) 
     assert weight.kind is None or x_TI.dtype == torch.bfloat16, "codes are widened to bfloat16"
     num_parts, bucket, outputs = parts_CTO.shape
     plan, blocks = weight.plan, blocks_of(weight, bucket)
-    grid = (triton.cdiv(bucket, blocks.tokens), triton.cdiv(outputs, blocks.outputs), num_parts)
+    grid = (num_blocks(bucket, blocks.tokens), num_blocks(outputs, blocks.outputs), num_parts)
     launch(
         matmul_kernel,
         grid,
-        *(x_TI, x_TI.stride(0), weight.values, weight.scales, parts_CTO, parts_CTO.stride(0)),
+        *(x_TI, weight.values, weight.scales, parts_CTO, bucket),
         *(num_tokens, outputs, weight.num_inputs, plan.chunk),
         BITS=BITS[weight.kind],
         SPREAD=num_parts == plan.num_chunks,
@@ -168,6 +169,8 @@ def blocks_of(weight: Weight, bucket: int) -> Blocks:
         # One program fills a multiprocessor, so it may have up to 255 registers a thread.
         inputs = min(plan.block_inputs, 64) if is_plain else plan.block_inputs
         return Blocks(64, 2 * plan.block_outputs, inputs, 8, 4 if is_plain else 3)
-    tokens = max(16, triton.next_power_of_2(bucket))
-    stages = 3 if tokens == 64 else 4 if is_plain else 6
+    # Products of float32 are made of registers.
+    most = 32 if weight.values.dtype == torch.float32 else SPREAD_TOKENS
+    tokens = min(max(16, power_of_two(bucket)), most)
+    stages = 3 if tokens == SPREAD_TOKENS else 4 if is_plain else 6
     return Blocks(tokens, plan.block_outputs, plan.block_inputs, 4, stages)

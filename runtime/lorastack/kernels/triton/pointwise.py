@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lorastack.kernels.triton.launch import launch
+from lorastack.kernels.triton.launch import launch, num_blocks, power_of_two
 
 BLOCK = 1024  # columns of a program, where a row has several
 
@@ -48,12 +48,12 @@ class Rotations:
 
 
 @triton.jit
-def _sums(parts, stride_p, bias, lora, adapted, token, size, column, mask, C: tl.constexpr):
-    """A token's projection at some columns. size: columns of a row."""
+def _sums(parts, bucket, bias, lora, adapted, token, size, column, mask, C: tl.constexpr):
+    """A token's projection at some columns. size: columns of a row; bucket: rows of a part."""
     at = token.to(tl.int64) * size + column
     total = tl.load(parts + at, mask=mask, other=0.0)
     for c in tl.static_range(1, C):
-        total += tl.load(parts + c * tl.cast(stride_p, tl.int64) + at, mask=mask, other=0.0)
+        total += tl.load(parts + c * tl.cast(bucket, tl.int64) * size + at, mask=mask, other=0.0)
     if bias is not None:
         total += tl.load(bias + column, mask=mask, other=0.0)
     if lora is not None:
@@ -76,11 +76,11 @@ def embed_kernel(tokens, embedding, hidden, num_tokens, H, BLOCK: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["stride_p"],
+    do_not_specialize=["bucket"],
     do_not_specialize_on_alignment=["adapted", "outputs", "num_rows"],
 )
 def norm_kernel(
-    parts, stride_p, bias, lora, adapted, hidden, outputs, norm, x, num_rows, H, eps,
+    parts, bucket, bias, lora, adapted, hidden, outputs, norm, x, num_rows, H, eps,
     C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid: (rows,). C: parts, 0 without a projection. outputs: which tokens, None for all.
@@ -98,7 +98,7 @@ def norm_kernel(
     at = token.to(tl.int64) * H + column
     state = tl.load(hidden + at, mask=mask, other=0.0)
     if C > 0:
-        state += _sums(parts, stride_p, bias, lora, adapted, token, H, column, mask, C)
+        state += _sums(parts, bucket, bias, lora, adapted, token, H, column, mask, C)
         if outputs is None:
             tl.store(hidden + at, state, mask=mask)
     scale = 1.0 / tl.sqrt(tl.sum(state * state) / H + eps)
@@ -107,12 +107,29 @@ def norm_kernel(
     tl.store(out, value.to(x.dtype.element_ty), mask=mask)
 
 
+@triton.jit(do_not_specialize_on_alignment=["positions", "lasts", "num_tokens"])
+def turn_kernel(
+    frequencies, positions, lasts, cos, sin, num_tokens, F, scale, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Grid: (tokens,)."""
+    t = tl.program_id(0)
+    if t >= tl.load(num_tokens):
+        return
+    i = tl.arange(0, BLOCK)
+    mask = i < F
+    position = tl.load(positions + t)
+    length = tl.maximum(position, tl.load(lasts + t)).to(tl.int64)
+    angle = position.to(tl.float32) * tl.load(frequencies + length * F + i, mask=mask, other=0.0)
+    tl.store(cos + t * F + i, tl.cos(angle) * scale, mask=mask)
+    tl.store(sin + t * F + i, tl.sin(angle) * scale, mask=mask)
+
+
 @triton.jit(
-    do_not_specialize=["stride_p"],
+    do_not_specialize=["bucket"],
     do_not_specialize_on_alignment=["adapted", "rows", "slots", "num_tokens"],
 )
 def rope_kernel(
-    parts, stride_p, bias, lora, adapted, cos, sin, rows, slots, q, kv, num_tokens,
+    parts, bucket, bias, lora, adapted, cos, sin, rows, slots, q, kv, num_tokens,
     HQ, HKV, P, D, C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid: (tokens, heads of q, k and v). BLOCK: at least half a head."""
@@ -124,8 +141,8 @@ def rope_kernel(
     mask = i < half
     size = (HQ + 2 * HKV) * D
     column = head * D + i
-    first = _sums(parts, stride_p, bias, lora, adapted, t, size, column, mask, C)
-    second = _sums(parts, stride_p, bias, lora, adapted, t, size, column + half, mask, C)
+    first = _sums(parts, bucket, bias, lora, adapted, t, size, column, mask, C)
+    second = _sums(parts, bucket, bias, lora, adapted, t, size, column + half, mask, C)
     if head < HQ + HKV:
         turn = tl.load(rows + t).to(tl.int64) * half + i
         c = tl.load(cos + turn, mask=mask, other=0.0)
@@ -144,11 +161,9 @@ def rope_kernel(
     tl.store(out + half, second.to(DTYPE), mask=mask)
 
 
-@triton.jit(
-    do_not_specialize=["stride_p"], do_not_specialize_on_alignment=["adapted", "num_tokens"]
-)
+@triton.jit(do_not_specialize=["bucket"], do_not_specialize_on_alignment=["adapted", "num_tokens"])
 def silu_kernel(
-    parts, stride_p, bias, lora, adapted, inner, num_tokens, size,
+    parts, bucket, bias, lora, adapted, inner, num_tokens, size,
     C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid: (tokens, blocks of the size)."""
@@ -157,15 +172,15 @@ def silu_kernel(
         return
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < size
-    gate = _sums(parts, stride_p, bias, lora, adapted, t, 2 * size, column, mask, C)
-    up = _sums(parts, stride_p, bias, lora, adapted, t, 2 * size, column + size, mask, C)
+    gate = _sums(parts, bucket, bias, lora, adapted, t, 2 * size, column, mask, C)
+    up = _sums(parts, bucket, bias, lora, adapted, t, 2 * size, column + size, mask, C)
     value = gate / (1.0 + tl.exp(-gate)) * up
     tl.store(inner + t.to(tl.int64) * size + column, value.to(inner.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["stride_p"], do_not_specialize_on_alignment=["adapted", "num_rows"])
+@triton.jit(do_not_specialize=["bucket"], do_not_specialize_on_alignment=["adapted", "num_rows"])
 def sum_kernel(
-    parts, stride_p, bias, lora, adapted, out, num_rows, size,
+    parts, bucket, bias, lora, adapted, out, num_rows, size,
     C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid: (rows, blocks of the size)."""
@@ -174,14 +189,14 @@ def sum_kernel(
         return
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < size
-    value = _sums(parts, stride_p, bias, lora, adapted, row, size, column, mask, C)
+    value = _sums(parts, bucket, bias, lora, adapted, row, size, column, mask, C)
     tl.store(out + row.to(tl.int64) * size + column, value, mask=mask)
 
 
 def embed(token_ids_T: Tensor, embed_VH: Tensor, hidden_TH: Tensor, num_tokens: Tensor) -> None:
     """hidden = the tokens' embeddings, in float32. token_ids_T: int32."""
     bucket, size = hidden_TH.shape
-    grid = (bucket, triton.cdiv(size, BLOCK))
+    grid = (bucket, num_blocks(size, BLOCK))
     launch(embed_kernel, grid, token_ids_T, embed_VH, hidden_TH, num_tokens, size, BLOCK=BLOCK)
 
 
@@ -229,8 +244,32 @@ def _norm(
         *_pointers(projection),
         *(hidden_TH, outputs_X, norm_H, x_XH, num_rows, size, eps),
         C=0 if projection is None else len(projection.parts_CTO),
-        BLOCK=triton.next_power_of_2(size),
-        num_warps=_norm_warps(size),
+        BLOCK=power_of_two(size),
+        num_warps=norm_warps(size),
+    )
+
+
+def turn(
+    inv_freq_PF: Tensor,
+    positions_T: Tensor,
+    lasts_T: Tensor,
+    scale: float,
+    cos_TF: Tensor,
+    sin_TF: Tensor,
+    num_tokens: Tensor,
+) -> None:
+    """Dynamic RoPE's cosines and sines of a step's tokens, for `Rotations` of their places.
+
+    inv_freq_PF: float32, see `model.rope`; row n - 1 is for a text of n tokens. lasts_T: int32, the
+    last position of the prompt of each token's row. scale: the model's rope scale.
+    """
+    bucket, size = cos_TF.shape
+    launch(
+        turn_kernel,
+        (bucket,),
+        *(inv_freq_PF, positions_T, lasts_T, cos_TF, sin_TF, num_tokens, size, scale),
+        BLOCK=power_of_two(size),
+        num_warps=1,
     )
 
 
@@ -256,7 +295,7 @@ def rope_write(
         *(rotations.cos_NF, rotations.sin_NF, rotations.rows_T, slots_T, q_THD, kv, num_tokens),
         *(num_heads, num_kv_heads, page_size, head_dim),
         C=len(qkv.parts_CTO),
-        BLOCK=triton.next_power_of_2(head_dim // 2),
+        BLOCK=power_of_two(head_dim // 2),
         num_warps=1,
     )
 
@@ -266,7 +305,7 @@ def silu_mul(gate_up: Projection, inner_TI: Tensor, num_tokens: Tensor) -> None:
     bucket, size = inner_TI.shape
     launch(
         silu_kernel,
-        (bucket, triton.cdiv(size, BLOCK)),
+        (bucket, num_blocks(size, BLOCK)),
         *(*_pointers(gate_up), inner_TI, num_tokens, size),
         C=len(gate_up.parts_CTO),
         BLOCK=BLOCK,
@@ -278,7 +317,7 @@ def add_parts(projection: Projection, out_XO: Tensor, num_rows: Tensor) -> None:
     bucket, size = out_XO.shape
     launch(
         sum_kernel,
-        (bucket, triton.cdiv(size, BLOCK)),
+        (bucket, num_blocks(size, BLOCK)),
         *(*_pointers(projection), out_XO, num_rows, size),
         C=len(projection.parts_CTO),
         BLOCK=BLOCK,
@@ -289,10 +328,10 @@ def _pointers(projection: Projection | None) -> tuple[object, ...]:
     """The first arguments of the kernels that add a projection up."""
     if projection is None:
         return (None, 0, None, None, None)
-    parts_CTO = projection.parts_CTO
     rest = (projection.bias_O, projection.lora_TO, projection.adapted_T)
-    return (parts_CTO, parts_CTO.stride(0), *rest)
+    return (projection.parts_CTO, projection.parts_CTO.shape[1], *rest)
 
 
-def _norm_warps(size: int) -> int:
+def norm_warps(size: int) -> int:
+    """Of a program that normalises a row: 4 to 16 values a thread at a time."""
     return max(1, min(8, size // 256))

@@ -10,7 +10,7 @@ tokens that rank before a limit, and their weight. One pass serves a temperature
 second tells whether the winner is inside the run: if not, the best before it is the next to try.
 All sums are float64, in an order that depends on the vocabulary alone.
 
-typical_p is left to the host: such rows count as greedy here, and are sampled again.
+typical_p is left to the host.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from lorastack.request import SamplingParams
 
 SPAN = 4096  # tokens of a row that a program of `best_kernel` reads
 SETTINGS = 6  # int64 words of a tree, see `settings_of`
-_BLOCK = 2048
+BLOCK = 2048  # of its tokens that `sample_kernel` reads at once
+SAMPLE_WARPS = 16
 _NAN_RANK = tl.constexpr(0xFFFFFFFF)
 _INDEX_STEP = tl.constexpr(0xD1B54A32D192ED03)
 _TOKEN_STEP = tl.constexpr(0x9E3779B97F4A7C15)
@@ -58,22 +59,19 @@ class Sampled(NamedTuple):
 
 
 def settings_of(params: SamplingParams, token_index: int) -> tuple[int, ...]:
-    """SETTINGS signed words that say how a tree is sampled. token_index: of the root's sample."""
-    temperature = 0.0 if params.typical_p < 1 else params.temperature
+    """SETTINGS signed words that say how a tree is sampled, without typical_p.
+
+    token_index: of the root's sample.
+    """
     seed = params.seed & (1 << 64) - 1
     return (
         seed - (seed >> 63 << 64),
-        _float_bits(temperature),
+        _float_bits(params.temperature),
         _float_bits(params.top_p),
         _float_bits(params.min_p),
         params.top_k,
         token_index,
     )
-
-
-def on_device(params: SamplingParams) -> bool:
-    """False: a row's samples are the host's business."""
-    return params.greedy or params.typical_p >= 1
 
 
 def num_spans(vocab_size: int) -> int:
@@ -97,8 +95,8 @@ def sample(logits_XV: Tensor, nodes: Nodes, keys_XS: Tensor, out: Sampled, bucke
         *(sample_kernel, (bucket,), logits_XV, logits_XV.stride(0), keys_XS, *nodes, *out),
         *(vocab, spans),
         SPANS=triton.next_power_of_2(spans),
-        BLOCK=_BLOCK,
-        num_warps=8,
+        BLOCK=BLOCK,
+        num_warps=SAMPLE_WARPS,
     )
 
 

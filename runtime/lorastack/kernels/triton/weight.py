@@ -48,8 +48,10 @@ class MatmulPlan:
     ) -> MatmulPlan:
         """Chunks such that few tokens keep a device busy, and no shorter than pays."""
         block_inputs = TILE
-        if kind is None:
-            block_inputs = 32 if dtype == torch.float32 else 64 if num_inputs % TILE else TILE
+        if kind is None and num_inputs % TILE:
+            block_inputs = 64
+        if kind is None and (dtype == torch.float32 or num_inputs % 16):
+            block_inputs = 32  # inputs of float32, and rows that are not aligned, take registers
         wanted = PROGRAMS // -(-num_outputs // BLOCK_OUTPUTS)
         num_chunks = max(1, min(wanted, num_inputs // LEAST_CHUNK))
         return cls.cut(num_inputs, num_chunks, BLOCK_OUTPUTS, block_inputs)

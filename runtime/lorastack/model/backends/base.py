@@ -39,8 +39,16 @@ class Backend(Protocol):
         """Room for keys and values in the form that `forward` reads."""
         ...
 
+    def prepare(self, kv: KVCache) -> None:
+        """Once, before anybody owns a page: gets ready what would hold up early steps."""
+        ...
+
     def forward(self, batch: ForwardBatch, kv: KVCache) -> Outputs:
-        """Runs a step. Writes the keys and values of all its tokens to `kv`."""
+        """Runs a step. Writes the keys and values of all its tokens to `kv`.
+
+        A backend that samples on its device may also move those of accepted nodes and ask heads
+        that stand alone, and says so in `Outputs`: then a step needs one copy in and one back.
+        """
         ...
 
     def logits(self, hidden_XH: Tensor, lora: LoraBatch) -> Tensor:

@@ -64,7 +64,7 @@ def choose(
     """
     if triton is None:
         triton = device.type == "cuda"
-    why = why_no_triton(config, dtype or torch.bfloat16, device) if triton else ""
+    why = why_no_triton(config, dtype or torch.bfloat16, device, kind) if triton else ""
     if triton and not why:
         return Choice(
             device=device,
@@ -93,12 +93,16 @@ def choose(
     )
 
 
-def why_no_triton(config: DecoderConfig, dtype: torch.dtype, device: torch.device) -> str:
+def why_no_triton(
+    config: DecoderConfig, dtype: torch.dtype, device: torch.device, kind: Kind | None
+) -> str:
     """Why Triton's kernels cannot run this model there; "" if they can."""
     if dtype not in TRITON_DTYPES:
         return f"Triton's kernels compute in bfloat16 and float32, not {dtype}".replace(
             "torch.", ""
         )
+    if kind is not None and dtype != torch.bfloat16:
+        return "Triton's kernels widen quantised weights to bfloat16 alone"
     if config.dynamic_rope_begin is not None:
         return "Triton's kernels have no dynamic RoPE"
     size = config.shapes.head_dim

@@ -142,6 +142,9 @@ class NativeBackend:
         """See `Backend`."""
         return KVCache(self.shapes, num_pages, page_size, self.dtype, self.device)
 
+    def prepare(self, kv: KVCache) -> None:
+        """See `Backend`."""
+
     def forward(self, batch: ForwardBatch, kv: KVCache) -> Outputs:
         """See `Backend`."""
         num_outputs, uses = len(batch.outputs), batch.lora.segments

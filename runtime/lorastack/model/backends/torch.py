@@ -89,6 +89,9 @@ class TorchBackend:
         """See `Backend`."""
         return KVCache(self.shapes, num_pages, page_size, self.dtype, self.device)
 
+    def prepare(self, kv: KVCache) -> None:
+        """See `Backend`."""
+
     def forward(self, batch: ForwardBatch, kv: KVCache) -> Outputs:
         """See `Backend`."""
         meta = self._prepare(batch, kv)

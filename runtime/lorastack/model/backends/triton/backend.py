@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lorastack.kernels.heads import TopTokens
 from lorastack.kernels.linear import copy_rows
+from lorastack.kernels.ops import Ops
 from lorastack.kernels.quantize import Kind, head_kind
 from lorastack.kernels.segmented_lora import GroupLora, TargetLora
 from lorastack.kernels.triton.accept import Accepted
@@ -22,10 +23,10 @@ from lorastack.kernels.triton.attention_plan import AttentionShape
 from lorastack.kernels.triton.lora import CHUNK
 from lorastack.kernels.triton.lora_plan import AdapterTable, LoraUse
 from lorastack.kernels.triton.weight import Weight, pack_weight
-from lorastack.lora.segments import LoraBatch
+from lorastack.lora.segments import LoraBatch, Segment
 from lorastack.lora.weights import LoraWeights
 from lorastack.model.backends.triton.device import Device, device_of
-from lorastack.model.backends.triton.graphs import Graphs
+from lorastack.model.backends.triton.graphs import CAPTURED_AT, Graphs
 from lorastack.model.backends.triton.heads import launch_heads, plan_heads, top_of
 from lorastack.model.backends.triton.inputs import (
     BUCKETS,
@@ -38,15 +39,16 @@ from lorastack.model.backends.triton.inputs import (
 )
 from lorastack.model.backends.triton.layers import LoraLaunch, Model, Step, add_logits, launch_step
 from lorastack.model.backends.triton.ops import TritonOps
+from lorastack.model.backends.triton.reserve import STEP_TOKENS, products_of
 from lorastack.model.backends.triton.results import StepResults
 from lorastack.model.backends.triton.workspace import LoraMemory, Workspace, attention_workspace
 from lorastack.model.checkpoint import Checkpoint
 from lorastack.model.config import DecoderConfig
-from lorastack.model.context import ForwardBatch, Outputs
+from lorastack.model.context import ForwardBatch, Outputs, RowSpan
 from lorastack.model.kv import KVCache
 from lorastack.model.weights import DecoderWeights, Packing, load_weights
 
-STEP_TOKENS = BUCKETS[-1]  # for which memory is made at first
+PREPARED_TOKENS = 64  # of a step; larger ones are prepared by their first uses
 
 
 class TritonBackend:
@@ -72,7 +74,7 @@ class TritonBackend:
         self.dtype = dtype
         self.quantization = "" if kind is None else kind.value
         self.dynamic_rope_begin = config.dynamic_rope_begin
-        self.ops = TritonOps(device)
+        self.ops: Ops = TritonOps(device)
         self._window = config.window
         self._calls = device_of(device) if calls is None else calls
         positions_P = torch.arange(config.shapes.max_context, dtype=torch.float32)
@@ -87,6 +89,7 @@ class TritonBackend:
         self._lora_memory = LoraMemory(config.shapes, CHUNK, device)
         self._tables: WeakKeyDictionary[LoraWeights, AdapterTable] = WeakKeyDictionary()
         self._logits_inputs: dict[int, LogitsInputs] = {}
+        self._products = products_of(config.shapes, dtype, kind)
         self._memory: list[Workspace] = []  # the last serves; graphs keep those before
         self._steps: WeakKeyDictionary[KVCache, _Steps] = WeakKeyDictionary()
 
@@ -109,6 +112,24 @@ class TritonBackend:
     def make_kv(self, num_pages: int, page_size: int) -> KVCache:
         """See `Backend`."""
         return KVCache(self.shapes, num_pages, page_size, self.dtype, self.device)
+
+    def prepare(self, kv: KVCache) -> None:
+        """See `Backend`. Compiles the kernels of steps, and captures those of few tokens.
+
+        With LoRAs and without: what an adapter holds does not matter, nor what the steps write.
+        """
+        if not self._calls.captures:
+            return
+        nothing = LoraWeights({}, None)
+        for bucket in BUCKETS:
+            table = range(-(-bucket // kv.page_size))
+            if bucket > PREPARED_TOKENS or len(table) > kv.data.shape[1]:
+                break
+            rows = (RowSpan(0, bucket, table, 0),)
+            for loras in ((), (Segment(0, bucket, nothing, 1.0),)):
+                batch = ForwardBatch([0] * bucket, rows, (bucket - 1,), LoraBatch(loras))
+                for _ in range(CAPTURED_AT):
+                    self.forward(batch, kv)
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch, kv: KVCache) -> Outputs:
@@ -203,7 +224,7 @@ class TritonBackend:
         """What holds steps of this bucket."""
         if not self._memory or len(self._memory[-1].hidden_TH) < bucket:
             tokens = max(bucket, STEP_TOKENS)
-            made = Workspace.of(self.shapes, self._model.weights, tokens, self.dtype, self.device)
+            made = Workspace.of(self.shapes, self._products, tokens, self.dtype, self.device)
             self._memory.append(made)
         return self._memory[-1]
 

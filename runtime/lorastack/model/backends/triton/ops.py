@@ -20,7 +20,6 @@ from lorastack.kernels.triton.samples import (
     Nodes,
     Sampled,
     num_spans,
-    on_device,
     sample,
     settings_of,
 )
@@ -68,15 +67,14 @@ class TritonOps(Ops):
         return TopTokens(ids_YR.long(), logprobs_YR)
 
     def _sample(self, logits_XV: Tensor, samples: Sequence[Sample]) -> list[int]:
-        here = [each for each in samples if on_device(each.params)]
-        others = iter(
-            sample_torch(logits_XV, [each for each in samples if not on_device(each.params)])
-        )
+        here = [each for each in samples if each.params.typical_p >= 1]
+        typical = [each for each in samples if each.params.typical_p < 1]
+        others = iter(sample_torch(logits_XV, typical))
         rows_XV = logits_XV[[each.row for each in here]]
         settings = [settings_of(each.params, each.token_index) for each in here]
         sampled = self._sampled(rows_XV, range(len(here)), settings)
         found = iter(sampled.tokens_X.tolist())
-        return [next(found if on_device(each.params) else others) for each in samples]
+        return [next(found if each.params.typical_p >= 1 else others) for each in samples]
 
     def _sampled(
         self, logits_XV: Tensor, trees: Sequence[int], settings: Sequence[tuple[int, ...]]

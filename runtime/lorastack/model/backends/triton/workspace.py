@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,11 +11,31 @@ from torch import Tensor
 from lorastack.kernels.triton.attention import AttentionWorkspace
 from lorastack.kernels.triton.attention_plan import AttentionShape
 from lorastack.kernels.triton.samples import num_spans
-from lorastack.kernels.triton.weight import Weight
+from lorastack.kernels.triton.weight import MatmulPlan, Weight
 from lorastack.layout import ModelShapes
-from lorastack.model.weights import DecoderWeights
 
 MAX_PARTS = 512  # of attention, or as many as the longest row has splits
+
+
+class Multiplied(Protocol):
+    """What memory needs to know of a weight."""
+
+    @property
+    def num_outputs(self) -> int: ...
+
+    @property
+    def plan(self) -> MatmulPlan: ...
+
+
+Form = TypeVar("Form", bound=Multiplied, covariant=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Products(Generic[Form]):
+    """A model's weights: of a layer, in the order of `layout.GROUPS`, all layers being alike."""
+
+    layer: tuple[Form, ...]
+    lm_head: Form
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +59,7 @@ class Workspace:
     def of(
         cls,
         shapes: ModelShapes,
-        weights: DecoderWeights[Weight],
+        products: Products[Multiplied],
         tokens: int,
         dtype: torch.dtype,
         device: torch.device,
@@ -48,8 +69,8 @@ class Workspace:
         def room(size: int, dtype: torch.dtype = dtype) -> Tensor:
             return torch.zeros(tokens, size, dtype=dtype, device=device)
 
-        layer = weights.layers[0]
-        products = (layer.qkv, layer.o, layer.gate_up, layer.down)
+        most = max(_parts_numel(each, tokens) for each in products.layer)
+        widest = max(each.num_outputs for each in products.layer)
         return cls(
             hidden_TH=room(shapes.hidden_size, torch.float32),
             x_TH=room(shapes.hidden_size),
@@ -57,9 +78,9 @@ class Workspace:
             q_TX=room(query),
             context_TX=room(query),
             inner_TI=room(shapes.intermediate_size),
-            parts=torch.zeros(max(_parts_numel(each, tokens) for each in products), device=device),
-            logits=torch.zeros(_parts_numel(weights.lm_head, tokens), device=device),
-            deltas=torch.zeros(tokens * max(each.num_outputs for each in products), device=device),
+            parts=torch.zeros(most, device=device),
+            logits=torch.zeros(_parts_numel(products.lm_head, tokens), device=device),
+            deltas=torch.zeros(tokens * widest, device=device),
             keys_XS=room(num_spans(shapes.vocab_size), torch.int64),
         )
 
@@ -108,7 +129,7 @@ def attention_workspace(
     return AttentionWorkspace.of(shape, max_parts, programs, device), max_parts
 
 
-def _parts_numel(weight: Weight, tokens: int) -> int:
+def _parts_numel(weight: Multiplied, tokens: int) -> int:
     """The most that a bucket of up to so many tokens takes."""
     spread = [bucket for bucket in (tokens, 64) if bucket <= tokens]
     return max(weight.plan.num_parts(bucket) * bucket for bucket in spread) * weight.num_outputs

@@ -1,0 +1,52 @@
+"""Device memory that steps take beside weights, KV and adapters, known before any is taken."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+
+from lorastack.config import MIB
+from lorastack.kernels.quantize import Kind, head_kind
+from lorastack.kernels.triton.lora import CHUNK
+from lorastack.kernels.triton.weight import MatmulPlan
+from lorastack.layout import GROUPS, LM_HEAD, ModelShapes
+from lorastack.model.backends.triton.inputs import BUCKETS, LEAST_ROOM
+from lorastack.model.backends.triton.workspace import LoraMemory, Products, Workspace
+
+STEP_TOKENS = BUCKETS[-1]  # for which memory is made at first
+# Allowances: for the driver, binaries, attention's parts and what heads' calls allocate; and for a
+# graph of some 600 launches.
+CONTEXT_NBYTES = 512 * MIB
+GRAPH_NBYTES = 4 * MIB
+NUM_GRAPHS = 64  # of buckets and kinds of LoRAs; there are hardly ever more
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """What memory needs to know of a weight."""
+
+    num_outputs: int
+    plan: MatmulPlan
+
+
+def products_of(shapes: ModelShapes, dtype: torch.dtype, kind: Kind | None) -> Products[Product]:
+    """kind: what weights are quantised to."""
+
+    def product(targets: tuple[str, ...], kind: Kind | None) -> Product:
+        sizes = [shapes.target_shape(target) for target in targets]
+        outputs = sum(size[0] for size in sizes)
+        return Product(outputs, MatmulPlan.of(outputs, sizes[0][1], dtype, kind))
+
+    layer = tuple(product(group, kind) for group in GROUPS)
+    return Products(layer, product((LM_HEAD,), head_kind(kind)))
+
+
+def reserved_nbytes(shapes: ModelShapes, dtype: torch.dtype, kind: Kind | None) -> int:
+    """See the module. Attention's parts and larger rooms for LoRAs are in CONTEXT_NBYTES."""
+    meta = torch.device("meta")
+    memory = Workspace.of(shapes, products_of(shapes, dtype, kind), STEP_TOKENS, dtype, meta)
+    loras = LoraMemory(shapes, CHUNK, meta)
+    nbytes = sum(int(getattr(memory, each.name).nbytes) for each in fields(memory))
+    nbytes += loras.shrunk(4 * LEAST_ROOM).nbytes + loras.logit_deltas(STEP_TOKENS).nbytes
+    return nbytes + CONTEXT_NBYTES + NUM_GRAPHS * GRAPH_NBYTES
