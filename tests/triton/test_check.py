@@ -31,6 +31,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cases: str, seconds: fl
     return run_stage(Stage(7, "made up", MODULE, seconds), tmp_path, tiny=True)
 
 
+@pytest.mark.timeout(900)
 def test_it_runs_end_to_end_at_tiny_sizes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
