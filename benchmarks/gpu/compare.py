@@ -42,6 +42,11 @@ def check_untouched(rest: Tensor) -> None:
     assert rest.isnan().all(), f"{int((~rest.isnan()).sum())} numbers written beyond the last token"
 
 
+def check_equal(found: Tensor, expected: Tensor) -> None:
+    """Raises AssertionError unless all bits are equal."""
+    assert torch.equal(found, expected), f"{int((found != expected).sum())} numbers differ"
+
+
 def products(setting: Setting, x_TI: Tensor, weight: Weight, bucket: int) -> Tensor:
     """x W^T in float32, by the kernel and the sum of its parts, in a bucket of so many tokens."""
     count = len(x_TI)

@@ -1,4 +1,4 @@
-"""Compiles every kernel that steps of Mistral-7B's shapes launch, in many processes at once.
+"""Compiles every kernel that the other stages launch, in many processes at once.
 
 All walk through the same launches, without running any, and each compiles its share into the one
 TRITON_CACHE_DIR, from which the later stages take them. Registers are read where they are loaded.
@@ -13,9 +13,11 @@ import os
 import subprocess
 import sys
 import time
+import traceback
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -24,14 +26,13 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from benchmarks.gpu import bits, kernel_speed, right
 from benchmarks.gpu.decoding import PAGE, counting, decoding, num_pages
 from benchmarks.gpu.models import packing_of, random_heads, random_lora, random_weights
 from benchmarks.gpu.record import Finding
 from benchmarks.gpu.setting import Setting
-from lorastack.kernels.triton import matmul as module
 from lorastack.kernels.triton.launch import OPTIONS
-from lorastack.kernels.triton.weight import pack_weight
-from lorastack.layout import EMBED, LAYER_TARGETS, LM_HEAD
+from lorastack.layout import EMBED, LAYER_TARGETS, LM_HEAD, ModelShapes
 from lorastack.lora.weights import LoraWeights
 from lorastack.model.backends.triton.backend import TritonBackend
 from lorastack.model.backends.triton.inputs import BUCKETS
@@ -40,7 +41,27 @@ from tests.helpers.native import config_of
 
 DTYPE = torch.bfloat16
 PROCESSES = 12
-Compiled = Callable[[Any, tuple[object, ...], dict[str, object]], None]
+MODULES = (right, bits, kernel_speed)
+SAME = ("repeats under load", "cuBLAS")  # cases that launch no kernel of their own
+
+
+def _once(calls: Sequence[Callable[[], object]], least_calls: int = 1) -> float:
+    for call in calls:
+        call()
+    return 1.0
+
+
+# In place of what compares and times: nothing has run.
+INSTEAD: dict[str, Callable[..., object]] = {
+    "error_of": lambda found, expected: 0.0,
+    "check_equal": lambda found, expected: None,
+    "check_untouched": lambda rest: None,
+    "attend_reference": lambda q_THD, kv, rows, window: q_THD,
+    "segmented_lora_reference": lambda x_TI, outs, segments: None,
+    "seconds_of": _once,
+    "bandwidth": lambda setting: 1.0,
+    "num_copies": lambda nbytes: 1,
+}
 
 
 def cases(setting: Setting) -> dict[str, Callable[[], Iterator[Finding]]]:
@@ -71,8 +92,13 @@ def _all(setting: Setting) -> Iterator[Finding]:
     setting.notes["versions"] = [json.dumps(each) for each in found]
 
 
-def share(setting: Setting, part: int, parts: int, report: Callable[[Any, float], None]) -> None:
-    """Compiles a share of what `walk` launches. report: gets a compiled kernel and seconds."""
+def share(
+    setting: Setting, part: int, parts: int, report: Callable[[Any, float], None]
+) -> list[str]:
+    """Compiles a share of what `walk` launches. report: gets a compiled kernel and seconds.
+
+    Returns what could not be walked.
+    """
     seen: set[int] = set()
 
     def compile_only(kernel: Any, grid: Any, *args: object, **settings: object) -> None:
@@ -85,7 +111,7 @@ def share(setting: Setting, part: int, parts: int, report: Callable[[Any, float]
         report(made, time.monotonic() - began)
 
     with launching(compile_only):
-        walk(setting)
+        return walk(setting)
 
 
 def _kinds(args: tuple[object, ...]) -> list[object]:
@@ -101,38 +127,49 @@ def _kinds(args: tuple[object, ...]) -> list[object]:
     return kinds
 
 
-def walk(setting: Setting) -> None:
-    """The launches of one layer and what is around it: every bucket, with LoRAs and heads.
+def walk(setting: Setting) -> list[str]:
+    """The launches of stages 2, 3 and 4, and those of steps. Returns what could not be walked."""
+    failed = []
+    with ExitStack() as stack:
+        for each in MODULES:
+            for name in INSTEAD.keys() & vars(each).keys():
+                stack.enter_context(patch.object(each, name, INSTEAD[name]))
+        runs = [(name, run) for each in MODULES for name, run in each.cases(setting).items()]
+        runs += [
+            ("steps", partial(_walk_steps, setting, shapes))
+            for shapes in (setting.mistral, setting.small)
+        ]
+        for name, run in runs:
+            if name in SAME:
+                continue
+            try:
+                for _ in run():
+                    pass
+            except Exception as error:  # of one kernel: the others are still to be compiled
+                traceback.print_exc()
+                failed.append(f"{name}: {error}")
+    return failed
 
-    And of the matmul with the blocks that `kernel_speed` tries.
-    """
-    shapes, device = replace(setting.mistral, num_layers=1), setting.device
+
+def _walk_steps(setting: Setting, shapes: ModelShapes) -> Iterator[Finding]:
+    """One layer and what is around it, in every bucket, with LoRAs, trees and heads."""
+    shapes, device = replace(shapes, num_layers=1), setting.device
     config = config_of(shapes)
     weights = random_weights(config, DTYPE, device, packing_of())
     backend = TritonBackend(config, weights, device, DTYPE, None, counting(device)[0])
-    targets = (*LAYER_TARGETS, LM_HEAD, EMBED)
-    adapter = random_lora(shapes, DTYPE, device, targets=targets)
-    lora = LoraWeights.from_buffer(adapter.buffer, adapter.layout)
+    adapters = [
+        random_lora(shapes, DTYPE, device, targets=targets)
+        for targets in (LAYER_TARGETS, (*LAYER_TARGETS, LM_HEAD, EMBED))
+    ]
+    stacks = [[LoraWeights.from_buffer(each.buffer, each.layout)] for each in adapters]
     heads = random_heads(shapes, DTYPE, device)
     kv = backend.make_kv(num_pages(decoding(shapes, BUCKETS[-1], PAGE)), PAGE)
     for bucket in BUCKETS:
-        backend.forward(decoding(shapes, bucket, PAGE), kv)
-        backend.forward(decoding(shapes, bucket, PAGE, loras=[lora]), kv)
+        for loras in ((), *stacks):
+            backend.forward(decoding(shapes, bucket, PAGE, loras=loras), kv)
     for nodes in (2, 4, 8, 16):
         backend.forward(decoding(shapes, 2, PAGE, nodes=nodes, heads=heads), kv)
-    _walk_candidates(setting)
-
-
-def _walk_candidates(setting: Setting) -> None:
-    from benchmarks.gpu.kernel_speed import candidates, matrices_of
-
-    outputs, inputs = matrices_of(setting.mistral)["gate_proj+up_proj"]
-    weight = pack_weight(torch.empty(outputs, inputs, dtype=DTYPE, device=setting.device))
-    for _, count, chosen in candidates():
-        x_TI = torch.empty(count, inputs, dtype=DTYPE, device=setting.device)
-        parts_CTO = setting.poisoned(weight.plan.num_parts(count), count, outputs)
-        with patch.object(module, "blocks_of", chosen):
-            module.matmul(x_TI, weight, parts_CTO, setting.ints(count))
+    yield Finding("buckets", len(BUCKETS))
 
 
 def _tell(made: Any, seconds: float) -> None:
@@ -147,4 +184,4 @@ def _tell(made: Any, seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    share(Setting.here(tiny=False), int(sys.argv[1]), int(sys.argv[2]), _tell)
+    sys.exit(bool(share(Setting.here(tiny=False), int(sys.argv[1]), int(sys.argv[2]), _tell)))

@@ -41,14 +41,14 @@ STAGES = tuple(
     for number, (name, module, seconds, needs_device) in enumerate(
         (
             ("machine", "machine", 15, True),
-            ("compile", "compiling", 45, True),
-            ("right or wrong", "right", 60, False),
-            ("bits", "bits", 75, False),
-            ("speed of kernels", "kernel_speed", 90, True),
-            ("whole steps", "steps", 90, False),
-            ("plain torch", "plain_torch", 60, True),
-            ("engine", "serving", 90, False),
-            ("paging", "paging", 60, True),
+            ("compile", "compiling", 110, True),
+            ("right or wrong", "right", 40, False),
+            ("bits", "bits", 60, False),
+            ("speed of kernels", "kernel_speed", 70, True),
+            ("whole steps", "steps", 60, False),
+            ("plain torch", "plain_torch", 45, True),
+            ("engine", "serving", 70, False),
+            ("paging", "paging", 40, True),
             ("sanitizer", "sanitizer", 120, True),
         )
     )
