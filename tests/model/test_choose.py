@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 
@@ -9,10 +12,11 @@ from lorastack.kernels.native import isa as isa_module
 from lorastack.kernels.native.isa import Isa
 from lorastack.kernels.quantize import Kind
 from lorastack.layout import ModelShapes
+from lorastack.model.backends import choose as module
 from lorastack.model.backends.choose import Choice, choose
 from tests.helpers.native import config_of
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 XEON = (Isa.AMX, Isa.AVX512_BF16, Isa.AVX512, Isa.AVX2, Isa.PLAIN)
 MACHINES = {"xeon": XEON, "zen3": (Isa.AVX2, Isa.PLAIN), "arm": (Isa.NEON, Isa.PLAIN)}
 
@@ -34,6 +38,9 @@ def choice_of(
     native: bool = True,
     kind: Kind | None = None,
     at_most: Isa | None = None,
+    triton: bool | None = False,
+    device: torch.device = CPU,
+    dynamic: bool = False,
 ) -> Choice:
     shapes = ModelShapes(
         architecture="LlamaForCausalLM",
@@ -47,8 +54,16 @@ def choice_of(
         max_context=64,
         tie_word_embeddings=False,
     )
-    config = config_of(shapes)
-    return choose(config, device=CPU, dtype=dtype, native=native, kind=kind, at_most=at_most)
+    config = replace(config_of(shapes), dynamic_rope_begin=8 if dynamic else None)
+    return choose(
+        config,
+        device=device,
+        dtype=dtype,
+        native=native,
+        kind=kind,
+        at_most=at_most,
+        triton=triton,
+    )
 
 
 @pytest.mark.parametrize("kind", [None, *Kind])
@@ -120,3 +135,47 @@ def test_torch_runs_what_native_kernels_may_not_or_cannot() -> None:
     assert (off.isa, off.dtype, off.why_torch("m")) == (None, torch.float32, "")
     assert choice_of(dtype=torch.float16).isa is None
     assert choice_of(dtype=torch.float32, kind=Kind.INT8).isa is None
+
+
+@pytest.fixture
+def triton_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "why_not", lambda device: "")
+
+
+@pytest.mark.usefixtures("triton_runs")
+def test_triton_is_chosen_on_cuda_in_bfloat16() -> None:
+    for kind in (None, *Kind):
+        chosen = choice_of(triton=None, device=CUDA, kind=kind)
+        assert (chosen.triton, chosen.dtype, chosen.isa) == (True, torch.bfloat16, None)
+    single = choice_of(triton=None, device=CUDA, dtype=torch.float32)
+    assert single.triton and single.dtype == torch.float32
+
+
+@pytest.mark.usefixtures("triton_runs")
+def test_triton_runs_on_a_cpu_only_where_it_is_asked_for() -> None:
+    assert not choice_of(triton=None).triton
+    assert not choice_of(triton=False, device=CUDA).triton
+    asked = choice_of(triton=True)
+    assert asked.triton and (asked.why_torch("m"), asked.why_not_triton) == ("", "")
+
+
+@pytest.mark.usefixtures("triton_runs")
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"dtype": torch.float16}, "not float16"),
+        ({"dynamic": True}, "dynamic RoPE"),
+        ({"head_dim": 320}, "not 320"),
+        ({"head_dim": 33}, "not 33"),
+        ({"dtype": torch.float32, "kind": Kind.INT8}, "quantised"),
+    ],
+)
+def test_what_triton_does_not_run_is_left_to_torch(options: dict[str, Any], why: str) -> None:
+    chosen = choice_of(triton=None, device=CUDA, **options)
+    assert not chosen.triton and why in chosen.why_not_triton
+
+
+def test_why_a_machine_does_not_run_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "why_not", lambda device: "no compiler")
+    chosen = choice_of(triton=None, device=CUDA)
+    assert not chosen.triton and chosen.why_not_triton == "no compiler"

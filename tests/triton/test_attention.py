@@ -18,7 +18,7 @@ from lorastack.kernels.triton.attention_plan import AttentionArrays, AttentionSh
 PAGE, MAX_PARTS, POISON = 4, 24, -(1 << 20)
 # Blocks and splits are small, so that few keys fill several.
 WIDE = AttentionShape(6, 2, 10, PAGE, None, block=16, split=32)  # a share that fills no tile
-WINDOWED = AttentionShape(2, 1, 8, PAGE, 9, block=16, split=16)
+WINDOWED = AttentionShape(1, 1, 8, PAGE, 9, block=16, split=16)  # a token a row of a tile
 TREE = (-1, 0, 0, 1, 3)
 
 

@@ -110,7 +110,7 @@ def test_steps_of_few_tokens_are_graphs_before_the_first_row() -> None:
 def test_memory_of_steps_is_counted_before_it_is_taken(mistral: MockMistral) -> None:
     backend = mistral.backend
     counted = reserved_nbytes(backend.shapes, backend.dtype, None)
-    memory = backend._memory_for(64)
+    memory = backend._memory.of(64)
     taken = sum(getattr(memory, each.name).nbytes for each in fields(memory))
     assert taken + CONTEXT_NBYTES < counted < 2 * GIB
 

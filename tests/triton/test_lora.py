@@ -184,6 +184,21 @@ def test_equals_the_reference_and_each_stack_alone(
         assert torch.equal(alone_TO, delta_TO[1:20][tokens])
 
 
+@pytest.mark.parametrize(("dtype", "value"), [(torch.float32, 257), (torch.bfloat16, 256)])
+def test_what_is_shrunk_is_rounded_to_the_dtype(
+    dtype: torch.dtype, value: int, device: torch.device
+) -> None:
+    """257 lies between two neighbours of bfloat16."""
+    adapters = Adapters(dtype, device)
+    group = adapters.weights[2].groups[0, 1]
+    group.a_RI.zero_()
+    group.a_RI[0, :3], group.a_RI[0, -1] = torch.tensor([128, 64, 64]), 1
+    group.targets[0].b_OR.fill_(1)
+    x_TI = torch.ones(1, group.a_RI.shape[1], dtype=dtype, device=device)
+    delta_TO, _ = deltas(adapters, [(0, 1, [(2, 2.0)])], x_TI, (0, 1))
+    assert (delta_TO == value).all()  # the adapter's own scale is a half
+
+
 def test_scales_that_float32_cannot_hold_are_infinite(device: torch.device) -> None:
     adapters = Adapters(torch.float32, device)
     x_TI = random_inputs((1, 0), torch.float32, device)

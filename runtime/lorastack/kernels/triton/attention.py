@@ -137,6 +137,69 @@ def _result(total_M, sum_MD):
     return sum_MD / total_M[:, None] + 0.0
 
 
+@triton.jit
+def _load_block(
+    keys, values, pages, slot_N, there_N, d_D,
+    KV_HEADS: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
+):  # fmt: skip
+    """One head's keys and values of a row's slots, 0 where there are none."""
+    page_N = tl.load(pages + slot_N // PAGE, mask=there_N, other=0).to(tl.int64)
+    at_N = page_N * (2 * KV_HEADS * PAGE * D) + slot_N % PAGE * D
+    at_ND, mask_ND = at_N[:, None] + d_D[None, :], there_N[:, None] & (d_D < D)[None, :]
+    k_ND = tl.load(keys + at_ND, mask=mask_ND, other=0.0)
+    v_ND = tl.load(values + at_ND, mask=mask_ND, other=0.0)
+    return k_ND, v_ND
+
+
+@triton.jit
+def _attend_split(
+    q_MD, keys, values, pages, lists, lines, positions, place_M, position_M, first, end, shared,
+    count, last, lowest, committed, chain, scale, window,
+    KV_HEADS: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The running softmax of positions first..end.
+
+    The first `shared` blocks are one product for all tokens of the tile, the others one for each.
+    lines, positions: of the tile's tokens; lowest: position that one of them sees.
+    """
+    d_D, n_N = tl.arange(0, q_MD.shape[1]), tl.arange(0, BLOCK)
+    blocks = tl.cdiv(end - first, BLOCK)
+    peak_M = tl.full((q_MD.shape[0],), float("-inf"), tl.float32)
+    total_M = tl.zeros((q_MD.shape[0],), tl.float32)
+    sum_MD = tl.zeros(q_MD.shape, tl.float32)
+    again = 1
+    while again > 0:
+        peak_M = tl.full((q_MD.shape[0],), float("-inf"), tl.float32)
+        total_M = tl.zeros((q_MD.shape[0],), tl.float32)
+        sum_MD = tl.zeros(q_MD.shape, tl.float32)
+        for product in range(0, shared + (blocks - shared) * count):
+            alone = product >= shared
+            behind = tl.maximum(product - shared, 0)
+            j = behind % count
+            p_N = first + tl.where(alone, shared + behind // count, product) * BLOCK + n_N
+            own = tl.where(alone, tl.load(positions + j), last)
+            there_N = (p_N <= own) & (p_N >= tl.where(alone, own - window + 1, lowest))
+            drafted_N = (p_N >= committed) & alone & (chain == 0)
+            ancestors = lists + tl.load(lines + j, mask=alone & (chain == 0), other=0)
+            ancestor_N = tl.load(ancestors + (p_N - committed), mask=there_N & drafted_N, other=0)
+            slot_N = tl.where(drafted_N, committed + ancestor_N, p_N)
+            k_ND, v_ND = _load_block(keys, values, pages, slot_N, there_N, d_D, KV_HEADS, D, PAGE)
+            mine_M = (place_M == j) | (alone == 0)
+            see_MN = (p_N[None, :] <= position_M[:, None]) & mine_M[:, None]
+            see_MN &= p_N[None, :] > position_M[:, None] - window
+            new_peak_M, new_total_M, new_sum_MD = _take_block(
+                q_MD, k_ND, v_ND, see_MN, scale, peak_M, total_M, sum_MD
+            )
+            peak_M = tl.where(mine_M, new_peak_M, peak_M)
+            total_M = tl.where(mine_M, new_total_M, total_M)
+            sum_MD = tl.where(mine_M[:, None], new_sum_MD, sum_MD)
+        # 0 times NaN is NaN: if there is any, it may be of a key that not all tokens see.
+        odd = tl.max(tl.max(tl.where(sum_MD == sum_MD, 0, 1), 1), 0)
+        again = tl.where((count > 1) & (shared > 0), odd, 0)
+        shared = 0
+    return peak_M, total_M, sum_MD
+
+
 # A step's arrays begin where their bucket's upload has them: one kernel serves all places.
 @triton.jit(do_not_specialize_on_alignment=["counts", "items", "position", "line", "lists"])
 def attention_kernel(
@@ -146,7 +209,7 @@ def attention_kernel(
     PAGE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid: any number of programs, which take (item, kv head) in turn. scale: of base 2 scores."""
-    i_M, d_D, n_N = tl.arange(0, TILE), tl.arange(0, DP), tl.arange(0, BLOCK)
+    i_M, d_D = tl.arange(0, TILE), tl.arange(0, DP)
     for work in range(tl.program_id(0), tl.load(counts + 1) * KV_HEADS, tl.num_programs(0)):
         item, head = items + work // KV_HEADS * FIELDS, work % KV_HEADS
         start, count, last = tl.load(item), tl.load(item + 1), tl.load(item + 2)
@@ -170,50 +233,16 @@ def attention_kernel(
         for split in range(tl.load(item + 3), tl.load(item + 4)):
             first = tl.maximum(split * SPLIT, lowest // BLOCK * BLOCK)
             end = tl.minimum(split * SPLIT + SPLIT, last + 1)
-            # Blocks below `common` are one product for all tokens of the tile, others one for each.
             common = tl.where(chain > 0, end, tl.minimum(committed // BLOCK * BLOCK, end))
             shared = tl.cdiv(tl.maximum(common - first, 0), BLOCK)
-            blocks = tl.cdiv(end - first, BLOCK)
-            m_M, l_M, acc_MD = peak_M, total_M, sum_MD
-            again = 1
-            while again > 0:
-                m_M = tl.full((TILE,), float("-inf"), tl.float32)
-                l_M = tl.zeros((TILE,), tl.float32)
-                acc_MD = tl.zeros((TILE, DP), tl.float32)
-                for product in range(0, shared + (blocks - shared) * count):
-                    alone = product >= shared
-                    behind = tl.maximum(product - shared, 0)
-                    j = behind % count
-                    p_N = first + tl.where(alone, shared + behind // count, product) * BLOCK + n_N
-                    own = tl.where(alone, tl.load(position + start + j), last)
-                    inside_N = (p_N <= own) & (p_N >= tl.where(alone, own - window + 1, lowest))
-                    drafted_N = (p_N >= committed) & alone & (chain == 0)
-                    ancestors = lists + tl.load(
-                        line + start + j, mask=alone & (chain == 0), other=0
-                    )
-                    ancestor_N = tl.load(
-                        ancestors + (p_N - committed), mask=inside_N & drafted_N, other=0
-                    )
-                    slot_N = tl.where(drafted_N, committed + ancestor_N, p_N)
-                    page_N = tl.load(pages + slot_N // PAGE, mask=inside_N, other=0).to(tl.int64)
-                    at_N = page_N * (2 * KV_HEADS * PAGE * D) + slot_N % PAGE * D
-                    mask_ND = inside_N[:, None] & (d_D < D)[None, :]
-                    k_ND = tl.load(keys + at_N[:, None] + d_D[None, :], mask=mask_ND, other=0.0)
-                    v_ND = tl.load(values + at_N[:, None] + d_D[None, :], mask=mask_ND, other=0.0)
-                    mine_M = (place_M == j) | (alone == 0)
-                    see_MN = (p_N[None, :] <= position_M[:, None]) & mine_M[:, None]
-                    see_MN &= p_N[None, :] > position_M[:, None] - window
-                    new_M, l_new_M, acc_new_MD = _take_block(
-                        q_MD, k_ND, v_ND, see_MN, scale, m_M, l_M, acc_MD
-                    )
-                    m_M = tl.where(mine_M, new_M, m_M)
-                    l_M = tl.where(mine_M, l_new_M, l_M)
-                    acc_MD = tl.where(mine_M[:, None], acc_new_MD, acc_MD)
-                # 0 times NaN is NaN: if there is any, it may be of a key that not all tokens see.
-                odd = tl.max(tl.max(tl.where(acc_MD == acc_MD, 0, 1), 1), 0)
-                again = tl.where((count > 1) & (shared > 0), odd, 0)
-                shared = 0
-            peak_M, total_M, sum_MD = _add_split(peak_M, total_M, sum_MD, m_M, l_M, acc_MD)
+            split_peak_M, split_total_M, split_sum_MD = _attend_split(
+                q_MD, keys, values, pages, lists, line + start, position + start, place_M,
+                position_M, first, end, shared, count, last, lowest, committed, chain, scale,
+                window, KV_HEADS, D, PAGE, BLOCK,
+            )  # fmt: skip
+            peak_M, total_M, sum_MD = _add_split(
+                peak_M, total_M, sum_MD, split_peak_M, split_total_M, split_sum_MD
+            )
 
         if part < 0:
             done_MD = _result(total_M, sum_MD).to(out.dtype.element_ty)

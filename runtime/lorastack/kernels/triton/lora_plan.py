@@ -68,14 +68,13 @@ class AdapterTable:
     ) -> AdapterTable:
         """groups: by (layer, index into GROUPS), lm_head's layer is negative; embedding: its A is
         [rank, V]. Their tensors lie on the device, each run on a cache line."""
-        entries = torch.zeros(num_layers * len(GROUPS) + 2, SITE_FIELDS, dtype=torch.int64)
-        rows = {site_of(*key, num_layers): group for key, group in groups.items()}
+        entries = [[0] * SITE_FIELDS] * (embedding_site(num_layers) + 1)
+        for key, group in groups.items():
+            entries[site_of(*key, num_layers)] = _entry(group)
         if embedding is not None:
-            rows[embedding_site(num_layers)] = embedding
-        for site, group in rows.items():
-            entries[site] = torch.tensor(_entry(group))
+            entries[embedding_site(num_layers)] = _entry(embedding)
         joined = max((len(group.a_RI) for group in groups.values()), default=0)
-        on_device = entries.to(device)
+        on_device = torch.tensor(entries, device=device)
         return cls(
             entries=on_device,
             address=on_device.data_ptr(),

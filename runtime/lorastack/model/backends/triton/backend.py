@@ -18,37 +18,33 @@ from lorastack.kernels.linear import copy_rows
 from lorastack.kernels.ops import Ops
 from lorastack.kernels.quantize import Kind, head_kind
 from lorastack.kernels.segmented_lora import GroupLora, TargetLora
-from lorastack.kernels.triton.accept import Accepted
-from lorastack.kernels.triton.attention_plan import AttentionShape
 from lorastack.kernels.triton.lora import CHUNK
 from lorastack.kernels.triton.lora_plan import AdapterTable, LoraUse
 from lorastack.kernels.triton.weight import Weight, pack_weight
 from lorastack.lora.segments import LoraBatch, Segment
 from lorastack.lora.weights import LoraWeights
 from lorastack.model.backends.triton.device import Device, device_of
-from lorastack.model.backends.triton.graphs import CAPTURED_AT, Graphs
+from lorastack.model.backends.triton.graphs import CAPTURED_AT
 from lorastack.model.backends.triton.heads import launch_heads, plan_heads, top_of
 from lorastack.model.backends.triton.inputs import (
     BUCKETS,
-    Limits,
     LogitsInputs,
     Loras,
-    StepInputs,
     bucket_of,
     most_pairs,
 )
-from lorastack.model.backends.triton.layers import LoraLaunch, Model, Step, add_logits, launch_step
+from lorastack.model.backends.triton.layers import LoraLaunch, Model, add_logits, launch_step
 from lorastack.model.backends.triton.ops import TritonOps
-from lorastack.model.backends.triton.reserve import STEP_TOKENS, products_of
-from lorastack.model.backends.triton.results import StepResults
-from lorastack.model.backends.triton.workspace import LoraMemory, Workspace, attention_workspace
+from lorastack.model.backends.triton.reserve import STEP_TOKENS
+from lorastack.model.backends.triton.steps import StepMemory, Steps
+from lorastack.model.backends.triton.workspace import LoraMemory
 from lorastack.model.checkpoint import Checkpoint
 from lorastack.model.config import DecoderConfig
 from lorastack.model.context import ForwardBatch, Outputs, RowSpan
 from lorastack.model.kv import KVCache
 from lorastack.model.weights import DecoderWeights, Packing, load_weights
 
-PREPARED_TOKENS = 64  # of a step; larger ones are prepared by their first uses
+CAPTURED_TOKENS = 64  # of steps that are captured at the start, others by their third use
 
 
 class TritonBackend:
@@ -89,9 +85,8 @@ class TritonBackend:
         self._lora_memory = LoraMemory(config.shapes, CHUNK, device)
         self._tables: WeakKeyDictionary[LoraWeights, AdapterTable] = WeakKeyDictionary()
         self._logits_inputs: dict[int, LogitsInputs] = {}
-        self._products = products_of(config.shapes, dtype, kind)
-        self._memory: list[Workspace] = []  # the last serves; graphs keep those before
-        self._steps: WeakKeyDictionary[KVCache, _Steps] = WeakKeyDictionary()
+        self._memory = StepMemory(config.shapes, dtype, kind, device)
+        self._steps: WeakKeyDictionary[KVCache, Steps] = WeakKeyDictionary()
 
     @classmethod
     def load(
@@ -114,7 +109,7 @@ class TritonBackend:
         return KVCache(self.shapes, num_pages, page_size, self.dtype, self.device)
 
     def prepare(self, kv: KVCache) -> None:
-        """See `Backend`. Compiles the kernels of steps, and captures those of few tokens.
+        """See `Backend`. Compiles the kernels of all buckets, and captures steps of few tokens.
 
         With LoRAs and without: what an adapter holds does not matter, nor what the steps write.
         """
@@ -123,12 +118,13 @@ class TritonBackend:
         nothing = LoraWeights({}, None)
         for bucket in BUCKETS:
             table = range(-(-bucket // kv.page_size))
-            if bucket > PREPARED_TOKENS or len(table) > kv.data.shape[1]:
+            if bucket > self.shapes.max_context or len(table) > kv.data.shape[1]:
                 break
+            uses = CAPTURED_AT if bucket <= CAPTURED_TOKENS else 1
             rows = (RowSpan(0, bucket, table, 0),)
             for loras in ((), (Segment(0, bucket, nothing, 1.0),)):
                 batch = ForwardBatch([0] * bucket, rows, (bucket - 1,), LoraBatch(loras))
-                for _ in range(CAPTURED_AT):
+                for _ in range(uses):
                     self.forward(batch, kv)
 
     @torch.inference_mode()
@@ -215,70 +211,9 @@ class TritonBackend:
             deltas = self._lora_memory.logit_deltas(max(bucket, STEP_TOKENS))
         return LoraLaunch(self.shapes, kind, self._lora_memory.shrunk(kind.room), deltas)
 
-    def _steps_of(self, kv: KVCache) -> _Steps:
+    def _steps_of(self, kv: KVCache) -> Steps:
         if kv not in self._steps:
-            self._steps[kv] = _Steps(self, kv)
+            self._steps[kv] = Steps(
+                self.shapes, self._window, kv, self._memory, self.device, self._calls
+            )
         return self._steps[kv]
-
-    def _memory_for(self, bucket: int) -> Workspace:
-        """What holds steps of this bucket."""
-        if not self._memory or len(self._memory[-1].hidden_TH) < bucket:
-            tokens = max(bucket, STEP_TOKENS)
-            made = Workspace.of(self.shapes, self._products, tokens, self.dtype, self.device)
-            self._memory.append(made)
-        return self._memory[-1]
-
-
-class _Steps:
-    """The steps over one KV cache, and their graphs."""
-
-    def __init__(self, backend: TritonBackend, kv: KVCache) -> None:
-        shapes, device = backend.shapes, backend.device
-        self.graphs = Graphs(backend._calls)
-        self._backend = backend
-        self._kv = kv.data  # not `kv`, which this lives no longer than
-        self._shape = AttentionShape(
-            shapes.num_heads,
-            shapes.num_kv_heads,
-            shapes.head_dim,
-            kv.page_size,
-            backend._window,
-        )
-        self._attention, max_parts = attention_workspace(
-            self._shape, shapes.max_context, _programs(device), device
-        )
-        self._limits = Limits(self._shape, max_parts, -(-shapes.max_context // kv.page_size))
-        self._by_bucket: dict[int, tuple[Step, StepResults]] = {}
-
-    def of(self, bucket: int) -> tuple[Step, StepResults]:
-        """Where steps of this bucket read and write."""
-        if bucket not in self._by_bucket:
-            backend, device = self._backend, self._backend.device
-            results = StepResults(bucket, device, backend._calls)
-            max_nodes = 1 << (bucket - 1).bit_length()
-
-            def ints(*shape: int) -> Tensor:
-                return torch.zeros(shape, dtype=torch.int32, device=device)
-
-            accepted = Accepted(
-                ints(bucket), ints(bucket), ints(bucket, max_nodes), ints(bucket, max_nodes)
-            )
-            step = Step(
-                StepInputs(bucket, self._limits, device, backend._calls),
-                backend._memory_for(bucket),
-                self._shape,
-                self._attention,
-                results.sampled,
-                accepted,
-                max_nodes,
-                self._kv,
-            )
-            self._by_bucket[bucket] = step, results
-        return self._by_bucket[bucket]
-
-
-def _programs(device: torch.device) -> int:
-    """How many of attention's programs a device holds at once."""
-    if device.type != "cuda":
-        return 8
-    return 3 * int(torch.cuda.get_device_properties(device).multi_processor_count)
