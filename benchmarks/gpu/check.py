@@ -6,7 +6,7 @@ Each leaves DIR/NUMBER.json, which grows as it goes; all findings come last as a
 DIR/table.md. What is expected of a number stands beside it.
 
     python -m benchmarks.gpu.check --stages 0,1,2,3,4 --out DIR        (a GPU, at most 300 s)
-    python -m benchmarks.gpu.check --stages 5,6,7,8 --out DIR          (a GPU, at most 330 s)
+    python -m benchmarks.gpu.check --stages 1,5,6,7,8 --out DIR        (a GPU, at most 330 s)
     TRITON_INTERPRET=1 python -m benchmarks.gpu.check --out DIR        (no GPU, at tiny sizes)
 """
 

@@ -9,15 +9,17 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.setting import Setting
+from lorastack.kernels.segmented_lora import GroupLora, TargetLora
 from lorastack.kernels.triton.attention import AttentionWorkspace, attend
 from lorastack.kernels.triton.attention_plan import AttentionArrays, AttentionShape, plan_attention
-from lorastack.kernels.triton.lora import CHUNK, expand, shrink
+from lorastack.kernels.triton.lora import CHUNK, add_embedding, expand, shrink
 from lorastack.kernels.triton.lora_plan import (
     PAIR_FIELDS,
     TILE_FIELDS,
     AdapterTable,
     LoraArrays,
     LoraUse,
+    embedding_site,
     plan_lora,
     workspace_size,
 )
@@ -108,9 +110,7 @@ class LoraStep:
         tables: dict[int, AdapterTable] = {}
         for *_, weights, _scale in uses:
             if id(weights) not in tables:
-                tables[id(weights)] = AdapterTable.of(
-                    weights.groups, None, shapes.num_layers, setting.device
-                )
+                tables[id(weights)] = self._table(weights)
         laid = [
             LoraUse(start, end, tables[id(weights)], scale) for start, end, weights, scale in uses
         ]
@@ -126,6 +126,14 @@ class LoraStep:
         widest = max(shapes.hidden_size, shapes.intermediate_size)
         self.shrunk_CS = setting.poisoned(-(-widest // CHUNK), workspace_size(laid))
 
+    def _table(self, weights: LoraWeights) -> AdapterTable:
+        embedding = None
+        if (own := weights.embedding) is not None:
+            target = TargetLora(0, slice(0, len(own.a_RV)), own.b_HR, own.scale)
+            embedding = GroupLora(own.a_RV, (target,))
+        device, layers = self._setting.device, self._shapes.num_layers
+        return AdapterTable.of(weights.groups, embedding, layers, device)
+
     def outputs(self, group: int) -> list[int]:
         """Of each target."""
         return [self._shapes.target_shape(target)[0] for target in GROUPS[group]]
@@ -135,6 +143,13 @@ class LoraStep:
         delta_TO = self._setting.poisoned(len(x_TI), sum(self.outputs(group)))
         self.add(x_TI, group, delta_TO, layer)
         return delta_TO
+
+    def add_embedding(self, ids_T: Tensor, hidden_TH: Tensor, dtype: torch.dtype) -> None:
+        """In place. dtype: of the adapters."""
+        shapes = self._shapes
+        site = embedding_site(shapes.num_layers)
+        bucket = len(ids_T)
+        add_embedding(ids_T, self.arrays, site, shapes.vocab_size, dtype, hidden_TH, bucket)
 
     def add(self, x_TI: Tensor, group: int, delta_TO: Tensor, layer: int = 0) -> None:
         """Two launches."""

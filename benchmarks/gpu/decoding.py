@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from lorastack.kernels.heads import HeadsWeights
 from lorastack.kernels.triton.launch import launch
 from lorastack.layout import ModelShapes
@@ -55,9 +57,9 @@ def num_pages(batch: ForwardBatch) -> int:
     return 1 + max(max(row.block_table) for row in batch.rows)
 
 
-def counting(setting_device: Any) -> tuple[Device, Counter[str]]:
+def counting(device: torch.device) -> tuple[Device, Counter[str]]:
     """The calls of a device that captures no graphs, and how often it copied either way."""
-    calls, copies = device_of(setting_device), Counter[str]()
+    calls, copies = device_of(device), Counter[str]()
     upload, download = calls.upload, calls.download
 
     def counted(name: str, plain: Callable[..., None]) -> Callable[..., None]:

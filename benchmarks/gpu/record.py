@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -125,14 +125,14 @@ class Report:
 
 def table(reports: Sequence[Report]) -> str:
     """All findings as Markdown."""
-    rows = [("stage", "what", "found", "expected", "")]
+    rows: list[tuple[str, ...]] = [("stage", "what", "found", "expected", "")]
     for report in reports:
         rows += _rows(report)
     head, *body = ("| " + " | ".join(row) + " |" for row in rows)
     return "\n".join([head, "|---" * len(rows[0]) + "|", *body])
 
 
-def _rows(report: Report) -> Iterable[tuple[str, ...]]:
+def _rows(report: Report) -> Iterator[tuple[str, ...]]:
     stage = f"{report.number} {report.name}"
     if report.state != ENDED:
         yield (

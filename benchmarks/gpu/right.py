@@ -39,7 +39,7 @@ from lorastack.kernels.triton.pointwise import (
     silu_mul,
 )
 from lorastack.kernels.triton.weight import pack_weight
-from lorastack.layout import GROUPS
+from lorastack.layout import EMBED, GROUPS, ModelShapes
 from lorastack.lora.weights import LoraWeights
 from lorastack.model.context import RowSpan
 
@@ -110,6 +110,24 @@ def _lora(setting: Setting) -> Iterator[Finding]:
             adapted_T = step.arrays.adapted_T.bool()
             worst = max(worst, error_of(found_TO[adapted_T], expected_TO[adapted_T]))
         yield Finding(name, worst, "relative error", most=ROUNDED[dtype])
+        error = _embedding_error(setting, shapes, dtype)
+        yield Finding(f"{name}, embed_tokens", error, "relative error", most=ROUNDED[dtype])
+
+
+def _embedding_error(setting: Setting, shapes: ModelShapes, dtype: torch.dtype) -> float:
+    """Of what a LoRA adds to embedded tokens; a token without stays as it is."""
+    adapter = random_lora(shapes, dtype, setting.device, rank=9, targets=(EMBED,))
+    weights = LoraWeights.from_buffer(adapter.buffer, adapter.layout)
+    lora = weights.embedding
+    assert lora is not None
+    step = LoraStep(setting, shapes, [(0, 3, weights, 0.5)], 4)
+    ids_T, hidden_TH = setting.ints(5, 0, 5, 7), setting.random(4, shapes.hidden_size)
+    found_TH = hidden_TH.clone()
+    step.add_embedding(ids_T, found_TH, dtype)
+    check_equal(found_TH[3], hidden_TH[3])
+    columns_TR = lora.a_RV.t()[ids_T[:3].long()].double()
+    expected_TH = hidden_TH[:3].double() + 0.5 * lora.scale * columns_TR @ lora.b_HR.double().t()
+    return error_of(found_TH[:3], expected_TH)
 
 
 def rows_of_attention(tiny: bool, page_size: int) -> list[RowSpan]:

@@ -6,8 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
-from benchmarks.gpu import check, stages
+from benchmarks.gpu import bits, check, right, stages
 from benchmarks.gpu.record import (
     ENDED,
     FAILED,
@@ -19,8 +21,10 @@ from benchmarks.gpu.record import (
     Report,
     table,
 )
+from benchmarks.gpu.setting import Setting
 from benchmarks.gpu.stages import STAGES, Stage, run_stage
 from lorastack.kernels.triton.launch import INTERPRETED
+from lorastack.kernels.triton.weight import Weight
 
 PATIENCE = 10  # beside a busy core the interpreter takes its time
 MODULE = "tests.helpers.gpu_stages"
@@ -114,6 +118,24 @@ def test_one_stage_that_fails_does_not_end_the_others(
     assert check.main(["--stages", "3,2", "--out", str(tmp_path)]) == 1
     assert ran == [3, 2]
     assert "| 2 right or wrong | timed out | took too long |" in capsys.readouterr().out
+
+
+def test_a_kernel_that_is_wrong_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    setting = Setting(torch.device("cpu" if INTERPRETED else "cuda"), tiny=True)
+    run = right.cases(setting)["embedding, SiLU, sums"]
+    assert not any(each.missed for each in run())
+    monkeypatch.setattr(right, "silu_mul", lambda gate_up, inner_TI, num_tokens: None)
+    assert all(each.missed for each in run())
+
+
+def test_bits_that_depend_on_the_bucket_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    setting = Setting(torch.device("cpu" if INTERPRETED else "cuda"), tiny=True)
+
+    def careless(setting: Setting, x_TI: Tensor, weight: Weight, bucket: int) -> Tensor:
+        return x_TI.float().sum(1, keepdim=True) + (1e-6 if bucket == 24 else 0)
+
+    monkeypatch.setattr(bits, "products", careless)
+    assert all(each.missed for each in bits.cases(setting)["matmul"]())
 
 
 def test_a_finding_says_what_was_expected() -> None:
