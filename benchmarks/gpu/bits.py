@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 
 from benchmarks.gpu.compare import AttentionStep, LoraStep, products
 from benchmarks.gpu.models import random_backend, random_lora
-from benchmarks.gpu.record import Finding
+from benchmarks.gpu.record import Cases, Finding
 from benchmarks.gpu.setting import Setting
 from lorastack.kernels.quantize import Kind
 from lorastack.kernels.triton.attention_plan import AttentionShape
@@ -29,9 +29,14 @@ TOKENS = (1, 2, 7, 8, 9, 16, 17, 33, 64, 65, 128, 256)
 REPEATS = 50
 
 
-def cases(setting: Setting) -> dict[str, Callable[[], Iterator[Finding]]]:
+def cases(setting: Setting) -> Cases:
     """By what sums."""
-    kinds = {"matmul": _matmul, "attention": _attention, "LoRA": _lora, "whole steps": _steps}
+    kinds: dict[str, Callable[[Setting], Iterator[Finding]]] = {
+        "matmul": _matmul,
+        "attention": _attention,
+        "LoRA": _lora,
+        "whole steps": _steps,
+    }
     if setting.on_device:
         kinds |= {"repeats under load": _repeats, "cuBLAS": _cublas}
     return {name: partial(run, setting) for name, run in kinds.items()}

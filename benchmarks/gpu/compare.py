@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -114,7 +115,7 @@ class LoraStep:
         laid = [
             LoraUse(start, end, tables[id(weights)], scale) for start, end, weights, scale in uses
         ]
-        host = {
+        host: dict[str, Any] = {
             "counts": np.zeros(2, np.int32),
             "adapted_T": np.zeros(count, np.int32),
             "tiles": np.zeros((count, TILE_FIELDS), np.int32),

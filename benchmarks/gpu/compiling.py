@@ -29,7 +29,7 @@ from torch import Tensor
 from benchmarks.gpu import bits, kernel_speed, right
 from benchmarks.gpu.decoding import PAGE, counting, decoding, num_pages
 from benchmarks.gpu.models import packing_of, random_heads, random_lora, random_weights
-from benchmarks.gpu.record import Finding
+from benchmarks.gpu.record import Cases, Finding
 from benchmarks.gpu.setting import Setting
 from lorastack.kernels.triton.launch import OPTIONS
 from lorastack.layout import EMBED, LAYER_TARGETS, LM_HEAD, ModelShapes
@@ -64,7 +64,7 @@ INSTEAD: dict[str, Callable[..., object]] = {
 }
 
 
-def cases(setting: Setting) -> dict[str, Callable[[], Iterator[Finding]]]:
+def cases(setting: Setting) -> Cases:
     return {"all kernels": partial(_all, setting)}
 
 

@@ -80,9 +80,9 @@ def counted_launches() -> Iterator[Counter[str]]:
     """By kernel."""
     counts = Counter[str]()
 
-    def counted(kernel: Any, *args: object, **settings: object) -> None:
+    def counted(kernel: Any, grid: Sequence[int], *args: object, **settings: object) -> None:
         counts[kernel.fn.__name__] += 1
-        launch(kernel, *args, **settings)
+        launch(kernel, grid, *args, **settings)
 
     with launching(counted):
         yield counts

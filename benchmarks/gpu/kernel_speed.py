@@ -19,7 +19,7 @@ from benchmarks.gpu.clock import bandwidth, num_copies, seconds_of
 from benchmarks.gpu.compare import AttentionStep, LoraStep
 from benchmarks.gpu.decoding import PAGE, decoding, num_pages
 from benchmarks.gpu.models import random_heads, random_lora
-from benchmarks.gpu.record import Finding
+from benchmarks.gpu.record import Cases, Finding
 from benchmarks.gpu.right_samples import SAMPLINGS, Draw, pairs_of
 from benchmarks.gpu.setting import Setting
 from lorastack.kernels.quantize import Kind
@@ -40,11 +40,11 @@ CANDIDATES = ((64, 4), (64, 6), (128, 3), (128, 4), (128, 5), (256, 3))
 CANDIDATE_TOKENS = (8, 64)
 
 
-def cases(setting: Setting) -> dict[str, Callable[[], Iterator[Finding]]]:
+def cases(setting: Setting) -> Cases:
     """By kernel."""
     speed = cache(partial(bandwidth, setting))
     matrices = matrices_of(setting.mistral)
-    kinds = {
+    kinds: Cases = {
         f"matmul {name}": partial(_matmul, setting, speed, *shape)
         for name, shape in matrices.items()
     }

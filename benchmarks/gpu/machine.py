@@ -5,21 +5,21 @@ from __future__ import annotations
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
 import torch
 import triton
 
 from benchmarks.gpu.clock import bandwidth, seconds_of
-from benchmarks.gpu.record import Finding
+from benchmarks.gpu.record import Cases, Finding
 from benchmarks.gpu.setting import Setting
 
 FACTS = "name,driver_version,memory.total,compute_cap,clocks.max.sm,clocks.max.memory,power.limit"
 SIZE = 8192  # of the matrices
 
 
-def cases(setting: Setting) -> dict[str, Callable[[], Iterator[Finding]]]:
+def cases(setting: Setting) -> Cases:
     return {"memory": partial(_memory, setting), "products": partial(_products, setting)}
 
 

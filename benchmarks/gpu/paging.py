@@ -6,7 +6,7 @@ A step of eight rows of Mistral-7B's shapes, quiet, and while adapters are copie
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -15,7 +15,7 @@ import torch
 from benchmarks.gpu.clock import host_seconds
 from benchmarks.gpu.decoding import decoding
 from benchmarks.gpu.models import random_lora
-from benchmarks.gpu.record import Finding
+from benchmarks.gpu.record import Cases, Finding
 from benchmarks.gpu.setting import Setting
 from benchmarks.gpu.steps import DTYPE, Model
 from lorastack.adapters.memory.arena import DeviceArena, PinnedArena
@@ -32,7 +32,7 @@ P99 = int(0.99 * STEPS)  # of as many times that rise
 MOST = 1.1  # times the quiet p99
 
 
-def cases(setting: Setting) -> dict[str, Callable[[], Iterator[Finding]]]:
+def cases(setting: Setting) -> Cases:
     return {"copies": partial(_copies, setting), "steps": partial(_steps, setting)}
 
 

@@ -14,7 +14,7 @@ import torch
 from benchmarks.gpu.clock import host_seconds
 from benchmarks.gpu.decoding import PAGE, decoding, num_pages
 from benchmarks.gpu.models import random_lora, random_weights
-from benchmarks.gpu.record import Finding
+from benchmarks.gpu.record import Cases, Finding
 from benchmarks.gpu.setting import Setting
 from benchmarks.gpu.steps import DTYPE, RANK, Load
 from lorastack.kernels.linear import pack_dense
@@ -45,7 +45,7 @@ class Model:
         self.loras = [LoraWeights.from_buffer(each.buffer, each.layout) for each in adapters]
 
 
-def cases(setting: Setting) -> dict[str, Callable[[], Iterator[Finding]]]:
+def cases(setting: Setting) -> Cases:
     """By load."""
     model = cache(partial(Model, setting))
     return {name: partial(_run, model, load) for name, load in LOADS.items()}

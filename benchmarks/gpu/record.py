@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TypeAlias
 
 MAX_LINES = 8  # that a stage prints
 WAITING, RUNNING, ENDED, FAILED = "waiting", "running", "ended", "failed"  # of a case
@@ -47,6 +48,9 @@ class Finding:
     def __str__(self) -> str:
         expected = f", expected {self.expected}" if self.expected else ""
         return f"{self.what}: {_number(self.value)} {self.unit}".rstrip() + expected
+
+
+Cases: TypeAlias = dict[str, Callable[[], Iterator[Finding]]]  # of a stage, by name
 
 
 @dataclass(slots=True)

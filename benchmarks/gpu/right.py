@@ -22,7 +22,7 @@ from benchmarks.gpu.compare import (
     products,
 )
 from benchmarks.gpu.models import random_lora
-from benchmarks.gpu.record import Finding
+from benchmarks.gpu.record import Cases, Finding
 from benchmarks.gpu.setting import DTYPES, Setting
 from lorastack.kernels.attention import attend_reference
 from lorastack.kernels.quantize import Kind
@@ -48,9 +48,9 @@ ROUNDED = {torch.float32: EXACT, torch.bfloat16: 1e-2}  # of results in a dtype
 EPS = 1e-5
 
 
-def cases(setting: Setting) -> dict[str, Callable[[], Iterator[Finding]]]:
+def cases(setting: Setting) -> Cases:
     """By kernel."""
-    kernels = {
+    kernels: dict[str, Callable[[Setting], Iterator[Finding]]] = {
         "matmul": _matmul,
         "LoRA": _lora,
         "attention": _attention,

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.gpu.compare import error_of
 from benchmarks.gpu.models import random_heads
-from benchmarks.gpu.record import Finding
+from benchmarks.gpu.record import Cases, Finding
 from benchmarks.gpu.setting import DTYPES, Setting
-from lorastack.kernels.heads import HeadsGroup, states_reference, top_reference
+from lorastack.kernels.heads import HeadsGroup, HeadsWeights, states_reference, top_reference
 from lorastack.kernels.sample import Sample, sample_torch
 from lorastack.kernels.triton import heads as heads_kernels
 from lorastack.kernels.triton.accept import Accepted, Slots, Trees, accept, move_kv
@@ -23,7 +24,7 @@ from lorastack.request import SamplingParams, TokenSource
 from lorastack.speculation import accept as rule
 from lorastack.speculation.tree import Tree
 
-SAMPLINGS = (
+SAMPLINGS: tuple[dict[str, Any], ...] = (
     {},
     {"temperature": 0.8},
     {"temperature": 1.3, "top_p": 0.9},
@@ -33,9 +34,13 @@ SAMPLINGS = (
 )
 
 
-def cases(setting: Setting) -> dict[str, Callable[[], Iterator[Finding]]]:
+def cases(setting: Setting) -> Cases:
     """By kernel."""
-    kernels = {"samples": _samples, "trees": _trees, "heads": _heads}
+    kernels: dict[str, Callable[[Setting], Iterator[Finding]]] = {
+        "samples": _samples,
+        "trees": _trees,
+        "heads": _heads,
+    }
     return {name: partial(run, setting) for name, run in kernels.items()}
 
 
@@ -191,7 +196,8 @@ def _heads(setting: Setting) -> Iterator[Finding]:
             group = HeadsGroup(0, len(trees), heads)
             r_YH = states_reference(state_BH.cpu(), [_on_cpu(group)])
             worst = max(worst, error_of(r_LYH[len(heads.bias_LKH) - 1, own].cpu(), r_YH))
-            top = top_reference(logits_YN[own, : heads.output.shape[0]].cpu(), num)
+            assert heads.output is not None and heads.ids_N is not None
+            top = top_reference(logits_YN[own, : len(heads.output)].cpu(), num)
             wrong += int((heads.ids_N.cpu()[top.ids_XR] != ids_YR[own].cpu()).sum())
             worst = max(worst, error_of(logprobs_YR[own].cpu(), top.logprobs_XR))
         most = 2e-2 if dtype == torch.bfloat16 else 2e-5
@@ -199,7 +205,9 @@ def _heads(setting: Setting) -> Iterator[Finding]:
         yield Finding(f"{name}, candidates that differ", wrong, most=0)
 
 
-def pairs_of(setting: Setting, groups: list) -> tuple[heads_kernels.Pairs, heads_kernels.Layout]:
+def pairs_of(
+    setting: Setting, groups: Sequence[tuple[HeadsWeights, Sequence[int]]]
+) -> tuple[heads_kernels.Pairs, heads_kernels.Layout]:
     """A step's heads on the device."""
     layout = heads_kernels.lay_out(groups)
     longs = partial(torch.tensor, dtype=torch.int64, device=setting.device)
@@ -216,5 +224,6 @@ def pairs_of(setting: Setting, groups: list) -> tuple[heads_kernels.Pairs, heads
 
 def _on_cpu(group: HeadsGroup) -> HeadsGroup:
     heads = group.heads
+    assert heads.output is not None and heads.ids_N is not None
     tensors = (heads.weight_LKHH, heads.bias_LKH, heads.output, heads.ids_N)
-    return HeadsGroup(group.start, group.end, type(heads)(*(each.cpu() for each in tensors)))
+    return HeadsGroup(group.start, group.end, HeadsWeights(*(each.cpu() for each in tensors)))

@@ -11,18 +11,18 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from benchmarks.gpu.record import Finding, Report
+from benchmarks.gpu.record import Cases, Finding, Report
 from benchmarks.gpu.setting import Setting
 
 TOOL = "compute-sanitizer"
 SUMMARY = re.compile(r"ERROR SUMMARY: (\d+) error")
 
 
-def cases(setting: Setting) -> dict[str, Callable[[], Iterator[Finding]]]:
+def cases(setting: Setting) -> Cases:
     """None without the tool."""
     if shutil.which(TOOL) is None:
         setting.notes["left out"] = [f"{TOOL} is not on the PATH"]

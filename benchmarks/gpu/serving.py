@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.gpu.models import random_backend, random_lora
-from benchmarks.gpu.record import Finding
+from benchmarks.gpu.record import Cases, Finding
 from benchmarks.gpu.setting import Setting
 from lorastack.layout import EMBED, LAYER_TARGETS, LM_HEAD, ModelShapes
 from lorastack.request import (
@@ -43,8 +43,8 @@ TARGETS: dict[str, tuple[int, tuple[str, ...]]] = {  # rank and targets
 TIMED_ROWS, TIMED_TOKENS = 8, 96
 
 
-def cases(setting: Setting) -> dict[str, Callable[[], Iterator[Finding]]]:
-    kinds = {"mixed requests": partial(_mixed, setting)}
+def cases(setting: Setting) -> Cases:
+    kinds: Cases = {"mixed requests": partial(_mixed, setting)}
     if setting.on_device:
         kinds["8 rows of Mistral-7B's shapes"] = partial(_timed, setting)
     return kinds

@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks.gpu.clock import bandwidth, host_seconds
 from benchmarks.gpu.decoding import PAGE, counted_launches, counting, decoding, num_pages
 from benchmarks.gpu.models import packing_of, random_heads, random_lora, random_weights
-from benchmarks.gpu.record import Finding
+from benchmarks.gpu.record import Cases, Finding
 from benchmarks.gpu.setting import Setting
 from lorastack.kernels.heads import HeadsWeights
 from lorastack.kernels.triton.weight import Weight
@@ -54,7 +54,7 @@ TINY_LOADS = {
 }
 
 
-def cases(setting: Setting) -> dict[str, Callable[[], Iterator[Finding]]]:
+def cases(setting: Setting) -> Cases:
     """By load. The model is made when the first of them runs."""
     model = cache(partial(Model, setting))
     loads = TINY_LOADS if setting.tiny else LOADS

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
-from benchmarks.gpu.record import Finding
+from benchmarks.gpu.record import Cases, Finding
 
 
-def cases(setting: object) -> dict[str, Callable[[], Iterator[Finding]]]:
+def cases(setting: object) -> Cases:
     """Which of them, the environment says."""
     return {name: _CASES[name] for name in os.environ["GPU_STAGE_CASES"].split()}
 
@@ -38,4 +38,10 @@ def _hangs() -> Iterator[Finding]:
     time.sleep(3600)
 
 
-_CASES = {"sound": _sound, "missed": _missed, "raises": _raises, "dies": _dies, "hangs": _hangs}
+_CASES: Cases = {
+    "sound": _sound,
+    "missed": _missed,
+    "raises": _raises,
+    "dies": _dies,
+    "hangs": _hangs,
+}
