@@ -13,7 +13,7 @@ JOBS ?= auto
 PYTEST = $(VENV)/bin/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 PROTOC = $(PY) -m grpc_tools.protoc -Iprotos --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) $(PROTOS)
 
-.PHONY: install proto check check-native check-arm check-triton format test test-quick test-real test-mistral fuzz demo bench bench-load bench-parts bench-paging peers serve clean
+.PHONY: install proto check check-native check-arm check-triton check-gpu format test test-quick test-real test-mistral fuzz demo bench bench-load bench-parts bench-paging peers serve clean
 
 install: $(STAMP) $(LIBRARY)
 
@@ -67,6 +67,11 @@ check-arm: install
 check-triton: install
 	TRITON_INTERPRET=1 $(PYTEST) tests/triton
 	$(PYTEST) tests/triton/compiled
+
+# On a machine with a GPU: the tests that need one, then the stages of benchmarks/gpu. See docs/gpu.md.
+check-gpu: install
+	$(VENV)/bin/pytest -m gpu
+	$(PY) -m benchmarks.gpu.check
 
 format: $(STAMP)
 	$(VENV)/bin/ruff check --fix .

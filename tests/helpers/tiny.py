@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
-from transformers import PreTrainedModel as HFModel
 
 from lorastack.layout import ModelShapes
+
+if TYPE_CHECKING:  # models are slow to import, and the tokenizer does without
+    from transformers import PreTrainedModel as HFModel
 
 BOS, EOS, IM_START, IM_END = "<s>", "</s>", "<|im_start|>", "<|im_end|>"
 SPECIALS = (BOS, EOS, IM_START, IM_END)
@@ -136,6 +137,8 @@ def build_llama(
     **overrides: Any,
 ) -> Path:
     """A LlamaForCausalLM folder; tied embeddings. overrides: fields of LlamaConfig."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     fields: dict[str, Any] = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": HIDDEN,
@@ -162,6 +165,8 @@ def build_mistral(
     **overrides: Any,
 ) -> Path:
     """A MistralForCausalLM folder: untied head, sliding window of 24, head_dim set apart."""
+    from transformers import MistralConfig, MistralForCausalLM
+
     fields: dict[str, Any] = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": HIDDEN,
