@@ -29,6 +29,7 @@ from lorastack.startup.files import ModelFiles
 from lorastack.startup.folder import model_folder
 from lorastack.startup.memory import (
     MOST_KV,
+    RESERVE,
     Demand,
     available_memory,
     check_fits,
@@ -184,11 +185,13 @@ def _kv_memory(
     if choice.triton:
         from lorastack.model.backends.triton.reserve import reserved_nbytes
 
-        available -= reserved_nbytes(model.shapes, dtype, choice.kind)
+        reserve = RESERVE if device.type == "cuda" else 0  # what is counted already
+        available -= max(0, reserved_nbytes(model.shapes, dtype, choice.kind) - reserve)
     weights = weights_nbytes(model, dtype, choice.kind, device)
     others = {f"--quantize {kind}": weights_nbytes(model, dtype, kind, device) for kind in Kind}
-    if device.type == "cuda" and not choice.triton:
-        others = {"--dtype bfloat16": weights_nbytes(model, torch.bfloat16, None, device)}
+    if device.type == "cuda":
+        others = others if choice.triton else {}
+        others["--dtype bfloat16"] = weights_nbytes(model, torch.bfloat16, None, device)
     elif choice.shards > 1:
         others, available = {}, available // choice.shards
     smaller = {option: size for option, size in others.items() if size < weights}
