@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -40,7 +39,6 @@ def choice_of(
     at_most: Isa | None = None,
     triton: bool | None = False,
     device: torch.device = CPU,
-    dynamic: bool = False,
 ) -> Choice:
     shapes = ModelShapes(
         architecture="LlamaForCausalLM",
@@ -54,7 +52,7 @@ def choice_of(
         max_context=64,
         tie_word_embeddings=False,
     )
-    config = replace(config_of(shapes), dynamic_rope_begin=8 if dynamic else None)
+    config = config_of(shapes)
     return choose(
         config,
         device=device,
@@ -164,7 +162,6 @@ def test_triton_runs_on_a_cpu_only_where_it_is_asked_for() -> None:
     ("options", "why"),
     [
         ({"dtype": torch.float16}, "not float16"),
-        ({"dynamic": True}, "dynamic RoPE"),
         ({"head_dim": 320}, "not 320"),
         ({"head_dim": 33}, "not 33"),
         ({"dtype": torch.float32, "kind": Kind.INT8}, "quantised"),

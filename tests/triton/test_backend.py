@@ -15,8 +15,9 @@ from torch import Tensor
 from lorastack.kernels.quantize import Kind
 from lorastack.kernels.segmented_lora import GroupLora
 from lorastack.lora.weights import LoraWeights
+from lorastack.model.backends.base import Backend
 from lorastack.model.backends.triton import backend as backend_module
-from lorastack.model.kv import Move
+from lorastack.model.kv import KVCache, Move
 from tests.helpers.fake_device import LateDevice
 from tests.helpers.launches import launching
 from tests.helpers.native import RowPart, lay_out, run
@@ -24,10 +25,12 @@ from tests.helpers.tiny import build_llama, build_mistral
 from tests.helpers.triton_world import ALL, STACKS, WIDE, World, build_world, tokens
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 16.0}
 MODELS: dict[str, tuple[Callable[..., Path], dict[str, Any], Kind | None]] = {
     "llama": (build_llama, {}, None),
     "biases": (build_llama, {"attention_bias": True, "mlp_bias": True, "num_layers": 2}, None),
     "window": (build_mistral, {"sliding_window": 5, "num_attention_heads": 3}, None),
+    "dynamic": (build_llama, {"rope_parameters": DYNAMIC, "max_position_embeddings": 4}, None),
     "int8": (build_mistral, {}, Kind.INT8),
     "int4": (build_llama, {}, Kind.INT4),
 }
@@ -50,6 +53,11 @@ def world(
     return world_of("llama", dtype, device, tmp_path_factory.mktemp("llama"))
 
 
+@pytest.fixture(scope="module")
+def half(device: torch.device, tmp_path_factory: pytest.TempPathFactory) -> World:
+    return world_of("llama", torch.bfloat16, device, tmp_path_factory.mktemp("half"))
+
+
 def mixed() -> list[RowPart]:
     """A chunk, a tree, single tokens, with stacks and without."""
     return [
@@ -68,10 +76,18 @@ def assert_close(found: Sequence[Tensor], expected: Sequence[Tensor], dtype: tor
             assert (mine - theirs).norm() < 0.04 * theirs.norm()
 
 
+def logits_of(backend: Backend, loras: Sequence[LoraWeights], kv: KVCache) -> Tensor:
+    """Of the mixed batch; its first row has a prompt of 9 tokens, of which these are 6."""
+    batch = lay_out(loras, mixed(), range(12))
+    rows = list(batch.rows)
+    rows[0] = replace(rows[0], prompt=9)
+    return backend.forward(replace(batch, rows=tuple(rows)), kv).logits_XV
+
+
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
-        *((name, torch.float32) for name in ("llama", "biases", "window")),
+        *((name, torch.float32) for name in ("llama", "biases", "window", "dynamic")),
         *((name, torch.bfloat16) for name in ("biases", "int8", "int4")),
     ],
     ids=str,
@@ -80,10 +96,9 @@ def test_a_mixed_batch_equals_torch(
     name: str, dtype: torch.dtype, device: torch.device, tmp_path: Path
 ) -> None:
     world = world_of(name, dtype, device, tmp_path)
-    found = run(world.backend, world.loras, world.cache(), mixed())
-    reference = world.reference
-    expected = run(reference, world.reference_loras, world.cache(reference), mixed())
-    assert_close(found, expected, dtype)
+    found = logits_of(world.backend, world.loras, world.cache())
+    expected = logits_of(world.reference, world.reference_loras, world.cache(world.reference))
+    assert_close([found], [expected], dtype)
 
 
 def test_a_rows_bits_do_not_depend_on_company_tree_chunk_or_bucket(world: World) -> None:
@@ -114,44 +129,37 @@ def test_a_rows_bits_do_not_depend_on_company_tree_chunk_or_bucket(world: World)
     assert done == len(ids)
 
 
-@pytest.mark.parametrize("outputs", [(), (0, 1, 7, 11)])
-def test_only_the_wanted_tokens_get_results(world: World, outputs: tuple[int, ...]) -> None:
-    batch = lay_out(world.loras, mixed(), range(12))
-    every = world.backend.forward(batch, world.cache())
+def test_only_the_wanted_tokens_get_results(half: World) -> None:
+    batch = lay_out(half.loras, mixed(), range(12))
+    every = half.backend.forward(batch, half.cache())
     logits_XV, hidden_XH = every.logits_XV.clone(), every.hidden_XH.clone()
-    found = world.backend.forward(replace(batch, outputs=outputs), world.cache())
-    assert torch.equal(found.logits_XV, logits_XV[list(outputs)])
-    assert torch.equal(found.hidden_XH, hidden_XH[list(outputs)])
-    assert torch.equal(found.best_X, found.logits_XV.argmax(dim=-1).cpu())
-    assert torch.equal(found.peaks_X, found.logits_XV.amax(dim=-1).cpu())
+    # Heads through lm_head ask for logits of states, each row with its LoRAs.
+    assert torch.equal(half.backend.logits(hidden_XH, batch.lora), logits_XV)
+    for outputs in ([], [0, 1, 7, 11]):
+        found = half.backend.forward(replace(batch, outputs=outputs), half.cache())
+        assert torch.equal(found.logits_XV, logits_XV[outputs])
+        assert torch.equal(found.hidden_XH, hidden_XH[outputs])
+        assert torch.equal(found.best_X, found.logits_XV.argmax(dim=-1).cpu())
+        assert torch.equal(found.peaks_X, found.logits_XV.amax(dim=-1).cpu())
 
 
-def test_logits_of_states_equal_those_of_the_step(world: World) -> None:
-    """Heads through lm_head ask for them, each row with its LoRAs."""
-    parts = mixed()
-    batch = lay_out(world.loras, parts, range(12))
-    outputs = world.backend.forward(batch, world.cache())
-    logits_XV, hidden_XH = outputs.logits_XV.clone(), outputs.hidden_XH.clone()
-    assert torch.equal(world.backend.logits(hidden_XH, batch.lora), logits_XV)
-
-
-def test_what_one_row_breaks_stays_in_it(world: World) -> None:
+def test_what_one_row_breaks_stays_in_it(half: World) -> None:
     """A LoRA whose scale is too large for a float32."""
     sound = mixed()
     batch = [sound[0], RowPart(tokens(2, 9), 0, [40], ((ALL, 1e39),)), *sound[1:]]
-    expected = [each.clone() for each in run(world.backend, world.loras, world.cache(), sound)]
-    found = run(world.backend, world.loras, world.cache(), batch)
+    expected = [each.clone() for each in run(half.backend, half.loras, half.cache(), sound)]
+    found = run(half.backend, half.loras, half.cache(), batch)
     assert not found[1].isfinite().all()
     for mine, theirs in zip([found[0], *found[2:]], expected, strict=True):
         assert torch.equal(mine, theirs)
 
 
-def test_rows_of_lm_head(world: World) -> None:
+def test_rows_of_lm_head(half: World) -> None:
     ids = random.Random(1).sample(range(200), 20)
-    rows_NH = torch.empty(20, world.backend.shapes.hidden_size, dtype=world.backend.dtype)
-    expected_NH = torch.empty(20, world.backend.shapes.hidden_size)
-    world.backend.head_rows(ids, rows_NH)
-    world.reference.head_rows(ids, expected_NH)
+    rows_NH = torch.empty(20, half.backend.shapes.hidden_size, dtype=half.backend.dtype)
+    expected_NH = torch.empty(20, half.backend.shapes.hidden_size)
+    half.backend.head_rows(ids, rows_NH)
+    half.reference.head_rows(ids, expected_NH)
     assert torch.equal(rows_NH, expected_NH.to(rows_NH.dtype))
 
 

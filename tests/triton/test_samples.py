@@ -198,6 +198,19 @@ def test_equal_scores_go_to_the_first_in_rank(device: torch.device) -> None:
     assert set(sample(logits_XV, samples, device)) == {2}
 
 
+def test_ties_beyond_a_block(device: torch.device) -> None:
+    """Equal logits, of which top_k keeps a hundred. The second half has noise rounded to units, so
+    that scores are equal too."""
+    logits_XV = torch.ones(16, 150)
+    samples = [
+        Sample(row, SamplingParams(temperature=1.0 if row < 8 else 2e-16, top_k=100), row)
+        for row in range(16)
+    ]
+    expected = sample_torch(logits_XV, samples)
+    assert sample(logits_XV, samples, device) == expected
+    assert 63 < max(expected) < 100
+
+
 @pytest.mark.parametrize("error", [-1e-13, 1e-13])
 def test_the_border_of_top_p_is_exact(device: torch.device, error: float) -> None:
     """The first token has top_p but for a trifle; that decides about the second."""

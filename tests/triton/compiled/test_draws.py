@@ -60,13 +60,13 @@ def test_moves() -> None:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_states(architecture: int) -> None:
-    """Later blocks differ in where they read, no more."""
+    """Of a block behind the first: it reads states where it writes them."""
     kernel, sizes = heads.states_kernel, heads.sizes(4096, 2)
     options = {name: sizes.pop(name) for name in ("num_warps", "num_stages")}
-    constants = {**sizes, "FIRST": True}
-    words = {"r_stride": "i64", "block": "i32", "tiles": "*i64"}
+    constants = {**sizes, "FIRST": False}
+    words = {"room": "i32", "block": "i32", "tiles": "*i64"}
     types = types_of(kernel, constants, **words, hidden="*bf16", r="*bf16")
-    aligned = ("hidden", "r", "r_stride")
+    aligned = ("hidden", "r")
     made = compile_kernel(kernel, architecture, types, constants, aligned, **options)
     check(made, architecture, 128)
     assert made.instructions["HMMA"] + made.instructions["HGMMA"] > 0
@@ -77,9 +77,9 @@ def test_states(architecture: int) -> None:
 def test_logits_of_heads(itemsize: int, kind: str) -> None:
     kernel, sizes = heads.logits_kernel, heads.sizes(4096, itemsize)
     options = {name: sizes.pop(name) for name in ("num_warps", "num_stages")}
-    words = {"r_stride": "i64", "stride": "i32", "tiles": "*i64", "logits": "*fp32"}
+    words = {"room": "i32", "stride": "i32", "tiles": "*i64", "logits": "*fp32"}
     types = types_of(kernel, sizes, **words, r=kind)
-    made = compile_kernel(kernel, H200, types, sizes, ("r", "r_stride"), **options)
+    made = compile_kernel(kernel, H200, types, sizes, ("r",), **options)
     check(made, H200, 128)
     assert made.instructions["LDGSTS"] > 0
 

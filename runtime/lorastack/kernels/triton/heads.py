@@ -116,15 +116,16 @@ def states(
 ) -> None:
     """Fills r_LYH: a pair's state after each of its blocks, of which the last serves.
 
-    hidden_XH, r_LYH: contiguous, of the heads' dtype. ends_B: int32, where in hidden_XH each tree's
-    state stands. num_blocks: at most L, and no heads have more. One launch a block.
+    hidden_XH, r_LYH: contiguous, of the heads' dtype; Y has room for all pairs. ends_B: int32,
+    where in hidden_XH each tree's state stands. num_blocks: at most L, and no heads have more. One
+    launch a block.
     """
     hidden = hidden_XH.shape[1]
     constants = sizes(hidden, hidden_XH.itemsize)
     for block in range(num_blocks):
         launch(
             *(states_kernel, (max_tiles, triton.cdiv(hidden, constants["BLOCK_O"]))),
-            *(hidden_XH, ends_B, pairs.states_GF, pairs.tree_Y, r_LYH, r_LYH.stride(0)),
+            *(hidden_XH, ends_B, pairs.states_GF, pairs.tree_Y, r_LYH, r_LYH.shape[1]),
             *(pairs.counts, block),
             **constants,
             FIRST=block == 0,
@@ -136,7 +137,7 @@ def logits(r_LYH: Tensor, pairs: Pairs, logits_YN: Tensor, max_tiles: int) -> No
     constants = sizes(r_LYH.shape[2], r_LYH.itemsize)
     launch(
         *(logits_kernel, (max_tiles, triton.cdiv(logits_YN.shape[1], constants["BLOCK_O"]))),
-        *(r_LYH, r_LYH.stride(0), pairs.outputs_GF, logits_YN, logits_YN.stride(0), pairs.counts),
+        *(r_LYH, r_LYH.shape[1], pairs.outputs_GF, logits_YN, logits_YN.stride(0), pairs.counts),
         **constants,
     )
 
@@ -169,14 +170,14 @@ def top(logits_YN: Tensor, pairs: Pairs, ids_YR: Tensor, logprobs_YR: Tensor, bu
     )
 
 
-@triton.jit(do_not_specialize=["r_stride", "block"])
+@triton.jit(do_not_specialize=["room", "block"])
 def states_kernel(
     hidden,
     ends,
     tiles,
     trees,
     r,
-    r_stride,
+    room,
     counts,
     block,
     FIRST: tl.constexpr,
@@ -192,14 +193,14 @@ def states_kernel(
     if block >= tl.load(tiles + 5):
         return
     pairs, real, num_heads = _pairs_of(tiles, TILE)
-    r += block.to(tl.int64) * r_stride
+    r += block.to(tl.int64) * room * HIDDEN
     if FIRST:
         x = (
             hidden
             + tl.load(ends + tl.load(trees + pairs, mask=real, other=0)).to(tl.int64) * HIDDEN
         )
     else:
-        x = r - r_stride + pairs * HIDDEN
+        x = r + (pairs - room) * HIDDEN
     o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     done = block.to(tl.int64) * num_heads  # matrices of the blocks before
     weight = _matrix(tl.load(tiles), hidden.dtype, HIDDEN) + done * HIDDEN * HIDDEN
@@ -212,10 +213,10 @@ def states_kernel(
     tl.store(r + (pairs * HIDDEN)[None, :] + o[:, None], own, mask=both)
 
 
-@triton.jit(do_not_specialize=["r_stride", "stride"])
+@triton.jit(do_not_specialize=["room", "stride"])
 def logits_kernel(
     r,
-    r_stride,
+    room,
     tiles,
     logits,
     stride,
@@ -234,7 +235,7 @@ def logits_kernel(
     if tl.program_id(1) * BLOCK_O >= size:
         return
     pairs, real, _ = _pairs_of(tiles, TILE)
-    x = r + (tl.load(tiles + 5) - 1) * r_stride + pairs * HIDDEN
+    x = r + ((tl.load(tiles + 5) - 1) * room + pairs) * HIDDEN
     output = _matrix(tl.load(tiles), r.dtype, HIDDEN)
     product = _product(output, x, o, size, HIDDEN, TILE, BLOCK_O, BLOCK_I)
     both = (o < size)[:, None] & real[None, :]

@@ -103,8 +103,6 @@ def why_no_triton(
         )
     if kind is not None and dtype != torch.bfloat16:
         return "Triton's kernels widen quantised weights to bfloat16 alone"
-    if config.dynamic_rope_begin is not None:
-        return "Triton's kernels have no dynamic RoPE"
     size = config.shapes.head_dim
     if size % 2 or size > TRITON_HEAD_DIM:
         return f"Triton's kernels take even head sizes up to {TRITON_HEAD_DIM}, not {size}"

@@ -73,15 +73,7 @@ class TritonBackend:
         self.ops: Ops = TritonOps(device)
         self._window = config.window
         self._calls = device_of(device) if calls is None else calls
-        positions_P = torch.arange(config.shapes.max_context, dtype=torch.float32)
-        angle_PF = positions_P[:, None] * config.inv_freq
-        self._model = Model(
-            config.shapes,
-            weights,
-            config.rms_eps,
-            angle_PF.cos().mul_(config.rope_scale).to(device),
-            angle_PF.sin().mul_(config.rope_scale).to(device),
-        )
+        self._model = _model(config, weights, device)
         self._lora_memory = LoraMemory(config.shapes, CHUNK, device)
         self._tables: WeakKeyDictionary[LoraWeights, AdapterTable] = WeakKeyDictionary()
         self._logits_inputs: dict[int, LogitsInputs] = {}
@@ -217,3 +209,20 @@ class TritonBackend:
                 self.shapes, self._window, kv, self._memory, self.device, self._calls
             )
         return self._steps[kv]
+
+
+def _model(config: DecoderConfig, weights: DecoderWeights[Weight], device: torch.device) -> Model:
+    """With tables of RoPE on the device."""
+    dynamic = config.dynamic_rope_begin is not None
+    positions_P = torch.arange(0 if dynamic else config.shapes.max_context, dtype=torch.float32)
+    frequencies_F = config.inv_freq[0] if dynamic else config.inv_freq
+    angle_PF = positions_P[:, None] * frequencies_F
+    return Model(
+        config.shapes,
+        weights,
+        config.rms_eps,
+        config.rope_scale,
+        angle_PF.cos().mul_(config.rope_scale).to(device),
+        angle_PF.sin().mul_(config.rope_scale).to(device),
+        config.inv_freq.to(device) if dynamic else None,
+    )

@@ -99,7 +99,8 @@ class Loras:
 class StepInputs:
     """The arrays of a bucket, filled anew for every step.
 
-    On the device: token_ids_T and outputs_X (places in the step), int32; what the kernels of
+    On the device: token_ids_T, last_T (the last position of the prompt of each token's row, for
+    dynamic RoPE) and outputs_X (places in the step), int32; what the kernels of
     attention, LoRAs (over tokens, and over outputs for lm_head), sampling and acceptance read; and
     the counts of tokens, outputs and trees, int32 [1].
     """
@@ -112,6 +113,7 @@ class StepInputs:
         self.num_tokens = on_device["sizes"][TOKENS:][:1]
         self.num_outputs = on_device["sizes"][OUTPUTS:][:1]
         self.token_ids_T: Tensor = on_device["token_ids_T"]
+        self.last_T: Tensor = on_device["last_T"]
         self.outputs_X: Tensor = on_device["outputs_X"]
         names = AttentionArrays.lengths(bucket, limits.max_parts, 0)
         self.attention = AttentionArrays(**{name: on_device[name] for name in names})
@@ -140,6 +142,9 @@ class StepInputs:
         num_outputs = len(batch.outputs)
         host["sizes"][:] = (num_tokens, num_outputs, len(batch.trees))
         host["token_ids_T"][:num_tokens] = batch.token_ids
+        host["last_T"][:num_tokens] = np.repeat(
+            [row.prompt - 1 for row in batch.rows], [row.num_tokens for row in batch.rows]
+        )
         host["outputs_X"][:num_outputs] = batch.outputs
         limits = self._limits
         self._lists = plan_attention(
@@ -190,7 +195,7 @@ def _fields(bucket: int, limits: Limits) -> Fields:
     """Arrays by name; `lists`, which is filled in part, comes last."""
     # Pages of as many rows, and the ancestors in a tree that is one path.
     max_lists = bucket * limits.row_pages + bucket * (bucket + 1) // 2
-    by_token = ("token_ids_T", "outputs_X", "tree_X", "depth_X", "token_X", "parent_X")
+    by_token = ("token_ids_T", "last_T", "outputs_X", "tree_X", "depth_X", "token_X", "parent_X")
     by_tree = ("first_B", "size_B", "table_B", "committed_B")
     return {
         "settings_BS": (torch.int64, (bucket, SETTINGS)),

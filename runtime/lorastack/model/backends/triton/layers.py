@@ -22,6 +22,7 @@ from lorastack.kernels.triton.pointwise import (
     gather_norm,
     rope_write,
     silu_mul,
+    turn,
 )
 from lorastack.kernels.triton.samples import Sampled, sample
 from lorastack.kernels.triton.weight import Weight
@@ -34,13 +35,16 @@ from lorastack.model.weights import DecoderWeights
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """What all steps share. cos_PF, sin_PF: by position, times the rope scale, float32."""
+    """What all steps share. cos_PF, sin_PF: by position, times the rope scale, float32. With
+    dynamic RoPE they are made for each step, from inv_freq_PF."""
 
     shapes: ModelShapes
     weights: DecoderWeights[Weight]
     rms_eps: float
+    rope_scale: float
     cos_PF: Tensor
     sin_PF: Tensor
+    inv_freq_PF: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +105,7 @@ def launch_step(model: Model, step: Step, loras: LoraLaunch | None) -> None:
     inner_TI = memory.inner_TI[:bucket]
     q_THD = q_TX.view(bucket, shapes.num_heads, shapes.head_dim)
     attention = inputs.attention
-    rotations = Rotations(model.cos_PF, model.sin_PF, attention.position_T)
+    rotations = _rotations(model, step)
 
     def project(x_TI: Tensor, weight: Weight, layer: int, group: int) -> Projection:
         parts_CTO = memory.parts_of(weight, bucket)
@@ -130,6 +134,17 @@ def launch_step(model: Model, step: Step, loras: LoraLaunch | None) -> None:
     hidden_XH, wanted = memory.hidden_XH[:bucket], inputs.num_outputs
     gather_norm(before, hidden_TH, inputs.outputs_X, weights.norm, hidden_XH, wanted, eps)
     _sample(model, step, loras)
+
+
+def _rotations(model: Model, step: Step) -> Rotations:
+    inputs, memory = step.inputs, step.memory
+    position_T, bucket = inputs.attention.position_T, inputs.bucket
+    if model.inv_freq_PF is None:
+        return Rotations(model.cos_PF, model.sin_PF, position_T)
+    cos_TF, sin_TF = memory.cos_TF[:bucket], memory.sin_TF[:bucket]
+    scale, count = model.rope_scale, inputs.num_tokens
+    turn(model.inv_freq_PF, position_T, inputs.last_T, scale, cos_TF, sin_TF, count)
+    return Rotations(cos_TF, sin_TF, memory.places_T)
 
 
 def _sample(model: Model, step: Step, loras: LoraLaunch | None) -> None:

@@ -41,7 +41,8 @@ class Products(Generic[Form]):
 @dataclass(frozen=True, slots=True)
 class Workspace:
     """For steps of up to T tokens. hidden_TH: float32. x_TH, hidden_XH, q_TX, context_TX and
-    inner_TI are of the model's dtype; parts, logits and deltas (of LoRAs) float32, flat.
+    inner_TI are of the model's dtype; parts, logits and deltas (of LoRAs) float32, flat. cos_TF,
+    sin_TF, and each token's place, int32: for RoPE that is made for the step.
     """
 
     hidden_TH: Tensor
@@ -54,6 +55,9 @@ class Workspace:
     logits: Tensor
     deltas: Tensor
     keys_XS: Tensor
+    cos_TF: Tensor
+    sin_TF: Tensor
+    places_T: Tensor
 
     @classmethod
     def of(
@@ -82,6 +86,9 @@ class Workspace:
             logits=torch.zeros(_parts_numel(products.lm_head, tokens), device=device),
             deltas=torch.zeros(tokens * widest, device=device),
             keys_XS=room(num_spans(shapes.vocab_size), torch.int64),
+            cos_TF=room(shapes.head_dim // 2, torch.float32),
+            sin_TF=room(shapes.head_dim // 2, torch.float32),
+            places_T=torch.arange(tokens, dtype=torch.int32, device=device),
         )
 
     def parts_of(self, weight: Weight, bucket: int) -> Tensor:
