@@ -14,10 +14,12 @@ from lorastack.adapters.formats.parse import parse
 from lorastack.adapters.memory.device import DeviceAdapter
 from lorastack.engine.batch import Batch, RowAdapters, RowStep
 from lorastack.engine.runner import Runner
-from lorastack.kernels.heads import HeadsGroup
+from lorastack.kernels.heads import HeadsGroup, TopTokens
 from lorastack.kernels.native.isa import Isa
 from lorastack.layout import HEADS, LM_HEAD, MAX_RANK, ModelShapes, Part
 from lorastack.model.backends.load import load_backend
+from lorastack.model.context import ForwardBatch, Outputs
+from lorastack.model.kv import KVCache
 from lorastack.request import LoraUse, Request, SamplingParams, StopParams
 from lorastack.speculation.proposal import Proposal
 from tests.helpers.adapters import with_outputs, write_heads, write_lora
@@ -102,6 +104,7 @@ class Drafts:
         found = self._runner.run(Batch(steps=steps))
         assert all(result.error is None for result in found.rows)
         self.failed = found.failed_heads
+        self.heads_seconds = found.heads_seconds
         return [result.proposal for result in found.rows]
 
     def ids(self, *steps: RowStep) -> list[Ids | None]:
@@ -185,6 +188,40 @@ def test_one_call_drafts_for_all_rows_and_only_for_those_that_want_it(
         *rows, drafts.row(6, "two"), drafts.row(7, "deep"), drafts.row(8, "two-narrow", True)
     )
     assert sorted(name for name, _ in calls) == ["propose", "states"]
+
+
+def test_what_a_backend_drafts_within_its_step_is_not_asked_again(
+    drafts: Drafts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It answers for heads that stand alone, as far as it likes; the engine asks for the rest."""
+    names = ["own", "", "two-narrow", "two", "deep-as-one", "own"]
+    rows = [drafts.row(number, name) for number, name in enumerate(names)]
+    expected = drafts.run(*rows)
+    forward, propose = drafts.backend.forward, drafts.backend.ops.propose
+    asked: list[int] = []
+
+    def answering(batch: ForwardBatch, kv: KVCache) -> Outputs:
+        outputs, drafted = forward(batch, kv), list[TopTokens | None]()
+        for number, tree in enumerate(batch.trees):
+            top = None
+            if tree.ask is not None and number != 4:
+                asked.append(number)
+                hidden_BH = outputs.hidden_XH[tree.first_output :][:1].contiguous()
+                group = HeadsGroup(0, 1, tree.ask.heads)
+                top = propose(hidden_BH, [group], tree.ask.num_candidates)
+            drafted.append(top)
+        return replace(outputs, drafted=drafted, heads_seconds=1e6)
+
+    def once(hidden_BH: Tensor, groups: list[HeadsGroup], num: int) -> TopTokens:
+        assert [group.heads.num_heads for group in groups] == [2]  # "deep-as-one"
+        return propose(hidden_BH, groups, num)
+
+    monkeypatch.setattr(drafts.backend, "forward", answering)
+    monkeypatch.setattr(drafts.backend.ops, "propose", once)
+    for mine, theirs in zip(drafts.run(*rows), expected, strict=True):
+        assert_same(mine, theirs)
+    assert asked == [0, 2, 5]
+    assert drafts.heads_seconds > 1e6
 
 
 def test_log_probabilities_are_of_what_a_head_chooses_from(drafts: Drafts) -> None:

@@ -131,26 +131,27 @@ class TritonBackend:
         inputs.upload()
         launch = partial(launch_step, self._model, step, self._lora_launch(kind, inputs.bucket))
         steps.graphs.run((inputs.bucket, kind), launch)
-        began = self._calls.mark()
-        if heads is not None:
+        drafted: Sequence[TopTokens | None] = ()
+        heads_seconds = 0.0
+        if heads is None:
+            results.download(0)
+        else:
+            began = self._calls.mark()
             hidden_XH, ends_B = step.memory.hidden_XH, step.accepted.ends_B
             launch_heads(hidden_XH, ends_B, inputs.heads, heads, results.drafts)
-        ended = self._calls.mark()
-        num_drafts = 0 if heads is None else heads.num_drafts
-        results.download(num_drafts)
-        peaks_X, best_X = results.best(num_outputs)
-        drafts: Sequence[TopTokens | None] = ()
-        if heads is not None:
-            drafts = top_of(heads, results.drafted(num_drafts), len(batch.trees))
+            ended = self._calls.mark()
+            results.download(heads.num_drafts)
+            drafted = top_of(heads, results.drafted(heads.num_drafts), len(batch.trees))
+            heads_seconds = ended() - began()
+        logits_CXV = step.memory.logits_of(self._model.weights.lm_head, inputs.bucket)
         return Outputs(
             step.memory.hidden_XH[:num_outputs],
-            step.memory.logits_of(self._model.weights.lm_head, inputs.bucket)[0, :num_outputs],
-            peaks_X,
-            best_X,
+            logits_CXV[0, :num_outputs],
+            *results.best(num_outputs),
             results.accepted(batch),
             moved=True,
-            drafted=drafts,
-            heads_seconds=ended() - began(),
+            drafted=drafted,
+            heads_seconds=heads_seconds,
         )
 
     @torch.inference_mode()
