@@ -37,6 +37,7 @@ from lorastack.kernels.triton.pointwise import (
     gather_norm,
     rope_write,
     silu_mul,
+    turn,
 )
 from lorastack.kernels.triton.weight import pack_weight
 from lorastack.layout import EMBED, GROUPS, ModelShapes
@@ -56,6 +57,7 @@ def cases(setting: Setting) -> Cases:
         "attention": _attention,
         "norms": _norms,
         "RoPE": _rope,
+        "dynamic RoPE": _turn,
         "embedding, SiLU, sums": _pointwise,
     }
     return {name: partial(run, setting) for name, run in kernels.items()} | right_samples.cases(
@@ -249,6 +251,24 @@ def _rope(setting: Setting) -> Iterator[Finding]:
             )
             worst = max(worst, *errors)
         yield Finding(name, worst, "relative error", most=ROUNDED[dtype])
+
+
+def _turn(setting: Setting) -> Iterator[Finding]:
+    """Cosines and sines of angles that are float32 products."""
+    longest, size, bucket, count = 200 if setting.tiny else 16000, 64, 6, 5
+    inv_freq_PF = torch.rand(longest, size, device=setting.device)
+    positions_T, lasts_T = torch.randint(
+        0, longest, (2, bucket), dtype=torch.int32, device=setting.device
+    )
+    cos_TF, sin_TF = setting.poisoned(bucket, size), setting.poisoned(bucket, size)
+    turn(inv_freq_PF, positions_T, lasts_T, 1.5, cos_TF, sin_TF, setting.ints(count))
+    rows_T = torch.maximum(positions_T, lasts_T).long()
+    angle_TF = (positions_T[:, None].float() * inv_freq_PF[rows_T])[:count].double()
+    worst = 0.0
+    for found_TF, expected_TF in ((cos_TF, angle_TF.cos()), (sin_TF, angle_TF.sin())):
+        check_untouched(found_TF[count:])
+        worst = max(worst, error_of(found_TF[:count], 1.5 * expected_TF))
+    yield Finding("float32", worst, "relative error", most=EXACT)
 
 
 def _pointwise(setting: Setting) -> Iterator[Finding]:

@@ -66,10 +66,10 @@ def _bench(setting: Setting, shapes: ModelShapes, loras: Sequence[str]) -> Bench
 
 def _requests(setting: Setting, vocab: int) -> list[Request]:
     chance = random.Random(3)
-    count, longest, most = (3, 5, 5) if setting.tiny else (128, 60, 48)
+    count, longest, most = (2, 4, 5) if setting.tiny else (128, 60, 48)
     requests = []
     for index in range(count):
-        stack = sorted(chance.sample([*TARGETS], index % 4 if index % 4 < 3 else 1))
+        stack = sorted(chance.sample([*TARGETS], (1, 2, 0, 1)[index % 4]))
         # Two of three have heads, every other one is greedy.
         heads = chance.choice([*HEADS]) if index % 3 != 2 else None
         sampling = SamplingParams(
@@ -83,7 +83,9 @@ def _requests(setting: Setting, vocab: int) -> list[Request]:
                 request_id=f"{index}",
                 prompt_ids=tuple(chance.choices(range(4, vocab), k=chance.randint(3, longest))),
                 sampling=sampling,
-                stop=StopParams(max_new_tokens=chance.randint(most // 2, most), ignore_eos=True),
+                stop=StopParams(
+                    max_new_tokens=chance.randint(most // 2 + 1, most), ignore_eos=True
+                ),
                 speculation=SpeculationParams(max_nodes=3 if setting.tiny else None),
                 loras=tuple(
                     LoraUse(lora_id=each, digest=each, scale=chance.choice((1.0, 0.5)))

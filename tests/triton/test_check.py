@@ -156,6 +156,13 @@ def test_a_stage_prints_few_lines() -> None:
     assert len(lines) == MAX_LINES and lines[-1] == "  and 24 more, see 3.json"
 
 
+def test_the_two_runs_that_are_documented_fit_into_their_times() -> None:
+    for numbers, seconds in (((0, 1, 2, 3, 4), 300), ((1, 5, 6, 7, 8), 330)):
+        words = ",".join(map(str, numbers))
+        assert f"--stages {words} --out DIR" in (check.__doc__ or "")
+        assert sum(STAGES[number].seconds for number in numbers) <= seconds
+
+
 def test_an_unknown_stage_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         check.main(["--stages", "2,17"])
