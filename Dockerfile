@@ -1,6 +1,7 @@
 # lorastack on a CPU, or on an NVIDIA GPU:
 #   docker build --target cpu -t lorastack:cpu .
 #   docker build --target cuda -t lorastack:cuda .
+# or `make images`, which builds both and tries what is in them.
 # A model, default Medusa heads that the server pulls at its first start, and a volume that keeps
 # both:
 #   docker run --gpus all -p 50051:50051 -v "$PWD/data":/data lorastack:cuda \
@@ -47,9 +48,15 @@ RUN /opt/lorastack/bin/pip install --no-cache-dir --extra-index-url "$TORCH_INDE
 FROM build AS build-cuda
 RUN /opt/lorastack/bin/pip install --no-cache-dir -c constraints.txt .
 
+# Triton compiles a launcher for each kernel where it runs: with a C compiler and the headers of
+# Python, which this image has. What it made is kept with the rest of the data.
 FROM base AS cuda
+RUN apt-get update \
+    && apt-get install --no-install-recommends -y gcc=4:12.* libc6-dev=2.36-* \
+    && rm -rf /var/lib/apt/lists/*
 ENV NVIDIA_VISIBLE_DEVICES=all \
-    NVIDIA_DRIVER_CAPABILITIES=compute,utility
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility \
+    TRITON_CACHE_DIR=/data/cache/triton
 COPY --from=build-cuda /opt/lorastack /opt/lorastack
 USER 10001
 

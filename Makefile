@@ -128,6 +128,11 @@ benchmarks/peers/%/.venv/.installed: benchmarks/peers/%/requirements.txt
 	CMAKE_ARGS="-DGGML_NATIVE=ON" $(@D)/bin/python -m pip install --quiet -r $<
 	touch $@
 
+# The Docker images, where there is a daemon.
+.PHONY: images
+images:
+	docker/build.sh
+
 serve: install
 	$(VENV)/bin/lorastack serve
 

@@ -40,7 +40,7 @@ class ModelConfig:
 class EngineConfig:
     """Limits of the step loop."""
 
-    kv_memory: int | None = None  # bytes; None: 4 GiB, or what the machine has left
+    kv_memory: int | None = None  # bytes; None: 4 GiB or what is left, on CUDA a share of that
     page_size: int = 16  # tokens
     max_rows: int = 32  # running at once
     max_queue: int = 256  # waiting

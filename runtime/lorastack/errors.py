@@ -8,6 +8,10 @@ from __future__ import annotations
 
 from enum import StrEnum
 
+# What torch and Triton say of a CUDA device's errors; which of these only lack memory.
+_DEVICE_ERRORS = ("CUDA error:", "CUDA driver error:", "Triton Error [CUDA]:")
+_OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED")
+
 
 class Reason(StrEnum):
     """Stable machine-readable causes (google.rpc.ErrorInfo.reason)."""
@@ -155,3 +159,15 @@ class DataLossError(LorastackError):
 
 class InternalError(LorastackError):
     """INTERNAL: our bug."""
+
+
+def breaks_device(error: BaseException) -> bool:
+    """True for an error after which the device computes nothing any more for this process.
+
+    CUDA reports an error in whatever is asked of the device next, and again in everything after
+    it, so it is no fault of the rows that meet it. A device whose memory is full works on.
+    """
+    text = str(error)
+    if not isinstance(error, RuntimeError) or any(words in text for words in _OUT_OF_MEMORY):
+        return False
+    return any(words in text for words in _DEVICE_ERRORS)

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from lorastack.config import ServerConfig
+from lorastack.config import GIB, MIB, ServerConfig
 from lorastack.service import build
 from lorastack.service.watch import logs
 from tests.cli.conftest import Run
+from tests.helpers.gpu import give_gpu
 from tests.service.fakes import RunningServer
 
 Folders = dict[str, Path]
@@ -108,3 +109,12 @@ def test_serve_flags_reach_the_configuration(run: Run, monkeypatch: pytest.Monke
     assert not seen[1].adapters.read_only_store
     assert seen[1].service.metrics_port == 0
     assert seen[1].model.quantize is None
+    assert (seen[1].engine.max_rows, seen[1].adapters.device_memory) == (32, 2 * GIB)
+    give_gpu(monkeypatch, 139 * GIB, 140 * GIB)
+    flags = ("--max-rows", "7", "--device-adapter-memory", "3MiB")
+    for given in ((), flags):
+        with pytest.raises(Stop):
+            run("serve", "--device", "cuda", *given)
+    _, _, unasked, asked = seen
+    assert (unasked.engine.max_rows, unasked.adapters.device_memory) == (128, 8 * GIB)
+    assert (asked.engine.max_rows, asked.adapters.device_memory) == (7, 3 * MIB)

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Collection
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,7 +15,7 @@ from lorastack.engine.batch import Batch, RowResult
 from lorastack.engine.row import Row
 from lorastack.engine.runner import StepResults
 from lorastack.engine.speculator import Speculator
-from lorastack.errors import InternalError, LorastackError, Reason
+from lorastack.errors import InternalError, LorastackError, Reason, breaks_device
 from lorastack.request import HeadsUse, LoraUse, Request
 from lorastack.speculation.lookup import Continuation
 from lorastack.speculation.proposal import Proposal
@@ -98,6 +99,55 @@ def test_one_bad_row_among_many_is_found_in_few_runs() -> None:
     assert [step.request.request_id for step in failed] == ["17"]
     assert not results.whole
     assert model.num_runs == 1 + 2 * 5
+
+
+def unspecified() -> torch.AcceleratorError:
+    return torch.AcceleratorError("CUDA error: unspecified launch failure\nCompile with ...")
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (unspecified(), True),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`"),
+            True,
+        ),
+        (RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), False),
+        (torch.AcceleratorError("CUDA error: out of memory"), False),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), False),
+        (RuntimeError("boom"), False),
+        (ValueError("CUDA error: not a device's"), False),
+    ],
+)
+def test_what_breaks_a_device(error: Exception, expected: bool) -> None:
+    assert breaks_device(error) is expected
+
+
+@pytest.mark.parametrize("error", [unspecified(), torch.OutOfMemoryError("CUDA out of memory.")])
+def test_a_step_that_broke_the_device_is_not_run_again(error: Exception) -> None:
+    """One for which there was no memory is, by halves."""
+    world = World(64, max_rows=4)
+    for request in requests(4):
+        world.scheduler.add(make_row(request))
+    batch = world.scheduler.schedule()
+    assert batch is not None
+    sizes: list[int] = []
+
+    def run(part: Batch) -> StepResults:
+        sizes.append(len(part.steps))
+        if sizes == [len(batch.steps)]:
+            raise error
+        return StepResults(world.model.run(part))
+
+    if breaks_device(error):
+        with pytest.raises(type(error)):
+            run_apart(run, batch)
+        assert len(sizes) == 1
+    else:
+        assert all(row.error is None for row in run_apart(run, batch).rows)
+        assert sizes == [4, 2, 2]
 
 
 def explode(*args: object, **kwargs: object) -> None:

@@ -9,14 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorastack.kernels.attention import (
-    SHORT_ROW,
-    AttentionPlan,
-    RowSpan,
-    attend,
-    attend_reference,
-    plan_attention,
-)
+from lorastack.kernels.attention import AttentionPlan, RowSpan, attend, attend_reference
+from lorastack.kernels.attention_plan import SHORT_ROW, plan_attention
+from lorastack.kernels.upload import upload
 
 PAGE, NUM_PAGES, KV_HEADS, HEADS, DIM = 4, 64, 2, 6, 8
 CPU = torch.device("cpu")
@@ -48,14 +43,8 @@ def batches(draw: st.DrawFn) -> list[RowSpan]:
 
 
 def plan(rows: list[RowSpan], window: int | None = None) -> AttentionPlan:
-    return plan_attention(
-        rows,
-        page_size=PAGE,
-        share=HEADS // KV_HEADS,
-        window=window,
-        dtype=torch.float32,
-        device=CPU,
-    )
+    host = plan_attention(rows, page_size=PAGE, share=HEADS // KV_HEADS, window=window)
+    return host.placed(iter(upload(host.parts, CPU)), torch.float32)
 
 
 def run(rows: list[RowSpan], window: int | None, kv: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from lorastack.kernels.linear import GRAIN, copy_rows, linear, pack_dense, plain_weight
+from lorastack.kernels.linear import GRAIN, copy_rows, linear, linear_wide, pack_dense, plain_weight
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -53,3 +53,14 @@ def test_rows_are_copied_in_pieces_that_one_thread_takes(num_rows: int, width: i
     copy_rows(read, ids_N, out_NI)
     assert torch.equal(out_NI, ids_N[:, None].float().expand(-1, width))
     assert max(sizes) <= max(GRAIN, width)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_wide_products_are_those_of_linear_in_a_wider_dtype(dtype: torch.dtype, bias: bool):
+    """Beyond a CPU they are not even rounded on the way: see tests/model/test_transfers.py."""
+    x_TI, bias_O = torch.randn(5, 48).to(dtype), torch.randn(37).to(dtype) if bias else None
+    dense = pack_dense(torch.randn(37, 48).to(dtype), bias_O)
+    found_TO = linear_wide(x_TI, dense)
+    assert found_TO.dtype == torch.promote_types(dtype, torch.float32)
+    assert torch.equal(found_TO, linear(x_TI, dense).to(found_TO.dtype))

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
@@ -64,6 +65,49 @@ def test_reads_into_rows_of_a_larger_tensor(
     assert not joined[:2].any() and not joined[5:].any()
     nbytes = 15 * stored.itemsize
     assert read == [(min(end, nbytes), nbytes + 28) for end in range(piece, nbytes + piece, piece)]
+
+
+@pytest.mark.parametrize("wanted", [torch.float64, torch.bfloat16])
+def test_a_piece_is_filled_again_only_when_its_copy_has_ended(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, wanted: torch.dtype
+):
+    """Copies that begin as late as they may, as on a device, read what was sent."""
+    weight = torch.randn(25, 7)
+    save_file({"weight": weight}, tmp_path / SINGLE)
+    late: list[Callable[[], object]] = []
+    ahead: list[int] = []
+
+    def turns(device: torch.device, count: int, dtype: torch.dtype):
+        return deque((torch.empty(count, dtype=dtype), int) for _ in range(2))
+
+    def send(piece_X: Tensor, part_X: Tensor) -> Callable[[], object]:
+        late.append(lambda: part_X.copy_(piece_X))
+        ahead.append(len(late))
+        return lambda: late.pop(0)()
+
+    monkeypatch.setattr(checkpoint, "PIECE", 64)
+    monkeypatch.setattr(checkpoint, "_turns", turns)
+    monkeypatch.setattr(checkpoint, "_send", send)
+    out = torch.full((25, 7), torch.nan, dtype=wanted)
+    Checkpoint(tmp_path).read_into("weight", out)
+    while late:
+        late.pop(0)()
+    assert torch.equal(out, weight.to(out.dtype))
+    assert max(ahead) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16])
+def test_weights_on_a_gpu_are_those_of_the_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, wanted: torch.dtype
+):
+    monkeypatch.setattr(checkpoint, "PIECE", 4096)
+    weight = torch.randn(1000, 37)
+    save_file({"weight": weight}, tmp_path / SINGLE)
+    out = torch.empty(1000, 37, dtype=wanted, device="cuda")
+    Checkpoint(tmp_path).read_into("weight", out)
+    assert torch.equal(out.cpu(), weight.to(wanted))
 
 
 def test_unknown_missing_and_misshapen_tensors_are_named(folder: Path):

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from lorastack.errors import InvalidArgumentError
 from lorastack.kernels.native import isa as isa_module
 from lorastack.kernels.native.isa import Isa
 from lorastack.kernels.quantize import Kind
@@ -145,6 +146,7 @@ def test_triton_is_chosen_on_cuda_in_bfloat16() -> None:
     for kind in (None, *Kind):
         chosen = choice_of(triton=None, device=CUDA, kind=kind)
         assert (chosen.triton, chosen.dtype, chosen.isa) == (True, torch.bfloat16, None)
+        assert chosen.lossless
     single = choice_of(triton=None, device=CUDA, dtype=torch.float32)
     assert single.triton and single.dtype == torch.float32
 
@@ -164,7 +166,6 @@ def test_triton_runs_on_a_cpu_only_where_it_is_asked_for() -> None:
         ({"dtype": torch.float16}, "not float16"),
         ({"head_dim": 320}, "not 320"),
         ({"head_dim": 33}, "not 33"),
-        ({"dtype": torch.float32, "kind": Kind.INT8}, "quantised"),
     ],
 )
 def test_what_triton_does_not_run_is_left_to_torch(options: dict[str, Any], why: str) -> None:
@@ -176,3 +177,26 @@ def test_why_a_machine_does_not_run_triton(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(module, "why_not", lambda device: "no compiler")
     chosen = choice_of(triton=None, device=CUDA)
     assert not chosen.triton and chosen.why_not_triton == "no compiler"
+
+
+@pytest.mark.usefixtures("machine")
+def test_auto_is_what_is_lossless() -> None:
+    """On CUDA float32 where Triton's kernels do not run."""
+    for chosen in (choice_of(), choice_of(native=False), choice_of(device=CUDA)):
+        assert chosen.lossless
+    on_cuda = choice_of(device=CUDA)
+    assert (on_cuda.isa, on_cuda.dtype, on_cuda.why_torch("m")) == (None, torch.float32, "")
+    assert not choice_of(device=CUDA, dtype=torch.bfloat16).lossless
+    assert not choice_of(native=False, dtype=torch.bfloat16).lossless
+
+
+@pytest.mark.usefixtures("triton_runs")
+def test_quantised_weights_are_bfloat16_on_triton() -> None:
+    with pytest.raises(InvalidArgumentError, match=r"bfloat16 alone; .*--dtype bfloat16"):
+        choice_of(triton=None, device=CUDA, dtype=torch.float32, kind=Kind.INT8)
+
+
+@pytest.mark.parametrize("kind", Kind)
+def test_quantised_weights_are_refused_on_cuda_with_a_remedy(kind: Kind) -> None:
+    with pytest.raises(InvalidArgumentError, match=rf"--quantize {kind}: .*--dtype bfloat16"):
+        choice_of(device=CUDA, kind=kind)

@@ -40,6 +40,7 @@ def served_model(tokenizer: Tokenizer, shapes: ModelShapes) -> ServedModel:
         kv_memory=1 << 20,
         quantization="",
         backend="fake",
+        lossless=True,
         threads=3,
     )
 

@@ -261,7 +261,7 @@ def test_model_info(client: Client, tokenizer: Tokenizer) -> None:
     assert info.limits.max_context == MAX_CONTEXT
     assert (info.backend, info.device, info.dtype) == ("fake", "cpu", "float32")
     assert (info.default_medusa_id, info.default_medusa_digest) == ("", "")
-    assert {"lora_stack", "response_format"} <= set(info.features)
+    assert {"lora_stack", "response_format", "lossless"} <= set(info.features)
     assert info.version
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 import pytest
+import torch
 
 from lorastack.engine.batch import Batch
 from lorastack.engine.loop import MAX_FAULTS
@@ -201,6 +202,31 @@ def test_a_device_that_fails_every_step_ends_the_process(start: StartServer) -> 
         with pytest.raises(LorastackError):
             server.client.generate(ask())
     wait_until(server.server._dispatcher.failed.is_set, "the engine gives up")
+
+
+@pytest.mark.parametrize("place", ["a step", "a copy"])
+def test_an_error_that_breaks_the_device_ends_the_process_at_once(
+    start: StartServer, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """Rows that wait or run end, and no second step is tried."""
+    server = start()
+    runs = []
+
+    def broken(*args: object) -> NoReturn:
+        runs.append(args)
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    running = server.client.stream(ask("go on", ignore_eos=True, max_new_tokens=None))
+    next(running)
+    if place == "a step":
+        monkeypatch.setattr(server.engine._runner, "run", broken)
+    else:
+        server.pool._pipeline._copies.submit("sha256:0", broken)
+    wait_until(server.server._dispatcher.failed.is_set, "the engine gives up")
+    with pytest.raises(LorastackError):
+        list(running)
+    assert len(runs) == 1
+    assert server.engine.num_rows == 0 and server.engine.num_pages["held"] == 0
 
 
 def test_an_order_that_fails_is_nobody_elses(

@@ -14,7 +14,7 @@ class Device(StrEnum):
 
 
 class DType(StrEnum):
-    """The type of weights, KV, LoRAs and heads; auto is bfloat16, but float32 in torch on a CPU."""
+    """The type of weights, KV, LoRAs and heads; auto is bfloat16, but float32 in plain torch."""
 
     AUTO = "auto"
     FLOAT32 = "float32"

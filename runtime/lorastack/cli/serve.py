@@ -178,15 +178,16 @@ def serve(
         ),
     ] = None,
     device_adapter_memory: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--device-adapter-memory",
             metavar="SIZE",
             callback=size,
             envvar="LORASTACK_DEVICE_ADAPTER_MEMORY",
             help="Device memory for adapters, beside the model.",
+            show_default="2GiB; on a GPU 8GiB, at most a tenth of it",
         ),
-    ] = "2GiB",
+    ] = None,
     host_adapter_memory: Annotated[
         str,
         typer.Option(
@@ -205,11 +206,11 @@ def serve(
             callback=size,
             envvar="LORASTACK_KV_MEMORY",
             help="Memory for keys and values of all rows.",
-            show_default="4GiB, or what is left",
+            show_default="4GiB, or what is left; on a GPU four fifths of that",
         ),
     ] = None,
     max_rows: Annotated[
-        int,
+        int | None,
         typer.Option(
             "--max-rows",
             min=1,
@@ -217,8 +218,9 @@ def serve(
             metavar="N",
             envvar="LORASTACK_MAX_ROWS",
             help="Rows in a batch.",
+            show_default="32; on a GPU 128",
         ),
-    ] = _ENGINE.max_rows,
+    ] = None,
     max_queue: Annotated[
         int,
         typer.Option(
@@ -284,6 +286,16 @@ def serve(
     ] = LogLevel.INFO,
 ) -> None:
     """Serve a base model with its adapters over gRPC."""
+    share_cores()
+    bars = sys.stderr.isatty() and log_format is LogFormat.TEXT
+    if not bars:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when it is imported
+    # Deferred: `--help` and the client commands must not wait for torch.
+    from lorastack.service.build import build_server
+    from lorastack.service.watch.logs import configure_logging
+    from lorastack.startup.device import device_defaults, find_device
+
+    defaults = device_defaults(find_device(device.value))
     config = ServerConfig(
         model=ModelConfig(
             model=model,
@@ -297,14 +309,16 @@ def serve(
         ),
         engine=EngineConfig(
             kv_memory=None if kv_memory is None else parse_size(kv_memory),
-            max_rows=max_rows,
+            max_rows=defaults.max_rows if max_rows is None else max_rows,
             max_queue=max_queue,
             max_parked=max_parked,
             reader_timeout=reader_timeout,
         ),
         adapters=AdapterConfig(
             store=default_store() if store is None else store,
-            device_memory=parse_size(device_adapter_memory),
+            device_memory=defaults.adapter_memory
+            if device_adapter_memory is None
+            else parse_size(device_adapter_memory),
             host_memory=parse_size(host_adapter_memory),
             max_staged=parse_size(max_staged),
             transfer_idle=transfer_idle,
@@ -332,14 +346,6 @@ def serve(
             ),
         ),
     )
-    share_cores()
-    bars = sys.stderr.isatty() and log_format is LogFormat.TEXT
-    if not bars:
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when it is imported
-    # Deferred: `--help` and the client commands must not wait for torch.
-    from lorastack.service.build import build_server
-    from lorastack.service.watch.logs import configure_logging
-
     configure_logging(config.service.log_format, config.service.log_level)
     with startup_bars() if bars else nullcontext(startup_log()) as progress:
         server = build_server(config, progress)

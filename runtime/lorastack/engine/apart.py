@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from lorastack.engine.batch import Batch, RowResult
 from lorastack.engine.runner import StepResults
-from lorastack.errors import InternalError, Reason
+from lorastack.errors import InternalError, Reason, breaks_device
 
 log = logging.getLogger(__name__)
 
@@ -16,11 +16,14 @@ def run_apart(run: Callable[[Batch], StepResults], batch: Batch) -> StepResults:
     """`run(batch)`; if that raises, each half by itself, and so on.
 
     A row whose step fails alone gets the error STEP_FAILED. A step may be run again: it writes the
-    same keys and values to the same places, and samples depend on their positions alone.
+    same keys and values to the same places, and samples depend on their positions alone. An error
+    that breaks the device is raised: no part of a step can run any more.
     """
     try:
         return run(batch)
     except Exception as error:
+        if breaks_device(error):
+            raise
         steps = batch.steps
         if len(steps) == 1:
             request_id = steps[0].request.request_id

@@ -15,6 +15,8 @@ from lorastack.speculation.tree import Tree
 # Matrices are multiplied 16 rows at a time: the 17th token costs more than the 16th, and at 64
 # rows the first node costs 7% of a step.
 STEP_TOKENS = (1, 4, 8, 16, 17, 32, 33, 48, 49, 64, 65, 80, 96)
+# A GPU reads its weights in the time of up to a few hundred tokens' arithmetic: the knee is far.
+GPU_STEP_TOKENS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 _ROUNDS, _SECONDS = 3, 2.0  # rounds over all sizes; seconds after which no further one begins
 # First guesses, in times of a one-token step: the heads of one row; those of each further row.
 _HEADS_FIRST, _HEADS_MORE = 0.15, 0.03
@@ -35,19 +37,22 @@ class Costs:
             self.heads.record(num_proposals, heads_seconds)
 
 
-def measure(runner: Runner, pages: Pages, max_context: int) -> Costs:
+def measure(runner: Runner, pages: Pages, max_context: int, on_gpu: bool = False) -> Costs:
     """Runs steps of one row's tree of several sizes, as large as the context and the free pages.
 
-    It measures in rounds, so that what else runs for a while does not make one size look dear.
+    It measures in rounds, so that what else runs for a while does not make one size look dear. On a
+    GPU a first round is not counted: kernels are loaded when they first run.
     """
     sizes = [
         tokens
-        for tokens in STEP_TOKENS
+        for tokens in (GPU_STEP_TOKENS if on_gpu else STEP_TOKENS)
         if tokens <= max_context and pages.pages_for(tokens) <= pages.num_available
     ]
     table = pages.allocate(pages.pages_for(sizes[-1]))
     assert table is not None
     batches = [Batch(steps=(_chain(tokens, table),)) for tokens in sizes]
+    for batch in batches if on_gpu else ():
+        runner.run(batch)
     least = [math.inf] * len(sizes)
     began = time.monotonic()
     for number in range(_ROUNDS):

@@ -19,7 +19,13 @@ from lorastack.engine.residency import Residency
 from lorastack.engine.runner import Runner
 from lorastack.engine.scheduler import Scheduler
 from lorastack.engine.speculator import Speculator
-from lorastack.errors import InternalError, LorastackError, Reason, UnavailableError
+from lorastack.errors import (
+    InternalError,
+    LorastackError,
+    Reason,
+    UnavailableError,
+    breaks_device,
+)
 from lorastack.request import RowEvent
 
 MAX_FAULTS = 3  # faults that no row caused, without a step that went well in between
@@ -109,10 +115,10 @@ class StepLoop:
     def _start_over(self, error: Exception) -> None:
         """After a fault that no row alone caused: all rows end, and the loop goes on.
 
-        Raises the error when that has not helped.
+        Raises the error when that has not helped, or cannot: the device is broken.
         """
         self._num_faults += 1
-        if self._num_faults > MAX_FAULTS:
+        if self._num_faults > MAX_FAULTS or breaks_device(error):
             raise error
         log.error("the step loop failed; all rows end, and it goes on", exc_info=error)
         self._scheduler.end_all(

@@ -11,24 +11,20 @@ with the softmax in float32.
 
 KV of one layer is [num_pages, 2, num_kv_heads, P, D], keys first.
 
-The fast path plans once a step (`plan_attention`, index tensors and masks) and then needs few calls
-a layer: single tokens of all rows are one padded SDPA call, trees another, each chunk has its own.
-A padded group whose rows differ much in length is split, so that a long row does not make its
-neighbours pay. A group's padding reads the row's own pages: what lies in others' never matters.
+The fast path plans once a step (`kernels.attention_plan`) and then needs few calls a layer: single
+tokens of all rows are one padded SDPA call, trees another, each chunk has its own. A padded group
+whose rows differ much in length is split, so that a long row does not make its neighbours pay. A
+group's padding reads the row's own pages: what lies in others' never matters.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
-
-# Rows of a padded group are at least half as long as its longest, unless that is this short.
-SHORT_ROW = 512  # slots
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +54,7 @@ class RowSpan:
 
 
 @dataclass(frozen=True, slots=True)
-class _Group:
+class AttentionGroup:
     """Rows of one SDPA call, padded to N tokens and L slots.
 
     tokens: places of their tokens in the step, a slice where they are neighbours and nothing is
@@ -89,7 +85,7 @@ class AttentionPlan:
     positions_T: Tensor
     slots_T: Tensor
     fresh_pages: Tensor
-    groups: tuple[_Group, ...]
+    groups: tuple[AttentionGroup, ...]
 
 
 def depths(row: RowSpan) -> list[int]:
@@ -100,47 +96,6 @@ def depths(row: RowSpan) -> list[int]:
     for parent in row.parents:
         depth.append(0 if parent < 0 else depth[parent] + 1)
     return depth
-
-
-def plan_attention(
-    rows: Sequence[RowSpan],
-    *,
-    page_size: int,
-    share: int,
-    window: int | None,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> AttentionPlan:
-    """Index tensors and masks of a step. Rows cover its tokens in order, without gaps.
-
-    share: query heads a key-value head; window: positions, None for all; dtype: of the queries.
-    """
-    positions: list[int] = []
-    slots: list[int] = []
-    fresh: list[int] = []
-    for row in rows:
-        assert row.start == len(positions) and row.num_tokens > 0, (
-            "rows must cover the step in order"
-        )
-        positions += [row.committed + depth for depth in depths(row)]
-        for slot in range(row.committed, row.num_slots):
-            page, offset = row.block_table[slot // page_size], slot % page_size
-            slots.append(page * page_size + offset)
-            if offset == 0:
-                fresh.append(page)
-
-    single = [row for row in rows if row.num_tokens == 1]
-    trees = [row for row in rows if row.num_tokens > 1 and row.parents is not None]
-    chunks = [row for row in rows if row.num_tokens > 1 and row.parents is None]
-    make = _GroupMaker(page_size, share, window, dtype, device)
-    groups = [make.padded(group) for kind in (single, trees) for group in _by_length(kind)]
-    groups += [make.chunk(row) for row in chunks]
-    return AttentionPlan(
-        positions_T=torch.tensor(positions, device=device),
-        slots_T=torch.tensor(slots, device=device),
-        fresh_pages=torch.tensor(fresh, dtype=torch.int64, device=device),
-        groups=tuple(groups),
-    )
 
 
 def attend(q_THD: Tensor, kv: Tensor, plan: AttentionPlan) -> Tensor:
@@ -168,140 +123,6 @@ def attend(q_THD: Tensor, kv: Tensor, plan: AttentionPlan) -> Tensor:
         result = result.transpose(1, 2).reshape(-1, num_heads, head_dim)
         out_THD[group.outputs] = result if group.valid is None else result[group.valid]
     return out_THD.view(num_tokens, -1)
-
-
-def _by_length(rows: Sequence[RowSpan]) -> list[list[RowSpan]]:
-    """Rows to pad together: the longest row of a group is short or at most twice any other."""
-    if not rows or max(row.num_slots for row in rows) <= SHORT_ROW:
-        return [list(rows)] if rows else []
-    groups: list[list[RowSpan]] = []
-    for row in sorted(rows, key=lambda row: row.num_slots, reverse=True):
-        longest = groups[-1][0].num_slots if groups else 0
-        if groups and (longest <= SHORT_ROW or longest <= 2 * row.num_slots):
-            groups[-1].append(row)
-        else:
-            groups.append([row])
-    return groups
-
-
-@dataclass(frozen=True, slots=True)
-class _GroupMaker:
-    """Builds the groups of a step."""
-
-    page_size: int
-    share: int
-    window: int | None
-    dtype: torch.dtype
-    device: torch.device
-
-    def chunk(self, row: RowSpan) -> _Group:
-        """A prompt chunk: every token sees what lies before it, and nothing is padded."""
-        num_tokens, num_slots = row.num_tokens, row.num_slots
-        causal = row.committed == 0 and (self.window is None or num_slots <= self.window)
-        mask = None
-        if not causal:
-            query = torch.arange(row.committed, num_slots)[:, None]
-            slot = torch.arange(num_slots)[None]
-            allowed = slot <= query
-            if self.window is not None:
-                allowed &= slot > query - self.window
-            mask = self._additive(allowed[None, None])
-        return _Group(
-            num_rows=1,
-            num_tokens=num_tokens,
-            num_slots=num_slots,
-            tokens=slice(row.start, row.end),
-            valid=None,
-            outputs=slice(row.start, row.end),
-            pages=self._pages([row], num_slots),
-            mask=mask,
-            causal=causal,
-            folded=False,
-        )
-
-    def padded(self, rows: Sequence[RowSpan]) -> _Group:
-        """Single tokens or trees of several rows. Padding tokens repeat the row's first one."""
-        num_tokens = max(row.num_tokens for row in rows)
-        num_slots = max(row.num_slots for row in rows)
-        tokens: slice | Tensor = slice(rows[0].start, rows[-1].end)
-        outputs, valid = tokens, None
-        even = all(row.num_tokens == num_tokens for row in rows)
-        if not even or any(a.end != b.start for a, b in pairwise(rows)):
-            index = [
-                row.start + (j if j < row.num_tokens else 0)
-                for row in rows
-                for j in range(num_tokens)
-            ]
-            real = [i * num_tokens + j for i, row in enumerate(rows) for j in range(row.num_tokens)]
-            tokens = torch.tensor(index, device=self.device)
-            valid = torch.tensor(real, device=self.device)
-            outputs = tokens[valid]
-        return _Group(
-            num_rows=len(rows),
-            num_tokens=num_tokens,
-            num_slots=num_slots,
-            tokens=tokens,
-            valid=valid,
-            outputs=outputs,
-            pages=self._pages(rows, num_slots),
-            mask=self._padded_mask(rows, num_tokens, num_slots),
-            causal=False,
-            folded=True,
-        )
-
-    def _padded_mask(
-        self, rows: Sequence[RowSpan], num_tokens: int, num_slots: int
-    ) -> Tensor | None:
-        """[B, 1, N * share, L], for single tokens [B, 1, 1, L]; None when nothing is masked."""
-        if (
-            num_tokens == 1
-            and all(row.num_slots == num_slots for row in rows)
-            and (self.window is None or num_slots <= self.window)
-        ):
-            return None
-        slot = torch.arange(num_slots)
-        committed_B = torch.tensor([row.committed for row in rows])
-        allowed_BNL = (slot < committed_B[:, None])[:, None].repeat(1, num_tokens, 1)
-        if self.window is not None:
-            # Padding tokens take the row's first position: nothing reads their output.
-            depth = [depths(row) + [0] * (num_tokens - row.num_tokens) for row in rows]
-            position_BN = committed_B[:, None] + torch.tensor(depth)
-            allowed_BNL &= slot > position_BN[..., None] - self.window
-        seen = [
-            (i, j, row.committed + ancestor)
-            for i, row in enumerate(rows)
-            for j, ancestor in _lineage(row, num_tokens, self.window)
-        ]
-        row_index, token_index, slot_index = torch.tensor(seen).unbind(1)
-        allowed_BNL[row_index, token_index, slot_index] = True
-        if num_tokens > 1:
-            allowed_BNL = allowed_BNL.repeat_interleave(self.share, dim=1)
-        return self._additive(allowed_BNL[:, None])
-
-    def _additive(self, allowed: Tensor) -> Tensor:
-        mask = torch.zeros(allowed.shape, dtype=self.dtype)
-        return mask.masked_fill_(~allowed, -torch.inf).to(self.device)
-
-    def _pages(self, rows: Sequence[RowSpan], num_slots: int) -> Tensor:
-        num_pages = -(-num_slots // self.page_size)
-        pages: list[int] = []
-        for row in rows:
-            own = list(row.block_table[: -(-row.num_slots // self.page_size)])
-            # A row's own last page pads it: a foreign page might hold NaN, which no mask removes.
-            pages += own + own[-1:] * (num_pages - len(own))
-        return torch.tensor(pages, device=self.device)
-
-
-def _lineage(row: RowSpan, num_tokens: int, window: int | None) -> list[tuple[int, int]]:
-    """(token, ancestor or itself) pairs within the window; padding tokens see the first token."""
-    pairs: list[tuple[int, int]] = [(j, 0) for j in range(row.num_tokens, num_tokens)]
-    parents = row.parents if row.parents is not None else range(-1, row.num_tokens - 1)
-    for token in range(row.num_tokens):
-        ancestor, distance = token, 0
-        while ancestor >= 0 and (window is None or distance < window):
-            pairs.append((token, ancestor))
-            ancestor, distance = parents[ancestor], distance + 1
-    return pairs
 
 
 def attend_reference(

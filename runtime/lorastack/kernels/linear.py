@@ -33,6 +33,7 @@ from lorastack.kernels.quantize import (
 # The number of rows oneDNN lays a weight out for; from 8 upwards it picks one layout for all.
 PACK_ROWS = 64
 GRAIN = 1 << 15  # elements: torch copies more than these at once with its OpenMP threads
+DEVICE_GRAIN = 1 << 22  # elements that are copied at once on another device: little memory beside
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,19 @@ def linear(x_TI: Tensor, dense: Dense) -> Tensor:
     return out
 
 
+def linear_wide(x_TI: Tensor, dense: Dense) -> Tensor:
+    """The same in float32, or in float64 of a float64 x.
+
+    On CUDA sums of 16-bit products come out as they are. Elsewhere they are rounded to x's dtype
+    first: torch has no such product there, and float32 weights for each call would be the price.
+    """
+    wide = torch.promote_types(x_TI.dtype, torch.float32)
+    if x_TI.device.type == "cpu" or x_TI.dtype == wide or dense.scales is not None:
+        return linear(x_TI, dense).to(wide)
+    out = torch.mm(x_TI, dense.weight.t(), out_dtype=wide)
+    return out if dense.bias is None else out.add_(dense.bias)
+
+
 def plain_weight(dense: Dense) -> Tensor:
     """The weight that was packed, [out, in], or what the codes of a quantised one stand for.
 
@@ -95,8 +109,14 @@ def plain_weight(dense: Dense) -> Tensor:
 
 
 def copy_rows(read: Callable[[Tensor], Tensor], ids_N: Tensor, out_NI: Tensor) -> None:
-    """out_NI = read(ids_N), in pieces that torch does not hand to its OpenMP threads."""
-    step = max(1, GRAIN // out_NI.shape[1])
+    """out_NI = read(ids_N), piece by piece; `read` gets ids where `out_NI` is.
+
+    On a CPU in pieces that torch does not hand to its OpenMP threads. On CUDA all of it runs in the
+    caller's stream.
+    """
+    grain = GRAIN if out_NI.device.type == "cpu" else DEVICE_GRAIN
+    step = max(1, grain // out_NI.shape[1])
+    ids_N = ids_N.to(out_NI.device)
     for start in range(0, len(ids_N), step):
         piece = slice(start, start + step)
         out_NI[piece] = read(ids_N[piece])

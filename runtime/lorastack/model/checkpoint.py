@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import deque
+from collections.abc import Callable
 from copy import copy
 from io import FileIO
 from pathlib import Path
@@ -90,11 +92,14 @@ class Checkpoint:
                 self._fill(stream, out_X, name)
             else:
                 # In pieces: the whole would be as large as the model's largest matrix, or twice.
-                buffer_X = torch.empty(PIECE // dtype.itemsize, dtype=dtype)
-                for start in range(0, len(out_X), len(buffer_X)):
-                    part_X = out_X[start : start + len(buffer_X)]
-                    self._fill(stream, buffer_X[: len(part_X)], name)
-                    part_X.copy_(buffer_X[: len(part_X)])
+                count = PIECE // dtype.itemsize
+                turns = _turns(out.device, count, dtype)
+                for part_X in torch.split(out_X, count):
+                    buffer_X, wait = turns.popleft()
+                    wait()
+                    piece_X = buffer_X[: len(part_X)]
+                    self._fill(stream, piece_X, name)
+                    turns.append((buffer_X, _send(piece_X, part_X)))
 
     def _fill(self, stream: FileIO, out_X: Tensor, name: str) -> None:
         """The stream's next bytes into a tensor on the CPU."""
@@ -133,6 +138,32 @@ class Checkpoint:
                 stream.seek(max(stored.offset, stored.end - FINGERPRINT_BYTES))
                 sha.update(stream.read(min(FINGERPRINT_BYTES, stored.nbytes)))
         return sha.digest()
+
+
+Wait = Callable[[], object]  # returns when a buffer may be filled again
+
+
+def _turns(device: torch.device, count: int, dtype: torch.dtype) -> deque[tuple[Tensor, Wait]]:
+    """Buffers of `count` elements that take turns, on CUDA two that are page-locked: while one is
+    copied the other is filled."""
+    pinned = device.type == "cuda"
+    buffers = [torch.empty(count, dtype=dtype, pin_memory=pinned) for _ in range(1 + pinned)]
+    return deque((buffer, _at_once) for buffer in buffers)
+
+
+def _send(piece_X: Tensor, part_X: Tensor) -> Wait:
+    """Copies a piece to its place. On CUDA it goes there as it is stored and is converted there."""
+    if part_X.device.type != "cuda":
+        part_X.copy_(piece_X)
+        return _at_once
+    part_X.copy_(piece_X.to(part_X.device, non_blocking=True))
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record()
+    return event.synchronize
+
+
+def _at_once() -> None:
+    """For a buffer that nothing is read from."""
 
 
 def _read_ahead(stream: FileIO, position: int) -> None:

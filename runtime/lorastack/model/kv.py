@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lorastack.kernels.upload import upload
 from lorastack.layout import ModelShapes
 
 
@@ -73,7 +74,8 @@ class KVCache:
         ]
         if not places:
             return
-        src_pages, src_slots, pages, slots = torch.tensor(places, device=self.data.device).unbind(1)
+        device = self.data.device
+        src_pages, src_slots, pages, slots = upload(list(zip(*places, strict=True)), device)
         by_slot = self.data.movedim(4, 2)  # [num_layers, num_pages, page_size, 2, ...]
         by_slot[:, pages, slots] = by_slot[:, src_pages, src_slots]
 

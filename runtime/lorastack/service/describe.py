@@ -28,6 +28,7 @@ def served(loaded: LoadedModel, max_context: int) -> ServedModel:
         dtype=str(backend.dtype).removeprefix("torch."),
         quantization=backend.quantization,
         backend=backend.name,
+        lossless=loaded.lossless,
         kv_memory=loaded.kv_memory,
         threads=loaded.threads,
     )
@@ -63,7 +64,7 @@ def model_info(model: ServedModel, config: ServerConfig) -> generation_pb2.GetMo
             host_adapter_bytes=config.adapters.host_memory,
         ),
         backend=model.backend,
-        features=FEATURES,
+        features=(*FEATURES, "lossless") if model.lossless else FEATURES,
         version=__version__,
         device=model.device,
         dtype=model.dtype,

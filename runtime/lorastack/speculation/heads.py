@@ -8,11 +8,11 @@ Shape suffixes: K heads, L blocks a head, H hidden, N outputs.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from lorastack.kernels.heads import HeadsWeights
 from lorastack.kernels.packing import view_run
+from lorastack.kernels.upload import upload
 from lorastack.layout import HEADS, AdapterLayout, Part
 
 
@@ -29,7 +29,7 @@ def heads_weights(buffer: Tensor, layout: AdapterLayout) -> HeadsWeights:
         output = _run(buffer, layout, Part.OUTPUT).view(num_heads, -1, size)
     elif layout.draft_vocabulary:
         output = _run(buffer, layout, Part.DRAFT)
-        ids_N = torch.tensor(layout.draft_vocabulary, device=buffer.device)
+        (ids_N,) = upload([layout.draft_vocabulary], buffer.device)
     return HeadsWeights(
         _run(buffer, layout, Part.WEIGHT).view(-1, num_heads, size, size),
         bias_XH.view(-1, num_heads, size),

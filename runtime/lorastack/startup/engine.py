@@ -65,7 +65,7 @@ def build_engine(
         tokenizer=model.tokenizer,
         pages=pages,
         pool=pool,
-        costs=measure(runner, pages, max_context),
+        costs=measure(runner, pages, max_context, backend.device.type == "cuda"),
         calibrations={digest: Calibration.from_json(text) for digest, text in learned.items()},
         max_context=max_context,
         vocab_size=shapes.vocab_size,

@@ -14,7 +14,9 @@ from lorastack.layout import ModelShapes
 from lorastack.model.kv import page_nbytes
 
 LEAST_KV = 64 * MIB  # bytes; neither the default nor advice is less
-MOST_KV = 4 * GIB  # bytes; more only where it is asked for
+MOST_KV = 4 * GIB  # bytes on a CPU; more only where it is asked for
+KV_SHARE = 0.8  # of what a CUDA device has left; the rest is for fragments and long prompts
+RESERVE = 2 * GIB  # bytes of a CUDA device: its context, activations, workspaces, compiled kernels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,8 +40,16 @@ class Demand:
 def available_memory(device: torch.device) -> int | None:
     """Bytes that weights, KV and adapters may take on a device; None if it is not known."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        return max(0, torch.cuda.mem_get_info(device)[0] - RESERVE)
     return host_memory()
+
+
+def default_kv(device: torch.device, left: int) -> int:
+    """Bytes for keys and values where nobody says how many.
+
+    left: those that weights and adapters leave. A GPU's memory is there for the server alone.
+    """
+    return max(LEAST_KV, int(KV_SHARE * left) if device.type == "cuda" else min(MOST_KV, left))
 
 
 def host_memory(root: Path = Path("/")) -> int | None:

@@ -21,15 +21,17 @@ from lorastack.model.backends.load import read_backend
 from lorastack.model.config import DecoderConfig
 from lorastack.model.fetch.download import Progress
 from lorastack.model.size import weights_nbytes
+from lorastack.startup.device import find_device
 from lorastack.startup.files import ModelFiles
 from lorastack.startup.folder import model_folder
 from lorastack.startup.memory import (
-    LEAST_KV,
     MOST_KV,
+    RESERVE,
     Demand,
     available_memory,
     check_fits,
     count_pages,
+    default_kv,
 )
 from lorastack.text.tokenizer import Tokenizer
 
@@ -42,8 +44,8 @@ StartupProgress = Callable[[str, int, int], None]  # what is going on; bytes don
 class LoadedModel:
     """A base model in memory with its tokenizer. name: hub id, or the folder's name.
 
-    kv_memory: bytes for keys and values beside it; num_pages: the pages that they hold. threads:
-    CPU threads of a step.
+    kv_memory: bytes for keys and values beside it; num_pages: the pages that they hold. lossless:
+    see `Choice`. threads: CPU threads of a step.
     """
 
     backend: Backend
@@ -53,6 +55,7 @@ class LoadedModel:
     fingerprint: str
     kv_memory: int
     num_pages: int
+    lossless: bool
     threads: int
 
 
@@ -68,7 +71,7 @@ def load_model(
     read, InvalidArgumentError for a model, a device, a backend or instructions that cannot run
     here, and FailedPreconditionError for more memory than the device has or less KV than two pages.
     """
-    device, at_most = _device(config.device), isa_named(config.isa)
+    device, at_most = find_device(config.device), isa_named(config.isa)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     path, name = model_folder(config.model, partial(progress, "fetching the default model"))
@@ -89,6 +92,7 @@ def load_model(
         fingerprint=files.fingerprint(),
         kv_memory=kv_memory,
         num_pages=num_pages,
+        lossless=choice.lossless,
         threads=torch.get_num_threads(),
     )
 
@@ -128,13 +132,22 @@ def _choose(
             )
         log.warning("%s: steps run in plain torch, which is slower", why)
     why = choice.why_torch(name)
-    if why and config.backend == "native":
+    if config.backend == "native" and choice.isa is None:
+        why = why or f"the native kernels run on a CPU, not on {device.type}"
         raise InvalidArgumentError(
             f"--backend native: {why}; or leave --backend out", reason=Reason.INVALID_MODEL
         )
+    dtype_name = str(choice.dtype).removeprefix("torch.")
     if why and library() is not None:  # a library that is not there was logged already
-        dtype_name = str(choice.dtype).removeprefix("torch.")
         log.warning("%s: steps run in plain torch (%s), which is slower", why, dtype_name)
+    if not choice.lossless:
+        log.warning(
+            "%s in plain torch: at a near-tie of two tokens a row may take another one beside "
+            "other rows or with drafts; --dtype float32 keeps them",
+            dtype_name,
+        )
+    elif device.type == "cuda" and config.dtype == "auto":
+        log.info("--dtype auto is float32 here: bfloat16 in plain torch is not lossless")
     return choice
 
 
@@ -143,7 +156,7 @@ def _kv_memory(
 ) -> int:
     """Bytes for keys and values, if there is room for all that is to come.
 
-    wanted: None for what is left, up to 4 GiB.
+    wanted: None for `default_kv`.
     """
     device, dtype = choice.device, choice.dtype
     available = available_memory(device)
@@ -152,14 +165,21 @@ def _kv_memory(
     if choice.triton:
         from lorastack.model.backends.triton.reserve import reserved_nbytes
 
-        available -= reserved_nbytes(model.shapes, dtype, choice.kind)
-    sizes = {kind: weights_nbytes(model, dtype, kind, device) for kind in (None, *Kind)}
-    weights = sizes[choice.kind]
-    smaller = {f"--quantize {kind}": size for kind, size in sizes.items() if size < weights}
-    kv = wanted
-    if kv is None:
-        kv = min(MOST_KV, max(LEAST_KV, available - weights - adapter_memory))
+        reserve = RESERVE if device.type == "cuda" else 0  # what is counted already
+        available -= max(0, reserved_nbytes(model.shapes, dtype, choice.kind) - reserve)
+    weights = weights_nbytes(model, dtype, choice.kind, device)
+    others = {f"--quantize {kind}": weights_nbytes(model, dtype, kind, device) for kind in Kind}
+    if device.type == "cuda":
+        others = others if choice.triton else {}
+        others["--dtype bfloat16"] = weights_nbytes(model, torch.bfloat16, None, device)
+    smaller = {option: size for option, size in others.items() if size < weights}
+    kv = default_kv(device, available - weights - adapter_memory) if wanted is None else wanted
     check_fits(Demand(weights=weights, kv=kv, adapters=adapter_memory), available, smaller)
+    if device.type == "cuda":
+        log.info(
+            "the GPU has %d MiB free: weights get %d, adapters %d, keys and values %d",
+            *(each // MIB for each in (available, weights, adapter_memory, kv)),
+        )
     if wanted is None and kv < MOST_KV:
         log.warning("keys and values get the %d MiB that are left; --kv-memory sets it", kv // MIB)
     return kv
@@ -173,14 +193,6 @@ def _warn_of_unknown_tokens(tokenizer: Tokenizer, vocab_size: int) -> None:
             tokenizer.vocab_size - 1,
             vocab_size,
         )
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InvalidArgumentError("--device cuda: torch finds no CUDA device; use cpu or auto")
-    return torch.device(name)
 
 
 def _dtype(name: str) -> torch.dtype | None:

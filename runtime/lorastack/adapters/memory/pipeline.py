@@ -69,7 +69,10 @@ class Pipeline:
         return None
 
     def take_finished(self) -> tuple[bool, list[DeviceAdapter]]:
-        """True if a load or a copy ended since the last call, and what arrived on the device."""
+        """True if a load or a copy ended since the last call, and what arrived on the device.
+
+        Raises what broke the device.
+        """
         loaded, copied = list(self._loads.finished()), list(self._copies.finished())
         arrived: list[DeviceAdapter] = []
         for result in (*loaded, *copied):
@@ -77,6 +80,8 @@ class Pipeline:
             self.copying.pop(result.digest, None)
             match result:
                 case Failure():
+                    if result.cause is not None:
+                        raise result.cause
                     self._failed[result.digest] = result.error
                 case PackedAdapter():
                     self.packed[result.digest] = result

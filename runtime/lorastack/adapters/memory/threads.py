@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Generic, TypeVar
 
-from lorastack.errors import InternalError, LorastackError
+from lorastack.errors import InternalError, LorastackError, breaks_device
 
 ResultT = TypeVar("ResultT")
 # A row waits for a load. At 19, beside a step on every core, a load of 2 MB takes half a second.
@@ -31,10 +31,11 @@ def be_nice(niceness: int = BACKGROUND_NICENESS) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """A job for this digest raised."""
+    """A job for this digest raised. cause: what it raised, where that breaks the device."""
 
     digest: str
     error: LorastackError
+    cause: Exception | None = None
 
 
 class JobThreads(Generic[ResultT]):
@@ -91,5 +92,7 @@ class JobThreads(Generic[ResultT]):
         except Exception as error:
             _log.exception("loading adapter %s failed", digest)
             return Failure(
-                digest=digest, error=InternalError(f"loading adapter {digest} failed: {error}")
+                digest=digest,
+                error=InternalError(f"loading adapter {digest} failed: {error}"),
+                cause=error if breaks_device(error) else None,
             )

@@ -46,8 +46,9 @@ class Backend(Protocol):
     def forward(self, batch: ForwardBatch, kv: KVCache) -> Outputs:
         """Runs a step. Writes the keys and values of all its tokens to `kv`.
 
-        A backend that samples on its device may also move those of accepted nodes and ask heads
-        that stand alone, and says so in `Outputs`: then a step needs one copy in and one back.
+        Ends when the device is done with it, so that a step can be timed. A backend that samples on
+        its device may also move those of accepted nodes and ask heads that stand alone, and says so
+        in `Outputs`: then a step needs one copy in and one back.
         """
         ...
 
@@ -59,5 +60,8 @@ class Backend(Protocol):
         ...
 
     def head_rows(self, ids: Sequence[int], out_NH: Tensor) -> None:
-        """Writes lm_head's rows of these tokens into a tensor on the CPU. Any thread."""
+        """Writes lm_head's rows of these tokens into a tensor on the CPU or `device`. Any thread.
+
+        On a CUDA device in the calling thread's current stream, for whose end nobody need wait.
+        """
         ...

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lorastack.errors import InvalidArgumentError, Reason
 from lorastack.kernels.native.isa import Isa, missing
 from lorastack.kernels.quantize import Kind
 from lorastack.kernels.triton.launch import why_not
@@ -35,6 +36,15 @@ class Choice:
     triton: bool = False
     why_not_triton: str = ""
 
+    @property
+    def lossless(self) -> bool:
+        """True if a row's tokens depend neither on the rows beside it nor on drafts.
+
+        Triton's kernels and the native ones make every sum in an order of the row's own. torch does
+        not; what that changes in float32 is too little to tell two tokens apart.
+        """
+        return self.triton or self.isa is not None or self.dtype.itemsize >= 4
+
     def why_torch(self, name: str) -> str:
         """Why the model `name` runs in plain torch on a CPU although the native kernels may run.
 
@@ -58,9 +68,9 @@ def choose(
 ) -> Choice:
     """Triton's kernels or the native ones where they run the model and may, else torch.
 
-    dtype: None for bfloat16, on a CPU only where the native kernels run the model in it, else
-    float32. native: native kernels may run. at_most: no better instruction set than it. triton:
-    Triton's kernels may run; None: on a CUDA device alone.
+    dtype: None for bfloat16 where that is lossless, else float32. native: native kernels may run.
+    at_most: no better instruction set than it. triton: Triton's kernels may run; None: on a CUDA
+    device alone. Raises InvalidArgumentError for what no kernel here can do.
     """
     if triton is None:
         triton = device.type == "cuda"
@@ -75,13 +85,20 @@ def choose(
             isa=None,
             triton=True,
         )
+    if device.type == "cuda" and kind is not None:
+        why = why or "plain torch multiplies no quantised weights on a GPU"
+        raise InvalidArgumentError(
+            f"--quantize {kind}: {why}; "
+            "leave it out, take --dtype bfloat16 for half the memory, or --device cpu",
+            reason=Reason.INVALID_MODEL,
+        )
 
     def isa_for(dtype: torch.dtype) -> Isa | None:
         return native_isa(config, dtype, device, kind, at_most) if native else None
 
     if dtype is None:
-        native_bfloat16 = isa_for(torch.bfloat16) is not None
-        dtype = torch.bfloat16 if native_bfloat16 or device.type != "cpu" else torch.float32
+        # Beside Triton's kernels the native ones alone keep bfloat16 lossless.
+        dtype = torch.float32 if isa_for(torch.bfloat16) is None else torch.bfloat16
     return Choice(
         device=device,
         dtype=dtype,

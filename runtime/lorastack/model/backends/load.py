@@ -11,6 +11,7 @@ from lorastack.kernels.ops import Ops, fastest_ops
 from lorastack.kernels.quantize import Kind
 from lorastack.model.backends.base import Backend
 from lorastack.model.backends.choose import Choice, choose
+from lorastack.model.backends.exact import ask_for_exact_sums
 from lorastack.model.backends.native import NativeBackend
 from lorastack.model.backends.torch import TorchBackend
 from lorastack.model.checkpoint import Checkpoint
@@ -58,6 +59,8 @@ def read_backend(checkpoint: Checkpoint, config: DecoderConfig, choice: Choice) 
     check_tensors(checkpoint, config)
     config = untie(config, checkpoint)
     device, dtype, kind = choice.device, choice.dtype, choice.kind
+    if device.type == "cuda":
+        ask_for_exact_sums()
     if choice.triton:
         # Triton is there where it was chosen, and need not be elsewhere.
         from lorastack.model.backends.triton.backend import TritonBackend

@@ -10,10 +10,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding, rms_norm, silu
 
-from lorastack.kernels.attention import AttentionPlan, attend, plan_attention
-from lorastack.kernels.linear import Dense, copy_rows, linear, pack_dense, plain_weight
+from lorastack.kernels.attention import AttentionPlan, attend
+from lorastack.kernels.attention_plan import plan_attention
+from lorastack.kernels.linear import (
+    Dense,
+    copy_rows,
+    linear,
+    linear_wide,
+    pack_dense,
+    plain_weight,
+)
 from lorastack.kernels.ops import Ops
 from lorastack.kernels.quantize import Kind, head_kind
+from lorastack.kernels.upload import upload
 from lorastack.lora.linear import add_embedding, add_group, add_lm_head
 from lorastack.lora.segments import LoraBatch
 from lorastack.model.backends.accept import accept_trees
@@ -28,8 +37,14 @@ QKV, O, GATE_UP, DOWN = range(4)  # noqa: E741  indices into layout.GROUPS
 
 @dataclass(frozen=True, slots=True)
 class StepMeta:
-    """What all layers of a step share. sin_T1D: with its first half negated, see `_rotate`."""
+    """A step on the device, all that is known of it before its first layer.
 
+    outputs_X: places of the tokens whose results are wanted. sin_T1D: with its first half negated,
+    see `_rotate`.
+    """
+
+    token_ids_T: Tensor
+    outputs_X: Tensor
     plan: AttentionPlan
     cos_T1D: Tensor
     sin_T1D: Tensor
@@ -62,7 +77,6 @@ class TorchBackend:
         self._window = config.window
         self._rope_scale = config.rope_scale
         self._inv_freq = config.inv_freq.to(device)
-        self._logits_dtype = torch.promote_types(dtype, torch.float32)
         self._num_heads = shapes.num_heads
         self._head_dim = shapes.head_dim
         self._query_size = shapes.num_heads * shapes.head_dim
@@ -95,22 +109,22 @@ class TorchBackend:
     def forward(self, batch: ForwardBatch, kv: KVCache) -> Outputs:
         """See `Backend`."""
         meta = self._prepare(batch, kv)
-        token_ids_T = torch.tensor(batch.token_ids, dtype=torch.int64, device=self.device)
-        hidden_TH = embedding(token_ids_T, self._weights.embed_VH)
-        add_embedding(token_ids_T, hidden_TH, batch.lora)
+        hidden_TH = embedding(meta.token_ids_T, self._weights.embed_VH)
+        add_embedding(meta.token_ids_T, hidden_TH, batch.lora)
         for layer in self._weights.layers:
             hidden_TH = self._layer(hidden_TH, layer, batch.lora, kv, meta)
-        wanted_X = torch.tensor(batch.outputs, dtype=torch.int64, device=hidden_TH.device)
-        hidden_XH = hidden_TH[wanted_X]
+        hidden_XH = hidden_TH[meta.outputs_X]
         hidden_XH = rms_norm(hidden_XH, (hidden_XH.shape[-1],), self._weights.norm, self._eps)
         logits_XV = self.logits(hidden_XH, batch.lora.select(batch.outputs))
-        peaks_X, best_X = (each_X.cpu() for each_X in self.ops.best(logits_XV))
+        if not batch.outputs:
+            hidden_TH[-1, 0].item()  # waits: a step that ends later than its call cannot be timed
+        peaks_X, best_X = _download(*self.ops.best(logits_XV))
         accepted = accept_trees(self.ops, logits_XV, best_X, batch.trees)
         return Outputs(hidden_XH, logits_XV, peaks_X, best_X, accepted)
 
     def logits(self, hidden_XH: Tensor, lora: LoraBatch) -> Tensor:
         """See `Backend`."""
-        logits_XV = linear(hidden_XH, self._weights.lm_head).to(self._logits_dtype)
+        logits_XV = linear_wide(hidden_XH, self._weights.lm_head)
         add_lm_head(hidden_XH, logits_XV, lora)
         return logits_XV
 
@@ -120,29 +134,30 @@ class TorchBackend:
         copy_rows(weight_VH.__getitem__, torch.tensor(ids), out_NH)
 
     def _prepare(self, batch: ForwardBatch, kv: KVCache) -> StepMeta:
-        """Index tensors, masks and RoPE factors of a step. Clears pages that rows begin to fill."""
-        plan = plan_attention(
-            batch.rows,
-            page_size=kv.page_size,
-            share=self._query_size // self._key_size,
-            window=self._window,
-            dtype=self.dtype,
-            device=self._inv_freq.device,
-        )
+        """Brings the step to the device in one copy. Clears pages that rows begin to fill."""
+        share, window = self._query_size // self._key_size, self._window
+        host = plan_attention(batch.rows, page_size=kv.page_size, share=share, window=window)
+        prompt_ends = self._prompt_ends(batch)
+        numbers = [batch.token_ids, batch.outputs, prompt_ends, *host.parts]
+        parts = iter(upload(numbers, self._inv_freq.device))
+        token_ids_T, outputs_X, prompt_ends_T = (next(parts) for _ in range(3))
+        plan = host.placed(parts, self.dtype)
         kv.clear(plan.fresh_pages)
-        angle_TF = plan.positions_T[:, None].float() * self._frequencies(plan, batch)
+        frequency = self._inv_freq
+        if prompt_ends:
+            frequency = frequency[torch.maximum(plan.positions_T, prompt_ends_T)]
+        angle_TF = plan.positions_T[:, None].float() * frequency
         cos_TF, sin_TF = angle_TF.cos(), angle_TF.sin()
         cos_T1D = torch.cat((cos_TF, cos_TF), dim=-1).mul_(self._rope_scale)[:, None]
         sin_T1D = torch.cat((-sin_TF, sin_TF), dim=-1).mul_(self._rope_scale)[:, None]
-        return StepMeta(plan, cos_T1D.to(self.dtype), sin_T1D.to(self.dtype))
+        cos_T1D, sin_T1D = cos_T1D.to(self.dtype), sin_T1D.to(self.dtype)
+        return StepMeta(token_ids_T, outputs_X, plan, cos_T1D, sin_T1D)
 
-    def _frequencies(self, plan: AttentionPlan, batch: ForwardBatch) -> Tensor:
-        """[F], or [T, F] with dynamic RoPE: see `model.rope`."""
-        if self._inv_freq.dim() == 1:
-            return self._inv_freq
-        ends = [row.prompt - 1 for row in batch.rows for _ in range(row.num_tokens)]
-        last_T = torch.tensor(ends, device=plan.positions_T.device)
-        return self._inv_freq[torch.maximum(plan.positions_T, last_T)]
+    def _prompt_ends(self, batch: ForwardBatch) -> list[int]:
+        """Each token's prompt's last position, where dynamic RoPE asks for it: see `model.rope`."""
+        if self.dynamic_rope_begin is None:
+            return []
+        return [row.prompt - 1 for row in batch.rows for _ in range(row.num_tokens)]
 
     def _layer(
         self,
@@ -182,3 +197,9 @@ class TorchBackend:
         qk_TND = qkv[:, : self._query_size + self._key_size].view(len(qkv), -1, self._head_dim)
         swapped_TND = qk_TND.roll(self._head_dim // 2, -1)
         qk_TND.mul_(meta.cos_T1D).addcmul_(swapped_TND, meta.sin_T1D)
+
+
+def _download(peaks_X: Tensor, best_X: Tensor) -> tuple[Tensor, Tensor]:
+    """Both on the host, in one copy: float64 holds either exactly."""
+    found_2X = torch.stack((peaks_X.double(), best_X.double())).cpu()
+    return found_2X[0].to(peaks_X.dtype), found_2X[1].to(best_X.dtype)

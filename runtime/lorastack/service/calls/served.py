@@ -22,6 +22,7 @@ class ServedModel:
     dtype: str
     quantization: str
     backend: str
+    lossless: bool  # a row's tokens depend neither on other rows nor on drafts
     kv_memory: int  # bytes
     threads: int = 0  # CPU threads of a step; 0: unknown
 
