@@ -6,7 +6,7 @@ that neither the number of tokens nor the bucket changes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from weakref import WeakKeyDictionary
 
@@ -70,6 +70,7 @@ class TritonBackend:
         self.dtype = dtype
         self.quantization = "" if kind is None else kind.value
         self.dynamic_rope_begin = config.dynamic_rope_begin
+        self.overlaps = device.type != "cpu"  # the interpreter computes in the call
         self.ops: Ops = TritonOps(device)
         self._window = config.window
         self._calls = device_of(device) if calls is None else calls
@@ -120,7 +121,9 @@ class TritonBackend:
                     self.forward(batch, kv)
 
     @torch.inference_mode()
-    def forward(self, batch: ForwardBatch, kv: KVCache) -> Outputs:
+    def forward(
+        self, batch: ForwardBatch, kv: KVCache, meanwhile: Callable[[], None] | None = None
+    ) -> Outputs:
         """See `Backend`."""
         steps = self._steps_of(kv)
         step, results = steps.of(bucket_of(len(batch.token_ids)))
@@ -138,6 +141,9 @@ class TritonBackend:
         ended = self._calls.mark()
         num_drafts = 0 if heads is None else heads.num_drafts
         results.download(num_drafts)
+        if self.overlaps and meanwhile is not None:
+            meanwhile()
+        self._calls.wait()
         peaks_X, best_X = results.best(num_outputs)
         drafts: Sequence[TopTokens | None] = ()
         if heads is not None:
