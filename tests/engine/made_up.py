@@ -216,6 +216,7 @@ class World:
         if batch is not None:
             results = run_apart(lambda part: StepResults(self.model.run(part)), batch)
             self.scheduler.update(results.rows)
+            self.scheduler._speculator.learn()
         for event in self.scheduler.take_events():
             assert event.request_id not in self.last, "an event after the last one"
             self.tokens.setdefault(event.request_id, []).extend(t.id for t in event.tokens)

@@ -208,7 +208,7 @@ def test_an_adapter_whose_acquisition_raises_ends_its_rows_alone(
     check(world, asked, uses[digest])
 
 
-@pytest.mark.parametrize("part", ["choose_heads", "trees", "learn"])
+@pytest.mark.parametrize("part", ["choose_heads", "trees", "note", "_learn"])
 def test_a_fault_in_drafting_costs_no_token(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(64, max_rows=5)
     monkeypatch.setattr(world.scheduler._speculator, part, explode)

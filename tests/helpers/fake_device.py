@@ -50,8 +50,11 @@ class LateDevice:
     def download(self, device: Tensor, host: Tensor) -> None:
         assert self._captured is None, "the host waits inside a graph"
         self._note("download")
+        self.enqueue(lambda: host.copy_(device))
+
+    def wait(self) -> None:
+        self._note("wait")
         self.run()
-        host.copy_(device)
 
     def mark(self) -> Callable[[], float]:
         times: list[float] = []

@@ -42,7 +42,10 @@ SHAPES = ModelShapes(
 
 
 class MockDevice:
-    """Copies go nowhere, graphs replay nothing. copies, replays: how many there were."""
+    """Copies go nowhere, graphs replay nothing. copies: all there were, and waits for them.
+
+    replays: how many there were.
+    """
 
     captures = True
 
@@ -63,6 +66,9 @@ class MockDevice:
     def download(self, device: Tensor, host: Tensor) -> None:
         assert (host.device.type, device.device.type) == ("cpu", "meta")
         self.copies.append("download")
+
+    def wait(self) -> None:
+        self.copies.append("wait")
 
     def mark(self) -> Callable[[], float]:
         return lambda: 0.0

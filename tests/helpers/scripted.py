@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -110,10 +110,10 @@ class ScriptedRunner(Runner):
         self._script = script
         self._clock = clock
 
-    def run(self, batch: Batch) -> StepResults:
+    def run(self, batch: Batch, meanwhile: Callable[[], None] | None = None) -> StepResults:
         tokens = sum(len(step.token_ids) for step in batch.steps)
         self._clock.now += self._script.step_seconds + tokens * self._script.token_seconds
-        return super().run(batch)
+        return super().run(batch, meanwhile)
 
 
 class ScriptedProposer:

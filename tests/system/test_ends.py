@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -83,10 +84,10 @@ def test_a_cancel_in_the_prompt_frees_everything(
     before = live.engine.num_steps
     run = live.engine._runner.run
 
-    def hold_the_third(batch: Batch) -> StepResults:
+    def hold_the_third(batch: Batch, **options: Any) -> StepResults:
         if live.engine.num_steps == before + 2:
             wait_until(lambda: bool(steps), "the cancel arrives")
-        return run(batch)
+        return run(batch, **options)
 
     monkeypatch.setattr(live.engine._runner, "run", hold_the_third)
     other = Client(live.server.address)

@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from types import FrameType
+from typing import Any
 
 import grpc
 import pytest
@@ -145,9 +146,9 @@ class Canary:
         steps = engine._loop
         deliver, route, run = steps._on_events, dispatcher._route, engine._runner.run
 
-        def run_slowly(batch: Batch) -> StepResults:
+        def run_slowly(batch: Batch, **options: Any) -> StepResults:
             time.sleep(STEP_SECONDS)
-            return run(batch)
+            return run(batch, **options)
 
         def record(events: list[RowEvent]) -> None:
             self._given += [engine.num_steps for each in events if each.request_id == "canary"]

@@ -53,8 +53,8 @@ def test_a_row_that_makes_its_steps_fail_ends_alone(
 ) -> None:
     run = live.engine._runner.run
 
-    def fail(batch: Batch) -> StepResults:
-        results = run(batch)  # it has written its keys and values by then
+    def fail(batch: Batch, **options: Any) -> StepResults:
+        results = run(batch, **options)  # it has written its keys and values by then
         if any(s.request.request_id == "bad" and s.num_generated > 2 for s in batch.steps):
             raise RuntimeError("boom")
         return results
@@ -154,7 +154,7 @@ def test_a_grammar_that_takes_long_ends_its_row(
     assert live.client.generate(request).text == "abc"
 
 
-def explode(*args: object) -> None:
+def explode(*args: object, **options: object) -> None:
     raise ValueError("boom")
 
 
@@ -212,7 +212,7 @@ def test_an_error_that_breaks_the_device_ends_the_process_at_once(
     server = start()
     runs = []
 
-    def broken(*args: object) -> NoReturn:
+    def broken(*args: object, **options: object) -> NoReturn:
         runs.append(args)
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 

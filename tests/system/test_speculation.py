@@ -9,13 +9,16 @@ from __future__ import annotations
 import logging
 import random
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import cast
 
 import pytest
 
 from lorastack.engine.row import Row
+from lorastack.model.backends.base import Backend
 from lorastack.request import FinishReason, Request, TokenSource
 from tests.helpers.cases import Cases, build_bench, off, stopping
+from tests.helpers.overlapping import OverlappingBackend
 from tests.helpers.scripted import Bench, Output, Script
 from tests.helpers.tiny import build_llama, build_mistral
 
@@ -26,11 +29,13 @@ SMALL = {"hidden_size": 32, "intermediate_size": 48}
 
 @pytest.fixture(scope="module")
 def kinds(tmp_path_factory: pytest.TempPathFactory) -> list[Cases]:
-    """Cases for a Llama and for a Mistral with a sliding window."""
+    """Cases for a Llama, and for a Mistral with a sliding window whose steps overlap other work."""
     root = tmp_path_factory.mktemp("fuzz")
     llama = build_llama(root / "llama", head_dim=8, **SMALL)
     mistral = build_mistral(root / "mistral", num_layers=2, head_dim=12, **SMALL)
-    return [Cases(build_bench(model, root / f"for-{model.name}")) for model in (llama, mistral)]
+    benches = [build_bench(model, root / f"for-{model.name}") for model in (llama, mistral)]
+    overlapping = cast(Backend, OverlappingBackend(benches[1].decoder))
+    return [Cases(benches[0]), Cases(replace(benches[1], decoder=overlapping))]
 
 
 @dataclass(frozen=True, slots=True)

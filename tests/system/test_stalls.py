@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -52,9 +53,9 @@ def test_a_long_prompt_delays_nobody(live: LiveServer, monkeypatch: pytest.Monke
     step_tokens: list[int] = []
     run = live.engine._runner.run
 
-    def record(batch: Batch) -> StepResults:
+    def record(batch: Batch, **options: Any) -> StepResults:
         step_tokens.append(sum(len(step.token_ids) for step in batch.steps))
-        return run(batch)
+        return run(batch, **options)
 
     monkeypatch.setattr(live.engine._runner, "run", record)
     long_prompt = "".join(chr(97 + n * n % 26) for n in range(9000))

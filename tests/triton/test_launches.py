@@ -127,11 +127,25 @@ def test_a_step_takes_one_copy_in_and_one_back(
     mistral.device.copies.clear()
     with Copies(monkeypatch) as copies:
         outputs = mistral.backend.forward(mistral.step(8, loras, 8, heads), mistral.kv)
-    assert mistral.device.copies == ["upload", "download"]
+    assert mistral.device.copies == ["upload", "download", "wait"]
     assert copies.names == []
     assert len(outputs.accepted) == 8 and outputs.moved
     assert len(outputs.drafted) == (8 if drafting else 0)
     assert outputs.logits_XV.shape == (64, 32000) and outputs.logits_XV.device.type == "meta"
+
+
+@pytest.mark.usefixtures("launches")
+def test_other_work_is_done_between_the_last_call_and_the_wait(mistral: MockMistral) -> None:
+    """Heads included. On CPU tensors nobody calls for it: there is nothing to wait for."""
+    batch = mistral.step(8, (), 8, mock_heads(4, 4096))
+    log = mistral.device.copies
+    log.clear()
+    launched: list[int] = []
+    with launching(lambda *args, **settings: launched.append(len(log))):
+        mistral.backend.forward(batch, mistral.kv, lambda: log.append("meanwhile"))
+    assert log == ["upload", "download", "meanwhile", "wait"]
+    assert set(launched) == {1}
+    assert mistral.backend.overlaps
 
 
 def test_a_copy_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,9 +43,11 @@ def test_only_what_counts_of_the_last_array_is_copied() -> None:
     assert packed.device["last"].tolist() == [7, 7, 7, 0, 0, 0, 0, 0]
 
 
-def test_a_download_waits_for_what_was_enqueued() -> None:
+def test_a_download_comes_behind_what_was_enqueued() -> None:
     device = LateDevice()
     packed = Packed(FIELDS, CPU, device)
     device.enqueue(lambda: packed.device["wide"].fill_(9))
     packed.download(last=8)
+    assert packed.host["wide"].tolist() == [[0, 0], [0, 0]]
+    device.wait()
     assert packed.host["wide"].tolist() == [[9, 9], [9, 9]]

@@ -28,7 +28,8 @@ from lorastack.text.tokenizer import Tokenizer
 class Engine:
     """Thread-safe door to the step loop.
 
-    on_events gets each step's events in one call, from the step thread; it must not block.
+    on_events gets each step's events in one call, from the step thread; it must not block. Where
+    the backend `overlaps` the call comes during the next step, or at once if none follows.
     on_failure is called once, from the step thread, when the loop cannot go on: every request has
     ended by then and the process should exit. calibrations: by heads digest, from an earlier run.
     """

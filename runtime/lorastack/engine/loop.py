@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -35,7 +36,12 @@ log = logging.getLogger(__name__)
 
 
 class StepLoop:
-    """Step by step: schedule a batch, run it, update the rows."""
+    """Step by step: schedule a batch, run it, update the rows, catch up.
+
+    Catching up is what no next step waits for: learning, and handing events out. Where the device
+    works by itself it is done beside the next step, or at once if none follows. So trees and prompt
+    chunks may be chosen knowing one step less, which changes no token, only speed.
+    """
 
     def __init__(
         self,
@@ -66,6 +72,7 @@ class StepLoop:
         self._speculator = speculator
         self._on_events = on_events
         self._on_failure = on_failure
+        self._timed: tuple[Batch, float, float] | None = None  # a step whose costs are not learnt
         self._unsent: list[RowEvent] = []  # events that `on_events` failed to take
         self._heads_failures: dict[str, int] = {}  # replaced, never changed: other threads read it
         self._num_faults = 0
@@ -90,7 +97,7 @@ class StepLoop:
                 self._on_failure(error)
 
     def step(self) -> None:
-        """Take commands and loaded adapters, run a batch, do orders, send events; rest if idle."""
+        """Take commands and loaded adapters, run a batch, do orders, catch up; rest if idle."""
         self._inbox.carry_out(self._state)
         self._pool.poll()
         batch = self._scheduler.schedule()
@@ -98,19 +105,30 @@ class StepLoop:
             self.num_steps += 1
             self._run(batch)
         self.residency.step()
-        self._publish()
+        if batch is None or not self._runner.overlaps or not len(self._scheduler.rows):
+            self._catch_up()
         if batch is None and not self._pool.blocked:
             self._rest()
 
     def _run(self, batch: Batch) -> None:
+        faults: list[Exception] = []
+
+        def catch_up() -> None:  # no row of this step is to blame for what it raises
+            try:
+                self._catch_up()
+            except Exception as error:
+                faults.append(error)
+
         began = time.monotonic()
-        results = run_apart(self._runner.run, batch)
+        results = run_apart(partial(self._runner.run, meanwhile=catch_up), batch)
         if results.whole:
-            self._learn_costs(batch, time.monotonic() - began, results.heads_seconds)
+            self._timed = batch, time.monotonic() - began, results.heads_seconds
         self._note_failures(results.failed_heads)
         self._scheduler.update(results.rows)
         if not results.whole and all(row.error is not None for row in results.rows):
             try_step(self._runner, self._pages)  # is it these rows, or the device?
+        if faults:
+            raise faults[0]
         self._num_faults = 0
 
     def _start_over(self, error: Exception) -> None:
@@ -125,6 +143,15 @@ class StepLoop:
         self._scheduler.end_all(
             InternalError("the server failed; its log says why", reason=Reason.STEP_FAILED)
         )
+
+    def _catch_up(self) -> None:
+        """What is left of earlier steps, once, however often this is called."""
+        self._speculator.learn()
+        timed, self._timed = self._timed, None
+        if timed is not None:
+            self._learn_costs(*timed)
+        # Last, as events wake other threads: these run while this one waits for the device.
+        self._publish()
 
     def _learn_costs(self, batch: Batch, seconds: float, heads_seconds: float) -> None:
         decoding = any(step.decodes for step in batch.steps)

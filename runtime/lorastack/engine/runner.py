@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from lorastack.engine.acceptance import SampledRow, accept_rows
@@ -45,6 +45,11 @@ class Runner:
         self._stacks = Stacks()
         self._proposer = Proposer(backend, self._stacks)
 
+    @property
+    def overlaps(self) -> bool:
+        """See `Backend`."""
+        return self._backend.overlaps
+
     def rope_length(self, num_prompt: int) -> int:
         """The prompt's length where dynamic RoPE scales by it, else 0.
 
@@ -53,10 +58,13 @@ class Runner:
         begin = self._backend.dynamic_rope_begin
         return num_prompt if begin is not None and num_prompt > begin else 0
 
-    def run(self, batch: Batch) -> StepResults:
-        """Runs one step: one forward pass, then the heads of rows that ask for candidates."""
+    def run(self, batch: Batch, meanwhile: Callable[[], None] | None = None) -> StepResults:
+        """Runs one step: one forward pass, then the heads of rows that ask for candidates.
+
+        meanwhile: see `Backend.forward`.
+        """
         forward, sampled, firsts = self._lay_out(batch)
-        outputs = self._backend.forward(forward, self._kv)
+        outputs = self._backend.forward(forward, self._kv, meanwhile)
         peaks_X = outputs.peaks_X.tolist()
         results = [
             self._score(step, first, outputs, peaks_X) if step.scored else RowResult()

@@ -273,7 +273,7 @@ class Scheduler:
         if step.decodes:
             row.count_step(drafted)
             with advisory(row):
-                self._speculator.learn(row, result)
+                self._speculator.note(row, result)
         if result.error is not None:
             return
         row.num_computed += len(step.token_ids) - len(drafted) + len(result.sources)

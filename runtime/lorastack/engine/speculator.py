@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from lorastack.engine.batch import RowResult
 from lorastack.engine.costs import Costs
@@ -15,7 +16,8 @@ from lorastack.engine.row import Row
 from lorastack.speculation.budget import allot, pays
 from lorastack.speculation.calibration import Calibration
 from lorastack.speculation.candidates import Candidates, Chain, forced, looked_up
-from lorastack.speculation.lookup import NOWHERE
+from lorastack.speculation.lookup import NOWHERE, Continuation
+from lorastack.speculation.proposal import Proposal
 from lorastack.speculation.tree import Tree
 
 MAX_CHAIN = 16  # tokens of a chain from prompt lookup or a grammar
@@ -26,6 +28,16 @@ MAX_PAUSE = 16  # steps in a row without trees, once none has paid for long
 WITHOUT_HEADS = ""  # the key, in place of a heads digest, of what rows without heads teach
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Lesson:
+    """What a step's samples are to be compared with."""
+
+    row: Row
+    proposal: Proposal | None
+    continuation: Continuation
+    tokens: Sequence[int]
 
 
 class Speculator:
@@ -40,6 +52,7 @@ class Speculator:
     ) -> None:
         """max_nodes: for rows whose requests set none. max_step_tokens: of all rows together."""
         self.calibrations = calibrations
+        self._lessons: list[_Lesson] = []  # not learnt yet
         self._changed: set[str] = set()  # keys of what has learnt since `take_learned`
         self._costs = costs
         self._max_nodes = max_nodes
@@ -118,26 +131,38 @@ class Speculator:
                     self._calibration(row).record_worths(node.worth for node in candidates.nodes)
         return [trees.get(row) for row in rows]
 
-    def learn(self, row: Row, result: RowResult) -> None:
-        """Compare the step's samples with what the row's heads and lookup said."""
-        if row.proposal is None and not row.continuation.tokens:
-            return
-        calibration = self._calibration(row)
-        if row.proposal is not None:
-            calibration.record_proposal(row.proposal, result.tokens)
-        if row.continuation.tokens:
-            calibration.record_lookup(*row.continuation, result.tokens)
-        self._changed.add(_digest(row))
+    def note(self, row: Row, result: RowResult) -> None:
+        """Keep the step's samples, beside what the row's heads and lookup said, for `learn`."""
+        if row.proposal is not None or row.continuation.tokens:
+            lesson = _Lesson(row, row.proposal, row.continuation, result.tokens)
+            self._lessons.append(lesson)
+
+    def learn(self) -> None:
+        """Compare what was noted. The next trees may be made before: they know a step less then."""
+        lessons, self._lessons = self._lessons, []
+        for lesson in lessons:
+            with advisory(lesson.row):
+                self._learn(lesson)
 
     def take_learned(self) -> dict[str, Calibration]:
         """Copies of the calibrations that learnt something since the last call."""
+        self.learn()
         changed, self._changed = self._changed, set()
         return {digest: self.calibrations[digest].copy() for digest in changed}
 
     def forget(self, digest: str) -> None:
         """No row will use these heads again."""
+        self.learn()  # or a lesson that is left would bring them back
         self.calibrations.pop(digest, None)
         self._changed.discard(digest)
+
+    def _learn(self, lesson: _Lesson) -> None:
+        calibration = self._calibration(lesson.row)
+        if lesson.proposal is not None:
+            calibration.record_proposal(lesson.proposal, lesson.tokens)
+        if lesson.continuation.tokens:
+            calibration.record_lookup(*lesson.continuation, lesson.tokens)
+        self._changed.add(_digest(lesson.row))
 
     def _candidates(self, row: Row, paused: bool) -> Candidates | None:
         """None: nothing may be drafted, or nothing is proposed. paused: only if its heads ran."""

@@ -7,7 +7,7 @@ one copy to the device and one back. The bulk of the rest goes through `ops`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -24,7 +24,8 @@ class Backend(Protocol):
     """A base model on a device. Holds no state of a request. Only `head_rows` is thread-safe.
 
     name: the kind of backend and its instructions. quantization: its weights' `Kind`, or "".
-    dynamic_rope_begin: see `DecoderConfig`.
+    dynamic_rope_begin: see `DecoderConfig`. overlaps: the device works on a step by itself, while
+    the host does something else.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Backend(Protocol):
     dtype: torch.dtype
     quantization: str
     dynamic_rope_begin: int | None
+    overlaps: bool
     ops: Ops
 
     def make_kv(self, num_pages: int, page_size: int) -> KVCache:
@@ -43,12 +45,17 @@ class Backend(Protocol):
         """Once, before anybody owns a page: gets ready what would hold up early steps."""
         ...
 
-    def forward(self, batch: ForwardBatch, kv: KVCache) -> Outputs:
+    def forward(
+        self, batch: ForwardBatch, kv: KVCache, meanwhile: Callable[[], None] | None = None
+    ) -> Outputs:
         """Runs a step. Writes the keys and values of all its tokens to `kv`.
 
         Ends when the device is done with it, so that a step can be timed. A backend that samples on
         its device may also move those of accepted nodes and ask heads that stand alone, and says so
         in `Outputs`: then a step needs one copy in and one back.
+
+        meanwhile: other work of the host, which raises nothing. Called once, when all of the step
+        is enqueued and before the wait for it, by a backend that `overlaps`; by others never.
         """
         ...
 

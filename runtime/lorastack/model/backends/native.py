@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -81,6 +81,8 @@ def fits(isa: Isa, shapes: ModelShapes) -> bool:
 class NativeBackend:
     """See `Backend`. Owns the packed weights and the scratch memory of a step."""
 
+    overlaps = False
+
     def __init__(
         self,
         config: DecoderConfig,
@@ -145,7 +147,9 @@ class NativeBackend:
     def prepare(self, kv: KVCache) -> None:
         """See `Backend`."""
 
-    def forward(self, batch: ForwardBatch, kv: KVCache) -> Outputs:
+    def forward(
+        self, batch: ForwardBatch, kv: KVCache, meanwhile: Callable[[], None] | None = None
+    ) -> Outputs:
         """See `Backend`."""
         num_outputs, uses = len(batch.outputs), batch.lora.segments
         # Views are taken before the library runs: it leaves nothing of torch in the caches.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -54,6 +54,7 @@ class TorchBackend:
     """See `Backend`; with plain `Ops` the reference for every other one."""
 
     name = "torch"
+    overlaps = False
 
     def __init__(
         self,
@@ -106,7 +107,9 @@ class TorchBackend:
     def prepare(self, kv: KVCache) -> None:
         """See `Backend`."""
 
-    def forward(self, batch: ForwardBatch, kv: KVCache) -> Outputs:
+    def forward(
+        self, batch: ForwardBatch, kv: KVCache, meanwhile: Callable[[], None] | None = None
+    ) -> Outputs:
         """See `Backend`."""
         return self.outputs(*self.compute(batch, kv), batch.trees)
 

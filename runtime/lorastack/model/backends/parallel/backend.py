@@ -6,7 +6,7 @@ drawn, accepted and proposed is shard 0's alone, which has the logits of all tok
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from itertools import count
@@ -63,6 +63,8 @@ class ParallelKV(KVCache):
 
 class ParallelBackend:
     """See `Backend`. After a `DeviceLostError` no call works any more."""
+
+    overlaps = False
 
     def __init__(
         self,
@@ -147,7 +149,9 @@ class ParallelBackend:
     def prepare(self, kv: KVCache) -> None:
         """See `Backend`."""
 
-    def forward(self, batch: ForwardBatch, kv: KVCache) -> Outputs:
+    def forward(
+        self, batch: ForwardBatch, kv: KVCache, meanwhile: Callable[[], None] | None = None
+    ) -> Outputs:
         """See `Backend`. kv: what `make_kv` made."""
         assert isinstance(kv, ParallelKV)
         with self.crew.together():

@@ -6,7 +6,7 @@ that neither the number of tokens nor the bucket changes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from weakref import WeakKeyDictionary
 
@@ -70,6 +70,7 @@ class TritonBackend:
         self.dtype = dtype
         self.quantization = "" if kind is None else kind.value
         self.dynamic_rope_begin = config.dynamic_rope_begin
+        self.overlaps = device.type != "cpu"  # the interpreter computes in the call
         self.ops: Ops = TritonOps(device)
         self._window = config.window
         self._calls = device_of(device) if calls is None else calls
@@ -120,7 +121,9 @@ class TritonBackend:
                     self.forward(batch, kv)
 
     @torch.inference_mode()
-    def forward(self, batch: ForwardBatch, kv: KVCache) -> Outputs:
+    def forward(
+        self, batch: ForwardBatch, kv: KVCache, meanwhile: Callable[[], None] | None = None
+    ) -> Outputs:
         """See `Backend`."""
         steps = self._steps_of(kv)
         step, results = steps.of(bucket_of(len(batch.token_ids)))
@@ -131,18 +134,20 @@ class TritonBackend:
         inputs.upload()
         launch = partial(launch_step, self._model, step, self._lora_launch(kind, inputs.bucket))
         steps.graphs.run((inputs.bucket, kind), launch)
-        drafted: Sequence[TopTokens | None] = ()
-        heads_seconds = 0.0
-        if heads is None:
-            results.download(0)
-        else:
+        began = ended = None
+        if heads is not None:
             began = self._calls.mark()
             hidden_XH, ends_B = step.memory.hidden_XH, step.accepted.ends_B
             launch_heads(hidden_XH, ends_B, inputs.heads, heads, results.drafts)
             ended = self._calls.mark()
-            results.download(heads.num_drafts)
-            drafted = top_of(heads, results.drafted(heads.num_drafts), len(batch.trees))
-            heads_seconds = ended() - began()
+        num_drafts = 0 if heads is None else heads.num_drafts
+        results.download(num_drafts)
+        if self.overlaps and meanwhile is not None:
+            meanwhile()
+        self._calls.wait()
+        drafted: Sequence[TopTokens | None] = ()
+        if heads is not None:
+            drafted = top_of(heads, results.drafted(num_drafts), len(batch.trees))
         logits_CXV = step.memory.logits_of(self._model.weights.lm_head, inputs.bucket)
         return Outputs(
             step.memory.hidden_XH[:num_outputs],
@@ -151,7 +156,7 @@ class TritonBackend:
             results.accepted(batch),
             moved=True,
             drafted=drafted,
-            heads_seconds=heads_seconds,
+            heads_seconds=ended() - began() if began and ended else 0.0,
         )
 
     @torch.inference_mode()

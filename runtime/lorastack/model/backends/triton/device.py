@@ -1,7 +1,7 @@
 """The few calls of a device that are not kernels: copies, what waits for them, and graphs.
 
-Everything of a step is enqueued in order on the stream of the thread that runs steps; the host
-waits once a step, for its results.
+Everything of a step is enqueued in order on the stream of the thread that runs steps, its results'
+copy to the host as well; the host waits once a step, for that.
 """
 
 from __future__ import annotations
@@ -34,12 +34,16 @@ class Device(Protocol):
         ...
 
     def download(self, device: Tensor, host: Tensor) -> None:
-        """Copies once all that was enqueued is done; returns when it is there."""
+        """Enqueues a copy. `host` has it when `wait` has returned."""
+        ...
+
+    def wait(self) -> None:
+        """Returns when all downloads are there, and all that was enqueued before them is done."""
         ...
 
     def mark(self) -> Callable[[], float]:
         """Marks this place of the stream; the function gives the second at which the device came
-        by, from some start, once a later download has returned."""
+        by, from some start, once a later download is there."""
         ...
 
     def capture(self, run: Callable[[], None]) -> Replay:
@@ -63,6 +67,9 @@ class CpuDevice:
 
     def download(self, device: Tensor, host: Tensor) -> None:
         host.copy_(device)
+
+    def wait(self) -> None:
+        pass
 
     def mark(self) -> Callable[[], float]:
         now = time.monotonic()
@@ -99,6 +106,8 @@ class CudaDevice:
     def download(self, device: Tensor, host: Tensor) -> None:
         host.copy_(device, non_blocking=True)
         self._done.record()
+
+    def wait(self) -> None:
         self._done.synchronize()
 
     def mark(self) -> Callable[[], float]:

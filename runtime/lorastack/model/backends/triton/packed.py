@@ -51,7 +51,7 @@ class Packed:
         self._calls.upload(self._host[:end], self._device[:end])
 
     def download(self, last: int) -> None:
-        """Waits for the device and copies to the host. last: as in `upload`."""
+        """Enqueues the copy to the host. last: as in `upload`."""
         end = self._end(last)
         self._calls.download(self._device[:end], self._host[:end])
 

@@ -30,7 +30,7 @@ class StepResults:
         self.drafts: Tensor = on_device["drafts"]
 
     def download(self, num_drafts: int) -> None:
-        """Waits for the step. num_drafts: elements of `drafts` that count."""
+        """Enqueues the copy to the host. num_drafts: elements of `drafts` that count."""
         self._packed.download(num_drafts)
 
     def best(self, num_outputs: int) -> tuple[Tensor, Tensor]:
