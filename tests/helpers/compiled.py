@@ -25,6 +25,7 @@ _TYPES = {
     torch.bfloat16: "bf16",
     torch.int32: "i32",
     torch.int64: "i64",
+    torch.uint8: "u8",
 }
 _RESOURCES = re.compile(r"(REG|STACK|SHARED|LOCAL):(\d+)")
 
@@ -85,14 +86,17 @@ class Launch:
         """With the types, constants and alignments of its arguments, as a launch compiles it."""
         types: dict[str, str] = {}
         aligned: list[str] = []
+        names = {parameter.name for parameter in self.kernel.params}
+        constants = {name: value for name, value in self.settings.items() if name in names}
         for parameter, value in zip(self.kernel.params, self.args, strict=False):
+            if value is None:
+                constants[parameter.name] = None
+                continue
             types[parameter.name] = _type_of(value)
             place = value.data_ptr() if isinstance(value, torch.Tensor) else value
             told = not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment)
             if told and isinstance(place, int) and place % 16 == 0:
                 aligned.append(parameter.name)
-        names = {parameter.name for parameter in self.kernel.params}
-        constants = {name: value for name, value in self.settings.items() if name in names}
         options = {name: value for name, value in self.settings.items() if name not in names}
         return compile_kernel(self.kernel, architecture, types, constants, aligned, **options)
 
