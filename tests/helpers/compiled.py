@@ -121,8 +121,8 @@ def _read(cubin: bytes, shared: int) -> Compiled:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        resources = dict(_RESOURCES.findall(_dump("-res-usage", file.name)))
-        code = _dump("-sass", file.name)
+        code = _dump(file.name)
+    resources = dict(_RESOURCES.findall(code))
     return Compiled(
         registers=int(resources["REG"]),
         shared=shared,
@@ -131,9 +131,11 @@ def _read(cubin: bytes, shared: int) -> Compiled:
     )
 
 
-def _dump(what: str, file: str) -> str:
+def _dump(file: str) -> str:
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    done = subprocess.run([tool, what, file], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [tool, "-res-usage", "-sass", file], capture_output=True, text=True, check=True
+    )
     return done.stdout
