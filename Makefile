@@ -63,7 +63,10 @@ check-arm: install
 	$(PYTEST) --emulated '$(ARM_RUN) $(ARM)/emulated' -k 'NEON or same_bits or agree' tests/kernels
 
 # The Triton kernels without a GPU: the whole backend on CPU tensors in Triton's interpreter, then
-# every kernel compiled for the devices that it may meet.
+# every kernel compiled for the devices that it may meet. What has not changed is not compiled again.
+# Tests go to whoever is free: most of the time is spent in few files.
+check-triton: export TRITON_CACHE_DIR ?= $(CURDIR)/build/triton
+check-triton: PYTEST += --dist worksteal
 check-triton: install
 	TRITON_INTERPRET=1 $(PYTEST) tests/triton
 	$(PYTEST) tests/triton/compiled
@@ -77,6 +80,8 @@ format: $(STAMP)
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
+# Kernels for devices are compiled by `make check-triton` alone.
+test test-quick: PYTEST += --ignore tests/triton/compiled
 test: install
 	$(PYTEST)
 

@@ -25,6 +25,7 @@ _TYPES = {
     torch.bfloat16: "bf16",
     torch.int32: "i32",
     torch.int64: "i64",
+    torch.uint8: "u8",
 }
 _RESOURCES = re.compile(r"(REG|STACK|SHARED|LOCAL):(\d+)")
 
@@ -85,14 +86,17 @@ class Launch:
         """With the types, constants and alignments of its arguments, as a launch compiles it."""
         types: dict[str, str] = {}
         aligned: list[str] = []
+        names = {parameter.name for parameter in self.kernel.params}
+        constants = {name: value for name, value in self.settings.items() if name in names}
         for parameter, value in zip(self.kernel.params, self.args, strict=False):
+            if value is None:
+                constants[parameter.name] = None
+                continue
             types[parameter.name] = _type_of(value)
             place = value.data_ptr() if isinstance(value, torch.Tensor) else value
             told = not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment)
             if told and isinstance(place, int) and place % 16 == 0:
                 aligned.append(parameter.name)
-        names = {parameter.name for parameter in self.kernel.params}
-        constants = {name: value for name, value in self.settings.items() if name in names}
         options = {name: value for name, value in self.settings.items() if name not in names}
         return compile_kernel(self.kernel, architecture, types, constants, aligned, **options)
 
@@ -117,8 +121,8 @@ def _read(cubin: bytes, shared: int) -> Compiled:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        resources = dict(_RESOURCES.findall(_dump("-res-usage", file.name)))
-        code = _dump("-sass", file.name)
+        code = _dump(file.name)
+    resources = dict(_RESOURCES.findall(code))
     return Compiled(
         registers=int(resources["REG"]),
         shared=shared,
@@ -127,9 +131,11 @@ def _read(cubin: bytes, shared: int) -> Compiled:
     )
 
 
-def _dump(what: str, file: str) -> str:
+def _dump(file: str) -> str:
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    done = subprocess.run([tool, what, file], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [tool, "-res-usage", "-sass", file], capture_output=True, text=True, check=True
+    )
     return done.stdout
