@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -200,8 +201,8 @@ def test_what_a_backend_drafts_within_its_step_is_not_asked_again(
     forward, propose = drafts.backend.forward, drafts.backend.ops.propose
     asked: list[int] = []
 
-    def answering(batch: ForwardBatch, kv: KVCache) -> Outputs:
-        outputs, drafted = forward(batch, kv), list[TopTokens | None]()
+    def answering(batch: ForwardBatch, kv: KVCache, *rest: Any) -> Outputs:
+        outputs, drafted = forward(batch, kv, *rest), list[TopTokens | None]()
         for number, tree in enumerate(batch.trees):
             top = None
             if tree.ask is not None and number != 4:

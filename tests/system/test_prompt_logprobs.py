@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -175,10 +176,10 @@ def test_a_step_holds_few_logits(world: World, monkeypatch: pytest.MonkeyPatch) 
     most = 0
     forward = world.bench.decoder.forward
 
-    def counted(batch: ForwardBatch, kv: KVCache) -> Outputs:
+    def counted(batch: ForwardBatch, kv: KVCache, *rest: Any) -> Outputs:
         nonlocal most
         most = max(most, len(batch.outputs))
-        return forward(batch, kv)
+        return forward(batch, kv, *rest)
 
     monkeypatch.setattr(world.bench.decoder, "forward", counted)
     ids = [1, *(4 + index % 270 for index in range(150))]
@@ -257,8 +258,8 @@ def test_a_score_that_is_not_finite_ends_its_row_alone(
 ) -> None:
     forward = world.bench.decoder.forward
 
-    def broken(batch: ForwardBatch, kv: KVCache) -> Outputs:
-        outputs = forward(batch, kv)
+    def broken(batch: ForwardBatch, kv: KVCache, *rest: Any) -> Outputs:
+        outputs = forward(batch, kv, *rest)
         if len(batch.rows) == 2 and len(batch.outputs) > 2:
             outputs.peaks_X[place] = math.nan
         return outputs

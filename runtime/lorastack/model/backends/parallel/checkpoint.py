@@ -7,7 +7,7 @@ from copy import copy
 from dataclasses import replace
 from io import FileIO
 from math import prod
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +17,6 @@ from lorastack.model.backends.parallel.shards import BY_INPUTS, Shard
 from lorastack.model.checkpoint import DTYPES, Checkpoint
 from lorastack.model.weights import EMBED_WEIGHT, LM_HEAD_WEIGHT, MODULES
 from lorastack.tensorheader import TensorEntry
-
-if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer
 
 
 class CheckpointShard(Checkpoint):
@@ -101,7 +98,7 @@ class _Columns(FileIO):
         self._width = columns.nbytes // columns.shape[0]
         self._done = 0  # bytes
 
-    def readinto(self, buffer: WriteableBuffer, /) -> int | None:
+    def readinto(self, buffer: Any, /) -> int | None:
         row, place = divmod(self._done, self._width)
         self.seek(self._start + row * self._stride + place)
         count = super().readinto(memoryview(buffer)[: self._width - place])
