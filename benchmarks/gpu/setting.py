@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -10,20 +10,10 @@ from torch import Tensor
 from lorastack.kernels.triton.launch import INTERPRETED, why_not
 from lorastack.layout import ModelShapes
 from tests.helpers import interpreter
+from tests.helpers.shapes import MISTRAL_7B
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-MISTRAL = ModelShapes(
-    architecture="MistralForCausalLM",
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_layers=32,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
-    vocab_size=32768,
-    max_context=16384,
-    tie_word_embeddings=False,
-)
+MISTRAL = replace(MISTRAL_7B, vocab_size=32768, max_context=16384)
 SMALL = ModelShapes(
     architecture="MistralForCausalLM",
     hidden_size=1024,

@@ -33,20 +33,9 @@ from lorastack.adapters.memory.loader import Loader
 from lorastack.adapters.store.registry import Registry
 from lorastack.config import MIB
 from lorastack.kernels.packing import allocate
-from lorastack.layout import LAYER_TARGETS, ModelShapes
+from lorastack.layout import LAYER_TARGETS
+from tests.helpers.shapes import MISTRAL_7B
 
-MISTRAL_7B = ModelShapes(
-    architecture="MistralForCausalLM",
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_layers=32,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
-    vocab_size=32000,
-    max_context=32768,
-    tie_word_embeddings=False,
-)
 RANK = 16
 WEIGHTS = "adapter_model.safetensors"
 PIECE = 4 * MIB

@@ -7,6 +7,7 @@ that the host tried to read from the device would raise.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from lorastack.kernels.heads import HeadsWeights
 from lorastack.kernels.segmented_lora import GroupLora, TargetLora
 from lorastack.kernels.triton.weight import Weight, pack_weight
-from lorastack.layout import GROUPS, ModelShapes
+from lorastack.layout import GROUPS
 from lorastack.lora.segments import LoraBatch, Segment
 from lorastack.lora.weights import LoraWeights
 from lorastack.model.backends.triton.backend import TritonBackend
@@ -24,21 +25,11 @@ from lorastack.model.kv import KVCache
 from lorastack.model.weights import DecoderWeights, LayerWeights
 from lorastack.request import SamplingParams, TokenSource
 from lorastack.speculation.tree import Tree
+from tests.helpers.shapes import MISTRAL_7B
 
 META, DTYPE = torch.device("meta"), torch.bfloat16
 PAGE, PAST = 16, 1000
-SHAPES = ModelShapes(
-    architecture="MistralForCausalLM",
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_layers=32,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
-    vocab_size=32000,
-    max_context=4096,
-    tie_word_embeddings=False,
-)
+SHAPES = replace(MISTRAL_7B, max_context=4096)
 
 
 class MockDevice:

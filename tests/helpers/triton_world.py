@@ -12,13 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorastack.kernels.quantize import Kind
-from lorastack.layout import EMBED, LAYER_TARGETS, LM_HEAD
 from lorastack.lora.weights import LoraWeights
 from lorastack.model.backends.base import Backend
 from lorastack.model.backends.load import load_backend
 from lorastack.model.kv import KVCache
 from tests.helpers.adapters import write_lora
-from tests.helpers.native import Uses
+from tests.helpers.mixed_loras import LORAS
 from tests.helpers.packed import read_weights
 from tests.helpers.tiny import VOCAB_SIZE, shapes_of
 
@@ -33,13 +32,6 @@ SMALL = {
     "head_dim": 16,
     "max_position_embeddings": 256,
 }
-LORAS: dict[str, dict[str, Any]] = {
-    "all": {"rank": 5, "targets": (*LAYER_TARGETS, LM_HEAD, EMBED)},
-    "some": {"rank": 19, "targets": ("k_proj", "up_proj", "down_proj"), "seed": 2},
-    "wide": {"rank": 33, "targets": ("q_proj", "o_proj", "gate_proj"), "seed": 3},
-}
-ALL, SOME, WIDE = range(len(LORAS))  # their places
-STACKS: tuple[Uses, ...] = ((), ((ALL, 1.0),), ((SOME, 1.0),), ((ALL, 0.5), (WIDE, 1.5)))
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from lorastack.request import SamplingParams
 from lorastack.sampling.reference import sample_reference, survivors
 from tests.helpers.guarded import guarded
 from tests.helpers.isas import FLOAT32, each_of
+from tests.helpers.logits import LOGITS_KINDS, make_logits
 
 Way = Callable[[Tensor, Sequence[Sample]], list[int]]
 
@@ -44,20 +45,7 @@ PARAMS = st.builds(
     seed=SEEDS,
 )
 ROWS = st.lists(st.tuples(PARAMS, st.integers(0, 10**6)), min_size=1, max_size=6)
-KINDS = st.sampled_from(["normal", "wide", "2 levels", "5 levels", "holes"])
-
-
-def make_logits(seed: int, rows: int, size: int, kind: str = "normal") -> Tensor:
-    """Random; `levels` are few different values, so that ties are everywhere."""
-    generator = torch.Generator().manual_seed(seed % 2**63)
-    if kind.endswith("levels"):
-        return torch.randint(int(kind[0]), (rows, size), generator=generator).float()
-    logits_XV = torch.randn(rows, size, generator=generator) * (30 if kind == "wide" else 3)
-    if kind == "holes":
-        holes = torch.rand(rows, size, generator=generator) < 0.8
-        holes[:, size // 2] = False
-        logits_XV[holes] = -math.inf
-    return logits_XV
+KINDS = st.sampled_from(LOGITS_KINDS)
 
 
 def expected(logits_XV: Tensor, samples: Sequence[Sample]) -> list[int]:

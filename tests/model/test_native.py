@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from lorastack.kernels.quantize import Kind
-from lorastack.layout import EMBED, LAYER_TARGETS, LM_HEAD
 from lorastack.lora.weights import LoraWeights
 from lorastack.model.backends.base import Backend
 from lorastack.model.backends.load import load_backend
@@ -26,6 +25,7 @@ from lorastack.model.kv import KVCache, Move
 from tests.helpers.adapters import write_lora
 from tests.helpers.examples import at_most
 from tests.helpers.isas import each_variant
+from tests.helpers.mixed_loras import LORAS, STACKS
 from tests.helpers.native import RowPart, Uses, lay_out, run
 from tests.helpers.packed import read_weights
 from tests.helpers.tiny import VOCAB_SIZE, build_llama, build_mistral, shapes_of
@@ -41,13 +41,6 @@ MODELS: dict[str, tuple[Callable[..., Path], dict[str, Any]]] = {
     "int4": (build_llama, {"attention_bias": True, "mlp_bias": True, "intermediate_size": 88}),
 }
 KINDS = {kind.value: kind for kind in Kind}  # of the models that are named so
-LORAS = {
-    "all": {"rank": 5, "targets": (*LAYER_TARGETS, LM_HEAD, EMBED)},
-    "some": {"rank": 19, "targets": ("k_proj", "up_proj", "down_proj"), "seed": 2},
-    "wide": {"rank": 33, "targets": ("q_proj", "o_proj", "gate_proj"), "seed": 3},
-}
-ALL, SOME, WIDE = range(len(LORAS))  # their places
-STACKS: tuple[Uses, ...] = ((), ((ALL, 1.0),), ((SOME, 1.0),), ((ALL, 0.5), (WIDE, 1.5)))
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,10 @@ from lorastack.model.backends.triton import backend as backend_module
 from lorastack.model.kv import KVCache, Move
 from tests.helpers.fake_device import LateDevice
 from tests.helpers.launches import launching
+from tests.helpers.mixed_loras import ALL, STACKS, WIDE
 from tests.helpers.native import RowPart, lay_out, run
 from tests.helpers.tiny import build_llama, build_mistral
-from tests.helpers.triton_world import ALL, STACKS, WIDE, World, build_world, tokens
+from tests.helpers.triton_world import World, build_world, tokens
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 16.0}

@@ -20,6 +20,7 @@ from lorastack.kernels.triton.samples import SETTINGS, Nodes, Sampled, num_spans
 from lorastack.request import SamplingParams
 from lorastack.sampling.reference import sample_reference
 from tests.helpers.examples import at_most
+from tests.helpers.logits import LOGITS_KINDS, make_logits
 
 UNSEEN = -7  # what an output holds that is not written
 PARAMS = st.builds(
@@ -30,7 +31,6 @@ PARAMS = st.builds(
     min_p=st.sampled_from([0.0, 0.0, 0.05, 1.0]),
     seed=st.integers(0, 2**64 - 1),
 )
-KINDS = ["normal", "wide", "2 levels", "5 levels", "holes"]
 
 
 @pytest.fixture(autouse=True)
@@ -38,19 +38,6 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that rows take several."""
     monkeypatch.setattr(module, "SPAN", 64)
     monkeypatch.setattr(module, "BLOCK", 64)
-
-
-def make_logits(seed: int, rows: int, size: int, kind: str = "normal") -> Tensor:
-    """Random; `levels` are few different values, so that ties are everywhere."""
-    generator = torch.Generator().manual_seed(seed)
-    if kind.endswith("levels"):
-        return torch.randint(int(kind[0]), (rows, size), generator=generator).float()
-    logits_XV = torch.randn(rows, size, generator=generator) * (30 if kind == "wide" else 3)
-    if kind == "holes":
-        holes = torch.rand(rows, size, generator=generator) < 0.8
-        holes[:, size // 2] = False
-        logits_XV[holes] = -math.inf
-    return logits_XV
 
 
 def run(logits_XV: Tensor, samples: Sequence[Sample], device: torch.device) -> Sampled:
@@ -107,7 +94,7 @@ def test_draws_are_the_references(
     device: torch.device, seed: int, params: list[SamplingParams], data: st.DataObject
 ) -> None:
     size = data.draw(st.sampled_from([1, 20, 64, 150]))
-    logits_XV = make_logits(seed, 3, size, data.draw(st.sampled_from(KINDS)))
+    logits_XV = make_logits(seed, 3, size, data.draw(st.sampled_from(LOGITS_KINDS)))
     samples = [Sample(row, each, seed * row) for row, each in enumerate(params)]
     expected = [
         sample_reference(logits_XV[row].tolist(), each, index) for row, each, index in samples

@@ -13,9 +13,10 @@ from lorastack.model.backends.accept import accept_trees
 from lorastack.model.context import ForwardBatch, HeadsAsk, SampledTree
 from lorastack.request import SamplingParams, TokenSource
 from lorastack.speculation.tree import Tree
+from tests.helpers.mixed_loras import STACKS
 from tests.helpers.native import RowPart, lay_out
 from tests.helpers.tiny import build_llama
-from tests.helpers.triton_world import STACKS, World, build_world, tokens
+from tests.helpers.triton_world import World, build_world, tokens
 
 PARAMS = [SamplingParams(), SamplingParams(temperature=0.8, top_k=50, seed=3), SamplingParams()]
 PAGES = [[1], [3], [5]]
