@@ -6,6 +6,7 @@ import json
 import re
 import socket
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import pytest
@@ -289,6 +290,24 @@ def test_connections_far_beyond_the_bound_are_closed(
         wait_until(lambda: len(gateway._server.server_state.connections) == 3, "the rest is closed")
         for connection in held:
             connection.close()
+
+
+def test_small_replies_leave_at_once(
+    gateway: GatewayThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A head and its body are two writes: held back, the second waits 40 ms for the caller."""
+    served: list[socket.socket] = []
+    made = serving.PatientProtocol.connection_made
+
+    def connection_made(protocol: serving.PatientProtocol, transport: Any) -> None:
+        served.append(transport.get_extra_info("socket"))
+        made(protocol, transport)
+
+    monkeypatch.setattr(serving.PatientProtocol, "connection_made", connection_made)
+    with connect(gateway.address) as connection:
+        connection.sendall(b"GET /version HTTP/1.1\r\nHost: here\r\n\r\n")
+        assert connection.recv(1)
+        assert served[0].getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_requests_in_one_packet_are_answered_in_their_order(gateway: GatewayThread) -> None:

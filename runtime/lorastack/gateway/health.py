@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -28,7 +27,7 @@ Scrape = Callable[[str], tuple[str, bytes]]  # an Accept header -> content type,
 def operations(upstream: Upstream, scrape: Scrape | None = None) -> list[Operation[Any]]:
     """GET /health, /ping, /startup, /version, /metrics; POST /ping.
 
-    scrape: gives the server's metrics without a call; it may work for a while.
+    scrape: gives the server's metrics without a call, within milliseconds.
     """
 
     remote = _RemoteScrape(upstream)
@@ -45,7 +44,7 @@ def operations(upstream: Upstream, scrape: Scrape | None = None) -> list[Operati
         if scrape is None:
             content_type, content = await remote.text(accept)
         else:
-            content_type, content = await asyncio.to_thread(scrape, accept)
+            content_type, content = scrape(accept)
         return Reply(content, headers={"content-type": content_type})
 
     serves = "200 when requests are served"

@@ -94,7 +94,8 @@ class PatientProtocol(H11Protocol):
 def bind(config: GatewayConfig) -> socket.socket:
     """The port, not listening yet. Raises InvalidArgumentError when it cannot be had."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    bound = socket.socket(family, socket.SOCK_STREAM)
+    # asyncio sends small writes at once (TCP_NODELAY) on sockets of this protocol only.
+    bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind((config.host, config.port))
