@@ -7,6 +7,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from openai import OpenAI
 
 from lorastack.config import AdapterConfig, GatewayConfig
 from lorastack.layout import ModelShapes
@@ -53,3 +54,15 @@ def http(base_url: str) -> Iterator[httpx.Client]:
     """A plain HTTP client of the gateway."""
     with httpx.Client(base_url=base_url, timeout=120) as client:
         yield client
+
+
+@pytest.fixture
+def client(base_url: str) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{base_url}/v1", api_key="x", max_retries=0, timeout=120) as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def base(served: LiveServer) -> str:
+    """The base model's name."""
+    return served.client.model_info().base_model

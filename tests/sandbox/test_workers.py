@@ -4,69 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
-import subprocess
-import sys
-import threading
-from collections.abc import Coroutine, Iterator
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import psutil
 import pytest
 from transformers import AutoTokenizer
 
-from lorastack.errors import InvalidArgumentError, Reason, UnavailableError
-from lorastack.sandbox.pool import JobError, Pool
-from lorastack.sandbox.tasks import TEMPLATE, template_body
-from lorastack.sandbox.wire import Job, Limits, Outcome
-from lorastack.service.calls.call import Chat
-from lorastack.service.calls.untrusted import GRAMMAR_LIMITS, TEMPLATE_LIMITS, Untrusted
-from lorastack.text.conversation import Conversation
-from lorastack.text.grammar import GrammarCompiler, JsonSchema, Regex
-from lorastack.text.tokenizer import Tokenizer
+from lorastack.errors import InvalidArgumentError, Reason
+from lorastack.sandbox.pool import Pool
+from lorastack.sandbox.wire import Job
+from lorastack.text.grammar import JsonSchema, Regex
 from tests.helpers.tiny import CHATML
-
-T = TypeVar("T")
-
-CHAT = (("system", "be brief"), ("user", "hi é 😀"), ("assistant", "yes?"), ("user", "a\n<b>"))
-MAX_TEXT = 100_000
-PATIENCE = 100.0
-FOR_EVER = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-
-
-class Sandbox:
-    """A pool on an event loop that runs while somebody asks."""
-
-    def __init__(self, folder: Path) -> None:
-        self.tokenizer = Tokenizer.load(folder)
-        self.runner = asyncio.Runner()
-        grammars = GrammarCompiler(self.tokenizer, self.tokenizer.vocab_size)
-        self.untrusted = Untrusted(
-            self.tokenizer,
-            grammars,
-            MAX_TEXT,
-            template_limits=replace(TEMPLATE_LIMITS, cpu=0.3, wall=PATIENCE),
-            grammar_limits=replace(GRAMMAR_LIMITS, cpu=0.5, wall=PATIENCE),
-        )
-
-    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        return self.runner.run(asyncio.wait_for(coroutine, PATIENCE))
-
-    def render(self, template: str, messages: tuple[tuple[str, str], ...] = CHAT) -> str:
-        return self.run(self.untrusted.render(template, Chat(messages), "caller"))
-
-    def admit(self, wanted: JsonSchema | Regex) -> int:
-        return self.run(self.untrusted.admit(wanted, "caller"))
-
-
-@pytest.fixture(scope="module")
-def sandbox(tiny_llama: Path) -> Iterator[Sandbox]:
-    sandbox = Sandbox(tiny_llama)
-    with sandbox.runner:
-        yield sandbox
-        sandbox.run(sandbox.untrusted.close())
-
+from tests.sandbox.workers import CHAT, FOR_EVER, Sandbox
 
 TEMPLATES = {
     "chatml": CHATML,
@@ -293,151 +242,3 @@ def test_the_same_grammar_asked_for_by_many_is_tried_by_few(sandbox: Sandbox) ->
         patch.setattr(Pool, "_serve", counted)
         assert len(set(sandbox.run(ask()))) <= 2
     assert len(started) <= 2  # as many as there are workers
-
-
-async def started(pool: Pool, num_jobs: int) -> None:
-    """Waits until `num_jobs` children run."""
-    while sum(len(psutil.Process(pid).children()) for pid in pool.pids) < num_jobs:
-        await asyncio.sleep(0.001)
-
-
-def endless() -> Job:
-    limits = Limits(cpu=1000, wall=1000, memory=1 << 28, output=100)
-    return Job(
-        task=TEMPLATE, body=template_body(FOR_EVER, Conversation([], None, {})), limits=limits
-    )
-
-
-def test_whoever_gives_up_frees_the_worker(sandbox: Sandbox) -> None:
-    pool = sandbox.untrusted.pool
-
-    async def check() -> None:
-        jobs = [asyncio.create_task(pool.run(endless(), "caller")) for _ in range(4)]
-        await started(pool, 2)
-        children = [child for pid in pool.pids for child in psutil.Process(pid).children()]
-        assert pool.num_waiting == 2
-        for job in jobs:
-            job.cancel()
-        await asyncio.wait(jobs)
-        assert pool.num_waiting == 0
-        # The workers serve the next caller, and none was replaced.
-        pids = pool.pids
-        texts = [sandbox.untrusted.render("x", Chat(CHAT), "caller") for _ in range(4)]
-        assert await asyncio.gather(*texts) == ["x"] * 4
-        assert pool.pids == pids
-        assert pool.num_running == 0
-        assert not any(child.is_running() for child in children)
-
-    sandbox.run(check())
-
-
-def test_a_worker_that_dies_is_replaced(sandbox: Sandbox) -> None:
-    pool = sandbox.untrusted.pool
-
-    async def kill_all() -> list[psutil.Process]:
-        """Waits for a child, kills all workers and returns their children."""
-        await started(pool, 1)
-        workers = [psutil.Process(pid) for pid in pool.pids]
-        children = [child for worker in workers for child in worker.children()]
-        for worker in workers:
-            worker.kill()
-        return children
-
-    async def check() -> None:
-        job = asyncio.create_task(pool.run(endless(), "caller"))
-        children = await kill_all()
-        # A job is tried once more; no caller hears of a worker that died idle.
-        texts = [sandbox.untrusted.render("x", Chat(CHAT), "caller") for _ in range(3)]
-        assert await asyncio.gather(*texts) == ["x"] * 3
-        children += await kill_all()
-        with pytest.raises(UnavailableError) as lost:
-            await job
-        assert lost.value.reason is Reason.WORKER_ENDED
-        assert await sandbox.untrusted.render("x", Chat(CHAT), "caller") == "x"
-        while any(child.is_running() for child in children):
-            await asyncio.sleep(0.001)
-
-    sandbox.run(check())
-
-
-def test_a_job_that_gets_no_processor_is_not_the_callers_fault(sandbox: Sandbox) -> None:
-    job = replace(endless(), limits=replace(endless().limits, wall=0.01))
-    with pytest.raises(JobError) as late:
-        sandbox.run(sandbox.untrusted.pool.run(job, "caller"))
-    assert late.value.outcome is Outcome.TOO_LATE
-
-
-def test_closing_while_a_worker_is_told_its_task() -> None:
-    """Every caller hears that the server ends, and nothing else."""
-    asked, go_on = threading.Event(), threading.Event()
-
-    def setup() -> dict[str, object]:
-        asked.set()
-        assert go_on.wait(PATIENCE)
-        return {"variables": {}}
-
-    async def check() -> None:
-        pool = Pool({TEMPLATE: setup}, num_workers=1)
-        job = Job(task=TEMPLATE, body=template_body("", None), limits=TEMPLATE_LIMITS)
-        running = asyncio.create_task(pool.run(job, "caller"))
-        assert await asyncio.to_thread(asked.wait, PATIENCE)
-        closing = asyncio.create_task(pool.close())
-        while not pool._closed:
-            await asyncio.sleep(0)
-        go_on.set()
-        with pytest.raises(UnavailableError):
-            await running
-        await closing
-        assert pool.pids == []
-
-    asyncio.run(asyncio.wait_for(check(), PATIENCE))
-
-
-def test_closing_ends_the_workers_and_whoever_waits() -> None:
-    async def check() -> None:
-        pool = Pool({TEMPLATE: lambda: {"variables": {}}}, num_workers=1)
-        jobs = [asyncio.create_task(pool.run(endless(), "caller")) for _ in range(2)]
-        await started(pool, 1)
-        (worker,) = map(psutil.Process, pool.pids)
-        (child,) = worker.children()
-        await pool.close()
-        for job in jobs:
-            with pytest.raises(UnavailableError):
-                await job
-        with pytest.raises(UnavailableError):
-            await pool.run(endless(), "caller")
-        assert not worker.is_running()
-        while child.is_running():
-            await asyncio.sleep(0.001)
-
-    asyncio.run(asyncio.wait_for(check(), PATIENCE))
-
-
-SERVER = """
-import asyncio, sys
-from lorastack.sandbox.pool import Pool
-from lorastack.sandbox.tasks import TEMPLATE
-from tests.sandbox.test_workers import endless, started
-
-async def main():
-    pool = Pool({TEMPLATE: lambda: {"variables": {}}}, num_workers=1)
-    job = asyncio.create_task(pool.run(endless(), "caller"))
-    await started(pool, 1)
-    print(pool.pids[0], flush=True)
-    await job
-
-asyncio.run(main())
-"""
-
-
-def test_workers_end_with_a_server_that_is_killed() -> None:
-    server = subprocess.Popen(
-        [sys.executable, "-c", SERVER], stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]
-    )
-    with server:
-        assert server.stdout is not None
-        worker = psutil.Process(int(server.stdout.readline()))
-        (child,) = worker.children()
-        server.kill()
-    _, alive = psutil.wait_procs([worker, child], timeout=PATIENCE)
-    assert not alive
