@@ -74,7 +74,7 @@ class World:
             return []
         row.waited_since = None
         row.left -= 1
-        heads = [row.heads] if row.heads and self.made.pool.try_acquire(row.heads) else []
+        heads = [row.heads] if row.heads and self.made.pool.try_acquire([row.heads]) else []
         return [*row.loras, *heads]
 
     def check_evictions(self) -> None:

@@ -81,10 +81,10 @@ class World:
             return []
         row.left -= 1
         try:
-            heads = self.made.pool.try_acquire(row.heads) if row.heads else None
+            heads = self.made.pool.try_acquire([row.heads]) if row.heads else None
         except InternalError:
             heads = None
-        return [*found, *([heads] if heads else [])]
+        return [*found, *(heads or ())]
 
     def read(self, views: list[tuple[str, torch.Tensor]]) -> None:
         for digest, buffer in views:

@@ -22,10 +22,13 @@ def ten() -> Iterator[Bench]:
 
 
 def step(made: Bench, *rows: str, heads: str = "") -> list[bool]:
-    """A step of rows with these LoRAs ("ab" is the stack of a and b): which of them ran."""
+    """A step of rows with these LoRAs ("ab" is the stack of a and b): which of them ran.
+
+    heads: those of rows that have some, parted by blanks; "ab" is a, which b corrects.
+    """
     held = [made.pool.acquire(list(row)) for row in rows]
-    drafts = [made.pool.try_acquire(digest) for digest in heads]
-    for adapters in (*(each for each in held if each), *([each] for each in drafts if each)):
+    drafts = [made.pool.try_acquire(list(each)) for each in heads.split()]
+    for adapters in (*(each for each in held if each), *(each for each in drafts if each)):
         made.pool.release([each.digest for each in adapters])
     made.settle()
     return [each is not None for each in held] + [each is not None for each in drafts]
@@ -152,10 +155,10 @@ def test_heads_leave_for_loras_before_loras_do(ten: Bench) -> None:
 
 
 def test_heads_larger_than_the_budget_are_refused(ten: Bench) -> None:
-    assert ten.pool.try_acquire("too-large") is None
+    assert ten.pool.try_acquire(["too-large"]) is None
     ten.settle()
     with pytest.raises(FailedPreconditionError) as refusal:
-        ten.pool.try_acquire("too-large")
+        ten.pool.try_acquire(["too-large"])
     assert refusal.value.reason is Reason.ADAPTER_TOO_LARGE
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lorastack.adapters.formats.parse import parse
 from lorastack.adapters.memory.device import DeviceAdapter
-from lorastack.engine.batch import Batch, RowAdapters, RowStep
+from lorastack.engine.batch import Batch, RowAdapters, RowHeads, RowStep
 from lorastack.engine.runner import Runner
 from lorastack.kernels.heads import HeadsGroup, TopTokens
 from lorastack.kernels.native.isa import Isa
@@ -96,7 +96,8 @@ class Drafts:
             samples=True,
             tree=None,
             adapters=RowAdapters(
-                loras=(self.lora,) if lora else (), heads=self.heads[heads] if heads else None
+                loras=(self.lora,) if lora else (),
+                heads=RowHeads(self.heads[heads]) if heads else None,
             ),
             num_candidates=4 if heads else 0,
         )
@@ -254,7 +255,7 @@ def test_rows_of_failing_heads_go_on_undrafted(drafts: Drafts, heads: str) -> No
     broken = broken_heads(drafts.heads[heads])
     rows = [drafts.row(number, heads) for number in range(3)]
     expected = drafts.run(*rows)
-    rows[1] = replace(rows[1], adapters=RowAdapters(loras=(), heads=broken))
+    rows[1] = replace(rows[1], adapters=RowAdapters(loras=(), heads=RowHeads(broken)))
     found = drafts.run(*rows)
     assert found[1] is None
     assert_same(found[0], expected[0])
@@ -268,7 +269,7 @@ def test_a_step_that_raises_behind_its_heads_reports_their_failure_once(
     drafts: Drafts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = broken_heads(drafts.heads["own"])
-    row = replace(drafts.row(0, "own"), adapters=RowAdapters(loras=(), heads=broken))
+    row = replace(drafts.row(0, "own"), adapters=RowAdapters(loras=(), heads=RowHeads(broken)))
 
     def explode(*_: object) -> None:
         raise RuntimeError("boom")
