@@ -138,9 +138,10 @@ def _stand_alone(step: RowStep) -> bool:
 
 
 def _heads_order(step: RowStep) -> tuple[bool, str, str]:
-    """Sorts rows of one call side by side, and among them those with the same heads."""
+    """Sorts rows of one call side by side, among them those that share matrices, and then those
+    with the same heads."""
     heads = _heads_of(step)
-    return _stand_alone(step), heads.digest, heads.whole.digest
+    return _stand_alone(step), heads.whole.digest, heads.digest
 
 
 def _most_candidates(steps: Sequence[RowStep]) -> int:
