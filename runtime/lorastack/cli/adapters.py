@@ -122,7 +122,7 @@ def list_adapters(
             adapter.id,
             _kind(adapter),
             adapter.rank or "",
-            adapter.num_heads or "",
+            _heads(adapter),
             human_size(adapter.size_bytes),
             Adapter.Residency.Name(adapter.residency).lower(),
             short_digest(adapter.digest),
@@ -357,6 +357,12 @@ def _stands_for(adapter: Adapter) -> str:
     return ", ".join((*_loras_of(adapter), *heads))
 
 
+def _heads(adapter: Adapter) -> str:
+    """How many heads it has, and whose they are if it only corrects them."""
+    number = str(adapter.num_heads or "")
+    return f"{number} of {adapter.shared_heads_id}" if adapter.private_rank else number
+
+
 def _kind(adapter: Adapter) -> str:
     return Adapter.Kind.Name(adapter.kind).lower()
 
@@ -372,6 +378,8 @@ def _print_fields(fields: dict[str, object]) -> None:
     for name, value in shown.items():
         if isinstance(value, list):
             text = ", ".join(map(str, value))
+        elif isinstance(value, dict):
+            text = ", ".join(f"{key} {inner}" for key, inner in value.items())
         elif isinstance(value, int) and name.endswith("_bytes"):
             text = human_size(value)
         else:
