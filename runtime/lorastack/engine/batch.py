@@ -15,12 +15,29 @@ from lorastack.speculation.proposal import Proposal
 from lorastack.speculation.tree import Tree
 
 
+@dataclass(frozen=True, slots=True)
+class RowHeads:
+    """The heads that a row has pinned. private: its own correction of `whole`, if it has one."""
+
+    whole: DeviceAdapter
+    private: DeviceAdapter | None = None
+
+    @property
+    def digest(self) -> str:
+        """What they go by: the private part's, which stands for both."""
+        return (self.private or self.whole).digest
+
+    @property
+    def num_heads(self) -> int:
+        return self.whole.layout.num_heads
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowAdapters:
     """The adapters that a row has pinned for a step. loras: in the order of request.loras."""
 
     loras: tuple[DeviceAdapter, ...]
-    heads: DeviceAdapter | None
+    heads: RowHeads | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

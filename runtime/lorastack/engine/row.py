@@ -119,8 +119,7 @@ class Row:
 
     def uses(self, digest: str) -> bool:
         """True if `digest` is one of the row's LoRAs or its heads."""
-        heads = self.request.heads
-        return digest in self.lora_digests or (heads is not None and heads.digest == digest)
+        return digest in self.request.digests
 
     @property
     def wake_time(self) -> float | None:
