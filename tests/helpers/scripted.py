@@ -163,8 +163,8 @@ class ScriptedProposer:
             failed.append(heads.digest)
             return None
         answer = self._script.answers.get(step.request.request_id, ())
-        following = [*answer[index : index + heads.layout.num_heads]]
-        following += [0] * (heads.layout.num_heads - len(following))
+        following = [*answer[index : index + heads.num_heads]]
+        following += [0] * (heads.num_heads - len(following))
         skill = self._chance.choice((0.2, 0.6, 1.0))
         ids = [self._candidates(token, step.num_candidates, skill) for token in following]
         logprobs = [self._logprobs(step.num_candidates) for _ in following]
@@ -223,11 +223,10 @@ class FlakyPool:
         self.pins.update(digests)
         return tuple(self._adapters[digest] for digest in digests)
 
-    def try_acquire(self, digest: str) -> DeviceAdapter | None:
-        acquired = self.acquire([digest])
-        return acquired[0] if acquired else None
+    def try_acquire(self, digests: Sequence[str]) -> tuple[DeviceAdapter, ...] | None:
+        return self.acquire(digests)
 
-    def prefetch(self, digests: Collection[str]) -> None:
+    def prefetch(self, digests: Collection[str], *, together: bool = False) -> None:
         assert self._adapters.keys() >= set(digests)
 
     def holds(self, digests: Collection[str]) -> bool:
