@@ -139,6 +139,15 @@ class Grammar(Protocol):
         ...
 
 
+class States(Protocol):
+    """The model's states after the final norm, one a token: a tensor [tokens, H] on the host, in
+    the model's dtype.
+    """
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, tokens: slice, /) -> States: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """One row to generate."""
@@ -152,6 +161,7 @@ class Request:
     heads: HeadsUse | None = None
     num_logprobs: int | None = None  # n: the sampled token's and the n best; None: no logprobs
     num_prompt_logprobs: int | None = None  # the same of each token of the prompt
+    capture_states: bool = False  # the states that predict its tokens come with them
     deadline: float | None = None  # time.monotonic() seconds
     grammar: Grammar | None = None  # None: any text
 
@@ -256,6 +266,7 @@ class RowEvent:
     text: str = ""  # newly settled text: whole characters, no part of a stop sequence
     tokens: tuple[GeneratedToken, ...] = ()
     prompt_tokens: tuple[PromptToken, ...] = ()  # all of them before the first of `tokens`
+    states: States | None = None  # those that predicted `tokens`, if the request captures them
     final: Final | None = None
     error: LorastackError | None = None
 

@@ -45,6 +45,7 @@ class Output:
 
     tokens: list[GeneratedToken] = field(default_factory=list)
     prompt_tokens: list[PromptToken] = field(default_factory=list)
+    states: list[torch.Tensor] = field(default_factory=list)
     text: str = ""
     final: Final | None = None
     error: LorastackError | None = None
@@ -62,6 +63,10 @@ class Output:
         assert not (event.prompt_tokens and self.tokens), "the prompt comes first"
         self.prompt_tokens += event.prompt_tokens
         self.tokens += event.tokens
+        if event.states is not None:
+            assert isinstance(event.states, torch.Tensor)
+            assert len(event.states) == len(event.tokens)
+            self.states.append(event.states)
         self.text += event.text
         self.final, self.error = event.final, event.error
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from lorastack.adapters.memory.device import DeviceAdapter
 from lorastack.errors import LorastackError
-from lorastack.request import Request, TokenLogprobs, TokenSource
+from lorastack.request import Request, States, TokenLogprobs, TokenSource
 from lorastack.sampling.processors import Processor
 from lorastack.speculation.proposal import Proposal
 from lorastack.speculation.tree import Tree
@@ -86,13 +86,15 @@ class Batch:
 class RowResult:
     """What a step gave a row. tokens: of the accepted nodes, then one more sample; or ().
 
-    sources: of the accepted nodes. prompt_logprobs: of the tokens behind `RowStep.scored`.
-    error: ends the row, behind the tokens if there are any.
+    sources: of the accepted nodes. prompt_logprobs: of the tokens behind `RowStep.scored`. states:
+    those that predicted `tokens`, if the request captures them. error: ends the row, behind the
+    tokens if there are any.
     """
 
     tokens: tuple[int, ...] = ()
     sources: tuple[TokenSource, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    states: States | None = None
     proposal: Proposal | None = None
     error: LorastackError | None = None

@@ -16,6 +16,7 @@ from lorastack.request import (
     Request,
     RowEvent,
     SpeculationStats,
+    States,
     Timings,
     TokenLogprobs,
     TokenSource,
@@ -206,13 +207,17 @@ class Row:
             if finish is not None:
                 break
         self._count_accepted(result.sources[: len(emitted)])
+        states = None if result.states is None else result.states[: len(emitted)]
         if finish is None:
             if self.processor is not None:
                 self.processor.commit(result.tokens)
             return RowEvent(
-                request_id=self.request.request_id, text="".join(text), tokens=tuple(emitted)
+                request_id=self.request.request_id,
+                text="".join(text),
+                tokens=tuple(emitted),
+                states=states,
             )
-        return self.finish(finish, now, "".join(text), tuple(emitted))
+        return self.finish(finish, now, "".join(text), tuple(emitted), states)
 
     def finish(
         self,
@@ -220,6 +225,7 @@ class Row:
         now: float,
         text: str = "",
         tokens: tuple[GeneratedToken, ...] = (),
+        states: States | None = None,
     ) -> RowEvent:
         """The row's last event, with the text that was held back for a stop sequence."""
         if reason is not FinishReason.STOP_SEQUENCE:
@@ -233,6 +239,7 @@ class Row:
             request_id=self.request.request_id,
             text=text,
             tokens=tokens,
+            states=states,
             final=Final(
                 finish_reason=reason,
                 stop_match=self.text.match or "",

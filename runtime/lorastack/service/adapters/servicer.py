@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Collection, Sequence
 from concurrent.futures import Executor
 from contextlib import aclosing
 
+from lorastack.adapters.catalogue import Catalogue, check_no_alias
 from lorastack.adapters.memory.host import HostCache
 from lorastack.adapters.memory.pool import DevicePool
 from lorastack.adapters.store.manifest import Record
@@ -26,7 +27,6 @@ from lorastack.service.adapters.merging import Merges
 from lorastack.service.adapters.transfer import Transfers
 from lorastack.service.adapters.uploads import Uploads
 from lorastack.service.adapters.writer import StoreWriter
-from lorastack.service.calls.catalogue import Catalogue, check_no_alias
 from lorastack.service.calls.dispatch import Dispatcher
 from lorastack.service.edge.places import caller_of
 from lorastack.service.edge.status import CallGuard, Context, Notes, new_request_id

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Executor
 from pathlib import Path
 
+from lorastack.adapters.catalogue import Catalogue
 from lorastack.adapters.formats.alias import Alias
 from lorastack.adapters.formats.parse import ParsedAdapter
 from lorastack.adapters.formats.validate import Validator
@@ -18,7 +19,6 @@ from lorastack.adapters.store.registry import Pruned, Registry
 from lorastack.adapters.store.upload import Upload
 from lorastack.engine.engine import Engine
 from lorastack.errors import DataLossError, LorastackError, NotFoundError
-from lorastack.service.calls.catalogue import Catalogue
 from lorastack.service.calls.dispatch import Dispatcher
 from lorastack.service.edge.threads import run_in
 

@@ -1,4 +1,4 @@
-"""The adapters that this server can serve: ids to digests, default heads, whose template is whose.
+"""The adapters that fit one base model: ids to digests, default heads, whose template is whose.
 
 Look-ups read the registry's tables in memory. What touches files (`own_template`,
 `set_default_medusa`) belongs into worker threads. Nothing here runs what an adapter brings.
@@ -9,11 +9,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Protocol
 
 from lorastack.adapters.formats.alias import Alias
 from lorastack.adapters.store.ids import NO_HEADS, RESERVED_IDS, split_reference
 from lorastack.adapters.store.manifest import Record
 from lorastack.adapters.store.registry import Registry
+from lorastack.adapters.templates import OwnTemplates
 from lorastack.errors import (
     FailedPreconditionError,
     InvalidArgumentError,
@@ -23,16 +25,32 @@ from lorastack.errors import (
     ResourceExhaustedError,
 )
 from lorastack.request import HeadsUse, LoraUse
-from lorastack.service.calls.served import ServedModel
-from lorastack.service.calls.templates import OwnTemplates
 
 logger = logging.getLogger(__name__)
+
+
+class Templated(Protocol):
+    """What is asked of a tokenizer."""
+
+    @property
+    def chat_template(self) -> str | None: ...
+
+
+class BaseModel(Protocol):
+    """What is asked of a base model: its name, and what tells it from others."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def tokenizer(self) -> Templated: ...
 
 
 class Catalogue:
     """The registry as callers of one base model see it. Thread-safe; it keeps templates only."""
 
-    def __init__(self, model: ServedModel, registry: Registry, fixed_default: str) -> None:
+    def __init__(self, model: BaseModel, registry: Registry, fixed_default: str) -> None:
         """fixed_default: --medusa, an id or NO_HEADS, which wins over what the store says; "" if
         not given."""
         self._model = model
