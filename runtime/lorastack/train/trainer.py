@@ -17,11 +17,10 @@ Shape suffixes: P positions of a batch, K heads, H hidden, J tokens kept of the 
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,76 +29,19 @@ from torch import Tensor
 
 from lorastack.errors import InvalidArgumentError
 from lorastack.kernels.native.isa import usable
-from lorastack.train.checkpoint import load_checkpoint, save_checkpoint
+from lorastack.train.checkpoint import digest, load_checkpoint, save_checkpoint
 from lorastack.train.corpus import NO_TARGET, Corpus
 from lorastack.train.heads import MedusaHeads
 from lorastack.train.loss import SoftTargets, hard_loss, soft_loss
 from lorastack.train.measure import expected_tokens, measure_heads, rank_accuracies, search_choices
+from lorastack.train.options import Epoch, Progress, Trained, TrainOptions
 from lorastack.train.vocabulary import Output, output_of
+
+__all__ = ["Epoch", "Progress", "TrainOptions", "Trained", "matmul_dtype", "train_heads"]
 
 BETAS = (0.9, 0.98)
 JUDGED_NODES = 8  # of the static tree by which epochs are compared
 CHECKPOINT_SECONDS = 60.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainOptions:
-    """held_out: share of the prompts; 0 for none, and then no epoch is judged.
-
-    warmup: share of the steps. patience: epochs without a gain on held-out prompts that end the
-    training. soft_targets: learn the base's distribution over its likeliest tokens, which the
-    corpus has, in place of the token that came.
-    """
-
-    epochs: int = 6
-    batch_size: int = 2048
-    learning_rate: float = 1e-3
-    warmup: float = 0.1
-    held_out: float = 0.05
-    patience: int = 2
-    soft_targets: bool = False
-    seed: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Epoch:
-    """What an epoch ended in; number 0 is the start, before any step.
-
-    train_loss_K: mean over its batches, as it went on; empty at the start. Held-out values are None
-    without held-out prompts. held_loss_K: of the token that came, soft targets or not.
-    held_tokens: tokens a step expected of the best tree of JUDGED_NODES nodes.
-    """
-
-    number: int
-    train_loss_K: list[float]
-    held_loss_K: list[float] | None = None
-    held_top1_K: list[float] | None = None
-    held_tokens: float | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Progress:
-    """After a step. epoch: from 1. loss_K: mean of the epoch so far. last: the last epoch that
-    ended. seconds_left: about; None before anything is known."""
-
-    epoch: int
-    num_epochs: int
-    step: int
-    num_steps: int
-    loss_K: list[float]
-    last: Epoch
-    seconds_left: float | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Trained:
-    """heads: of epoch `best`, in float32 on the host. seconds: of all runs that it took."""
-
-    heads: MedusaHeads
-    history: list[Epoch]
-    best: int
-    num_positions: int
-    seconds: float
 
 
 def matmul_dtype(device: torch.device) -> torch.dtype:
@@ -146,7 +88,9 @@ class _Run:
         taught, held = corpus.split(options.held_out)
         self._taught_P, self._held_P = corpus.positions(taught), corpus.positions(held)
         if not len(self._taught_P):
-            raise InvalidArgumentError("the corpus has no answers to learn from: distil prompts")
+            raise InvalidArgumentError(
+                "the corpus has no answers to learn from: distil more prompts, or hold none out"
+            )
         self._corpus, self._output, self._options, self._path = corpus, output, options, path
         self._identity = _identity(start, corpus, output, options)
         self._device = output.rows_NH.device
@@ -217,7 +161,7 @@ class _Run:
                 field="learning_rate",
             )
         for group in self._optimizer.param_groups:
-            group["lr"] = self._options.learning_rate * self._rate()
+            group["lr"] = self._options.rate(self._step, self._steps)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
 
@@ -236,7 +180,7 @@ class _Run:
         else:
             columns_P = columns_P[valid_P.to(self._device)]
             loss, gradient_PH = hard_loss(r_PH.detach(), self._output.rows_NH, columns_P)
-        r_PH.backward(gradient_PH / count)
+        torch.autograd.backward(r_PH, gradient_PH / count)
         self._sums_K[head] += float(loss)
         self._counts_K[head] += count
 
@@ -247,11 +191,6 @@ class _Run:
         rest_P = (1 - probs_PJ.sum(-1)).clamp_min(0.0)
         probs_PJ = probs_PJ.masked_fill(columns_PJ == NO_TARGET, 0.0)
         return SoftTargets(columns_PJ.clamp(min=0), probs_PJ, rest_P)
-
-    def _rate(self) -> float:
-        warmup = max(1, int(self._options.warmup * self._steps))
-        cosine = 0.5 + 0.5 * math.cos(math.pi * self._step / self._steps)
-        return min((self._step + 1) / warmup, cosine)
 
     def _loss_K(self) -> list[float]:
         return (self._sums_K / self._counts_K).tolist() if self._step else []
@@ -273,9 +212,8 @@ class _Run:
                 held_top1_K=[row[0] for row in rank_accuracies(measured.ranks_PK, 1)],
                 held_tokens=expected_tokens(measured.ranks_PK, choices),
             )
-            best = self._history[self._best].held_tokens if self._history else None
+            better = not self._history or ended.worth > self._history[self._best].worth
             self._history.append(ended)
-            better = best is None or (ended.held_tokens or 0.0) > best
         if better:
             self._best = number
             self._best_weights = {name: t.detach().clone() for name, t in self._learnt.items()}
@@ -369,18 +307,9 @@ def _identity(
     ]
     return {
         **asdict(options),
-        "heads to start from": _digest([*blocks, *start.learnt().values()]),
-        "corpus": _digest(tokens),
-        "draft vocabulary": _digest(ids),
-        "lm_head": _digest([output.rows_NH[:64]]),
+        "heads to start from": digest([*blocks, *start.learnt().values()]),
+        "corpus": digest(tokens),
+        "draft vocabulary": digest(ids),
+        "lm_head": digest([output.rows_NH[:64]]),
         "device and dtype": f"{output.rows_NH.device.type} {output.rows_NH.dtype}",
     }
-
-
-def _digest(tensors: Iterable[Tensor]) -> str:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        plain = tensor.detach().cpu().contiguous()
-        digest.update(f"{plain.dtype} {list(plain.shape)}".encode())
-        digest.update(plain.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
