@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lorastack.errors import FailedPreconditionError, InvalidArgumentError
-from lorastack.train import trainer
+from lorastack.train import measure, trainer
 from lorastack.train.corpus import Corpus
 from lorastack.train.heads import MedusaHeads, identity_heads, with_private
 from lorastack.train.measure import measure_heads, rank_accuracies
@@ -60,6 +60,38 @@ def test_heads_learn_a_counting_text(tmp_path: Path, num_layers: int) -> None:
     assert min(top1(trained.heads, corpus)) > 0.99
     assert trained.history[-1].train_loss_K[0] < 0.1 < trained.history[1].train_loss_K[0]
     assert (trained.history[0].held_tokens or 0) < 1.5 < (trained.history[-1].held_tokens or 0)
+
+
+def test_heads_learn_with_matmuls_in_bfloat16(tmp_path: Path) -> None:
+    corpus, start = counting_corpus(tmp_path), identity_heads(2, 1, HIDDEN)
+    trained = train_heads(start, corpus, lm_head(), None, QUICK, dtype=torch.bfloat16)
+    assert min(top1(trained.heads, corpus)) > 0.99
+    assert {tensor.dtype for tensor in trained.heads.learnt().values()} == {torch.float32}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_device_trains_the_same_heads(tmp_path: Path) -> None:
+    corpus, start = counting_corpus(tmp_path), identity_heads(2, 1, HIDDEN)
+    here = train(corpus, start, SHORT)
+    path, device = tmp_path / "checkpoint.safetensors", torch.device("cuda")
+    there = train(corpus, start, SHORT, device=device, checkpoint=path)
+    for name, tensor in here.heads.learnt().items():
+        torch.testing.assert_close(there.heads.learnt()[name], tensor, rtol=1e-2, atol=1e-3)
+    assert_same(there, train(corpus, start, SHORT, device=device, checkpoint=path, progress=fails))
+
+
+def test_states_are_read_a_batch_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus, read, sizes = counting_corpus(tmp_path), Corpus.hidden, []
+
+    def counted(self: Corpus, positions_P: Tensor) -> Tensor:
+        sizes.append(len(positions_P))
+        return read(self, positions_P)
+
+    monkeypatch.setattr(Corpus, "hidden", counted)
+    monkeypatch.setattr(measure, "_BATCH", 32)
+    train(corpus, identity_heads(1, 1, HIDDEN), SHORT)
+    assert max(sizes) <= SHORT.batch_size < corpus.num_tokens
 
 
 def test_only_the_heads_learn(tmp_path: Path) -> None:
@@ -208,7 +240,7 @@ def test_progress_tells_what_is_left(tmp_path: Path) -> None:
     train(counting_corpus(tmp_path), identity_heads(2, 1, HIDDEN), SHORT, progress=seen.append)
     assert [progress.step for progress in seen] == list(range(1, 13))
     assert [progress.epoch for progress in seen] == [1] * 4 + [2] * 4 + [3] * 4
-    assert seen[-1].seconds_left == 0 and (seen[0].seconds_left or 0) > 0
+    assert all((progress.seconds_left or 0.0) > 0 for progress in seen)
     assert [progress.last.number for progress in seen[3:6]] == [0, 1, 1]
     assert all(len(progress.loss_K) == 2 for progress in seen)
 
@@ -219,6 +251,9 @@ def test_progress_tells_what_is_left(tmp_path: Path) -> None:
         (identity_heads(1, 1, HIDDEN + 8), SHORT, "the same base model"),
         (MedusaHeads(identity_heads(1, 1, HIDDEN).heads, (lm_head(),)), SHORT, "version 1"),
         (identity_heads(1, 1, HIDDEN), TrainOptions(soft_targets=True), "soft targets"),
+        (identity_heads(1, 1, HIDDEN), TrainOptions(epochs=0), "epochs = 0 must be"),
+        (identity_heads(1, 1, HIDDEN), TrainOptions(held_out=1.0), "held_out = 1.0 must be"),
+        (identity_heads(1, 1, HIDDEN), TrainOptions(learning_rate=-1.0), "greater than 0"),
     ],
 )
 def test_what_does_not_fit_is_refused(

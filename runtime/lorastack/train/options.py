@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from lorastack.errors import InvalidArgumentError
 from lorastack.train.heads import MedusaHeads
 
 
@@ -28,6 +29,22 @@ class TrainOptions:
     patience: int = 2
     soft_targets: bool = False
     seed: int = 0
+
+    def check(self) -> None:
+        """Raises InvalidArgumentError naming what cannot be."""
+        for field, right, rule in (
+            ("epochs", self.epochs >= 1, "at least 1"),
+            ("batch_size", self.batch_size >= 1, "at least 1 position"),
+            ("learning_rate", 0 < self.learning_rate < math.inf, "greater than 0"),
+            ("warmup", 0 <= self.warmup <= 1, "a share, from 0 to 1"),
+            ("held_out", 0 <= self.held_out < 1, "a share, from 0 to less than 1"),
+            ("patience", self.patience >= 1, "at least 1 epoch"),
+            ("seed", 0 <= self.seed < 1 << 32, "from 0 to 4294967295"),
+        ):
+            if not right:
+                raise InvalidArgumentError(
+                    f"{field} = {getattr(self, field)} must be {rule}", field=field
+                )
 
     def rate(self, step: int, num_steps: int) -> float:
         """The learning rate of a step, from 0 on."""

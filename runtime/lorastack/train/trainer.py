@@ -6,7 +6,8 @@ Adam's step does not change when a gradient is scaled: losses weighted by head w
 
 A run is a function of its start, its corpus and its options: batches follow from seed and epoch.
 So an interrupted run that goes on from its checkpoint ends in the same bits. Torch's matmuls may
-round otherwise on another processor or with another number of threads.
+round otherwise on another processor; nothing else depends on the number of threads, and on a
+processor with AVX2 one thread and four gave the same bits there too.
 
 An epoch is as good as the tokens a step that its heads are expected to give on held-out prompts,
 with their best static tree: that is what they are for, while the loss also counts how sure they
@@ -104,6 +105,7 @@ class _Run:
         self._batches = math.ceil(len(self._taught_P) / options.batch_size)
         self._steps = self._batches * options.epochs
         self._step, self._seconds, self._best = 0, 0.0, 0
+        self._evaluating = 0.0  # seconds that the last evaluation took
         self._history: list[Epoch] = []
         self._best_weights: dict[str, Tensor] = {}
         # Of the epoch so far, by head: the sums of the losses, and how many they are of.
@@ -116,17 +118,19 @@ class _Run:
             earlier = self._seconds
         else:
             self._end_epoch()
-        saved, first, order = begun, self._step, (-1, torch.empty(0))
+        saved, first, worked = begun, self._step, 0.0
+        epoch, order_P = -1, self._taught_P
         while self._step < self._steps and not self._gave_up():
-            epoch, batch = divmod(self._step, self._batches)
-            if order[0] != epoch:
-                order = epoch, self._order(epoch)
-            self._train_batch(torch.tensor_split(order[1], self._batches)[batch])
+            if epoch != self._step // self._batches:
+                epoch = self._step // self._batches
+                order_P = self._order(epoch)
+            batch = self._step % self._batches
+            started = time.monotonic()
+            self._train_batch(torch.tensor_split(order_P, self._batches)[batch])
             self._step += 1
             now = time.monotonic()
-            self._seconds = earlier + now - begun
-            spent = (now - begun) / (self._step - first)
-            progress(self._progress(epoch, spent * (self._steps - self._step)))
+            worked, self._seconds = worked + now - started, earlier + now - begun
+            progress(self._progress(epoch, worked / (self._step - first)))
             if batch + 1 == self._batches:
                 self._end_epoch()
             if batch + 1 == self._batches or now - saved >= CHECKPOINT_SECONDS:
@@ -196,7 +200,8 @@ class _Run:
         return (self._sums_K / self._counts_K).tolist() if self._step else []
 
     def _end_epoch(self) -> None:
-        number, loss_K = self._step // self._batches, self._loss_K()
+        """Judges the weights, and keeps them if there were no better ones."""
+        begun, number, loss_K = time.monotonic(), self._step // self._batches, self._loss_K()
         self._sums_K.zero_()
         self._counts_K.zero_()
         if not len(self._held_P):
@@ -217,11 +222,15 @@ class _Run:
         if better:
             self._best = number
             self._best_weights = {name: t.detach().clone() for name, t in self._learnt.items()}
+        self._evaluating = time.monotonic() - begun
 
     def _gave_up(self) -> bool:
         return self._history[-1].number - self._best >= self._options.patience
 
-    def _progress(self, epoch: int, seconds_left: float) -> Progress:
+    def _progress(self, epoch: int, seconds_a_step: float) -> Progress:
+        """epoch: from 0."""
+        seconds_left = seconds_a_step * (self._steps - self._step)
+        seconds_left += self._evaluating * (self._options.epochs - epoch)
         return Progress(
             epoch=epoch + 1,
             num_epochs=self._options.epochs,
@@ -275,6 +284,7 @@ class _Run:
 
 
 def _check(start: MedusaHeads, corpus: Corpus, options: TrainOptions) -> None:
+    options.check()
     if start.outputs:
         raise InvalidArgumentError(
             "version 1 heads, with output matrices of their own, are not trained: start from "
