@@ -1,8 +1,12 @@
 """The work folder of a training run: everything that the run needs to go on where it was ended.
 
-    run.json      the options that decide what comes out
-    LOCK          held by the one process that works here
-    *             what the stages keep, each under names of its own (`train.pipeline`)
+    run.json               the options that decide what comes out
+    LOCK                   held by the one process that works here
+    corpus                 what distilling made (`train.corpus`)
+    training.safetensors   the training's checkpoint (`train.checkpoint`)
+    heads                  what was learnt, as it is measured
+    served.json            what the engine measured
+    adapter                the result
 """
 
 from __future__ import annotations
@@ -20,56 +24,65 @@ from lorastack.errors import FailedPreconditionError, InvalidArgumentError, Reas
 
 RECORD = "run.json"
 LOCK = "LOCK"
+CORPUS, CHECKPOINT, HEADS = "corpus", "training.safetensors", "heads"
+SERVED, ADAPTER = "served.json", "adapter"
+STAGES = (CORPUS, CHECKPOINT, HEADS, SERVED, ADAPTER)
 
 
 class WorkFolder:
     """One run's folder, locked until `close` or the end of the process."""
 
-    def __init__(self, root: Path, options: Mapping[str, object], *, restart: bool) -> None:
+    def __init__(self, root: Path) -> None:
         """Opens or makes the folder.
 
-        options: names as a user writes them -> JSON values; what an earlier run here was started
-        with must be the same, unless `restart` throws away what it left. Raises
-        InvalidArgumentError naming the options that differ, or for a folder that holds something
-        else; FailedPreconditionError if another process works here.
+        Raises InvalidArgumentError for a folder that holds something else, FailedPreconditionError
+        if another process works here.
         """
         self.root = root
         _refuse_foreign(root)
         root.mkdir(parents=True, exist_ok=True)
         self.close = weakref.finalize(self, os.close, _lock(root))
+
+    def claim(self, options: Mapping[str, object], *, restart: bool) -> None:
+        """Begins a run, or goes on with the one that is here.
+
+        options: names as a user writes them -> JSON values. Those of the run that is here must be
+        the same, unless `restart` throws away what it left. Raises InvalidArgumentError naming
+        those that differ.
+        """
         if restart:
             self._clear()
         wanted: dict[str, object] = json.loads(json.dumps(options))
         earlier = self._earlier()
         if earlier is None:
-            replace_file(root / RECORD, (json.dumps(wanted, indent=2) + "\n").encode())
+            replace_file(self.root / RECORD, (json.dumps(wanted, indent=2) + "\n").encode())
         elif changed := _changes(earlier, wanted):
             raise InvalidArgumentError(
-                f"{root} holds a run with other options: {'; '.join(changed)}; give those of the "
-                "first run to go on with it, --restart to throw it away, or another --work"
+                f"{self.root} holds a run with other options ({'; '.join(changed)}): give those of "
+                "the first run to go on with it, --restart to throw it away, or another --work"
             )
 
     def _earlier(self) -> dict[str, object] | None:
         """The options of the run that is here; None if there is none."""
+        path = self.root / RECORD
         try:
-            options = json.loads((self.root / RECORD).read_text(encoding="utf-8"))
+            options = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
         except ValueError:
             options = None
         if not isinstance(options, dict):
-            raise InvalidArgumentError(
-                f"{self.root / RECORD} is damaged: --restart throws the run away"
-            )
+            raise InvalidArgumentError(f"{path} is damaged: --restart throws the run away")
         return options
 
     def _clear(self) -> None:
-        """Removes what a run has left; its record last, so that a kill leaves a work folder."""
-        for path in sorted(self.root.iterdir(), key=lambda path: path.name == RECORD):
+        """Removes what runs leave, their record last: a kill meanwhile leaves a work folder."""
+        for name in (*STAGES, RECORD):
+            path = self.root / name
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
-            elif path.name != LOCK:
-                path.unlink()
+            else:
+                path.unlink(missing_ok=True)
 
 
 def _refuse_foreign(root: Path) -> None:
@@ -80,8 +93,7 @@ def _refuse_foreign(root: Path) -> None:
         return
     except NotADirectoryError:
         raise InvalidArgumentError(f"--work {root} is no folder: choose another one") from None
-    ours = {LOCK, RECORD, RECORD + TEMPORARY}
-    if names and not names & {RECORD} and not names <= ours:
+    if RECORD not in names and names - {LOCK, RECORD + TEMPORARY}:
         raise InvalidArgumentError(
             f"--work {root} holds something else than a training run ({sorted(names)[0]}): choose "
             "a new or empty folder"
