@@ -18,7 +18,7 @@ _TRAINER_STATE = (
 )
 _RESULTS = "_results.json"  # train_results.json, all_results.json
 _CONFIG = "adapter_config.json"
-_HEADS = "medusa_lm_head.safetensors"
+HEADS_WEIGHTS = "medusa_lm_head.safetensors"  # a private part names other heads by its sha256
 ALIAS_NAME = "alias.json"  # all of a folder that names other adapters
 _MAX_NAMED = 64  # left-out files that a message names; the rest are counted
 
@@ -92,7 +92,7 @@ def _remedy(left_out: Sequence[str], files_in: Callable[[str], Collection[str]])
 def _is_adapter(name: str, files_in: Callable[[str], Collection[str]]) -> bool:
     """True if an inner folder seems to hold an adapter."""
     try:
-        return not {_CONFIG, _HEADS}.isdisjoint(files_in(name))
+        return not {_CONFIG, HEADS_WEIGHTS}.isdisjoint(files_in(name))
     except (OSError, LorastackError):
         return False
 

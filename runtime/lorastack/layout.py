@@ -25,14 +25,15 @@ LM_HEAD = "lm_head"
 HEADS = "heads"
 MAX_RANK = 64  # the most tokens that one head may propose
 MAX_DRAFT_VOCABULARY = 16384  # tokens of a vocabulary that heads bring themselves
+MAX_PRIVATE_RANK = 64  # of a private part of heads
 NO_LAYER = -1  # the `layer` of embed_tokens and lm_head; for heads see `head_block`
 
 
 class Part(StrEnum):
     """Which tensor of a target."""
 
-    A = "A"  # LoRA [rank, in]; embeddings [rank, V]
-    B = "B"  # LoRA [out, rank]
+    A = "A"  # LoRA [rank, in]; embeddings [rank, V]; a private part of a Medusa block [rank, H]
+    B = "B"  # LoRA [out, rank]; a private part of a Medusa block [H, rank]
     WEIGHT = "weight"  # Medusa block [H, H]
     BIAS = "bias"  # Medusa block [H]
     OUTPUT = "output"  # a Medusa version 1 head's own output matrix [V, H]; its layer is the head
@@ -111,14 +112,15 @@ class AdapterLayout:
     """The table of an adapter's flat buffer, all of one dtype.
 
     In a group the A parts of its targets are adjacent without gaps, so one matmul shrinks for all
-    of them; so are the weights of all heads' blocks, their biases, and version 1 heads' outputs.
+    of them; so are the weights of all heads' blocks, their biases, version 1 heads' outputs, and
+    the A parts and the B parts of a private part of heads.
     """
 
     slots: Mapping[TensorKey, TensorSlot]
     scales: Mapping[tuple[int, str], float]  # by (layer, target): alpha / r or alpha / sqrt(r)
     num_elements: int
     itemsize: int  # bytes an element
-    num_heads: int  # Medusa heads, 0 for a plain LoRA
+    num_heads: int  # Medusa heads, also those that it corrects; 0 for a plain LoRA
     draft_vocabulary: tuple[int, ...] = ()  # rising token ids that heads choose from, () for all
 
     @property

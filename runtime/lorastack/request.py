@@ -29,10 +29,23 @@ class LoraUse:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadsUse:
-    """The Medusa heads of a row."""
+    """The Medusa heads of a row.
+
+    digest: what all that is learnt and counted about them goes by. A private part corrects other
+    heads, the shared ones, which the row uses as well; whole heads have none. prior: what adaptive
+    trees start from if nothing was learnt yet, a calibration's JSON; "" for the default.
+    """
 
     medusa_id: str
     digest: str
+    shared_id: str = ""
+    shared_digest: str = ""
+    prior: str = field(default="", repr=False)
+
+    @property
+    def digests(self) -> tuple[str, ...]:
+        """Of all that must be on the device: the heads; or the shared ones, then the part."""
+        return (self.shared_digest, self.digest) if self.shared_digest else (self.digest,)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,6 +139,15 @@ class Grammar(Protocol):
         ...
 
 
+class States(Protocol):
+    """The model's states after the final norm, one a token: a tensor [tokens, H] on the host, in
+    the model's dtype.
+    """
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, tokens: slice, /) -> States: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """One row to generate."""
@@ -139,8 +161,15 @@ class Request:
     heads: HeadsUse | None = None
     num_logprobs: int | None = None  # n: the sampled token's and the n best; None: no logprobs
     num_prompt_logprobs: int | None = None  # the same of each token of the prompt
+    capture_states: bool = False  # the states that predict its tokens come with them
     deadline: float | None = None  # time.monotonic() seconds
     grammar: Grammar | None = None  # None: any text
+
+    @property
+    def digests(self) -> tuple[str, ...]:
+        """Of its LoRAs and heads, all adapters that it uses."""
+        loras = tuple(use.digest for use in self.loras)
+        return loras if self.heads is None else (*loras, *self.heads.digests)
 
     @property
     def typical(self) -> TypicalAcceptance | None:
@@ -237,6 +266,7 @@ class RowEvent:
     text: str = ""  # newly settled text: whole characters, no part of a stop sequence
     tokens: tuple[GeneratedToken, ...] = ()
     prompt_tokens: tuple[PromptToken, ...] = ()  # all of them before the first of `tokens`
+    states: States | None = None  # those that predicted `tokens`, if the request captures them
     final: Final | None = None
     error: LorastackError | None = None
 

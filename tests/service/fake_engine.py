@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
-from lorastack.adapters.memory.pool import AdapterStats, PoolStats
+from lorastack.adapters.memory.stats import AdapterStats, PoolStats
 from lorastack.errors import LorastackError, UnavailableError
 from lorastack.request import (
     Final,

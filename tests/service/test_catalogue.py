@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from lorastack.adapters.catalogue import Catalogue
 from lorastack.adapters.store.registry import Registry
 from lorastack.errors import (
     FailedPreconditionError,
@@ -18,7 +19,6 @@ from lorastack.errors import (
     Reason,
 )
 from lorastack.layout import ModelShapes
-from lorastack.service.calls.catalogue import Catalogue
 from lorastack.text.tokenizer import Tokenizer
 from tests.helpers.tiny import CHATML
 from tests.service.fakes import served_model, store

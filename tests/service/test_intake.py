@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from lorastack.adapters.catalogue import Catalogue
 from lorastack.adapters.store.registry import Registry
 from lorastack.errors import InvalidArgumentError, Reason
 from lorastack.layout import ModelShapes
@@ -20,7 +21,6 @@ from lorastack.sandbox.tasks import TEMPLATE
 from lorastack.sandbox.wire import Job
 from lorastack.service.calls import intake as intake_module
 from lorastack.service.calls.call import Chat, Given, Text
-from lorastack.service.calls.catalogue import Catalogue
 from lorastack.service.calls.intake import Intake
 from lorastack.service.calls.prepare import Preparer
 from lorastack.service.calls.untrusted import Untrusted

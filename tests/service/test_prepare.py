@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from lorastack.adapters.catalogue import Catalogue
 from lorastack.adapters.store.registry import Registry
 from lorastack.errors import InvalidArgumentError, NotFoundError, Reason
 from lorastack.layout import ModelShapes
 from lorastack.request import SamplingParams, SpeculationParams, StopParams
 from lorastack.service.calls.call import Chat, GenerateCall, Ids, Rendered, Text
-from lorastack.service.calls.catalogue import Catalogue
 from lorastack.service.calls.prepare import Preparer
 from lorastack.service.calls.served import TEXT_SLACK
 from lorastack.service.edge import limits

@@ -11,6 +11,7 @@ from lorastack.adapters.store.manifest import adapter_digest, file_spec
 from lorastack.client.uploading import adapter_files
 from lorastack.startup.files import ModelFiles
 from lorastack.startup.folder import model_folder
+from lorastack.startup.prior import check_acceptance
 from lorastack.text.tokenizer import Tokenizer
 
 
@@ -36,12 +37,14 @@ def verify_folder(
         base_names=(name, base.name, *base_names),
         base_weight=files.base_weight,
         base_token=lambda token: tokenizer().token_id(token),
+        check_acceptance=check_acceptance,
     )
     parsed = validate({path.name: path for path in paths}, accept_base=accept_base)
     specs = [file_spec(path) for path in paths]
     return {
         "digest": adapter_digest(specs),
         **parsed.facts.to_json(),
+        "acceptance": bool(parsed.facts.acceptance),
         "checked_against": name,
         "draft_vocabulary": len(parsed.draft_vocabulary),
         "own_chat_template": parsed.chat_template is not None,

@@ -9,10 +9,27 @@ from dataclasses import dataclass
 
 from lorastack.adapters.memory.device import DeviceAdapter
 from lorastack.errors import LorastackError
-from lorastack.request import Request, TokenLogprobs, TokenSource
+from lorastack.request import Request, States, TokenLogprobs, TokenSource
 from lorastack.sampling.processors import Processor
 from lorastack.speculation.proposal import Proposal
 from lorastack.speculation.tree import Tree
+
+
+@dataclass(frozen=True, slots=True)
+class RowHeads:
+    """The heads that a row has pinned. private: its own correction of `whole`, if it has one."""
+
+    whole: DeviceAdapter
+    private: DeviceAdapter | None = None
+
+    @property
+    def digest(self) -> str:
+        """What they go by: the private part's, which stands for both."""
+        return (self.private or self.whole).digest
+
+    @property
+    def num_heads(self) -> int:
+        return self.whole.layout.num_heads
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,7 +37,7 @@ class RowAdapters:
     """The adapters that a row has pinned for a step. loras: in the order of request.loras."""
 
     loras: tuple[DeviceAdapter, ...]
-    heads: DeviceAdapter | None
+    heads: RowHeads | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,13 +86,15 @@ class Batch:
 class RowResult:
     """What a step gave a row. tokens: of the accepted nodes, then one more sample; or ().
 
-    sources: of the accepted nodes. prompt_logprobs: of the tokens behind `RowStep.scored`.
-    error: ends the row, behind the tokens if there are any.
+    sources: of the accepted nodes. prompt_logprobs: of the tokens behind `RowStep.scored`. states:
+    those that predicted `tokens`, if the request captures them. error: ends the row, behind the
+    tokens if there are any.
     """
 
     tokens: tuple[int, ...] = ()
     sources: tuple[TokenSource, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    states: States | None = None
     proposal: Proposal | None = None
     error: LorastackError | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 
 from lorastack.adapters.memory.pool import DevicePool
@@ -126,13 +126,14 @@ class Engine:
 
     # -- adapters ---------------------------------------------------------------------------------
 
-    def load(self, digest: str, pin: bool) -> Future[None]:
+    def load(self, digest: str, pin: bool, needs: Sequence[str] = ()) -> Future[None]:
         """Bring an adapter to the device, and keep it there if `pin`; done when it is there.
 
+        needs: digests that come, and stay, together with it: heads that it corrects.
         The future's error: what loading raised, FailedPreconditionError ADAPTER_TOO_LARGE, or
         ResourceExhaustedError DEVICE_MEMORY_PINNED (metadata digests: those that hold the room).
         """
-        return self._order(lambda future: self._loop.residency.load(digest, pin, future))
+        return self._order(lambda future: self._loop.residency.load(digest, pin, future, needs))
 
     def unload(self, digest: str) -> Future[None]:
         """Unpin an adapter; done when no row uses it and its copies in memory are gone."""

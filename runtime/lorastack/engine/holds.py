@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from lorastack.adapters.memory.pool import DevicePool
-from lorastack.engine.batch import RowAdapters
+from lorastack.engine.batch import RowAdapters, RowHeads
 from lorastack.engine.pages import Pages, chain_hash
 from lorastack.engine.row import Row
 
@@ -22,7 +22,8 @@ class Holds:
         """The row's LoRAs, all of them, and its heads if they are on the device; None: not now.
 
         heads: True if it wants them. A row never waits for heads: it goes on undrafted while they
-        load. Raises the pool's errors; what was pinned by then stays the row's until `unpin`.
+        load, and while a private part lacks the heads that it corrects, or the reverse. Raises the
+        pool's errors; what was pinned by then stays the row's until `unpin`.
         """
         loras = self._pool.acquire(row.lora_digests)
         if loras is None:
@@ -30,12 +31,12 @@ class Holds:
             return None
         pinned = self._pinned[row] = list(row.lora_digests)
         row.got_adapters(now)
-        adapter = None
+        found = None
         if heads and row.request.heads is not None:
-            adapter = self._pool.try_acquire(row.request.heads.digest)
-            if adapter is not None:
-                pinned.append(adapter.digest)
-        return RowAdapters(loras=loras, heads=adapter)
+            found = self._pool.try_acquire(row.request.heads.digests)
+            if found is not None:
+                pinned.extend(row.request.heads.digests)
+        return RowAdapters(loras=loras, heads=None if found is None else RowHeads(*found))
 
     def unpin(self, row: Row) -> None:
         """Give back the row's adapters: its step is over, or it takes none."""

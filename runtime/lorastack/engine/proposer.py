@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import groupby, islice
 from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
 from lorastack.adapters.memory.device import DeviceAdapter
-from lorastack.engine.batch import RowStep
+from lorastack.engine.batch import RowHeads, RowStep
 from lorastack.engine.stacks import Stacks
 from lorastack.kernels.heads import HeadsGroup, HeadsWeights, TopTokens
 from lorastack.layout import LM_HEAD, NO_LAYER, Part
 from lorastack.model.backends.base import Backend
 from lorastack.model.context import HeadsAsk
-from lorastack.speculation.heads import heads_weights, own_outputs
+from lorastack.speculation.heads import heads_weights, own_outputs, private_weights
 from lorastack.speculation.proposal import Proposal
 
 
@@ -27,6 +28,10 @@ class Proposer:
         self._backend = backend
         self._stacks = stacks
         self._views: WeakKeyDictionary[DeviceAdapter, HeadsWeights] = WeakKeyDictionary()
+        # By private part, then by the heads that it corrects: either may move on the device.
+        self._corrected: WeakKeyDictionary[
+            DeviceAdapter, WeakKeyDictionary[DeviceAdapter, HeadsWeights]
+        ] = WeakKeyDictionary()
 
     def ask(self, step: RowStep) -> HeadsAsk | None:
         """What the row asks of heads that stand alone, for the backend to answer."""
@@ -71,7 +76,7 @@ class Proposer:
             top = ask(hidden_XH[[last[i] for i in chosen]], rows)
             ids, logprobs = (iter(map(tuple, each_YR.tolist())) for each_YR in top)
             for i, step in zip(chosen, rows, strict=True):
-                num_heads = _heads_of(step).layout.num_heads
+                num_heads = _heads_of(step).num_heads
                 take(i, Proposal(tuple(islice(ids, num_heads)), tuple(islice(logprobs, num_heads))))
         return proposals, failed
 
@@ -82,7 +87,7 @@ class Proposer:
     def _propose_with_lm_head(self, hidden_BH: Tensor, steps: Sequence[RowStep]) -> TopTokens:
         """The same through lm_head and the rows' LoRAs of it: a second pass over (rows x heads)."""
         r_YH = self._backend.ops.states(hidden_BH, self._groups(steps))
-        counts = [_heads_of(step).layout.num_heads for step in steps]
+        counts = [_heads_of(step).num_heads for step in steps]
         logits_YV = self._backend.logits(r_YH, self._stacks.segments(steps, counts))
         return self._backend.ops.top(logits_YV, _most_candidates(steps))
 
@@ -97,13 +102,20 @@ class Proposer:
             start = end
         return groups
 
-    def _weights(self, heads: DeviceAdapter) -> HeadsWeights:
-        if heads not in self._views:
-            self._views[heads] = heads_weights(heads.buffer, heads.layout)
-        return self._views[heads]
+    def _weights(self, heads: RowHeads) -> HeadsWeights:
+        whole, part = heads.whole, heads.private
+        if whole not in self._views:
+            self._views[whole] = heads_weights(whole.buffer, whole.layout)
+        if part is None:
+            return self._views[whole]
+        corrected = self._corrected.setdefault(part, WeakKeyDictionary())
+        if whole not in corrected:
+            private = private_weights(part.buffer, part.layout)
+            corrected[whole] = replace(self._views[whole], private=private)
+        return corrected[whole]
 
 
-def _heads_of(step: RowStep) -> DeviceAdapter:
+def _heads_of(step: RowStep) -> RowHeads:
     assert step.adapters.heads is not None
     return step.adapters.heads
 
@@ -118,7 +130,7 @@ def _stand_alone(step: RowStep) -> bool:
 
     Version 2 heads choose through lm_head where it has no rows of their own or a LoRA adapts it.
     """
-    layout = _heads_of(step).layout
+    layout = _heads_of(step).whole.layout
     if own_outputs(layout):
         return True
     adapted = any((NO_LAYER, LM_HEAD, Part.A) in lora.layout.slots for lora in step.adapters.loras)

@@ -16,6 +16,7 @@ from lorastack.request import (
     Request,
     RowEvent,
     SpeculationStats,
+    States,
     Timings,
     TokenLogprobs,
     TokenSource,
@@ -118,8 +119,7 @@ class Row:
 
     def uses(self, digest: str) -> bool:
         """True if `digest` is one of the row's LoRAs or its heads."""
-        heads = self.request.heads
-        return digest in self.lora_digests or (heads is not None and heads.digest == digest)
+        return digest in self.request.digests
 
     @property
     def wake_time(self) -> float | None:
@@ -207,13 +207,17 @@ class Row:
             if finish is not None:
                 break
         self._count_accepted(result.sources[: len(emitted)])
+        states = None if result.states is None else result.states[: len(emitted)]
         if finish is None:
             if self.processor is not None:
                 self.processor.commit(result.tokens)
             return RowEvent(
-                request_id=self.request.request_id, text="".join(text), tokens=tuple(emitted)
+                request_id=self.request.request_id,
+                text="".join(text),
+                tokens=tuple(emitted),
+                states=states,
             )
-        return self.finish(finish, now, "".join(text), tuple(emitted))
+        return self.finish(finish, now, "".join(text), tuple(emitted), states)
 
     def finish(
         self,
@@ -221,6 +225,7 @@ class Row:
         now: float,
         text: str = "",
         tokens: tuple[GeneratedToken, ...] = (),
+        states: States | None = None,
     ) -> RowEvent:
         """The row's last event, with the text that was held back for a stop sequence."""
         if reason is not FinishReason.STOP_SEQUENCE:
@@ -234,6 +239,7 @@ class Row:
             request_id=self.request.request_id,
             text=text,
             tokens=tokens,
+            states=states,
             final=Final(
                 finish_reason=reason,
                 stop_match=self.text.match or "",

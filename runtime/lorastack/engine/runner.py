@@ -6,6 +6,9 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
+
+from torch import Tensor
 
 from lorastack.engine.acceptance import SampledRow, accept_rows
 from lorastack.engine.batch import Batch, RowResult, RowStep
@@ -74,6 +77,7 @@ class Runner:
             return StepResults(results)
         accepted = accept_rows(self._backend.ops, sampled, outputs)
         self._move_kv(sampled, accepted, outputs.moved)
+        captured = _captured(sampled, accepted, outputs.hidden_XH)
         last = [
             row.sampled.first_output + (path.path or (0,))[-1]
             for row, path in zip(sampled, accepted, strict=True)
@@ -87,6 +91,8 @@ class Runner:
             scored = results[row.index]
             if scored.error is None:
                 result = self._result(row, path, proposal, outputs, peaks_X)
+                if (states := captured.get(row.index)) is not None:
+                    result = replace(result, states=states[: len(result.tokens)])
                 results[row.index] = replace(result, prompt_logprobs=scored.prompt_logprobs)
         return StepResults(results, seconds, failed)
 
@@ -185,6 +191,26 @@ class Runner:
             proposal=proposal,
             error=error,
         )
+
+
+def _captured(
+    rows: Sequence[SampledRow], accepted: Sequence[Accepted], hidden_XH: Tensor
+) -> dict[int, Tensor]:
+    """The states that predicted each row's tokens, by its step's place in the batch.
+
+    Of rows that capture them. One copy to the host, as hidden_XH holds for this step alone; then
+    each row's own, so that none keeps the others' in memory.
+    """
+    places = {
+        row.index: [row.sampled.first_output + node for node in (0, *path.path)]
+        for row, path in zip(rows, accepted, strict=True)
+        if row.step.request.capture_states
+    }
+    if not places:
+        return {}
+    states = hidden_XH[list(chain.from_iterable(places.values()))].cpu()
+    parts = states.split_with_sizes([len(own) for own in places.values()])
+    return {index: part.clone() for index, part in zip(places, parts, strict=True)}
 
 
 def _beside_rows(

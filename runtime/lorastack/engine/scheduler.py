@@ -205,7 +205,7 @@ class Scheduler:
         """Load the adapters of a row that cannot start yet, as far as there is room."""
         self._pool.prefetch(row.lora_digests)
         if row.request.heads is not None and self._speculator.max_nodes(row):
-            self._pool.prefetch([row.request.heads.digest])
+            self._pool.prefetch(row.request.heads.digests, together=True)
 
     def _start(self, row: Row, adapters: RowAdapters, budget: ChunkBudget, now: float) -> bool:
         """Plan a waiting row's first chunk; False: too few pages."""

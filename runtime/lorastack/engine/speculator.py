@@ -192,9 +192,10 @@ class Speculator:
         return row.request.heads is not None and self.max_nodes(row) > 0
 
     def _calibration(self, row: Row) -> Calibration:
-        digest = _digest(row)
+        """What is known of the row's heads; at first what they say of themselves."""
+        digest, heads = _digest(row), row.request.heads
         if digest not in self.calibrations:
-            self.calibrations[digest] = Calibration()
+            self.calibrations[digest] = Calibration.from_json(heads.prior if heads else "")
         return self.calibrations[digest]
 
 

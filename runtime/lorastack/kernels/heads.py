@@ -2,13 +2,15 @@
 
 Contract. Rows are taken in groups that share their heads; with K heads of L blocks
 
-    r_k = x, then L times r_k + SiLU(W_lk r_k + b_lk)          `states`, [sum of rows x K, H]
+    r_k = x, then L times r_k + SiLU(z_lk)                     `states`, [sum of rows x K, H]
+    z_lk = W_lk r_k + b_lk, and with a private part + B_lk (A_lk r_k)
     tokens of (row, k) = the best of output_k r_k              `propose`, [sum of rows x K, num]
 
-ordered by (row, head), group after group. Groups may be empty and differ in heads, blocks and
+ordered by (row, head), group after group. Groups that differ in their private parts alone may share
+all else, and a group may have none. Groups may be empty and differ in heads, blocks and
 outputs; a group's output is one matrix [N, H] for all its heads or one a head, [K, N, H], and its
-row n stands for token ids_N[n] (n itself without ids). r is rounded to its dtype after each block;
-all sums are float32.
+row n stands for token ids_N[n] (n itself without ids). r is rounded to its dtype after each block,
+and so is A r; all sums are float32. A private part whose B is zero changes no bit of a finite state.
 
 Tokens are int64 ids, best first, ties to the lowest place; NaN counts as minus infinity. Where a
 head has fewer than `num` outputs, its best stands for what is missing. Beside them are their
@@ -37,6 +39,21 @@ from lorastack.kernels.native.isa import Isa
 
 
 @dataclass(frozen=True, slots=True)
+class PrivateWeights:
+    """A low-rank correction of every head's blocks, for one LoRA: W + B A stands for W.
+
+    Contiguous, of the heads' dtype and device; any rank from 1 on.
+    """
+
+    a_LKRH: Tensor
+    b_LKHR: Tensor
+
+    @property
+    def rank(self) -> int:
+        return self.a_LKRH.shape[2]
+
+
+@dataclass(frozen=True, slots=True)
 class HeadsWeights:
     """output: [N, H] or [K, N, H]; None: `states` alone serves. ids_N: int64, beside the output."""
 
@@ -44,6 +61,7 @@ class HeadsWeights:
     bias_LKH: Tensor
     output: Tensor | None
     ids_N: Tensor | None
+    private: PrivateWeights | None = None
 
     @property
     def num_heads(self) -> int:
@@ -76,19 +94,25 @@ Top = Callable[[Tensor, int], TopTokens]  # `top` of float32 logits
 def states_torch(hidden_BH: Tensor, groups: Sequence[HeadsGroup]) -> Tensor:
     """See the module. hidden_BH: contiguous, of the heads' dtype, on any device.
 
-    One matmul a group and block.
+    One matmul a group and block, and two for a private part.
     """
     parts_XH = [hidden_BH[:0]]
     for group in groups:
         heads, x_BH = group.heads, hidden_BH[group.start : group.end]
         size = x_BH.shape[1]
-        # The first blocks of all heads read the same state: one plain matmul.
-        weight_XH, bias_X = heads.weight_LKHH[0].view(-1, size), heads.bias_LKH[0].view(-1)
-        block_BKH = linear(x_BH, weight_XH, bias_X).view(-1, heads.num_heads, size)
-        r_BKH = x_BH[:, None] + silu(block_BKH)
-        for weight_KHH, bias_KH in zip(heads.weight_LKHH[1:], heads.bias_LKH[1:], strict=True):
-            r_BKH = r_BKH + silu(torch.einsum("bki,koi->bko", r_BKH, weight_KHH) + bias_KH)
-        parts_XH.append(r_BKH.view(-1, size))
+        r_BKH = x_BH[:, None].expand(-1, heads.num_heads, -1)
+        for block, bias_KH in enumerate(heads.bias_LKH):
+            weight_KHH = heads.weight_LKHH[block]
+            if block == 0:  # the first blocks of all heads read the same state: one plain matmul
+                z_BKH = linear(x_BH, weight_KHH.view(-1, size), bias_KH.view(-1)).view_as(r_BKH)
+            else:
+                z_BKH = torch.einsum("bki,koi->bko", r_BKH, weight_KHH) + bias_KH
+            if heads.private is not None:
+                a_KRH, b_KHR = heads.private.a_LKRH[block], heads.private.b_LKHR[block]
+                shrunk_BKR = torch.einsum("bki,kri->bkr", r_BKH, a_KRH)
+                z_BKH = z_BKH + torch.einsum("bkr,kor->bko", shrunk_BKR, b_KHR)
+            r_BKH = r_BKH + silu(z_BKH)
+        parts_XH.append(r_BKH.reshape(-1, size))
     return torch.cat(parts_XH)
 
 
@@ -238,11 +262,21 @@ def states_reference(hidden_BH: Tensor, groups: Sequence[HeadsGroup]) -> Tensor:
         for x_H in hidden_BH[group.start : group.end]:
             for head in range(heads.num_heads):
                 r_H = x_H
-                for weight_KHH, bias_KH in zip(heads.weight_LKHH, heads.bias_LKH, strict=True):
-                    z_H = weight_KHH[head].float() @ r_H.float() + bias_KH[head].float()
+                for block in range(len(heads.bias_LKH)):
+                    z_H = _z_reference(r_H, heads, block, head)
                     r_H = (r_H.float() + silu(z_H)).to(x_H.dtype)
                 parts_XH.append(r_H[None])
     return torch.cat(parts_XH)
+
+
+def _z_reference(r_H: Tensor, heads: HeadsWeights, block: int, head: int) -> Tensor:
+    """What a block of a head gives to SiLU."""
+    z_H = heads.weight_LKHH[block, head].float() @ r_H.float() + heads.bias_LKH[block, head].float()
+    if heads.private is not None:
+        a_RH, b_HR = heads.private.a_LKRH[block, head], heads.private.b_LKHR[block, head]
+        shrunk_R = (a_RH.float() @ r_H.float()).to(r_H.dtype)
+        z_H += b_HR.float() @ shrunk_R.float()
+    return z_H
 
 
 def propose_reference(hidden_BH: Tensor, groups: Sequence[HeadsGroup], num: int) -> TopTokens:

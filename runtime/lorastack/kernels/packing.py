@@ -7,6 +7,8 @@ together and that lie without gaps:
 - the A parts of a layer's group, in the group's order: one [sum of ranks, in] matrix;
 - the weights of all heads' blocks, by block, then head: [L, K, H, H]; their biases: [L, K, H];
 - the output matrices of version 1 heads, by head: [K, V, H];
+- the A parts of a private part of heads, by block, then head: [L, K, R, H]; its B parts:
+  [L, K, H, R];
 - the base lm_head's rows of a draft vocabulary: [N, H].
 
 Source of the groups and of the alignment: `lorastack.layout`.
@@ -119,6 +121,6 @@ def _runs(keys: Collection[TensorKey]) -> Iterator[list[TensorKey]]:
         if (NO_LAYER, target, Part.A) in keys:
             yield [(NO_LAYER, target, Part.A)]
             yield [(NO_LAYER, target, Part.B)]
-    for part in (Part.WEIGHT, Part.BIAS, Part.OUTPUT, Part.DRAFT):
+    for part in (Part.A, Part.B, Part.WEIGHT, Part.BIAS, Part.OUTPUT, Part.DRAFT):
         if run := sorted(key for key in keys if key[1:] == (HEADS, part)):
             yield run

@@ -19,6 +19,7 @@ from lorastack.service.provision import Provision
 from lorastack.service.server import Server
 from lorastack.startup.engine import adapter_memory, build_engine
 from lorastack.startup.model import StartupProgress, load_model
+from lorastack.startup.prior import check_acceptance
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +63,7 @@ def _build(
         base_names=(loaded.name, loaded.files.folder.name, *limits.base_names),
         base_weight=loaded.files.base_weight,
         base_token=loaded.tokenizer.token_id,
+        check_acceptance=check_acceptance,
     )
     provision = Provision(
         config=limits, model=loaded, registry=registry, validate=validate, progress=progress

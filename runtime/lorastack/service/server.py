@@ -17,6 +17,7 @@ import grpc
 from grpc_health.v1 import health_pb2
 from prometheus_client import CollectorRegistry
 
+from lorastack.adapters.catalogue import Catalogue
 from lorastack.adapters.formats.validate import Validator
 from lorastack.adapters.memory.host import HostCache
 from lorastack.adapters.memory.pool import DevicePool
@@ -32,7 +33,6 @@ from lorastack.service.adapters.servicer import AdapterService
 from lorastack.service.adapters.transfer import Transfers
 from lorastack.service.adapters.uploads import Uploads
 from lorastack.service.adapters.writer import StoreFollower, StoreWriter, needed_digests
-from lorastack.service.calls.catalogue import Catalogue
 from lorastack.service.calls.dispatch import Dispatcher
 from lorastack.service.calls.generation import GenerationService
 from lorastack.service.calls.intake import NUM_LONG, NUM_SHORT, Intake

@@ -164,24 +164,37 @@ class Calibration:
     @staticmethod
     def from_json(text: str) -> Calibration:
         """The calibration that `to_json` wrote; a fresh one from any other text."""
-        restored = Calibration()
+        try:
+            return Calibration.parse(text)
+        except ValueError:
+            return Calibration()
+
+    @staticmethod
+    def parse(text: str) -> Calibration:
+        """The calibration that `to_json` wrote. Raises ValueError for any other text."""
         try:
             state = json.loads(text)
             if state["version"] != _VERSION or len(state["heads"]) > _MAX_HEADS:
-                return Calibration()
+                raise ValueError(f"not version {_VERSION}, or too many heads")
+            restored = Calibration()
             restored._heads = [_loaded(cells, _NUM_BINS) for cells in state["heads"]]
             restored._lookup = [_loaded(cells, _MAX_DEPTH) for cells in state["lookup"]]
             pairs = [
                 (_number(worth, 0.0, 1.0), _number(weight, 0.0, 1.0))
                 for worth, weight in state["worths"]
             ]
-        except (ValueError, TypeError, KeyError, RecursionError):
-            return Calibration()
+        except (TypeError, KeyError, RecursionError) as error:
+            raise ValueError("a field is missing, or not of its type") from error
         if len(restored._lookup) != len(_MATCHES) or len(pairs) != NUM_WORTHS:
-            return Calibration()
+            raise ValueError("too many or too few numbers")
         restored._worths = [worth for worth, _ in pairs]
         restored._worth_weights = [weight for _, weight in pairs]
         return restored
+
+    @property
+    def num_heads(self) -> int:
+        """How many heads it knows anything of."""
+        return len(self._heads)
 
 
 def _bin(logprob: float) -> int:
@@ -201,7 +214,7 @@ def _loaded(value: Any, count: int) -> _Cells:
     """The `count` cells that `_dumped` wrote. Raises ValueError or TypeError for anything else."""
     accepted, expected = value
     if not len(accepted) == len(expected) == count:
-        raise ValueError
+        raise ValueError("too many or too few numbers")
     return _Cells(
         [_number(number, 0.0, 1e9) for number in accepted],
         [_number(number, _LEAST, 2 * _MEMORY) for number in expected],
@@ -210,5 +223,5 @@ def _loaded(value: Any, count: int) -> _Cells:
 
 def _number(value: Any, low: float, high: float) -> float:
     if not isinstance(value, int | float) or not low <= value <= high:
-        raise ValueError
+        raise ValueError(f"a number is not between {low:g} and {high:g}")
     return float(value)

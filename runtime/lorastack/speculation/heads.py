@@ -3,14 +3,16 @@
 What heads choose from: version 1 heads have an output matrix each; version 2 heads use the base
 model's lm_head, of which the buffer may hold the rows of a draft vocabulary.
 
-Shape suffixes: K heads, L blocks a head, H hidden, N outputs.
+A private part has no more than a correction of each block of other heads.
+
+Shape suffixes: K heads, L blocks a head, H hidden, N outputs, R rank.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from lorastack.kernels.heads import HeadsWeights
+from lorastack.kernels.heads import HeadsWeights, PrivateWeights
 from lorastack.kernels.packing import view_run
 from lorastack.kernels.upload import upload
 from lorastack.layout import HEADS, AdapterLayout, Part
@@ -35,6 +37,15 @@ def heads_weights(buffer: Tensor, layout: AdapterLayout) -> HeadsWeights:
         bias_XH.view(-1, num_heads, size),
         output,
         ids_N,
+    )
+
+
+def private_weights(buffer: Tensor, layout: AdapterLayout) -> PrivateWeights:
+    """Views of a private part in `buffer`, which is flat, as `layout` describes."""
+    rank, size = layout.slots[0, HEADS, Part.A].shape
+    return PrivateWeights(
+        _run(buffer, layout, Part.A).view(-1, layout.num_heads, rank, size),
+        _run(buffer, layout, Part.B).view(-1, layout.num_heads, size, rank),
     )
 
 

@@ -191,19 +191,22 @@ class Tokenizer:
         """
         return self.encode_part(self.render(messages))
 
-    def render(self, messages: Sequence[tuple[str, str]]) -> str:
-        """A conversation as text, by the model's own template, which is trusted.
+    def render(self, messages: Sequence[tuple[str, str]], template: str | None = None) -> str:
+        """A conversation as text. template: None for the model's own; either is trusted.
 
         Raises InvalidArgumentError if there is none or it fails, as many do on roles out of order.
         """
         if not messages:
             raise InvalidArgumentError("The chat has no messages: send at least one.")
-        if not self._hf.chat_template:
+        if template is None and not self._hf.chat_template:
             raise _no_template()
         conversation = [{"role": role, "content": content} for role, content in messages]
         try:
             text = self._hf.apply_chat_template(
-                conversation, tokenize=False, add_generation_prompt=True
+                conversation,
+                chat_template=template,
+                tokenize=False,
+                add_generation_prompt=True,
             )
         except Exception as error:  # whatever a template makes Jinja raise
             raise InvalidArgumentError(template_refusal(str(error))) from error

@@ -7,13 +7,24 @@ where they pay, and each token with the state that predicted it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from lorastack.request import SamplingParams
-from lorastack.train.local import LocalEngine, Selection
-from lorastack.train.prompts import PromptFile
+import torch
+
+from lorastack.errors import InvalidArgumentError
+from lorastack.request import Request, SamplingParams, SpeculationParams, StopParams
+from lorastack.train.corpus import CorpusWriter, Sample
+from lorastack.train.local import LocalEngine, Reply, Selection
+from lorastack.train.prompts import Prompt, PromptFile
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,14 +43,12 @@ class DistillOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """num_done: prompts with a sample or skipped, of num_prompts. num_tokens: of all answers.
-
-    num_skipped: prompts that do not fit the context. tokens_per_second: of this run, answers alone.
-    seconds_left: about; None before anything is known.
+    """num_samples: in the corpus. num_skipped: prompts that fit no context or template. num_tokens:
+    of all answers. tokens_per_second: of this run. seconds_left: about; None: nothing is known yet.
     """
 
-    num_done: int
     num_prompts: int
+    num_samples: int
     num_skipped: int
     num_tokens: int
     tokens_per_second: float
@@ -59,7 +68,153 @@ def distill(
     The same prompts, selection and options give the same corpus, whatever runs beside a row and
     however often it was interrupted. progress: called after every sample. Raises
     FailedPreconditionError where the folder holds another corpus, ResourceExhaustedError STORE_FULL
-    (what is there stays, and the next call goes on), InvalidArgumentError if no prompt fits the
-    context, and what a row fails with.
+    (what is there stays, and the next call goes on), InvalidArgumentError if no prompt can be
+    answered, and what a row fails with.
     """
-    raise NotImplementedError
+    backend = engine.model.backend
+    with CorpusWriter(
+        folder,
+        settings=_settings(engine, prompts, selection, options),
+        hidden_size=backend.shapes.hidden_size,
+        dtype=backend.dtype,
+        num_top=options.num_top,
+    ) as writer:
+        asked = _Asked(engine, prompts, selection, options)
+        watch = _Watch(prompts.num_prompts, writer, asked)
+        with closing(engine.run(asked.requests(writer.numbers))) as replies:
+            for reply in replies:
+                writer.append(asked.sample(reply))
+                progress(watch.look())
+        if not writer.num_samples:
+            raise InvalidArgumentError(
+                f"{prompts.path}: none of its {prompts.num_prompts} prompts can be answered within "
+                f"the context of {engine.max_context} tokens: shorten them; {asked.why_skipped}"
+            )
+        return watch.look()
+
+
+class _Asked:
+    """The requests of a file's prompts, made as they are taken, and samples of their replies."""
+
+    def __init__(
+        self,
+        engine: LocalEngine,
+        prompts: PromptFile,
+        selection: Selection,
+        options: DistillOptions,
+    ) -> None:
+        self.num_skipped = 0
+        self.why_skipped = ""  # the last one
+        self._engine = engine
+        self._prompts = prompts
+        self._selection = selection
+        self._options = options
+        self._running: dict[str, Prompt] = {}
+
+    def requests(self, done: Collection[int]) -> Iterator[Request]:
+        """Of all prompts but those whose numbers are in `done`, which may grow meanwhile."""
+        for prompt in self._prompts:
+            if prompt.number in done:
+                continue
+            try:
+                request = self._request(prompt)
+            except InvalidArgumentError as error:
+                self.num_skipped += 1
+                self.why_skipped = f"line {prompt.line}: {error.message}"
+                log.warning("%s: skipped, %s", self._prompts.path, self.why_skipped)
+                continue
+            self._running[request.request_id] = prompt
+            yield request
+
+    def sample(self, reply: Reply) -> Sample:
+        """The sample of a reply to one of the requests."""
+        prompt = self._running.pop(reply.request.request_id)
+        assert reply.states_TH is not None
+        top_ids_TN = top_logprobs_TN = None
+        if self._options.num_top:
+            tops = [token.logprobs.top for token in reply.tokens if token.logprobs is not None]
+            top_ids_TN = torch.tensor([[token for token, _ in top] for top in tops])
+            top_logprobs_TN = torch.tensor([[logprob for _, logprob in top] for top in tops])
+        return Sample(
+            number=prompt.number,
+            prompt_key=prompt.key,
+            prompt_ids=reply.request.prompt_ids,
+            answer_ids=[token.id for token in reply.tokens],
+            hidden_TH=reply.states_TH,
+            top_ids_TN=top_ids_TN,
+            top_logprobs_TN=top_logprobs_TN,
+        )
+
+    def _request(self, prompt: Prompt) -> Request:
+        """Raises InvalidArgumentError for a prompt that cannot be answered."""
+        options, selection = self._options, self._selection
+        prompt_ids = self._engine.encode(prompt, selection)
+        room = self._engine.max_context - len(prompt_ids)
+        if room < 1:
+            raise InvalidArgumentError(
+                f"it has {len(prompt_ids)} tokens, and the context holds {self._engine.max_context}"
+            )
+        seed = own_seed(options.sampling.seed, prompt.number)
+        return Request(
+            request_id=str(prompt.number),
+            prompt_ids=prompt_ids,
+            sampling=replace(options.sampling, seed=seed),
+            stop=StopParams(max_new_tokens=min(options.max_new_tokens, room)),
+            speculation=SpeculationParams(enabled=options.drafts),
+            loras=selection.loras,
+            heads=selection.heads if options.drafts else None,
+            num_logprobs=options.num_top or None,
+            capture_states=True,
+        )
+
+
+class _Watch:
+    """How far a run has come."""
+
+    def __init__(self, num_prompts: int, writer: CorpusWriter, asked: _Asked) -> None:
+        self._num_prompts = num_prompts
+        self._writer = writer
+        self._asked = asked
+        self._began = time.monotonic()
+        self._samples_before, self._tokens_before = writer.num_samples, writer.num_tokens
+
+    def look(self) -> Progress:
+        writer, num_skipped = self._writer, self._asked.num_skipped
+        seconds = max(time.monotonic() - self._began, 1e-6)
+        num_new = writer.num_samples - self._samples_before
+        num_left = self._num_prompts - writer.num_samples - num_skipped
+        return Progress(
+            num_prompts=self._num_prompts,
+            num_samples=writer.num_samples,
+            num_skipped=num_skipped,
+            num_tokens=writer.num_tokens,
+            tokens_per_second=(writer.num_tokens - self._tokens_before) / seconds,
+            seconds_left=seconds / num_new * num_left if num_new else None,
+        )
+
+
+def own_seed(seed: int, number: int) -> int:
+    """The seed of a prompt's answer: 64 bits."""
+    digest = hashlib.sha256(f"{seed}/{number}".encode()).digest()
+    return int.from_bytes(digest[:8], "little")
+
+
+def _settings(
+    engine: LocalEngine, prompts: PromptFile, selection: Selection, options: DistillOptions
+) -> dict[str, Any]:
+    """All that decides what a corpus holds, and what it is of."""
+    model = engine.model
+    return {
+        "model": model.name,
+        "model_fingerprint": model.fingerprint,
+        "tokenizer": model.tokenizer.digest,
+        "quantization": model.backend.quantization,
+        "loras": [{"digest": use.digest, "scale": use.scale} for use in selection.loras],
+        "prompts_sha256": prompts.sha256,
+        "num_prompts": prompts.num_prompts,
+        "max_new_tokens": options.max_new_tokens,
+        "sampling": {
+            **asdict(options.sampling),
+            "logit_bias": [list(each) for each in options.sampling.logit_bias],
+        },
+    }

@@ -1,22 +1,38 @@
 """A model with its engine in this process, without a server: what distils and measures.
 
 The store is opened read-only, if there is one. What is used of it is copied into a store of the
-process' own, beside heads that come from folders: a server may go on writing the first one.
+process' own, beside adapters that come from folders: a server may go on writing the first one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
+from tempfile import TemporaryDirectory
 
+import torch
 from torch import Tensor
 
+from lorastack.adapters.catalogue import Catalogue
+from lorastack.adapters.formats.validate import Validator
+from lorastack.adapters.sources.base import Limits, Pieces, SourceFile, copy_missing, pieces_of
+from lorastack.adapters.sources.folder import find_files
+from lorastack.adapters.store.ids import NO_HEADS
+from lorastack.adapters.store.manifest import Record
+from lorastack.adapters.store.registry import Registry
 from lorastack.config import AdapterConfig, EngineConfig, ModelConfig
-from lorastack.request import Final, GeneratedToken, HeadsUse, LoraUse, Request
-from lorastack.startup.model import LoadedModel, StartupProgress
+from lorastack.engine.engine import Engine
+from lorastack.errors import InvalidArgumentError, NotFoundError
+from lorastack.request import Final, GeneratedToken, HeadsUse, LoraUse, Request, RowEvent
+from lorastack.startup.engine import adapter_memory, build_engine
+from lorastack.startup.model import LoadedModel, StartupProgress, load_model
 from lorastack.train.prompts import Prompt
+
+Events = SimpleQueue[list[RowEvent] | BaseException]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,11 +54,47 @@ class Reply:
     final: Final
 
 
+@dataclass(slots=True)
+class _Running:
+    """A request's events so far."""
+
+    request: Request
+    tokens: list[GeneratedToken] = field(default_factory=list)
+    states: list[Tensor] = field(default_factory=list)
+
+    def take(self, event: RowEvent) -> None:
+        self.tokens += event.tokens
+        if event.states is not None:
+            assert isinstance(event.states, Tensor)
+            self.states.append(event.states)
+
+    def reply(self, final: Final) -> Reply:
+        return Reply(
+            request=self.request,
+            tokens=tuple(self.tokens),
+            states_TH=torch.cat(self.states) if self.states else None,
+            final=final,
+        )
+
+
 class LocalEngine:
     """See the module; `open_engine` makes it. Used by one thread."""
 
-    model: LoadedModel
-    max_context: int
+    def __init__(
+        self,
+        model: LoadedModel,
+        engine: Engine,
+        events: Events,
+        adapters: _Adapters,
+        max_running: int,
+    ) -> None:
+        """events: what the engine tells. max_running: requests that it has at a time."""
+        self.model = model
+        self.max_context = engine.max_context
+        self._engine = engine
+        self._events = events
+        self._adapters = adapters
+        self._max_running = max_running
 
     def select(self, loras: Sequence[tuple[str, float]] = (), medusa_id: str = "") -> Selection:
         """LoRAs by (id, scale), or one alias; heads as a request of a server gets them.
@@ -51,18 +103,29 @@ class LocalEngine:
         NO_HEADS for none. Raises NotFoundError, FailedPreconditionError for an adapter of another
         base model, InvalidArgumentError for one of the wrong kind.
         """
-        raise NotImplementedError
+        return self._adapters.select(loras, medusa_id)
 
-    def add_folder(self, folder: Path) -> HeadsUse:
-        """Heads from a folder that no store has. Raises what an upload of it would raise."""
-        raise NotImplementedError
+    def add_folder(self, folder: Path) -> Selection:
+        """The LoRA, the heads, or both of a folder that need not be in any store.
+
+        Raises what an upload of it would raise.
+        """
+        return self._adapters.add_folder(folder)
 
     def encode(self, prompt: Prompt, selection: Selection) -> tuple[int, ...]:
         """The prompt's tokens: through the chat template, the selection's own or the model's.
 
-        Without one, a text goes as it is; InvalidArgumentError for a conversation.
+        Without one a text goes as it is. Raises InvalidArgumentError for a conversation then, for
+        messages that the template refuses, and for a token that the model lacks.
         """
-        raise NotImplementedError
+        tokenizer, template = self.model.tokenizer, selection.template
+        if template is None and prompt.is_text and tokenizer.chat_template is None:
+            ids = tokenizer.encode(prompt.messages[-1][1])
+        else:
+            ids = tokenizer.encode_part(tokenizer.render(prompt.messages, template))
+        if not ids or max(ids) >= self.model.backend.shapes.vocab_size:
+            raise InvalidArgumentError("it has no tokens, or one that the model does not have")
+        return tuple(ids)
 
     def run(self, requests: Iterable[Request]) -> Iterator[Reply]:
         """Replies as they end. Takes requests as the engine has room for rows: few more than run.
@@ -70,7 +133,115 @@ class LocalEngine:
         Raises what a request fails with; then, and where the iterator is closed early, the others
         are cancelled. request_id must be unique among those that run.
         """
-        raise NotImplementedError
+        source = iter(requests)
+        running: dict[str, _Running] = {}
+        try:
+            while True:
+                while len(running) < self._max_running:
+                    if (request := next(source, None)) is None:
+                        break
+                    self._engine.submit(request)
+                    running[request.request_id] = _Running(request)
+                if not running:
+                    return
+                for event in self._take():
+                    row = running[event.request_id]
+                    row.take(event)
+                    if not event.last:
+                        continue
+                    del running[event.request_id]
+                    if event.error is not None:
+                        raise event.error
+                    assert event.final is not None
+                    yield row.reply(event.final)
+        finally:
+            self._cancel(set(running))
+
+    def _take(self) -> list[RowEvent]:
+        """The next step's events. Raises what the engine failed with."""
+        events = self._events.get()
+        if isinstance(events, BaseException):
+            raise events
+        return events
+
+    def _cancel(self, request_ids: set[str]) -> None:
+        """Ends rows, and waits until nothing comes of them any more."""
+        for request_id in request_ids:
+            self._engine.cancel(request_id)
+        while request_ids and not isinstance(events := self._events.get(), BaseException):
+            request_ids -= {event.request_id for event in events if event.last}
+
+
+class _Adapters:
+    """What the engine can load: its own store, and the one that adapters are taken from."""
+
+    def __init__(
+        self, model: LoadedModel, own: Registry, limits: AdapterConfig, store: Registry | None
+    ) -> None:
+        self._model = model
+        self._own = own
+        self._limits = Limits(max_files=limits.max_files, max_bytes=limits.max_upload)
+        self._store = store
+        self._catalogue = Catalogue(model, store or own, limits.default_medusa)
+        self._validate = Validator(
+            shapes=model.backend.shapes,
+            dtype=model.backend.dtype,
+            base_names=(model.name, model.files.folder.name, *limits.base_names),
+            base_weight=model.files.base_weight,
+            base_token=model.tokenizer.token_id,
+        )
+
+    def select(self, loras: Sequence[tuple[str, float]], medusa_id: str) -> Selection:
+        """See `LocalEngine`."""
+        stack, heads = self._catalogue.resolve(loras, medusa_id)
+        template = self._catalogue.own_template(loras[0][0]) if len(loras) == 1 else None
+        for digest in [use.digest for use in stack] + ([heads.digest] if heads else []):
+            self._adopt(digest)
+        return Selection(loras=stack, heads=heads, template=template)
+
+    def add_folder(self, folder: Path) -> Selection:
+        """See `LocalEngine`."""
+        folder = folder.resolve()
+        source = find_files(str(folder), [folder], self._limits, lambda: None)
+        record = self._put(source.files)
+        kind = record.manifest.facts.kind
+        loras = [(record.id, 1.0)] if kind.has_lora else []
+        own = Catalogue(self._model, self._own, NO_HEADS)
+        stack, heads = own.resolve(loras, record.id if kind.has_heads else NO_HEADS)
+        template = own.own_template(record.id) if stack else None
+        return Selection(loras=stack, heads=heads, template=template)
+
+    def _adopt(self, digest: str) -> None:
+        """Copies an adapter of the store, which another process may change at any time."""
+        if self._own.knows(digest) or self._store is None:
+            return
+        paths = {spec: self._store.path(spec) for spec in self._store.manifest(digest).files}
+        self._put(
+            [SourceFile(spec=spec, read=partial(_read, path)) for spec, path in paths.items()],
+            accept_base=True,
+        )
+
+    def _put(self, files: Sequence[SourceFile], *, accept_base: bool = False) -> Record:
+        """Stores an adapter. accept_base: whatever it calls its base, it was accepted before."""
+        adapter_id = f"adapter-{len(self._own.newest())}"
+        upload = self._own.begin_upload(adapter_id, [file.spec for file in files])
+        try:
+            copy_missing(files, upload, lambda done, total: None)
+            return upload.commit(
+                partial(self._validate, accept_base=accept_base),
+                base_fingerprint=self._model.fingerprint,
+            )
+        finally:
+            upload.abort()
+
+
+def _read(path: Path, offset: int) -> Pieces:
+    """Bytes of a stored file. Raises NotFoundError if it was deleted meanwhile."""
+    try:
+        with path.open("rb") as file:
+            yield from pieces_of(file, path.stat().st_size, offset)
+    except FileNotFoundError as error:
+        raise NotFoundError("an adapter was deleted while it was read; name another") from error
 
 
 @contextmanager
@@ -84,4 +255,29 @@ def open_engine(
 
     Raises what `load_model` and opening a store raise.
     """
-    raise NotImplementedError
+    with ExitStack() as stack:
+        store = None
+        if adapters is not None:
+            store = Registry(adapters.store, read_only=True)
+            stack.callback(store.close)
+        folder = stack.enter_context(TemporaryDirectory(prefix="lorastack-"))
+        limits = adapters or AdapterConfig(store=Path(folder))
+        loaded = load_model(model, engine, limits.device_memory, progress)
+        stack.callback(loaded.close)
+        own = Registry(
+            Path(folder),
+            max_upload=limits.max_upload,
+            max_files=limits.max_files,
+            max_staged=limits.max_staged,
+        )
+        stack.callback(own.close)
+        events: Events = SimpleQueue()
+        _, pool = adapter_memory(loaded, limits, own, lambda: built.wake())
+        stack.callback(pool.close)
+        loaded.watch(events.put)
+        built = build_engine(loaded, engine, pool, {}, events.put, events.put)
+        built.start()
+        stack.callback(built.close)
+        max_running = max(1, min(2 * engine.max_rows, engine.max_queue))  # all may wait
+        known = _Adapters(loaded, own, limits, store)
+        yield LocalEngine(loaded, built, events, known, max_running)

@@ -12,7 +12,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Adapter(_message.Message):
-    __slots__ = ("id", "digest", "revision", "kind", "base_model", "compatible", "rank", "alpha", "target_modules", "num_heads", "num_layers", "medusa_version", "size_bytes", "created_at", "residency", "pinned", "device_bytes", "in_flight", "last_used_at", "warnings", "alias_loras", "alias_medusa_id")
+    __slots__ = ("id", "digest", "revision", "kind", "base_model", "compatible", "rank", "alpha", "target_modules", "num_heads", "num_layers", "medusa_version", "size_bytes", "created_at", "residency", "pinned", "device_bytes", "in_flight", "last_used_at", "warnings", "alias_loras", "alias_medusa_id", "shared_heads_id", "shared_heads_sha256", "private_rank")
     class Kind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         KIND_UNSPECIFIED: _ClassVar[Adapter.Kind]
@@ -57,6 +57,9 @@ class Adapter(_message.Message):
     WARNINGS_FIELD_NUMBER: _ClassVar[int]
     ALIAS_LORAS_FIELD_NUMBER: _ClassVar[int]
     ALIAS_MEDUSA_ID_FIELD_NUMBER: _ClassVar[int]
+    SHARED_HEADS_ID_FIELD_NUMBER: _ClassVar[int]
+    SHARED_HEADS_SHA256_FIELD_NUMBER: _ClassVar[int]
+    PRIVATE_RANK_FIELD_NUMBER: _ClassVar[int]
     id: str
     digest: str
     revision: int
@@ -79,7 +82,10 @@ class Adapter(_message.Message):
     warnings: _containers.RepeatedScalarFieldContainer[str]
     alias_loras: _containers.RepeatedCompositeFieldContainer[_generation_pb2.LoraRef]
     alias_medusa_id: str
-    def __init__(self, id: _Optional[str] = ..., digest: _Optional[str] = ..., revision: _Optional[int] = ..., kind: _Optional[_Union[Adapter.Kind, str]] = ..., base_model: _Optional[str] = ..., compatible: _Optional[bool] = ..., rank: _Optional[int] = ..., alpha: _Optional[float] = ..., target_modules: _Optional[_Iterable[str]] = ..., num_heads: _Optional[int] = ..., num_layers: _Optional[int] = ..., medusa_version: _Optional[int] = ..., size_bytes: _Optional[int] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., residency: _Optional[_Union[Adapter.Residency, str]] = ..., pinned: _Optional[bool] = ..., device_bytes: _Optional[int] = ..., in_flight: _Optional[int] = ..., last_used_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., warnings: _Optional[_Iterable[str]] = ..., alias_loras: _Optional[_Iterable[_Union[_generation_pb2.LoraRef, _Mapping]]] = ..., alias_medusa_id: _Optional[str] = ...) -> None: ...
+    shared_heads_id: str
+    shared_heads_sha256: str
+    private_rank: int
+    def __init__(self, id: _Optional[str] = ..., digest: _Optional[str] = ..., revision: _Optional[int] = ..., kind: _Optional[_Union[Adapter.Kind, str]] = ..., base_model: _Optional[str] = ..., compatible: _Optional[bool] = ..., rank: _Optional[int] = ..., alpha: _Optional[float] = ..., target_modules: _Optional[_Iterable[str]] = ..., num_heads: _Optional[int] = ..., num_layers: _Optional[int] = ..., medusa_version: _Optional[int] = ..., size_bytes: _Optional[int] = ..., created_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., residency: _Optional[_Union[Adapter.Residency, str]] = ..., pinned: _Optional[bool] = ..., device_bytes: _Optional[int] = ..., in_flight: _Optional[int] = ..., last_used_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., warnings: _Optional[_Iterable[str]] = ..., alias_loras: _Optional[_Iterable[_Union[_generation_pb2.LoraRef, _Mapping]]] = ..., alias_medusa_id: _Optional[str] = ..., shared_heads_id: _Optional[str] = ..., shared_heads_sha256: _Optional[str] = ..., private_rank: _Optional[int] = ...) -> None: ...
 
 class FileSpec(_message.Message):
     __slots__ = ("name", "size", "sha256")

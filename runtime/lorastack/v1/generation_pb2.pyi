@@ -245,14 +245,18 @@ class LoraUsed(_message.Message):
     def __init__(self, lora_id: _Optional[str] = ..., digest: _Optional[str] = ..., scale: _Optional[float] = ...) -> None: ...
 
 class AdaptersUsed(_message.Message):
-    __slots__ = ("loras", "medusa_id", "medusa_digest")
+    __slots__ = ("loras", "medusa_id", "medusa_digest", "shared_medusa_id", "shared_medusa_digest")
     LORAS_FIELD_NUMBER: _ClassVar[int]
     MEDUSA_ID_FIELD_NUMBER: _ClassVar[int]
     MEDUSA_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    SHARED_MEDUSA_ID_FIELD_NUMBER: _ClassVar[int]
+    SHARED_MEDUSA_DIGEST_FIELD_NUMBER: _ClassVar[int]
     loras: _containers.RepeatedCompositeFieldContainer[LoraUsed]
     medusa_id: str
     medusa_digest: str
-    def __init__(self, loras: _Optional[_Iterable[_Union[LoraUsed, _Mapping]]] = ..., medusa_id: _Optional[str] = ..., medusa_digest: _Optional[str] = ...) -> None: ...
+    shared_medusa_id: str
+    shared_medusa_digest: str
+    def __init__(self, loras: _Optional[_Iterable[_Union[LoraUsed, _Mapping]]] = ..., medusa_id: _Optional[str] = ..., medusa_digest: _Optional[str] = ..., shared_medusa_id: _Optional[str] = ..., shared_medusa_digest: _Optional[str] = ...) -> None: ...
 
 class Timings(_message.Message):
     __slots__ = ("queue_ms", "adapter_wait_ms", "time_to_first_token_ms", "total_ms")

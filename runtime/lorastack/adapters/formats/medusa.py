@@ -6,11 +6,14 @@ an output matrix of the head's own, `{i}.{L}.weight [V, H]`. The tensors decide 
 a folder whose `version` says otherwise is refused.
 
 Beside version 2 heads a folder may have `draft_vocabulary.safetensors`, our extra file: one tensor
-`draft_vocabulary`, I32 or I64 [N], the rising ids of the tokens that the heads choose from.
+`draft_vocabulary`, I32 or I64 [N], the rising ids of the tokens that the heads choose from. And
+config.json may have `acceptance`: what adaptive trees start from, the JSON of a
+`speculation.calibration.Calibration`. `private` describes heads that are a correction of others.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,9 +21,12 @@ from pathlib import Path
 
 import numpy as np
 
+from lorastack.adapters.formats import private
+from lorastack.adapters.formats.facts import SharedHeads
 from lorastack.adapters.formats.peft import text_field
 from lorastack.adapters.formats.refusal import invalid, unsupported
 from lorastack.adapters.formats.tensorfile import INTEGERS, read_header
+from lorastack.errors import InvalidArgumentError
 from lorastack.layout import (
     HEADS,
     MAX_DRAFT_VOCABULARY,
@@ -37,22 +43,31 @@ VOCABULARY_NAME = "draft_vocabulary.safetensors"
 VOCABULARY_TENSOR = "draft_vocabulary"
 HEADS_FIELD = "medusa_num_heads"
 LAYERS_FIELD = "medusa_num_layers"
+ACCEPTANCE_FIELD = "acceptance"
 MAX_HEADS = 32
 MAX_LAYERS = 32
+MAX_ACCEPTANCE = 64 << 10  # characters; `Calibration.to_json` writes 50,000 at most
 _TENSOR = re.compile(
-    r"(?:0|[1-9]\d{0,3})\.(?:0|[1-9]\d{0,3})\.(?:linear\.weight|linear\.bias|weight)"
+    r"(?:0|[1-9]\d{0,3})\.(?:0|[1-9]\d{0,3})\."
+    r"(?:linear\.weight|linear\.bias|weight|linear\.lora_[AB]\.weight)"
 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadsPart:
-    """The Medusa heads of a folder."""
+    """The Medusa heads of a folder, or its private part of others.
+
+    acceptance: the config's, "" if it has none; only its size was checked.
+    """
 
     base_model: str  # "" if the config names none
     num_heads: int
     num_layers: int
     version: int
     draft_vocabulary: tuple[int, ...]  # rising token ids; () for all
+    shared_heads: SharedHeads | None  # None for whole heads
+    private_rank: int  # 0 for whole heads
+    acceptance: str
     tensors: Mapping[TensorKey, TensorEntry]
 
 
@@ -73,24 +88,22 @@ def parse_medusa(
     """
     num_heads = _count(config, HEADS_FIELD, MAX_HEADS)
     num_layers = _count(config, LAYERS_FIELD, MAX_LAYERS, default=1)
-    version = _version(config, entries)
-    expected = _expected(num_heads, num_layers, version, shapes)
-    for name, entry in entries.items():
-        if name not in expected:
-            raise invalid(
-                f"tensor {name} belongs to no head: {CONFIG_NAME} says {HEADS_FIELD} = {num_heads} "
-                f"and {LAYERS_FIELD} = {num_layers}"
-            )
-        _, shape = expected[name]
-        if entry.shape != shape:
-            raise invalid(
-                f"tensor {name} has shape {list(entry.shape)}, "
-                f"but the base model needs {list(shape)}"
-            )
-    if missing := sorted(expected.keys() - entries.keys()):
+    shared: SharedHeads | None = None
+    rank = 0
+    if private.is_private(config):
+        private.check_version(config, CONFIG_NAME)
+        version = 2
+        shared = private.shared_heads(config, CONFIG_NAME)
+        rank = private.private_rank(config, CONFIG_NAME)
+        expected = private.expected_tensors(num_heads, num_layers, rank, shapes.hidden_size)
+    else:
+        version = _version(config, entries)
+        expected = _expected(num_heads, num_layers, version, shapes)
+    _check_tensors(config, entries, expected)
+    if vocabulary is not None and shared is not None:
         raise invalid(
-            f"{HEADS_FIELD} is {num_heads} and {LAYERS_FIELD} is {num_layers}, but {missing[0]} "
-            "is missing"
+            f"{VOCABULARY_NAME} lies beside a private part, which chooses from the draft "
+            f"vocabulary of the heads that it corrects ({shared.id}): leave it out"
         )
     if vocabulary is not None and version == 1:
         raise invalid(
@@ -103,8 +116,62 @@ def parse_medusa(
         num_layers=num_layers,
         version=version,
         draft_vocabulary=() if vocabulary is None else _draft_vocabulary(vocabulary, shapes),
+        shared_heads=shared,
+        private_rank=rank,
+        acceptance=_acceptance(config),
         tensors={key: entries[name] for name, (key, _) in expected.items()},
     )
+
+
+def _check_tensors(
+    config: Mapping[str, object],
+    entries: Mapping[str, TensorEntry],
+    expected: Mapping[str, tuple[TensorKey, tuple[int, ...]]],
+) -> None:
+    """Raises InvalidArgumentError unless these are the tensors that the config asks for."""
+    part = private.is_private(config)
+    fields = [HEADS_FIELD, LAYERS_FIELD, *([private.RANK_FIELD] if part else [])]
+    says = " and ".join(f"{field} = {config.get(field, 1)}" for field in fields)
+    for name, entry in entries.items():
+        if name not in expected:
+            if part != (private.PRIVATE_TENSOR.fullmatch(name) is not None):
+                raise _of_the_other_kind(name, part)
+            raise invalid(f"tensor {name} belongs to no head: {CONFIG_NAME} says {says}")
+        _, shape = expected[name]
+        if entry.shape != shape:
+            raise invalid(
+                f"tensor {name} has shape {list(entry.shape)}, "
+                f"but the base model needs {list(shape)}"
+                + (f" ({CONFIG_NAME} says {says})" if part else "")
+            )
+    if missing := sorted(expected.keys() - entries.keys()):
+        raise invalid(f"{CONFIG_NAME} says {says}, but {missing[0]} is missing")
+
+
+def _of_the_other_kind(name: str, part: bool) -> InvalidArgumentError:
+    """Of a tensor of whole heads in a private part, or the reverse."""
+    if part:
+        return invalid(
+            f"tensor {name} belongs to whole heads, but {CONFIG_NAME} makes the folder a private "
+            f"part of others: leave it out, or {private.SHARED_FIELD} and {private.RANK_FIELD}"
+        )
+    return invalid(
+        f"tensor {name} belongs to a private part of heads, but {CONFIG_NAME} has no "
+        f"{private.SHARED_FIELD} and {private.RANK_FIELD}, which say of which heads"
+    )
+
+
+def _acceptance(config: Mapping[str, object]) -> str:
+    value = config.get(ACCEPTANCE_FIELD)
+    if value is None:
+        return ""
+    text = json.dumps(value)
+    if not isinstance(value, dict) or len(text) > MAX_ACCEPTANCE:
+        raise invalid(
+            f"{ACCEPTANCE_FIELD} in {CONFIG_NAME} must be an object as `lorastack train eval` "
+            f"writes it, of at most {MAX_ACCEPTANCE} characters: leave it out for the default"
+        )
+    return text
 
 
 def _expected(

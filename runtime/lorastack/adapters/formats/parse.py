@@ -132,6 +132,9 @@ def _combine(
         num_heads=heads.num_heads if heads else 0,
         num_layers=heads.num_layers if heads else 0,
         medusa_version=heads.version if heads else 0,
+        shared_heads=heads.shared_heads if heads else None,
+        private_rank=heads.private_rank if heads else 0,
+        acceptance=heads.acceptance if heads else "",
     )
     return ParsedAdapter(
         facts=facts,

@@ -32,7 +32,8 @@ class Validator:
     (model.embed_tokens.weight, lm_head.weight) -> that tensor, to compare copies that PEFT saved.
     dtype: the server computes with it, and adapters are converted to it. base_token: a token's id
     in the base model's tokenizer, None if it has none; without base_token, tokenizer files are not
-    read. check_template: compiles a chat template and raises if it is malformed.
+    read. check_template: compiles a chat template and raises if it is malformed. check_acceptance:
+    raises unless trees of so many heads can start from an `acceptance`.
     """
 
     shapes: ModelShapes
@@ -41,6 +42,7 @@ class Validator:
     dtype: torch.dtype = torch.float32
     base_token: TokenId | None = None
     check_template: Callable[[str], None] | None = None
+    check_acceptance: Callable[[str, int], None] | None = None
 
     def __call__(self, files: Mapping[str, Path], *, accept_base: bool = False) -> ParsedAdapter:
         """The checked folder, with warnings. accept_base: any base model's name passes.
@@ -60,6 +62,8 @@ class Validator:
         check_values(parsed)
         if parsed.chat_template is not None and self.check_template is not None:
             self.check_template(parsed.chat_template)
+        if parsed.facts.acceptance and self.check_acceptance is not None:
+            self.check_acceptance(parsed.facts.acceptance, parsed.facts.num_heads)
         for entry in parsed.tensors.values():
             _check_fits(entry, self.dtype)
         for name, entry in parsed.base_copies.items():

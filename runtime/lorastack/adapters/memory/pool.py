@@ -11,6 +11,9 @@ members are all on the host is placed first: room for all its missing members at
 `turns` says. Those behind it get nothing before it has its room. What was placed stays until the
 set is acquired or nobody asks any more. Then its turn begins.
 
+Heads never make a row wait. A private part and the heads that it corrects come as a set too, both
+or neither, since half of it serves nobody.
+
 How long a set waits: its own load, then, for each set before it in the queue and once for itself,
 at most QUANTUM, its copies and a step; and MAX_AHEAD copies once. Sets whose room is idle need
 no turn, and several may advance in one. One that still loads lets those behind it go ahead.
@@ -20,7 +23,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from math import inf
 from threading import Lock
@@ -29,6 +32,7 @@ from lorastack.adapters.memory.copies import Copies
 from lorastack.adapters.memory.device import DeviceAdapter
 from lorastack.adapters.memory.host import HostCache
 from lorastack.adapters.memory.pipeline import Pipeline
+from lorastack.adapters.memory.stats import AdapterStats, PoolStats
 from lorastack.adapters.memory.turns import QUANTUM, Resident, Use, choose_victims
 from lorastack.errors import (
     FailedPreconditionError,
@@ -38,34 +42,6 @@ from lorastack.errors import (
 )
 
 MAX_AHEAD = 2  # loads, and copies, under way at once for rows that do not need them yet
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AdapterStats:
-    """One adapter on the device. in_use: pins of the rows of this step. pinned: by `pin`."""
-
-    digest: str
-    nbytes: int
-    in_use: int
-    pinned: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PoolStats:
-    """What the pool holds, and counts since it was made.
-
-    adapters: least recently used first. last_used: digest -> time.time() seconds, of any that was
-    ever used and not dropped. num_waiting: sets of LoRAs that rows wait for. host_hits, disk_loads:
-    loads by where the bytes were. load_seconds: total run time of loads and copies.
-    """
-
-    adapters: tuple[AdapterStats, ...]
-    last_used: Mapping[str, float]
-    num_waiting: int
-    host_hits: int
-    disk_loads: int
-    load_seconds: float
-    evictions: int
 
 
 @dataclass(slots=True)
@@ -101,11 +77,12 @@ class DevicePool:
         self._clock = clock
         self._lock = Lock()  # guards what `stats` reads
         self._residents: OrderedDict[str, Resident] = OrderedDict()  # oldest use first
-        self._pinned: set[str] = set()
+        self._pinned: dict[str, frozenset[str]] = {}  # by `pin`: digest -> what stays for it
         self._last_used: dict[str, float] = {}
         self._evictions = 0
         self._queue: dict[frozenset[str], _Ask] = {}  # in order of first ask
-        self._soft: dict[str, None] = {}  # asked for since the last poll by whoever can do without
+        # Asked for since the last poll by whoever can do without: each set whole or not at all.
+        self._soft: dict[frozenset[str], None] = {}
 
     # -- for rows ---------------------------------------------------------------------------------
 
@@ -135,26 +112,36 @@ class DevicePool:
                 self._pipeline.load(digest)
         return None
 
-    def try_acquire(self, digest: str) -> DeviceAdapter | None:
-        """Pins heads if they are there; else None, and they come when there is room to spare.
+    def try_acquire(self, digests: Sequence[str]) -> tuple[DeviceAdapter, ...] | None:
+        """Pins heads, all of these, if they are there; else none, and they come when there is room
+        to spare for all.
 
-        Raises the LorastackError that their load ended with; FailedPreconditionError
-        ADAPTER_TOO_LARGE.
+        Raises the LorastackError that a load ended with; FailedPreconditionError ADAPTER_TOO_LARGE.
         """
-        self._pipeline.raise_failure({digest})
-        if digest in self._residents:
-            return self._pin(digest, Use.SOFT)
-        if self._size(digest) > self._budget:
-            raise self._too_large({digest})
-        self.prefetch([digest])
+        wanted = frozenset(digests)
+        self._pipeline.raise_failure(wanted)
+        if self.holds(wanted):
+            return tuple(self._pin(digest, Use.SOFT) for digest in digests)
+        if sum(map(self._size, wanted)) > self._budget:
+            raise self._too_large(wanted)
+        self.prefetch(digests, together=True)
         return None
 
-    def prefetch(self, digests: Collection[str]) -> None:
-        """Says what a row will need. Loads a few at a time, and no more than could be placed."""
-        self._soft.update(dict.fromkeys(digests))
+    def prefetch(self, digests: Collection[str], *, together: bool = False) -> None:
+        """Says what a row will need. Loads a few at a time, and no more than could be placed.
+
+        together: they are of use together only. Those of them that are on the device keep their
+        room only if the others have theirs: half a set must not hold up another.
+        """
+        coming = self._pipeline.copying
+        whole = all(digest in self._residents or digest in coming for digest in digests)
+        self._soft.update(
+            {frozenset(digests): None} if together else {frozenset((d,)): None for d in digests}
+        )
         for digest in digests:
             if digest in self._residents:
-                self._touch(digest, Use.SOFT)
+                if whole or not together:
+                    self._touch(digest, Use.SOFT)
             elif not self._pipeline.has(digest) and self._may_load_ahead():
                 self._pipeline.load(digest)
 
@@ -171,14 +158,25 @@ class DevicePool:
 
     # -- for operators ----------------------------------------------------------------------------
 
-    def pin(self, digest: str) -> None:
-        """Keeps an adapter that is on the device there until `unpin` or `drop`."""
-        assert digest in self._residents, digest
-        self._pinned.add(digest)
+    def pin(self, digest: str, needs: Collection[str] = ()) -> None:
+        """Keeps an adapter that is on the device there until `unpin` or `drop`.
+
+        needs: what stays there with it, heads that it corrects.
+        """
+        kept = frozenset((digest, *needs))
+        assert self.holds(kept), digest
+        with self._lock:
+            self._pinned[digest] = kept
 
     def unpin(self, digest: str) -> None:
         """Ends what `pin` began; nothing happens without it."""
-        self._pinned.discard(digest)
+        with self._lock:
+            self._pinned.pop(digest, None)
+
+    @property
+    def _kept(self) -> frozenset[str]:
+        """What stays on the device for some `pin`."""
+        return frozenset[str]().union(*self._pinned.values())
 
     def drop(self, digest: str) -> bool:
         """Lets go of all copies; False while a load is under way. No row may have it pinned."""
@@ -208,7 +206,7 @@ class DevicePool:
         for adapter in arrived:
             self._take_in(adapter, now)
         self._queue = {wanted: ask for wanted, ask in self._queue.items() if ask.asked}
-        self._pipeline.keep_only(set(self._soft).union(*self._queue))
+        self._pipeline.keep_only(set[str]().union(*self._soft, *self._queue))
         changed |= self._place_all(now)
         for adapter in self._pipeline.advance(set[str]().union(*self._queue), self._movable):
             with self._lock:
@@ -233,13 +231,14 @@ class DevicePool:
     def stats(self) -> PoolStats:
         """What the pool holds and has counted. Any thread."""
         with self._lock:
+            kept = self._kept
             return PoolStats(
                 adapters=tuple(
                     AdapterStats(
                         digest=digest,
                         nbytes=resident.adapter.nbytes,
                         in_use=resident.pins,
-                        pinned=digest in self._pinned,
+                        pinned=digest in kept,
                     )
                     for digest, resident in self._residents.items()
                 ),
@@ -286,7 +285,7 @@ class DevicePool:
         needed = sum(map(self._size, wanted))
         if needed > self._budget:
             return self._too_large(wanted)
-        others = sorted(self._pinned.difference(wanted))
+        others = sorted(self._kept.difference(wanted))
         held = sum(map(self._size, others))
         if needed + held <= self._budget:
             return None
@@ -330,12 +329,18 @@ class DevicePool:
             each.adapter.nbytes for each in self._residents.values() if each.use is not Use.IDLE
         ]
         spare = self._budget - sum(used) - sum(copying.values())
-        for digest in self._soft:
-            size = self._size(digest)
-            if digest not in waiting or size > spare or len(copying) >= MAX_AHEAD:
+        for wanted in self._soft:
+            missing = wanted.difference(self._residents)
+            if not missing or any(digest not in waiting for digest in missing):
                 continue
-            if self._place({digest}, Use.SOFT, now):
+            idle = [each for each in wanted - missing if self._residents[each].use is Use.IDLE]
+            size = sum(map(self._size, missing.union(idle)))
+            if size > spare or len(copying) + len(missing) > MAX_AHEAD:
+                continue
+            if self._place(wanted, Use.SOFT, now):
                 changed, spare = True, spare - size
+                for digest in idle:
+                    self._touch(digest, Use.SOFT)
         return changed
 
     def _place(
@@ -346,7 +351,7 @@ class DevicePool:
         used = sum(resident.adapter.nbytes for resident in self._residents.values())
         needed = used + sum(self._pipeline.copying.values()) + sum(map(self._size, missing))
         placed = (members for members, ask in self._queue.items() if ask.placed)
-        keep = self._pinned.union(wanted, *placed)
+        keep = self._kept.union(wanted, *placed)
         victims = choose_victims(
             self._residents.values(),
             needed - self._budget,

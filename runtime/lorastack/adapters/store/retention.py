@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from lorastack.adapters.store.ids import split_reference
 from lorastack.adapters.store.manifest import Pointer
+from lorastack.adapters.store.shared import corrected_digests
 from lorastack.adapters.store.tables import Tables
 from lorastack.errors import DataLossError, NotFoundError
 
@@ -27,13 +28,14 @@ def shortened(
     """The shorter pointers, by id, of the ids that lose revisions.
 
     keep: how many revisions an id keeps, at least 1; more if their digests are in_use, the
-    default heads' or named by an alias (`id@sha256:...`). adapter_id: a plain id, "" for all.
+    default heads', named by an alias (`id@sha256:...`) or those of heads that a private part
+    corrects. adapter_id: a plain id, "" for all.
     Raises NotFoundError or DataLossError.
     """
     needed = {*in_use}
     with suppress(NotFoundError, DataLossError):
         needed.add(tables.resolve(tables.default_medusa).digest)
-    needed |= _named_by_aliases(tables)
+    needed |= _named_by_aliases(tables) | corrected_digests(tables)
     known: Collection[Pointer] = tables.pointers.values()
     if adapter_id:
         known = [tables.known_pointer(adapter_id)]

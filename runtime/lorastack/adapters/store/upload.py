@@ -19,6 +19,7 @@ from lorastack.adapters.store.manifest import (
     in_digest,
     runs,
 )
+from lorastack.adapters.store.shared import check_shared_heads
 from lorastack.adapters.store.staging import Staging, StagingArea, staging_key
 from lorastack.errors import AbortedError, InvalidArgumentError, Reason
 
@@ -88,7 +89,8 @@ class Upload:
 
         validate: gets file name -> path; what it raises is raised here. base_fingerprint: the base
         model's, for which it validates. Also raises InvalidArgumentError, AlreadyExistsError,
-        AbortedError, DataLossError or ResourceExhaustedError.
+        AbortedError, DataLossError, ResourceExhaustedError, and FailedPreconditionError for a
+        private part of heads that are not stored.
         """
         with self._using:
             self._check_open()
@@ -211,9 +213,10 @@ class Uploads:
         )
 
     def _publish(self, upload: Upload, manifest: Manifest) -> Record:
-        """Makes a checked upload visible."""
+        """Makes a checked upload visible, while what it needs of the store is there."""
         with self._contents.changing():
             self._contents.tables.check_condition(upload.id, upload.if_digest)
+            check_shared_heads(self._contents.tables, manifest)
             self._contents.blobs.adopt(upload.staging.paths())
             self._contents.put_manifest(manifest)
             others = tuple(spec for spec in upload.files if not in_digest(spec.name))

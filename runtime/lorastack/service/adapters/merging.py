@@ -15,6 +15,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from lorastack.adapters.catalogue import Catalogue
 from lorastack.adapters.formats.merged import WEIGHTS_NAME, Merge, MergeSource
 from lorastack.adapters.formats.merging import MajoritySign, MergeRule, Strategy
 from lorastack.adapters.formats.parse import parse
@@ -38,7 +39,6 @@ from lorastack.errors import (
 )
 from lorastack.layout import AdapterKind, ModelShapes
 from lorastack.service.adapters.writer import StoreWriter
-from lorastack.service.calls.catalogue import Catalogue
 from lorastack.service.edge import limits
 from lorastack.service.edge.places import Places
 from lorastack.service.edge.threads import run_in

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from lorastack.adapters.memory.pool import AdapterStats
+from lorastack.adapters.memory.stats import AdapterStats
 from lorastack.adapters.store.manifest import FileSpec, Record
 from lorastack.layout import AdapterKind
 from lorastack.printable import printable
@@ -68,6 +68,9 @@ def adapter(record: Record, *, compatible: bool, usage: AdapterUsage) -> adapter
         residency=adapters_pb2.Adapter.DISK,
         in_flight=usage.in_flight.get(digest, 0),
     )
+    if (shared := facts.shared_heads) is not None:
+        message.shared_heads_id, message.shared_heads_sha256 = shared.id, shared.sha256
+        message.private_rank = facts.private_rank
     if (alias := facts.alias) is not None:
         message.alias_medusa_id = alias.medusa_id
         for lora_id, scale in alias.loras:

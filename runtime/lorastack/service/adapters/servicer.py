@@ -9,9 +9,9 @@ from collections.abc import AsyncIterator, Collection, Sequence
 from concurrent.futures import Executor
 from contextlib import aclosing
 
+from lorastack.adapters.catalogue import Catalogue, check_no_alias
 from lorastack.adapters.memory.host import HostCache
 from lorastack.adapters.memory.pool import DevicePool
-from lorastack.adapters.store.ids import split_reference
 from lorastack.adapters.store.manifest import Record
 from lorastack.adapters.store.registry import Registry
 from lorastack.engine.engine import Engine
@@ -27,7 +27,6 @@ from lorastack.service.adapters.merging import Merges
 from lorastack.service.adapters.transfer import Transfers
 from lorastack.service.adapters.uploads import Uploads
 from lorastack.service.adapters.writer import StoreWriter
-from lorastack.service.calls.catalogue import Catalogue, check_no_alias
 from lorastack.service.calls.dispatch import Dispatcher
 from lorastack.service.edge.places import caller_of
 from lorastack.service.edge.status import CallGuard, Context, Notes, new_request_id
@@ -225,15 +224,18 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
             )
 
     async def _load(self, record: Record, pin: bool) -> None:
-        """Raises what the load raises; NotFoundError if the record was deleted meanwhile."""
+        """Loads it, and the heads that it corrects. Raises what the load raises; NotFoundError if
+        any of them was deleted meanwhile."""
+        digests = await run_in(self._readers, self._catalogue.digests_of, record)
         try:
-            await asyncio.wrap_future(self._engine.load(record.digest, pin))
+            await asyncio.wrap_future(self._engine.load(record.digest, pin, digests))
         except LorastackError as error:
             raise self._catalogue.with_ids(error) from None
         finally:
-            if deleted := not self._registry.knows(record.digest):
+            deleted = [digest for digest in digests if not self._registry.knows(digest)]
+            for digest in deleted:
                 # The load may have undone what the deletion told the engine.
-                self._uploader.submit(self._writer.forget_deleted, record.digest)
+                self._uploader.submit(self._writer.forget_deleted, digest)
         if deleted:
             raise NotFoundError(
                 f"adapter {record.id!r} was deleted or replaced while it was loaded; ask again",
@@ -241,8 +243,7 @@ class AdapterService(adapters_pb2_grpc.AdapterServiceServicer):
             )
 
     def _delete(self, adapter_id: str, in_use: Collection[str]) -> None:
-        default_id, _ = split_reference(self._catalogue.default_medusa)
-        if adapter_id and adapter_id == default_id:
+        if self._catalogue.holds_default(adapter_id):
             raise FailedPreconditionError(
                 f"{adapter_id!r} holds the server's default Medusa heads; choose others with "
                 "`lorastack adapters default` (or restart without --medusa) to delete them",

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Executor
 from pathlib import Path
 
+from lorastack.adapters.catalogue import Catalogue
 from lorastack.adapters.formats.alias import Alias
 from lorastack.adapters.formats.parse import ParsedAdapter
 from lorastack.adapters.formats.validate import Validator
@@ -18,7 +19,6 @@ from lorastack.adapters.store.registry import Pruned, Registry
 from lorastack.adapters.store.upload import Upload
 from lorastack.engine.engine import Engine
 from lorastack.errors import DataLossError, LorastackError, NotFoundError
-from lorastack.service.calls.catalogue import Catalogue
 from lorastack.service.calls.dispatch import Dispatcher
 from lorastack.service.edge.threads import run_in
 
@@ -94,7 +94,7 @@ class StoreWriter:
     def delete(self, adapter_id: str, in_use: Collection[str]) -> None:
         """Removes an id. in_use: digests of requests that have not ended. Raises NotFoundError."""
         try:
-            digests = {record.digest for record in self._registry.revisions(adapter_id)}
+            digests = _digests(self._registry, self._registry.revisions(adapter_id))
         except (NotFoundError, DataLossError):  # nobody could be served from it
             digests = set()
         self._registry.delete(adapter_id, in_use=in_use)
@@ -113,8 +113,9 @@ class StoreWriter:
             logger.warning("old revisions of %s could not be removed", adapter_id, exc_info=True)
 
     def _newest(self, adapter_id: str) -> set[str]:
+        """The digests that requests for the id get; none if it is not there."""
         try:
-            return {self._registry.resolve(adapter_id).digest}
+            return _digests(self._registry, [self._registry.resolve(adapter_id)])
         except (NotFoundError, DataLossError):
             return set()
 
@@ -152,8 +153,13 @@ class StoreFollower:
 
 
 def _newest_digests(registry: Registry) -> set[str]:
-    """The digests that ids point to now."""
-    return {record.digest for record in registry.list()}
+    """The digests that requests get by the ids that there are now."""
+    return _digests(registry, registry.list())
+
+
+def _digests(registry: Registry, records: Iterable[Record]) -> set[str]:
+    """Of the records, and of the heads that private parts among them correct."""
+    return {digest for record in records for digest in registry.digests_in_use(record)}
 
 
 def needed_digests(dispatcher: Dispatcher, pool: DevicePool, catalogue: Catalogue) -> set[str]:

@@ -300,6 +300,8 @@ def _adapters_used(request: Request) -> generation_pb2.AdaptersUsed:
         ],
         medusa_id=heads.medusa_id if heads else "",
         medusa_digest=heads.digest if heads else "",
+        shared_medusa_id=heads.shared_id if heads else "",
+        shared_medusa_digest=heads.shared_digest if heads else "",
     )
 
 

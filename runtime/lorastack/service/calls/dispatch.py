@@ -159,9 +159,7 @@ class Dispatcher:
         """Requests that have not ended, by digest of their LoRAs and heads. For any thread."""
         streams = list(self._streams.values())  # atomic: other threads call this
         requests = [stream.request for stream in streams if stream.request]
-        return Counter(
-            use.digest for request in requests for use in (*request.loras, request.heads) if use
-        )
+        return Counter(digest for request in requests for digest in request.digests)
 
     def fail(self, error: BaseException) -> None:
         """Any thread: the step loop cannot go on. Whoever calls this has logged the error."""

@@ -7,9 +7,9 @@ import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
 
+from lorastack.adapters.catalogue import Catalogue
 from lorastack.service.calls import convert
 from lorastack.service.calls.call import Text
-from lorastack.service.calls.catalogue import Catalogue
 from lorastack.service.calls.dispatch import Dispatcher
 from lorastack.service.calls.intake import Intake
 from lorastack.service.calls.served import ServedModel

@@ -16,10 +16,10 @@ from dataclasses import replace
 from itertools import chain
 from typing import TypeVar
 
+from lorastack.adapters.catalogue import Catalogue
 from lorastack.adapters.store.ids import NO_HEADS
 from lorastack.sandbox.fair_queue import FairQueue
 from lorastack.service.calls.call import Chat, GenerateCall, Given, Rendered, Text
-from lorastack.service.calls.catalogue import Catalogue
 from lorastack.service.calls.prepare import Prepared, Preparer
 from lorastack.service.calls.untrusted import Untrusted
 from lorastack.service.edge.threads import run_in

@@ -9,10 +9,10 @@ from __future__ import annotations
 import secrets
 from dataclasses import dataclass, replace
 
+from lorastack.adapters.catalogue import Catalogue
 from lorastack.errors import InvalidArgumentError, Reason
 from lorastack.request import Grammar, Request, StopParams
 from lorastack.service.calls.call import Chat, GenerateCall, Given, Ids, Rendered, Text
-from lorastack.service.calls.catalogue import Catalogue
 from lorastack.service.calls.served import ServedModel
 from lorastack.service.edge import limits
 from lorastack.text.grammar import GrammarCompiler, JsonSchema, Regex

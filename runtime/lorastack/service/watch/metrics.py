@@ -20,7 +20,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from prometheus_client.registry import Collector
 
 from lorastack.adapters.memory.host import HostCache
-from lorastack.adapters.memory.pool import DevicePool, PoolStats
+from lorastack.adapters.memory.pool import DevicePool
+from lorastack.adapters.memory.stats import PoolStats
 from lorastack.adapters.store.registry import Registry
 from lorastack.config import AdapterConfig
 from lorastack.engine.engine import Engine

@@ -1,4 +1,4 @@
-"""The adapters that this server can serve: ids to digests, default heads, whose template is whose.
+"""The adapters that fit one base model: ids to digests, default heads, whose template is whose.
 
 Look-ups read the registry's tables in memory. What touches files (`own_template`,
 `set_default_medusa`) belongs into worker threads. Nothing here runs what an adapter brings.
@@ -9,29 +9,48 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Protocol
 
 from lorastack.adapters.formats.alias import Alias
 from lorastack.adapters.store.ids import NO_HEADS, RESERVED_IDS, split_reference
 from lorastack.adapters.store.manifest import Record
 from lorastack.adapters.store.registry import Registry
+from lorastack.adapters.templates import OwnTemplates
 from lorastack.errors import (
     FailedPreconditionError,
     InvalidArgumentError,
     LorastackError,
+    NotFoundError,
     Reason,
     ResourceExhaustedError,
 )
 from lorastack.request import HeadsUse, LoraUse
-from lorastack.service.calls.served import ServedModel
-from lorastack.service.calls.templates import OwnTemplates
 
 logger = logging.getLogger(__name__)
+
+
+class Templated(Protocol):
+    """What is asked of a tokenizer."""
+
+    @property
+    def chat_template(self) -> str | None: ...
+
+
+class BaseModel(Protocol):
+    """What is asked of a base model: its name, and what tells it from others."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def tokenizer(self) -> Templated: ...
 
 
 class Catalogue:
     """The registry as callers of one base model see it. Thread-safe; it keeps templates only."""
 
-    def __init__(self, model: ServedModel, registry: Registry, fixed_default: str) -> None:
+    def __init__(self, model: BaseModel, registry: Registry, fixed_default: str) -> None:
         """fixed_default: --medusa, an id or NO_HEADS, which wins over what the store says; "" if
         not given."""
         self._model = model
@@ -47,8 +66,8 @@ class Catalogue:
         An alias, alone in loras, stands for its own LoRAs and heads. Heads are those of medusa_id,
         else the alias', else those that the call's only LoRA brings, else the default ones. Raises
         NotFoundError, FailedPreconditionError for an adapter of another base model,
-        InvalidArgumentError for one of the wrong kind or named twice; for what an alias names, the
-        message names both.
+        InvalidArgumentError for one of the wrong kind or named twice; for what an alias names, and
+        for the heads that a private part corrects, the message names both.
         """
         alias_id, alias = self._alias(loras)
         if alias is None:
@@ -97,7 +116,7 @@ class Catalogue:
                 reason=Reason.WRONG_ADAPTER_KIND,
                 adapter_id=medusa_id,
             )
-        return HeadsUse(medusa_id=medusa_id, digest=record.digest)
+        return self._use(medusa_id, record)
 
     @property
     def default_medusa(self) -> str:
@@ -122,6 +141,18 @@ class Catalogue:
         except LorastackError as error:
             logger.warning("no default heads: %s", error.message)
             return None
+
+    def holds_default(self, adapter_id: str) -> bool:
+        """True if an id has the default heads, or the ones that they correct."""
+        reference = self.default_medusa
+        if not adapter_id or not reference:
+            return False
+        if adapter_id == split_reference(reference)[0]:
+            return True
+        try:
+            return adapter_id == self.heads(reference).shared_id
+        except LorastackError:
+            return False
 
     def set_default_medusa(self, medusa_id: str) -> HeadsUse | None:
         """Makes heads the default, for good; "": none. Raises as `heads`, or if --medusa is set."""
@@ -151,6 +182,15 @@ class Catalogue:
                 adapter_id=adapter_id,
             )
         return record
+
+    def digests_of(self, record: Record) -> tuple[str, ...]:
+        """Of all that serves a record: its own, before it that of the heads that it corrects.
+
+        Raises NotFoundError for such heads that are gone.
+        """
+        if not record.manifest.facts.kind.has_heads:
+            return (record.digest,)
+        return self._use(record.id, record).digests
 
     def own_template(self, lora_id: str) -> str | None:
         """The own chat template of a LoRA, or of an alias' only one; None if the model's serves.
@@ -208,7 +248,7 @@ class Catalogue:
     def _heads(self, medusa_id: str, records: list[Record]) -> HeadsUse | None:
         """The heads of a call. records: its LoRAs'."""
         if not medusa_id:
-            return _brought(records) or self.default_heads()
+            return self._brought(records) or self.default_heads()
         if medusa_id == NO_HEADS:
             return None
         alias = self._record(medusa_id, "medusa_id").manifest.facts.alias
@@ -219,7 +259,7 @@ class Catalogue:
         with _named_by(alias_id):
             heads = self._named_heads(alias.medusa_id)
             if heads is None and not alias.medusa_id:
-                heads = _brought([self.lora(lora_id) for lora_id, _ in alias.loras])
+                heads = self._brought([self.lora(lora_id) for lora_id, _ in alias.loras])
         if heads is None:
             raise InvalidArgumentError(
                 f"the alias {alias_id!r} names no Medusa heads; name it as lora_id",
@@ -230,6 +270,33 @@ class Catalogue:
 
     def _named_heads(self, medusa_id: str) -> HeadsUse | None:
         return None if medusa_id in ("", NO_HEADS) else self.heads(medusa_id)
+
+    def _brought(self, records: Sequence[Record]) -> HeadsUse | None:
+        """The heads that a selection's only LoRA brings."""
+        if len(records) == 1 and records[0].manifest.facts.kind.has_heads:
+            return self._use(records[0].id, records[0])
+        return None
+
+    def _use(self, medusa_id: str, record: Record) -> HeadsUse:
+        """The heads of a record: whole ones, or a private part and the ones that it corrects."""
+        facts = record.manifest.facts
+        if facts.shared_heads is None:
+            return HeadsUse(medusa_id=medusa_id, digest=record.digest, prior=facts.acceptance)
+        try:
+            shared = self._registry.shared_heads(record.manifest)
+        except NotFoundError as error:
+            raise NotFoundError(
+                f"{medusa_id!r} is a private part of other heads: {error.message}",
+                reason=error.reason,
+                **{**error.metadata, "private_id": medusa_id},
+            ) from None
+        return HeadsUse(
+            medusa_id=medusa_id,
+            digest=record.digest,
+            shared_id=shared.id,
+            shared_digest=shared.digest,
+            prior=facts.acceptance or shared.manifest.facts.acceptance,
+        )
 
 
 def check_no_alias(record: Record, remedy: str) -> None:
@@ -253,13 +320,6 @@ def _named_by(alias_id: str) -> Iterator[None]:
             reason=error.reason,
             **{**error.metadata, "alias_id": alias_id},
         ) from None
-
-
-def _brought(records: Sequence[Record]) -> HeadsUse | None:
-    """The heads that a selection's only LoRA brings."""
-    if len(records) == 1 and records[0].manifest.facts.kind.has_heads:
-        return HeadsUse(medusa_id=records[0].id, digest=records[0].digest)
-    return None
 
 
 def _stack(loras: Sequence[tuple[str, float]], records: list[Record]) -> tuple[LoraUse, ...]:
