@@ -76,7 +76,7 @@ def heads(
             "--prompts",
             metavar="FILE",
             parser=path,
-            help="JSON lines of prompts: ShareGPT, OpenAI messages, Alpaca, or {\"prompt\": ...}.",
+            help='JSON lines of prompts: ShareGPT, OpenAI messages, Alpaca, or {"prompt": ...}.',
             show_default=False,
         ),
     ],

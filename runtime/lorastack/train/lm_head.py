@@ -34,7 +34,9 @@ def served_lm_head(
     for files, scale in loras:
         parsed = parse(files, backend.shapes)
         if (own_scale := parsed.scales.get((NO_LAYER, LM_HEAD))) is not None:
-            a_RH, b_VR = (_read(parsed.tensors[NO_LAYER, LM_HEAD, part]) for part in (Part.A, Part.B))
+            a_RH, b_VR = (
+                _read(parsed.tensors[NO_LAYER, LM_HEAD, part]) for part in (Part.A, Part.B)
+            )
             changes.append((scale * own_scale) * (b_VR @ a_RH))
     if changes:
         lm_head_VH = lm_head_VH.float()

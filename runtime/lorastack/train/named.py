@@ -38,12 +38,11 @@ def named_heads(engine: LocalEngine, name: str, option: str) -> NamedHeads:
     """
     folder = Path(name) if Path(name).is_dir() else None
     if folder is not None:
-        use = engine.add_folder(folder)
+        use = engine.add_folder(folder).heads
     else:
-        found = engine.select((), name).heads if name not in ("", NO_HEADS) else None
-        if found is None:
-            raise InvalidArgumentError(f"{option} {name!r}: name heads by an id or their folder")
-        use = found
+        use = engine.select((), name).heads if name not in ("", NO_HEADS) else None
+    if use is None:
+        raise InvalidArgumentError(f"{option} {name!r}: name Medusa heads, by id or folder")
     files = engine.files(use.digest)
     with TemporaryDirectory() as room:  # a store keeps files by their hashes
         for file_name, path in files.items():

@@ -42,10 +42,10 @@ class Publication:
                 stored = client.get_adapter(self._id)
             except NotFoundError:
                 return
-        if not self._replace and stored.digest != _digest(folder):
+        if not self._replace and stored.digest != folder_digest(folder):
             raise AlreadyExistsError(
-                f"{self._server} has an adapter {self._id!r}: --replace makes the result its newest "
-                "revision, or choose another --id",
+                f"{self._server} has an adapter {self._id!r}: --replace makes the result its "
+                "newest revision, or choose another --id",
                 adapter_id=self._id,
             )
 
@@ -56,8 +56,8 @@ class Publication:
         """
         with Client(self._server) as client:
             try:
-                if client.get_adapter(self._id).digest == _digest(folder):
-                    return _digest(folder)
+                if client.get_adapter(self._id).digest == folder_digest(folder):
+                    return folder_digest(folder)
             except NotFoundError:
                 pass
             # The base model is the same by its fingerprint, whatever either side calls it.
@@ -71,7 +71,7 @@ class Publication:
         return stored.digest
 
 
-def _digest(folder: Path) -> str:
+def folder_digest(folder: Path) -> str:
     """The digest of an adapter's folder; "" if there is none."""
     if not folder.is_dir():
         return ""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lorastack.adapters.store.durable import hash_file
 from lorastack.errors import InvalidArgumentError
+from lorastack.request import HeadsUse
 from lorastack.train.folder import WEIGHTS_NAME, SharedHeads
 from lorastack.train.heads import MedusaHeads, identity_heads, with_private
 from lorastack.train.local import LocalEngine
@@ -47,14 +48,19 @@ class StartOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
-    """heads: before the first step. digest: of the heads that they come from, "" for none. shared,
-    ids_N: of a private part, which heads it corrects and what these choose from.
+    """heads: before the first step. use: the heads that they come from, as the engine serves them.
+    shared, ids_N: of a private part, which heads it corrects and what these choose from.
     """
 
     heads: MedusaHeads
-    digest: str = ""
+    use: HeadsUse | None = None
     shared: SharedHeads | None = None
     ids_N: Tensor | None = None
+
+    @property
+    def digest(self) -> str:
+        """Of the heads that they come from; "" for none."""
+        return "" if self.use is None else self.use.digest
 
 
 def open_start(engine: LocalEngine, options: StartOptions, seed: int) -> Start:
@@ -70,9 +76,8 @@ def open_start(engine: LocalEngine, options: StartOptions, seed: int) -> Start:
             f"{option} {named.name}: version 1 heads, with output matrices of their own, are not "
             "trained; name version 2 heads, or leave the option out"
         )
-    digest = named.use.digest
     if not options.shared:
-        return Start(heads=named.heads, digest=digest)
+        return Start(heads=named.heads, use=named.use)
     if WEIGHTS_NAME not in named.files:
         raise InvalidArgumentError(
             f"--from {named.name}: a private part is for heads whose weights are in {WEIGHTS_NAME}"
@@ -80,7 +85,7 @@ def open_start(engine: LocalEngine, options: StartOptions, seed: int) -> Start:
     rank = PRIVATE_RANK if options.private_rank is None else options.private_rank
     return Start(
         heads=with_private(named.heads, rank, seed),
-        digest=digest,
+        use=named.use,
         shared=SharedHeads(id=_id_of(named), sha256=hash_file(named.files[WEIGHTS_NAME])),
         ids_N=named.ids_N,
     )

@@ -1,12 +1,12 @@
 """The work folder of a training run: everything that the run needs to go on where it was ended.
 
-    run.json               the options that decide what comes out
-    LOCK                   held by the one process that works here
-    corpus                 what distilling made (`train.corpus`)
-    training.safetensors   the training's checkpoint (`train.checkpoint`)
-    heads                  what was learnt, as it is measured
-    served.json            what the engine measured
-    adapter                the result
+run.json               the options that decide what comes out
+LOCK                   held by the one process that works here
+corpus                 what distilling made (`train.corpus`)
+training.safetensors   the training's checkpoint (`train.checkpoint`)
+heads                  what was learnt, as it is measured
+served.json            what the engine measured
+adapter                the result
 """
 
 from __future__ import annotations
