@@ -1,0 +1,69 @@
+"""A training run on disk, so that an interrupted one goes on with the same bits.
+
+One safetensors file, replaced as a whole: the tensors, and in its metadata JSON of what the run is
+(`identity`) and how far it is (`state`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from lorastack.adapters.store.durable import disk_full_is_exhaustion, replace_file
+from lorastack.errors import DataLossError, FailedPreconditionError
+
+_METADATA = "lorastack.training"
+
+
+def save_checkpoint(
+    path: Path,
+    identity: Mapping[str, Any],
+    state: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """Replaces the file: after a crash it holds the old run or the new one.
+
+    identity, state: JSON; floats keep every bit. Raises ResourceExhaustedError STORE_FULL.
+    """
+    metadata = {_METADATA: json.dumps({"identity": identity, "state": state})}
+    on_host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with disk_full_is_exhaustion(
+        f"no room for the checkpoint {path}: free some space, then run the same command again; it "
+        "goes on from the last one"
+    ):
+        replace_file(path, save(on_host, metadata))
+
+
+def load_checkpoint(
+    path: Path, identity: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """(state, tensors on the host); None if there is no file.
+
+    Raises FailedPreconditionError for the checkpoint of another run, naming what differs, and
+    DataLossError for a file that is damaged.
+    """
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            found = json.loads((file.metadata() or {})[_METADATA])
+            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise DataLossError(f"{path} is no checkpoint, or is damaged: delete it") from error
+    wanted = json.loads(json.dumps(identity))
+    differing = [name for name, value in wanted.items() if found["identity"].get(name) != value]
+    if differing:
+        raise FailedPreconditionError(
+            f"{path} is the checkpoint of another run (another {', '.join(differing)}): repeat "
+            "what that run was given, name another working folder, or delete the file"
+        )
+    state: dict[str, Any] = found["state"]
+    return state, {name: tensor.to(torch.device("cpu")) for name, tensor in tensors.items()}
