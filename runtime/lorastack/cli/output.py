@@ -156,17 +156,22 @@ def stage_bars() -> Iterator[StageProgress]:
     progress = _progress(
         MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}")
     )
-    tasks: dict[str, TaskID] = {}
+    drawn: dict[str, TaskID] = {}  # the stage that is going on
+
+    def end() -> None:
+        progress.stop()
+        for stage in list(drawn):
+            progress.remove_task(drawn.pop(stage))
 
     def update(stage: str, done: int, total: int, note: str = "") -> None:
-        if stage not in tasks:
+        if stage not in drawn:
+            end()
             # What an earlier run did took this one no time.
-            tasks[stage] = progress.add_task(stage, total=total, completed=done, note=note)
+            drawn[stage] = progress.add_task(stage, total=total, completed=done, note=note)
             progress.start()
-        progress.update(tasks[stage], completed=done, total=total, note=note)
+        progress.update(drawn[stage], completed=done, total=total, note=note)
         if done == total:
-            progress.stop()
-            progress.remove_task(tasks.pop(stage))
+            end()
 
     try:
         yield update

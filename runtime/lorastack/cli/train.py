@@ -1,12 +1,12 @@
-"""`lorastack train heads`: flags to a HeadsRun, then its stages one after the other."""
+"""`lorastack train`: flags to a HeadsRun or an EvalRun, which run in this process."""
 
 from __future__ import annotations
 
+import math
+import os
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -14,7 +14,6 @@ from lorastack.cli.choices import Backend, Device, DType
 from lorastack.cli.inputs import lora_ref
 from lorastack.cli.options import (
     INT32,
-    UINT64,
     BackendOption,
     BaseName,
     DeviceOption,
@@ -29,16 +28,20 @@ from lorastack.cli.options import (
     Server,
     Store,
     Threads,
-    default_store,
     path,
 )
-from lorastack.cli.output import print_json, progress_bar, stage_bars, stage_log, startup_bars
 from lorastack.client import DEFAULT_SERVER
-from lorastack.config import ModelConfig, parse_size, share_cores
-from lorastack.printable import one_line
+from lorastack.config import share_cores
+from lorastack.layout import MAX_PRIVATE_RANK
 
-if TYPE_CHECKING:  # it imports torch
-    from lorastack.train.progress import Progress
+MOST_TOP = 1024
+# Options that change nothing of the result: the model card's command goes without them.
+_INCIDENTAL = frozenset(
+    (
+        *("work", "restart", "upload", "replace", "server", "store", "as_json"),
+        *("threads", "kv_memory", "max_rows"),
+    )
+)
 
 train = typer.Typer(help="Train Medusa heads for a base model or a LoRA, and measure them.")
 
@@ -68,8 +71,22 @@ MaxNewTokens = Annotated[
 ]
 
 
+def _number(value: float) -> float:
+    """Option callback: refuses nan, which lies within any range."""
+    if math.isnan(value):
+        raise typer.BadParameter("it is not a number")
+    return value
+
+
+def _positive(value: float) -> float:
+    if not value > 0:
+        raise typer.BadParameter("it is not a number above 0")
+    return value
+
+
 @train.command()
 def heads(
+    context: typer.Context,
     prompts: Annotated[
         Path,
         typer.Option(
@@ -108,16 +125,29 @@ def heads(
     temperature: Annotated[
         float,
         typer.Option(
-            "--temperature", min=0, max=100, metavar="T", help="Of the answers; 0 is greedy."
+            "--temperature",
+            min=0,
+            max=100,
+            metavar="T",
+            callback=_number,
+            help="Of the answers; 0 is greedy.",
         ),
     ] = 0.0,
     num_heads: Annotated[
-        int, typer.Option("--num-heads", min=1, max=MOST_HEADS, metavar="N", help="Heads.")
-    ] = 4,
+        int | None,
+        typer.Option("--num-heads", min=1, max=INT32, metavar="N", help="Heads.", show_default="4"),
+    ] = None,
     num_layers: Annotated[
-        int,
-        typer.Option("--num-layers", min=1, max=MOST_HEADS, metavar="N", help="Blocks of a head."),
-    ] = 1,
+        int | None,
+        typer.Option(
+            "--num-layers",
+            min=1,
+            max=INT32,
+            metavar="N",
+            help="Blocks of a head.",
+            show_default="1",
+        ),
+    ] = None,
     draft_vocabulary: Annotated[
         int,
         typer.Option(
@@ -154,11 +184,16 @@ def heads(
         ),
     ] = "",
     private_rank: Annotated[
-        int,
+        int | None,
         typer.Option(
-            "--private-rank", min=0, max=MOST_RANK, metavar="R", help="Rank of the private part."
+            "--private-rank",
+            min=1,
+            max=MAX_PRIVATE_RANK,
+            metavar="R",
+            help="Rank of the private part; goes with --from.",
+            show_default="16",
         ),
-    ] = 0,
+    ] = None,
     epochs: Annotated[
         int,
         typer.Option("--epochs", min=1, max=INT32, metavar="N", help="Passes over the answers."),
@@ -171,7 +206,13 @@ def heads(
     ] = 2048,
     learning_rate: Annotated[
         float,
-        typer.Option("--learning-rate", min=0, max=1, metavar="RATE", help="The greatest one."),
+        typer.Option(
+            "--learning-rate",
+            max=1,
+            metavar="RATE",
+            callback=_positive,
+            help="Of most steps; it rises to this and falls again.",
+        ),
     ] = 1e-3,
     held_out: Annotated[
         float,
@@ -180,6 +221,7 @@ def heads(
             min=0,
             max=0.5,
             metavar="SHARE",
+            callback=_number,
             help="Of the prompts: to measure with, and to stop in time.",
         ),
     ] = 0.05,
@@ -212,3 +254,102 @@ def heads(
     The model answers the prompts itself, through the engine that serves; heads learn to guess its
     answers, are measured on prompts that were held out, and written as a folder to upload.
     """
+    folder = work or Path("lorastack-train", *adapter_id.split("/"))
+    if "\0" in adapter_id:
+        raise typer.BadParameter("it holds a NUL character", param_hint="--id")
+    prepare()
+    # Deferred: `--help` must not wait for torch.
+    from lorastack.cli.machine import machine, watching
+    from lorastack.cli.trained import show_outcome
+    from lorastack.request import SamplingParams
+    from lorastack.train.distill import DistillOptions
+    from lorastack.train.pipeline import HeadsRun, make_heads
+    from lorastack.train.publish import Publication
+    from lorastack.train.start import StartOptions
+    from lorastack.train.trainer import TrainOptions
+
+    named = [name for name in (continue_from, shared) if name and not Path(name).is_dir()]
+    here = machine(
+        model=model,
+        base_names=base_name,
+        store=store,
+        needs_store=bool(lora or named),
+        device=device,
+        dtype=dtype,
+        backend=backend,
+        isa=isa,
+        quantize=quantize,
+        threads=threads,
+        kv_memory=kv_memory,
+        max_rows=max_rows,
+        max_context=max_context,
+    )
+    run = HeadsRun(
+        adapter_id=adapter_id,
+        prompts=prompts,
+        work=folder,
+        model=here.model,
+        engine=here.engine,
+        adapters=here.adapters,
+        loras=lora_pairs(lora),
+        start=StartOptions(
+            num_heads=num_heads,
+            num_layers=num_layers,
+            continue_from=continue_from,
+            shared=shared,
+            private_rank=private_rank,
+        ),
+        distill=DistillOptions(
+            max_new_tokens=max_new_tokens,
+            sampling=SamplingParams(temperature=temperature, seed=seed),
+            num_top=soft_targets,
+        ),
+        training=TrainOptions(
+            epochs=epochs,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            held_out=held_out,
+            soft_targets=soft_targets > 0,
+            seed=seed,
+        ),
+        draft_vocabulary=draft_vocabulary,
+        bundle=bundle,
+        restart=restart,
+        command=_command(context),
+    )
+    publication = Publication(server, adapter_id, replace=replace) if upload else None
+    try:
+        with watching() as (loading, progress):
+            outcome = make_heads(run, publication=publication, progress=progress, loading=loading)
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted: the same command goes on with what is in {folder}", err=True)
+        raise
+    show_outcome(outcome, server if upload else "", as_json)
+
+
+def prepare() -> None:
+    """What must be set before torch and the hub's library are imported."""
+    share_cores()
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def lora_pairs(texts: list[str] | None) -> tuple[tuple[str, float], ...]:
+    refs = [lora_ref(text) for text in texts or ()]
+    return tuple((ref.lora_id, ref.scale if ref.HasField("scale") else 1.0) for ref in refs)
+
+
+def _command(context: typer.Context) -> tuple[str, ...]:
+    """The command line as given, without what changes nothing of the result."""
+    words = ["lorastack", "train", "heads"]
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        source = context.get_parameter_source(name)
+        if name in _INCIDENTAL or source is None or source.name != "COMMANDLINE":
+            continue
+        value = context.params[name]
+        for each in value if isinstance(value, list) else [value]:
+            words.append(parameter.opts[0])
+            if not isinstance(each, bool):
+                words.append(str(getattr(each, "value", each)))
+    return tuple(words)

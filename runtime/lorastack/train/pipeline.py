@@ -9,7 +9,6 @@ Shape suffixes: V vocabulary, H hidden, N tokens to choose from.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,6 +22,7 @@ from lorastack.adapters.formats.medusa import ACCEPTANCE_FIELD
 from lorastack.adapters.store.durable import disk_full_is_exhaustion, replace_file
 from lorastack.adapters.store.ids import check_new_id
 from lorastack.config import AdapterConfig, EngineConfig, ModelConfig
+from lorastack.errors import InvalidArgumentError
 from lorastack.startup.device import find_device
 from lorastack.startup.model import StartupProgress
 from lorastack.train import distill as distilling
@@ -125,12 +125,11 @@ def make_heads(
     publication: Publication | None = None,
     progress: Progress = silent,
     loading: StartupProgress = lambda label, done, total: None,
-    sending: Callable[[int, int], None] | None = None,
 ) -> Outcome:
     """Does what of the run is not done yet.
 
-    publication: where the result is uploaded to; None: nowhere. loading, sending: the progress of
-    the model's loading and of the upload, in bytes. Raises LorastackError; what was done stays.
+    publication: where the result is uploaded to; None: nowhere. loading: the progress of the
+    model's loading. Raises LorastackError; what was done stays.
     """
     check_new_id(run.adapter_id)
     run.start.check()
@@ -148,7 +147,7 @@ def make_heads(
             if not folder.is_dir():
                 _make_folder(stage, folder)
         if publication is not None:
-            publication.upload(folder, sending)
+            publication.upload(folder, partial(progress, "uploading bytes"))
         return Outcome(
             folder=folder,
             digest=folder_digest(folder),
@@ -171,6 +170,10 @@ def _begin(
         selection = replace(selection, heads=start.use)
     shapes = engine.model.backend.shapes
     choose_vocabulary(torch.zeros(shapes.vocab_size), run.draft_vocabulary)  # is the size sound?
+    if run.distill.num_top > shapes.vocab_size:
+        raise InvalidArgumentError(
+            f"--soft-targets {run.distill.num_top}: the model has {shapes.vocab_size} tokens"
+        )
     work.claim(_options(run, prompts, engine, selection, start), restart=run.restart)
     lm_head_VH, adapted = selected_lm_head(engine, selection)
     return _Stage(
@@ -256,8 +259,6 @@ def _train(stage: _Stage) -> _Learnt:
         device=stage.device,
         progress=partial(_report_training, stage.progress),
     )
-    steps = -(-trained.num_positions // run.training.batch_size) * run.training.epochs
-    stage.progress("training", steps, steps)  # it may have stopped early
     return _Learnt(
         corpus=corpus,
         trained=replace(trained, heads=stored(trained.heads)),

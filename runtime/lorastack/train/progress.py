@@ -9,9 +9,8 @@ class Progress(Protocol):
     """Called now and then from the thread that works."""
 
     def __call__(self, stage: str, done: int, total: int, note: str = "") -> None:
-        """stage: what is going on, such as "distilling prompts". done == total: it has ended.
-
-        note: what else is to be seen, such as the loss.
+        """stage: what is going on, such as "distilling". It ends with done == total, or where
+        another one begins. note: what else is to be seen, such as the loss.
         """
         ...
 

@@ -51,7 +51,7 @@ def evaluation(
         "num_layers": heads.num_layers,
         "private_rank": heads.private_rank,
         "draft_vocabulary": {"size": origin.vocabulary_size, "coverage": origin.coverage},
-        "held_out": None if held_out is None else _summary(held_out),
+        "held_out": None if held_out is None else summary_json(held_out),
         "training": {
             "command": shlex.join(origin.command),
             "options": asdict(options),
@@ -66,7 +66,7 @@ def evaluation(
     return rounded
 
 
-def _summary(held_out: Summary) -> dict[str, Any]:
+def summary_json(held_out: Summary) -> dict[str, Any]:
     return {
         "prompts": held_out.num_samples,
         "tokens": held_out.num_positions,

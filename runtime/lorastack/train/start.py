@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from lorastack.adapters.formats.medusa import MAX_HEADS, MAX_LAYERS
 from lorastack.adapters.store.durable import hash_file
 from lorastack.errors import InvalidArgumentError
 from lorastack.request import HeadsUse
@@ -39,6 +40,10 @@ class StartOptions:
             )
         if self.private_rank is not None and not self.shared:
             raise InvalidArgumentError("--private-rank goes with --from: name the heads to correct")
+        if max(self.num_heads or 1, self.num_layers or 1) > min(MAX_HEADS, MAX_LAYERS):
+            raise InvalidArgumentError(
+                f"--num-heads may be {MAX_HEADS}, --num-layers {MAX_LAYERS} at most"
+            )
         given = self.continue_from or self.shared
         if given and (self.num_heads is not None or self.num_layers is not None):
             raise InvalidArgumentError(
