@@ -84,6 +84,14 @@ class Reference:
         logits: torch.Tensor = output.logits[0].float()
         return logits
 
+    def states(self, tokens: Sequence[int], stack: Stack = ()) -> torch.Tensor:
+        """[T, H] states after the final norm, of every token, in one pass without a cache."""
+        with self._active(stack):
+            ids = torch.tensor([list(tokens)])
+            output = self._model(input_ids=ids, use_cache=False, output_hidden_states=True)
+        states: torch.Tensor = output.hidden_states[-1][0]
+        return states
+
     def shortfalls(self, prompt: Sequence[int], tokens: Sequence[int], stack: Stack) -> list[float]:
         """How far the logit of each token of an output is below the best one at its place.
 

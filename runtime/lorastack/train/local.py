@@ -6,9 +6,10 @@ process' own, beside adapters that come from folders: a server may go on writing
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lorastack.adapters.catalogue import Catalogue
+from lorastack.adapters.formats.private import is_private, shared_heads
 from lorastack.adapters.formats.validate import Validator
 from lorastack.adapters.sources.base import Limits, Pieces, SourceFile, copy_missing, pieces_of
 from lorastack.adapters.sources.folder import find_files
@@ -27,10 +29,12 @@ from lorastack.adapters.store.registry import Registry
 from lorastack.config import AdapterConfig, EngineConfig, ModelConfig
 from lorastack.engine.engine import Engine
 from lorastack.errors import InvalidArgumentError, NotFoundError
+from lorastack.modelfiles import read_object
 from lorastack.request import Final, GeneratedToken, HeadsUse, LoraUse, Request, RowEvent
 from lorastack.speculation.calibration import Calibration
 from lorastack.startup.engine import adapter_memory, build_engine
 from lorastack.startup.model import LoadedModel, StartupProgress, load_model
+from lorastack.startup.prior import check_acceptance
 from lorastack.train.prompts import Prompt
 
 Events = SimpleQueue[list[RowEvent] | BaseException]
@@ -94,8 +98,14 @@ class LocalEngine:
         self.max_context = engine.max_context
         self._engine = engine
         self._events = events
+        self._unread: deque[RowEvent] = deque()
         self._adapters = adapters
         self._max_running = max_running
+
+    @property
+    def num_preemptions(self) -> int:
+        """See `Engine`."""
+        return self._engine.num_preemptions
 
     def select(self, loras: Sequence[tuple[str, float]] = (), medusa_id: str = "") -> Selection:
         """LoRAs by (id, scale), or one alias; heads as a request of a server gets them.
@@ -166,32 +176,36 @@ class LocalEngine:
                     running[request.request_id] = _Running(request)
                 if not running:
                     return
-                for event in self._take():
-                    row = running[event.request_id]
-                    row.take(event)
-                    if not event.last:
-                        continue
+                event = self._next()
+                row = running[event.request_id]
+                row.take(event)
+                if event.last:
                     del running[event.request_id]
-                    if event.error is not None:
-                        raise event.error
-                    assert event.final is not None
+                if event.error is not None:
+                    raise event.error
+                if event.final is not None:
                     yield row.reply(event.final)
         finally:
             self._cancel(set(running))
 
-    def _take(self) -> list[RowEvent]:
-        """The next step's events. Raises what the engine failed with."""
-        events = self._events.get()
-        if isinstance(events, BaseException):
-            raise events
-        return events
+    def _next(self) -> RowEvent:
+        """The next event of any row. Raises what the engine failed with, from then on always."""
+        while not self._unread:
+            events = self._events.get()
+            if isinstance(events, BaseException):
+                self._events.put(events)
+                raise events
+            self._unread.extend(events)
+        return self._unread.popleft()
 
     def _cancel(self, request_ids: set[str]) -> None:
         """Ends rows, and waits until nothing comes of them any more."""
         for request_id in request_ids:
             self._engine.cancel(request_id)
-        while request_ids and not isinstance(events := self._events.get(), BaseException):
-            request_ids -= {event.request_id for event in events if event.last}
+        while request_ids:
+            event = self._next()
+            if event.last:
+                request_ids.remove(event.request_id)
 
 
 class _Adapters:
@@ -211,13 +225,14 @@ class _Adapters:
             base_names=(model.name, model.files.folder.name, *limits.base_names),
             base_weight=model.files.base_weight,
             base_token=model.tokenizer.token_id,
+            check_acceptance=check_acceptance,
         )
 
     def select(self, loras: Sequence[tuple[str, float]], medusa_id: str) -> Selection:
         """See `LocalEngine`."""
         stack, heads = self._catalogue.resolve(loras, medusa_id)
         template = self._catalogue.own_template(loras[0][0]) if len(loras) == 1 else None
-        for digest in [use.digest for use in stack] + ([heads.digest] if heads else []):
+        for digest in (*(use.digest for use in stack), *(heads.digests if heads else ())):
             self._adopt(digest)
         return Selection(loras=stack, heads=heads, template=template)
 
@@ -225,13 +240,19 @@ class _Adapters:
         """See `LocalEngine`."""
         folder = folder.resolve()
         source = find_files(str(folder), [folder], self._limits, lambda: None)
+        if (shared_id := _shared_id(folder)) is not None:
+            with suppress(NotFoundError):  # it may be there from a folder
+                self._adopt(self._catalogue.heads(shared_id).digest)
         record = self._put(source.files)
         kind = record.manifest.facts.kind
         loras = [(record.id, 1.0)] if kind.has_lora else []
         own = Catalogue(self._model, self._own, NO_HEADS)
         stack, heads = own.resolve(loras, record.id if kind.has_heads else NO_HEADS)
-        template = own.own_template(record.id) if stack else None
-        return Selection(loras=stack, heads=heads, template=template)
+        return Selection(
+            loras=tuple(replace(use, lora_id=folder.name) for use in stack),
+            heads=None if heads is None else replace(heads, medusa_id=folder.name),
+            template=own.own_template(record.id) if stack else None,
+        )
 
     def files(self, digest: str) -> dict[str, Path]:
         """See `LocalEngine`."""
@@ -259,6 +280,12 @@ class _Adapters:
             )
         finally:
             upload.abort()
+
+
+def _shared_id(folder: Path) -> str | None:
+    """The heads that a folder's private part names; None for any other folder."""
+    config = read_object(folder / "config.json")
+    return shared_heads(config, "config.json").id if is_private(config) else None
 
 
 def _read(path: Path, offset: int) -> Pieces:

@@ -42,8 +42,8 @@ Messages = tuple[tuple[str, str], ...]  # (role, content) of each
 class Prompt:
     """What a model shall answer. number: among the file's prompts, from 0; line: in it, from 1.
 
-    messages: the last one is a user's. is_text: the line was a text alone, which a model without a
-    chat template goes on with.
+    messages: the last one is a user's. is_text: it is a text or an instruction alone, which a model
+    without a chat template goes on with.
     """
 
     number: int
@@ -126,7 +126,7 @@ def _messages(where: str, value: Any) -> tuple[Messages, bool]:
         parts = [_text(where, "instruction", value["instruction"])]
         if value.get("input"):
             parts.append(_text(where, "input", value["input"]))
-        return ((USER, "\n\n".join(parts)),), False
+        return ((USER, "\n\n".join(parts)),), True
     for field in ("prompt", "question", "text"):
         if field in value:
             return _single(where, field, value[field]), True
@@ -149,21 +149,21 @@ def _single(where: str, field: str, value: object) -> Messages:
 def _conversation(where: str, field: str, turns: Any, role: str, content: str) -> Messages:
     if not isinstance(turns, list):
         _refuse(where, f"{field} must be a list of messages")
-    messages = []
-    for turn in turns:
-        if not isinstance(turn, dict):
-            _refuse(where, f"{field} must hold objects with {role} and {content}")
-        speaker = turn.get(role, turn.get("role"))
-        if speaker not in _ROLES:
-            known = ", ".join(sorted(_ROLES))
-            _refuse(where, f"a message of {field} has the {role} {speaker!r}; known are {known}")
-        text = turn[content] if content in turn else turn.get("content")
-        messages.append((_ROLES[speaker], text))
-    while messages and messages[-1][0] != USER:
-        messages.pop()
-    if not messages:
+    if not all(isinstance(turn, dict) for turn in turns):
+        _refuse(where, f"{field} must hold objects with {role} and {content}")
+    roles = [_ROLES.get(str(turn.get(role, turn.get("role"))), "") for turn in turns]
+    if USER not in roles:
         _refuse(where, f"{field} has no turn of a user, to which a model could answer")
-    return tuple((speaker, _content(where, content, text)) for speaker, text in messages)
+    count = len(roles) - roles[::-1].index(USER)
+    if "" in roles[:count]:
+        found = turns[roles.index("")].get(role)
+        known = ", ".join(sorted(_ROLES))
+        _refuse(where, f"a message of {field} has the {role} {found!r}; known are {known}")
+    texts = [turn.get(content, turn.get("content")) for turn in turns[:count]]
+    return tuple(
+        (speaker, _content(where, content, text))
+        for speaker, text in zip(roles[:count], texts, strict=True)
+    )
 
 
 def _content(where: str, field: str, value: Any) -> str:

@@ -1,0 +1,254 @@
+"""States that come with tokens are those of one plain forward pass, whatever the engine did."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from lorastack.adapters.store.ids import NO_HEADS
+from lorastack.errors import (
+    FailedPreconditionError,
+    InternalError,
+    InvalidArgumentError,
+    NotFoundError,
+)
+from lorastack.request import (
+    FinishReason,
+    Request,
+    SamplingParams,
+    SpeculationParams,
+    StopParams,
+    TokenSource,
+)
+from lorastack.train.local import LocalEngine, Reply, Selection
+from lorastack.train.prompts import Prompt
+from tests.helpers.reference import Reference, Stack
+from tests.train.conftest import FAMILIAR, ROOMY, TIGHT, OpenTiny
+
+STACK = (("lora-a", 1.0), ("lora-b", 0.5))
+LONG = "The quick brown fox jumps over the lazy dog. " * 3  # several chunks of a prompt
+TEXTS = (*FAMILIAR, LONG, LONG + "And then?", *FAMILIAR, LONG)  # some find their prefix cached
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_llama: Path, adapter_folders: dict[str, Path]) -> Reference:
+    return Reference(tiny_llama, {name: adapter_folders[name] for name, _ in STACK})
+
+
+def requests(
+    engine: LocalEngine,
+    selection: Selection,
+    *,
+    sampling: SamplingParams | None = None,
+    max_new_tokens: int = 40,
+    drafts: bool = True,
+    stop_token_ids: frozenset[int] = frozenset(),
+) -> list[Request]:
+    return [
+        Request(
+            request_id=str(number),
+            prompt_ids=tuple(engine.model.tokenizer.encode(text)),
+            sampling=sampling or SamplingParams(),
+            stop=StopParams(max_new_tokens=max_new_tokens, stop_token_ids=stop_token_ids),
+            speculation=SpeculationParams(enabled=drafts),
+            loras=selection.loras,
+            heads=selection.heads if drafts else None,
+            capture_states=True,
+        )
+        for number, text in enumerate(TEXTS)
+    ]
+
+
+def check_states(reference: Reference, replies: Sequence[Reply], stack: Stack = ()) -> None:
+    """Each token's state and, of greedy rows, that the token is the best there."""
+    for reply in replies:
+        prompt, answer = reply.request.prompt_ids, [token.id for token in reply.tokens]
+        at = slice(len(prompt) - 1, len(prompt) - 1 + len(answer))
+        states_TH = reply.states_TH
+        assert states_TH is not None and len(states_TH) == len(answer)
+        wanted_TH = reference.states([*prompt, *answer], stack)[at]
+        torch.testing.assert_close(states_TH, wanted_TH, atol=2e-5, rtol=2e-5)
+        if reply.request.sampling.greedy:
+            logits_TV = reference.logits([*prompt, *answer], stack)[at]
+            assert logits_TV.argmax(1).tolist() == answer
+
+
+def accepted(replies: Sequence[Reply]) -> int:
+    return sum(reply.final.speculation.accepted.total() for reply in replies)
+
+
+@pytest.mark.parametrize("backend", ["torch", "native"])
+@pytest.mark.parametrize("stack", [(), STACK], ids=["base", "stack"])
+def test_states_of_trees_preempted_rows_and_chunks(
+    open_tiny: OpenTiny, reference: Reference, backend: str, stack: Stack
+) -> None:
+    with open_tiny(TIGHT, backend=backend) as engine:
+        selection = engine.select(stack, "heads")
+        replies = list(engine.run(requests(engine, selection)))
+        assert engine.num_preemptions > 0
+        assert len(replies) == len(TEXTS)
+        assert accepted(replies) > 0
+        check_states(reference, replies, stack)
+
+
+def test_drafts_and_neighbours_change_no_bit(open_tiny: OpenTiny) -> None:
+    """What the native kernels promise of tokens holds for states."""
+    with open_tiny(TIGHT, backend="native") as engine:
+        selection = engine.select(STACK, "heads")
+        together = list(engine.run(requests(engine, selection)))
+        alone = [
+            next(engine.run([request])) for request in requests(engine, selection, drafts=False)[:4]
+        ]
+    assert accepted(together) > 0 == accepted(alone)
+    by_id = {reply.request.request_id: reply for reply in together}
+    for reply in alone:
+        other = by_id[reply.request.request_id]
+        assert [token.id for token in other.tokens] == [token.id for token in reply.tokens]
+        assert other.states_TH is not None and reply.states_TH is not None
+        assert torch.equal(other.states_TH, reply.states_TH)
+
+
+def test_states_end_where_a_row_ends(open_tiny: OpenTiny, reference: Reference) -> None:
+    """A tree may hold tokens behind the one that ends the row: they and their states are cut."""
+    with open_tiny() as engine:
+        selection = engine.select((), "heads")
+        whole = list(engine.run(requests(engine, selection)))
+        ends = frozenset(token.id for reply in whole for token in reply.tokens[5:20:3])
+        replies = list(engine.run(requests(engine, selection, stop_token_ids=ends)))
+    assert {reply.final.finish_reason for reply in replies} == {FinishReason.STOP_TOKEN}
+    assert any(reply.tokens[-1].source is not TokenSource.MODEL for reply in replies), (
+        "no row ended inside a tree"
+    )
+    check_states(reference, replies)
+
+
+def test_sampled_rows(open_tiny: OpenTiny, reference: Reference) -> None:
+    with open_tiny() as engine:
+        selection = engine.select((), "heads")
+        sampling = SamplingParams(temperature=0.8, seed=5)
+        check_states(reference, list(engine.run(requests(engine, selection, sampling=sampling))))
+
+
+def test_rows_that_capture_nothing_get_nothing(open_tiny: OpenTiny) -> None:
+    with open_tiny() as engine:
+        first, *_ = requests(engine, Selection())
+        plain = Request(
+            request_id="plain",
+            prompt_ids=first.prompt_ids,
+            sampling=SamplingParams(),
+            stop=StopParams(max_new_tokens=3),
+        )
+        found = {reply.request.request_id: reply.states_TH for reply in engine.run([plain, first])}
+    assert found["plain"] is None
+    assert found["0"] is not None
+
+
+def test_requests_are_taken_as_there_is_room(open_tiny: OpenTiny) -> None:
+    taken = 0
+
+    def counted(engine: LocalEngine) -> Iterator[Request]:
+        nonlocal taken
+        for number in range(60):
+            taken += 1
+            yield Request(
+                request_id=str(number),
+                prompt_ids=(5, 6, 7),
+                sampling=SamplingParams(),
+                stop=StopParams(max_new_tokens=2 + number % 3),
+            )
+
+    with open_tiny() as engine:
+        for ended, _ in enumerate(engine.run(counted(engine))):
+            assert taken - ended <= 2 * ROOMY.max_rows + 1
+    assert taken == 60
+
+
+def test_a_closed_run_leaves_nothing_behind(open_tiny: OpenTiny) -> None:
+    with open_tiny() as engine:
+        replies = engine.run(requests(engine, Selection(), max_new_tokens=30))
+        next(replies)
+        replies.close()  # type: ignore[attr-defined]
+        again = list(engine.run(requests(engine, Selection(), max_new_tokens=4)))
+        assert sorted(int(reply.request.request_id) for reply in again) == list(range(len(TEXTS)))
+
+
+def test_a_row_that_fails_fails_the_run(
+    open_tiny: OpenTiny, tmp_path: Path, adapter_folders: dict[str, Path]
+) -> None:
+    with open_tiny() as engine:
+        wild = engine.select([("lora-b", 1e39)], NO_HEADS)
+        with pytest.raises(InternalError, match="non-finite logits with lora-b"):
+            list(engine.run(requests(engine, wild)))
+        assert len(list(engine.run(requests(engine, Selection(), max_new_tokens=2)))) == len(TEXTS)
+
+
+def test_selections(open_tiny: OpenTiny) -> None:
+    with open_tiny() as engine:
+        base = engine.select()
+        assert base.heads is not None and base.heads.medusa_id == "heads"  # the store's default
+        assert engine.select((), NO_HEADS) == Selection()
+        alias = engine.select([("both", 1.0)])
+        assert alias == engine.select(STACK, "heads")
+        assert {(use.lora_id, use.scale) for use in alias.loras} == set(STACK)
+        assert engine.select([("loud", 1.0)]).template is not None
+        assert engine.select([("loud", 1.0), ("lora-a", 1.0)]).template is None
+        with pytest.raises(NotFoundError, match="nobody"):
+            engine.select([("nobody", 1.0)])
+        with pytest.raises(InvalidArgumentError, match="heads"):
+            engine.select([("heads", 1.0)])
+
+
+def test_what_was_selected_survives_its_store(
+    open_tiny: OpenTiny, reference: Reference, adapter_folders: dict[str, Path]
+) -> None:
+    """Adapters of folders serve as those of a store do."""
+    with open_tiny(with_store=False) as engine:
+        with pytest.raises(NotFoundError):
+            engine.select([("lora-a", 1.0)])
+        lora = engine.add_folder(adapter_folders["lora-a"])
+        heads = engine.add_folder(adapter_folders["heads"])
+        assert [use.lora_id for use in lora.loras] == ["lora-a"] and lora.heads is None
+        assert heads.heads is not None and heads.heads.medusa_id == "heads"
+        both = Selection(loras=lora.loras, heads=heads.heads)
+        check_states(reference, list(engine.run(requests(engine, both))), [("lora-a", 1.0)])
+        with pytest.raises((InvalidArgumentError, NotFoundError)):
+            engine.add_folder(adapter_folders["both"].parent)
+
+
+def test_prompts_become_tokens(open_tiny: OpenTiny) -> None:
+    chat = Prompt(0, 1, (("user", "the sun"),), is_text=False)
+    with open_tiny() as engine:
+        tokenizer = engine.model.tokenizer
+        ids = engine.encode(chat, Selection())
+        assert ids == tuple(tokenizer.chat(chat.messages))
+        assert ids == engine.encode(Prompt(0, 1, chat.messages, is_text=True), Selection())
+        loud = engine.encode(chat, engine.select([("loud", 1.0)]))
+        assert loud == tuple(tokenizer.encode_part("THE SUN"))
+        bad = Selection(template="{{ raise_exception('no') }}")
+        with pytest.raises(InvalidArgumentError, match="refused the messages"):
+            engine.encode(chat, bad)
+
+
+def test_a_model_without_a_template_takes_texts(open_tiny: OpenTiny, tmp_path: Path) -> None:
+    with open_tiny() as engine:
+        tokenizer = engine.model.tokenizer
+        tokenizer._hf.chat_template = None
+        ids = engine.encode(Prompt(0, 1, (("user", "the sun"),), is_text=True), Selection())
+        assert ids == tuple(tokenizer.encode("the sun"))
+        with pytest.raises(InvalidArgumentError, match="no chat template"):
+            engine.encode(Prompt(0, 1, (("user", "the sun"),), is_text=False), Selection())
+
+
+def test_a_store_that_is_none(open_tiny: OpenTiny, tmp_path: Path, tiny_llama: Path) -> None:
+    from lorastack.config import AdapterConfig, ModelConfig
+    from lorastack.train.local import open_engine
+
+    adapters = AdapterConfig(store=tmp_path / "none")
+    with (
+        pytest.raises(FailedPreconditionError, match="is not a store"),
+        open_engine(ModelConfig(model=str(tiny_llama)), ROOMY, adapters),
+    ):
+        pass
