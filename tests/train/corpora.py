@@ -68,7 +68,9 @@ def corpus_of(
 def lm_head() -> Tensor:
     """[V, H]: each token's own vector, well apart."""
     generator = torch.Generator().manual_seed(0)
-    return torch.nn.functional.normalize(torch.randn(VOCAB, HIDDEN, generator=generator), dim=-1) * 4
+    return (
+        torch.nn.functional.normalize(torch.randn(VOCAB, HIDDEN, generator=generator), dim=-1) * 4
+    )
 
 
 def counting_corpus(folder: Path, period: int = 7, length: int = 30) -> Corpus:

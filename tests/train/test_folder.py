@@ -89,7 +89,9 @@ def test_what_is_written_is_read_again_and_taken_by_the_server(tmp_path: Path) -
     heads, ids_N = random_heads(2, 2), torch.tensor([*range(0, 2 * MAX_RANK, 2), VOCAB - 1])
     target = tmp_path / "heads"
     fields = {"medusa_choices": [[0], [0, 0]]}
-    write_heads(target, heads, base_model="b", ids_N=ids_N, fields=fields, files={"README.md": b"x"})
+    write_heads(
+        target, heads, base_model="b", ids_N=ids_N, fields=fields, files={"README.md": b"x"}
+    )
     found = load_heads(target, BASE)
     assert found.ids_N is not None and torch.equal(found.ids_N, ids_N)
     wanted = stored(heads).learnt()

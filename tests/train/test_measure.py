@@ -46,7 +46,9 @@ def test_ranks_among_a_draft_vocabulary(vocabulary: set[int], seed: int, whole: 
     states = [torch.randn(5, 4, generator=generator) for _ in answers]
     corpus = corpus_of(Path(), answers, states)
     ids = list(range(9)) if whole else sorted(vocabulary)
-    output = output_of(lm_head_VH, None if whole else torch.tensor(ids), device=CPU, dtype=torch.float32)
+    output = output_of(
+        lm_head_VH, None if whole else torch.tensor(ids), device=CPU, dtype=torch.float32
+    )
     positions_P = torch.tensor([*range(7, 20), 2, 3])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loss, "_LEAST_POSITIONS", 2)

@@ -27,7 +27,11 @@ class Killed(Exception):
 
 
 def train(
-    corpus: Corpus, start: MedusaHeads, options: TrainOptions, ids_N: Tensor | None = None, **more: Any
+    corpus: Corpus,
+    start: MedusaHeads,
+    options: TrainOptions,
+    ids_N: Tensor | None = None,
+    **more: Any,
 ) -> Trained:
     return train_heads(start, corpus, lm_head(), ids_N, options, dtype=torch.float32, **more)
 

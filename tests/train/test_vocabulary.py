@@ -20,7 +20,9 @@ SIZE = MAX_RANK + 20
 @given(st.lists(st.integers(0, SIZE - 1), min_size=1), st.integers(MAX_RANK, SIZE - 1))
 def test_no_other_choice_covers_more(tokens: list[int], size: int) -> None:
     half = len(tokens) // 2
-    count_V = count_tokens([torch.tensor(tokens[:half], dtype=torch.int64), torch.tensor(tokens[half:])], SIZE)
+    count_V = count_tokens(
+        [torch.tensor(tokens[:half], dtype=torch.int64), torch.tensor(tokens[half:])], SIZE
+    )
     ids_N = choose_vocabulary(count_V, size)
     assert ids_N is not None and ids_N.dtype == torch.int64
     ids = ids_N.tolist()
@@ -47,7 +49,9 @@ def test_all_tokens_and_sizes_that_no_server_takes() -> None:
 def test_each_token_has_its_row_or_none() -> None:
     lm_head_VH = torch.randn(9, 4)
     tokens = torch.tensor([[8, 2], [0, NO_TARGET]])
-    some = output_of(lm_head_VH, torch.tensor([2, 5, 8]), device=torch.device("cpu"), dtype=torch.float32)
+    some = output_of(
+        lm_head_VH, torch.tensor([2, 5, 8]), device=torch.device("cpu"), dtype=torch.float32
+    )
     assert torch.equal(some.rows_NH, lm_head_VH[[2, 5, 8]])
     assert some.columns(tokens).tolist() == [[2, 0], [NO_TARGET, NO_TARGET]]
     all_of_them = output_of(lm_head_VH, None, device=torch.device("cpu"), dtype=torch.float32)
