@@ -18,7 +18,7 @@ from torch.nn.functional import linear
 from benchmarks.gpu.clock import bandwidth, num_copies, seconds_of
 from benchmarks.gpu.compare import AttentionStep, LoraStep
 from benchmarks.gpu.decoding import PAGE, decoding, num_pages
-from benchmarks.gpu.models import random_heads, random_lora
+from benchmarks.gpu.models import random_heads, random_lora, random_private
 from benchmarks.gpu.record import Cases, Finding
 from benchmarks.gpu.right_samples import SAMPLINGS, Draw, pairs_of
 from benchmarks.gpu.setting import Setting
@@ -27,6 +27,7 @@ from lorastack.kernels.sample import Sample
 from lorastack.kernels.triton import heads as heads_kernels
 from lorastack.kernels.triton import matmul as module
 from lorastack.kernels.triton.attention_plan import AttentionShape
+from lorastack.kernels.triton.top import top
 from lorastack.kernels.triton.weight import Weight, pack_weight
 from lorastack.layout import GROUPS, LM_HEAD, ModelShapes
 from lorastack.lora.weights import LoraWeights
@@ -193,16 +194,22 @@ def _samples(setting: Setting) -> Iterator[Finding]:
 
 
 def _heads(setting: Setting, speed: Callable[[], float]) -> Iterator[Finding]:
-    """Eight rows with four heads each that choose from 4,096 tokens, of one adapter or of eight."""
+    """Eight rows with four heads each that choose from 4,096 tokens, of one adapter or of eight, or
+    of one with eight private parts."""
     shapes, num = setting.mistral, 8
     hidden_XH = setting.random(8, shapes.hidden_size, dtype=DTYPE)
     ends_B: Tensor = setting.ints(*range(8))
-    for adapters in (1, 8):
-        each = 8 // adapters
-        groups = [
-            (random_heads(shapes, DTYPE, setting.device), [*range(i * each, i * each + each)])
-            for i in range(adapters)
-        ]
+    make = partial(random_heads, shapes, DTYPE, setting.device)
+    shared = make()
+    kinds = {
+        "heads of 1": [(shared, list(range(8)))],
+        "heads of 8": [(make(), [i]) for i in range(8)],
+        "heads of 1, 8 private parts": [
+            (replace(shared, private=random_private(shapes, DTYPE, setting.device, 4, 1, 16)), [i])
+            for i in range(8)
+        ],
+    }
+    for kind, groups in kinds.items():
         pairs, layout = pairs_of(setting, groups)
         rows, size = len(layout.tree_Y), max(layout.num_outputs_Y)
         r_LYH = setting.poisoned(1, rows, shapes.hidden_size, dtype=DTYPE)
@@ -210,9 +217,10 @@ def _heads(setting: Setting, speed: Callable[[], float]) -> Iterator[Finding]:
         ids_YR = torch.zeros(rows, num, dtype=torch.int32, device=setting.device)
         logprobs_YR = setting.poisoned(rows, num)
         states = partial(
-            heads_kernels.states, hidden_XH, ends_B, pairs, r_LYH, len(layout.states), 1
-        )
+            heads_kernels.states, hidden_XH, ends_B, pairs, r_LYH,
+            len(layout.states), 1, layout.max_rank,
+        )  # fmt: skip
         logits = partial(heads_kernels.logits, r_LYH, pairs, logits_YN, len(layout.outputs))
-        top = partial(heads_kernels.top, logits_YN, pairs, ids_YR, logprobs_YR, rows)
-        for name, call in (("states", states), ("logits", logits), ("candidates", top)):
-            yield Finding(f"{name}, heads of {adapters}", 1e6 * seconds_of([call]), "us")
+        best = partial(top, logits_YN, pairs, ids_YR, logprobs_YR, rows)
+        for name, call in (("states", states), ("logits", logits), ("candidates", best)):
+            yield Finding(f"{name}, {kind}", 1e6 * seconds_of([call]), "us")

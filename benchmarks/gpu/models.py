@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lorastack.adapters.memory.device import DeviceAdapter
-from lorastack.kernels.heads import HeadsWeights
+from lorastack.kernels.heads import HeadsWeights, PrivateWeights
 from lorastack.kernels.packing import allocate, view
 from lorastack.kernels.quantize import Kind, head_kind
 from lorastack.kernels.triton.weight import Weight, pack_weight
@@ -108,6 +108,7 @@ def random_heads(
     num_heads: int = 4,
     num_outputs: int = 4096,
     num_blocks: int = 1,
+    private_rank: int = 0,
 ) -> HeadsWeights:
     """Close to the identity. num_outputs: of the vocabulary, or all of it if it is smaller."""
     hidden = shapes.hidden_size
@@ -122,4 +123,22 @@ def random_heads(
         random(num_blocks, num_heads, hidden),
         random(count, hidden),
         ids_N,
+        random_private(shapes, dtype, device, num_heads, num_blocks, private_rank)
+        if private_rank
+        else None,
     )
+
+
+def random_private(
+    shapes: ModelShapes,
+    dtype: torch.dtype,
+    device: torch.device,
+    num_heads: int,
+    num_blocks: int,
+    rank: int,
+) -> PrivateWeights:
+    """A private part of such heads."""
+    hidden = shapes.hidden_size
+    a_LKRH = torch.randn(num_blocks, num_heads, rank, hidden, device=device) * hidden**-0.5
+    b_LKHR = torch.randn(num_blocks, num_heads, hidden, rank, device=device) * rank**-0.5
+    return PrivateWeights(a_LKRH.to(dtype), b_LKHR.to(dtype))

@@ -14,11 +14,19 @@ from benchmarks.gpu.compare import error_of
 from benchmarks.gpu.models import random_heads
 from benchmarks.gpu.record import Cases, Finding
 from benchmarks.gpu.setting import DTYPES, Setting
-from lorastack.kernels.heads import HeadsGroup, HeadsWeights, states_reference, top_reference
+from lorastack.kernels.heads import (
+    HeadsGroup,
+    HeadsWeights,
+    PrivateWeights,
+    states_reference,
+    top_reference,
+)
 from lorastack.kernels.sample import Sample, sample_torch
 from lorastack.kernels.triton import heads as heads_kernels
 from lorastack.kernels.triton.accept import Accepted, Slots, Trees, accept, move_kv
+from lorastack.kernels.triton.heads_plan import Layout, Pairs, lay_out
 from lorastack.kernels.triton.samples import Nodes, Sampled, num_spans, sample, settings_of
+from lorastack.kernels.triton.top import top
 from lorastack.model.kv import KVCache, Move
 from lorastack.request import SamplingParams, TokenSource
 from lorastack.speculation import accept as rule
@@ -175,19 +183,23 @@ def _heads(setting: Setting) -> Iterator[Finding]:
     count = 3 if setting.tiny else 12
     for name, dtype in DTYPES.items():
         make = partial(random_heads, shapes, dtype, setting.device)
-        groups = [(make(num_heads=3), [0, 2]), (make(num_heads=2, num_blocks=2), [1])]
+        groups = [
+            (make(num_heads=3), [0, 2]),
+            (make(num_heads=2, num_blocks=2, private_rank=5), [1]),
+        ]
         pairs, layout = pairs_of(setting, groups)
         hidden_XH = setting.random(count, shapes.hidden_size, dtype=dtype)
         ends = [0, 2, 1]
         rows = len(layout.tree_Y)
         r_LYH = setting.poisoned(2, rows, shapes.hidden_size, dtype=dtype)
         tiles = max(len(layout.states), len(layout.outputs))
-        heads_kernels.states(hidden_XH, setting.ints(*ends), pairs, r_LYH, tiles, 2)
+        ends_B = setting.ints(*ends)
+        heads_kernels.states(hidden_XH, ends_B, pairs, r_LYH, tiles, 2, layout.max_rank)
         logits_YN = setting.poisoned(rows, max(layout.num_outputs_Y))
         heads_kernels.logits(r_LYH, pairs, logits_YN, tiles)
         ids_YR = torch.zeros(rows, num, dtype=torch.int32, device=setting.device)
         logprobs_YR = setting.poisoned(rows, num)
-        heads_kernels.top(logits_YN, pairs, ids_YR, logprobs_YR, rows)
+        top(logits_YN, pairs, ids_YR, logprobs_YR, rows)
         worst, start, wrong = 0.0, 0, 0
         for heads, trees in groups:
             own = slice(start, start + len(trees) * heads.num_heads)
@@ -197,9 +209,9 @@ def _heads(setting: Setting) -> Iterator[Finding]:
             r_YH = states_reference(state_BH.cpu(), [_on_cpu(group)])
             worst = max(worst, error_of(r_LYH[len(heads.bias_LKH) - 1, own].cpu(), r_YH))
             assert heads.output is not None and heads.ids_N is not None
-            top = top_reference(logits_YN[own, : len(heads.output)].cpu(), num)
-            wrong += int((heads.ids_N.cpu()[top.ids_XR] != ids_YR[own].cpu()).sum())
-            worst = max(worst, error_of(logprobs_YR[own].cpu(), top.logprobs_XR))
+            best = top_reference(logits_YN[own, : len(heads.output)].cpu(), num)
+            wrong += int((heads.ids_N.cpu()[best.ids_XR] != ids_YR[own].cpu()).sum())
+            worst = max(worst, error_of(logprobs_YR[own].cpu(), best.logprobs_XR))
         most = 2e-2 if dtype == torch.bfloat16 else 2e-5
         yield Finding(f"{name}, states and log-probabilities", worst, "relative error", most=most)
         yield Finding(f"{name}, candidates that differ", wrong, most=0)
@@ -207,11 +219,11 @@ def _heads(setting: Setting) -> Iterator[Finding]:
 
 def pairs_of(
     setting: Setting, groups: Sequence[tuple[HeadsWeights, Sequence[int]]]
-) -> tuple[heads_kernels.Pairs, heads_kernels.Layout]:
+) -> tuple[Pairs, Layout]:
     """A step's heads on the device."""
-    layout = heads_kernels.lay_out(groups)
+    layout = lay_out(groups)
     longs = partial(torch.tensor, dtype=torch.int64, device=setting.device)
-    pairs = heads_kernels.Pairs(
+    pairs = Pairs(
         longs(layout.states),
         longs(layout.outputs),
         setting.ints(*layout.tree_Y),
@@ -223,7 +235,10 @@ def pairs_of(
 
 
 def _on_cpu(group: HeadsGroup) -> HeadsGroup:
-    heads = group.heads
+    heads, private = group.heads, group.heads.private
     assert heads.output is not None and heads.ids_N is not None
     tensors = (heads.weight_LKHH, heads.bias_LKH, heads.output, heads.ids_N)
-    return HeadsGroup(group.start, group.end, HeadsWeights(*(each.cpu() for each in tensors)))
+    if private is not None:
+        private = PrivateWeights(private.a_LKRH.cpu(), private.b_LKHR.cpu())
+    host = HeadsWeights(*(each.cpu() for each in tensors), private=private)
+    return HeadsGroup(group.start, group.end, host)

@@ -129,11 +129,12 @@ def store(
     if_digest: str | None = None,
     *,
     validate: Validate = accept,
+    base_fingerprint: str = "base",
 ) -> Record:
     """Uploads files, whatever they are unless `validate` looks."""
     upload = registry.begin_upload(adapter_id, specs_of(contents), if_digest)
     send(upload, list(contents.values()))
-    return upload.commit(validate, base_fingerprint="base")
+    return upload.commit(validate, base_fingerprint=base_fingerprint)
 
 
 def read_folder(folder: Path) -> dict[str, bytes]:

@@ -38,7 +38,7 @@ def contents(digest: str) -> list[int]:
 
 @dataclass
 class Row:
-    """Wants to run `left` steps with its LoRAs, and with heads where they are there."""
+    """Wants to run `left` steps with its LoRAs, and with all of its heads where they are there."""
 
     loras: str
     heads: str
@@ -84,7 +84,7 @@ class World:
             heads = self.made.pool.try_acquire(row.heads) if row.heads else None
         except InternalError:
             heads = None
-        return [*found, *([heads] if heads else [])]
+        return [*found, *(heads or ())]
 
     def read(self, views: list[tuple[str, torch.Tensor]]) -> None:
         for digest, buffer in views:
@@ -158,7 +158,12 @@ def loader(pinned: PinnedArena) -> Callable[[str], PackedAdapter]:
 
 @given(
     rows=st.lists(
-        st.builds(Row, loras=LORAS, heads=st.sampled_from(["", "", "g"]), left=st.integers(1, 6)),
+        st.builds(
+            Row,
+            loras=LORAS,
+            heads=st.sampled_from(["", "", "g", "gb", "ab"]),
+            left=st.integers(1, 6),
+        ),
         min_size=1,
         max_size=6,
     ),

@@ -22,10 +22,13 @@ def ten() -> Iterator[Bench]:
 
 
 def step(made: Bench, *rows: str, heads: str = "") -> list[bool]:
-    """A step of rows with these LoRAs ("ab" is the stack of a and b): which of them ran."""
+    """A step of rows with these LoRAs ("ab" is the stack of a and b): which of them ran.
+
+    heads: those of rows that have some, parted by blanks; "ab" is a, which b corrects.
+    """
     held = [made.pool.acquire(list(row)) for row in rows]
-    drafts = [made.pool.try_acquire(digest) for digest in heads]
-    for adapters in (*(each for each in held if each), *([each] for each in drafts if each)):
+    drafts = [made.pool.try_acquire(list(each)) for each in heads.split()]
+    for adapters in (*(each for each in held if each), *(each for each in drafts if each)):
         made.pool.release([each.digest for each in adapters])
     made.settle()
     return [each is not None for each in held] + [each is not None for each in drafts]
@@ -152,11 +155,73 @@ def test_heads_leave_for_loras_before_loras_do(ten: Bench) -> None:
 
 
 def test_heads_larger_than_the_budget_are_refused(ten: Bench) -> None:
-    assert ten.pool.try_acquire("too-large") is None
+    assert ten.pool.try_acquire(["too-large"]) is None
     ten.settle()
     with pytest.raises(FailedPreconditionError) as refusal:
-        ten.pool.try_acquire("too-large")
+        ten.pool.try_acquire(["too-large"])
     assert refusal.value.reason is Reason.ADAPTER_TOO_LARGE
+
+
+def test_a_private_part_and_what_it_corrects_come_both_or_neither(ten: Bench) -> None:
+    step(ten, "c")
+    for _ in range(3):
+        ten.now += QUANTUM
+        assert step(ten, "c", heads="ed") == [True, False]
+        assert set(ten.resident) == {"c"}
+    step(ten, heads="ed")
+    assert step(ten, heads="ed") == [True]
+    assert set(ten.resident) == {"e", "d"}
+
+
+def test_halves_of_heads_do_not_keep_each_other_away(ten: Bench) -> None:
+    """e and d are there; with either of them the other part needs the room of the other one."""
+    step(ten, heads="e d")
+    assert step(ten, heads="e d") == [True, True]
+    step(ten, heads="eb dc")
+    for _ in range(3):
+        assert step(ten, heads="eb dc") == [True, False]
+    step(ten, heads="dc")
+    assert step(ten, heads="dc") == [True]
+
+
+def test_plain_heads_and_a_part_of_them_share_one_copy(ten: Bench) -> None:
+    step(ten, heads="e")
+    assert step(ten, heads="e ec") == [True, False]
+    assert step(ten, heads="e ec ea") == [True, True, False]
+    assert step(ten, heads="e ec ea") == [True, True, True]
+    assert ten.loads == ["e", "c", "a"]
+
+
+def test_heads_that_are_on_their_way_keep_what_they_correct() -> None:
+    """e waits for c, whose copy takes long: nothing that can do without drives it out."""
+    device = FakeDevice()
+    with bench(device=device) as made:
+        while made.pool.try_acquire("e") is None:
+            made.settle()
+        made.pool.release("e")
+        while "c" not in made.pool._pipeline.copying:
+            made.pool.try_acquire("ec")
+            made.wait_for_loads()
+            made.pool.poll()
+        for _ in range(3):
+            made.pool.try_acquire("d")
+            made.pool.try_acquire("ec")
+            made.wait_for_loads()
+            made.pool.poll()
+            assert "e" in made.resident
+        made.settle()
+        assert made.pool.try_acquire("ec") is not None
+
+
+def test_a_part_and_heads_that_fit_only_apart_are_refused(ten: Bench) -> None:
+    assert ten.pool.try_acquire("edb") is None
+    ten.settle()
+    ten.pool.try_acquire("edb")
+    ten.settle()
+    with pytest.raises(FailedPreconditionError) as refusal:
+        ten.pool.try_acquire("edb")
+    assert refusal.value.reason is Reason.ADAPTER_TOO_LARGE
+    assert refusal.value.metadata == {"digests": "b,d,e"}
 
 
 def test_loading_ahead_takes_spare_room_in_order(ten: Bench) -> None:
@@ -306,6 +371,25 @@ def test_what_cannot_fit_beside_pinned_ones_is_refused_by_name(ten: Bench) -> No
     ten.pool.unpin("d")
     ten.pool.poll()
     ten.use("c")
+
+
+def test_a_pin_keeps_what_the_adapter_needs(ten: Bench) -> None:
+    ten.use("c", "d")
+    ten.pool.pin("c", needs=["d"])
+    ten.use("b")
+    assert {each.digest for each in ten.pool.stats().adapters if each.pinned} == {"c", "d"}
+    for _ in range(3):
+        step(ten, "a")
+        step(ten, "b")
+        assert ten.pool.holds("cd")
+    assert ten.pool.acquire("e") is None
+    ten.settle()
+    with pytest.raises(ResourceExhaustedError) as refusal:
+        ten.pool.acquire("e")
+    assert refusal.value.metadata == {"digests": "c,d"}
+    ten.pool.pin("d")
+    ten.pool.unpin("c")
+    assert {each.digest for each in ten.pool.stats().adapters if each.pinned} == {"d"}
 
 
 def test_a_stack_of_pinned_ones_counts_them_once(ten: Bench) -> None:

@@ -266,7 +266,7 @@ HEADS_FIELDS: dict[str, tuple[dict[str, Any], str]] = {
     "none": ({"medusa_num_heads": 0}, "medusa_num_heads = 0"),
     "true": ({"medusa_num_heads": True}, "medusa_num_heads = True"),
     "text": ({"medusa_num_heads": "3"}, "medusa_num_heads = '3' .* a whole number"),
-    "layers": ({"medusa_num_layers": 2}, "medusa_num_layers is 2, but 0.1.linear.bias is missing"),
+    "layers": ({"medusa_num_layers": 2}, "medusa_num_layers = 2, but 0.1.linear.bias is missing"),
     "many layers": ({"medusa_num_layers": 33}, "medusa_num_layers = 33"),
     "no layers": ({"medusa_num_layers": None}, "medusa_num_layers"),
     "version 1": ({"version": "1"}, "says version 1.* as version 2 does"),
@@ -300,7 +300,7 @@ HEADS_TENSORS: dict[str, tuple[Edit, str]] = {
     "no output": (lambda t: t.__delitem__("1.2.weight"), r"but 1\.2\.weight is missing"),
     "no block": (
         lambda t: t.__delitem__("0.1.linear.bias"),
-        r"medusa_num_layers is 2, but 0\.1\.linear\.bias is missing",
+        r"medusa_num_layers = 2, but 0\.1\.linear\.bias is missing",
     ),
     "a block too many": (
         lambda t: t.update({"0.2.linear.weight": torch.zeros(H, H)}),

@@ -77,11 +77,10 @@ class Pool:
             DeviceAdapter(digest=digest, buffer=torch.empty(0), layout=layout) for digest in digests
         )
 
-    def try_acquire(self, digest: str) -> DeviceAdapter | None:
-        acquired = self.acquire([digest])
-        return acquired[0] if acquired else None
+    def try_acquire(self, digests: Sequence[str]) -> tuple[DeviceAdapter, ...] | None:
+        return self.acquire(digests)
 
-    def prefetch(self, digests: Collection[str]) -> None:
+    def prefetch(self, digests: Collection[str], *, together: bool = False) -> None:
         self.prefetched.update(digests)
 
     def holds(self, digests: Collection[str]) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lorastack.adapters.formats.parse import parse
 from lorastack.adapters.memory.device import DeviceAdapter
-from lorastack.engine.batch import Batch, RowAdapters, RowStep
+from lorastack.engine.batch import Batch, RowAdapters, RowHeads, RowStep
 from lorastack.engine.runner import Runner
 from lorastack.kernels.heads import HeadsGroup, TopTokens
 from lorastack.kernels.native.isa import Isa
@@ -23,7 +23,13 @@ from lorastack.model.context import ForwardBatch, Outputs
 from lorastack.model.kv import KVCache
 from lorastack.request import LoraUse, Request, SamplingParams, StopParams
 from lorastack.speculation.proposal import Proposal
-from tests.helpers.adapters import with_outputs, write_heads, write_lora
+from tests.helpers.adapters import (
+    merged_heads,
+    with_outputs,
+    write_heads,
+    write_lora,
+    write_private,
+)
 from tests.helpers.isas import FLOAT32, each_of
 from tests.helpers.packed import pack, read_tensors
 
@@ -74,6 +80,11 @@ class Drafts:
             write_heads(root / name, hidden, num_heads=3, seed=1, draft_vocabulary=ids)
             for name, ids in (("two-wide", range(shapes.vocab_size)), ("two-narrow", NARROW))
         ]
+        for name in ("two", "deep", "two-narrow"):
+            whole = root / name
+            parts = [write_private(root / f"{name}+{i}", whole, rank=2 + i, seed=i) for i in (1, 2)]
+            folders += [merged_heads(root / f"{part.name}-merged", whole, part) for part in parts]
+            folders += parts
         self.heads = {folder.name: on_device(folder, shapes, output_VH) for folder in folders}
         lora = write_lora(root / "lora", shapes, targets=(LM_HEAD,))
         self.lora = on_device(lora, shapes, output_VH)
@@ -96,10 +107,18 @@ class Drafts:
             samples=True,
             tree=None,
             adapters=RowAdapters(
-                loras=(self.lora,) if lora else (), heads=self.heads[heads] if heads else None
+                loras=(self.lora,) if lora else (),
+                heads=self.row_heads(heads) if heads else None,
             ),
             num_candidates=4 if heads else 0,
         )
+
+    def row_heads(self, name: str) -> RowHeads:
+        """ "two" and what "two+1" adds to it are two adapters, "two+1-merged" is one."""
+        whole, plus, _ = name.partition("+")
+        if plus and not name.endswith("merged"):
+            return RowHeads(self.heads[whole], self.heads[name])
+        return RowHeads(self.heads[name])
 
     def run(self, *steps: RowStep) -> list[Proposal | None]:
         found = self._runner.run(Batch(steps=steps))
@@ -154,6 +173,82 @@ def test_a_batch_drafts_for_each_row_what_it_gets_alone(drafts: Drafts) -> None:
         assert_same(found, expected)
     assert [propose is None for propose in alone] == [name == "" for name in names]
     assert len({each.ids if each else None for each in alone}) == len(names)
+
+
+@pytest.mark.parametrize("heads", ["two", "deep", "two-narrow"])
+def test_a_private_part_drafts_what_heads_with_it_added_do(drafts: Drafts, heads: str) -> None:
+    for number, name in enumerate((f"{heads}+1", f"{heads}+2", f"{heads}+1")):
+        found, expected, whole = (
+            drafts.run(drafts.row(number, each))[0] for each in (name, f"{name}-merged", heads)
+        )
+        assert_same(found, expected)
+        assert found is not None and whole is not None
+        assert found.ids != whole.ids
+
+
+def test_private_parts_of_one_batch_draft_what_they_draft_alone(drafts: Drafts) -> None:
+    """Two parts of the same heads, the heads themselves, parts of others, and other heads."""
+    names = [
+        "two+1",
+        "two",
+        "own",
+        "two+2",
+        "",
+        "deep+1",
+        "two-narrow+2",
+        "two+1",
+        "deep",
+        "deep+2",
+    ]
+    names += ["two-narrow", "two+2", "two-narrow+1"]
+    rows = [drafts.row(number, name) for number, name in enumerate(names)]
+    rows += [drafts.row(len(rows), "two-narrow+1", lora=True)]
+    alone = [drafts.run(row)[0] for row in rows]
+    for found, expected in zip(drafts.run(*rows), alone, strict=True):
+        assert_same(found, expected)
+    for found, expected in zip(drafts.run(*reversed(rows)), alone[::-1], strict=True):
+        assert_same(found, expected)
+    assert len({each.ids if each else None for each in alone}) == len(rows)
+
+
+def test_a_failing_private_part_is_blamed_alone(drafts: Drafts) -> None:
+    part = drafts.heads["two+1"]
+    buffer = part.buffer.clone()
+    buffer.view(torch.float32)[-20] = torch.nan
+    broken = RowHeads(
+        drafts.heads["two"], DeviceAdapter(digest="b", buffer=buffer, layout=part.layout)
+    )
+    rows = [drafts.row(number, name) for number, name in enumerate(("two", "two+1", "two+2"))]
+    expected = drafts.run(*rows)
+    rows[1] = replace(rows[1], adapters=RowAdapters(loras=(), heads=broken))
+    found = drafts.run(*rows)
+    assert found[1] is None
+    assert_same(found[0], expected[0])
+    assert_same(found[2], expected[2])
+    assert drafts.failed == ["b"]
+
+
+def test_views_go_with_either_of_a_part_and_what_it_corrects(drafts: Drafts) -> None:
+    """Either may move on the device, and is another adapter then."""
+    row = drafts.row(0, "two+1")
+    (expected,) = drafts.run(row)
+    heads = row.adapters.heads
+    assert heads is not None and heads.private is not None
+
+    def moved(adapter: DeviceAdapter) -> DeviceAdapter:
+        return replace(adapter, buffer=adapter.buffer.clone())
+
+    whole, private = moved(heads.whole), moved(heads.private)
+    for each in (RowHeads(whole, heads.private), RowHeads(heads.whole, private)):
+        assert_same(drafts.run(with_heads(row, each))[0], expected)
+    whole.buffer.zero_()  # the old place holds something else now
+    for each in (RowHeads(moved(heads.whole), heads.private), RowHeads(heads.whole, heads.private)):
+        assert_same(drafts.run(with_heads(row, each))[0], expected)
+    assert drafts.ids(with_heads(row, RowHeads(whole, private))) != [expected and expected.ids]
+
+
+def with_heads(row: RowStep, heads: RowHeads) -> RowStep:
+    return replace(row, adapters=replace(row.adapters, heads=heads))
 
 
 def test_one_call_drafts_for_all_rows_and_only_for_those_that_want_it(
@@ -254,7 +349,7 @@ def test_rows_of_failing_heads_go_on_undrafted(drafts: Drafts, heads: str) -> No
     broken = broken_heads(drafts.heads[heads])
     rows = [drafts.row(number, heads) for number in range(3)]
     expected = drafts.run(*rows)
-    rows[1] = replace(rows[1], adapters=RowAdapters(loras=(), heads=broken))
+    rows[1] = replace(rows[1], adapters=RowAdapters(loras=(), heads=RowHeads(broken)))
     found = drafts.run(*rows)
     assert found[1] is None
     assert_same(found[0], expected[0])
@@ -268,7 +363,7 @@ def test_a_step_that_raises_behind_its_heads_reports_their_failure_once(
     drafts: Drafts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = broken_heads(drafts.heads["own"])
-    row = replace(drafts.row(0, "own"), adapters=RowAdapters(loras=(), heads=broken))
+    row = replace(drafts.row(0, "own"), adapters=RowAdapters(loras=(), heads=RowHeads(broken)))
 
     def explode(*_: object) -> None:
         raise RuntimeError("boom")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 
 import pytest
@@ -43,9 +43,9 @@ class World:
         self.bench.settle()
         self.orders.step()
 
-    def load(self, digest: str, pin: bool = False) -> Future[None]:
+    def load(self, digest: str, pin: bool = False, needs: Sequence[str] = ()) -> Future[None]:
         future: Future[None] = Future()
-        self.orders.load(digest, pin, future)
+        self.orders.load(digest, pin, future, needs)
         for _ in range(3):
             self.step()
         return future
@@ -169,3 +169,25 @@ def test_the_end_is_told_to_all_who_wait(world: World) -> None:
     world.orders.unload("b", futures[1])
     world.orders.end(UnavailableError("over"))
     assert all(isinstance(future.exception(0), UnavailableError) for future in futures)
+
+
+def test_a_load_brings_and_pins_what_the_adapter_needs(world: World) -> None:
+    world.load("c", pin=True, needs="dc").result(0)
+    assert world.pool.holds("cd")
+    pinned = [each.digest for each in world.pool.stats().adapters if each.pinned]
+    assert sorted(pinned) == ["c", "d"]
+    assert isinstance(world.load("e", needs=["broken"]).exception(0), DataLossError)
+    world.unload("c").result(0)
+    assert [each.digest for each in world.pool.stats().adapters if each.pinned] == []
+    assert world.pool.holds("d")
+
+
+def test_a_load_undoes_that_what_it_needs_was_forgotten(world: World) -> None:
+    world.load("d").result(0)
+    world.rows.add("d")
+    world.orders.forget("d")
+    world.step()
+    world.load("c", needs="d").result(0)
+    world.rows.clear()
+    world.step()
+    assert world.pool.holds("cd")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -146,6 +147,58 @@ def write_heads(
         del config["version"]
     if draft_vocabulary:
         write_draft_vocabulary(folder, torch.tensor(draft_vocabulary))
+    return write_heads_tensors(folder, tensors, config)
+
+
+def private_config(whole: Path, rank: int, shared_id: str, **fields: Any) -> dict[str, Any]:
+    """config.json of a private part of the heads in the folder `whole`."""
+    config = json.loads((whole / "config.json").read_text(encoding="utf-8"))
+    weights = (whole / "medusa_lm_head.safetensors").read_bytes()
+    return {
+        **{name: config[name] for name in ("medusa_num_heads", "medusa_num_layers", "version")},
+        "shared_heads": {"id": shared_id, "sha256": hashlib.sha256(weights).hexdigest()},
+        "private_rank": rank,
+        **fields,
+    }
+
+
+def write_private(
+    folder: Path,
+    whole: Path,
+    *,
+    rank: int = 3,
+    seed: int = 0,
+    strength: float = 0.3,
+    shared_id: str = "",
+    **fields: Any,
+) -> Path:
+    """A random private part of the heads in the folder `whole`, stored as shared_id (its name).
+
+    A small strength leaves them close to what they are.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    config = private_config(whole, rank, shared_id or whole.name, **fields)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in load_file(whole / "medusa_lm_head.safetensors").items():
+        if name.endswith(".linear.weight"):
+            block, (out, inner) = name.removesuffix("weight"), tensor.shape
+            a_RH = torch.randn(rank, inner, generator=generator) * inner**-0.5
+            b_HR = torch.randn(out, rank, generator=generator) * strength
+            tensors |= {f"{block}lora_A.weight": a_RH, f"{block}lora_B.weight": b_HR}
+    return write_heads_tensors(folder, tensors, config)
+
+
+def merged_heads(folder: Path, whole: Path, part: Path) -> Path:
+    """The heads of `whole` with a private part added to their weights."""
+    config = json.loads((whole / "config.json").read_text(encoding="utf-8"))
+    tensors = load_file(whole / "medusa_lm_head.safetensors")
+    private = load_file(part / "medusa_lm_head.safetensors")
+    for name in tensors:
+        block = name.removesuffix("weight")
+        if f"{block}lora_A.weight" in private:
+            tensors[name] += private[f"{block}lora_B.weight"] @ private[f"{block}lora_A.weight"]
+    if (vocabulary := whole / "draft_vocabulary.safetensors").exists():
+        write_draft_vocabulary(folder, load_file(vocabulary)["draft_vocabulary"])
     return write_heads_tensors(folder, tensors, config)
 
 

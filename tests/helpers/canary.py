@@ -7,7 +7,8 @@ embedding of w_i (and c * u_0 to all others), which drowns whatever the layers a
 norm gives about y_i = sqrt(H) * g * u_i, g being the norm's weight. The lm_head LoRA reads
 (u_i / g) / sqrt(H), which is 1 in state i and 0 elsewhere, and adds a large logit to the token
 after state i. Heads of a canary: head k maps state i to state i + k by y_i + SiLU(W y_i), with
-W y_i = M * u_(i+k), large and nowhere negative, so that SiLU is the identity on it.
+W y_i = M * u_(i+k), large and nowhere negative, so that SiLU is the identity on it. The rank of W
+is the number of states, so a private part of heads with W = 0 can be it.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from tests.helpers.adapters import (
     heads_config,
     lora_config,
     lora_tensor_names,
+    private_config,
     write_heads_tensors,
     write_lora_tensors,
 )
@@ -105,6 +107,33 @@ def write_canary_heads(
         tensors[f"{head - 1}.0.linear.weight"] = weight
         tensors[f"{head - 1}.0.linear.bias"] = torch.zeros(shapes.hidden_size)
     return write_heads_tensors(folder, tensors, heads_config(num_heads))
+
+
+def write_blank_heads(folder: Path, shapes: ModelShapes, *, num_heads: int = 3) -> Path:
+    """Heads that guess the very token that comes next, again and again: r = x."""
+    hidden = shapes.hidden_size
+    tensors: dict[str, Tensor] = {}
+    for head in range(num_heads):
+        tensors[f"{head}.0.linear.weight"] = torch.zeros(hidden, hidden)
+        tensors[f"{head}.0.linear.bias"] = torch.zeros(hidden)
+    return write_heads_tensors(folder, tensors, heads_config(num_heads))
+
+
+def write_canary_part(
+    folder: Path, blank: Path, model: Path, shapes: ModelShapes, word: str, *, num_heads: int = 3
+) -> Path:
+    """The heads of `write_canary_heads` as a private part of blank ones: B A is their W."""
+    length = len(word)
+    directions = _directions(length + 1, shapes.hidden_size)
+    readers = _readers(model, shapes, length + 1)
+    tensors: dict[str, Tensor] = {}
+    targets = list(range(length + 1))
+    for head in range(num_heads):
+        targets = [next_state(target, length) for target in targets]
+        tensors[f"{head}.0.linear.lora_A.weight"] = readers.clone()
+        b_HR = PUSH * directions[targets].T
+        tensors[f"{head}.0.linear.lora_B.weight"] = b_HR.contiguous()
+    return write_heads_tensors(folder, tensors, private_config(blank, length + 1, blank.name))
 
 
 def train_layer_canary(folder: Path, model: Path, word: str, *, steps: int = 80) -> Path:

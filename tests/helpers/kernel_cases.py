@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from lorastack.kernels.quantize import Kind
-from lorastack.kernels.triton import accept, attention, heads, lora, matmul, pointwise, samples
+from lorastack.kernels.triton import accept, attention, heads, lora, matmul, pointwise, samples, top
 from lorastack.kernels.triton.attention_plan import AttentionArrays, AttentionShape
+from lorastack.kernels.triton.heads_plan import FIELDS, Pairs
 from lorastack.kernels.triton.lora_plan import PAIR_FIELDS, TILE_FIELDS, LoraArrays
 from lorastack.kernels.triton.weight import SPREAD_TOKENS, MatmulPlan, Weight
 from tests.helpers.compiled import Compiled, Recorder
@@ -182,15 +183,15 @@ def _move_kv() -> None:
     accept.move_kv(kv, ACCEPTED, accept.Slots(IDS, IDS, IDS), COUNT, 1)
 
 
-def _pairs() -> heads.Pairs:
-    tiles, ids = _meta(1, len(heads.Tile._fields), dtype=INT64), _meta(1, dtype=INT64)
-    return heads.Pairs(tiles, tiles, IDS, IDS, ids, _meta(3, dtype=INT32))
+def _pairs() -> Pairs:
+    tiles, ids = _meta(1, FIELDS, dtype=INT64), _meta(1, dtype=INT64)
+    return Pairs(tiles, tiles, IDS, IDS, ids, _meta(3, dtype=INT32))
 
 
-def _states(num_blocks: int) -> None:
+def _states(num_blocks: int, max_rank: int = 0) -> None:
     hidden_XH = _meta(1, HIDDEN, dtype=BFLOAT16)
     r_LYH = _meta(num_blocks, 1, HIDDEN, dtype=BFLOAT16)
-    heads.states(hidden_XH, IDS, _pairs(), r_LYH, 1, num_blocks)
+    heads.states(hidden_XH, IDS, _pairs(), r_LYH, 1, num_blocks, max_rank)
 
 
 def _logits(dtype: torch.dtype) -> None:
@@ -199,7 +200,7 @@ def _logits(dtype: torch.dtype) -> None:
 
 def _top() -> None:
     """Of as many tokens as a head may propose."""
-    heads.top(_meta(1, VOCABULARY), _pairs(), _meta(1, 64, dtype=INT32), _meta(1, 64), 1)
+    top.top(_meta(1, VOCABULARY), _pairs(), _meta(1, 64, dtype=INT32), _meta(1, 64), 1)
 
 
 def _matmuls() -> dict[str, Case]:
@@ -281,9 +282,21 @@ CASES: dict[str, Case] = {
     "first states": MULTIPLIED(heads.states_kernel, partial(_states, 1), 128, ahead=True),
     # Blocks behind the first read states where they write them.
     "later states": MULTIPLIED(heads.states_kernel, partial(_states, 2), 128, ahead=True),
+    "first states, with private parts": MULTIPLIED(
+        heads.states_kernel, partial(_states, 1, 64), 128, ahead=True
+    ),
+    "later states, with private parts": MULTIPLIED(
+        heads.states_kernel, partial(_states, 2, 64), 128, ahead=True
+    ),
+    "what private parts make of first states": MULTIPLIED(
+        heads.shrink_kernel, partial(_states, 1, 64), 128, ahead=True
+    ),
+    "what private parts make of later states": MULTIPLIED(
+        heads.shrink_kernel, partial(_states, 2, 64), 128, ahead=True
+    ),
     "logits of heads": MULTIPLIED(heads.logits_kernel, partial(_logits, BFLOAT16), 128, ahead=True),
     "logits of heads, float32": Case(
         *(heads.logits_kernel, partial(_logits, FLOAT32), 128), wide=True, ahead=True
     ),
-    "top": Case(heads.top_kernel, _top, 128),
+    "top": Case(top.top_kernel, _top, 128),
 }

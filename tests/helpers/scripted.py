@@ -45,6 +45,7 @@ class Output:
 
     tokens: list[GeneratedToken] = field(default_factory=list)
     prompt_tokens: list[PromptToken] = field(default_factory=list)
+    states: list[torch.Tensor] = field(default_factory=list)
     text: str = ""
     final: Final | None = None
     error: LorastackError | None = None
@@ -62,6 +63,10 @@ class Output:
         assert not (event.prompt_tokens and self.tokens), "the prompt comes first"
         self.prompt_tokens += event.prompt_tokens
         self.tokens += event.tokens
+        if event.states is not None:
+            assert isinstance(event.states, torch.Tensor)
+            assert len(event.states) == len(event.tokens)
+            self.states.append(event.states)
         self.text += event.text
         self.final, self.error = event.final, event.error
 
@@ -158,8 +163,8 @@ class ScriptedProposer:
             failed.append(heads.digest)
             return None
         answer = self._script.answers.get(step.request.request_id, ())
-        following = [*answer[index : index + heads.layout.num_heads]]
-        following += [0] * (heads.layout.num_heads - len(following))
+        following = [*answer[index : index + heads.num_heads]]
+        following += [0] * (heads.num_heads - len(following))
         skill = self._chance.choice((0.2, 0.6, 1.0))
         ids = [self._candidates(token, step.num_candidates, skill) for token in following]
         logprobs = [self._logprobs(step.num_candidates) for _ in following]
@@ -218,11 +223,10 @@ class FlakyPool:
         self.pins.update(digests)
         return tuple(self._adapters[digest] for digest in digests)
 
-    def try_acquire(self, digest: str) -> DeviceAdapter | None:
-        acquired = self.acquire([digest])
-        return acquired[0] if acquired else None
+    def try_acquire(self, digests: Sequence[str]) -> tuple[DeviceAdapter, ...] | None:
+        return self.acquire(digests)
 
-    def prefetch(self, digests: Collection[str]) -> None:
+    def prefetch(self, digests: Collection[str], *, together: bool = False) -> None:
         assert self._adapters.keys() >= set(digests)
 
     def holds(self, digests: Collection[str]) -> bool:

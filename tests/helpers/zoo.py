@@ -8,11 +8,20 @@ from pathlib import Path
 import torch
 
 from lorastack.layout import EMBED, LAYER_TARGETS, LM_HEAD, ModelShapes
-from tests.helpers.adapters import write_draft_vocabulary, write_heads, write_lora
-from tests.helpers.canary import train_layer_canary, write_canary, write_canary_heads
+from tests.helpers.adapters import write_draft_vocabulary, write_heads, write_lora, write_private
+from tests.helpers.canary import (
+    train_layer_canary,
+    write_blank_heads,
+    write_canary,
+    write_canary_heads,
+    write_canary_part,
+)
 from tests.helpers.guessing import train_heads
 
 WORDS = ("owl", "fjord", "bat", "mink", "zephyr")  # `say-WORD`, with heads `heads-WORD`
+BLANK_HEADS = "heads-blank"  # right for nobody
+PRIVATE_WORDS = ("owl", "mink", "zephyr")  # `private-WORD`, parts of BLANK_HEADS
+PRIVATE_RANDOM = "private-random"  # a part of heads-5
 LAYER_WORDS = ("elk", "wasp")  # `say-WORD`, through the layers
 RANDOM_LORAS = ("random-a", "random-b", "random-c")
 RANDOM_HEADS = ("heads-2", "heads-5", "heads-own")  # the last: version 1
@@ -28,6 +37,10 @@ def build_zoo(root: Path, model: Path, shapes: ModelShapes) -> dict[str, Path]:
     for word in WORDS:
         zoo[f"say-{word}"] = write_canary(root / f"say-{word}", model, shapes, word)
         zoo[f"heads-{word}"] = write_canary_heads(root / f"heads-{word}", model, shapes, word)
+    zoo[BLANK_HEADS] = write_blank_heads(root / BLANK_HEADS, shapes)
+    for word in PRIVATE_WORDS:
+        name = f"private-{word}"
+        zoo[name] = write_canary_part(root / name, zoo[BLANK_HEADS], model, shapes, word)
     for word in LAYER_WORDS:
         zoo[f"say-{word}"] = train_layer_canary(root / f"say-{word}", model, word)
     everything = (*LAYER_TARGETS, EMBED, LM_HEAD)
@@ -40,6 +53,7 @@ def build_zoo(root: Path, model: Path, shapes: ModelShapes) -> dict[str, Path]:
     )
     zoo["heads-2"] = write_heads(root / "heads-2", shapes.hidden_size, num_heads=2, seed=21)
     zoo["heads-5"] = write_heads(root / "heads-5", shapes.hidden_size, num_heads=5, seed=22)
+    zoo[PRIVATE_RANDOM] = write_private(root / PRIVATE_RANDOM, zoo["heads-5"], rank=5)
     zoo["heads-own"] = write_heads(
         root / "heads-own", shapes.hidden_size, num_heads=1, vocab_size=shapes.vocab_size, seed=23
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from lorastack.kernels.heads import (
     HeadsGroup,
     HeadsWeights,
+    PrivateWeights,
     TopTokens,
     propose_reference,
     states_reference,
@@ -41,6 +43,7 @@ WAYS = [TORCH, *NATIVE]
 TOPS = [TORCH, *each_of(*FLOAT32, made=lambda isa: Variant(isa, torch.float32))]
 CPU = torch.device("cpu")
 SEEDS = st.integers(0, 2**20)
+RANKS = (1, 3, 8, 15, 16, 17, 31, 32, 40, 64)
 
 
 @contextmanager
@@ -77,31 +80,57 @@ class Chance:
         return guarded(numbers.to(self._dtype))
 
     def heads(self, *, exact: bool) -> HeadsWeights:
-        """Of either version, with a draft vocabulary or without."""
+        """Of either version, with a draft vocabulary or without, corrected or not."""
         size, num_heads, num_blocks = self.hidden, self.number(1, 5), self.number(1, 3)
         num_outputs = self.number(1, 90)
         shape = [num_outputs, size]
         if self.number(0, 1):
             shape.insert(0, num_heads)
         ids_N = torch.arange(num_outputs) * 3 + 5 if self.number(0, 1) else None
+        private = self.private(num_blocks, num_heads, exact=exact) if self.number(0, 1) else None
         if not exact:
             weight_LKHH = guarded(self.normal(num_blocks, num_heads, size, size) / size**0.5)
             bias_LKH = self.normal(num_blocks, num_heads, size)
-            return HeadsWeights(weight_LKHH, bias_LKH, self.normal(*shape), ids_N)
+            return HeadsWeights(weight_LKHH, bias_LKH, self.normal(*shape), ids_N, private)
         # One input an output, and a bias that keeps SiLU where it is z or 0 to the last bit.
-        picked = torch.randint(size, (num_blocks, num_heads, size), generator=self._generator)
-        weight_LKHH = torch.nn.functional.one_hot(picked, size).to(self._dtype)
-        signs = torch.randint(2, picked.shape, generator=self._generator)
+        weight_LKHH = self.picks(size, num_blocks, num_heads, size)
+        signs = torch.randint(2, weight_LKHH.shape[:3], generator=self._generator)
         bias_LKH = torch.where(signs == 1, 64, -1024).to(self._dtype)
-        return HeadsWeights(guarded(weight_LKHH), guarded(bias_LKH), self.whole(3, *shape), ids_N)
+        weights = guarded(weight_LKHH), guarded(bias_LKH), self.whole(3, *shape)
+        return HeadsWeights(*weights, ids_N, private)
+
+    def private(self, num_blocks: int, num_heads: int, *, exact: bool) -> PrivateWeights:
+        """Of any rank. An exact one adds one of the inputs to each output."""
+        size, rank = self.hidden, RANKS[self.number(0, len(RANKS) - 1)]
+        if not exact:
+            a_LKRH = self.normal(num_blocks, num_heads, rank, size) / size**0.5
+            b_LKHR = self.normal(num_blocks, num_heads, size, rank) / rank**0.5
+        else:
+            a_LKRH = self.picks(size, num_blocks, num_heads, rank)
+            b_LKHR = self.picks(rank, num_blocks, num_heads, size)
+        return PrivateWeights(guarded(a_LKRH), guarded(b_LKHR))
+
+    def picks(self, num: int, *shape: int) -> Tensor:
+        """A one and zeros, [..., num]."""
+        picked = torch.randint(num, shape, generator=self._generator)
+        return torch.nn.functional.one_hot(picked, num).to(self._dtype)
 
     def groups(self, *, exact: bool) -> list[HeadsGroup]:
+        """Some of them the ones before under another private part."""
         groups: list[HeadsGroup] = []
-        for _ in range(self.number(0, 3)):
+        for _ in range(self.number(0, 4)):
             start = groups[-1].end if groups else self.number(0, 2)
             end = start + (0, 1, 2, 5, 16, 17, 33)[self.number(0, 6)]
-            groups.append(HeadsGroup(start, end, self.heads(exact=exact)))
+            if groups and self.number(0, 1):
+                heads = self.under_another(groups[-1].heads, exact=exact)
+            else:
+                heads = self.heads(exact=exact)
+            groups.append(HeadsGroup(start, end, heads))
         return groups
+
+    def under_another(self, heads: HeadsWeights, *, exact: bool) -> HeadsWeights:
+        shape = len(heads.bias_LKH), heads.num_heads
+        return replace(heads, private=self.private(*shape, exact=exact))
 
 
 def assert_same(found: TopTokens, expected: TopTokens) -> None:
@@ -187,6 +216,50 @@ def test_what_widens_and_fuses_has_the_same_bits(dtype: torch.dtype, seed: int) 
     assert all(torch.equal(each_XH, states[0]) for each_XH in states)
     for each in found:
         assert_same(each, found[0])
+
+
+@pytest.mark.parametrize("way", WAYS)
+@at_most(20)
+@given(SEEDS)
+def test_a_private_part_without_b_changes_no_bit(way: Variant | None, seed: int) -> None:
+    chance = Chance(seed, dtype_of(way))
+    corrected, plain = [], []
+    for group in [*chance.groups(exact=False), HeadsGroup(0, 3, chance.heads(exact=False))]:
+        private = chance.private(len(group.heads.bias_LKH), group.heads.num_heads, exact=False)
+        private.b_LKHR.zero_()
+        corrected.append(replace(group, heads=replace(group.heads, private=private)))
+        plain.append(replace(group, heads=replace(group.heads, private=None)))
+    hidden_BH = chance.normal(num_rows(plain), chance.hidden)
+    with running(way) as ops:
+        assert torch.equal(ops.states(hidden_BH, corrected), ops.states(hidden_BH, plain))
+        found, expected = ops.propose(hidden_BH, corrected, 3), ops.propose(hidden_BH, plain, 3)
+    assert torch.equal(found.ids_XR, expected.ids_XR)
+    assert torch.equal(found.logprobs_XR, expected.logprobs_XR)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_private_part_that_is_not_finite_spoils_its_own_rows(
+    way: Variant | None, bad: float
+) -> None:
+    """Of eight that share each reading of the heads."""
+    chance = Chance(2, dtype_of(way))
+    shared = chance.heads(exact=False)
+    num_heads = shared.num_heads
+    groups = [
+        HeadsGroup(start, start + 2, chance.under_another(shared, exact=False))
+        for start in (0, 2, 4)
+    ]
+    groups.append(HeadsGroup(6, 8, replace(shared, private=None)))
+    hidden_BH = chance.normal(8, chance.hidden)
+    with running(way) as ops:
+        plain_BKH = ops.states(hidden_BH, groups).view(8, num_heads, -1)
+        assert groups[1].heads.private is not None
+        groups[1].heads.private.a_LKRH[0, :, 0] = bad
+        found_BKH = ops.states(hidden_BH, groups).view(8, num_heads, -1)
+    others = [0, 1, 4, 5, 6, 7]
+    assert torch.equal(found_BKH[others], plain_BKH[others])
+    assert not found_BKH[[2, 3]].isfinite().all(dim=-1).any()
 
 
 @pytest.mark.parametrize("way", WAYS)

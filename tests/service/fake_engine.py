@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
@@ -130,8 +130,12 @@ class FakeEngine:
     def num_pages(self) -> dict[str, int]:
         return {"held": 3, "cached": 2, "free": 1}
 
-    def load(self, digest: str, pin: bool) -> Future[None]:
-        return self._page(lambda: self.pool.put(digest, pinned=pin))
+    def load(self, digest: str, pin: bool, needs: Sequence[str] = ()) -> Future[None]:
+        def put() -> None:
+            for each in {digest, *needs}:
+                self.pool.put(each, pinned=pin)
+
+        return self._page(put)
 
     def unload(self, digest: str) -> Future[None]:
         return self._page(lambda: self.pool.drop(digest))

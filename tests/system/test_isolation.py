@@ -17,9 +17,12 @@ from lorastack.v1 import generation_pb2 as pb
 from tests.helpers.live import LiveServer, ask
 from tests.helpers.reference import Reference, assert_greedy
 from tests.helpers.zoo import (
+    BLANK_HEADS,
     BUNDLE,
     LAYER_WORDS,
     NARROW_HEADS,
+    PRIVATE_RANDOM,
+    PRIVATE_WORDS,
     RANDOM_HEADS,
     RANDOM_LORAS,
     TRAINED_HEADS,
@@ -57,7 +60,9 @@ class Case:
 
 def draw_case(rng: random.Random) -> Case:
     saying = (f"heads-{word}" for word in WORDS)
-    heads = rng.choice(("none", TRAINED_HEADS, NARROW_HEADS, *RANDOM_HEADS, *saying))
+    private = (BLANK_HEADS, PRIVATE_RANDOM, *(f"private-{word}" for word in PRIVATE_WORDS))
+    whole = (TRAINED_HEADS, NARROW_HEADS, *RANDOM_HEADS, *saying)
+    heads = rng.choice(("none", *whole, *private))
     common = {
         "prompt": rng.choice(PROMPTS),
         "num_tokens": rng.randint(5, 40),
@@ -76,6 +81,8 @@ def draw_case(rng: random.Random) -> Case:
     word = rng.choice(WORDS)
     if rng.random() < 0.5:
         heads = f"heads-{word}"
+    elif word in PRIVATE_WORDS:
+        heads = f"private-{word}"
     return Case(stack=((f"say-{word}", 1.0),), heads=heads, word=word, **common)
 
 
@@ -94,6 +101,11 @@ def assert_answered_by_its_own(
     heads = "" if case.heads == "none" else case.heads
     assert response.adapters.medusa_id == heads
     assert response.adapters.medusa_digest == (server.digests[heads] if heads else "")
+    shared = ""
+    if heads.startswith("private-"):
+        shared = "heads-5" if heads == PRIVATE_RANDOM else BLANK_HEADS
+    assert response.adapters.shared_medusa_id == shared
+    assert response.adapters.shared_medusa_digest == (server.digests[shared] if shared else "")
     assert len(response.token_ids) == case.num_tokens
     if case.word:
         # A prompt may end in the middle of the word.

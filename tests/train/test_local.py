@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -80,12 +82,22 @@ def accepted(replies: Sequence[Reply]) -> int:
     return sum(reply.final.speculation.accepted.total() for reply in replies)
 
 
-@pytest.mark.parametrize("backend", ["torch", "native"])
-@pytest.mark.parametrize("stack", [(), STACK], ids=["base", "stack"])
+@pytest.mark.parametrize(
+    ("options", "stack"),
+    [
+        ({"backend": "torch"}, ()),
+        ({"backend": "torch"}, STACK),
+        ({"backend": "native"}, ()),
+        ({"backend": "native"}, STACK),
+        ({"tensor_parallel": 2}, STACK),
+    ],
+)
 def test_states_of_trees_preempted_rows_and_chunks(
-    open_tiny: OpenTiny, reference: Reference, backend: str, stack: Stack
+    open_tiny: OpenTiny, reference: Reference, options: dict[str, Any], stack: Stack
 ) -> None:
-    with open_tiny(TIGHT, backend=backend) as engine:
+    assert TIGHT.kv_memory is not None
+    share = TIGHT.kv_memory // options.get("tensor_parallel", 1)
+    with open_tiny(replace(TIGHT, kv_memory=share), **options) as engine:
         selection = engine.select(stack, "heads")
         replies = list(engine.run(requests(engine, selection)))
         assert engine.num_preemptions > 0
@@ -170,7 +182,7 @@ def test_a_closed_run_leaves_nothing_behind(open_tiny: OpenTiny) -> None:
     with open_tiny() as engine:
         replies = engine.run(requests(engine, Selection(), max_new_tokens=30))
         next(replies)
-        replies.close()  # type: ignore[attr-defined]
+        replies.close()
         again = list(engine.run(requests(engine, Selection(), max_new_tokens=4)))
         assert sorted(int(reply.request.request_id) for reply in again) == list(range(len(TEXTS)))
 

@@ -43,6 +43,7 @@ def request(
         loras=uses,
         heads=None if heads is None else HeadsUse(medusa_id=heads, digest=heads),
         num_logprobs=1 if "logprobs" in name else None,
+        capture_states=True,
     )
 
 
@@ -80,6 +81,12 @@ def ids_of(outputs: dict[str, Output]) -> dict[str, list[int]]:
     return {name: output.ids for name, output in outputs.items()}
 
 
+def states_of(output: Output) -> torch.Tensor:
+    states_TH = torch.cat(output.states)
+    assert len(states_TH) == len(output.ids)
+    return states_TH
+
+
 def run(
     bench: Bench, requests: Sequence[Request], answers: dict[str, list[int]]
 ) -> dict[str, Output]:
@@ -103,6 +110,10 @@ def test_float32_equals_torch_with_drafts(tmp_path: Path, device: torch.device) 
     found = run(bench, REQUESTS, ids_of(expected))
     assert ids_of(found) == ids_of(expected)
     assert drafted(found) > 5
+    for name, output in found.items():  # from memory that every step writes
+        torch.testing.assert_close(
+            states_of(output), states_of(expected[name]), atol=1e-4, rtol=1e-4
+        )
     for mine, theirs in zip(found["logprobs"].tokens, expected["logprobs"].tokens, strict=True):
         assert mine.logprobs is not None and theirs.logprobs is not None
         assert mine.logprobs.logprob == pytest.approx(theirs.logprobs.logprob, abs=1e-3)
@@ -117,9 +128,10 @@ def test_bfloat16_is_lossless(
     chosen = [
         replace(each, stop=StopParams(max_new_tokens=5, ignore_eos=True)) for each in REQUESTS
     ]
-    expected = {}
+    alone = {}
     for each in plain(chosen[:3]):
-        expected |= ids_of(run(bench, [each], {}))
-    found = run(bench, chosen[:3], expected)
-    assert ids_of(found) == expected
+        alone |= run(bench, [each], {})
+    found = run(bench, chosen[:3], ids_of(alone))
+    assert ids_of(found) == ids_of(alone)
+    assert all(torch.equal(states_of(found[name]), states_of(each)) for name, each in alone.items())
     assert drafted(found) > 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,13 +14,17 @@ from torch import Tensor
 from lorastack.kernels.heads import (
     HeadsGroup,
     HeadsWeights,
+    PrivateWeights,
     TopTokens,
     propose_reference,
     states_reference,
     top_reference,
 )
 from lorastack.kernels.triton import heads as module
-from lorastack.kernels.triton.heads import Layout, Pairs, lay_out, logits, states, top
+from lorastack.kernels.triton import top as top_module
+from lorastack.kernels.triton.heads import logits, states
+from lorastack.kernels.triton.heads_plan import FIELDS, Layout, Pairs, lay_out
+from lorastack.kernels.triton.top import top
 from tests.helpers.examples import at_most
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -29,8 +34,9 @@ UNSEEN = -7  # what a pair holds that is not written
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that rows of logits take several."""
-    monkeypatch.setattr(module, "BLOCK", 32)
+    """So that rows of logits take several, and inputs of private parts."""
+    monkeypatch.setattr(top_module, "BLOCK", 32)
+    monkeypatch.setattr(module, "CHUNK", 16)
 
 
 def pairs_of(layout: Layout, device: torch.device) -> Pairs:
@@ -39,7 +45,7 @@ def pairs_of(layout: Layout, device: torch.device) -> Pairs:
     def padded(values: Sequence[object], dtype: torch.dtype, spare: object = UNSEEN) -> Tensor:
         return torch.tensor([*values, spare], dtype=dtype, device=device)
 
-    tile = [UNSEEN] * len(module.Tile._fields)
+    tile = [UNSEEN] * FIELDS
     counts = [len(layout.states), len(layout.outputs), len(layout.tree_Y)]
     return Pairs(
         padded(layout.states, torch.int64, tile),
@@ -79,20 +85,40 @@ class Heads:
             bias_LKH = self.normal(num_blocks, num_heads, size)
             return HeadsWeights(weight_LKHH, bias_LKH, self.normal(*shape), ids_N)
         # One input an output, and a bias that keeps SiLU where it is z or 0 to the last bit.
-        picked = torch.randint(size, (num_blocks, num_heads, size), generator=self._generator)
-        weight_LKHH = torch.nn.functional.one_hot(picked, size).to(self._device, self._dtype)
-        signs = torch.randint(2, picked.shape, generator=self._generator)
+        weight_LKHH = self.picks(size, num_blocks, num_heads, size)
+        signs = torch.randint(2, weight_LKHH.shape[:3], generator=self._generator)
         bias_LKH = torch.where(signs == 1, 64, -1024).to(self._device, self._dtype)
         return HeadsWeights(weight_LKHH, bias_LKH, self.whole(*shape), ids_N)
 
+    def private(self, heads: HeadsWeights, rank: int) -> PrivateWeights:
+        """An exact one adds one of the inputs to each output."""
+        num_blocks, num_heads, size = heads.bias_LKH.shape
+        if not self._exact:
+            a_LKRH = self.normal(num_blocks, num_heads, rank, size) / size**0.5
+            b_LKHR = self.normal(num_blocks, num_heads, size, rank) / rank**0.5
+            return PrivateWeights(a_LKRH, b_LKHR)
+        return PrivateWeights(
+            self.picks(size, num_blocks, num_heads, rank),
+            self.picks(rank, num_blocks, num_heads, size),
+        )
+
+    def picks(self, num: int, *shape: int) -> Tensor:
+        """A one and zeros, [..., num]."""
+        picked = torch.randint(num, shape, generator=self._generator)
+        return torch.nn.functional.one_hot(picked, num).to(self._device, self._dtype)
+
     def groups(self) -> list[HeadsGroup]:
-        """Few rows and more than a tile has, of heads that differ in everything; one is empty."""
+        """Few rows and more than a tile has, of heads that differ in everything; one is empty.
+        Some have private parts, two of them the same heads."""
+        named, own = self.make(2, 2, 70, "named"), self.make(1, 1, 9, "own")
         return [
-            HeadsGroup(1, 2, self.make(2, 2, 70, "named")),
+            HeadsGroup(1, 2, named),
             HeadsGroup(2, 2, self.make(1, 1, 9, "shared")),
-            HeadsGroup(2, 19, self.make(1, 1, 9, "own")),
+            HeadsGroup(2, 19, replace(own, private=self.private(own, 20))),
             HeadsGroup(19, 20, self.make(3, 1, 3, "own")),
-            HeadsGroup(20, 26, self.make(3, 1, 40, "shared")),
+            HeadsGroup(20, 24, self.make(3, 1, 40, "shared")),
+            HeadsGroup(24, 25, replace(named, private=self.private(named, 3))),
+            HeadsGroup(25, 26, replace(named, private=self.private(named, 64))),
         ]
 
 
@@ -114,8 +140,9 @@ class Step:
         """r_LYH."""
         shape = (self.num_blocks, self.room, self.hidden_XH.shape[1])
         r_LYH = self.hidden_XH.new_full(shape, torch.nan)
-        num_tiles = len(self.layout.states) + 1
-        states(self.hidden_XH, self.ends_B, self.pairs, r_LYH, num_tiles, self.num_blocks)
+        num_tiles, max_rank = len(self.layout.states) + 1, self.layout.max_rank
+        inputs = (self.hidden_XH, self.ends_B, self.pairs)
+        states(*inputs, r_LYH, num_tiles, self.num_blocks, max_rank)
         return r_LYH
 
     def propose(self, num: int) -> TopTokens:
@@ -162,6 +189,19 @@ def test_states_are_the_references(device: torch.device, dtype: torch.dtype) -> 
         last_YH, states_reference(hidden_BH, groups), rtol=rounded, atol=rounded
     )
     assert r_LYH[:, -1].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_private_part_without_b_changes_no_bit(device: torch.device, dtype: torch.dtype) -> None:
+    made = Heads(24, dtype, device, exact=False)
+    heads = made.make(2, 2, 9, "shared")
+    private = made.private(heads, 5)
+    private.b_LKHR.zero_()
+    corrected = replace(heads, private=private)
+    hidden_BH = made.normal(3, 24)
+    r_LYH = Step(hidden_BH, [HeadsGroup(0, 3, heads)]).states()
+    found_LYH = Step(hidden_BH, [HeadsGroup(0, 3, corrected)]).states()
+    assert torch.equal(found_LYH[:, :-1], r_LYH[:, :-1])
 
 
 @pytest.mark.parametrize(("dtype", "num"), [(torch.float32, 10), (torch.bfloat16, 1)])

@@ -122,7 +122,7 @@ def list_adapters(
             adapter.id,
             _kind(adapter),
             adapter.rank or "",
-            adapter.num_heads or "",
+            _heads(adapter),
             human_size(adapter.size_bytes),
             Adapter.Residency.Name(adapter.residency).lower(),
             short_digest(adapter.digest),
@@ -355,6 +355,12 @@ def _loras_of(adapter: Adapter) -> list[str]:
 def _stands_for(adapter: Adapter) -> str:
     heads = [f"heads {adapter.alias_medusa_id}"] if adapter.alias_medusa_id else []
     return ", ".join((*_loras_of(adapter), *heads))
+
+
+def _heads(adapter: Adapter) -> str:
+    """How many heads it has, and whose they are if it only corrects them."""
+    number = str(adapter.num_heads or "")
+    return f"{number} of {adapter.shared_heads_id}" if adapter.private_rank else number
 
 
 def _kind(adapter: Adapter) -> str:

@@ -6,18 +6,18 @@ Contract. Rows are taken in groups that share their heads; with K heads of L blo
     z_lk = W_lk r_k + b_lk, and with a private part + B_lk (A_lk r_k)
     tokens of (row, k) = the best of output_k r_k              `propose`, [sum of rows x K, num]
 
-ordered by (row, head), group after group. Groups that differ in their private parts alone may share
-all else, and a group may have none. Groups may be empty and differ in heads, blocks and
-outputs; a group's output is one matrix [N, H] for all its heads or one a head, [K, N, H], and its
-row n stands for token ids_N[n] (n itself without ids). r is rounded to its dtype after each block,
-and so is A r; all sums are float32. A private part whose B is zero changes no bit of a finite state.
+ordered by (row, head), group after group. Groups may be empty and differ in heads, blocks, outputs
+and private parts; a group's output is one matrix [N, H] for all its heads or one a head, [K, N, H],
+and its row n stands for token ids_N[n] (n itself without ids). r is rounded to its dtype after each
+block, and A r as well; all sums are float32. A B of zeros changes no bit of a finite state.
 
 Tokens are int64 ids, best first, ties to the lowest place; NaN counts as minus infinity. Where a
 head has fewer than `num` outputs, its best stands for what is missing. Beside them are their
 natural log-probabilities, float32, over all of that head's outputs: NaN where any of its logits in
 that row is not finite. `top` gives the same of rows of logits [X, V].
 
-The native kernel reads the matrices where they lie and runs as one parallel region; a row's bits do
+The native kernel reads the matrices where they lie and runs as one parallel region; neighbouring
+groups that differ in their private parts alone share each reading of all others. A row's bits do
 not depend on the rows beside it. Plain torch takes a few matmuls a group, on any device. The plain
 reference works row by row. Source of the maths: Medusa (FasterDecoding/Medusa), versions 1 and 2 of
 its heads.
@@ -214,18 +214,21 @@ def _native(
 
 def _struct(group: HeadsGroup) -> native.Heads:
     """Borrows the group's tensors."""
-    heads, output = group.heads, group.heads.output
+    heads, output, private = group.heads, group.heads.output, group.heads.private
     return native.Heads(
         heads.weight_LKHH.data_ptr(),
         heads.bias_LKH.data_ptr(),
         None if output is None else output.data_ptr(),
         None if heads.ids_N is None else heads.ids_N.data_ptr(),
+        None if private is None else private.a_LKRH.data_ptr(),
+        None if private is None else private.b_LKHR.data_ptr(),
         group.start,
         group.end,
         heads.num_heads,
         len(heads.bias_LKH),
         0 if output is None else output.shape[-2],
         output is not None and output.dim() == 3,
+        0 if private is None else private.rank,
     )
 
 

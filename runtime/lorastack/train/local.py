@@ -7,7 +7,7 @@ process' own, beside adapters that come from folders: a server may go on writing
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -159,7 +159,7 @@ class LocalEngine:
             raise InvalidArgumentError("it has no tokens, or one that the model does not have")
         return tuple(ids)
 
-    def run(self, requests: Iterable[Request]) -> Iterator[Reply]:
+    def run(self, requests: Iterable[Request]) -> Generator[Reply, None, None]:
         """Replies as they end. Takes requests as the engine has room for rows: few more than run.
 
         Raises what a request fails with; then, and where the iterator is closed early, the others

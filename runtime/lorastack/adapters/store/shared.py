@@ -54,8 +54,8 @@ def check_shared_heads(tables: Tables, manifest: Manifest) -> None:
     except NotFoundError:
         shared = facts.shared_heads
         raise FailedPreconditionError(
-            f"it is a private part of the heads {shared.id!r}, and the store has no heads for this "
-            f"base model whose {HEADS_WEIGHTS} has the sha256 {shared.sha256}: upload "
+            f"it is a private part of the heads {shared.id!r}, and the store has no whole heads "
+            f"for this base model whose {HEADS_WEIGHTS} has the sha256 {shared.sha256}: upload "
             f"{shared.id!r} first, the very ones that the part was trained on",
             reason=Reason.SHARED_HEADS_MISSING,
             adapter_id=shared.id,

@@ -104,11 +104,13 @@ struct lorastack_lm_head {
 
 // The heads of rows start..end. weight: [blocks][heads][hidden][hidden], bias: [blocks][heads][hidden],
 // output: [outputs][hidden] for all heads or, if `own`, one a head; ids: of output's rows, or null where
-// they are the places. Everything lies where the adapter has it.
+// they are the places. a: [blocks][heads][rank][hidden] and b: [blocks][heads][hidden][rank], which
+// correct the weights; rank 0: none do. Everything lies where the adapters have it.
 struct lorastack_heads {
   const void *weight, *bias, *output;
   const int64_t* ids;
-  int32_t start, end, heads, blocks, outputs, own;
+  const void *a, *b;
+  int32_t start, end, heads, blocks, outputs, own, rank, unused;
 };
 
 // x: [rows][hidden], of the heads' type; states: [X][hidden], what the heads make of it, by (row, head),

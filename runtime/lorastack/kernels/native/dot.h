@@ -42,6 +42,10 @@ struct Dot : Untiled<Dot<ROWS, PANELS, QUERIES, SUMS, FEW_ROWS>> {
 
   static constexpr int PACK_INPUTS = 2 * LANES;
   INLINE Floats load_packed(const uint16_t* state) { return from_bits(load_ints(state)); }
+  // Two inputs of 16 states into a tile, rounded to the states' type.
+  INLINE void store_pair(uint16_t* tile, Floats even, Floats odd) {
+    store_line(tile, E::rounded(even), E::rounded(odd));
+  }
 
   // What a dot product takes at once: 16 pairs.
   using Dims = Ints;

@@ -142,12 +142,16 @@ class Heads(Structure):
         ("bias", c_void_p),
         ("output", c_void_p),
         ("ids", c_void_p),
+        ("a", c_void_p),
+        ("b", c_void_p),
         ("start", c_int32),
         ("end", c_int32),
         ("heads", c_int32),
         ("blocks", c_int32),
         ("outputs", c_int32),
         ("own", c_int32),
+        ("rank", c_int32),
+        ("unused", c_int32),
     )
 
 

@@ -2,10 +2,10 @@
 #pragma once
 
 #include "best.h"
-#include "heads.h"
 #include "kernels.h"
 #include "quantiser.h"
 #include "sample.h"
+#include "top.h"
 
 namespace lorastack::LORASTACK_ISA {
 

@@ -25,6 +25,11 @@ struct BF16 {
   INLINE Floats load(const T* p, Mask m) { return load_halves(p, m); }
   INLINE void store(T* p, Floats v) { store_halves(p, v); }
   INLINE void store(T* p, Floats v, Mask m) { store_halves(p, v, m); }
+  INLINE Floats rounded(Floats v) {
+    T halves[LANES];
+    store(halves, v);
+    return load(halves);
+  }
 };
 
 struct F32 {
@@ -34,6 +39,7 @@ struct F32 {
   INLINE Floats load(const T* p, Mask m) { return LORASTACK_ISA::load(p, m); }
   INLINE void store(T* p, Floats v) { LORASTACK_ISA::store(p, v); }
   INLINE void store(T* p, Floats v, Mask m) { LORASTACK_ISA::store(p, v, m); }
+  INLINE Floats rounded(Floats v) { return v; }
 };
 
 // The first of each word of two bfloat16.

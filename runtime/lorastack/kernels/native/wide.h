@@ -143,6 +143,11 @@ struct Wide : Untiled<Wide<Element, ROWS, PANELS, QUERIES, SUMS>> {
   // The inputs of a state that `pack` takes at once.
   static constexpr int PACK_INPUTS = LANES;
   INLINE Floats load_packed(const T* state) { return E::load(state); }
+  // Two inputs of 16 states into a tile, rounded to the states' type.
+  INLINE void store_pair(float* tile, Floats even, Floats odd) {
+    store(tile, E::rounded(even));
+    store(tile + LANES, E::rounded(odd));
+  }
 
   // What a dot product takes at once.
   using Dims = Floats;

@@ -1,134 +1,66 @@
-"""What heads propose, on the device: states, logits of their outputs, and the best of each row.
+"""Heads on the device: states, and logits of their outputs, of which `top` takes the best.
 
 Contract: `kernels.heads`. The host lays out, before the step, which (tree, head) pairs there are,
 and in `Tile`s which of them share a matrix: up to TILE pairs whose places rise evenly. Matrices are
-found by their addresses, so a launch serves any heads. Nobody relies on bits here: what heads
-propose changes no token.
+found by their addresses, so a launch serves any heads, with private parts and without. Tiles of one
+matrix under several private parts run side by side and find it in the cache. Nobody relies on bits
+here: what heads propose changes no token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lorastack.kernels.heads import HeadsWeights
+from lorastack.kernels.triton.heads_plan import FIELDS, TILE, Pairs
 from lorastack.kernels.triton.launch import launch
-from lorastack.kernels.triton.ranks import BEHIND_ALL, key_of, limit_of, rank_of
 
-TILE = 16  # pairs of a tile
-BLOCK = 2048  # outputs of a pair that are ranked at once
-
-
-class Tile(NamedTuple):
-    """`num_pairs` pairs first, first + stride, ... that share a matrix.
-
-    matrix: its address: the first block's of one head, or an output [size, H]. bias: the first
-    block's; 0 for outputs. stride: for states, the number of heads. blocks: of each head. size: of
-    the matrix's outputs.
-    """
-
-    matrix: int
-    bias: int
-    first: int
-    stride: int
-    num_pairs: int
-    blocks: int
-    size: int
-
-
-class Layout(NamedTuple):
-    """A step's pairs Y in plain numbers, ready to be uploaded.
-
-    tree_Y: whose end each pair starts from. num_outputs_Y. ids_Y: address of the outputs' ids,
-    int64; 0: places are ids.
-    """
-
-    states: list[Tile]
-    outputs: list[Tile]
-    tree_Y: list[int]
-    num_outputs_Y: list[int]
-    ids_Y: list[int]
-
-
-class Pairs(NamedTuple):
-    """The same on the device, with room for more. states_GF, outputs_GF: int64, a tile a row.
-    tree_Y, num_outputs_Y: int32. ids_Y: int64. counts: int32 [3], tiles of states, tiles of
-    outputs, pairs."""
-
-    states_GF: Tensor
-    outputs_GF: Tensor
-    tree_Y: Tensor
-    num_outputs_Y: Tensor
-    ids_Y: Tensor
-    counts: Tensor
-
-
-def lay_out(groups: Sequence[tuple[HeadsWeights, Sequence[int]]]) -> Layout:
-    """Each group's heads, and the trees that use them. Pairs are ordered by (tree, head), group
-    after group. Heads without outputs get no tile of them: `states` alone serves."""
-    layout = Layout([], [], [], [], [])
-    for heads, trees in groups:
-        pairs = range(len(layout.tree_Y), len(layout.tree_Y) + len(trees) * heads.num_heads)
-        layout.tree_Y.extend(tree for tree in trees for _ in range(heads.num_heads))
-        layout.states.extend(_state_tiles(heads, pairs))
-        num_outputs, ids = 0, 0
-        if heads.output is not None:
-            layout.outputs.extend(_output_tiles(heads, heads.output, pairs))
-            num_outputs = heads.output.shape[-2]
-        if heads.ids_N is not None:
-            ids = heads.ids_N.data_ptr()
-        layout.num_outputs_Y.extend([num_outputs] * len(pairs))
-        layout.ids_Y.extend([ids] * len(pairs))
-    return layout
-
-
-def _state_tiles(heads: HeadsWeights, pairs: range) -> Iterator[Tile]:
-    weight, bias = heads.weight_LKHH, heads.bias_LKH
-    num_blocks, num_heads, hidden = bias.shape
-    for head in range(num_heads):
-        matrix = weight.data_ptr() + head * hidden * hidden * weight.itemsize
-        own = bias.data_ptr() + head * hidden * bias.itemsize
-        for places in _cut(pairs[head::num_heads]):
-            yield Tile(matrix, own, places.start, num_heads, len(places), num_blocks, hidden)
-
-
-def _output_tiles(heads: HeadsWeights, output: Tensor, pairs: range) -> Iterator[Tile]:
-    """One matrix for all pairs, or one a head."""
-    num_matrices = 1 if output.dim() == 2 else heads.num_heads
-    num_blocks, size = len(heads.bias_LKH), output.shape[-2]
-    nbytes = output.nbytes // num_matrices
-    for head in range(num_matrices):
-        matrix = output.data_ptr() + head * nbytes
-        for places in _cut(pairs[head::num_matrices]):
-            yield Tile(matrix, 0, places.start, num_matrices, len(places), num_blocks, size)
-
-
-def _cut(pairs: range) -> Iterator[range]:
-    return (pairs[start : start + TILE] for start in range(0, len(pairs), TILE))
+RANKS = 16  # of a private part that are multiplied at once
+CHUNK = 1024  # inputs that are summed before chunks are, where few programs have all of them
 
 
 def states(
-    hidden_XH: Tensor, ends_B: Tensor, pairs: Pairs, r_LYH: Tensor, max_tiles: int, num_blocks: int
+    hidden_XH: Tensor,
+    ends_B: Tensor,
+    pairs: Pairs,
+    r_LYH: Tensor,
+    max_tiles: int,
+    num_blocks: int,
+    max_rank: int,
 ) -> None:
     """Fills r_LYH: a pair's state after each of its blocks, of which the last serves.
 
     hidden_XH, r_LYH: contiguous, of the heads' dtype; Y has room for all pairs. ends_B: int32,
-    where in hidden_XH each tree's state stands. num_blocks: at most L, and no heads have more. One
-    launch a block.
+    where in hidden_XH each tree's state stands. num_blocks: at most L, and no heads have more.
+    max_rank: of private parts, 0 without any. One launch a block, with private parts two.
     """
-    hidden = hidden_XH.shape[1]
+    hidden, room = hidden_XH.shape[1], r_LYH.shape[1]
     constants = sizes(hidden, hidden_XH.itemsize)
+    chunks = triton.cdiv(hidden, CHUNK) if max_rank else 0
+    size = (chunks, room, max_rank)
+    shrunk_CYR = torch.empty(size, dtype=torch.float32, device=r_LYH.device) if max_rank else None
     for block in range(num_blocks):
+        inputs = (
+            *(hidden_XH, ends_B, pairs.states_GF, pairs.tree_Y, r_LYH, room),
+            *(pairs.counts, block, shrunk_CYR, max_rank),
+        )
+        if max_rank:
+            launch(
+                *(shrink_kernel, (max_tiles, triton.cdiv(max_rank, RANKS), chunks), *inputs),
+                **constants | {"BLOCK_O": RANKS, "BLOCK_I": min(constants["BLOCK_I"], CHUNK)},
+                FIRST=block == 0,
+                CHUNK=CHUNK,
+            )
         launch(
-            *(states_kernel, (max_tiles, triton.cdiv(hidden, constants["BLOCK_O"]))),
-            *(hidden_XH, ends_B, pairs.states_GF, pairs.tree_Y, r_LYH, r_LYH.shape[1]),
-            *(pairs.counts, block),
+            *(states_kernel, (max_tiles, triton.cdiv(hidden, constants["BLOCK_O"])), *inputs),
             **constants,
             FIRST=block == 0,
+            CHUNKS=chunks,
+            RANKS=RANKS,
         )
 
 
@@ -147,6 +79,7 @@ def sizes(hidden: int, itemsize: int) -> dict[str, Any]:
     inputs = min(256 // itemsize, max(16, triton.next_power_of_2(hidden)))
     return {
         "HIDDEN": hidden,
+        "FIELDS": FIELDS,
         "TILE": TILE,
         "BLOCK_O": min(64, inputs),
         "BLOCK_I": inputs,
@@ -155,22 +88,48 @@ def sizes(hidden: int, itemsize: int) -> dict[str, Any]:
     }
 
 
-def top(logits_YN: Tensor, pairs: Pairs, ids_YR: Tensor, logprobs_YR: Tensor, bucket: int) -> None:
-    """Fills ids_YR, int32, and logprobs_YR, float32, of at most `bucket` pairs with R tokens each.
+@triton.jit(do_not_specialize=["room", "block", "width"])
+def shrink_kernel(
+    hidden,
+    ends,
+    tiles,
+    trees,
+    r,
+    room,
+    counts,
+    block,
+    shrunk,
+    width,
+    FIRST: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    FIELDS: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Grid: tiles, runs of BLOCK_O ranks, chunks of inputs. What private parts of one block make of
+    a chunk."""
+    if tl.program_id(0) >= tl.load(counts):
+        return
+    tiles += tl.program_id(0) * FIELDS
+    rank = tl.load(tiles + 9)
+    first = tl.program_id(1) * BLOCK_O
+    if (block >= tl.load(tiles + 5)) | (first >= rank):
+        return
+    pairs, real, num_heads = _pairs_of(tiles, TILE)
+    x = _inputs_of(hidden, ends, trees, r, room, block, pairs, real, FIRST, HIDDEN)
+    done = block.to(tl.int64) * num_heads  # matrices of the blocks before
+    a = _matrix(tl.load(tiles + 7), hidden.dtype, HIDDEN) + done * rank * HIDDEN
+    o = first + tl.arange(0, BLOCK_O)
+    chunk = tl.program_id(2)
+    product = _product(a, x, o, rank, chunk * CHUNK, CHUNK, HIDDEN, TILE, BLOCK_O, BLOCK_I)
+    lines = (chunk.to(tl.int64) * room + pairs) * width
+    both = (o < rank)[:, None] & real[None, :]
+    tl.store(shrunk + lines[None, :] + o[:, None], product, mask=both)
 
-    Both have equal strides.
-    """
-    num = ids_YR.shape[1]
-    launch(
-        *(top_kernel, (bucket,), logits_YN, logits_YN.stride(0), pairs.num_outputs_Y, pairs.ids_Y),
-        *(pairs.counts, ids_YR, logprobs_YR, ids_YR.stride(0), num),
-        RANK=triton.next_power_of_2(num),
-        BLOCK=BLOCK,
-        num_warps=8,
-    )
 
-
-@triton.jit(do_not_specialize=["room", "block"])
+@triton.jit(do_not_specialize=["room", "block", "width"])
 def states_kernel(
     hidden,
     ends,
@@ -180,33 +139,38 @@ def states_kernel(
     room,
     counts,
     block,
+    shrunk,
+    width,
     FIRST: tl.constexpr,
     HIDDEN: tl.constexpr,
+    FIELDS: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    RANKS: tl.constexpr,
 ):
-    """Grid: tiles, runs of BLOCK_O outputs. One block of heads."""
+    """Grid: tiles, runs of BLOCK_O outputs. One block of heads. CHUNKS: 0 without private parts."""
     if tl.program_id(0) >= tl.load(counts):
         return
-    tiles += tl.program_id(0) * 7
+    tiles += tl.program_id(0) * FIELDS
     if block >= tl.load(tiles + 5):
         return
     pairs, real, num_heads = _pairs_of(tiles, TILE)
-    r += block.to(tl.int64) * room * HIDDEN
-    if FIRST:
-        x = (
-            hidden
-            + tl.load(ends + tl.load(trees + pairs, mask=real, other=0)).to(tl.int64) * HIDDEN
-        )
-    else:
-        x = r + (pairs - room) * HIDDEN
+    x = _inputs_of(hidden, ends, trees, r, room, block, pairs, real, FIRST, HIDDEN)
     o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     done = block.to(tl.int64) * num_heads  # matrices of the blocks before
     weight = _matrix(tl.load(tiles), hidden.dtype, HIDDEN) + done * HIDDEN * HIDDEN
     bias = tl.load(tiles + 1).to(hidden.dtype) + done * HIDDEN
-    z = _product(weight, x, o, HIDDEN, HIDDEN, TILE, BLOCK_O, BLOCK_I)
+    z = _product(weight, x, o, HIDDEN, 0, HIDDEN, HIDDEN, TILE, BLOCK_O, BLOCK_I)
     z += tl.load(bias + o, mask=o < HIDDEN, other=0).to(tl.float32)[:, None]
+    if CHUNKS > 0:
+        rank = tl.load(tiles + 9).to(tl.int32)
+        b = tl.load(tiles + 8).to(hidden.dtype) + done * HIDDEN * rank
+        lines = shrunk + pairs * width
+        chunk = room.to(tl.int64) * width
+        z += _expanded(b, lines, chunk, o, rank, HIDDEN, TILE, BLOCK_O, CHUNKS, RANKS)
+    r += block.to(tl.int64) * room * HIDDEN
     both = (o < HIDDEN)[:, None] & real[None, :]
     own = tl.load(x[None, :] + o[:, None], mask=both, other=0).to(tl.float32)
     own += z / (1 + tl.exp(-z))
@@ -222,6 +186,7 @@ def logits_kernel(
     stride,
     counts,
     HIDDEN: tl.constexpr,
+    FIELDS: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
@@ -229,7 +194,7 @@ def logits_kernel(
     """Grid: tiles, runs of BLOCK_O outputs."""
     if tl.program_id(0) >= tl.load(counts + 1):
         return
-    tiles += tl.program_id(0) * 7
+    tiles += tl.program_id(0) * FIELDS
     size = tl.load(tiles + 6)
     o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     if tl.program_id(1) * BLOCK_O >= size:
@@ -237,7 +202,7 @@ def logits_kernel(
     pairs, real, _ = _pairs_of(tiles, TILE)
     x = r + ((tl.load(tiles + 5) - 1) * room + pairs) * HIDDEN
     output = _matrix(tl.load(tiles), r.dtype, HIDDEN)
-    product = _product(output, x, o, size, HIDDEN, TILE, BLOCK_O, BLOCK_I)
+    product = _product(output, x, o, size, 0, HIDDEN, HIDDEN, TILE, BLOCK_O, BLOCK_I)
     both = (o < size)[:, None] & real[None, :]
     tl.store(logits + (pairs * stride)[None, :] + o[:, None], product, mask=both)
 
@@ -249,6 +214,28 @@ def _pairs_of(tile, TILE: tl.constexpr):
     real = i < tl.load(tile + 4)
     stride = tl.load(tile + 3)
     return tl.load(tile + 2) + tl.where(real, i, 0) * stride, real, stride
+
+
+@triton.jit
+def _inputs_of(
+    hidden,
+    ends,
+    trees,
+    r,
+    room,
+    block,
+    pairs,
+    real,
+    FIRST: tl.constexpr,
+    HIDDEN: tl.constexpr,
+):
+    """Where the states of pairs stand before a block."""
+    if FIRST:
+        end = tl.load(ends + tl.load(trees + pairs, mask=real, other=0))
+        x = hidden + end.to(tl.int64) * HIDDEN
+    else:
+        x = r + ((block.to(tl.int64) - 1) * room + pairs) * HIDDEN
+    return x
 
 
 @triton.jit
@@ -266,16 +253,19 @@ def _product(
     x,
     o,
     size,
+    start,
+    INPUTS: tl.constexpr,
     HIDDEN: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
-    """Rows o of matrix [size, HIDDEN] times the rows at x, [BLOCK_O, TILE] in float32."""
+    """Rows o of matrix [size, HIDDEN] times the rows at x, [BLOCK_O, TILE] in float32: INPUTS
+    inputs from `start` on."""
     total = tl.zeros((BLOCK_O, TILE), tl.float32)
     rows = matrix + o.to(tl.int64) * HIDDEN
-    for begin in range(0, HIDDEN, BLOCK_I):
-        i = begin + tl.arange(0, BLOCK_I)
+    for begin in range(0, INPUTS, BLOCK_I):
+        i = start + begin + tl.arange(0, BLOCK_I)
         inside = (o < size)[:, None] & (i < HIDDEN)[None, :]
         weight = tl.load(rows[:, None] + i[None, :], mask=inside, other=0)
         inputs = tl.load(x[None, :] + i[:, None], mask=(i < HIDDEN)[:, None], other=0)
@@ -283,76 +273,28 @@ def _product(
     return total
 
 
-@triton.jit(do_not_specialize=["stride", "out_stride", "num"])
-def top_kernel(
-    logits,
-    stride,
-    num_outputs,
-    tokens,
-    counts,
-    out_ids,
-    out_logprobs,
-    out_stride,
-    num,
-    RANK: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Grid: pairs. Finds the best places in any order, and then their order."""
-    pair = tl.program_id(0).to(tl.int64)
-    if pair >= tl.load(counts + 2):
-        return
-    logits += pair * stride
-    out_ids += pair * out_stride
-    out_logprobs += pair * out_stride
-    size = tl.load(num_outputs + pair)
-    found = tl.minimum(num, size)
-    limit = tl.full((), BEHIND_ALL, tl.uint64)
-    if found < size:
-        limit = limit_of(logits, found, size, BLOCK)
-    peak, total = _collect(logits, limit, size, out_ids, BLOCK)
-    tl.debug_barrier()
-    i = tl.arange(0, RANK)
-    places = tl.load(out_ids + i, mask=i < found, other=0).to(tl.int64)
-    x = tl.load(logits + places, mask=i < found, other=0.0)
-    logprobs = x - peak - total
-    keys = tl.where(i < found, key_of(rank_of(x), places), BEHIND_ALL)
-    order = tl.sum((keys[None, :] > keys[:, None]).to(tl.int32), 1)
-    address = tl.load(tokens + pair)
-    if address != 0:
-        places = tl.load(address.to(tl.pointer_type(tl.int64)) + places, mask=i < found, other=0)
-    tl.debug_barrier()
-    tl.store(out_ids + order, places.to(tl.int32), mask=i < found)
-    tl.store(out_logprobs + order, logprobs, mask=i < found)
-    # The best stands for what is missing.
-    best = tl.sum(tl.where(order == 0, places, 0), 0)
-    logprob = tl.sum(tl.where(order == 0, logprobs, 0.0), 0)
-    missing = (i >= found) & (i < num)
-    tl.store(out_ids + i, tl.where(missing, best, 0).to(tl.int32), mask=missing)
-    tl.store(out_logprobs + i, tl.where(missing, logprob, 0.0), mask=missing)
-
-
 @triton.jit
-def _collect(logits, limit, size, out, BLOCK: tl.constexpr):
-    """Writes the places whose keys are above `limit`. The best logit, and the logarithm of the sum
-    of all e^(logit - best), NaN where a logit is not finite."""
-    peak = tl.full((), float("-inf"), tl.float32)
-    total = tl.zeros((), tl.float32)
-    odd = tl.zeros((), tl.int32)
-    num = tl.zeros((), tl.int32)
-    for begin in range(0, size, BLOCK):
-        places = begin + tl.arange(0, BLOCK)
-        real = places < size
-        x = tl.load(logits + places, mask=real, other=float("-inf"))
-        keys = tl.where(real, key_of(rank_of(x), places), BEHIND_ALL)
-        if tl.max(keys, 0) > limit:
-            above = (keys > limit).to(tl.int32)
-            tl.store(out + num + tl.cumsum(above, 0) - 1, places, mask=above > 0)
-            num += tl.sum(above, 0)
-        finite = tl.abs(x) < float("inf")
-        odd += tl.sum((real & (finite == 0)).to(tl.int32), 0)
-        x = tl.where(finite, x, float("-inf"))
-        most = tl.maximum(peak, tl.max(x, 0))
-        safe = tl.where(most == float("-inf"), 0.0, most)
-        total = total * tl.exp(peak - safe) + tl.sum(tl.exp(x - safe), 0)
-        peak = most
-    return peak, tl.where(odd > 0, float("nan"), tl.log(total))
+def _expanded(
+    b,
+    lines,
+    chunk,
+    o,
+    rank,
+    HIDDEN: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    RANKS: tl.constexpr,
+):
+    """Rows o of b [HIDDEN, rank] times what `shrink_kernel` left at `lines`, `chunk` apart."""
+    total = tl.zeros((BLOCK_O, TILE), tl.float32)
+    for first in range(0, rank, RANKS):
+        i = first + tl.arange(0, RANKS)
+        inside = (o < HIDDEN)[:, None] & (i < rank)[None, :]
+        weight = tl.load(b + (o * rank)[:, None] + i[None, :], mask=inside, other=0)
+        inputs = tl.zeros((RANKS, TILE), tl.float32)
+        for index in tl.static_range(CHUNKS):
+            part = lines[None, :] + index * chunk + i[:, None]
+            inputs += tl.load(part, mask=(i < rank)[:, None], other=0.0)
+        total = tl.dot(weight, inputs.to(weight.dtype), total, input_precision="ieee")
+    return total

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from lorastack.kernels.heads import HeadsWeights, TopTokens
-from lorastack.kernels.triton.heads import Layout, Pairs, Tile, lay_out, logits, states, top
+from lorastack.kernels.triton.heads import logits, states
+from lorastack.kernels.triton.heads_plan import Layout, Pairs, Tile, lay_out
+from lorastack.kernels.triton.top import top
 from lorastack.model.backends.triton.packed import Fields, Packed
 from lorastack.model.context import SampledTree
 
@@ -108,7 +110,9 @@ def launch_states(hidden_XH: Tensor, ends_B: Tensor, pairs: Pairs, plan: HeadsPl
     """r_LYH: each pair's state after each of its blocks. See `kernels.triton.heads.states`."""
     num_blocks = plan.num_blocks
     r_LYH = hidden_XH.new_empty(num_blocks, plan.num_pairs, hidden_XH.shape[1])
-    states(hidden_XH, ends_B, pairs, r_LYH, len(plan.layout.states), num_blocks)
+    layout = plan.layout
+    num_tiles = len(layout.states)
+    states(hidden_XH, ends_B, pairs, r_LYH, num_tiles, num_blocks, layout.max_rank)
     return r_LYH
 
 

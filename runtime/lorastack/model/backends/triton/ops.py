@@ -14,7 +14,7 @@ from torch import Tensor
 from lorastack.kernels.heads import HeadsGroup, TopTokens
 from lorastack.kernels.ops import Ops
 from lorastack.kernels.sample import Sample, sample_torch
-from lorastack.kernels.triton.heads import Layout, Pairs, top
+from lorastack.kernels.triton.heads_plan import Layout, Pairs
 from lorastack.kernels.triton.samples import (
     SETTINGS,
     Nodes,
@@ -23,6 +23,7 @@ from lorastack.kernels.triton.samples import (
     sample,
     settings_of,
 )
+from lorastack.kernels.triton.top import top
 from lorastack.model.backends.triton.heads import HeadsPlan, launch_heads, launch_states
 
 
