@@ -22,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import torch
@@ -36,15 +37,15 @@ from examples.training.by_transformers import (
     distill,
     hidden_corpus,
     read_samples,
+    shapes_of,
 )
 from lorastack.model.fetch.default import default_model
 from lorastack.speculation.calibration import Calibration
 from lorastack.speculation.candidates import Node, grow, looked_up
 from lorastack.speculation.lookup import Lookup
 from lorastack.speculation.proposal import Proposal
-from lorastack.train.heads import Path_, load_heads
-from lorastack.train.measure import search_choices, tokens_per_step
-from lorastack.train.vocabulary import load_vocabulary
+from lorastack.train.folder import load_heads
+from lorastack.train.measure import TreePath, search_choices, tokens_per_step
 
 SIZES = (4, 8)
 RANKS = 10  # candidates of a head, for all trees
@@ -97,7 +98,8 @@ def main(
     else:
         texts = answered(model, prompts, max_new_tokens)
     answers = list(replayable(model, heads, enough(texts, tokens)))
-    own_choices = load_heads(heads)[1]
+    config = json.loads((heads / "config.json").read_text(encoding="utf-8"))
+    own_choices = [tuple(path) for path in config["medusa_choices"]]
     rows = [row for size in SIZES for row in compare(answers, own_choices, size)]
     report(
         f"Trees of {heads.name}",
@@ -130,25 +132,30 @@ def enough(samples: Iterator[Sample], tokens: int) -> list[Sample]:
 
 @torch.inference_mode()
 def replayable(model: PreTrainedModel, folder: Path, samples: Sequence[Sample]) -> Iterator[Answer]:
-    heads = load_heads(folder)[0]
-    corpus = hidden_corpus(model, samples, num_heads=heads.num_heads)
+    loaded = load_heads(folder, shapes_of(model))
+    heads, ids_N = loaded.heads.to(model.device, model.dtype), loaded.ids_N
     lm_head_VH = model.get_output_embeddings().weight.detach()
-    ids_N = load_vocabulary(folder)
     if ids_N is None:
         ids_N = torch.arange(len(lm_head_VH))
     rows_NH = lm_head_VH[ids_N]
     candidates, logprobs = [], []
-    for hidden_PH in corpus.hidden_TH.split(CHUNK):
+    with TemporaryDirectory() as place:
+        corpus = hidden_corpus(model, samples, Path(place))
+        positions_P = torch.arange(corpus.num_tokens)
+        hidden_TH = corpus.hidden(positions_P)
+        targets_TK = corpus.targets(positions_P, heads.num_heads)
+        starts = corpus.starts.tolist()
+    for hidden_PH in hidden_TH.split(CHUNK):
         best = [
-            torch.log_softmax((heads(hidden_PH, head) @ rows_NH.T).float(), -1).topk(RANKS)
+            torch.log_softmax((heads.state(hidden_PH, head) @ rows_NH.T).float(), -1).topk(RANKS)
             for head in range(heads.num_heads)
         ]
         candidates.append(torch.stack([ids_N[top.indices] for top in best], 1))
         logprobs.append(torch.stack([top.values for top in best], 1))
     candidates_TKR, logprobs_TKR = torch.cat(candidates), torch.cat(logprobs)
-    right_TKR = candidates_TKR == corpus.targets_TK[:, :, None]
+    right_TKR = candidates_TKR == targets_TK[:, :, None]
     ranks_TK = right_TKR.long().argmax(-1).masked_fill(~right_TKR.any(-1), BEYOND)
-    for sample, begin, end in zip(samples, corpus.starts, corpus.starts[1:], strict=False):
+    for sample, begin, end in zip(samples, starts, starts[1:], strict=False):
         at = slice(begin, end)
         yield Answer(
             sample.prompt_ids,
@@ -160,7 +167,7 @@ def replayable(model: PreTrainedModel, folder: Path, samples: Sequence[Sample]) 
 
 
 def compare(
-    answers: Sequence[Answer], own_choices: list[Path_], size: int
+    answers: Sequence[Answer], own_choices: list[TreePath], size: int
 ) -> Iterator[dict[str, object]]:
     """One row a tree. The first is the opponent of all."""
     counted = search_choices(torch.cat([answer.ranks_TK for answer in answers]))
@@ -177,11 +184,13 @@ def compare(
         yield row(name, replay.counts, replay.mean_size, opponent)
 
 
-def climbed(answers: Sequence[Answer], tree: list[Path_], others: Sequence[Path_]) -> list[Path_]:
+def climbed(
+    answers: Sequence[Answer], tree: list[TreePath], others: Sequence[TreePath]
+) -> list[TreePath]:
     """Change a path for another of `others`, while a replay of this very text gains by it."""
     others = others[: 3 * len(tree)]
     best = rate(static(answers, tree))
-    better: list[Path_] | None = tree
+    better: list[TreePath] | None = tree
     while better is not None:
         tree, better = better, None
         for leaf in [path for path in tree if not any(other[:-1] == path for other in tree)]:
@@ -222,7 +231,7 @@ def interval(counts: Counts, opponent: Counts) -> tuple[float, float]:
     return ratios[BOOTSTRAPS // 40], ratios[-BOOTSTRAPS // 40]
 
 
-def static(answers: Sequence[Answer], choices: Sequence[Path_]) -> Counts:
+def static(answers: Sequence[Answer], choices: Sequence[TreePath]) -> Counts:
     return [
         tokens_per_step(answer.ranks_TK, [0, len(answer.ids)], choices)
         for answer in answers

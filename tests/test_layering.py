@@ -37,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "model": {"lora", "kernels", "speculation"},
     "speculation": {"kernels"},
     "lora": {"kernels"},
-    "train": {"startup", "engine", "adapters"},
+    "train": {"startup", "engine", "adapters", "kernels"},
     "adapters": set(),
     "sampling": {"kernels"},
     "text": set(),

@@ -7,6 +7,7 @@ tokens that greedy decoding picks are the ones heads are asked to guess.
 Shape suffixes: B rows, T tokens, V vocabulary.
 """
 
+import hashlib
 import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,7 +20,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicLayer
 
-from lorastack.train.hidden import HiddenCorpus, targets_of
+from lorastack.layout import ModelShapes
+from lorastack.train import corpus as corpora
+from lorastack.train.corpus import Corpus, CorpusWriter
 
 Messages = list[dict[str, str]]
 
@@ -178,27 +181,57 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int
 def hidden_corpus(
     model: PreTrainedModel,
     samples: Sequence[Sample],
+    folder: Path,
     *,
-    num_heads: int,
     batch_tokens: int = 8192,
     progress: Callable[[str], None] = lambda _: None,
-) -> HiddenCorpus:
-    """Run the base's body once over every sample; states keep the model's dtype."""
-    order = sorted(range(len(samples)), key=lambda i: _length(samples[i]), reverse=True)
-    parts: list[Tensor] = [torch.empty(0)] * len(samples)
-    done = 0
-    while done < len(order):
-        rows = max(1, batch_tokens // _length(samples[order[done]]))
-        batch = order[done : done + rows]
-        for index, part in zip(batch, _states(model, [samples[i] for i in batch]), strict=True):
-            parts[index] = part
-        done += len(batch)
-        progress(f"{done}/{len(order)} samples")
-    starts = [0]
-    for part in parts:
-        starts.append(starts[-1] + part.shape[0])
-    targets_TK = torch.cat([targets_of(sample.answer_ids, num_heads) for sample in samples])
-    return HiddenCorpus(torch.cat(parts), targets_TK, starts)
+) -> Corpus:
+    """Run the base's body once over every sample; states keep the model's dtype.
+
+    The corpus is made in the folder, or what it lacks is added. Samples have their places' numbers.
+    """
+    with CorpusWriter(
+        folder, settings={}, hidden_size=model.config.hidden_size, dtype=model.dtype
+    ) as writer:
+        order = [i for i in range(len(samples)) if i not in writer.numbers]
+        order.sort(key=lambda i: _length(samples[i]), reverse=True)
+        done = 0
+        while done < len(order):
+            rows = max(1, batch_tokens // _length(samples[order[done]]))
+            batch = order[done : done + rows]
+            parts = _states(model, [samples[i] for i in batch])
+            for index, hidden_TH in zip(batch, parts, strict=True):
+                writer.append(_with_states(index, samples[index], hidden_TH))
+            done += len(batch)
+            progress(f"{done}/{len(order)} samples")
+    return Corpus.open(folder)
+
+
+def _with_states(number: int, sample: Sample, hidden_TH: Tensor) -> corpora.Sample:
+    digest = hashlib.sha256(json.dumps(sample.prompt_ids).encode()).digest()
+    return corpora.Sample(
+        number=number,
+        prompt_key=int.from_bytes(digest[:8], "little"),
+        prompt_ids=sample.prompt_ids,
+        answer_ids=sample.answer_ids,
+        hidden_TH=hidden_TH,
+    )
+
+
+def shapes_of(model: PreTrainedModel) -> ModelShapes:
+    config = model.config
+    return ModelShapes(
+        architecture=config.architectures[0],
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_layers=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        vocab_size=config.vocab_size,
+        max_context=config.max_position_embeddings,
+        tie_word_embeddings=config.tie_word_embeddings,
+    )
 
 
 def _length(sample: Sample) -> int:

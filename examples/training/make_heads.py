@@ -3,19 +3,30 @@
 import argparse
 import logging
 import random
+import shutil
+from itertools import accumulate
 from pathlib import Path
 
 import torch
-from by_transformers import chat_ids, distill, hidden_corpus, read_samples, write_samples
+from by_transformers import (
+    chat_ids,
+    distill,
+    hidden_corpus,
+    read_samples,
+    shapes_of,
+    write_samples,
+)
 from code_prompts import code_prompts
 from corpora import gsm8k
 from general_prompts import composed_conversations, data_conversations, split
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lorastack.train.heads import MedusaHeads, TrainOptions, load_heads, save_heads, train_heads
-from lorastack.train.hidden import HiddenCorpus
-from lorastack.train.measure import rank_accuracies, search_choices, target_ranks, tokens_per_step
-from lorastack.train.vocabulary import choose_vocabulary, coverage, save_vocabulary
+from lorastack.train.corpus import Corpus, CorpusWriter, Sample
+from lorastack.train.folder import load_heads, stored, write_heads
+from lorastack.train.heads import identity_heads
+from lorastack.train.measure import measure_heads, summary
+from lorastack.train.trainer import Progress, TrainOptions, train_heads
+from lorastack.train.vocabulary import choose_vocabulary, count_tokens, coverage, output_of
 
 BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 NUM_HEADS = 4
@@ -63,38 +74,37 @@ def run_hidden(args: argparse.Namespace) -> None:
     samples = read_samples(args.out / f"{args.domain}.jsonl")
     if args.limit:  # neighbours in the file have one length: take some of all
         samples = random.Random(0).sample(samples, args.limit)
-    corpus = hidden_corpus(model, samples, num_heads=NUM_HEADS, progress=log.info)
-    path = args.out / f"{args.domain}.hidden.pt"
-    torch.save((corpus.hidden_TH, corpus.targets_TK, corpus.starts), path)
+    hidden_corpus(model, samples, args.out / f"{args.domain}.corpus", progress=log.info)
 
 
-def parts_of(corpus: HiddenCorpus, share: float, tuning: bool) -> HiddenCorpus:
+def parts_of(corpus: Corpus, share: float, tuning: bool) -> list[int]:
     """The tuning samples (every 20th), or a share of all the others."""
-    picked = [
+    return [
         i
         for i in range(corpus.num_samples)
         if (i % 20 == 19) is tuning and (tuning or (i * 0.618034) % 1 < share)
     ]
-    slices = [slice(corpus.starts[i], corpus.starts[i + 1]) for i in picked]
-    starts = [0]
-    for part in slices:
-        starts.append(starts[-1] + part.stop - part.start)
-    return HiddenCorpus(
-        torch.cat([corpus.hidden_TH[part] for part in slices]),
-        torch.cat([corpus.targets_TK[part] for part in slices]),
-        starts,
-    )
 
 
-def joined(corpora: list[HiddenCorpus]) -> HiddenCorpus:
-    starts = [0]
-    for corpus in corpora:
-        starts += [starts[-1] + start for start in corpus.starts[1:]]
-    return HiddenCorpus(
-        torch.cat([corpus.hidden_TH for corpus in corpora]),
-        torch.cat([corpus.targets_TK for corpus in corpora]),
-        starts,
-    )
+def joined(folder: Path, parts: list[tuple[Corpus, list[int]]]) -> Corpus:
+    """A new corpus of these samples."""
+    shutil.rmtree(folder, ignore_errors=True)
+    first = parts[0][0]
+    with CorpusWriter(
+        folder, settings={}, hidden_size=first.hidden_size, dtype=first.dtype
+    ) as writer:
+        for corpus, samples in parts:
+            for i in samples:
+                writer.append(
+                    Sample(
+                        number=writer.num_samples,
+                        prompt_key=corpus.prompt_key(i),
+                        prompt_ids=corpus.prompt(i).tolist(),
+                        answer_ids=corpus.answers(i).tolist(),
+                        hidden_TH=corpus.hidden(corpus.positions([i])),
+                    )
+                )
+    return Corpus.open(folder)
 
 
 def run_train(args: argparse.Namespace) -> None:
@@ -103,36 +113,42 @@ def run_train(args: argparse.Namespace) -> None:
     The choices come from tuning samples of the first domain named, which training never sees.
     """
     mix = {name: float(share) for name, share in (part.split("=") for part in args.mix.split(","))}
-    by_name = {name: HiddenCorpus(*torch.load(args.out / f"{name}.hidden.pt")) for name in mix}
-    corpus = joined([parts_of(by_name[name], share, tuning=False) for name, share in mix.items()])
+    by_name = {name: Corpus.open(args.out / f"{name}.corpus") for name in mix}
+    corpus = joined(
+        args.out / "mix.corpus",
+        [(by_name[name], parts_of(by_name[name], share, False)) for name, share in mix.items()],
+    )
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16)
     lm_head_VH = model.get_output_embeddings().weight.detach()
-    heads = MedusaHeads(NUM_HEADS, lm_head_VH.shape[1])
+    start = identity_heads(NUM_HEADS, 1, lm_head_VH.shape[1])
     if args.init:
-        heads, _ = load_heads(args.init)
-    options = TrainOptions(epochs=args.epochs, learning_rate=args.learning_rate)
-    log.info("%d positions", len(corpus.hidden_TH))
-    train_heads(heads, corpus, lm_head_VH, options, progress=log.info)
-    save_heads(args.adapter, heads, BASE_MODEL)
-    heads, _ = load_heads(args.adapter)
-    tuning = parts_of(by_name[next(iter(mix))], 1.0, tuning=True)
-    ranks_TK = target_ranks(heads, tuning, lm_head_VH.float())
-    table = rank_accuracies(ranks_TK)
-    choices = search_choices(ranks_TK)
-    save_heads(args.adapter, heads, BASE_MODEL, choices)
-    log.info("top-1 on tuning samples: %s", " ".join(f"{row[0]:.3f}" for row in table))
-    tokens, steps = tokens_per_step(ranks_TK, tuning.starts, choices[:24])
-    log.info("tokens a step on tuning samples, 24 nodes: %.3f", tokens / steps)
+        start = load_heads(args.init, shapes_of(model)).heads
+    count_V = count_tokens(map(corpus.answers, range(corpus.num_samples)), len(lm_head_VH))
+    ids_N = choose_vocabulary(count_V, args.vocabulary)
+    if ids_N is not None:
+        log.info("%d tokens cover %.4f of the text", len(ids_N), coverage(ids_N, count_V))
+    options = TrainOptions(epochs=args.epochs, learning_rate=args.learning_rate, held_out=0.0)
+    log.info("%d positions", corpus.num_tokens)
+    trained = train_heads(start, corpus, lm_head_VH, ids_N, options, progress=log_progress)
+    heads = stored(trained.heads)
+    tuning = by_name[next(iter(mix))]
+    samples = parts_of(tuning, 1.0, tuning=True)
+    lengths = [len(tuning.answers(i)) for i in samples]
+    output = output_of(lm_head_VH, ids_N, device=torch.device("cpu"), dtype=torch.float32)
+    measured = measure_heads(heads, tuning, tuning.positions(samples), output)
+    found = summary(measured, [0, *accumulate(lengths)])
+    fields = {"medusa_choices": [list(path) for path in found.choices]}
+    write_heads(
+        args.adapter, heads, base_model=BASE_MODEL, ids_N=ids_N, fields=fields, replace=True
+    )
+    log.info("top-1 on tuning samples: %s", " ".join(f"{row[0]:.3f}" for row in found.top_KR))
+    log.info("tokens a step on tuning samples, 24 nodes: %.3f", found.trees[24])
 
 
-def run_vocabulary(args: argparse.Namespace) -> None:
-    """Writes draft_vocabulary.safetensors into a heads folder, from the domains' distilled text."""
-    files = [args.out / f"{domain}.jsonl" for domain in args.domains.split(",")]
-    tokens = [id_ for path in files for sample in read_samples(path) for id_ in sample.answer_ids]
-    vocab_size = AutoConfig.from_pretrained(args.model).vocab_size
-    vocabulary = choose_vocabulary(tokens, args.size, vocab_size)
-    save_vocabulary(args.adapter, vocabulary)
-    log.info("%d tokens cover %.4f of the text", len(vocabulary), coverage(vocabulary, tokens))
+def log_progress(progress: Progress) -> None:
+    if progress.step % 50 == 0 or progress.step == progress.num_steps:
+        shown = " ".join(f"{loss:.3f}" for loss in progress.loss_K)
+        log.info("step %d/%d loss by head %s", progress.step, progress.num_steps, shown)
 
 
 def main() -> None:
@@ -142,7 +158,6 @@ def main() -> None:
         ("distill", run_distill),
         ("hidden", run_hidden),
         ("train", run_train),
-        ("vocabulary", run_vocabulary),
     ):
         step = steps.add_parser(name)
         step.set_defaults(run=function)
@@ -158,12 +173,9 @@ def main() -> None:
             step.add_argument("--count", type=int, default=1408, help="prompts")
             step.add_argument("--batch-size", type=int, default=128)
             step.add_argument("--max-new-tokens", type=int, default=256)
-        if name in ("train", "vocabulary"):
-            step.add_argument("--adapter", type=Path, required=True, help="folder to write")
-        if name == "vocabulary":
-            step.add_argument("--domains", required=True, help="whose answers count: domain,...")
-            step.add_argument("--size", type=int, default=8192, help="tokens")
         if name == "train":
+            step.add_argument("--adapter", type=Path, required=True, help="folder to write")
+            step.add_argument("--vocabulary", type=int, default=4096, help="tokens to choose from")
             step.add_argument("--mix", required=True, help="domain=share,...; the first tunes")
             step.add_argument("--init", type=Path, help="heads to start from")
             step.add_argument("--epochs", type=int, default=6)

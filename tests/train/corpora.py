@@ -2,75 +2,59 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lorastack.train.corpus import NO_TARGET, Corpus
+from lorastack.train.corpus import Corpus, CorpusWriter, Sample
 
 VOCAB, HIDDEN = 96, 32
-
-
-class MemoryCorpus(Corpus):
-    def __init__(self, answers, states, top=None, settings=None):
-        self._answers = [torch.tensor(a) for a in answers]
-        self._hidden = torch.cat(states)
-        self._tokens = torch.cat(self._answers)
-        self._top = top
-        self.settings = settings or {}
-        self.hidden_size = self._hidden.shape[1]
-        self.dtype = self._hidden.dtype
-        self.num_top = 0 if top is None else top[0].shape[1]
-        self.num_samples = len(answers)
-        self.num_tokens = len(self._tokens)
-        self.starts = torch.tensor([0, *map(len, answers)]).cumsum(0)
-
-    def split(self, held_out):
-        n = 0 if not held_out else max(1, round(held_out * self.num_samples))
-        ids = list(range(self.num_samples))
-        return ids[n:], ids[:n]
-
-    def positions(self, samples):
-        parts = [torch.arange(int(self.starts[i]), int(self.starts[i + 1])) for i in samples]
-        return torch.cat([torch.empty(0, dtype=torch.int64), *parts])
-
-    def answers(self, sample):
-        return self._answers[sample]
-
-    def tokens(self, positions_P):
-        return self._tokens[positions_P]
-
-    def targets(self, positions_P, num_heads):
-        ends = self.starts[torch.searchsorted(self.starts, positions_P, right=True)]
-        at = positions_P[:, None] + torch.arange(1, num_heads + 1)
-        return torch.where(
-            at < ends[:, None], self._tokens[at.clamp(max=self.num_tokens - 1)], NO_TARGET
-        )
-
-    def hidden(self, positions_P):
-        return self._hidden[positions_P]
-
-    def top(self, positions_P):
-        return self._top[0][positions_P], self._top[1][positions_P]
+SETTINGS = {"prompts": "numbers", "seed": 7}
 
 
 def corpus_of(
     folder: Path,
     answers: Sequence[Sequence[int]],
     states: Sequence[Tensor],
-    top: tuple[Tensor, Tensor] | None = None,
+    top: Sequence[tuple[Tensor, Tensor]] | None = None,
 ) -> Corpus:
-    return MemoryCorpus(answers, states, top)
+    """A new corpus within the folder. Prompts are held out from the first on.
+
+    states: [T, H] an answer; top: ([T, N], [T, N]) an answer.
+    """
+    place = folder / uuid.uuid4().hex
+    num_top = 0 if top is None else top[0][0].shape[1]
+    with CorpusWriter(
+        place,
+        settings=SETTINGS,
+        hidden_size=states[0].shape[1],
+        dtype=states[0].dtype,
+        num_top=num_top,
+    ) as writer:
+        for number, (answer, hidden_TH) in enumerate(zip(answers, states, strict=True)):
+            ids_TN, logprobs_TN = (None, None) if top is None else top[number]
+            writer.append(
+                Sample(
+                    number=number,
+                    prompt_key=(number << 64) // len(answers),
+                    prompt_ids=[number],
+                    answer_ids=answer,
+                    hidden_TH=hidden_TH,
+                    top_ids_TN=ids_TN,
+                    top_logprobs_TN=logprobs_TN,
+                )
+            )
+    return Corpus.open(place)
 
 
 def lm_head() -> Tensor:
     """[V, H]: each token's own vector, well apart."""
     generator = torch.Generator().manual_seed(0)
-    return (
-        torch.nn.functional.normalize(torch.randn(VOCAB, HIDDEN, generator=generator), dim=-1) * 4
-    )
+    rows_VH = torch.randn(VOCAB, HIDDEN, generator=generator)
+    return torch.nn.functional.normalize(rows_VH, dim=-1) * 4
 
 
 def counting_corpus(folder: Path, period: int = 7, length: int = 30) -> Corpus:

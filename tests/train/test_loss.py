@@ -70,3 +70,13 @@ def test_soft_loss_is_least_where_the_head_agrees() -> None:
     found, gradient_PH = soft_loss(r_PH, rows_NH, soft)
     assert abs(float(found)) < 1e-3
     assert float(gradient_PH.abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("num_outputs", [9, 4096, 49152])
+def test_no_more_logits_are_alive_than_said(
+    monkeypatch: pytest.MonkeyPatch, num_outputs: int
+) -> None:
+    monkeypatch.setattr(loss, "_CPU_LOGITS", 1 << 22)
+    parts = list(loss.slices(2048, torch.empty(num_outputs, 1)))
+    assert [at for part in parts for at in range(part.start, part.stop)] == list(range(2048))
+    assert max(part.stop - part.start for part in parts) * num_outputs <= 1 << 22

@@ -38,13 +38,16 @@ def test_ranks_count_better_tokens_and_ties_go_to_the_lowest_id() -> None:
 
 
 @given(st.sets(st.integers(0, 8), min_size=1), st.integers(0, 99), st.booleans())
-def test_ranks_among_a_draft_vocabulary(vocabulary: set[int], seed: int, whole: bool) -> None:
+def test_ranks_among_a_draft_vocabulary(
+    tmp_path_factory: pytest.TempPathFactory, vocabulary: set[int], seed: int, whole: bool
+) -> None:
     """In slices and batches of odd sizes; zero weights make every head the identity."""
+    folder = tmp_path_factory.mktemp("corpus")
     generator = torch.Generator().manual_seed(seed)
     lm_head_VH = torch.randn(9, 4, generator=generator)
     answers = torch.randint(9, (4, 5), generator=generator).tolist()
     states = [torch.randn(5, 4, generator=generator) for _ in answers]
-    corpus = corpus_of(Path(), answers, states)
+    corpus = corpus_of(folder, answers, states)
     ids = list(range(9)) if whole else sorted(vocabulary)
     output = output_of(
         lm_head_VH, None if whole else torch.tensor(ids), device=CPU, dtype=torch.float32

@@ -276,7 +276,9 @@ def test_a_full_disk_costs_nothing_that_is_done(
         ours, theirs = FORKS.Pipe(duplex=False)
         process = FORKS.Process(target=_run_with_a_quota, args=(run, kib * 1024, theirs))
         process.start()
-        assert ours.recv() == ("ResourceExhaustedError", True)
+        theirs.close()
+        with ours:
+            assert ours.recv() == ("ResourceExhaustedError", True)
         process.join()
     assert contents(make_heads(run).folder) == contents(plain)
 

@@ -6,8 +6,9 @@ One safetensors file, replaced as a whole: the tensors, and in its metadata JSON
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,8 @@ def load_checkpoint(
     try:
         with safe_open(path, "pt") as file:
             found = json.loads((file.metadata() or {})[_METADATA])
-            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}
+            names: list[str] = file.keys()
+            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, KeyError, ValueError) as error:
         raise DataLossError(f"{path} is no checkpoint, or is damaged: delete it") from error
     wanted = json.loads(json.dumps(identity))
@@ -66,4 +68,14 @@ def load_checkpoint(
             "what that run was given, name another working folder, or delete the file"
         )
     state: dict[str, Any] = found["state"]
-    return state, {name: tensor.to(torch.device("cpu")) for name, tensor in tensors.items()}
+    return state, tensors
+
+
+def digest(tensors: Iterable[Tensor]) -> str:
+    """sha256 of dtypes, shapes and values."""
+    hashed = hashlib.sha256()
+    for tensor in tensors:
+        plain = tensor.detach().cpu().contiguous()
+        hashed.update(f"{plain.dtype} {list(plain.shape)}".encode())
+        hashed.update(plain.reshape(-1).view(torch.uint8).numpy().data)
+    return hashed.hexdigest()

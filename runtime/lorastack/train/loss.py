@@ -15,9 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Logits alive at once: on a CPU about what its second-level caches hold, on other devices enough to
-# keep them busy.
-_CPU_LOGITS = 1 << 20
+# Logits alive at once: on a CPU what its caches hold, on other devices enough to keep them busy.
+_CPU_LOGITS = 1 << 21
 _DEVICE_LOGITS = 1 << 26
 _LEAST_POSITIONS = 64  # of a slice: fewer would read the output matrix too often
 _TINY = 1e-30

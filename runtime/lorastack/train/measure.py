@@ -49,7 +49,8 @@ def measure_heads(
     ranks, rows_NH = [], output.rows_NH
     loss_K = torch.zeros(heads.num_heads, dtype=torch.float64)
     count_K = torch.zeros(heads.num_heads, dtype=torch.float64)
-    for batch_P in positions_P.split(_BATCH):
+    for begin in range(0, len(positions_P), _BATCH):
+        batch_P = positions_P[begin : begin + _BATCH]
         x_PH = corpus.hidden(batch_P).to(rows_NH.device, rows_NH.dtype)
         targets_PK = corpus.targets(batch_P, heads.num_heads).to(rows_NH.device)
         ranks_PK = torch.full_like(targets_PK, NO_RANK, dtype=torch.int32)

@@ -6,7 +6,8 @@ Adam's step does not change when a gradient is scaled: losses weighted by head w
 
 A run is a function of its start, its corpus and its options: batches follow from seed and epoch.
 So an interrupted run that goes on from its checkpoint ends in the same bits. Torch's matmuls may
-round otherwise on another processor or with another number of threads.
+round otherwise on another processor; nothing else depends on the number of threads, and on a
+processor with AVX2 one thread and four gave the same bits there too.
 
 An epoch is as good as the tokens a step that its heads are expected to give on held-out prompts,
 with their best static tree: that is what they are for, while the loss also counts how sure they
@@ -17,11 +18,10 @@ Shape suffixes: P positions of a batch, K heads, H hidden, J tokens kept of the 
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,76 +30,19 @@ from torch import Tensor
 
 from lorastack.errors import InvalidArgumentError
 from lorastack.kernels.native.isa import usable
-from lorastack.train.checkpoint import load_checkpoint, save_checkpoint
+from lorastack.train.checkpoint import digest, load_checkpoint, save_checkpoint
 from lorastack.train.corpus import NO_TARGET, Corpus
 from lorastack.train.heads import MedusaHeads
 from lorastack.train.loss import SoftTargets, hard_loss, soft_loss
 from lorastack.train.measure import expected_tokens, measure_heads, rank_accuracies, search_choices
+from lorastack.train.options import Epoch, Progress, Trained, TrainOptions
 from lorastack.train.vocabulary import Output, output_of
+
+__all__ = ["Epoch", "Progress", "TrainOptions", "Trained", "matmul_dtype", "train_heads"]
 
 BETAS = (0.9, 0.98)
 JUDGED_NODES = 8  # of the static tree by which epochs are compared
 CHECKPOINT_SECONDS = 60.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainOptions:
-    """held_out: share of the prompts; 0 for none, and then no epoch is judged.
-
-    warmup: share of the steps. patience: epochs without a gain on held-out prompts that end the
-    training. soft_targets: learn the base's distribution over its likeliest tokens, which the
-    corpus has, in place of the token that came.
-    """
-
-    epochs: int = 6
-    batch_size: int = 2048
-    learning_rate: float = 1e-3
-    warmup: float = 0.1
-    held_out: float = 0.05
-    patience: int = 2
-    soft_targets: bool = False
-    seed: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Epoch:
-    """What an epoch ended in; number 0 is the start, before any step.
-
-    train_loss_K: mean over its batches, as it went on; empty at the start. Held-out values are None
-    without held-out prompts. held_loss_K: of the token that came, soft targets or not.
-    held_tokens: tokens a step expected of the best tree of JUDGED_NODES nodes.
-    """
-
-    number: int
-    train_loss_K: list[float]
-    held_loss_K: list[float] | None = None
-    held_top1_K: list[float] | None = None
-    held_tokens: float | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Progress:
-    """After a step. epoch: from 1. loss_K: mean of the epoch so far. last: the last epoch that
-    ended. seconds_left: about; None before anything is known."""
-
-    epoch: int
-    num_epochs: int
-    step: int
-    num_steps: int
-    loss_K: list[float]
-    last: Epoch
-    seconds_left: float | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Trained:
-    """heads: of epoch `best`, in float32 on the host. seconds: of all runs that it took."""
-
-    heads: MedusaHeads
-    history: list[Epoch]
-    best: int
-    num_positions: int
-    seconds: float
 
 
 def matmul_dtype(device: torch.device) -> torch.dtype:
@@ -146,7 +89,9 @@ class _Run:
         taught, held = corpus.split(options.held_out)
         self._taught_P, self._held_P = corpus.positions(taught), corpus.positions(held)
         if not len(self._taught_P):
-            raise InvalidArgumentError("the corpus has no answers to learn from: distil prompts")
+            raise InvalidArgumentError(
+                "the corpus has no answers to learn from: distil more prompts, or hold none out"
+            )
         self._corpus, self._output, self._options, self._path = corpus, output, options, path
         self._identity = _identity(start, corpus, output, options)
         self._device = output.rows_NH.device
@@ -160,6 +105,7 @@ class _Run:
         self._batches = math.ceil(len(self._taught_P) / options.batch_size)
         self._steps = self._batches * options.epochs
         self._step, self._seconds, self._best = 0, 0.0, 0
+        self._evaluating = 0.0  # seconds that the last evaluation took
         self._history: list[Epoch] = []
         self._best_weights: dict[str, Tensor] = {}
         # Of the epoch so far, by head: the sums of the losses, and how many they are of.
@@ -172,17 +118,19 @@ class _Run:
             earlier = self._seconds
         else:
             self._end_epoch()
-        saved, first, order = begun, self._step, (-1, torch.empty(0))
+        saved, first, worked = begun, self._step, 0.0
+        epoch, order_P = -1, self._taught_P
         while self._step < self._steps and not self._gave_up():
-            epoch, batch = divmod(self._step, self._batches)
-            if order[0] != epoch:
-                order = epoch, self._order(epoch)
-            self._train_batch(torch.tensor_split(order[1], self._batches)[batch])
+            if epoch != self._step // self._batches:
+                epoch = self._step // self._batches
+                order_P = self._order(epoch)
+            batch = self._step % self._batches
+            started = time.monotonic()
+            self._train_batch(torch.tensor_split(order_P, self._batches)[batch])
             self._step += 1
             now = time.monotonic()
-            self._seconds = earlier + now - begun
-            spent = (now - begun) / (self._step - first)
-            progress(self._progress(epoch, spent * (self._steps - self._step)))
+            worked, self._seconds = worked + now - started, earlier + now - begun
+            progress(self._progress(epoch, worked / (self._step - first)))
             if batch + 1 == self._batches:
                 self._end_epoch()
             if batch + 1 == self._batches or now - saved >= CHECKPOINT_SECONDS:
@@ -217,7 +165,7 @@ class _Run:
                 field="learning_rate",
             )
         for group in self._optimizer.param_groups:
-            group["lr"] = self._options.learning_rate * self._rate()
+            group["lr"] = self._options.rate(self._step, self._steps)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
 
@@ -236,7 +184,7 @@ class _Run:
         else:
             columns_P = columns_P[valid_P.to(self._device)]
             loss, gradient_PH = hard_loss(r_PH.detach(), self._output.rows_NH, columns_P)
-        r_PH.backward(gradient_PH / count)
+        torch.autograd.backward(r_PH, gradient_PH / count)
         self._sums_K[head] += float(loss)
         self._counts_K[head] += count
 
@@ -248,16 +196,12 @@ class _Run:
         probs_PJ = probs_PJ.masked_fill(columns_PJ == NO_TARGET, 0.0)
         return SoftTargets(columns_PJ.clamp(min=0), probs_PJ, rest_P)
 
-    def _rate(self) -> float:
-        warmup = max(1, int(self._options.warmup * self._steps))
-        cosine = 0.5 + 0.5 * math.cos(math.pi * self._step / self._steps)
-        return min((self._step + 1) / warmup, cosine)
-
     def _loss_K(self) -> list[float]:
         return (self._sums_K / self._counts_K).tolist() if self._step else []
 
     def _end_epoch(self) -> None:
-        number, loss_K = self._step // self._batches, self._loss_K()
+        """Judges the weights, and keeps them if there were no better ones."""
+        begun, number, loss_K = time.monotonic(), self._step // self._batches, self._loss_K()
         self._sums_K.zero_()
         self._counts_K.zero_()
         if not len(self._held_P):
@@ -273,17 +217,20 @@ class _Run:
                 held_top1_K=[row[0] for row in rank_accuracies(measured.ranks_PK, 1)],
                 held_tokens=expected_tokens(measured.ranks_PK, choices),
             )
-            best = self._history[self._best].held_tokens if self._history else None
+            better = not self._history or ended.worth > self._history[self._best].worth
             self._history.append(ended)
-            better = best is None or (ended.held_tokens or 0.0) > best
         if better:
             self._best = number
             self._best_weights = {name: t.detach().clone() for name, t in self._learnt.items()}
+        self._evaluating = time.monotonic() - begun
 
     def _gave_up(self) -> bool:
         return self._history[-1].number - self._best >= self._options.patience
 
-    def _progress(self, epoch: int, seconds_left: float) -> Progress:
+    def _progress(self, epoch: int, seconds_a_step: float) -> Progress:
+        """epoch: from 0."""
+        seconds_left = seconds_a_step * (self._steps - self._step)
+        seconds_left += self._evaluating * (self._options.epochs - epoch)
         return Progress(
             epoch=epoch + 1,
             num_epochs=self._options.epochs,
@@ -337,6 +284,7 @@ class _Run:
 
 
 def _check(start: MedusaHeads, corpus: Corpus, options: TrainOptions) -> None:
+    options.check()
     if start.outputs:
         raise InvalidArgumentError(
             "version 1 heads, with output matrices of their own, are not trained: start from "
@@ -369,18 +317,9 @@ def _identity(
     ]
     return {
         **asdict(options),
-        "heads to start from": _digest([*blocks, *start.learnt().values()]),
-        "corpus": _digest(tokens),
-        "draft vocabulary": _digest(ids),
-        "lm_head": _digest([output.rows_NH[:64]]),
+        "heads to start from": digest([*blocks, *start.learnt().values()]),
+        "corpus": digest(tokens),
+        "draft vocabulary": digest(ids),
+        "lm_head": digest([output.rows_NH[:64]]),
         "device and dtype": f"{output.rows_NH.device.type} {output.rows_NH.dtype}",
     }
-
-
-def _digest(tensors: Iterable[Tensor]) -> str:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        plain = tensor.detach().cpu().contiguous()
-        digest.update(f"{plain.dtype} {list(plain.shape)}".encode())
-        digest.update(plain.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
