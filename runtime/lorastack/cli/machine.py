@@ -15,7 +15,7 @@ from lorastack.cli.choices import Backend, Device, DType, Quantize
 from lorastack.cli.options import default_store
 from lorastack.cli.output import stage_bars, stage_log, startup_bars, startup_log
 from lorastack.config import AdapterConfig, EngineConfig, ModelConfig, parse_size
-from lorastack.service.watch.logs import configure_logging
+from lorastack.service.watch import logs
 from lorastack.startup.device import device_defaults, find_device
 from lorastack.startup.model import StartupProgress
 from lorastack.train.progress import Progress
@@ -80,9 +80,9 @@ def machine(
 def watching() -> Iterator[tuple[StartupProgress, Progress]]:
     """Progress of the model's loading and of the stages: bars on a terminal, else lines."""
     if not sys.stderr.isatty():
-        configure_logging("text", "info")
+        logs.configure_logging("text", "info")
         yield startup_log(), stage_log()
         return
-    configure_logging("text", "warning")
+    logs.configure_logging("text", "warning")
     with startup_bars() as loading, stage_bars() as stages:
         yield loading, stages
