@@ -114,7 +114,7 @@ def test_an_interruption_says_how_to_go_on(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--temperature", "nan"), "not a number"),
+        (("--temperature", "nan"), "--temperature"),
         (("--learning-rate", "0"), "above 0"),
         (("--held-out", "0.6"), "--held-out"),
         (("--lora", "a:b:c"), "ID:SCALE"),

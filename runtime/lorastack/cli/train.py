@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 from pathlib import Path
@@ -71,13 +70,6 @@ MaxNewTokens = Annotated[
 ]
 
 
-def _number(value: float) -> float:
-    """Option callback: refuses nan, which lies within any range."""
-    if math.isnan(value):
-        raise typer.BadParameter("it is not a number")
-    return value
-
-
 def _positive(value: float) -> float:
     if not value > 0:
         raise typer.BadParameter("it is not a number above 0")
@@ -129,7 +121,6 @@ def heads(
             min=0,
             max=100,
             metavar="T",
-            callback=_number,
             help="Of the answers; 0 is greedy.",
         ),
     ] = 0.0,
@@ -221,7 +212,6 @@ def heads(
             min=0,
             max=0.5,
             metavar="SHARE",
-            callback=_number,
             help="Of the prompts: to measure with, and to stop in time.",
         ),
     ] = 0.05,
