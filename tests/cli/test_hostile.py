@@ -18,6 +18,7 @@ from lorastack.config import GatewayConfig, ModelConfig
 from lorastack.errors import UnavailableError
 from lorastack.service import build as build_module
 from lorastack.service.watch import logs
+from lorastack.train import local
 from tests.cli.conftest import Outcome, Run
 from tests.service.fakes import RunningServer
 
@@ -37,6 +38,8 @@ GOOD: dict[str, tuple[str, ...]] = {
     "verify": ("--model", "MODEL"),
     "upload": ("--id", "new"),
     "pull": ("--folder", "/nowhere"),
+    "heads": ("--id", "new", "--prompts", "PROMPTS", "--work", "WORK"),
+    "eval": ("--heads", "HEADS", "--prompts", "PROMPTS"),
 }
 ARGUMENTS = {
     "prompt": "hi", "adapter_id": "known", "digest": "sha256:00", "folder": "NEW", "source": "LORA",
@@ -73,13 +76,16 @@ def places(
     for name in ("folder", "file", "binary"):
         (tmp_path / name).mkdir() if name == "folder" else (tmp_path / name).write_bytes(b"x")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00{")
-    paths = {name.upper(): tmp_path / name for name in ("folder", "file", "binary", "store", "new")}
-    return {k: str(v) for k, v in {**paths, "LORA": folders["lora"], "MODEL": tiny_llama}.items()}
+    (tmp_path / "prompts").write_text('{"prompt": "hi"}\n')
+    names = ("folder", "file", "binary", "store", "new", "prompts", "work")
+    paths = {name.upper(): tmp_path / name for name in names}
+    adapters = {"LORA": folders["lora"], "HEADS": folders["heads"]}
+    return {k: str(v) for k, v in {**paths, **adapters, "MODEL": tiny_llama}.items()}
 
 
 @pytest.fixture(autouse=True)
 def nothing_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No hub is asked and no server runs: `serve` ends where it would load the default model."""
+    """No hub is asked and no server runs: commands end where they would load the default model."""
     load = build_module.load_model
 
     def stop(config: ModelConfig, *rest: Any) -> Any:
@@ -89,7 +95,9 @@ def nothing_outside(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("XDG_DATA_HOME", "/nowhere")
     monkeypatch.setattr(build_module, "load_model", stop)
+    monkeypatch.setattr(local, "load_model", stop)
     monkeypatch.setattr("lorastack.gateway.serving.serve", listening)
     monkeypatch.setattr(logs, "configure_logging", lambda log_format, level: None)
 

@@ -15,10 +15,12 @@ import typer.main
 from lorastack import __version__
 from lorastack.cli.adapters import adapters
 from lorastack.cli.bench import bench
+from lorastack.cli.evaluate import evaluate_heads
 from lorastack.cli.gateway import gateway
 from lorastack.cli.generate import generate
 from lorastack.cli.merging import merge
 from lorastack.cli.serve import serve
+from lorastack.cli.train import train
 from lorastack.cli.transfer import convert, export, pull, push
 from lorastack.errors import LorastackError
 from lorastack.printable import one_line
@@ -38,7 +40,9 @@ app.command()(gateway)
 app.command()(bench)
 for command in (pull, export, push, convert, merge):
     adapters.command()(command)
+train.command("eval")(evaluate_heads)
 app.add_typer(adapters, name="adapters")
+app.add_typer(train, name="train")
 
 
 def _version(wanted: bool) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from lorastack.cli.choices import Backend, Device, DType, Quantize
 from lorastack.client import check_server
 from lorastack.config import parse_size
 from lorastack.errors import InvalidArgumentError
@@ -55,7 +56,9 @@ Server = Annotated[
         help="Which server.",
     ),
 ]
+INT32 = (1 << 31) - 1
 UINT32, UINT64 = (1 << 32) - 1, (1 << 64) - 1  # the largest of the API's numbers
+MOST_THREADS = 1024
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 IfDigest = Annotated[
@@ -114,3 +117,80 @@ def size(text: str | None) -> str | None:
     raise typer.BadParameter(
         f"{text!r} is not a size; write 512MiB, 1.5GiB, 2TiB or a number of bytes"
     )
+
+
+# What runs the base model: options of every command that loads one.
+DeviceOption = Annotated[
+    Device, typer.Option("--device", envvar="LORASTACK_DEVICE", help=Device.__doc__)
+]
+DTypeOption = Annotated[
+    DType, typer.Option("--dtype", envvar="LORASTACK_DTYPE", help=DType.__doc__)
+]
+BackendOption = Annotated[
+    Backend, typer.Option("--backend", envvar="LORASTACK_BACKEND", help=Backend.__doc__)
+]
+Isa = Annotated[
+    str | None,
+    typer.Option(
+        "--isa",
+        metavar="NAME",
+        envvar="LORASTACK_ISA",
+        help="Let native kernels use no better instruction set than this one, such as avx2.",
+        show_default="the best that this machine has",
+    ),
+]
+QuantizeOption = Annotated[
+    Quantize | None,
+    typer.Option(
+        "--quantize",
+        envvar="LORASTACK_QUANTIZE",
+        help="Store the base model's weights in 8 or 4 bits.",
+        show_default="as they are",
+    ),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        "--threads",
+        min=1,
+        max=MOST_THREADS,
+        metavar="N",
+        envvar="LORASTACK_THREADS",
+        help="CPU threads of a step.",
+    ),
+]
+KvMemory = Annotated[
+    str | None,
+    typer.Option(
+        "--kv-memory",
+        metavar="SIZE",
+        callback=size,
+        envvar="LORASTACK_KV_MEMORY",
+        help="Memory for keys and values of all rows.",
+        show_default="4GiB, or what is left; on a GPU four fifths of that",
+    ),
+]
+MaxRows = Annotated[
+    int | None,
+    typer.Option(
+        "--max-rows",
+        min=1,
+        max=INT32,
+        metavar="N",
+        envvar="LORASTACK_MAX_ROWS",
+        help="Rows in a batch.",
+        show_default="32; on a GPU 128",
+    ),
+]
+MaxContext = Annotated[
+    int | None,
+    typer.Option(
+        "--max-context",
+        min=2,
+        max=INT32,
+        metavar="N",
+        envvar="LORASTACK_MAX_CONTEXT",
+        help="Tokens of a prompt and its output together.",
+        show_default="the model's",
+    ),
+]

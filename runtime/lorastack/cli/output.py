@@ -18,19 +18,24 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TaskID,
     TextColumn,
+    TimeRemainingColumn,
     TransferSpeedColumn,
 )
 
 from lorastack.config import GIB, KIB, MIB, TIB
 from lorastack.printable import one_line, printable, printable_json
 
-if TYPE_CHECKING:  # it imports torch
+if TYPE_CHECKING:  # they import torch
     from lorastack.startup.model import StartupProgress
+    from lorastack.train.progress import Progress as StageProgress
 
 NEWS_SECONDS = 5.0  # between two log lines of a server's start
+STAGE_SECONDS = 15.0  # the same of a stage of training, which may take hours
 
 _WIDE = (FieldDescriptor.CPPTYPE_INT64, FieldDescriptor.CPPTYPE_UINT64)
 
@@ -145,11 +150,70 @@ def startup_log() -> StartupProgress:
     return update
 
 
-def _progress() -> Progress:
-    label = TextColumn("{task.description}")
+@contextmanager
+def stage_bars() -> Iterator[StageProgress]:
+    """Yields a progress of training that draws a bar a stage on stderr, with the time left."""
+    progress = _progress(
+        MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}")
+    )
+    drawn: dict[str, TaskID] = {}  # the stage that is going on
+
+    def end() -> None:
+        progress.stop()
+        for stage in list(drawn):
+            progress.remove_task(drawn.pop(stage))
+
+    def update(stage: str, done: int, total: int, note: str = "") -> None:
+        if stage not in drawn:
+            end()
+            # What an earlier run did took this one no time.
+            drawn[stage] = progress.add_task(stage, total=total, completed=done, note=note)
+            progress.start()
+        progress.update(drawn[stage], completed=done, total=total, note=note)
+        if done == total:
+            end()
+
+    try:
+        yield update
+    finally:
+        progress.stop()
+
+
+def stage_log() -> StageProgress:
+    """A progress of training that logs a line every STAGE_SECONDS, and one as a stage ends."""
+    stage_begun = ""
+    began = next_news = 0.0
+    first = 0
+
+    def update(stage: str, done: int, total: int, note: str = "") -> None:
+        nonlocal stage_begun, began, next_news, first
+        now = time.monotonic()
+        if stage != stage_begun:
+            stage_begun, began, next_news, first = stage, now, now + STAGE_SECONDS, done
+        if now < next_news and done < total:
+            return
+        next_news = now + STAGE_SECONDS
+        parts = [f"{stage}: {done} of {total}"]
+        if first < done < total:
+            parts.append(f"{_duration((now - began) / (done - first) * (total - done))} left")
+        logger.info("%s", ", ".join([*parts, *([note] if note else [])]))
+
+    return update
+
+
+def _duration(seconds: float) -> str:
+    """1:05:09, or 5:09 below an hour."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _progress(*columns: ProgressColumn) -> Progress:
+    """columns: behind label and bar; none: those of bytes."""
     console = Console(stderr=True)
     return Progress(
-        *(label, BarColumn(), DownloadColumn(), TransferSpeedColumn()),
+        *(TextColumn("{task.description}"), BarColumn()),
+        *(columns or (DownloadColumn(), TransferSpeedColumn())),
         console=console,
         disable=not console.is_terminal,
     )

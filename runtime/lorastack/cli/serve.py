@@ -10,9 +10,26 @@ from typing import Annotated
 
 import typer
 
-from lorastack.cli.choices import Backend, Device, DType, LogFormat, LogLevel, Quantize
+from lorastack.cli.choices import Backend, Device, DType, LogFormat, LogLevel
 from lorastack.cli.gateway import AdapterManagement, CorsOrigin, HttpPort
-from lorastack.cli.options import BaseName, Host, Model, Store, default_store, size
+from lorastack.cli.options import (
+    INT32,
+    BackendOption,
+    BaseName,
+    DeviceOption,
+    DTypeOption,
+    Host,
+    Isa,
+    KvMemory,
+    MaxContext,
+    MaxRows,
+    Model,
+    QuantizeOption,
+    Store,
+    Threads,
+    default_store,
+    size,
+)
 from lorastack.cli.output import startup_bars, startup_log
 from lorastack.config import (
     AdapterConfig,
@@ -26,8 +43,6 @@ from lorastack.config import (
 )
 
 _ENGINE, _SERVICE, _ADAPTERS = EngineConfig(), ServiceConfig(), AdapterConfig(store=Path())
-INT32 = (1 << 31) - 1
-MOST_THREADS = 1024
 MOST_SHARDS = 64
 LONGEST_WAIT = 86_400  # seconds
 
@@ -139,34 +154,11 @@ def serve(
     http_port: HttpPort = None,
     adapter_management: AdapterManagement = False,
     cors_origin: CorsOrigin = None,
-    device: Annotated[
-        Device, typer.Option("--device", envvar="LORASTACK_DEVICE", help=Device.__doc__)
-    ] = Device.AUTO,
-    dtype: Annotated[
-        DType, typer.Option("--dtype", envvar="LORASTACK_DTYPE", help=DType.__doc__)
-    ] = DType.AUTO,
-    backend: Annotated[
-        Backend, typer.Option("--backend", envvar="LORASTACK_BACKEND", help=Backend.__doc__)
-    ] = Backend.AUTO,
-    isa: Annotated[
-        str | None,
-        typer.Option(
-            "--isa",
-            metavar="NAME",
-            envvar="LORASTACK_ISA",
-            help="Let native kernels use no better instruction set than this one, such as avx2.",
-            show_default="the best that this machine has",
-        ),
-    ] = None,
-    quantize: Annotated[
-        Quantize | None,
-        typer.Option(
-            "--quantize",
-            envvar="LORASTACK_QUANTIZE",
-            help="Store the base model's weights in 8 or 4 bits.",
-            show_default="as they are",
-        ),
-    ] = None,
+    device: DeviceOption = Device.AUTO,
+    dtype: DTypeOption = DType.AUTO,
+    backend: BackendOption = Backend.AUTO,
+    isa: Isa = None,
+    quantize: QuantizeOption = None,
     tensor_parallel: Annotated[
         int,
         typer.Option(
@@ -178,17 +170,7 @@ def serve(
             help="Devices that share the base model, each with a process; on a CPU, processes.",
         ),
     ] = 1,
-    threads: Annotated[
-        int | None,
-        typer.Option(
-            "--threads",
-            min=1,
-            max=MOST_THREADS,
-            metavar="N",
-            envvar="LORASTACK_THREADS",
-            help="CPU threads of a step.",
-        ),
-    ] = None,
+    threads: Threads = None,
     device_adapter_memory: Annotated[
         str | None,
         typer.Option(
@@ -210,29 +192,8 @@ def serve(
             help="Host memory for adapters that are kept ready.",
         ),
     ] = "8GiB",
-    kv_memory: Annotated[
-        str | None,
-        typer.Option(
-            "--kv-memory",
-            metavar="SIZE",
-            callback=size,
-            envvar="LORASTACK_KV_MEMORY",
-            help="Memory for keys and values of all rows.",
-            show_default="4GiB, or what is left; on a GPU four fifths of that",
-        ),
-    ] = None,
-    max_rows: Annotated[
-        int | None,
-        typer.Option(
-            "--max-rows",
-            min=1,
-            max=INT32,
-            metavar="N",
-            envvar="LORASTACK_MAX_ROWS",
-            help="Rows in a batch.",
-            show_default="32; on a GPU 128",
-        ),
-    ] = None,
+    kv_memory: KvMemory = None,
+    max_rows: MaxRows = None,
     max_queue: Annotated[
         int,
         typer.Option(
@@ -266,18 +227,7 @@ def serve(
             help="How long a reader may take nothing.",
         ),
     ] = int(_ENGINE.reader_timeout),
-    max_context: Annotated[
-        int | None,
-        typer.Option(
-            "--max-context",
-            min=2,
-            max=INT32,
-            metavar="N",
-            envvar="LORASTACK_MAX_CONTEXT",
-            help="Tokens of a prompt and its output together.",
-            show_default="the model's",
-        ),
-    ] = None,
+    max_context: MaxContext = None,
     drain_timeout: Annotated[
         float,
         typer.Option(

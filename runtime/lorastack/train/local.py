@@ -31,6 +31,7 @@ from lorastack.engine.engine import Engine
 from lorastack.errors import InvalidArgumentError, NotFoundError
 from lorastack.modelfiles import read_object
 from lorastack.request import Final, GeneratedToken, HeadsUse, LoraUse, Request, RowEvent
+from lorastack.speculation.calibration import Calibration
 from lorastack.startup.engine import adapter_memory, build_engine
 from lorastack.startup.model import LoadedModel, StartupProgress, load_model
 from lorastack.startup.prior import check_acceptance
@@ -121,6 +122,27 @@ class LocalEngine:
         Raises what an upload of it would raise.
         """
         return self._adapters.add_folder(folder)
+
+    def files(self, digest: str) -> dict[str, Path]:
+        """Name -> path of the files of an adapter that was selected or added."""
+        return self._adapters.files(digest)
+
+    def load(self, heads: HeadsUse) -> None:
+        """Brings heads to the device, to stay: rows do not wait for theirs.
+
+        Raises FailedPreconditionError if they can never fit.
+        """
+        needs = heads.digests[:-1]
+        self._engine.load(heads.digest, pin=True, needs=needs).result()
+
+    def learned(self) -> dict[str, Calibration]:
+        """What was learnt about heads since the last call, by digest."""
+        return self._engine.learned().result()
+
+    def forget(self, heads: HeadsUse) -> None:
+        """What was learnt about heads goes, and so do their copies in memory."""
+        self._engine.unload(heads.digest).result()
+        self._engine.forget(heads.digest)
 
     def encode(self, prompt: Prompt, selection: Selection) -> tuple[int, ...]:
         """The prompt's tokens: through the chat template, the selection's own or the model's.
@@ -231,6 +253,10 @@ class _Adapters:
             heads=None if heads is None else replace(heads, medusa_id=folder.name),
             template=own.own_template(record.id) if stack else None,
         )
+
+    def files(self, digest: str) -> dict[str, Path]:
+        """See `LocalEngine`."""
+        return self._own.files(digest)
 
     def _adopt(self, digest: str) -> None:
         """Copies an adapter of the store, which another process may change at any time."""

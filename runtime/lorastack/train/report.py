@@ -67,8 +67,8 @@ def evaluation(
 
 
 def summary_json(held_out: Summary) -> dict[str, Any]:
-    """What evaluation.json says of held-out prompts."""
-    return {
+    """What evaluation.json says of held-out prompts, rounded as there."""
+    facts = {
         "prompts": held_out.num_samples,
         "tokens": held_out.num_positions,
         "loss_by_head": held_out.loss_K,
@@ -78,6 +78,8 @@ def summary_json(held_out: Summary) -> dict[str, Any]:
             "tree_by_nodes": {str(size): rate for size, rate in held_out.trees.items()},
         },
     }
+    rounded: dict[str, Any] = _rounded(facts)
+    return rounded
 
 
 def _rounded(value: Any) -> Any:

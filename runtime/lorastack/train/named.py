@@ -1,0 +1,53 @@
+"""Heads as a user names them: by an id of the store, or by their folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from torch import Tensor
+
+from lorastack.adapters.store.ids import NO_HEADS
+from lorastack.errors import InvalidArgumentError
+from lorastack.request import HeadsUse
+from lorastack.train.folder import load_heads
+from lorastack.train.heads import MedusaHeads
+from lorastack.train.local import LocalEngine
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NamedHeads:
+    """use: as the engine serves them. folder: None for heads of the store. files: their bytes, by
+    name. heads, ids_N: see `HeadsFolder`.
+    """
+
+    name: str
+    use: HeadsUse
+    folder: Path | None
+    files: Mapping[str, Path]
+    heads: MedusaHeads
+    ids_N: Tensor | None
+
+
+def named_heads(engine: LocalEngine, name: str, option: str) -> NamedHeads:
+    """The heads of an existing folder, else of an id. option: which names them, for messages.
+
+    Raises NotFoundError, and InvalidArgumentError for what holds no heads for this model.
+    """
+    folder = Path(name) if Path(name).is_dir() else None
+    if folder is not None:
+        use = engine.add_folder(folder).heads
+    else:
+        use = engine.select((), name).heads if name not in ("", NO_HEADS) else None
+    if use is None:
+        raise InvalidArgumentError(f"{option} {name!r}: name Medusa heads, by id or folder")
+    files = engine.files(use.digest)
+    with TemporaryDirectory() as room:  # a store keeps files by their hashes
+        for file_name, path in files.items():
+            (Path(room) / file_name).symlink_to(path)
+        read = load_heads(Path(room), engine.model.backend.shapes)
+    return NamedHeads(
+        name=name, use=use, folder=folder, files=files, heads=read.heads, ids_N=read.ids_N
+    )

@@ -1,0 +1,78 @@
+"""The upload at a training's end, and what is asked of the server before hours go into it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from lorastack.adapters.store.ids import check_new_id
+from lorastack.adapters.store.manifest import adapter_digest, file_spec
+from lorastack.client import Client
+from lorastack.client.uploading import adapter_files
+from lorastack.errors import AlreadyExistsError, FailedPreconditionError, NotFoundError
+from lorastack.printable import one_line
+
+
+class Publication:
+    """Where a result goes: an id at a server, HOST:PORT."""
+
+    def __init__(self, server: str, adapter_id: str, *, replace: bool) -> None:
+        """Raises InvalidArgumentError for an id or an address that cannot be one."""
+        check_new_id(adapter_id)
+        self._server = server
+        self._id = adapter_id
+        self._replace = replace
+
+    def check(self, folder: Path, fingerprint: str) -> None:
+        """Asks the server whether it will take what is to lie in `folder`.
+
+        fingerprint: of the base model that is trained for. Raises AlreadyExistsError for an id that
+        exists, unless it is to be replaced or is this very folder; FailedPreconditionError if the
+        server serves another base model; UnavailableError if there is no server.
+        """
+        with Client(self._server) as client:
+            served = client.model_info()
+            if served.fingerprint != fingerprint:
+                raise FailedPreconditionError(
+                    f"{self._server} serves {one_line(served.base_model[:200])}, another base "
+                    "model than is trained for: name its server by --server, or train without "
+                    "--upload"
+                )
+            try:
+                stored = client.get_adapter(self._id)
+            except NotFoundError:
+                return
+        if not self._replace and stored.digest != folder_digest(folder):
+            raise AlreadyExistsError(
+                f"{self._server} has an adapter {self._id!r}: --replace makes the result its "
+                "newest revision, or choose another --id",
+                adapter_id=self._id,
+            )
+
+    def upload(self, folder: Path, progress: Callable[[int, int], None] | None) -> str:
+        """Stores the folder; its digest there. progress: bytes done, bytes in all.
+
+        A folder that is there already, from a try whose answer was lost, is not stored again.
+        """
+        with Client(self._server) as client:
+            try:
+                if client.get_adapter(self._id).digest == folder_digest(folder):
+                    return folder_digest(folder)
+            except NotFoundError:
+                pass
+            # The base model is the same by its fingerprint, whatever either side calls it.
+            stored = client.upload(
+                folder,
+                self._id,
+                if_digest=None if self._replace else "",
+                accept_base=True,
+                progress=progress,
+            )
+        return stored.digest
+
+
+def folder_digest(folder: Path) -> str:
+    """The digest of an adapter's folder; "" if there is none."""
+    if not folder.is_dir():
+        return ""
+    return adapter_digest([file_spec(path) for path in adapter_files(folder)[0]])

@@ -1,0 +1,127 @@
+"""`lorastack train`: what it shows, what it prints, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+
+from lorastack.cli import output
+from lorastack.service.watch import logs
+from lorastack.startup import engine as startup_engine
+from lorastack.train import pipeline
+from tests.cli.conftest import Run
+from tests.helpers.costs import CheapHeads
+from tests.train.runs import write_prompts
+
+
+def test_stages_have_bars_one_at_a_time(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (
+        *(("TTY_COMPATIBLE", "1"), ("TTY_INTERACTIVE", "1")),
+        *(("COLUMNS", "120"), ("NO_COLOR", "1")),
+    ):
+        monkeypatch.setenv(name, value)
+    with output.stage_bars() as update:
+        update("distilling", 3, 9, "70 tokens")
+        update("training", 1, 8, "loss 2.5")  # the other stage ended early
+        first = capfd.readouterr().err
+        update("training", 8, 8)
+        rest = capfd.readouterr().err
+    assert "distilling" in first and "3/9" in first and "70 tokens" in first and "1/8" in first
+    assert "8/8" in rest and "distilling" not in rest
+    assert (first + rest).count("\x1b[?25l") == (first + rest).count("\x1b[?25h") == 2
+
+
+def test_the_log_says_how_long_a_stage_will_take(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(output.time, "monotonic", lambda: now)
+    with caplog.at_level(logging.INFO):
+        update = output.stage_log()
+        for done in range(100, 201, 10):  # what an earlier run did took this one no time
+            update("distilling", done, 200, f"{done} tokens")
+            now += 10
+        update("training", 1, 1)
+    assert [record.getMessage() for record in caplog.records] == [
+        "distilling: 120 of 200, 1:20 left, 120 tokens",
+        "distilling: 140 of 200, 1:00 left, 140 tokens",
+        "distilling: 160 of 200, 0:40 left, 160 tokens",
+        "distilling: 180 of 200, 0:20 left, 180 tokens",
+        "distilling: 200 of 200, 200 tokens",
+        "training: 1 of 1",
+    ]
+
+
+@pytest.fixture
+def tiny(
+    tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[str, ...]]:
+    """Options of a small run, in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    monkeypatch.setattr(logs, "configure_logging", lambda log_format, level: None)
+    write_prompts(tmp_path / "prompts.jsonl")
+    with patch.object(startup_engine, "measure", lambda *_: CheapHeads()):
+        yield (
+            *("--prompts", "prompts.jsonl", "--model", str(tiny_llama), "--max-new-tokens", "8"),
+            *("--dtype", "float32", "--threads", "1", "--kv-memory", "16MiB"),
+        )
+
+
+def test_a_run_and_an_evaluation_print_what_came_out(run: Run, tiny: tuple[str, ...]) -> None:
+    training = ("--id", "mine", "--epochs", "1", "--num-heads", "2", "--held-out", "0.3")
+    done = run("train", "heads", *tiny, *training)
+    assert done.code == 0, done.err
+    folder = Path("lorastack-train/mine/adapter")
+    assert f"is in {folder}" in done.out
+    assert f"lorastack adapters upload {folder} --id mine" in done.out
+    assert re.search(r"^head 2 +0\.\d{3}", done.out, re.MULTILINE)
+    told = json.loads(run("train", "heads", *tiny, *training, "--json").out)
+    assert told["digest"] in done.out and told["folder"] == str(folder)
+    assert told["prompts"] == 11 and told["skipped"] == 0 and told["uploaded_to"] is None
+    # The card shows the command without what changes nothing of the result.
+    command = told["evaluation"]["training"]["command"]
+    assert "--max-new-tokens 8" in command and "--threads" not in command
+    evaluation = ("train", "eval", "--heads", str(folder), "--num-prompts", "2", *tiny)
+    shown = run(*evaluation)
+    assert shown.code == 0, shown.err
+    assert re.search(rf"^{folder} +\d\.\d\d \d\.\d\dx$", shown.out, re.MULTILINE)
+    (cell,) = json.loads(run(*evaluation, "--json").out)["cells"]
+    assert cell["heads"] == str(folder) and cell["served"]["prompts"] == 2
+
+
+def test_an_interruption_says_how_to_go_on(
+    run: Run, tiny: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "make_heads", interrupted)
+    done = run("train", "heads", *tiny, "--id", "a/b", "--work", "here")
+    assert done.code == 130
+    assert done.err == "interrupted: the same command goes on with what is in here\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--temperature", "nan"), "--temperature"),
+        (("--learning-rate", "0"), "above 0"),
+        (("--held-out", "0.6"), "--held-out"),
+        (("--lora", "a:b:c"), "ID:SCALE"),
+    ],
+)
+def test_wrong_options(
+    options: tuple[str, ...], words: str, run: Run, tiny: tuple[str, ...]
+) -> None:
+    done = run("train", "heads", *tiny, "--id", "x", *options)
+    assert done.code == 2 and words in done.err and done.err.count("\n") == 1

@@ -1,0 +1,466 @@
+"""`train heads` from prompts to an adapter that a server serves, whatever interrupts it."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+
+from lorastack.config import MIB, AdapterConfig, EngineConfig
+from lorastack.errors import (
+    AlreadyExistsError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    LorastackError,
+    NotFoundError,
+    UnavailableError,
+)
+from lorastack.layout import ModelShapes
+from lorastack.request import SamplingParams
+from lorastack.speculation.calibration import Calibration
+from lorastack.startup import engine as startup_engine
+from lorastack.train import pipeline
+from lorastack.train.distill import DistillOptions
+from lorastack.train.pipeline import HeadsRun, make_heads
+from lorastack.train.publish import Publication
+from lorastack.train.start import StartOptions
+from lorastack.train.trainer import TrainOptions
+from tests.helpers.canary import train_layer_canary, write_canary
+from tests.helpers.costs import CheapHeads
+from tests.helpers.live import LiveServer, ask
+from tests.helpers.process import FORKS
+from tests.helpers.tiny import build_llama
+from tests.train.runs import PROMPTS, contents, heads_run, made
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cheap_drafts() -> Iterator[None]:
+    """What is drafted depends on the text alone, not on what steps cost here."""
+    with patch.object(startup_engine, "measure", lambda *_: CheapHeads()):
+        yield
+
+
+@pytest.fixture(scope="module")
+def live(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_llama: Path,
+    tiny_llama_shapes: ModelShapes,
+    store: Path,
+) -> Iterator[tuple[LiveServer, Path]]:
+    """A server and its store, which the runs read meanwhile. Two of its LoRAs repeat a word."""
+    folder = tmp_path_factory.mktemp("live")
+    root = shutil.copytree(store, folder / "store")
+    engine = EngineConfig(kv_memory=16 * MIB, max_rows=8, max_nodes=6)
+    with LiveServer(tiny_llama, engine=engine, adapters=AdapterConfig(store=root)) as server:
+        server.upload("say-elk", train_layer_canary(folder / "say-elk", tiny_llama, "elk"))
+        owl = write_canary(folder / "say-owl", tiny_llama, tiny_llama_shapes, "owl")
+        server.upload("say-owl", owl)
+        server.client.alias("elks", [("say-elk", 1.0), ("lora-a", 0.05)], "heads")
+        yield server, root
+
+
+@pytest.fixture
+def server(live: tuple[LiveServer, Path]) -> LiveServer:
+    return live[0]
+
+
+@pytest.fixture(scope="module")
+def root(live: tuple[LiveServer, Path]) -> Path:
+    return live[1]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, root: Path) -> Path:
+    """The folder that a run for a LoRA makes without interruption."""
+    return made(tmp_path_factory.mktemp("plain"), tiny_llama, root, loras=ELK).folder
+
+
+ELK = (("say-elk", 1.0),)
+
+
+# -- what comes out -------------------------------------------------------------------------------
+
+SELECTIONS: dict[str, tuple[tuple[str, float], ...]] = {
+    "base": (),
+    "lora": ELK,
+    "lm-head": (("say-owl", 1.0),),
+    "stack": (*ELK, ("lora-a", 0.05)),
+    "alias": (("elks", 1.0),),
+}
+
+
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_heads_are_stored_and_used(
+    name: str, server: LiveServer, root: Path, tiny_llama: Path, tmp_path: Path
+) -> None:
+    stack, adapter_id = SELECTIONS[name], f"made/{name}"
+    run = heads_run(tmp_path, tiny_llama, root, loras=stack, adapter_id=adapter_id)
+    if name == "base":  # its answers have no pattern: the heads learn these very ones
+        run = replace(run, training=replace(run.training, epochs=30, held_out=0.0))
+    publication = Publication(server.server.address, adapter_id, replace=False)
+    outcome = make_heads(run, publication=publication)
+    assert server.client.get_adapter(adapter_id).digest == outcome.digest
+    server.digests[adapter_id] = outcome.digest
+    server.load_heads(adapter_id)
+    accepted = tokens = 0
+    for prompt in PROMPTS:
+        # Prompts go through the chat template in training, and so they do here.
+        on, off = (
+            server.client.generate(chat(prompt, stack=stack, heads=adapter_id, off=off))
+            for off in (False, True)
+        )
+        assert on.token_ids == off.token_ids
+        assert on.adapters.medusa_digest == outcome.digest
+        accepted += sum(on.speculation.accepted_by_head)
+        tokens += len(on.token_ids)
+    # Prompt lookup drafts most of a repeated word; zero weights would guess none of it.
+    assert accepted > tokens / 20
+    # The tiny model has fewer tokens than a draft vocabulary.
+    assert not (outcome.folder / "draft_vocabulary.safetensors").exists()
+
+
+def chat(prompt: str, **fields: Any) -> Any:
+    request = ask("", max_new_tokens=24, **fields)
+    request.chat.messages.add(role="user", content=prompt)
+    return request
+
+
+def test_a_draft_vocabulary_is_chosen(tiny_llama: Path, root: Path, tmp_path: Path) -> None:
+    outcome = made(tmp_path, tiny_llama, root, loras=ELK, draft_vocabulary=64)
+    assert outcome.served is not None and outcome.served["tokens_a_step"] > 1.5
+    assert outcome.evaluation["draft_vocabulary"]["size"] == 64
+    assert (outcome.folder / "draft_vocabulary.safetensors").exists()
+
+
+def test_a_lora_that_adapts_lm_head_leaves_all_tokens_to_choose(
+    tiny_llama: Path, store: Path, tmp_path: Path
+) -> None:
+    outcome = made(tmp_path, tiny_llama, store, loras=(("lora-b", 1.0),), draft_vocabulary=64)
+    assert outcome.evaluation["draft_vocabulary"]["size"] == 0
+    assert not (outcome.folder / "draft_vocabulary.safetensors").exists()
+
+
+def test_a_bundle_has_the_loras_own_files(
+    server: LiveServer,
+    root: Path,
+    tiny_llama: Path,
+    tmp_path: Path,
+    adapter_folders: dict[str, Path],
+) -> None:
+    run = heads_run(tmp_path, tiny_llama, root, loras=(("loud", 1.0),), bundle=True)
+    publication = Publication(server.server.address, "a-bundle", replace=False)
+    outcome = make_heads(replace(run, adapter_id="a-bundle"), publication=publication)
+    for path in adapter_folders["loud"].iterdir():
+        assert (outcome.folder / path.name).read_bytes() == path.read_bytes()
+    reply = server.client.generate(ask("hello", stack=[("a-bundle", 1.0)], heads=""))
+    assert reply.adapters.medusa_id == "a-bundle"
+    # A bundle's own heads make way for those that are trained for it anew.
+    again = heads_run(tmp_path / "again", tiny_llama, root, loras=(("a-bundle", 1.0),), bundle=True)
+    assert make_heads(again).folder.joinpath("adapter_model.safetensors").exists()
+
+
+def test_heads_learn_on(tiny_llama: Path, root: Path, tmp_path: Path, plain: Path) -> None:
+    for name, source in (("folder", str(plain)), ("id", "heads")):
+        start = StartOptions(continue_from=source)
+        outcome = made(tmp_path / name, tiny_llama, root, loras=ELK, start=start)
+        assert outcome.evaluation["num_heads"] == (2 if name == "folder" else 3)
+    # Where the first run ended, this one began, but for the rounding of what is written.
+    first = json.loads((plain / "evaluation.json").read_text())["training"]
+    again = json.loads((tmp_path / "folder/work/adapter/evaluation.json").read_text())["training"]
+    ended = first["history"][first["best_epoch"]]["held_loss_K"]
+    assert again["history"][0]["held_loss_K"] == pytest.approx(ended, rel=0.05, abs=0.05)
+    assert sum(ended) < sum(first["history"][0]["held_loss_K"]) / 2
+
+
+def test_a_private_part_is_served_beside_the_heads_that_it_corrects(
+    server: LiveServer, root: Path, tiny_llama: Path, tmp_path: Path
+) -> None:
+    run = heads_run(
+        tmp_path,
+        tiny_llama,
+        root,
+        loras=ELK,
+        start=StartOptions(shared="heads", private_rank=3),
+        adapter_id="private",
+    )
+    publication = Publication(server.server.address, "private", replace=False)
+    outcome = make_heads(run, publication=publication)
+    config = json.loads((outcome.folder / "config.json").read_text())
+    assert config["shared_heads"]["id"] == "heads" and config["private_rank"] == 3
+    server.digests["private"] = outcome.digest
+    server.load_heads("private")
+    reply = server.client.generate(chat("hello", stack=ELK, heads="private"))
+    assert reply.adapters.medusa_digest == outcome.digest
+    assert sum(reply.speculation.accepted_by_head) > 0
+
+
+def test_soft_targets(tiny_llama: Path, tmp_path: Path) -> None:
+    outcome = made(
+        tmp_path,
+        tiny_llama,
+        None,
+        distill=DistillOptions(max_new_tokens=12, num_top=5),
+        training=TrainOptions(epochs=1, batch_size=64, soft_targets=True),
+    )
+    assert outcome.evaluation["training"]["options"]["soft_targets"] is True
+
+
+def test_without_held_out_prompts_nothing_is_measured(tiny_llama: Path, tmp_path: Path) -> None:
+    training = TrainOptions(epochs=1, batch_size=64, held_out=0.0)
+    outcome = made(tmp_path, tiny_llama, None, training=training)
+    assert outcome.served is None and outcome.evaluation["held_out"] is None
+
+
+def test_trees_start_from_what_measuring_taught(plain: Path) -> None:
+    config = json.loads((plain / "config.json").read_text())
+    assert Calibration.parse(json.dumps(config["acceptance"])).num_heads == 2
+
+
+def test_equal_runs_give_equal_files(
+    tiny_llama: Path, root: Path, tmp_path: Path, plain: Path
+) -> None:
+    run = heads_run(tmp_path, tiny_llama, root, loras=ELK)
+    assert contents(make_heads(run).folder) == contents(plain)
+    other = replace(run, training=replace(run.training, seed=1), restart=True)
+    weights = "medusa_lm_head.safetensors"
+    assert contents(make_heads(other).folder)[weights] != contents(plain)[weights]
+
+
+# -- ends and beginnings --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", ["distilling", "training", "measuring", "writing"])
+def test_a_run_that_was_killed_goes_on(
+    stage: str, tiny_llama: Path, root: Path, tmp_path: Path, plain: Path
+) -> None:
+    run = heads_run(tmp_path, tiny_llama, root, loras=ELK)
+    process = FORKS.Process(target=_run_and_die, args=(run, stage))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert not (run.work / "adapter").exists()
+    assert contents(make_heads(run).folder) == contents(plain)
+
+
+def _run_and_die(run: HeadsRun, stage: str) -> None:
+    """Kills its own process in the middle of a stage."""
+
+    def die(*_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def progress(now: str, done: int, total: int, note: str = "") -> None:
+        if now == stage and done >= total // 6:  # trained: behind the first checkpoint
+            die()
+
+    with (
+        patch.object(startup_engine, "measure", lambda *_: CheapHeads()),
+        patch.object(pipeline, "evaluation", die if stage == "writing" else pipeline.evaluation),
+    ):
+        make_heads(run, progress=progress)
+
+
+def test_a_full_disk_costs_nothing_that_is_done(
+    tiny_llama: Path, root: Path, tmp_path: Path, plain: Path
+) -> None:
+    run = heads_run(tmp_path, tiny_llama, root, loras=ELK)
+    for kib in (1, 48, 100):  # of the largest file: LoRA, states and checkpoint take more
+        ours, theirs = FORKS.Pipe(duplex=False)
+        process = FORKS.Process(target=_run_with_a_quota, args=(run, kib * 1024, theirs))
+        process.start()
+        theirs.close()
+        with ours:
+            kind, message = ours.recv()
+        assert kind == "ResourceExhaustedError" and "free some space" in message, message
+        process.join()
+    assert contents(make_heads(run).folder) == contents(plain)
+
+
+def _run_with_a_quota(run: HeadsRun, max_file_bytes: int, told: Any) -> None:
+    """Tells what it fails with: the error's class and message."""
+    with patch.object(startup_engine, "measure", lambda *_: CheapHeads()):
+        begin = pipeline.WorkFolder
+
+        def limited(root: Path) -> Any:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
+            return begin(root)
+
+        with patch.object(pipeline, "WorkFolder", limited):
+            try:
+                make_heads(run)
+            except Exception as error:
+                told.send((type(error).__name__, str(error)))
+            else:
+                told.send(("nothing", ""))
+
+
+def test_what_is_finished_is_not_done_again(tiny_llama: Path, tmp_path: Path) -> None:
+    run = heads_run(tmp_path, tiny_llama, None)
+    first = make_heads(run)
+    before = {path: path.stat().st_mtime_ns for path in run.work.rglob("*") if path.is_file()}
+    again = make_heads(run)
+    assert again.digest == first.digest and again.served == first.served
+    after = {path: path.stat().st_mtime_ns for path in run.work.rglob("*") if path.is_file()}
+    assert {p: t for p, t in after.items() if p.suffix != ".bin"} == {
+        p: t for p, t in before.items() if p.suffix != ".bin"
+    }
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "--temperature": {
+        "distill": DistillOptions(max_new_tokens=24, sampling=SamplingParams(temperature=0.7))
+    },
+    "--max-new-tokens": {"distill": DistillOptions(max_new_tokens=12)},
+    "--epochs": {"training": TrainOptions(epochs=3, batch_size=32, learning_rate=1e-2)},
+    "--num-heads": {"start": StartOptions(num_heads=3)},
+    "--draft-vocabulary": {"draft_vocabulary": 64},
+    "--lora": {"loras": (("lora-a", 1.0),)},
+    "--id": {"adapter_id": "another"},
+}
+
+
+def test_other_options_are_refused_by_name_or_start_over(
+    tiny_llama: Path, store: Path, tmp_path: Path
+) -> None:
+    run = heads_run(tmp_path, tiny_llama, store)
+    make_heads(run)
+    for name, changes in CHANGES.items():
+        with pytest.raises(InvalidArgumentError, match=f"{name} was.*--restart"):
+            make_heads(replace(run, **changes))
+    run.prompts.write_text('"another prompt"\n"and one more"\n')
+    with pytest.raises(InvalidArgumentError, match="--prompts was sha256"):
+        make_heads(run)
+    changed = replace(run, start=StartOptions(num_heads=3), restart=True)
+    assert make_heads(changed).evaluation["num_heads"] == 3
+
+
+# -- refusals -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails the test if a model is loaded."""
+
+    def loads(*_: Any) -> Any:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(pipeline, "open_engine", loads)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "holds no prompts"),
+        ("\n \n", "holds no prompts"),
+        ('{"prompt": "a"}\n{"prompt": \n', "line 2"),
+        ('{"prompt": "a"}\n\n{"other": "b"}\n', "line 3"),
+    ],
+)
+def test_bad_prompts_are_told_before_anything_loads(
+    text: str, words: str, tiny_llama: Path, tmp_path: Path, no_model: None
+) -> None:
+    run = heads_run(tmp_path, tiny_llama, None)
+    run.prompts.write_text(text)
+    with pytest.raises(InvalidArgumentError, match=words):
+        make_heads(run)
+    assert not run.work.exists()
+
+
+def test_prompts_beyond_the_context_are_skipped_and_counted(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    run = heads_run(tmp_path, tiny_llama, None)
+    with run.prompts.open("a") as file:
+        file.write(json.dumps({"prompt": "long " * 100}) + "\n")
+    outcome = make_heads(replace(run, model=replace(run.model, max_context=128)))
+    assert outcome.distilled.num_skipped == 1
+    assert outcome.distilled.num_samples == len(PROMPTS)
+    run.prompts.write_text(json.dumps("long " * 100))
+    with pytest.raises(InvalidArgumentError, match="none of its 1 prompts"):
+        make_heads(replace(run, model=replace(run.model, max_context=128), restart=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"loras": (("nobody", 1.0),)}, NotFoundError, "nobody"),
+        ({"loras": (("heads", 1.0),)}, InvalidArgumentError, "Medusa heads, not a LoRA"),
+        ({"start": StartOptions(continue_from="nobody")}, NotFoundError, "nobody"),
+        ({"start": StartOptions(continue_from="lora-a")}, InvalidArgumentError, "LoRA without"),
+        ({"start": StartOptions(shared="none")}, InvalidArgumentError, "--from"),
+        ({"bundle": True}, InvalidArgumentError, "--bundle"),
+        ({"bundle": True, "loras": (("lora-a", 0.5),)}, InvalidArgumentError, "scale 1"),
+        ({"bundle": True, "loras": (("both", 1.0),)}, InvalidArgumentError, "exactly one LoRA"),
+        ({"draft_vocabulary": 3}, InvalidArgumentError, "draft vocabulary of 3"),
+        ({"distill": DistillOptions(num_top=1000)}, InvalidArgumentError, "--soft-targets 1000"),
+    ],
+)
+def test_what_cannot_be_is_told_before_any_work(
+    changes: dict[str, Any],
+    error: type[LorastackError],
+    words: str,
+    tiny_llama: Path,
+    store: Path,
+    tmp_path: Path,
+) -> None:
+    run = heads_run(tmp_path, tiny_llama, store, **changes)
+    with pytest.raises(error, match=words):
+        make_heads(run)
+    assert [path.name for path in run.work.iterdir()] == ["LOCK"]
+    make_heads(heads_run(tmp_path, tiny_llama, None))  # and the folder is free for another try
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"adapter_id": "no id"}, "not an adapter id"),
+        ({"start": StartOptions(private_rank=4)}, "--private-rank goes with --from"),
+        ({"start": StartOptions(shared="a", continue_from="b")}, "exclude each other"),
+        ({"start": StartOptions(shared="a", num_heads=2)}, "--num-heads"),
+        ({"start": StartOptions(num_heads=33)}, "--num-heads may be 32"),
+    ],
+)
+def test_contradictions_are_told_before_anything_loads(
+    changes: dict[str, Any], words: str, tiny_llama: Path, tmp_path: Path, no_model: None
+) -> None:
+    with pytest.raises(InvalidArgumentError, match=words):
+        make_heads(heads_run(tmp_path, tiny_llama, None, **changes))
+
+
+# -- uploads --------------------------------------------------------------------------------------
+
+
+def test_an_id_that_exists_is_refused_before_hours_of_work(
+    server: LiveServer, tiny_llama: Path, tmp_path: Path
+) -> None:
+    run = heads_run(tmp_path, tiny_llama, None, adapter_id="heads")
+    before = server.client.get_adapter("heads").digest
+    with pytest.raises(AlreadyExistsError, match="--replace"):
+        make_heads(run, publication=Publication(server.server.address, "heads", replace=False))
+    assert not (run.work / "corpus").exists()
+    outcome = make_heads(run, publication=Publication(server.server.address, "heads", replace=True))
+    assert server.client.get_adapter("heads").digest == outcome.digest != before
+    # The same run once more: its answer may have been lost.
+    make_heads(run, publication=Publication(server.server.address, "heads", replace=False))
+    assert len(server.client.list_revisions("heads")) == 2
+    server.client.rollback("heads", before)
+
+
+def test_a_server_of_another_model_or_none_is_told_before_hours_of_work(
+    server: LiveServer, tiny_llama: Path, tmp_path: Path
+) -> None:
+    other = build_llama(tmp_path / "other", seed=5)
+    run = heads_run(tmp_path / "run", other, None)
+    with pytest.raises(FailedPreconditionError, match="another base model"):
+        make_heads(run, publication=Publication(server.server.address, "made", replace=False))
+    with pytest.raises(UnavailableError, match=r"127\.0\.0\.1:1"):
+        make_heads(run, publication=Publication("127.0.0.1:1", "made", replace=False))
+    assert not (run.work / "corpus").exists()
