@@ -21,7 +21,7 @@ from lorastack.adapters.memory.host import PackedAdapter
 from lorastack.adapters.memory.turns import QUANTUM
 from lorastack.errors import InternalError
 from lorastack.layout import DRAFT_KEY, AdapterLayout, TensorSlot
-from tests.adapters.pools import Bench, bench
+from tests.adapters.pools import Bench, Views, bench
 from tests.helpers.streams import FakeDevice
 
 SIZES = {"a": 1, "b": 3, "c": 4, "d": 6, "e": 9, "f": 5, "g": 7}
@@ -64,9 +64,12 @@ class World:
             if row.left:
                 held += self.run_row(row)
         if held:
-            # The views are made now, and read when the device gets to this step.
-            views = [(adapter.digest, adapter.buffer) for adapter in held]
-            self.device.steps.run(lambda: self.read(views))
+            # The buffers are taken now, and read when the device gets to this step.
+            buffers = [(adapter.digest, adapter.buffer) for adapter in held]
+            for adapter in held:
+                assert isinstance(adapter.views, Views)
+                assert adapter.views.address == adapter.buffer.data_ptr()
+            self.device.steps.run(lambda: self.read(buffers))
         self.made.pool.release([adapter.digest for adapter in held])
         self.made.now += QUANTUM / 2
         return bool(held)
@@ -86,8 +89,8 @@ class World:
             heads = None
         return [*found, *([heads] if heads else [])]
 
-    def read(self, views: list[tuple[str, torch.Tensor]]) -> None:
-        for digest, buffer in views:
+    def read(self, buffers: list[tuple[str, torch.Tensor]]) -> None:
+        for digest, buffer in buffers:
             assert buffer.tolist() == contents(digest), digest
             self.num_read += 1
 
@@ -108,10 +111,11 @@ class World:
                 break
             left = lag if self.step() else 0
             self.made.wait_for_loads()
+            self.made.wait_for_views()
             self.wait_for_thread()
-            self.device.copies.finish()
+            self.device.bring()
             while len(self.device.steps) > left and self.device.steps.advance():
-                self.device.copies.finish()
+                self.device.bring()
         assert not any(row.left for row in self.rows), "rows starve"
         self.device.settle()
         assert not any(self.made.resident.values())
@@ -128,7 +132,7 @@ class World:
 
 LORAS = st.sampled_from(["a", "b", "c", "d", "e", "f", "ab", "cd", "be", "fd", "abc"])
 MOVES = st.lists(
-    st.sampled_from(["step", "step", "load", "copies", "copies", "steps", "fail", "drop"]),
+    st.sampled_from(["step", "step", "load", "copies", "copies", "views", "steps", "fail", "drop"]),
     max_size=40,
 )
 
@@ -188,6 +192,9 @@ def test_every_step_reads_what_it_should(
                         world.step()
                     case "load":
                         made.wait_for_loads()
+                    case "views":
+                        made.wait_for_views()
+                        device.views.advance()
                     case "copies":
                         device.copies.advance()
                     case "steps":

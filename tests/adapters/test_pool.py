@@ -12,8 +12,14 @@ import torch
 from lorastack.adapters.memory.device import DeviceAdapter
 from lorastack.adapters.memory.host import PackedAdapter
 from lorastack.adapters.memory.threads import JobThread
-from lorastack.errors import DataLossError, FailedPreconditionError, InternalError, Reason
-from tests.adapters.pools import WAIT, Bench, bench, resident
+from lorastack.errors import (
+    DataLossError,
+    DeviceLostError,
+    FailedPreconditionError,
+    InternalError,
+    Reason,
+)
+from tests.adapters.pools import WAIT, Bench, Views, bench, resident
 from tests.adapters.test_host import packed
 from tests.helpers.streams import FakeDevice
 
@@ -186,6 +192,21 @@ def test_a_failed_load_is_tried_again_though_it_is_wanted_all_along() -> None:
             made.pool.prefetch("a")
             made.settle()
         assert made.resident == {"a": 0}
+
+
+def test_what_steps_read_is_made_by_the_thread_that_loads(ten: Bench) -> None:
+    (found,) = ten.hold("a")
+    assert found.views == Views(found.buffer.data_ptr(), "adapter-loads")
+
+
+def test_a_load_that_breaks_the_device_is_raised() -> None:
+    def load(digest: str) -> PackedAdapter:
+        raise DeviceLostError("gone")
+
+    with bench(load=load) as made:
+        made.pool.acquire("a")
+        with pytest.raises(DeviceLostError, match="gone"):
+            made.settle()
 
 
 def test_loads_run_at_low_priority_elsewhere() -> None:

@@ -5,34 +5,32 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import groupby, islice
-from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
 from lorastack.adapters.memory.device import DeviceAdapter
 from lorastack.engine.batch import RowStep
-from lorastack.engine.stacks import Stacks
-from lorastack.kernels.heads import HeadsGroup, HeadsWeights, TopTokens
+from lorastack.engine.stacks import lay_out_loras
+from lorastack.engine.views import heads_views
+from lorastack.kernels.heads import HeadsGroup, TopTokens
 from lorastack.layout import LM_HEAD, NO_LAYER, Part
 from lorastack.model.backends.base import Backend
 from lorastack.model.context import HeadsAsk
-from lorastack.speculation.heads import heads_weights, own_outputs
+from lorastack.speculation.heads import own_outputs
 from lorastack.speculation.proposal import Proposal
 
 
 class Proposer:
-    """Asks heads. Keeps views into their buffers, made once while they are on the device."""
+    """Asks heads."""
 
-    def __init__(self, backend: Backend, stacks: Stacks) -> None:
+    def __init__(self, backend: Backend) -> None:
         self._backend = backend
-        self._stacks = stacks
-        self._views: WeakKeyDictionary[DeviceAdapter, HeadsWeights] = WeakKeyDictionary()
 
     def ask(self, step: RowStep) -> HeadsAsk | None:
         """What the row asks of heads that stand alone, for the backend to answer."""
         if not step.num_candidates or not _stand_alone(step):
             return None
-        return HeadsAsk(self._weights(_heads_of(step)), step.num_candidates)
+        return HeadsAsk(heads_views(_heads_of(step)), step.num_candidates)
 
     def propose(
         self,
@@ -83,7 +81,7 @@ class Proposer:
         """The same through lm_head and the rows' LoRAs of it: a second pass over (rows x heads)."""
         r_YH = self._backend.ops.states(hidden_BH, self._groups(steps))
         counts = [_heads_of(step).layout.num_heads for step in steps]
-        logits_YV = self._backend.logits(r_YH, self._stacks.segments(steps, counts))
+        logits_YV = self._backend.logits(r_YH, lay_out_loras(steps, counts))
         return self._backend.ops.top(logits_YV, _most_candidates(steps))
 
     def _groups(self, steps: Sequence[RowStep]) -> list[HeadsGroup]:
@@ -93,14 +91,9 @@ class Proposer:
         for _, group in groupby(steps, key=_heads_order):
             rows = list(group)
             end = start + len(rows)
-            groups.append(HeadsGroup(start, end, self._weights(_heads_of(rows[0]))))
+            groups.append(HeadsGroup(start, end, heads_views(_heads_of(rows[0]))))
             start = end
         return groups
-
-    def _weights(self, heads: DeviceAdapter) -> HeadsWeights:
-        if heads not in self._views:
-            self._views[heads] = heads_weights(heads.buffer, heads.layout)
-        return self._views[heads]
 
 
 def _heads_of(step: RowStep) -> DeviceAdapter:

@@ -6,10 +6,9 @@ All methods are for the step thread and never wait; `seconds` is for any thread.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Container
-from functools import partial
 
 from lorastack.adapters.memory.copies import Copies
-from lorastack.adapters.memory.device import DeviceAdapter
+from lorastack.adapters.memory.device import DeviceAdapter, MakeViews, no_views
 from lorastack.adapters.memory.host import HostCache, PackedAdapter
 from lorastack.adapters.memory.threads import Failure, JobThread
 from lorastack.errors import LorastackError
@@ -24,20 +23,25 @@ class Pipeline:
         copies: Copies | None,
         on_finished: Callable[[], None],
         idle: Callable[[], bool] | None = None,
+        make_views: MakeViews = no_views,
     ) -> None:
         """copies: None if host copies serve as they are. on_finished: from the loads' thread.
 
-        idle: what that thread does while it has nothing to load, see `JobThread`.
+        idle: what that thread does while it has nothing to load, see `JobThread`. make_views: of
+        host copies that serve, see `DeviceAdapter`; any thread calls it.
         """
         self.loading: set[str] = set()
-        self.packed: dict[str, PackedAdapter] = {}
+        self.packed: dict[str, PackedAdapter | DeviceAdapter] = {}  # the latter if it serves
         self.copying: dict[str, int] = {}  # digest -> bytes it will take on the device
         self._failed: dict[str, LorastackError] = {}
         self._told: set[str] = set()  # failures that were raised since `keep_only`
         self._host = host
         self._on_finished = on_finished
         self._copies = copies
-        self._loads: JobThread[PackedAdapter] = JobThread("adapter-loads", on_finished, idle)
+        self._make_views = make_views
+        self._loads: JobThread[PackedAdapter | DeviceAdapter] = JobThread(
+            "adapter-loads", on_finished, idle
+        )
 
     def has(self, digest: str) -> bool:
         """True if it is on its way, or its load failed."""
@@ -59,17 +63,18 @@ class Pipeline:
     def load(self, digest: str) -> None:
         """Starts the load of an adapter for which `has` is false. A host copy is taken at once."""
         if (packed := self._host.find(digest)) is not None:
-            self.packed[digest] = packed
+            self.packed[digest] = self._served(packed)
             self._on_finished()
             return
         self.loading.add(digest)
-        self._loads.submit(digest, partial(self._host.get, digest))
+        self._loads.submit(digest, lambda: self._served(self._host.get(digest)))
 
     def copy(self, digest: str) -> DeviceAdapter | None:
         """Has what waits in `packed` copied; the adapter itself if no copy is needed."""
         packed = self.packed.pop(digest)
-        if self._copies is None:
-            return DeviceAdapter.of(packed, packed.buffer)
+        if isinstance(packed, DeviceAdapter):
+            return packed
+        assert self._copies is not None
         self.copying[digest] = packed.nbytes
         self._copies.start(packed)
         return None
@@ -93,19 +98,33 @@ class Pipeline:
         loaded = list(self._loads.finished())
         copied = [] if self._copies is None else list(self._copies.finished())
         arrived: list[DeviceAdapter] = []
-        for result in (*loaded, *copied):
+        for result in loaded:
             self.loading.discard(result.digest)
-            self.copying.pop(result.digest, None)
-            match result:
-                case Failure():
-                    if result.cause is not None:
-                        raise result.cause
-                    self._failed[result.digest] = result.error
-                case PackedAdapter():
-                    self.packed[result.digest] = result
-                case DeviceAdapter():
-                    arrived.append(result)
+            if isinstance(result, Failure):
+                self._note(result)
+            else:
+                self.packed[result.digest] = result
+        for copy in copied:
+            self.copying.pop(copy.digest)
+            if isinstance(copy, Failure):
+                self._note(copy)
+            else:
+                arrived.append(copy)
         return bool(loaded or copied), arrived
+
+    def _note(self, failure: Failure) -> None:
+        if failure.cause is not None:
+            raise failure.cause
+        self._failed[failure.digest] = failure.error
+
+    def _served(self, packed: PackedAdapter) -> PackedAdapter | DeviceAdapter:
+        """A host copy as it goes on from here."""
+        if self._copies is not None:
+            return packed
+        views = self._make_views(packed.buffer, packed.layout)
+        return DeviceAdapter(
+            digest=packed.digest, buffer=packed.buffer, layout=packed.layout, views=views
+        )
 
     def keep_only(self, asked: Container[str]) -> None:
         """Lets go of what nobody asks for any more, and of failures that were raised."""

@@ -91,12 +91,10 @@ class JobThread(Generic[ResultT]):
     def _outcome(self, digest: str, job: Callable[[], ResultT]) -> ResultT | Failure:
         try:
             return job()
-        except LorastackError as error:
-            return Failure(digest=digest, error=error)
         except Exception as error:
-            _log.exception("loading adapter %s failed", digest)
-            return Failure(
-                digest=digest,
-                error=InternalError(f"loading adapter {digest} failed: {error}"),
-                cause=error if breaks_device(error) else None,
-            )
+            shown = error
+            if not isinstance(shown, LorastackError):
+                _log.exception("loading adapter %s failed", digest)
+                shown = InternalError(f"loading adapter {digest} failed: {error}")
+            cause = error if breaks_device(error) else None
+            return Failure(digest=digest, error=shown, cause=cause)

@@ -1,0 +1,49 @@
+"""What steps read adapters by: views of their buffers, made once an adapter has its place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lorastack.adapters.memory.device import DeviceAdapter
+from lorastack.kernels.heads import HeadsWeights
+from lorastack.layout import AdapterLayout
+from lorastack.lora.weights import LoraWeights
+from lorastack.model.backends.base import Backend
+from lorastack.speculation.heads import heads_weights
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterViews:
+    """lora: empty for an adapter of heads only. heads: None for one without."""
+
+    lora: LoraWeights
+    heads: HeadsWeights | None
+
+
+def make_views(backend: Backend, buffer: Tensor, layout: AdapterLayout) -> AdapterViews:
+    """Of a buffer, which need not be written yet, and what the backend makes beside them.
+
+    Any thread. What goes to a CUDA device does so in the calling thread's current stream.
+    """
+    lora = LoraWeights.from_buffer(buffer, layout)
+    backend.adopt(lora)
+    return AdapterViews(lora, heads_weights(buffer, layout) if layout.num_heads else None)
+
+
+def lora_views(adapter: DeviceAdapter) -> LoraWeights:
+    """The adapter's LoRA."""
+    return _views_of(adapter).lora
+
+
+def heads_views(adapter: DeviceAdapter) -> HeadsWeights:
+    """The heads of an adapter that has some."""
+    heads = _views_of(adapter).heads
+    assert heads is not None, adapter.digest
+    return heads
+
+
+def _views_of(adapter: DeviceAdapter) -> AdapterViews:
+    assert isinstance(adapter.views, AdapterViews), adapter.digest
+    return adapter.views
