@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client import generate_latest
@@ -13,6 +15,7 @@ from prometheus_client import generate_latest
 from lorastack.adapters.memory.stream import Streams
 from lorastack.client import Adapter
 from lorastack.config import MIB, AdapterConfig
+from lorastack.engine import views
 from lorastack.errors import FailedPreconditionError, Reason, ResourceExhaustedError
 from lorastack.layout import ModelShapes
 from tests.helpers.adapters import write_heads, write_lora
@@ -78,6 +81,33 @@ def test_load_answers_when_it_is_there(server: LiveServer) -> None:
     unloaded = server.client.unload("a")
     assert unloaded.residency == Adapter.DISK
     assert loaded.digest not in scraped(server)
+
+
+def test_no_step_makes_what_it_reads_an_adapter_by(
+    server: LiveServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[str] = []
+    backend = type(server.engine._runner._backend)
+    watch(monkeypatch, threads, backend, "adopt")
+    watch(monkeypatch, threads, views, "heads_weights")
+    watch(monkeypatch, threads, views.AdapterViews, "__init__")
+    server.client.load("a")
+    server.client.generate(ask(stack=[("a", 1.0)], max_new_tokens=4))
+    server.client.load("heads")
+    server.client.generate(ask(heads="heads", max_new_tokens=4))
+    assert len(threads) == 5
+    assert {name.rstrip("_0") for name in threads} <= {"adapter-loads", "adapter-views"}
+
+
+def watch(monkeypatch: pytest.MonkeyPatch, threads: list[str], place: object, name: str) -> None:
+    """threads: gets the names of those that call it."""
+    call = getattr(place, name)
+
+    def record(*args: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return call(*args)
+
+    monkeypatch.setattr(place, name, record)
 
 
 def test_a_pin_lasts_until_it_is_taken(server: LiveServer) -> None:
