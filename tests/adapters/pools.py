@@ -74,7 +74,8 @@ class Bench:
     def wait_for_loads(self) -> None:
         """Until all that were asked for wait to be polled."""
         pipeline = self.pool._pipeline
-        while pipeline._loads._results.qsize() < len(pipeline.loading):
+        threads = pipeline._loads, pipeline._hits
+        while sum(each._results.qsize() for each in threads) < len(pipeline.loading):
             assert self._done.acquire(timeout=WAIT)
 
     def wait_for(self, condition: Callable[[], bool], *rows: str) -> None:

@@ -194,9 +194,16 @@ def test_a_failed_load_is_tried_again_though_it_is_wanted_all_along() -> None:
         assert made.resident == {"a": 0}
 
 
-def test_what_steps_read_is_made_by_the_thread_that_loads(ten: Bench) -> None:
+def test_what_steps_read_is_made_in_a_thread(ten: Bench) -> None:
+    """By the one that loads, or by another where nothing is to load."""
     (found,) = ten.hold("a")
     assert found.views == Views(found.buffer.data_ptr(), "adapter-loads")
+    ten.pool.release("a")
+    for digest in "edb":  # for the last of them a leaves the device
+        ten.use(digest)
+    (again,) = ten.hold("a")
+    assert again is not found and ten.loads.count("a") == 1
+    assert again.views == Views(found.buffer.data_ptr(), "adapter-views")
 
 
 def test_a_load_that_breaks_the_device_is_raised() -> None:

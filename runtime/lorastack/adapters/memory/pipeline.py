@@ -6,6 +6,7 @@ All methods are for the step thread and never wait; `seconds` is for any thread.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Container
+from functools import partial
 
 from lorastack.adapters.memory.copies import Copies
 from lorastack.adapters.memory.device import DeviceAdapter, MakeViews, no_views
@@ -28,7 +29,7 @@ class Pipeline:
         """copies: None if host copies serve as they are. on_finished: from the loads' thread.
 
         idle: what that thread does while it has nothing to load, see `JobThread`. make_views: of
-        host copies that serve, see `DeviceAdapter`; any thread calls it.
+        host copies that serve, see `DeviceAdapter`.
         """
         self.loading: set[str] = set()
         self.packed: dict[str, PackedAdapter | DeviceAdapter] = {}  # the latter if it serves
@@ -41,6 +42,10 @@ class Pipeline:
         self._make_views = make_views
         self._loads: JobThread[PackedAdapter | DeviceAdapter] = JobThread(
             "adapter-loads", on_finished, idle
+        )
+        # For host copies that serve and were there already: they wait for nobody's load.
+        self._hits: JobThread[PackedAdapter | DeviceAdapter] = JobThread(
+            "adapter-views", on_finished
         )
 
     def has(self, digest: str) -> bool:
@@ -61,13 +66,17 @@ class Pipeline:
                 raise error
 
     def load(self, digest: str) -> None:
-        """Starts the load of an adapter for which `has` is false. A host copy is taken at once."""
-        if (packed := self._host.find(digest)) is not None:
-            self.packed[digest] = self._served(packed)
+        """Starts the load of an adapter for which `has` is false. A host copy is taken as it is."""
+        packed = self._host.find(digest)
+        if packed is not None and self._copies is not None:
+            self.packed[digest] = packed
             self._on_finished()
             return
         self.loading.add(digest)
-        self._loads.submit(digest, lambda: self._served(self._host.get(digest)))
+        if packed is None:
+            self._loads.submit(digest, lambda: self._served(self._host.get(digest)))
+        else:
+            self._hits.submit(digest, partial(self._served, packed))
 
     def copy(self, digest: str) -> DeviceAdapter | None:
         """Has what waits in `packed` copied; the adapter itself if no copy is needed."""
@@ -95,7 +104,7 @@ class Pipeline:
 
         Raises what broke the device.
         """
-        loaded = list(self._loads.finished())
+        loaded = [*self._loads.finished(), *self._hits.finished()]
         copied = [] if self._copies is None else list(self._copies.finished())
         arrived: list[DeviceAdapter] = []
         for result in loaded:
@@ -118,7 +127,7 @@ class Pipeline:
         self._failed[failure.digest] = failure.error
 
     def _served(self, packed: PackedAdapter) -> PackedAdapter | DeviceAdapter:
-        """A host copy as it goes on from here."""
+        """In a thread: a host copy as it goes on from here."""
         if self._copies is not None:
             return packed
         views = self._make_views(packed.buffer, packed.layout)
@@ -152,5 +161,6 @@ class Pipeline:
     def close(self) -> None:
         """Ends the threads after the jobs that are queued."""
         self._loads.close()
+        self._hits.close()
         if self._copies is not None:
             self._copies.close()
