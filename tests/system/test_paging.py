@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from prometheus_client import generate_latest
 
+from lorastack.adapters.memory.arena import DeviceArena
+from lorastack.adapters.memory.space import Move
 from lorastack.adapters.memory.stream import Streams
 from lorastack.client import Adapter
 from lorastack.config import MIB, AdapterConfig
@@ -209,6 +211,42 @@ def test_tokens_are_the_same_through_a_small_device(
     small = sizes[0] // 3
     assert tokens("device", small, FakeDevice(lazy=True).streams) == expected
     assert evictions[0] == 0 < evictions[1] and sizes[1] <= small
+
+
+def test_an_adapter_that_moves_gives_the_same_tokens(
+    tiny_llama: Path,
+    tiny_llama_shapes: ModelShapes,
+    folders: dict[str, Path],
+    tmp_path: Path,
+    device_bytes: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Three fill the device, the first and the last leave, and one of twice their size comes."""
+    wide = write_lora(tmp_path / "wide", tiny_llama_shapes, seed=5, rank=16)
+    config = AdapterConfig(store=tmp_path / "store", device_memory=3 * device_bytes)
+    moved: list[int] = []
+    move = DeviceArena.move
+
+    def record(self: DeviceArena, moves: Sequence[Move]) -> None:
+        moved.append(len(moves))
+        move(self, moves)
+
+    monkeypatch.setattr(DeviceArena, "move", record)
+    streams = FakeDevice(lazy=True).streams
+    with LiveServer(tiny_llama, engine=ROOMY, adapters=config, streams=streams) as live:
+        live.upload_all({name: folders[name] for name in NAMES} | {"wide": wide})
+        for name in NAMES:
+            live.client.load(name)
+        expected = [live.client.generate(ask(stack=[(name, 1.0)])).token_ids for name in NAMES]
+        assert expected[0] != expected[1] != expected[2]
+        for name in ("a", "c"):
+            live.client.unload(name)
+        assert not moved
+        live.client.load("wide")
+        assert moved == [1]
+        assert live.client.generate(ask(stack=[("b", 1.0)])).token_ids == expected[1]
+        assert live.client.get_adapter("b").residency == Adapter.DEVICE
+        live.assert_idle()
 
 
 def test_the_log_says_how_the_store_was_found(
