@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -250,6 +252,29 @@ def test_a_thread_without_jobs_has_other_things_to_do() -> None:
     assert list(thread.finished()) == ["last"]
     thread.close()
     assert not left
+
+
+def test_the_end_of_a_thread_does_not_wait_for_jobs_that_have_not_begun() -> None:
+    began, go_on, ran = threading.Event(), threading.Event(), list[str]()
+    thread: JobThread[object] = JobThread("test", lambda: None)
+
+    def first() -> bool:
+        began.set()
+        return go_on.wait(WAIT)
+
+    thread.submit("first", first)
+    assert began.wait(WAIT)
+    for name in ("second", "third"):
+        thread.submit(name, partial(ran.append, name))
+    closing = threading.Thread(target=thread.close)
+    closing.start()
+    end = time.monotonic() + WAIT
+    while thread._jobs.qsize() != 1:  # the word to end
+        assert time.monotonic() < end
+        time.sleep(0.001)
+    go_on.set()
+    closing.join(WAIT)
+    assert not closing.is_alive() and not ran
 
 
 def test_the_step_thread_never_waits_for_a_load() -> None:

@@ -153,9 +153,9 @@ class Copies:
         self._arena.give(place)
 
     def close(self) -> None:
-        """Ends the threads after what they have to do."""
+        """Ends the threads after what they are at."""
         self._thread.close()
-        self._making.shutdown()
+        self._making.shutdown(cancel_futures=True)
 
     # -- places -----------------------------------------------------------------------------------
 

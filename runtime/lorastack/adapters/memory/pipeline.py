@@ -159,7 +159,7 @@ class Pipeline:
         return self._loads.seconds + (0.0 if self._copies is None else self._copies.seconds)
 
     def close(self) -> None:
-        """Ends the threads after the jobs that are queued."""
+        """Ends the threads after what they are at."""
         self._loads.close()
         self._hits.close()
         if self._copies is not None:

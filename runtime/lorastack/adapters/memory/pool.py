@@ -253,7 +253,7 @@ class DevicePool:
             )
 
     def close(self) -> None:
-        """Ends the loader threads after the jobs that are queued."""
+        """Ends the loader threads after what they are at."""
         self._pipeline.close()
 
     # -- asking -----------------------------------------------------------------------------------

@@ -70,7 +70,10 @@ class JobThread(Generic[ResultT]):
                 yield self._results.get_nowait()
 
     def close(self) -> None:
-        """Ends the thread after the jobs that are queued."""
+        """Ends the thread after the job that it is at; those that wait are not begun."""
+        with contextlib.suppress(Empty):
+            while True:
+                self._jobs.get_nowait()
         self._jobs.put(None)
         self._thread.join()
 
