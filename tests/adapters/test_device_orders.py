@@ -1,6 +1,6 @@
 """Rows that page adapters through a small device whose streams get on in any order.
 
-Steps are told to the device long before they run, loads fail, copies fail, host memory is cut from
+Steps are told to the device long before they run, copies and views fail, host memory is cut from
 slabs that are used again and again. Whatever a step reads when its turn comes must be right.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from lorastack.adapters.memory.host import PackedAdapter
 from lorastack.adapters.memory.turns import QUANTUM
 from lorastack.errors import InternalError
 from lorastack.layout import DRAFT_KEY, AdapterLayout, TensorSlot
-from tests.adapters.pools import Bench, Views, bench
+from tests.adapters.pools import Bench, Views, bench, views_at
 from tests.helpers.streams import FakeDevice
 
 SIZES = {"a": 1, "b": 3, "c": 4, "d": 6, "e": 9, "f": 5, "g": 7}
@@ -106,6 +107,7 @@ class World:
         lag: steps that wait for their turn while copies may have theirs, and rows can run.
         """
         self.device.copies.failures.clear()
+        self.device.views.failures.clear()
         for _ in range(500):
             if not any(row.left for row in self.rows):
                 break
@@ -131,10 +133,7 @@ class World:
 
 
 LORAS = st.sampled_from(["a", "b", "c", "d", "e", "f", "ab", "cd", "be", "fd", "abc"])
-MOVES = st.lists(
-    st.sampled_from(["step", "step", "load", "copies", "copies", "views", "steps", "fail", "drop"]),
-    max_size=40,
-)
+MOVES = ("step", "step", "load", "copies", "copies", "views", "steps", "fail", "fail views", "drop")
 
 
 def loader(pinned: PinnedArena) -> Callable[[str], PackedAdapter]:
@@ -160,13 +159,19 @@ def loader(pinned: PinnedArena) -> Callable[[str], PackedAdapter]:
     return load
 
 
+def views_on(device: FakeDevice, buffer: torch.Tensor, layout: AdapterLayout) -> Views:
+    if device.views.failures:
+        raise device.views.failures.pop()
+    return views_at(buffer, layout)
+
+
 @given(
     rows=st.lists(
         st.builds(Row, loras=LORAS, heads=st.sampled_from(["", "", "g"]), left=st.integers(1, 6)),
         min_size=1,
         max_size=6,
     ),
-    moves=MOVES,
+    moves=st.lists(st.sampled_from(MOVES), max_size=40),
     piece=st.integers(1, 5),
     lag=st.integers(0, 8),
 )
@@ -186,6 +191,7 @@ def test_every_step_reads_what_it_should(
             patch.setattr(module, "PIECE", piece)
         with bench(BUDGET, loader(pinned), device) as made:
             world = World(made, device, rows)
+            patch.setattr(made.pool._pipeline._copies, "_make_views", partial(views_on, device))
             for move in moves:
                 match move:
                     case "step":
@@ -201,6 +207,8 @@ def test_every_step_reads_what_it_should(
                         device.steps.advance()
                     case "fail":
                         device.copies.failures[:] = [RuntimeError("boom")]
+                    case "fail views":
+                        device.views.failures[:] = [RuntimeError("boom")]
                     case "drop":
                         made.pool.drop("abc"[len(moves) % 3])
             world.end(lag)
