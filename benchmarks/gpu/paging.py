@@ -20,10 +20,11 @@ from benchmarks.gpu.setting import Setting
 from benchmarks.gpu.steps import DTYPE, Model
 from lorastack.adapters.memory.arena import DeviceArena, PinnedArena
 from lorastack.adapters.memory.copies import Copies
-from lorastack.adapters.memory.device import DeviceAdapter
+from lorastack.adapters.memory.device import DeviceAdapter, MakeViews, no_views
 from lorastack.adapters.memory.host import PackedAdapter
 from lorastack.adapters.memory.stream import device_streams
 from lorastack.config import GIB
+from lorastack.engine.views import make_views
 
 KINDS = 4  # adapters that take turns
 UNDER_WAY = 3
@@ -40,7 +41,7 @@ class Traffic:
     """Cold adapters without end: each is dropped when it has come. done: how many; wrong: of them,
     those whose bytes are not the host's."""
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: Setting, views: MakeViews = no_views) -> None:
         streams = device_streams(setting.device)
         assert streams is not None
         self.done, self.wrong = 0, 0
@@ -48,7 +49,7 @@ class Traffic:
         self._packed = [self._pack(setting, f"{kind}") for kind in range(KINDS)]
         self.nbytes = self._packed[0].nbytes
         arena = DeviceArena(2 * UNDER_WAY * self.nbytes, setting.device, streams)
-        self._copies = Copies(arena, streams, _no_rows, lambda: None)
+        self._copies = Copies(arena, streams, _no_rows, lambda: None, views)
         self._started, self._under_way = 0, set[str]()
 
     def _pack(self, setting: Setting, digest: str) -> PackedAdapter:
@@ -101,7 +102,8 @@ def _copies(setting: Setting) -> Iterator[Finding]:
 
 
 def _steps(setting: Setting) -> Iterator[Finding]:
-    model, traffic = Model(setting), Traffic(setting)
+    model = Model(setting)
+    traffic = Traffic(setting, partial(make_views, model.backend))
     batch = decoding(model.shapes, 2 if setting.tiny else 8, model.past)
 
     def step() -> None:

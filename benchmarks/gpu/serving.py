@@ -20,6 +20,7 @@ import torch
 from benchmarks.gpu.models import random_backend, random_lora
 from benchmarks.gpu.record import Cases, Finding
 from benchmarks.gpu.setting import Setting
+from lorastack.engine.views import make_views
 from lorastack.layout import EMBED, LAYER_TARGETS, LM_HEAD, ModelShapes
 from lorastack.request import (
     HeadsUse,
@@ -56,9 +57,11 @@ def _bench(setting: Setting, shapes: ModelShapes, loras: Sequence[str]) -> Bench
     adapters = {digest: scripted_heads(digest, count) for digest, count in HEADS.items()}
     for digest in loras:
         rank, targets = TARGETS[digest]
-        adapters[digest] = random_lora(
+        lora = random_lora(
             shapes, torch.bfloat16, setting.device, digest=digest, rank=rank, targets=targets
         )
+        views = make_views(backend, lora.buffer, lora.layout)
+        adapters[digest] = replace(lora, views=views)
     with tempfile.TemporaryDirectory() as folder:
         write_tokenizer(Path(folder))
         return Bench(backend, Tokenizer.load(Path(folder)), adapters)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -51,6 +52,9 @@ class TimedStream:
         nbytes = getattr(work(), "nbytes", 0)
         self._busy_until = max(self._busy_until, time.monotonic()) + nbytes / self._rate
 
+    def current(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def record(self) -> TimedEvent:
         return TimedEvent(self._busy_until + self._latency)
 
@@ -87,8 +91,9 @@ def main(
     from lorastack.adapters.memory.stream import Streams
     from lorastack.service.build import build_server
 
-    steps, bus = TimedStream(0.0, math.inf), TimedStream(COPY_SECONDS, COPY_BYTES_A_SECOND)
-    server = build_server(config, streams=Streams(steps, bus) if slow else None)
+    steps, views = TimedStream(0.0, math.inf), TimedStream(0.0, math.inf)
+    bus = TimedStream(COPY_SECONDS, COPY_BYTES_A_SECOND)
+    server = build_server(config, streams=Streams(steps, bus, views) if slow else None)
     raise typer.Exit(server.run(typer.echo))
 
 

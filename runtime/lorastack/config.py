@@ -13,6 +13,7 @@ from decimal import Decimal
 from pathlib import Path
 
 KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
+CPU_ROWS, CPU_ADAPTERS = 32, 2 * GIB  # where nobody says otherwise; see startup.device for GPUs
 _UNITS = {"": 1, "B": 1, "KiB": KIB, "MiB": MIB, "GiB": GIB, "TiB": TIB}
 _SIZE = re.compile(r"(?P<number>[0-9]{1,20}(\.[0-9]{1,20})?)(?P<unit>[KMGT]iB|B|)", re.ASCII)
 
@@ -43,7 +44,7 @@ class EngineConfig:
 
     kv_memory: int | None = None  # bytes; None: 4 GiB or what is left, on CUDA a share of that
     page_size: int = 16  # tokens
-    max_rows: int = 32  # running at once
+    max_rows: int = CPU_ROWS  # running at once
     max_queue: int = 256  # waiting
     # Tokens of a step: the last one of each row that decodes, then prompts (see engine.pace), then
     # nodes. Rows that decode always run, and one token of a prompt with them.
@@ -59,7 +60,7 @@ class AdapterConfig:
     """Where adapters live and what they may take. Sizes in bytes."""
 
     store: Path
-    device_memory: int = 2 * GIB
+    device_memory: int = CPU_ADAPTERS
     host_memory: int = 8 * GIB
     max_upload: int = 4 * GIB
     max_files: int = 64

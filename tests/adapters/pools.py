@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from lorastack.adapters.memory.copies import Copies
 from lorastack.adapters.memory.device import DeviceAdapter
 from lorastack.adapters.memory.host import HostCache, PackedAdapter
 from lorastack.adapters.memory.pool import DevicePool
+from lorastack.layout import AdapterLayout
 from tests.adapters.test_host import packed
 from tests.helpers.streams import FakeDevice
 
@@ -42,9 +44,14 @@ class Bench:
         copies = None
         if device is not None:
             arena = DeviceArena(budget, CPU, device.streams)
-            copies = Copies(arena, device.streams, head_rows, self._done.release)
+            copies = Copies(arena, device.streams, head_rows, self._done.release, views_at)
         self.pool = DevicePool(
-            budget, self.host, self._done.release, copies=copies, clock=lambda: self.now
+            budget,
+            self.host,
+            self._done.release,
+            copies=copies,
+            make_views=views_at,
+            clock=lambda: self.now,
         )
 
     def _counted(self, digest: str) -> PackedAdapter:
@@ -54,14 +61,21 @@ class Bench:
     def settle(self) -> bool:
         """Waits until the loader has done all it was asked for, and the device too; then polls."""
         self.wait_for_loads()
+        self.wait_for_views()
         if self._device is not None:
             self._device.settle()
         return self.pool.poll()
 
+    def wait_for_views(self) -> None:
+        """Until all that were asked for are made. Their stream gets on when the test says so."""
+        if (copies := self.pool._pipeline._copies) is not None:
+            copies._making.submit(int).result(WAIT)
+
     def wait_for_loads(self) -> None:
         """Until all that were asked for wait to be polled."""
         pipeline = self.pool._pipeline
-        while pipeline._loads._results.qsize() < len(pipeline.loading):
+        threads = pipeline._loads, pipeline._hits
+        while sum(each._results.qsize() for each in threads) < len(pipeline.loading):
             assert self._done.acquire(timeout=WAIT)
 
     def wait_for(self, condition: Callable[[], bool], *rows: str) -> None:
@@ -96,6 +110,19 @@ class Bench:
 def head_rows(ids: Sequence[int], out_NH: Tensor) -> None:
     """Row i of lm_head holds i everywhere."""
     out_NH.copy_(torch.tensor(ids)[:, None].expand_as(out_NH))
+
+
+@dataclass(frozen=True)
+class Views:
+    """address: where they were made for. thread: by which."""
+
+    address: int
+    thread: str
+
+
+def views_at(buffer: Tensor, layout: AdapterLayout) -> Views:
+    assert buffer.nbytes == layout.nbytes
+    return Views(buffer.data_ptr(), threading.current_thread().name)
 
 
 def resident(pool: DevicePool) -> list[tuple[str, int, int]]:

@@ -83,7 +83,9 @@ def test_what_moves_keeps_its_bytes(monkeypatch: pytest.MonkeyPatch, piece: int,
     arena.give(gap)
     arena.give(end)
     assert arena.take(hole + 2) is None
-    assert arena.compact(hole + 2, lambda taken: True) == [large, small]
+    moves = arena.plan(hole + 2, lambda taken: True)
+    assert [move.slice for move in moves] == [large, small]
+    arena.move(moves)
     step([arena.bytes_of(taken) for taken in (large, small)])
     joined = arena.take(hole + 2)
     assert joined is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -11,9 +12,9 @@ from lorastack.adapters.memory import arena, copies
 from lorastack.adapters.memory.device import DeviceAdapter
 from lorastack.adapters.memory.host import PackedAdapter
 from lorastack.adapters.memory.turns import QUANTUM
-from lorastack.errors import InternalError
+from lorastack.errors import DeviceLostError, InternalError
 from lorastack.layout import DRAFT_KEY, AdapterLayout, TensorSlot
-from tests.adapters.pools import Bench, bench
+from tests.adapters.pools import Bench, Views, bench
 from tests.helpers.streams import FakeDevice
 
 SIZES = {"a": 4, "b": 4, "c": 4, "d": 6, "e": 9, "l": 24, "x": 1}
@@ -62,11 +63,15 @@ def ask(made: Bench, *digests: str) -> None:
             assert made.pool.acquire(digest) is None
         made.wait_for_loads()
         made.pool.poll()
+    made.wait_for_views()
 
 
 def held(made: Bench, digest: str) -> DeviceAdapter:
     (adapter,) = made.pool.acquire(digest) or (None,)
     assert adapter is not None, digest
+    assert isinstance(adapter.views, Views)
+    assert adapter.views.address == adapter.buffer.data_ptr(), "made for another place"
+    assert adapter.views.thread.startswith("adapter-views")
     return adapter
 
 
@@ -80,7 +85,7 @@ def test_a_copy_is_there_when_its_event_is(made: Bench, device: FakeDevice) -> N
         made.pool.poll()
         assert made.pool.acquire("e") is None
     assert made.pool.copying
-    device.copies.finish()
+    device.bring()
     assert made.pool.poll()
     assert not made.pool.copying
     adapter = held(made, "e")
@@ -104,6 +109,8 @@ def test_what_a_row_waits_for_passes_what_is_loaded_ahead(device: FakeDevice) ->
         assert len(device.copies.threads) == copies.PIECES_AHEAD + 3
         for _ in range(copies.PIECES_AHEAD + 3):
             device.copies.advance()
+        made.wait_for_views()
+        device.views.finish()
         made.pool.poll()
         assert made.resident.keys() == {"e"}
         while made.pool.copying:  # a piece is added for each that is done
@@ -122,7 +129,7 @@ def test_what_is_loaded_ahead_goes_at_once_when_a_row_asks(device: FakeDevice) -
         assert made.pool.acquire("l") is None
         made.pool.poll()
         assert len(device.copies.threads) == 6
-        device.copies.finish()
+        device.bring()
         made.pool.poll()
         assert held(made, "l").buffer.tolist() == contents("l", 24)
 
@@ -154,7 +161,7 @@ def test_a_host_copy_stays_until_the_stream_has_read_it(device: FakeDevice) -> N
         ask(made, "a")
         assert made.host.drop_oldest()
         assert not made.host.snapshot()
-        device.copies.finish()
+        device.bring()
         made.pool.poll()
         assert held(made, "a").buffer.tolist() == contents("a", 4)
 
@@ -204,7 +211,7 @@ def test_the_place_of_a_failed_copy_is_free_when_the_stream_has_left_it(
             made.pool.poll()
         assert made.pool._pipeline.copying.keys() == {"e"}
         assert len(calls) == 2
-        device.copies.finish()
+        device.bring()
         made.pool.acquire("d")
         made.pool.poll()
         made.pool.acquire("d")
@@ -222,6 +229,52 @@ def test_an_error_that_breaks_the_device_is_raised(device: FakeDevice, pinned: b
 
         with pytest.raises(torch.AcceleratorError):
             poll()
+
+
+def failing_views(monkeypatch: pytest.MonkeyPatch, made: Bench, error: Exception) -> None:
+    """Of whatever is made from now on."""
+
+    def fail(buffer: torch.Tensor, layout: AdapterLayout) -> None:
+        raise error
+
+    monkeypatch.setattr(made.pool._pipeline._copies, "_make_views", fail)
+
+
+def failure(made: Bench, digest: str) -> str:
+    """What a row is told that waits for it."""
+    for _ in range(9):
+        try:
+            assert made.pool.acquire(digest) is None
+        except InternalError as error:
+            return error.message
+        made.settle()
+    raise AssertionError(f"{digest} never fails")
+
+
+def test_an_adapter_that_steps_could_not_read_leaves_its_place(
+    made: Bench, device: FakeDevice
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        failing_views(patch, made, RuntimeError("boom"))
+        assert re.match("copying adapter e .* boom", failure(made, "e"))
+    assert not made.resident and not made.pool.copying
+    made.pool.poll()  # it was told
+    ask(made, "e")
+    made.settle()
+    assert held(made, "e").buffer.tolist() == contents("e", 9)
+
+
+@pytest.mark.parametrize("moving", [False, True])
+def test_views_that_break_the_device_are_raised(
+    made: Bench, device: FakeDevice, monkeypatch: pytest.MonkeyPatch, moving: bool
+) -> None:
+    if moving:
+        with_a_hole_beside(made, device)
+        made.pool.release("b")
+    broken = torch.AcceleratorError("CUDA error: unspecified launch failure")
+    failing_views(monkeypatch, made, broken)
+    with pytest.raises(torch.AcceleratorError):
+        failure(made, "d")
 
 
 # -- places ---------------------------------------------------------------------------------------
@@ -242,15 +295,59 @@ def test_a_neighbour_moves_for_a_hole_that_is_too_small(made: Bench, device: Fak
     device.steps.run(lambda: seen.append(before.buffer.tolist()))  # a step of before
     made.pool.release("b")
     ask(made, "d")
+    assert held(made, "b") is before, "what steps need of it at its new place is on its way"
+    made.pool.release("b")
+    device.views.finish()
+    made.pool.acquire("d")
+    made.pool.poll()
     after = held(made, "b")
     assert after is not before and after.buffer.data_ptr() != before.buffer.data_ptr()
     device.steps.run(lambda: seen.append(after.buffer.tolist()))
-    device.copies.finish()
+    device.bring()
     assert made.pool.acquire("d") is None, "its place is written before b has left it"
-    device.settle()
-    made.pool.poll()
+    made.settle()
     assert held(made, "d").buffer.tolist() == contents("d", 6)
     assert seen == [contents("b", 4)] * 2
+
+
+def test_a_neighbour_that_cannot_move_stays(made: Bench, device: FakeDevice) -> None:
+    """The copy that it was to make room for ends; the next one moves it."""
+    before = with_a_hole_beside(made, device)
+    made.pool.release("b")
+    with pytest.MonkeyPatch.context() as patch:
+        failing_views(patch, made, RuntimeError("boom"))
+        assert re.match("copying adapter d .* boom", failure(made, "d"))
+    assert held(made, "b") is before
+    made.pool.release("b")
+    made.pool.poll()  # it was told
+    ask(made, "d")
+    for _ in range(2):
+        made.pool.acquire("d")
+        made.settle()
+    assert held(made, "d").buffer.tolist() == contents("d", 6)
+    assert held(made, "b").buffer.tolist() == contents("b", 4)
+
+
+def test_a_move_that_fails_breaks_the_device(made: Bench, device: FakeDevice) -> None:
+    """Nobody knows then what lies where: better no tokens than wrong ones."""
+    with_a_hole_beside(made, device)
+    made.pool.release("b")
+    device.steps.failures.append(RuntimeError("boom"))
+    with pytest.raises(DeviceLostError, match="boom; restart the server"):
+        failure(made, "d")
+
+
+def test_other_neighbours_move_if_those_that_were_to_leave(made: Bench, device: FakeDevice) -> None:
+    """What was made for their new places is nobody's."""
+    with_a_hole_beside(made, device)
+    made.pool.release("b")
+    ask(made, "d")
+    assert made.pool.drop("b")
+    made.pool.acquire("d")
+    made.pool.poll()
+    made.settle()
+    assert held(made, "d").buffer.tolist() == contents("d", 6)
+    assert made.resident == {"d": 1}
 
 
 def test_what_is_pinned_does_not_move(made: Bench, device: FakeDevice) -> None:
@@ -284,7 +381,7 @@ def test_what_left_is_overwritten_behind_its_last_step(made: Bench, device: Fake
     made.now += QUANTUM
     ask(made, "d")
     assert "e" not in made.resident
-    device.copies.finish()
+    device.bring()
     made.pool.poll()
     assert not seen and made.pool.acquire("d") is None
     made.settle()

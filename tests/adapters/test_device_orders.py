@@ -1,6 +1,6 @@
 """Rows that page adapters through a small device whose streams get on in any order.
 
-Steps are told to the device long before they run, loads fail, copies fail, host memory is cut from
+Steps are told to the device long before they run, copies and views fail, host memory is cut from
 slabs that are used again and again. Whatever a step reads when its turn comes must be right.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from lorastack.adapters.memory.host import PackedAdapter
 from lorastack.adapters.memory.turns import QUANTUM
 from lorastack.errors import InternalError
 from lorastack.layout import DRAFT_KEY, AdapterLayout, TensorSlot
-from tests.adapters.pools import Bench, bench
+from tests.adapters.pools import Bench, Views, bench, views_at
 from tests.helpers.streams import FakeDevice
 
 SIZES = {"a": 1, "b": 3, "c": 4, "d": 6, "e": 9, "f": 5, "g": 7}
@@ -64,9 +65,12 @@ class World:
             if row.left:
                 held += self.run_row(row)
         if held:
-            # The views are made now, and read when the device gets to this step.
-            views = [(adapter.digest, adapter.buffer) for adapter in held]
-            self.device.steps.run(lambda: self.read(views))
+            # The buffers are taken now, and read when the device gets to this step.
+            buffers = [(adapter.digest, adapter.buffer) for adapter in held]
+            for adapter in held:
+                assert isinstance(adapter.views, Views)
+                assert adapter.views.address == adapter.buffer.data_ptr()
+            self.device.steps.run(lambda: self.read(buffers))
         self.made.pool.release([adapter.digest for adapter in held])
         self.made.now += QUANTUM / 2
         return bool(held)
@@ -86,8 +90,8 @@ class World:
             heads = None
         return [*found, *(heads or ())]
 
-    def read(self, views: list[tuple[str, torch.Tensor]]) -> None:
-        for digest, buffer in views:
+    def read(self, buffers: list[tuple[str, torch.Tensor]]) -> None:
+        for digest, buffer in buffers:
             assert buffer.tolist() == contents(digest), digest
             self.num_read += 1
 
@@ -103,15 +107,17 @@ class World:
         lag: steps that wait for their turn while copies may have theirs, and rows can run.
         """
         self.device.copies.failures.clear()
+        self.device.views.failures.clear()
         for _ in range(500):
             if not any(row.left for row in self.rows):
                 break
             left = lag if self.step() else 0
             self.made.wait_for_loads()
+            self.made.wait_for_views()
             self.wait_for_thread()
-            self.device.copies.finish()
+            self.device.bring()
             while len(self.device.steps) > left and self.device.steps.advance():
-                self.device.copies.finish()
+                self.device.bring()
         assert not any(row.left for row in self.rows), "rows starve"
         self.device.settle()
         assert not any(self.made.resident.values())
@@ -127,10 +133,7 @@ class World:
 
 
 LORAS = st.sampled_from(["a", "b", "c", "d", "e", "f", "ab", "cd", "be", "fd", "abc"])
-MOVES = st.lists(
-    st.sampled_from(["step", "step", "load", "copies", "copies", "steps", "fail", "drop"]),
-    max_size=40,
-)
+MOVES = ("step", "step", "load", "copies", "copies", "views", "steps", "fail", "fail views", "drop")
 
 
 def loader(pinned: PinnedArena) -> Callable[[str], PackedAdapter]:
@@ -156,6 +159,12 @@ def loader(pinned: PinnedArena) -> Callable[[str], PackedAdapter]:
     return load
 
 
+def views_on(device: FakeDevice, buffer: torch.Tensor, layout: AdapterLayout) -> Views:
+    if device.views.failures:
+        raise device.views.failures.pop()
+    return views_at(buffer, layout)
+
+
 @given(
     rows=st.lists(
         st.builds(
@@ -167,7 +176,7 @@ def loader(pinned: PinnedArena) -> Callable[[str], PackedAdapter]:
         min_size=1,
         max_size=6,
     ),
-    moves=MOVES,
+    moves=st.lists(st.sampled_from(MOVES), max_size=40),
     piece=st.integers(1, 5),
     lag=st.integers(0, 8),
 )
@@ -187,18 +196,24 @@ def test_every_step_reads_what_it_should(
             patch.setattr(module, "PIECE", piece)
         with bench(BUDGET, loader(pinned), device) as made:
             world = World(made, device, rows)
+            patch.setattr(made.pool._pipeline._copies, "_make_views", partial(views_on, device))
             for move in moves:
                 match move:
                     case "step":
                         world.step()
                     case "load":
                         made.wait_for_loads()
+                    case "views":
+                        made.wait_for_views()
+                        device.views.advance()
                     case "copies":
                         device.copies.advance()
                     case "steps":
                         device.steps.advance()
                     case "fail":
                         device.copies.failures[:] = [RuntimeError("boom")]
+                    case "fail views":
+                        device.views.failures[:] = [RuntimeError("boom")]
                     case "drop":
                         made.pool.drop("abc"[len(moves) % 3])
             world.end(lag)

@@ -16,7 +16,7 @@ from lorastack.adapters.memory.pool import DevicePool
 from lorastack.adapters.memory.stream import device_streams
 from lorastack.config import MIB
 from lorastack.layout import AdapterLayout
-from tests.adapters.pools import head_rows
+from tests.adapters.pools import Views, head_rows, views_at
 
 SIZES = [size * MIB + 256 for size in (1, 3, 20, 7, 40, 5, 2, 33)]  # bytes
 BUDGET = 70 * MIB
@@ -48,7 +48,8 @@ def test_what_steps_read_is_exact_while_adapters_come_go_and_move() -> None:
     assert streams is not None
     pinned = PinnedArena(128 * MIB, lambda: host.drop_oldest(), slab=32 * MIB)
     host = HostCache(128 * MIB, load)
-    copies = Copies(DeviceArena(BUDGET, cuda, streams), streams, head_rows, lambda: None)
+    arena = DeviceArena(BUDGET, cuda, streams)
+    copies = Copies(arena, streams, head_rows, lambda: None, views_at)
     pool = DevicePool(BUDGET, host, copies=copies, idle=pinned.grow)
     chance = random.Random(0)
     expected = [contents(number).to(cuda) for number in range(len(SIZES))]
@@ -59,6 +60,8 @@ def test_what_steps_read_is_exact_while_adapters_come_go_and_move() -> None:
         while (found := pool.acquire([digest])) is None:
             pool.poll()
             time.sleep(0.0005)  # as the step loop rests
+        assert isinstance(found[0].views, Views)
+        assert found[0].views.address == found[0].buffer.data_ptr()
         busy = (busy @ busy).tanh_()
         unequal += (found[0].buffer != expected[int(digest)]).sum()
         pool.release([digest])

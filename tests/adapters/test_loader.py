@@ -132,7 +132,11 @@ def test_a_gpu_copy_has_the_bytes_of_a_load(
     monkeypatch.setattr(engine, "DeviceArena", lambda n, _, streams: DeviceArena(n, cpu, streams))
     monkeypatch.setattr(arena, "_page_locked", lambda n: torch.zeros(n, dtype=torch.uint8))
     backend = SimpleNamespace(
-        device=torch.device("cuda"), dtype=torch.float32, shapes=SHAPES, head_rows=head_rows
+        device=torch.device("cuda"),
+        dtype=torch.float32,
+        shapes=SHAPES,
+        head_rows=head_rows,
+        adopt=lambda lora: None,
     )
     limits = AdapterConfig(store=tmp_path, device_memory=1 << 16, host_memory=1 << 16)
     model = cast(LoadedModel, SimpleNamespace(backend=backend))

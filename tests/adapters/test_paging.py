@@ -108,6 +108,8 @@ def test_what_was_placed_stays_until_nobody_asks() -> None:
         step(made, "xy")
         made.pool.acquire("xy")
         device.copies.advance()
+        made.wait_for_views()
+        device.views.finish()
         made.wait_for(lambda: made.resident.keys() == {"x"}, "xy", "v")
         for _ in range(3):
             made.now += QUANTUM

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -12,8 +14,14 @@ import torch
 from lorastack.adapters.memory.device import DeviceAdapter
 from lorastack.adapters.memory.host import PackedAdapter
 from lorastack.adapters.memory.threads import JobThread
-from lorastack.errors import DataLossError, FailedPreconditionError, InternalError, Reason
-from tests.adapters.pools import WAIT, Bench, bench, resident
+from lorastack.errors import (
+    DataLossError,
+    DeviceLostError,
+    FailedPreconditionError,
+    InternalError,
+    Reason,
+)
+from tests.adapters.pools import WAIT, Bench, Views, bench, resident
 from tests.adapters.test_host import packed
 from tests.helpers.streams import FakeDevice
 
@@ -188,6 +196,28 @@ def test_a_failed_load_is_tried_again_though_it_is_wanted_all_along() -> None:
         assert made.resident == {"a": 0}
 
 
+def test_what_steps_read_is_made_in_a_thread(ten: Bench) -> None:
+    """By the one that loads, or by another where nothing is to load."""
+    (found,) = ten.hold("a")
+    assert found.views == Views(found.buffer.data_ptr(), "adapter-loads")
+    ten.pool.release("a")
+    for digest in "edb":  # for the last of them a leaves the device
+        ten.use(digest)
+    (again,) = ten.hold("a")
+    assert again is not found and ten.loads.count("a") == 1
+    assert again.views == Views(found.buffer.data_ptr(), "adapter-views")
+
+
+def test_a_load_that_breaks_the_device_is_raised() -> None:
+    def load(digest: str) -> PackedAdapter:
+        raise DeviceLostError("gone")
+
+    with bench(load=load) as made:
+        made.pool.acquire("a")
+        with pytest.raises(DeviceLostError, match="gone"):
+            made.settle()
+
+
 def test_loads_run_at_low_priority_elsewhere() -> None:
     seen: list[tuple[int, bool]] = []
     main = threading.get_native_id()
@@ -222,6 +252,29 @@ def test_a_thread_without_jobs_has_other_things_to_do() -> None:
     assert list(thread.finished()) == ["last"]
     thread.close()
     assert not left
+
+
+def test_the_end_of_a_thread_does_not_wait_for_jobs_that_have_not_begun() -> None:
+    began, go_on, ran = threading.Event(), threading.Event(), list[str]()
+    thread: JobThread[object] = JobThread("test", lambda: None)
+
+    def first() -> bool:
+        began.set()
+        return go_on.wait(WAIT)
+
+    thread.submit("first", first)
+    assert began.wait(WAIT)
+    for name in ("second", "third"):
+        thread.submit(name, partial(ran.append, name))
+    closing = threading.Thread(target=thread.close)
+    closing.start()
+    end = time.monotonic() + WAIT
+    while thread._jobs.qsize() != 1:  # the word to end
+        assert time.monotonic() < end
+        time.sleep(0.001)
+    go_on.set()
+    closing.join(WAIT)
+    assert not closing.is_alive() and not ran
 
 
 def test_the_step_thread_never_waits_for_a_load() -> None:

@@ -66,16 +66,19 @@ def compact(space: Space, model: Model, nbytes: int, fixed: set[int]) -> None:
     """Moves in order touch no byte of anybody else, and leave everything where the slices say."""
     names = {taken: owner for owner, taken in model.slices.items()}
     places = {owner: taken.start for owner, taken in model.slices.items()}
-    moves = space.compact(nbytes, lambda taken: names[taken] not in fixed)
+    moves = space.plan(nbytes, lambda taken: names[taken] not in fixed)
     for move in moves:
         owner = names[move.slice]
         assert owner not in fixed
-        assert places[owner] == move.source > move.slice.start
-        target = range(move.slice.start, move.slice.end)
+        assert places[owner] == move.slice.start > move.target
+        target = range(move.target, move.target + move.slice.nbytes)
         assert all(model.owners[place] in (0, owner) for place in target)
         model.clear(owner)
-        model.write(owner, move.slice)
-        places[owner] = move.slice.start
+        model.write(owner, Slice(move.target, move.slice.nbytes))
+        model.slices[owner] = move.slice
+        places[owner] = move.target
+    if moves:
+        space.move(moves)
     assert all(taken.start == places[owner] for owner, taken in model.slices.items())
     if model.largest_beside(fixed) >= nbytes:
         assert model.largest >= nbytes
@@ -104,5 +107,5 @@ def test_as_little_as_possible_moves(wanted: int, expected: list[str]) -> None:
         taken = slices[name]
         assert taken is not None
         space.give(taken)
-    moves = space.compact(wanted, lambda taken: True)
+    moves = space.plan(wanted, lambda taken: True)
     assert [names[move.slice] for move in moves] == expected

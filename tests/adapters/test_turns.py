@@ -15,7 +15,8 @@ from tests.adapters.test_host import packed
 
 def resident(name: str, nbytes: int, use: Use, since: float = 0.0, pins: int = 0) -> Resident:
     source = packed(name, nbytes)
-    return Resident(DeviceAdapter.of(source, source.buffer), since=since, use=use, pins=pins)
+    adapter = DeviceAdapter(digest=name, buffer=source.buffer, layout=source.layout)
+    return Resident(adapter, since=since, use=use, pins=pins)
 
 
 RESIDENTS = st.lists(

@@ -15,9 +15,11 @@ from lorastack.adapters.formats.parse import parse
 from lorastack.adapters.memory.device import DeviceAdapter
 from lorastack.engine.batch import Batch, RowAdapters, RowHeads, RowStep
 from lorastack.engine.runner import Runner
+from lorastack.engine.views import make_views
 from lorastack.kernels.heads import HeadsGroup, TopTokens
 from lorastack.kernels.native.isa import Isa
-from lorastack.layout import HEADS, LM_HEAD, MAX_RANK, ModelShapes, Part
+from lorastack.layout import HEADS, LM_HEAD, MAX_RANK, AdapterLayout, ModelShapes, Part
+from lorastack.model.backends.base import Backend
 from lorastack.model.backends.load import load_backend
 from lorastack.model.context import ForwardBatch, Outputs
 from lorastack.model.kv import KVCache
@@ -40,13 +42,21 @@ NARROW = range(0, 200, 2)  # tokens that "two-narrow" chooses from
 Ids = tuple[tuple[int, ...], ...]
 
 
-def on_device(folder: Path, shapes: ModelShapes, lm_head_VH: Tensor) -> DeviceAdapter:
+def on_device(folder: Path, backend: Backend, lm_head_VH: Tensor) -> DeviceAdapter:
+    shapes = backend.shapes
     parsed = parse({path.name: path for path in folder.iterdir()}, shapes)
     tensors, vocabulary = read_tensors(parsed), parsed.draft_vocabulary
     if vocabulary:
         tensors[0, HEADS, Part.DRAFT] = lm_head_VH[list(vocabulary)]
     layout, buffer = pack(tensors, parsed.scales, parsed.facts.num_heads, torch.float32, vocabulary)
-    return DeviceAdapter(digest=folder.name, buffer=buffer, layout=layout)
+    return adapter_of(folder.name, backend, buffer, layout)
+
+
+def adapter_of(
+    digest: str, backend: Backend, buffer: Tensor, layout: AdapterLayout
+) -> DeviceAdapter:
+    views = make_views(backend, buffer, layout)
+    return DeviceAdapter(digest=digest, buffer=buffer, layout=layout, views=views)
 
 
 class Drafts:
@@ -85,9 +95,9 @@ class Drafts:
             parts = [write_private(root / f"{name}+{i}", whole, rank=2 + i, seed=i) for i in (1, 2)]
             folders += [merged_heads(root / f"{part.name}-merged", whole, part) for part in parts]
             folders += parts
-        self.heads = {folder.name: on_device(folder, shapes, output_VH) for folder in folders}
+        self.heads = {folder.name: on_device(folder, self.backend, output_VH) for folder in folders}
         lora = write_lora(root / "lora", shapes, targets=(LM_HEAD,))
-        self.lora = on_device(lora, shapes, output_VH)
+        self.lora = on_device(lora, self.backend, output_VH)
 
     def row(self, number: int, heads: str, lora: bool = False) -> RowStep:
         uses = (LoraUse(lora_id="lora", digest=self.lora.digest),) if lora else ()
@@ -352,16 +362,16 @@ def test_log_probabilities_are_of_what_a_head_chooses_from(drafts: Drafts) -> No
         assert shifts == pytest.approx([shifts[0]] * len(shifts), abs=1e-4)
 
 
-def broken_heads(sound: DeviceAdapter) -> DeviceAdapter:
+def broken_heads(backend: Backend, sound: DeviceAdapter) -> DeviceAdapter:
     """The same heads with a NaN among their weights."""
     buffer = sound.buffer.clone()
     buffer.view(torch.float32)[5] = torch.nan
-    return DeviceAdapter(digest="broken", buffer=buffer, layout=sound.layout)
+    return adapter_of("broken", backend, buffer, sound.layout)
 
 
 @pytest.mark.parametrize("heads", ["own", "two", "two-narrow"])
 def test_rows_of_failing_heads_go_on_undrafted(drafts: Drafts, heads: str) -> None:
-    broken = broken_heads(drafts.heads[heads])
+    broken = broken_heads(drafts.backend, drafts.heads[heads])
     rows = [drafts.row(number, heads) for number in range(3)]
     expected = drafts.run(*rows)
     rows[1] = replace(rows[1], adapters=RowAdapters(loras=(), heads=RowHeads(broken)))
@@ -377,7 +387,7 @@ def test_rows_of_failing_heads_go_on_undrafted(drafts: Drafts, heads: str) -> No
 def test_a_step_that_raises_behind_its_heads_reports_their_failure_once(
     drafts: Drafts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    broken = broken_heads(drafts.heads["own"])
+    broken = broken_heads(drafts.backend, drafts.heads["own"])
     row = replace(drafts.row(0, "own"), adapters=RowAdapters(loras=(), heads=RowHeads(broken)))
 
     def explode(*_: object) -> None:

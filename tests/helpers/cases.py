@@ -10,7 +10,9 @@ import torch
 
 from lorastack.adapters.formats.parse import parse
 from lorastack.adapters.memory.device import DeviceAdapter
+from lorastack.engine.views import AdapterViews
 from lorastack.layout import EMBED, LAYER_TARGETS, LM_HEAD
+from lorastack.lora.weights import LoraWeights
 from lorastack.model.backends.base import Backend
 from lorastack.model.backends.load import load_backend
 from lorastack.request import (
@@ -81,7 +83,8 @@ def build_bench(model: Path, folder: Path, decoder: Backend | None = None) -> Be
         heads = HEADS.get(digest, 0)
         layout, buffer = pack(read_tensors(parsed), parsed.scales, heads, decoder.dtype)
         buffer = buffer.to(decoder.device)
-        adapters[digest] = DeviceAdapter(digest=digest, buffer=buffer, layout=layout)
+        views = AdapterViews(LoraWeights.from_buffer(buffer, layout), None)
+        adapters[digest] = DeviceAdapter(digest=digest, buffer=buffer, layout=layout, views=views)
     for digest, heads in HEADS.items():
         adapters.setdefault(digest, scripted_heads(digest, heads))
     return Bench(decoder, Tokenizer.load(model), adapters)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from lorastack.adapters.memory.stream import Event, Streams
@@ -48,6 +49,10 @@ class FakeStream:
             raise self.failures.pop(0)
         self.threads.append(threading.current_thread().name)
         self._queue.append(work)
+
+    def current(self) -> AbstractContextManager[None]:
+        """What is made within it lies in no arena: it is there at once."""
+        return nullcontext()
 
     def record(self) -> FakeEvent:
         event = FakeEvent(self)
@@ -94,13 +99,19 @@ class StepStream(FakeStream):
 
 
 class FakeDevice:
-    """Its two streams advance apart; `settle` lets both do all they can, copies before steps."""
+    """Its streams advance apart; `settle` lets all do what they can, steps last."""
 
     def __init__(self, lazy: bool = False) -> None:
         """lazy: see `FakeStream`."""
-        self.steps, self.copies = StepStream(lazy), FakeStream(lazy)
-        self.streams = Streams(self.steps, self.copies)
+        self.steps = StepStream(lazy)
+        self.copies, self.views = FakeStream(lazy), FakeStream(lazy)
+        self.streams = Streams(self.steps, self.copies, self.views)
+
+    def bring(self) -> None:
+        """Copies and what is made beside them get on, steps do not."""
+        while self.copies.advance() or self.views.advance():
+            pass
 
     def settle(self) -> None:
-        while self.copies.advance() or self.steps.advance():
+        while self.copies.advance() or self.views.advance() or self.steps.advance():
             pass

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client import generate_latest
 
+from lorastack.adapters.memory.arena import DeviceArena
+from lorastack.adapters.memory.space import Move
 from lorastack.adapters.memory.stream import Streams
 from lorastack.client import Adapter
 from lorastack.config import MIB, AdapterConfig
+from lorastack.engine import views
 from lorastack.errors import FailedPreconditionError, Reason, ResourceExhaustedError
 from lorastack.layout import ModelShapes
 from tests.helpers.adapters import write_heads, write_lora
@@ -78,6 +83,33 @@ def test_load_answers_when_it_is_there(server: LiveServer) -> None:
     unloaded = server.client.unload("a")
     assert unloaded.residency == Adapter.DISK
     assert loaded.digest not in scraped(server)
+
+
+def test_no_step_makes_what_it_reads_an_adapter_by(
+    server: LiveServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[str] = []
+    backend = type(server.engine._runner._backend)
+    watch(monkeypatch, threads, backend, "adopt")
+    watch(monkeypatch, threads, views, "heads_weights")
+    watch(monkeypatch, threads, views.AdapterViews, "__init__")
+    server.client.load("a")
+    server.client.generate(ask(stack=[("a", 1.0)], max_new_tokens=4))
+    server.client.load("heads")
+    server.client.generate(ask(heads="heads", max_new_tokens=4))
+    assert len(threads) == 5
+    assert {name.rstrip("_0") for name in threads} <= {"adapter-loads", "adapter-views"}
+
+
+def watch(monkeypatch: pytest.MonkeyPatch, threads: list[str], place: object, name: str) -> None:
+    """threads: gets the names of those that call it."""
+    call = getattr(place, name)
+
+    def record(*args: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return call(*args)
+
+    monkeypatch.setattr(place, name, record)
 
 
 def test_a_pin_lasts_until_it_is_taken(server: LiveServer) -> None:
@@ -179,6 +211,42 @@ def test_tokens_are_the_same_through_a_small_device(
     small = sizes[0] // 3
     assert tokens("device", small, FakeDevice(lazy=True).streams) == expected
     assert evictions[0] == 0 < evictions[1] and sizes[1] <= small
+
+
+def test_an_adapter_that_moves_gives_the_same_tokens(
+    tiny_llama: Path,
+    tiny_llama_shapes: ModelShapes,
+    folders: dict[str, Path],
+    tmp_path: Path,
+    device_bytes: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Three fill the device, the first and the last leave, and one of twice their size comes."""
+    wide = write_lora(tmp_path / "wide", tiny_llama_shapes, seed=5, rank=16)
+    config = AdapterConfig(store=tmp_path / "store", device_memory=3 * device_bytes)
+    moved: list[int] = []
+    move = DeviceArena.move
+
+    def record(self: DeviceArena, moves: Sequence[Move]) -> None:
+        moved.append(len(moves))
+        move(self, moves)
+
+    monkeypatch.setattr(DeviceArena, "move", record)
+    streams = FakeDevice(lazy=True).streams
+    with LiveServer(tiny_llama, engine=ROOMY, adapters=config, streams=streams) as live:
+        live.upload_all({name: folders[name] for name in NAMES} | {"wide": wide})
+        for name in NAMES:
+            live.client.load(name)
+        expected = [live.client.generate(ask(stack=[(name, 1.0)])).token_ids for name in NAMES]
+        assert expected[0] != expected[1] != expected[2]
+        for name in ("a", "c"):
+            live.client.unload(name)
+        assert not moved
+        live.client.load("wide")
+        assert moved == [1]
+        assert live.client.generate(ask(stack=[("b", 1.0)])).token_ids == expected[1]
+        assert live.client.get_adapter("b").residency == Adapter.DEVICE
+        live.assert_idle()
 
 
 def test_the_log_says_how_the_store_was_found(

@@ -120,10 +120,13 @@ def test_memory_of_steps_is_counted_before_it_is_taken(mistral: MockMistral) -> 
 def test_a_step_takes_one_copy_in_and_one_back(
     mistral: MockMistral, drafting: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows with adapters, trees and heads of their own, at any step but an adapter's first."""
-    loras = [mock_lora(16) for _ in range(8)]
+    """Rows with adapters, trees and heads of their own, also at an adapter's first step."""
     heads = mock_heads(4, 4096) if drafting else None
-    mistral.backend.forward(mistral.step(8, loras, 8, heads), mistral.kv)
+    known = [mock_lora(16) for _ in range(8)]
+    mistral.backend.forward(mistral.step(8, known, 8, heads), mistral.kv)
+    loras = [mock_lora(16) for _ in range(8)]
+    for lora in loras:
+        mistral.backend.adopt(lora)
     mistral.device.copies.clear()
     with Copies(monkeypatch) as copies:
         outputs = mistral.backend.forward(mistral.step(8, loras, 8, heads), mistral.kv)

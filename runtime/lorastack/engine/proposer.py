@@ -12,22 +12,21 @@ from torch import Tensor
 
 from lorastack.adapters.memory.device import DeviceAdapter
 from lorastack.engine.batch import RowHeads, RowStep
-from lorastack.engine.stacks import Stacks
+from lorastack.engine.stacks import lay_out_loras
+from lorastack.engine.views import heads_views, private_views
 from lorastack.kernels.heads import HeadsGroup, HeadsWeights, TopTokens
 from lorastack.layout import LM_HEAD, NO_LAYER, Part
 from lorastack.model.backends.base import Backend
 from lorastack.model.context import HeadsAsk
-from lorastack.speculation.heads import heads_weights, own_outputs, private_weights
+from lorastack.speculation.heads import own_outputs
 from lorastack.speculation.proposal import Proposal
 
 
 class Proposer:
-    """Asks heads. Keeps views into their buffers, made once while they are on the device."""
+    """Asks heads. Keeps what a private part makes of the heads that it corrects."""
 
-    def __init__(self, backend: Backend, stacks: Stacks) -> None:
+    def __init__(self, backend: Backend) -> None:
         self._backend = backend
-        self._stacks = stacks
-        self._views: WeakKeyDictionary[DeviceAdapter, HeadsWeights] = WeakKeyDictionary()
         # By private part, then by the heads that it corrects: either may move on the device.
         self._corrected: WeakKeyDictionary[
             DeviceAdapter, WeakKeyDictionary[DeviceAdapter, HeadsWeights]
@@ -88,7 +87,7 @@ class Proposer:
         """The same through lm_head and the rows' LoRAs of it: a second pass over (rows x heads)."""
         r_YH = self._backend.ops.states(hidden_BH, self._groups(steps))
         counts = [_heads_of(step).num_heads for step in steps]
-        logits_YV = self._backend.logits(r_YH, self._stacks.segments(steps, counts))
+        logits_YV = self._backend.logits(r_YH, lay_out_loras(steps, counts))
         return self._backend.ops.top(logits_YV, _most_candidates(steps))
 
     def _groups(self, steps: Sequence[RowStep]) -> list[HeadsGroup]:
@@ -104,14 +103,11 @@ class Proposer:
 
     def _weights(self, heads: RowHeads) -> HeadsWeights:
         whole, part = heads.whole, heads.private
-        if whole not in self._views:
-            self._views[whole] = heads_weights(whole.buffer, whole.layout)
         if part is None:
-            return self._views[whole]
+            return heads_views(whole)
         corrected = self._corrected.setdefault(part, WeakKeyDictionary())
         if whole not in corrected:
-            private = private_weights(part.buffer, part.layout)
-            corrected[whole] = replace(self._views[whole], private=private)
+            corrected[whole] = replace(heads_views(whole), private=private_views(part))
         return corrected[whole]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from lorastack.engine.acceptance import SampledRow, accept_rows
 from lorastack.engine.batch import Batch, RowResult, RowStep
 from lorastack.engine.proposer import Proposer
-from lorastack.engine.stacks import Stacks
+from lorastack.engine.stacks import lay_out_loras
 from lorastack.errors import InternalError, InvalidArgumentError, LorastackError, Reason
 from lorastack.kernels.heads import TopTokens
 from lorastack.model.backends.base import Backend
@@ -45,8 +45,7 @@ class Runner:
     def __init__(self, backend: Backend, kv: KVCache) -> None:
         self._backend = backend
         self._kv = kv
-        self._stacks = Stacks()
-        self._proposer = Proposer(backend, self._stacks)
+        self._proposer = Proposer(backend)
 
     @property
     def overlaps(self) -> bool:
@@ -126,7 +125,7 @@ class Runner:
             token_ids,
             tuple(spans),
             outputs,
-            self._stacks.segments(batch.steps, [len(step.token_ids) for step in batch.steps]),
+            lay_out_loras(batch.steps, [len(step.token_ids) for step in batch.steps]),
             [row.sampled for row in sampled if row.by_backend],
         )
         return forward, sampled, firsts

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from lorastack.config import GIB
+from lorastack.config import CPU_ADAPTERS, CPU_ROWS, GIB
 from lorastack.errors import InvalidArgumentError, Reason
 
 
@@ -17,7 +17,7 @@ class DeviceDefaults(NamedTuple):
     adapter_memory: int
 
 
-ON_CPU = DeviceDefaults(32, 2 * GIB)
+ON_CPU = DeviceDefaults(CPU_ROWS, CPU_ADAPTERS)
 ON_CUDA = DeviceDefaults(128, 8 * GIB)
 MOST_ADAPTERS = 0.1  # of a CUDA device's memory, whatever ON_CUDA says
 

@@ -18,6 +18,7 @@ from lorastack.engine.costs import measure
 from lorastack.engine.engine import Engine
 from lorastack.engine.pages import Pages
 from lorastack.engine.runner import Runner
+from lorastack.engine.views import make_views
 from lorastack.kernels.packing import allocate
 from lorastack.request import RowEvent
 from lorastack.speculation.calibration import Calibration
@@ -41,13 +42,14 @@ def adapter_memory(
     """
     backend, device = model.backend, model.backend.device
     host_budget, budget = limits.host_memory, limits.device_memory
+    views = partial(make_views, backend)
     pinned = copies = None
     if device.type == "cuda":
         host_budget = pinned_memory(host_budget, host_memory())
         pinned = PinnedArena(host_budget, lambda: host.drop_oldest())
     if streams := streams or device_streams(device):
         arena = DeviceArena(budget, device, streams)
-        copies = Copies(arena, streams, backend.head_rows, on_loaded)
+        copies = Copies(arena, streams, backend.head_rows, on_loaded, views)
     empty, idle = (None, None) if pinned is None else (pinned.empty, pinned.grow)
     loader = Loader(
         registry=registry,
@@ -56,7 +58,8 @@ def adapter_memory(
         head_rows=backend.head_rows if pinned is None else None,
     )
     host = HostCache(host_budget, loader)
-    return host, DevicePool(budget, host, on_loaded, copies=copies, idle=idle)
+    pool = DevicePool(budget, host, on_loaded, copies=copies, idle=idle, make_views=views)
+    return host, pool
 
 
 def build_engine(

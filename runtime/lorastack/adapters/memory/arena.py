@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from weakref import finalize
 
 import torch
 from torch import Tensor
 
-from lorastack.adapters.memory.space import Slice, Space
+from lorastack.adapters.memory.space import Move, Slice, Space
 from lorastack.adapters.memory.stream import Event, Streams
 from lorastack.config import MIB
+from lorastack.errors import DeviceLostError
 
 PIECE = 16 * MIB  # bytes that are copied at once
 SLAB = 256 * MIB  # bytes; a power of two, which is what torch's allocator rounds to
@@ -60,33 +61,45 @@ class DeviceArena:
         self._busy.append((taken.start, taken.end, self._streams.steps.record()))
         self._space.give(taken)
 
-    def compact(self, nbytes: int, movable: Callable[[Slice], bool]) -> list[Slice]:
-        """Makes a hole of `nbytes` by moving slices, if it can. Returns those that moved.
+    def plan(self, nbytes: int, movable: Callable[[Slice], bool]) -> list[Move]:
+        """What `move` can do for a hole of `nbytes`; [] if that is nothing.
 
-        movable: True for slices whose copies are done and that only steps use. They move in the
-        stream of steps: behind all that read them at their old places, before any that reads them
-        at the new ones. What is moved takes steps as long as it takes to read and write it.
+        movable: True for slices whose copies are done and that only steps use.
         """
-        moves = self._space.compact(nbytes, movable)
-        for move in moves:
-            self._move(move.source, move.slice)
-        if moves:
-            first, last = moves[0], moves[-1]
-            end = last.source + last.slice.nbytes
-            self._busy.append((first.slice.start, end, self._streams.steps.record()))
-        return [move.slice for move in moves]
+        return self._space.plan(nbytes, movable)
 
-    def _move(self, source: int, taken: Slice) -> None:
-        distance = source - taken.start
+    def move(self, moves: Sequence[Move]) -> None:
+        """Carries out what `plan` gives now.
+
+        Slices move in the stream of steps: behind all that read them at their old places, before
+        any that reads them at the new ones. What is moved takes steps as long as it takes to read
+        and write it. Raises DeviceLostError if it fails: what slices hold is not known then.
+        """
+        first, last = moves[0], moves[-1]
+        left = first.target, last.slice.end
+        try:
+            for move in moves:
+                self._move(move.slice, move.target)
+        except Exception as error:
+            raise DeviceLostError(
+                f"adapters could not be moved on the device: {error}; restart the server"
+            ) from error
+        self._space.move(moves)
+        self._busy.append((*left, self._streams.steps.record()))
+
+    def _move(self, taken: Slice, target: int) -> None:
+        """Down to `target`, in pieces that overwrite nothing that is still to be read."""
+        distance = taken.start - target
         whole = distance >= taken.nbytes
         size = taken.nbytes if whole else len(self._scratch)
-        old = torch.split(self._bytes[source : source + taken.nbytes], size)
-        for piece, target in zip(old, torch.split(self.bytes_of(taken), size), strict=True):
+        new = self.bytes_of(Slice(target, taken.nbytes))
+        pieces = zip(torch.split(self.bytes_of(taken), size), torch.split(new, size), strict=True)
+        for piece, place in pieces:
             if distance < len(piece):
                 between = self._scratch[: len(piece)]
                 self._streams.steps.run(partial(between.copy_, piece))
                 piece = between
-            self._streams.steps.run(partial(target.copy_, piece))
+            self._streams.steps.run(partial(place.copy_, piece))
 
     def _prune(self) -> None:
         self._busy = [each for each in self._busy if not each[2].done()]

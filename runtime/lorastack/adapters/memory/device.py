@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from lorastack.adapters.memory.host import PackedAdapter
 from lorastack.layout import AdapterLayout
 
+MakeViews = Callable[[Tensor, AdapterLayout], object]
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class DeviceAdapter:
-    """An adapter's flat buffer on the device. Valid while pinned.
+    """An adapter's flat buffer on the device, and what steps read of it. Valid while pinned.
 
-    Compared by identity, so that views of the buffer can be kept for as long as it lives: an
-    adapter that moves on the device is another one.
+    views: what a `MakeViews` made of the buffer at its place, before any step: the engine's own
+    business. An adapter that moves on the device is another one.
     """
 
     digest: str
     buffer: Tensor
     layout: AdapterLayout
+    views: object = None
 
     @property
     def nbytes(self) -> int:
         return self.layout.nbytes
 
-    @classmethod
-    def of(cls, packed: PackedAdapter, buffer: Tensor) -> DeviceAdapter:
-        """The adapter of a host copy, its bytes being in `buffer`."""
-        return cls(digest=packed.digest, buffer=buffer, layout=packed.layout)
+
+def no_views(buffer: Tensor, layout: AdapterLayout) -> None:
+    """For adapters that no step reads."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Container
 from functools import partial
 
 from lorastack.adapters.memory.copies import Copies
-from lorastack.adapters.memory.device import DeviceAdapter
+from lorastack.adapters.memory.device import DeviceAdapter, MakeViews, no_views
 from lorastack.adapters.memory.host import HostCache, PackedAdapter
 from lorastack.adapters.memory.threads import Failure, JobThread
 from lorastack.errors import LorastackError
@@ -24,20 +24,29 @@ class Pipeline:
         copies: Copies | None,
         on_finished: Callable[[], None],
         idle: Callable[[], bool] | None = None,
+        make_views: MakeViews = no_views,
     ) -> None:
         """copies: None if host copies serve as they are. on_finished: from the loads' thread.
 
-        idle: what that thread does while it has nothing to load, see `JobThread`.
+        idle: what that thread does while it has nothing to load, see `JobThread`. make_views: of
+        host copies that serve, see `DeviceAdapter`.
         """
         self.loading: set[str] = set()
-        self.packed: dict[str, PackedAdapter] = {}
+        self.packed: dict[str, PackedAdapter | DeviceAdapter] = {}  # the latter if it serves
         self.copying: dict[str, int] = {}  # digest -> bytes it will take on the device
         self._failed: dict[str, LorastackError] = {}
         self._told: set[str] = set()  # failures that were raised since `keep_only`
         self._host = host
         self._on_finished = on_finished
         self._copies = copies
-        self._loads: JobThread[PackedAdapter] = JobThread("adapter-loads", on_finished, idle)
+        self._make_views = make_views
+        self._loads: JobThread[PackedAdapter | DeviceAdapter] = JobThread(
+            "adapter-loads", on_finished, idle
+        )
+        # For host copies that serve and were there already: they wait for nobody's load.
+        self._hits: JobThread[PackedAdapter | DeviceAdapter] = JobThread(
+            "adapter-views", on_finished
+        )
 
     def has(self, digest: str) -> bool:
         """True if it is on its way, or its load failed."""
@@ -57,19 +66,24 @@ class Pipeline:
                 raise error
 
     def load(self, digest: str) -> None:
-        """Starts the load of an adapter for which `has` is false. A host copy is taken at once."""
-        if (packed := self._host.find(digest)) is not None:
+        """Starts the load of an adapter for which `has` is false. A host copy is taken as it is."""
+        packed = self._host.find(digest)
+        if packed is not None and self._copies is not None:
             self.packed[digest] = packed
             self._on_finished()
             return
         self.loading.add(digest)
-        self._loads.submit(digest, partial(self._host.get, digest))
+        if packed is None:
+            self._loads.submit(digest, lambda: self._served(self._host.get(digest)))
+        else:
+            self._hits.submit(digest, partial(self._served, packed))
 
     def copy(self, digest: str) -> DeviceAdapter | None:
         """Has what waits in `packed` copied; the adapter itself if no copy is needed."""
         packed = self.packed.pop(digest)
-        if self._copies is None:
-            return DeviceAdapter.of(packed, packed.buffer)
+        if isinstance(packed, DeviceAdapter):
+            return packed
+        assert self._copies is not None
         self.copying[digest] = packed.nbytes
         self._copies.start(packed)
         return None
@@ -90,22 +104,36 @@ class Pipeline:
 
         Raises what broke the device.
         """
-        loaded = list(self._loads.finished())
+        loaded = [*self._loads.finished(), *self._hits.finished()]
         copied = [] if self._copies is None else list(self._copies.finished())
         arrived: list[DeviceAdapter] = []
-        for result in (*loaded, *copied):
+        for result in loaded:
             self.loading.discard(result.digest)
-            self.copying.pop(result.digest, None)
-            match result:
-                case Failure():
-                    if result.cause is not None:
-                        raise result.cause
-                    self._failed[result.digest] = result.error
-                case PackedAdapter():
-                    self.packed[result.digest] = result
-                case DeviceAdapter():
-                    arrived.append(result)
+            if isinstance(result, Failure):
+                self._note(result)
+            else:
+                self.packed[result.digest] = result
+        for copy in copied:
+            self.copying.pop(copy.digest)
+            if isinstance(copy, Failure):
+                self._note(copy)
+            else:
+                arrived.append(copy)
         return bool(loaded or copied), arrived
+
+    def _note(self, failure: Failure) -> None:
+        if failure.cause is not None:
+            raise failure.cause
+        self._failed[failure.digest] = failure.error
+
+    def _served(self, packed: PackedAdapter) -> PackedAdapter | DeviceAdapter:
+        """In a thread: a host copy as it goes on from here."""
+        if self._copies is not None:
+            return packed
+        views = self._make_views(packed.buffer, packed.layout)
+        return DeviceAdapter(
+            digest=packed.digest, buffer=packed.buffer, layout=packed.layout, views=views
+        )
 
     def keep_only(self, asked: Container[str]) -> None:
         """Lets go of what nobody asks for any more, and of failures that were raised."""
@@ -131,7 +159,8 @@ class Pipeline:
         return self._loads.seconds + (0.0 if self._copies is None else self._copies.seconds)
 
     def close(self) -> None:
-        """Ends the threads after the jobs that are queued."""
+        """Ends the threads after what they are at."""
         self._loads.close()
+        self._hits.close()
         if self._copies is not None:
             self._copies.close()

@@ -29,7 +29,7 @@ from math import inf
 from threading import Lock
 
 from lorastack.adapters.memory.copies import Copies
-from lorastack.adapters.memory.device import DeviceAdapter
+from lorastack.adapters.memory.device import DeviceAdapter, MakeViews, no_views
 from lorastack.adapters.memory.host import HostCache
 from lorastack.adapters.memory.pipeline import Pipeline
 from lorastack.adapters.memory.stats import AdapterStats, PoolStats
@@ -63,17 +63,18 @@ class DevicePool:
         *,
         copies: Copies | None = None,
         idle: Callable[[], bool] | None = None,
+        make_views: MakeViews = no_views,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """budget: bytes. on_loaded: called from a loader thread when `poll` has something to take.
 
-        copies: into an arena of `budget` bytes; None if host copies serve. idle: see `Pipeline`.
-        clock: seconds.
+        copies: into an arena of `budget` bytes; None if host copies serve. idle, make_views: see
+        `Pipeline`. clock: seconds.
         """
         self.blocked = False  # a set waits for the turns of rows that run: poll after the next step
         self._budget = budget
         self._host = host
-        self._pipeline = Pipeline(host, copies, on_loaded, idle)
+        self._pipeline = Pipeline(host, copies, on_loaded, idle, make_views)
         self._clock = clock
         self._lock = Lock()  # guards what `stats` reads
         self._residents: OrderedDict[str, Resident] = OrderedDict()  # oldest use first
@@ -251,7 +252,7 @@ class DevicePool:
             )
 
     def close(self) -> None:
-        """Ends the loader threads after the jobs that are queued."""
+        """Ends the loader threads after what they are at."""
         self._pipeline.close()
 
     # -- asking -----------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ Pure: no tensor, no device, no thread.
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 Hole = tuple[int, int]  # first byte, and the one behind the last
@@ -14,7 +14,7 @@ Hole = tuple[int, int]  # first byte, and the one behind the last
 
 @dataclass(slots=True, eq=False)
 class Slice:
-    """Bytes that somebody has. start: changes when `Space.compact` moves it."""
+    """Bytes that somebody has. start: changes when `Space.move` moves it."""
 
     start: int
     nbytes: int
@@ -26,16 +26,17 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """A slice that goes from `source`, its old start, to its start of now, which is lower."""
+    """A slice that is to begin at `target`, which is lower than where it begins."""
 
     slice: Slice
-    source: int
+    target: int
 
 
 class Space:
     """Bytes 0 to `nbytes`."""
 
     def __init__(self, nbytes: int) -> None:
+        self._nbytes = nbytes
         self._holes: list[Hole] = [(0, nbytes)] if nbytes else []
         self._slices: dict[int, Slice] = {}  # by start
 
@@ -67,28 +68,32 @@ class Space:
             start, end = min(start, hole[0]), max(end, hole[1])
         insort(self._holes, (start, end))
 
-    def compact(self, nbytes: int, movable: Callable[[Slice], bool]) -> list[Move]:
-        """Joins neighbouring holes into one of `nbytes` or more, moving as few bytes as it can.
+    def plan(self, nbytes: int, movable: Callable[[Slice], bool]) -> list[Move]:
+        """How neighbouring holes become one of `nbytes` or more, moving as few bytes as it can.
 
         The slices between them move down to the first hole, in the order of the moves: each goes to
         bytes that are free or its own by then. [] if it cannot be done, as too much lies between
-        slices that are not movable.
+        slices that are not movable. Nothing changes yet, see `move`.
         """
         window = min(self._windows(nbytes, movable), default=None)
         if window is None:
             return []
-        _, start, end = window
-        moving = sorted(at for at in self._slices if start <= at < end)
-        self._holes = [hole for hole in self._holes if not start <= hole[0] < end]
+        _, target, end = window
         moves = []
-        for source in moving:
-            moved = self._slices.pop(source)
-            moved.start = start
-            self._slices[start] = moved
-            moves.append(Move(moved, source))
-            start += moved.nbytes
-        insort(self._holes, (start, end))
+        for start in sorted(at for at in self._slices if target <= at < end):
+            moves.append(Move(self._slices[start], target))
+            target += self._slices[start].nbytes
         return moves
+
+    def move(self, moves: Sequence[Move]) -> None:
+        """Carries out what `plan` gives now."""
+        for move in moves:
+            del self._slices[move.slice.start]
+            move.slice.start = move.target
+            self._slices[move.target] = move.slice
+        ends = [0, *(self._slices[start].end for start in sorted(self._slices))]
+        starts = [*sorted(self._slices), self._nbytes]
+        self._holes = [hole for hole in zip(ends, starts, strict=True) if hole[0] < hole[1]]
 
     def _windows(
         self, nbytes: int, movable: Callable[[Slice], bool]

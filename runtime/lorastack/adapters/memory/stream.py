@@ -1,13 +1,14 @@
-"""What paging asks of a device: two queues of work, and events that say how far one has come.
+"""What paging asks of a device: queues of work, and events that say how far one has come.
 
-A step's work and copies run in streams of their own. Nothing here waits on the host: a stream can
-wait for an event of the other one, and whoever wants to know asks an event now and then. Tests have
-streams whose events happen when the test says so.
+Steps, copies and what is made beside them have a stream each. Nothing here waits on the host: a
+stream can wait for an event of another one, and whoever wants to know asks an event now and then.
+Tests have streams whose events happen when the test says so.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -29,6 +30,10 @@ class Stream(Protocol):
         """Adds work, by calling what starts it."""
         ...
 
+    def current(self) -> AbstractContextManager[object]:
+        """Within it, what the calling thread asks of the device is added here."""
+        ...
+
     def record(self) -> Event:
         """An event behind all work so far."""
         ...
@@ -40,10 +45,12 @@ class Stream(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Streams:
-    """steps: where steps run, for the step thread alone. copies: any thread adds to it."""
+    """steps: where steps run, for the step thread alone. Any thread adds to the others. copies: the
+    bytes of adapters. views: what is made beside them, which must not wait for others' bytes."""
 
     steps: Stream
     copies: Stream
+    views: Stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +74,12 @@ class CudaStream:
 
     def run(self, work: Callable[[], object]) -> None:
         """See `Stream`."""
-        with torch.cuda.stream(self._current()):
+        with self.current():
             work()
+
+    def current(self) -> AbstractContextManager[object]:
+        """See `Stream`."""
+        return torch.cuda.stream(self._current())
 
     def record(self) -> CudaEvent:
         """See `Stream`."""
@@ -90,4 +101,5 @@ def device_streams(device: torch.device) -> Streams | None:
     if device.type == "cpu":
         return None
     copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    return Streams(steps=CudaStream(device), copies=CudaStream(device, copies))
+    views = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    return Streams(CudaStream(device), CudaStream(device, copies), CudaStream(device, views))

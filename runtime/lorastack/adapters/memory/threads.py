@@ -70,7 +70,10 @@ class JobThread(Generic[ResultT]):
                 yield self._results.get_nowait()
 
     def close(self) -> None:
-        """Ends the thread after the jobs that are queued."""
+        """Ends the thread after the job that it is at; those that wait are not begun."""
+        with contextlib.suppress(Empty):
+            while True:
+                self._jobs.get_nowait()
         self._jobs.put(None)
         self._thread.join()
 
@@ -91,12 +94,10 @@ class JobThread(Generic[ResultT]):
     def _outcome(self, digest: str, job: Callable[[], ResultT]) -> ResultT | Failure:
         try:
             return job()
-        except LorastackError as error:
-            return Failure(digest=digest, error=error)
         except Exception as error:
-            _log.exception("loading adapter %s failed", digest)
-            return Failure(
-                digest=digest,
-                error=InternalError(f"loading adapter {digest} failed: {error}"),
-                cause=error if breaks_device(error) else None,
-            )
+            shown = error
+            if not isinstance(shown, LorastackError):
+                _log.exception("loading adapter %s failed", digest)
+                shown = InternalError(f"loading adapter {digest} failed: {error}")
+            cause = error if breaks_device(error) else None
+            return Failure(digest=digest, error=shown, cause=cause)

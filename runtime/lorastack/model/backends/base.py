@@ -16,12 +16,14 @@ from torch import Tensor
 from lorastack.kernels.ops import Ops
 from lorastack.layout import ModelShapes
 from lorastack.lora.segments import LoraBatch
+from lorastack.lora.weights import LoraWeights
 from lorastack.model.context import ForwardBatch, Outputs
 from lorastack.model.kv import KVCache
 
 
 class Backend(Protocol):
-    """A base model on a device. Holds no state of a request. Only `head_rows` is thread-safe.
+    """A base model on a device. Holds no state of a request. Only `head_rows` and `adopt` are
+    thread-safe.
 
     name: the kind of backend and its instructions. quantization: its weights' `Kind`, or "".
     dynamic_rope_begin: see `DecoderConfig`. overlaps: the device works on a step by itself, while
@@ -70,5 +72,13 @@ class Backend(Protocol):
         """Writes lm_head's rows of these tokens into a tensor on the CPU or `device`. Any thread.
 
         On a CUDA device in the calling thread's current stream, for whose end nobody need wait.
+        """
+        ...
+
+    def adopt(self, lora: LoraWeights) -> None:
+        """Makes what steps read of a LoRA beside its tensors, which may not be written yet; else
+        the first step with it does. Any thread, streams as in `head_rows`.
+
+        It lasts as long as `lora`, which lives until steps with it have ended.
         """
         ...

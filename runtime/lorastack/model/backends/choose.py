@@ -86,17 +86,8 @@ def choose(
     why = ""
     if triton:
         why = why_no_triton(config, dtype or torch.bfloat16, device, kind, shards)
-        if not why:
-            return Choice(
-                device=device,
-                dtype=dtype or torch.bfloat16,
-                kind=kind,
-                native=native,
-                at_most=at_most,
-                isa=None,
-                triton=True,
-            )
-    if device.type == "cuda" and kind is not None:
+        triton = not why
+    if device.type == "cuda" and kind is not None and not triton:
         raise InvalidArgumentError(
             f"--quantize {kind}: plain torch multiplies no quantised weights on a GPU"
             f"{f', and {why}' if why else ''}; leave it out, take "
@@ -105,11 +96,14 @@ def choose(
         )
 
     def isa_for(dtype: torch.dtype) -> Isa | None:
-        return native_isa(config, dtype, device, kind, at_most) if native and shards == 1 else None
+        if triton or not native or shards > 1:
+            return None
+        return native_isa(config, dtype, device, kind, at_most)
 
     if dtype is None:
         # Plain torch does not keep bfloat16 lossless.
-        dtype = torch.float32 if isa_for(torch.bfloat16) is None else torch.bfloat16
+        lossless = triton or isa_for(torch.bfloat16) is not None
+        dtype = torch.bfloat16 if lossless else torch.float32
     return Choice(
         device=device,
         dtype=dtype,
@@ -118,6 +112,7 @@ def choose(
         at_most=at_most,
         isa=isa_for(dtype),
         shards=shards,
+        triton=triton,
         why_not_triton=why,
     )
 

@@ -214,6 +214,10 @@ class NativeBackend:
         """See `Backend`."""
         copy_rows(partial(matrix_rows, self._weights.lm_head), torch.tensor(ids), out_NH)
 
+    def adopt(self, lora: LoraWeights) -> None:
+        """See `Backend`."""
+        self._targets_of(lora)
+
     def _embedded(self, token_ids_T: Tensor, lora: LoraBatch) -> Tensor | None:
         """float32 [T, H] where a LoRA adapts the embedding; None: the library looks it up."""
         if all(each.weights.embedding is None for each in lora.segments):

@@ -25,6 +25,7 @@ from lorastack.kernels.quantize import Kind, head_kind
 from lorastack.kernels.upload import upload
 from lorastack.lora.linear import add_embedding, add_group, add_lm_head
 from lorastack.lora.segments import LoraBatch
+from lorastack.lora.weights import LoraWeights
 from lorastack.model.backends.accept import accept_trees
 from lorastack.model.checkpoint import Checkpoint
 from lorastack.model.config import DecoderConfig
@@ -145,6 +146,9 @@ class TorchBackend:
         """See `Backend`."""
         weight_VH = self._weights.embed_VH if self._tied else plain_weight(self._weights.lm_head)
         copy_rows(weight_VH.__getitem__, torch.tensor(ids), out_NH)
+
+    def adopt(self, lora: LoraWeights) -> None:
+        """See `Backend`. Steps read its tensors alone."""
 
     def _prepare(self, batch: ForwardBatch, kv: KVCache) -> StepMeta:
         """Brings the step to the device in one copy. Clears pages that rows begin to fill."""

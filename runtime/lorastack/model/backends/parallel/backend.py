@@ -20,6 +20,7 @@ from torch._C._distributed_c10d import FileStore
 from lorastack.kernels.ops import Ops
 from lorastack.layout import ModelShapes
 from lorastack.lora.segments import LoraBatch
+from lorastack.lora.weights import LoraWeights
 from lorastack.model.backends.parallel.checkpoint import CheckpointShard
 from lorastack.model.backends.parallel.crew import TIMEOUT, Crew
 from lorastack.model.backends.parallel.group import Group
@@ -172,6 +173,9 @@ class ParallelBackend:
     def head_rows(self, ids: Sequence[int], out_NH: Tensor) -> None:
         """See `Backend`. From the checkpoint: shard 0 has its own part of them alone."""
         self._part.read_rows(self._lm_head, ids, out_NH)
+
+    def adopt(self, lora: LoraWeights) -> None:
+        """See `Backend`. The first step does it: only between steps may the others get orders."""
 
 
 def _device(device: torch.device, shard: Shard) -> torch.device:

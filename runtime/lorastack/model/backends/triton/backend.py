@@ -182,6 +182,10 @@ class TritonBackend:
         lm_head = self._model.weights.lm_head
         copy_rows(lambda ids_N: lm_head.rows(ids_N.to(self.device)), torch.tensor(ids), out_NH)
 
+    def adopt(self, lora: LoraWeights) -> None:
+        """See `Backend`."""
+        self._table(lora)
+
     def _uses(self, lora: LoraBatch) -> list[LoraUse]:
         """The segments with their adapters' tables, which are made once an adapter."""
         return [
