@@ -16,8 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from lorastack.kernels.heads import HeadsWeights
-from lorastack.kernels.triton.launch import launch
+from lorastack.kernels.triton.launch import cdiv, launch, power_of_two
 from lorastack.kernels.triton.ranks import BEHIND_ALL, key_of, limit_of, rank_of
+from lorastack.layout import MAX_RANK
 
 TILE = 16  # pairs of a tile
 BLOCK = 2048  # outputs of a pair that are ranked at once
@@ -124,7 +125,7 @@ def states(
     constants = sizes(hidden, hidden_XH.itemsize)
     for block in range(num_blocks):
         launch(
-            *(states_kernel, (max_tiles, triton.cdiv(hidden, constants["BLOCK_O"]))),
+            *(states_kernel, (max_tiles, cdiv(hidden, constants["BLOCK_O"]))),
             *(hidden_XH, ends_B, pairs.states_GF, pairs.tree_Y, r_LYH, r_LYH.shape[1]),
             *(pairs.counts, block),
             **constants,
@@ -136,7 +137,7 @@ def logits(r_LYH: Tensor, pairs: Pairs, logits_YN: Tensor, max_tiles: int) -> No
     """Fills logits_YN, float32, N at least that of all heads, with what `states` has made."""
     constants = sizes(r_LYH.shape[2], r_LYH.itemsize)
     launch(
-        *(logits_kernel, (max_tiles, triton.cdiv(logits_YN.shape[1], constants["BLOCK_O"]))),
+        *(logits_kernel, (max_tiles, cdiv(logits_YN.shape[1], constants["BLOCK_O"]))),
         *(r_LYH, r_LYH.shape[1], pairs.outputs_GF, logits_YN, logits_YN.stride(0), pairs.counts),
         **constants,
     )
@@ -144,7 +145,7 @@ def logits(r_LYH: Tensor, pairs: Pairs, logits_YN: Tensor, max_tiles: int) -> No
 
 def sizes(hidden: int, itemsize: int) -> dict[str, Any]:
     """Constants and settings of the two products. itemsize: bytes of a number of theirs."""
-    inputs = min(256 // itemsize, max(16, triton.next_power_of_2(hidden)))
+    inputs = min(256 // itemsize, max(16, power_of_two(hidden)))
     return {
         "HIDDEN": hidden,
         "TILE": TILE,
@@ -158,13 +159,14 @@ def sizes(hidden: int, itemsize: int) -> dict[str, Any]:
 def top(logits_YN: Tensor, pairs: Pairs, ids_YR: Tensor, logprobs_YR: Tensor, bucket: int) -> None:
     """Fills ids_YR, int32, and logprobs_YR, float32, of at most `bucket` pairs with R tokens each.
 
-    Both have equal strides.
+    R: at most MAX_RANK, for which there is one kernel. Both have equal strides.
     """
     num = ids_YR.shape[1]
+    assert num <= MAX_RANK, "more tokens than the kernel ranks"
     launch(
         *(top_kernel, (bucket,), logits_YN, logits_YN.stride(0), pairs.num_outputs_Y, pairs.ids_Y),
         *(pairs.counts, ids_YR, logprobs_YR, ids_YR.stride(0), num),
-        RANK=triton.next_power_of_2(num),
+        RANK=MAX_RANK,
         BLOCK=BLOCK,
         num_warps=8,
     )
@@ -283,7 +285,11 @@ def _product(
     return total
 
 
-@triton.jit(do_not_specialize=["stride", "out_stride", "num"])
+# Results stand anywhere: one kernel serves all places.
+@triton.jit(
+    do_not_specialize=["stride", "out_stride", "num"],
+    do_not_specialize_on_alignment=["out_ids", "out_logprobs"],
+)
 def top_kernel(
     logits,
     stride,
