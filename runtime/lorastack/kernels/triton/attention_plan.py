@@ -100,7 +100,7 @@ class AttentionArrays(Generic[Array]):
 
     @staticmethod
     def lengths(max_tokens: int, max_parts: int, max_lists: int) -> dict[str, tuple[int, ...]]:
-        """The shape of each array, by its name. max_parts: of `Workspace`."""
+        """The shape of each array, by its name. max_parts: of `AttentionWorkspace`."""
         tokens = dict.fromkeys(("position_T", "slot_T", "item_T", "line_T"), (max_tokens,))
         items = (max_tokens + max_parts, ITEM_FIELDS)
         return {"counts": (2,), **tokens, "items": items, "lists": (max_lists,)}
@@ -111,7 +111,7 @@ def plan_attention(
 ) -> int:
     """Fills `into` for a step and returns how long its `lists` are.
 
-    rows: they cover the step's tokens in order, without gaps; max_parts: see `Workspace`.
+    rows: they cover the step's tokens in order, without gaps; max_parts: of `AttentionWorkspace`.
     """
     num_tokens = rows[-1].end
     lists, pages_B = _pages(rows, shape.page_size)

@@ -41,6 +41,9 @@ class Tile(NamedTuple):
     size: int
 
 
+_FIELDS = tl.constexpr(len(Tile._fields))
+
+
 class Layout(NamedTuple):
     """A step's pairs Y in plain numbers, ready to be uploaded.
 
@@ -191,7 +194,7 @@ def states_kernel(
     """Grid: tiles, runs of BLOCK_O outputs. One block of heads."""
     if tl.program_id(0) >= tl.load(counts):
         return
-    tiles += tl.program_id(0) * 7
+    tiles += tl.program_id(0) * _FIELDS
     if block >= tl.load(tiles + 5):
         return
     pairs, real, num_heads = _pairs_of(tiles, TILE)
@@ -231,7 +234,7 @@ def logits_kernel(
     """Grid: tiles, runs of BLOCK_O outputs."""
     if tl.program_id(0) >= tl.load(counts + 1):
         return
-    tiles += tl.program_id(0) * 7
+    tiles += tl.program_id(0) * _FIELDS
     size = tl.load(tiles + 6)
     o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     if tl.program_id(1) * BLOCK_O >= size:

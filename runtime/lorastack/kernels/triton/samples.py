@@ -29,6 +29,7 @@ SPAN = 4096  # tokens of a row that a program of `best_kernel` reads
 SETTINGS = 6  # int64 words of a tree, see `settings_of`
 BLOCK = 2048  # of its tokens that `sample_kernel` reads at once
 SAMPLE_WARPS = 16
+_WORDS = tl.constexpr(SETTINGS)
 _NAN_RANK = tl.constexpr(0xFFFFFFFF)
 _INDEX_STEP = tl.constexpr(0xD1B54A32D192ED03)
 _TOKEN_STEP = tl.constexpr(0x9E3779B97F4A7C15)
@@ -149,7 +150,7 @@ def sample_kernel(
     tree = tl.load(trees + row)
     if tree < 0:
         return
-    settings += tree * 6
+    settings += tree * _WORDS
     temperature = tl.load(settings + 1).to(tl.float64, bitcast=True)
     top = peak.to(tl.float64) / tl.where(temperature > 0, temperature, 1.0)
     # Else the row is greedy, or there is nothing to draw from: NaN, infinity, or next to 0.
