@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lorastack.config import GIB
+from lorastack.errors import FailedPreconditionError
 from lorastack.model.backends.triton.graphs import MAX_GRAPHS
 from lorastack.model.backends.triton.inputs import BUCKETS, bucket_of
 from lorastack.model.backends.triton.reserve import (
@@ -113,6 +114,23 @@ def test_steps_of_few_tokens_are_graphs_before_the_first_row() -> None:
         mistral.backend.forward(batch, mistral.kv)
         replays += 1
         assert mistral.device.replays == replays
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (OSError("Python.h: No such file"), "Python.h: No such file; --backend torch"),
+        (torch.OutOfMemoryError("out of memory"), "out of memory; give --kv-memory less"),
+    ],
+)
+def test_kernels_that_do_not_run_are_told_at_the_start(error: Exception, remedy: str) -> None:
+    mistral = MockMistral()
+
+    def fail(*args: object, **settings: object) -> None:
+        raise error
+
+    with launching(fail), pytest.raises(FailedPreconditionError, match=remedy):
+        mistral.backend.prepare(mistral.kv)
 
 
 def test_a_graphs_memory_stays_when_more_is_asked_for() -> None:

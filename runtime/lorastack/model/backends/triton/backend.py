@@ -6,6 +6,7 @@ that neither the number of tokens nor the bucket changes.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from weakref import WeakKeyDictionary
@@ -13,6 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from lorastack.errors import FailedPreconditionError, Reason
 from lorastack.kernels.heads import TopTokens
 from lorastack.kernels.linear import copy_rows
 from lorastack.kernels.ops import Ops
@@ -50,6 +52,8 @@ from lorastack.model.kv import KVCache
 from lorastack.model.weights import DecoderWeights, Packing, load_weights
 
 CAPTURED_TOKENS = 64  # of steps that are captured at the start, others by their third use
+
+log = logging.getLogger(__name__)
 
 
 class TritonBackend:
@@ -110,11 +114,23 @@ class TritonBackend:
     def prepare(self, kv: KVCache) -> None:
         """See `Backend`. Compiles all kernels, and captures steps of few tokens.
 
-        With LoRAs and without, of lm_head and the embedding too, and with heads: what an adapter
-        holds does not matter, nor what the steps write.
+        Raises FailedPreconditionError where kernels do not compile or run.
         """
         if not self._calls.captures:
             return
+        log.info("getting kernels and graphs ready; the first start here takes longer: it compiles")
+        try:
+            self._try_all(kv)
+        except Exception as error:
+            short = isinstance(error, torch.OutOfMemoryError)
+            remedy = "give --kv-memory less" if short else "--backend torch does without Triton"
+            raise FailedPreconditionError(
+                f"Triton's kernels do not run here: {error}; {remedy}", reason=Reason.INVALID_MODEL
+            ) from error
+
+    def _try_all(self, kv: KVCache) -> None:
+        """With LoRAs and without, of lm_head and the embedding too, and with heads: what an adapter
+        holds does not matter, nor what the steps write."""
         nothing, everything = LoraWeights({}, None), self._lora_of_nothing()
         for bucket in BUCKETS:
             table = range(-(-bucket // kv.page_size))
