@@ -135,7 +135,7 @@ def test_kernels_that_do_not_run_are_told_at_the_start(error: Exception, remedy:
 
 def test_a_graphs_memory_stays_when_more_is_asked_for() -> None:
     """A graph knows addresses and keeps no tensor."""
-    memory = LoraMemory(SHAPES, 1024, META)
+    memory = LoraMemory(SHAPES, META)
     for make, sizes in ((memory.logit_deltas, (8, 16)), (memory.shrunk, (1 << 14, 1 << 16))):
         first = make(sizes[0])
         made, address = weakref.ref(first), first.untyped_storage()._cdata

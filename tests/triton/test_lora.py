@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lorastack.kernels.packing import allocate, view
-from lorastack.kernels.segmented_lora import GroupLora, TargetLora, segmented_lora_reference
+from lorastack.kernels.segmented_lora import segmented_lora_reference
 from lorastack.kernels.triton import lora
 from lorastack.kernels.triton.lora_plan import (
     PAIR_FIELDS,
@@ -73,18 +73,10 @@ class Adapters:
         ]
         self.device, self.dtype = device, dtype
         self.weights = [adapter(each, seed, dtype, device) for seed, each in enumerate(ranks)]
-        self.tables = [AdapterTable.of(*self._parts(each), 2, device) for each in self.weights]
-
-    @staticmethod
-    def _parts(
-        weights: LoraWeights,
-    ) -> tuple[Mapping[tuple[int, int], GroupLora], GroupLora | None]:
-        found = weights.embedding
-        if found is None:
-            return weights.groups, None
-        rank = slice(0, len(found.a_RV))
-        target = TargetLora(0, rank, found.b_HR, found.scale)
-        return weights.groups, GroupLora(found.a_RV, (target,))
+        self.tables = [
+            AdapterTable.of(each.groups, each.embedding and each.embedding.group, 2, device)
+            for each in self.weights
+        ]
 
     def uses(self, stacks: Sequence[Stack]) -> list[LoraUse]:
         return [

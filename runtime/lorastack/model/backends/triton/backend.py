@@ -19,8 +19,7 @@ from lorastack.kernels.heads import TopTokens
 from lorastack.kernels.linear import copy_rows
 from lorastack.kernels.ops import Ops
 from lorastack.kernels.quantize import Kind, head_kind
-from lorastack.kernels.segmented_lora import GroupLora, TargetLora
-from lorastack.kernels.triton.lora import CHUNK
+from lorastack.kernels.segmented_lora import GroupLora
 from lorastack.kernels.triton.lora_plan import AdapterTable, LoraUse
 from lorastack.kernels.triton.weight import Weight, pack_weight
 from lorastack.lora.segments import LoraBatch, Segment
@@ -84,7 +83,7 @@ class TritonBackend:
         self._window = config.window
         self._calls = device_of(device) if calls is None else calls
         self._model = _model(config, weights, device)
-        self._lora_memory = LoraMemory(config.shapes, CHUNK, device)
+        self._lora_memory = LoraMemory(config.shapes, device)
         self._tables: WeakKeyDictionary[LoraWeights, AdapterTable] = WeakKeyDictionary()
         self._logits_inputs: dict[int, LogitsInputs] = {}
         self._memory = StepMemory(config.shapes, dtype, kind, device)
@@ -220,10 +219,7 @@ class TritonBackend:
     def _table(self, weights: LoraWeights) -> AdapterTable:
         table = self._tables.get(weights)
         if table is None:
-            embedding = None
-            if (own := weights.embedding) is not None:
-                whole = slice(0, len(own.a_RV))
-                embedding = GroupLora(own.a_RV, (TargetLora(0, whole, own.b_HR, own.scale),))
+            embedding = None if weights.embedding is None else weights.embedding.group
             table = AdapterTable.of(weights.groups, embedding, self.shapes.num_layers, self.device)
             self._tables[weights] = table
         return table

@@ -9,7 +9,6 @@ import torch
 from lorastack.config import MIB
 from lorastack.kernels.quantize import Kind, head_kind
 from lorastack.kernels.triton.attention_plan import AttentionShape
-from lorastack.kernels.triton.lora import CHUNK
 from lorastack.kernels.triton.weight import MatmulPlan
 from lorastack.layout import GROUPS, LM_HEAD, ModelShapes
 from lorastack.model.backends.triton.graphs import MAX_GRAPHS
@@ -54,7 +53,7 @@ def reserved_nbytes(shapes: ModelShapes, dtype: torch.dtype, kind: Kind | None) 
     shape = AttentionShape.of(shapes, 1, None, dtype)  # neither pages nor a window matter
     attention, _ = attention_workspace(shape, shapes.max_context, 0, meta)
     memory = Workspace.of(shapes, products_of(shapes, dtype, kind), STEP_TOKENS, dtype, meta)
-    loras = LoraMemory(shapes, CHUNK, meta)
+    loras = LoraMemory(shapes, meta)
     nbytes = sum(int(getattr(memory, each.name).nbytes) for each in fields(memory))
     nbytes += loras.shrunk(4 * LEAST_ROOM).nbytes + loras.logit_deltas(STEP_TOKENS).nbytes
     nbytes += attention.sums.nbytes + attention.softmax.nbytes

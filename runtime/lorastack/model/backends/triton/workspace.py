@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lorastack.kernels.triton.attention import AttentionWorkspace
 from lorastack.kernels.triton.attention_plan import AttentionShape
+from lorastack.kernels.triton.lora import CHUNK
 from lorastack.kernels.triton.samples import num_spans
 from lorastack.kernels.triton.weight import SPREAD_TOKENS, MatmulPlan, Weight
 from lorastack.layout import ModelShapes
@@ -108,10 +109,9 @@ class LoraMemory:
     """What steps with LoRAs need beside it, made when first asked for, and kept: graphs know where
     it lies."""
 
-    def __init__(self, shapes: ModelShapes, chunk: int, device: torch.device) -> None:
-        """chunk: inputs, see `lora.shrink`."""
+    def __init__(self, shapes: ModelShapes, device: torch.device) -> None:
         inputs = (shapes.hidden_size, shapes.num_heads * shapes.head_dim, shapes.intermediate_size)
-        self._num_chunks = -(-max(inputs) // chunk)
+        self._num_chunks = -(-max(inputs) // CHUNK)
         self._vocab_size = shapes.vocab_size
         self._device = device
         self._rooms: dict[int, Tensor] = {}
