@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.setting import Setting
-from lorastack.kernels.segmented_lora import GroupLora, TargetLora
 from lorastack.kernels.triton.attention import AttentionWorkspace, attend
 from lorastack.kernels.triton.attention_plan import AttentionArrays, AttentionShape, plan_attention
 from lorastack.kernels.triton.lora import CHUNK, add_embedding, expand, shrink
@@ -128,10 +127,7 @@ class LoraStep:
         self.shrunk_CS = setting.poisoned(-(-widest // CHUNK), workspace_size(laid))
 
     def _table(self, weights: LoraWeights) -> AdapterTable:
-        embedding = None
-        if (own := weights.embedding) is not None:
-            target = TargetLora(0, slice(0, len(own.a_RV)), own.b_HR, own.scale)
-            embedding = GroupLora(own.a_RV, (target,))
+        embedding = None if weights.embedding is None else weights.embedding.group
         device, layers = self._setting.device, self._shapes.num_layers
         return AdapterTable.of(weights.groups, embedding, layers, device)
 

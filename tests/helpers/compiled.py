@@ -82,12 +82,33 @@ class Launch:
     args: tuple[object, ...]
     settings: dict[str, Any]
 
+    @property
+    def version(self) -> tuple[object, ...]:
+        """What Triton tells binaries of a kernel apart by: launches with equal ones share one."""
+        types, constants, aligned, options = self._specialised()
+        ones = [
+            parameter.name
+            for parameter, value in zip(self.kernel.params, self.args, strict=False)
+            if isinstance(value, int) and value == 1 and not parameter.do_not_specialize
+        ]
+        told = (*types.items(), *constants.items(), *options.items())
+        return (self.kernel.fn.__name__, *told, *aligned, "ones", *ones)
+
     def compiled(self, architecture: int) -> Compiled:
         """With the types, constants and alignments of its arguments, as a launch compiles it."""
+        types, constants, aligned, options = self._specialised()
+        return compile_kernel(self.kernel, architecture, types, constants, aligned, **options)
+
+    def _specialised(
+        self,
+    ) -> tuple[dict[str, str], dict[str, object], list[str], dict[str, Any]]:
+        """See `compile_kernel`: types, constants, aligned, options."""
         types: dict[str, str] = {}
         aligned: list[str] = []
         names = {parameter.name for parameter in self.kernel.params}
-        constants = {name: value for name, value in self.settings.items() if name in names}
+        constants: dict[str, object] = {
+            name: value for name, value in self.settings.items() if name in names
+        }
         for parameter, value in zip(self.kernel.params, self.args, strict=False):
             if value is None:
                 constants[parameter.name] = None
@@ -98,7 +119,7 @@ class Launch:
             if told and isinstance(place, int) and place % 16 == 0:
                 aligned.append(parameter.name)
         options = {name: value for name, value in self.settings.items() if name not in names}
-        return compile_kernel(self.kernel, architecture, types, constants, aligned, **options)
+        return types, constants, aligned, options
 
 
 class Recorder:

@@ -56,7 +56,7 @@ class LateDevice:
         self._note("wait")
         self.run()
 
-    def mark(self) -> Callable[[], float]:
+    def mark(self) -> list[float]:
         times: list[float] = []
 
         def come_by() -> None:
@@ -64,7 +64,10 @@ class LateDevice:
             times.append(float(self._now))
 
         self.enqueue(come_by)
-        return lambda: times[0]
+        return times
+
+    def seconds(self, began: list[float], ended: list[float]) -> float:
+        return ended[0] - began[0]
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
         self._captured = []

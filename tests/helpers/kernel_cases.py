@@ -24,6 +24,7 @@ from lorastack.kernels.triton.lora_plan import PAIR_FIELDS, TILE_FIELDS, LoraArr
 from lorastack.kernels.triton.weight import SPREAD_TOKENS, MatmulPlan, Weight
 from tests.helpers.compiled import Compiled, Recorder
 from tests.helpers.launches import launching
+from tests.helpers.shapes import MISTRAL_7B
 
 BFLOAT16, FLOAT32, INT32, INT64 = torch.bfloat16, torch.float32, torch.int32, torch.int64
 HIDDEN, INNER, HEADS, KEY_HEADS, DIM, PAGE = 4096, 14336, 32, 8, 128, 16
@@ -31,6 +32,7 @@ KEYS, VOCABULARY = KEY_HEADS * DIM, 131072
 MAX_REGISTERS = 168
 FEW, SPREAD, MANY = 8, SPREAD_TOKENS, SPREAD_TOKENS + 1  # buckets of a matmul
 MISTRAL = AttentionShape(HEADS, KEY_HEADS, DIM, PAGE, None)
+WIDEST = AttentionShape.of(replace(MISTRAL_7B, head_dim=256), PAGE, None, FLOAT32)
 
 
 class Products(Enum):
@@ -171,16 +173,17 @@ def _sample() -> None:
     samples.sample(_meta(1, VOCABULARY), nodes, keys_XS, samples.Sampled(_meta(1), IDS, IDS), 1)
 
 
-ACCEPTED = accept.Accepted(IDS, IDS, _meta(1, 64, dtype=INT32), _meta(1, 64, dtype=INT32))
+ACCEPTED = accept.Accepted(IDS, IDS, IDS)
+TREES = accept.Trees(IDS, IDS, IDS, IDS, COUNT)
 
 
 def _accept() -> None:
-    accept.accept(IDS, accept.Trees(IDS, IDS, IDS, IDS, COUNT), ACCEPTED, 1, 64)
+    accept.accept(IDS, TREES, ACCEPTED, 1, 64)
 
 
 def _move_kv() -> None:
     kv = _meta(32, 1, 2, KEY_HEADS, PAGE, DIM, dtype=BFLOAT16)
-    accept.move_kv(kv, ACCEPTED, accept.Slots(IDS, IDS, IDS), COUNT, 1)
+    accept.move_kv(kv, ACCEPTED, accept.Slots(IDS, IDS, IDS), TREES, 1)
 
 
 def _pairs() -> Pairs:
@@ -261,6 +264,11 @@ CASES: dict[str, Case] = {
         *(attention.attention_kernel, partial(_attend, replace(MISTRAL, head_dim=16), FLOAT32)),
         wide=True,
         ahead=True,
+    ),
+    "attention float32 of wide heads": Case(
+        attention.attention_kernel,
+        partial(_attend, WIDEST, FLOAT32),
+        wide=True,
     ),
     "sum over splits": Case(attention.combine_kernel, partial(_attend, MISTRAL, BFLOAT16), 64),
     "embed": Case(pointwise.embed_kernel, _embed, 128, wide=True),

@@ -17,7 +17,7 @@ from lorastack.kernels.segmented_lora import GroupLora, TargetLora
 from lorastack.kernels.triton.weight import Weight, pack_weight
 from lorastack.layout import GROUPS
 from lorastack.lora.segments import LoraBatch, Segment
-from lorastack.lora.weights import LoraWeights
+from lorastack.lora.weights import LM_HEAD_GROUP, EmbeddingLora, LoraWeights
 from lorastack.model.backends.triton.backend import TritonBackend
 from lorastack.model.config import DecoderConfig
 from lorastack.model.context import ForwardBatch, HeadsAsk, RowSpan, SampledTree
@@ -61,8 +61,11 @@ class MockDevice:
     def wait(self) -> None:
         self.copies.append("wait")
 
-    def mark(self) -> Callable[[], float]:
-        return lambda: 0.0
+    def mark(self) -> None:
+        pass
+
+    def seconds(self, began: None, ended: None) -> float:
+        return 0.0
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
         run()
@@ -106,8 +109,8 @@ class MockMistral:
         return ForwardBatch(ids, tuple(spans), ids, LoraBatch(tuple(segments)), trees)
 
 
-def mock_lora(rank: int) -> LoraWeights:
-    """All projections, as views of nothing."""
+def mock_lora(rank: int, *, beside_layers: bool = False) -> LoraWeights:
+    """All projections, as views of nothing. beside_layers: lm_head and the embedding as well."""
     groups = {}
     for layer in range(SHAPES.num_layers):
         for group, names in enumerate(GROUPS):
@@ -122,14 +125,19 @@ def mock_lora(rank: int) -> LoraWeights:
             )
             a_RI = _empty(rank * len(names), SHAPES.target_shape(names[0])[1])
             groups[layer, group] = GroupLora(a_RI, targets)
-    return LoraWeights(groups, None)
+    if not beside_layers:
+        return LoraWeights(groups, None)
+    size, vocab_size = SHAPES.hidden_size, SHAPES.vocab_size
+    target = TargetLora(0, slice(0, rank), _empty(vocab_size, rank), 1.0)
+    groups[LM_HEAD_GROUP] = GroupLora(_empty(rank, size), (target,))
+    return LoraWeights(groups, EmbeddingLora(_empty(rank, vocab_size), _empty(size, rank), 1.0))
 
 
-def mock_heads(num_heads: int, num_outputs: int) -> HeadsWeights:
-    """One block each, and a draft vocabulary."""
+def mock_heads(num_heads: int, num_outputs: int, num_blocks: int = 1) -> HeadsWeights:
+    """With a draft vocabulary."""
     size = SHAPES.hidden_size
     ids_N = torch.empty(num_outputs, dtype=torch.int64, device=META)
-    weight, bias = _empty(1, num_heads, size, size), _empty(1, num_heads, size)
+    weight, bias = _empty(num_blocks, num_heads, size, size), _empty(num_blocks, num_heads, size)
     return HeadsWeights(weight, bias, _empty(num_outputs, size), ids_N)
 
 

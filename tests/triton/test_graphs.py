@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lorastack.model.backends.triton.device import CpuDevice
-from lorastack.model.backends.triton.graphs import Graphs
+from lorastack.model.backends.triton.graphs import MAX_GRAPHS, Graphs
 from tests.helpers.fake_device import LateDevice
 
 
@@ -63,6 +63,17 @@ def test_a_capture_that_fails_is_told_once_and_steps_go_on(
     assert steps.done == list("aaaaa") and device.log == ["capture"]
     (record,) = caplog.records
     assert "steps a run without a graph" in record.message and record.exc_info
+
+
+def test_graphs_are_no_more_than_their_memory_is_counted_for() -> None:
+    device = LateDevice()
+    steps = Steps(device)
+    keys = [str(key) for key in range(MAX_GRAPHS + 2)]
+    for key in keys * 4:
+        steps.run(key)
+    device.run()
+    assert steps.done == keys * 4
+    assert len(steps.graphs) == device.log.count("capture") == MAX_GRAPHS
 
 
 def test_without_graphs_every_step_is_launched(caplog: pytest.LogCaptureFixture) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import fields
@@ -13,9 +14,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lorastack.config import GIB
-from lorastack.model.backends.triton.reserve import CONTEXT_NBYTES, reserved_nbytes
+from lorastack.errors import FailedPreconditionError
+from lorastack.model.backends.triton.graphs import MAX_GRAPHS
+from lorastack.model.backends.triton.inputs import BUCKETS, bucket_of
+from lorastack.model.backends.triton.reserve import (
+    CONTEXT_NBYTES,
+    GRAPH_NBYTES,
+    reserved_nbytes,
+)
+from lorastack.model.backends.triton.workspace import LoraMemory
 from tests.helpers.launches import launching
-from tests.helpers.mock_mistral import MockMistral, mock_heads, mock_lora
+from tests.helpers.mock_mistral import META, SHAPES, MockMistral, mock_heads, mock_lora
 
 
 class Launches:
@@ -107,12 +116,51 @@ def test_steps_of_few_tokens_are_graphs_before_the_first_row() -> None:
         assert mistral.device.replays == replays
 
 
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (OSError("Python.h: No such file"), "Python.h: No such file; --backend torch"),
+        (torch.OutOfMemoryError("out of memory"), "out of memory; give --kv-memory less"),
+    ],
+)
+def test_kernels_that_do_not_run_are_told_at_the_start(error: Exception, remedy: str) -> None:
+    mistral = MockMistral()
+
+    def fail(*args: object, **settings: object) -> None:
+        raise error
+
+    with launching(fail), pytest.raises(FailedPreconditionError, match=remedy):
+        mistral.backend.prepare(mistral.kv)
+
+
+def test_a_graphs_memory_stays_when_more_is_asked_for() -> None:
+    """A graph knows addresses and keeps no tensor."""
+    memory = LoraMemory(SHAPES, META)
+    for make, sizes in ((memory.logit_deltas, (8, 16)), (memory.shrunk, (1 << 14, 1 << 16))):
+        first = make(sizes[0])
+        made, address = weakref.ref(first), first.untyped_storage()._cdata
+        del first
+        make(sizes[1])
+        assert made() is not None
+        assert make(sizes[0]).untyped_storage()._cdata == address
+
+
+def test_steps_beyond_the_last_bucket_take_memory_a_few_times() -> None:
+    sizes = [bucket_of(num_tokens) for num_tokens in range(1, 5000)]
+    assert all(size >= number for number, size in enumerate(sizes, 1))
+    assert sorted(set(sizes)) == [*BUCKETS, 640, 1280, 2560, 5120]
+
+
 def test_memory_of_steps_is_counted_before_it_is_taken(mistral: MockMistral) -> None:
     backend = mistral.backend
     counted = reserved_nbytes(backend.shapes, backend.dtype, None)
-    memory = backend._memory.of(64)
-    taken = sum(getattr(memory, each.name).nbytes for each in fields(memory))
-    assert taken + CONTEXT_NBYTES < counted < 2 * GIB
+    memory, model = backend._memory.of(64), backend._model
+    attention = backend._steps_of(mistral.kv).of(1)[0].attention
+    tensors = [getattr(memory, each.name) for each in fields(memory)]
+    tensors += [model.cos_PF, model.sin_PF, attention.sums, attention.softmax]
+    tensors.append(backend._lora_memory.logit_deltas(len(memory.hidden_TH)))
+    taken = sum(each.nbytes for each in tensors)
+    assert taken + CONTEXT_NBYTES + MAX_GRAPHS * GRAPH_NBYTES < counted < 2 * GIB
 
 
 @pytest.mark.usefixtures("launches")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lorastack.kernels.packing import allocate, view
-from lorastack.kernels.segmented_lora import GroupLora, TargetLora, segmented_lora_reference
+from lorastack.kernels.segmented_lora import segmented_lora_reference
 from lorastack.kernels.triton import lora
 from lorastack.kernels.triton.lora_plan import (
     PAIR_FIELDS,
@@ -72,18 +73,10 @@ class Adapters:
         ]
         self.device, self.dtype = device, dtype
         self.weights = [adapter(each, seed, dtype, device) for seed, each in enumerate(ranks)]
-        self.tables = [AdapterTable.of(*self._parts(each), 2, device) for each in self.weights]
-
-    @staticmethod
-    def _parts(
-        weights: LoraWeights,
-    ) -> tuple[Mapping[tuple[int, int], GroupLora], GroupLora | None]:
-        found = weights.embedding
-        if found is None:
-            return weights.groups, None
-        rank = slice(0, len(found.a_RV))
-        target = TargetLora(0, rank, found.b_HR, found.scale)
-        return weights.groups, GroupLora(found.a_RV, (target,))
+        self.tables = [
+            AdapterTable.of(each.groups, each.embedding and each.embedding.group, 2, device)
+            for each in self.weights
+        ]
 
     def uses(self, stacks: Sequence[Stack]) -> list[LoraUse]:
         return [
@@ -205,6 +198,21 @@ def test_scales_that_float32_cannot_hold_are_infinite(device: torch.device) -> N
     delta_TO, _ = deltas(adapters, [(0, 1, [(0, 1e300)]), (1, 2, [(1, 1.0)])], x_TI, (1, 0))
     assert not delta_TO[0, : widths((1, 0))[0]].isfinite().any()
     assert delta_TO[1].isfinite().all()
+
+
+@pytest.mark.parametrize(("own", "asked"), [(0.0, 1e39), (1e39, 0.0), (1e-3, 1e39), (1e39, 1e-3)])
+def test_the_scale_is_one_product(own: float, asked: float, device: torch.device) -> None:
+    """That float32 holds, though not both of its factors."""
+    adapters = Adapters(torch.float32, device)
+    groups = adapters.weights[2].groups
+    (target,) = groups[0, 1].targets
+    group = replace(groups[0, 1], targets=(replace(target, scale=own),))
+    adapters.weights[2] = LoraWeights({(0, 1): group}, None)
+    adapters.tables[2] = AdapterTable.of({(0, 1): group}, None, 2, device)
+    x_TI = random_inputs((0, 1), torch.float32, device)[:1]
+    delta_TO, _ = deltas(adapters, [(0, 1, [(2, asked)])], x_TI, (0, 1))
+    wanted_TO = wanted(adapters, [(0, 1, [(2, asked)])], x_TI, (0, 1))
+    torch.testing.assert_close(delta_TO.double(), wanted_TO, rtol=1e-5, atol=0)
 
 
 def test_more_tiles_than_a_grid_has_programs(

@@ -80,6 +80,8 @@ def test_trees_are_accepted_moved_and_drafted_in_one_call(world: World) -> None:
         torch.testing.assert_close(top.logprobs_XR, expected.logprobs_XR.cpu(), atol=1e-4, rtol=0)
 
     assert outputs.moved
+    # A step that failed behind its moves runs again, on what they left.
+    assert backend.forward(batch, kv).accepted == outputs.accepted
     chains, plain = batch_of(world, [[right[0]], [right[1]], []], [None] * 3), world.cache()
     backend.forward(chains, plain)
     for page in (PAGES[0], PAGES[1]):

@@ -31,6 +31,12 @@ class EmbeddingLora:
     b_HR: Tensor
     scale: float
 
+    @property
+    def group(self) -> GroupLora:
+        """The same as a group of one, whose A is [rank, V]."""
+        target = TargetLora(0, slice(0, len(self.a_RV)), self.b_HR, self.scale)
+        return GroupLora(self.a_RV, (target,))
+
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class LoraWeights:

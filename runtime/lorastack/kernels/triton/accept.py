@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lorastack.kernels.triton.launch import launch
+from lorastack.kernels.triton.launch import launch, power_of_two
 
 
 class Trees(NamedTuple):
@@ -32,13 +32,12 @@ class Trees(NamedTuple):
 
 
 class Accepted(NamedTuple):
-    """int32. lengths_B: of the paths, the root left out. path_BD, tokens_BD: as in
-    `speculation.accept`, tokens one longer than the path. ends_B: the output of the path's end."""
+    """int32. lengths_B: of the paths, the root left out. ends_B: the output of the path's end.
+    path_X: as in `speculation.accept`, each tree's from its first output on."""
 
     lengths_B: Tensor
     ends_B: Tensor
-    path_BD: Tensor
-    tokens_BD: Tensor
+    path_X: Tensor
 
 
 class Slots(NamedTuple):
@@ -51,28 +50,28 @@ class Slots(NamedTuple):
 
 
 def accept(tokens_X: Tensor, trees: Trees, out: Accepted, bucket: int, max_nodes: int) -> None:
-    """Fills `out`, whose D is at least max_nodes, for at most `bucket` trees.
+    """Fills `out` for at most `bucket` trees.
 
     tokens_X: int32, sampled at each output. max_nodes: of a tree, a power of two.
     """
     launch(
-        *(accept_kernel, (bucket,), tokens_X, *trees, *out, out.path_BD.stride(0)),
+        *(accept_kernel, (bucket,), tokens_X, *trees, *out),
         NODES=max_nodes,
         num_warps=1,
     )
 
 
-def move_kv(kv: Tensor, accepted: Accepted, slots: Slots, num_trees: Tensor, bucket: int) -> None:
+def move_kv(kv: Tensor, accepted: Accepted, slots: Slots, trees: Trees, bucket: int) -> None:
     """kv: [num_layers, num_pages, 2, num_kv_heads, page_size, D], contiguous."""
     num_layers, num_pages, _, num_kv_heads, page_size, head_dim = kv.shape
     launch(
-        *(move_kernel, (bucket, num_layers), kv, accepted.lengths_B, accepted.path_BD),
-        *(accepted.path_BD.stride(0), *slots, num_trees, num_pages),
+        *(move_kernel, (bucket, num_layers), kv, accepted.lengths_B, accepted.path_X),
+        *(trees.first_B, *slots, trees.num_trees, num_pages),
         PAGE=page_size,
         SIDES=2 * num_kv_heads,
         SIZE=head_dim,
-        BLOCK_SIDES=triton.next_power_of_2(2 * num_kv_heads),
-        BLOCK_SIZE=triton.next_power_of_2(head_dim),
+        BLOCK_SIDES=power_of_two(2 * num_kv_heads),
+        BLOCK_SIZE=power_of_two(head_dim),
         num_warps=4,
     )
 
@@ -88,8 +87,6 @@ def accept_kernel(
     lengths,
     ends,
     paths,
-    tokens,
-    stride,
     NODES: tl.constexpr,
 ):
     """Grid: trees."""
@@ -101,14 +98,12 @@ def accept_kernel(
     own = nodes < tl.load(size_B + tree)
     token_N = tl.load(token_X + first + nodes, mask=own, other=-1)
     parent_N = tl.load(parent_X + first + nodes, mask=own, other=-1)
-    paths += tree * stride
-    tokens += tree * stride
+    paths += first
     length = 0
     node = 0
     child = 1
     while child > 0:
         token = tl.load(sampled + first + node)
-        tl.store(tokens + length, token)
         fits = own & (parent_N == node) & (token_N == token)
         child = tl.max(tl.where(fits, nodes, 0), 0)
         if child > 0:
@@ -119,12 +114,12 @@ def accept_kernel(
     tl.store(ends + tree, first + node)
 
 
-@triton.jit(do_not_specialize=["stride", "num_pages"])
+@triton.jit(do_not_specialize=["num_pages"])
 def move_kernel(
     kv,
     lengths,
     paths,
-    stride,
+    first_B,
     pages,
     table_B,
     committed_B,
@@ -142,12 +137,13 @@ def move_kernel(
         return
     root = tl.load(committed_B + tree)
     pages += tl.load(table_B + tree)
+    paths += tl.load(first_B + tree)
     kv += layer.to(tl.int64) * num_pages * (SIDES * PAGE * SIZE)
     sides, i = tl.arange(0, BLOCK_SIDES), tl.arange(0, BLOCK_SIZE)
     real = (sides < SIDES)[:, None] & (i < SIZE)[None, :]
     places = sides[:, None] * (PAGE * SIZE) + i[None, :]
     for step in range(0, tl.load(lengths + tree)):
-        node = tl.load(paths + tree * stride + step)
+        node = tl.load(paths + step)
         if node != step + 1:
             source = _slot(kv, pages, root + node, PAGE, SIDES * PAGE * SIZE, SIZE)
             values = tl.load(source + places, mask=real)

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lorastack.kernels.triton.attention_plan import ITEM_FIELDS, AttentionArrays, AttentionShape
-from lorastack.kernels.triton.launch import launch
+from lorastack.kernels.triton.launch import launch, power_of_two
 
 ALL = 1 << 30  # a window that nothing lies outside of
 STAGED_BYTES = 72 << 10  # of keys and values that may be in flight beside the rest of a program
@@ -98,7 +98,7 @@ def attend(
         (bucket, shape.num_kv_heads),
         *(out_TX, step.counts, step.items, step.position_T, step.item_T),
         *(workspace.sums, workspace.softmax),
-        HEADS=1 << (shape.share - 1).bit_length(),
+        HEADS=power_of_two(shape.share),
         AT_ONCE=4,
         **common,
         num_warps=2,

@@ -11,20 +11,24 @@ Arrays have fixed places, so that a CUDA graph may read them, and nothing beyond
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeAlias, TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from lorastack.kernels.attention import RowSpan
+from lorastack.kernels.triton.launch import power_of_two
+from lorastack.layout import ModelShapes
 
 MIN_TILE = 16  # rows that a matrix instruction takes
+WIDE_KEY = 512  # bytes; of wider ones half as many are taken at once
 # Of an item: its tile's first token, tokens and last position, its splits first..end, the place of
 # its part (-1: none, the item has all splits), then the row's committed length, 1 for a chain, and
 # where its pages begin in `lists`.
-ITEM_FIELDS = 9
+ITEM_FIELDS, ITEM_PAGES = 9, 8
 
 Ints: TypeAlias = NDArray[np.int32]
 Places: TypeAlias = NDArray[np.intp]
@@ -47,6 +51,15 @@ class AttentionShape:
     block: int = 64
     split: int = 256
 
+    @classmethod
+    def of(
+        cls, shapes: ModelShapes, page_size: int, window: int | None, dtype: torch.dtype
+    ) -> AttentionShape:
+        """With blocks of keys and values that any device has the shared memory for."""
+        shape = cls(shapes.num_heads, shapes.num_kv_heads, shapes.head_dim, page_size, window)
+        wide = shape.padded_dim * dtype.itemsize > WIDE_KEY
+        return replace(shape, block=shape.block // 2) if wide else shape
+
     @property
     def share(self) -> int:
         """Query heads a key-value head."""
@@ -55,7 +68,7 @@ class AttentionShape:
     @property
     def tile(self) -> int:
         """Rows of a tile."""
-        return max(MIN_TILE, _power_of_2(self.share))
+        return max(MIN_TILE, power_of_two(self.share))
 
     @property
     def tokens_a_tile(self) -> int:
@@ -63,7 +76,7 @@ class AttentionShape:
 
     @property
     def padded_dim(self) -> int:
-        return max(16, _power_of_2(self.head_dim))
+        return max(16, power_of_two(self.head_dim))
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +100,7 @@ class AttentionArrays(Generic[Array]):
 
     @staticmethod
     def lengths(max_tokens: int, max_parts: int, max_lists: int) -> dict[str, tuple[int, ...]]:
-        """The shape of each array, by its name. max_parts: of `Workspace`."""
+        """The shape of each array, by its name. max_parts: of `AttentionWorkspace`."""
         tokens = dict.fromkeys(("position_T", "slot_T", "item_T", "line_T"), (max_tokens,))
         items = (max_tokens + max_parts, ITEM_FIELDS)
         return {"counts": (2,), **tokens, "items": items, "lists": (max_lists,)}
@@ -98,7 +111,7 @@ def plan_attention(
 ) -> int:
     """Fills `into` for a step and returns how long its `lists` are.
 
-    rows: they cover the step's tokens in order, without gaps; max_parts: see `Workspace`.
+    rows: they cover the step's tokens in order, without gaps; max_parts: of `AttentionWorkspace`.
     """
     num_tokens = rows[-1].end
     lists, pages_B = _pages(rows, shape.page_size)
@@ -127,7 +140,7 @@ def plan_attention(
         lowest_G = np.minimum.reduceat(position_T, start_G) - shape.window + 1
         fields[:, 3] = np.maximum(lowest_G, 0) // shape.split
     fields[:, 4] = last_G // shape.split + 1
-    fields[:, 6], fields[:, 8] = committed_B[row_G], pages_B[row_G]
+    fields[:, 6], fields[:, ITEM_PAGES] = committed_B[row_G], pages_B[row_G]
     fields[:, 7] = np.array([row.parents is None for row in rows])[row_G]
     items, item_G = _spread(fields, max_parts)
     into.counts[:] = num_tokens, len(items)
@@ -187,8 +200,3 @@ def _add_ancestors(lists: list[int], rows: Sequence[RowSpan]) -> list[int]:
             lines.append([node] if parent < 0 else [*lines[parent], node])
             lists += lines[node]
     return found
-
-
-def _power_of_2(number: int) -> int:
-    """The least that is not below `number`."""
-    return 1 << (number - 1).bit_length()

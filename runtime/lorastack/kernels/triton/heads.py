@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lorastack.kernels.triton.heads_plan import FIELDS, TILE, Pairs
-from lorastack.kernels.triton.launch import launch
+from lorastack.kernels.triton.launch import cdiv, launch, power_of_two
 
 RANKS = 16  # of a private part that are multiplied at once
 CHUNK = 1024  # inputs that are summed before chunks are, where few programs have all of them
@@ -40,7 +40,7 @@ def states(
     """
     hidden, room = hidden_XH.shape[1], r_LYH.shape[1]
     constants = sizes(hidden, hidden_XH.itemsize)
-    chunks = triton.cdiv(hidden, CHUNK) if max_rank else 0
+    chunks = cdiv(hidden, CHUNK) if max_rank else 0
     size = (chunks, room, max_rank)
     shrunk_CYR = torch.empty(size, dtype=torch.float32, device=r_LYH.device) if max_rank else None
     for block in range(num_blocks):
@@ -50,13 +50,13 @@ def states(
         )
         if max_rank:
             launch(
-                *(shrink_kernel, (max_tiles, triton.cdiv(max_rank, RANKS), chunks), *inputs),
+                *(shrink_kernel, (max_tiles, cdiv(max_rank, RANKS), chunks), *inputs),
                 **constants | {"BLOCK_O": RANKS, "BLOCK_I": min(constants["BLOCK_I"], CHUNK)},
                 FIRST=block == 0,
                 CHUNK=CHUNK,
             )
         launch(
-            *(states_kernel, (max_tiles, triton.cdiv(hidden, constants["BLOCK_O"])), *inputs),
+            *(states_kernel, (max_tiles, cdiv(hidden, constants["BLOCK_O"])), *inputs),
             **constants,
             FIRST=block == 0,
             CHUNKS=chunks,
@@ -68,7 +68,7 @@ def logits(r_LYH: Tensor, pairs: Pairs, logits_YN: Tensor, max_tiles: int) -> No
     """Fills logits_YN, float32, N at least that of all heads, with what `states` has made."""
     constants = sizes(r_LYH.shape[2], r_LYH.itemsize)
     launch(
-        *(logits_kernel, (max_tiles, triton.cdiv(logits_YN.shape[1], constants["BLOCK_O"]))),
+        *(logits_kernel, (max_tiles, cdiv(logits_YN.shape[1], constants["BLOCK_O"]))),
         *(r_LYH, r_LYH.shape[1], pairs.outputs_GF, logits_YN, logits_YN.stride(0), pairs.counts),
         **constants,
     )
@@ -76,7 +76,7 @@ def logits(r_LYH: Tensor, pairs: Pairs, logits_YN: Tensor, max_tiles: int) -> No
 
 def sizes(hidden: int, itemsize: int) -> dict[str, Any]:
     """Constants and settings of the two products. itemsize: bytes of a number of theirs."""
-    inputs = min(256 // itemsize, max(16, triton.next_power_of_2(hidden)))
+    inputs = min(256 // itemsize, max(16, power_of_two(hidden)))
     return {
         "HIDDEN": hidden,
         "FIELDS": FIELDS,

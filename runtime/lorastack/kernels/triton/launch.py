@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import struct
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as Triton read it, once a process
+# As Triton reads it, once a process.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 LEAST_CAPABILITY = (8, 0)  # bfloat16 matrix instructions
 # A product that is fused with a sum in one place and not in another has other bits; Triton's own
 # default differs by version.
@@ -28,14 +30,21 @@ def launch(kernel: Kernel, grid: Sequence[int], *args: object, **settings: objec
     kernel[tuple(grid)](*args, **settings, **OPTIONS)
 
 
-def num_blocks(size: int, block: int) -> int:
-    """How many blocks cover a size. triton.cdiv is as slow as a launch."""
+def cdiv(size: int, block: int) -> int:
+    """How many blocks cover a size; triton.cdiv is as slow as a launch."""
     return -(-size // block)
 
 
 def power_of_two(size: int) -> int:
     """The next one, at least the size."""
     return 1 << (size - 1).bit_length()
+
+
+def float_bits(value: float) -> int:
+    """The int64 with a float64's bits, for arrays of integers."""
+    (bits,) = struct.unpack("<q", struct.pack("<d", value))
+    assert isinstance(bits, int)
+    return bits
 
 
 def why_not(device: torch.device) -> str:

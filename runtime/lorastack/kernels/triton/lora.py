@@ -200,8 +200,8 @@ def _load_b(b, n_N, r_R, rank, there_N):
 
 @triton.jit
 def _scale(address):
-    """The float32 whose bits an int64 holds."""
-    return tl.load(address).to(tl.int32).to(tl.float32, bitcast=True)
+    """The float64 whose bits an int64 holds."""
+    return tl.load(address).to(tl.float64, bitcast=True)
 
 
 @triton.jit(
@@ -263,7 +263,8 @@ def expand_kernel(
                 b_RN = _load_b(b, n_N, r_R, rank, n_N < outputs)
                 part_TN = tl.dot(h_TR.to(DTYPE), b_RN, part_TN, input_precision="ieee")
             if rank > 0:
-                delta_TN += part_TN * (_scale(entry + 3) * _scale(pair + 3))
+                # One scale, rounded once: float32 may hold it and neither of the two.
+                delta_TN += part_TN * (_scale(entry + 3) * _scale(pair + 3)).to(tl.float32)
         at_TN = (start + t_T).to(tl.int64)[:, None] * (OUT0 + OUT1 + OUT2) + (column + n_N)[None, :]
         keep_TN = real_T[:, None] & (n_N < outputs)[None, :]
         if VOCABULARY > 0:

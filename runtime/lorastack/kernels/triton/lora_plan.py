@@ -6,7 +6,6 @@ tables by their addresses, so that a CUDA graph serves any adapters. Nothing is 
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -17,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lorastack.kernels.segmented_lora import GroupLora, held
+from lorastack.kernels.segmented_lora import GroupLora
+from lorastack.kernels.triton.launch import float_bits
 from lorastack.layout import GROUPS
 
 TILE = 16  # tokens; a matrix instruction takes so many
@@ -124,7 +124,7 @@ def plan_lora(uses: Sequence[LoraUse], num_tokens: int, into: LoraArrays[Ints, L
     place = 0
     into.adapted_T[:num_tokens] = 0
     for (start, end), stack in groupby(uses, key=lambda use: use[:2]):
-        members = [(use.table.address, use.table.width, bits(use.scale)) for use in stack]
+        members = [(use.table.address, use.table.width, float_bits(use.scale)) for use in stack]
         into.adapted_T[start:end] = 1
         for first in range(start, end, TILE):
             count = min(TILE, end - first)
@@ -138,11 +138,6 @@ def plan_lora(uses: Sequence[LoraUse], num_tokens: int, into: LoraArrays[Ints, L
         into.pairs[: len(pairs)] = pairs
 
 
-def bits(scale: float) -> int:
-    """Those of a float32, infinity where it cannot hold the scale."""
-    return int(struct.unpack("<i", struct.pack("<f", held(scale, torch.float32)))[0])
-
-
 def _entry(group: GroupLora) -> list[int]:
     row = [0] * SITE_FIELDS
     row[0], row[1] = group.a_RI.data_ptr(), len(group.a_RI)
@@ -150,6 +145,6 @@ def _entry(group: GroupLora) -> list[int]:
         at = 2 + target.index * TARGET_FIELDS
         rank = target.rank.stop - target.rank.start
         row[at : at + TARGET_FIELDS] = (
-            target.b_OR.data_ptr(), target.rank.start, rank, bits(target.scale)
+            target.b_OR.data_ptr(), target.rank.start, rank, float_bits(target.scale)
         )  # fmt: skip
     return row

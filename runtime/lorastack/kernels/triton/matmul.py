@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lorastack.kernels.quantize import Kind
-from lorastack.kernels.triton.launch import launch, num_blocks, power_of_two
+from lorastack.kernels.triton.launch import cdiv, launch, power_of_two
 from lorastack.kernels.triton.weight import SPREAD_TOKENS, Weight
 
 BITS = {None: 16, Kind.INT8: 8, Kind.INT4: 4}
@@ -135,7 +135,7 @@ def matmul(x_TI: Tensor, weight: Weight, parts_CTO: Tensor, num_tokens: Tensor) 
     assert weight.kind is None or x_TI.dtype == torch.bfloat16, "codes are widened to bfloat16"
     num_parts, bucket, outputs = parts_CTO.shape
     plan, blocks = weight.plan, blocks_of(weight, bucket)
-    grid = (num_blocks(bucket, blocks.tokens), num_blocks(outputs, blocks.outputs), num_parts)
+    grid = (cdiv(bucket, blocks.tokens), cdiv(outputs, blocks.outputs), num_parts)
     launch(
         matmul_kernel,
         grid,

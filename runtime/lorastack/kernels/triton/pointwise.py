@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lorastack.kernels.triton.launch import launch, num_blocks, power_of_two
+from lorastack.kernels.triton.launch import cdiv, launch, power_of_two
 
 BLOCK = 1024  # columns of a program, where a row has several
 
@@ -196,7 +196,7 @@ def sum_kernel(
 def embed(token_ids_T: Tensor, embed_VH: Tensor, hidden_TH: Tensor, num_tokens: Tensor) -> None:
     """hidden = the tokens' embeddings, in float32. token_ids_T: int32."""
     bucket, size = hidden_TH.shape
-    grid = (bucket, num_blocks(size, BLOCK))
+    grid = (bucket, cdiv(size, BLOCK))
     launch(embed_kernel, grid, token_ids_T, embed_VH, hidden_TH, num_tokens, size, BLOCK=BLOCK)
 
 
@@ -305,7 +305,7 @@ def silu_mul(gate_up: Projection, inner_TI: Tensor, num_tokens: Tensor) -> None:
     bucket, size = inner_TI.shape
     launch(
         silu_kernel,
-        (bucket, num_blocks(size, BLOCK)),
+        (bucket, cdiv(size, BLOCK)),
         *(*_pointers(gate_up), inner_TI, num_tokens, size),
         C=len(gate_up.parts_CTO),
         BLOCK=BLOCK,
@@ -317,7 +317,7 @@ def add_parts(projection: Projection, out_XO: Tensor, num_rows: Tensor) -> None:
     bucket, size = out_XO.shape
     launch(
         sum_kernel,
-        (bucket, num_blocks(size, BLOCK)),
+        (bucket, cdiv(size, BLOCK)),
         *(*_pointers(projection), out_XO, num_rows, size),
         C=len(projection.parts_CTO),
         BLOCK=BLOCK,

@@ -15,14 +15,13 @@ typical_p is left to the host.
 
 from __future__ import annotations
 
-import struct
 from typing import NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lorastack.kernels.triton.launch import launch
+from lorastack.kernels.triton.launch import cdiv, float_bits, launch, power_of_two
 from lorastack.kernels.triton.ranks import BEHIND_ALL, id_of, key_of, limit_of, rank_of
 from lorastack.request import SamplingParams
 
@@ -30,6 +29,7 @@ SPAN = 4096  # tokens of a row that a program of `best_kernel` reads
 SETTINGS = 6  # int64 words of a tree, see `settings_of`
 BLOCK = 2048  # of its tokens that `sample_kernel` reads at once
 SAMPLE_WARPS = 16
+_WORDS = tl.constexpr(SETTINGS)
 _NAN_RANK = tl.constexpr(0xFFFFFFFF)
 _INDEX_STEP = tl.constexpr(0xD1B54A32D192ED03)
 _TOKEN_STEP = tl.constexpr(0x9E3779B97F4A7C15)
@@ -66,9 +66,9 @@ def settings_of(params: SamplingParams, token_index: int) -> tuple[int, ...]:
     seed = params.seed & (1 << 64) - 1
     return (
         seed - (seed >> 63 << 64),
-        _float_bits(params.temperature),
-        _float_bits(params.top_p),
-        _float_bits(params.min_p),
+        float_bits(params.temperature),
+        float_bits(params.top_p),
+        float_bits(params.min_p),
         params.top_k,
         token_index,
     )
@@ -76,7 +76,7 @@ def settings_of(params: SamplingParams, token_index: int) -> tuple[int, ...]:
 
 def num_spans(vocab_size: int) -> int:
     """How many keys a row has, see `sample`."""
-    return -(-vocab_size // SPAN)
+    return cdiv(vocab_size, SPAN)
 
 
 def sample(logits_XV: Tensor, nodes: Nodes, keys_XS: Tensor, out: Sampled, bucket: int) -> None:
@@ -94,20 +94,14 @@ def sample(logits_XV: Tensor, nodes: Nodes, keys_XS: Tensor, out: Sampled, bucke
     launch(
         *(sample_kernel, (bucket,), logits_XV, logits_XV.stride(0), keys_XS, *nodes, *out),
         *(vocab, spans),
-        SPANS=triton.next_power_of_2(spans),
+        SPANS=power_of_two(spans),
         BLOCK=BLOCK,
         num_warps=SAMPLE_WARPS,
     )
 
 
-def _float_bits(value: float) -> int:
-    """The int64 with a float64's bits."""
-    (bits,) = struct.unpack("<q", struct.pack("<d", value))
-    assert isinstance(bits, int)
-    return bits
-
-
-@triton.jit(do_not_specialize=["stride_x", "vocab"])
+# How many outputs there are stands anywhere: one kernel serves all places.
+@triton.jit(do_not_specialize=["stride_x", "vocab"], do_not_specialize_on_alignment=["num_outputs"])
 def best_kernel(logits, stride_x, keys, num_outputs, vocab, SPAN: tl.constexpr):
     """Grid: outputs, spans. The key of the span's best token; NaN is best of all."""
     row, span = tl.program_id(0), tl.program_id(1)
@@ -121,7 +115,10 @@ def best_kernel(logits, stride_x, keys, num_outputs, vocab, SPAN: tl.constexpr):
     tl.store(keys + row * tl.num_programs(1) + span, key.to(tl.int64, bitcast=True))
 
 
-@triton.jit(do_not_specialize=["stride_x", "vocab", "spans"])
+@triton.jit(
+    do_not_specialize=["stride_x", "vocab", "spans"],
+    do_not_specialize_on_alignment=["num_outputs"],
+)
 def sample_kernel(
     logits,
     stride_x,
@@ -153,7 +150,7 @@ def sample_kernel(
     tree = tl.load(trees + row)
     if tree < 0:
         return
-    settings += tree * 6
+    settings += tree * _WORDS
     temperature = tl.load(settings + 1).to(tl.float64, bitcast=True)
     top = peak.to(tl.float64) / tl.where(temperature > 0, temperature, 1.0)
     # Else the row is greedy, or there is nothing to draw from: NaN, infinity, or next to 0.

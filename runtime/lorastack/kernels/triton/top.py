@@ -9,6 +9,7 @@ from torch import Tensor
 from lorastack.kernels.triton.heads_plan import Pairs
 from lorastack.kernels.triton.launch import launch
 from lorastack.kernels.triton.ranks import BEHIND_ALL, key_of, limit_of, rank_of
+from lorastack.layout import MAX_RANK
 
 BLOCK = 2048  # outputs of a pair that are ranked at once
 
@@ -16,19 +17,24 @@ BLOCK = 2048  # outputs of a pair that are ranked at once
 def top(logits_YN: Tensor, pairs: Pairs, ids_YR: Tensor, logprobs_YR: Tensor, bucket: int) -> None:
     """Fills ids_YR, int32, and logprobs_YR, float32, of at most `bucket` pairs with R tokens each.
 
-    Both have equal strides.
+    R: at most MAX_RANK, for which there is one kernel. Both have equal strides.
     """
     num = ids_YR.shape[1]
+    assert num <= MAX_RANK, "more tokens than the kernel ranks"
     launch(
         *(top_kernel, (bucket,), logits_YN, logits_YN.stride(0), pairs.num_outputs_Y, pairs.ids_Y),
         *(pairs.counts, ids_YR, logprobs_YR, ids_YR.stride(0), num),
-        RANK=triton.next_power_of_2(num),
+        RANK=MAX_RANK,
         BLOCK=BLOCK,
         num_warps=8,
     )
 
 
-@triton.jit(do_not_specialize=["stride", "out_stride", "num"])
+# Results stand anywhere: one kernel serves all places.
+@triton.jit(
+    do_not_specialize=["stride", "out_stride", "num"],
+    do_not_specialize_on_alignment=["out_ids", "out_logprobs"],
+)
 def top_kernel(
     logits,
     stride,

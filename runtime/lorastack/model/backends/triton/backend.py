@@ -6,6 +6,7 @@ that neither the number of tokens nor the bucket changes.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from weakref import WeakKeyDictionary
@@ -13,19 +14,24 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from lorastack.errors import FailedPreconditionError, Reason
 from lorastack.kernels.heads import TopTokens
 from lorastack.kernels.linear import copy_rows
 from lorastack.kernels.ops import Ops
 from lorastack.kernels.quantize import Kind, head_kind
-from lorastack.kernels.segmented_lora import GroupLora, TargetLora
-from lorastack.kernels.triton.lora import CHUNK
+from lorastack.kernels.segmented_lora import GroupLora
 from lorastack.kernels.triton.lora_plan import AdapterTable, LoraUse
 from lorastack.kernels.triton.weight import Weight, pack_weight
 from lorastack.lora.segments import LoraBatch, Segment
-from lorastack.lora.weights import LoraWeights
+from lorastack.lora.weights import LM_HEAD_GROUP, EmbeddingLora, LoraWeights
 from lorastack.model.backends.triton.device import Device, device_of
 from lorastack.model.backends.triton.graphs import CAPTURED_AT
-from lorastack.model.backends.triton.heads import launch_heads, plan_heads, top_of
+from lorastack.model.backends.triton.heads import (
+    launch_heads,
+    plan_heads,
+    top_of,
+    warm_heads,
+)
 from lorastack.model.backends.triton.inputs import (
     BUCKETS,
     LogitsInputs,
@@ -45,6 +51,8 @@ from lorastack.model.kv import KVCache
 from lorastack.model.weights import DecoderWeights, Packing, load_weights
 
 CAPTURED_TOKENS = 64  # of steps that are captured at the start, others by their third use
+
+log = logging.getLogger(__name__)
 
 
 class TritonBackend:
@@ -75,7 +83,7 @@ class TritonBackend:
         self._window = config.window
         self._calls = device_of(device) if calls is None else calls
         self._model = _model(config, weights, device)
-        self._lora_memory = LoraMemory(config.shapes, CHUNK, device)
+        self._lora_memory = LoraMemory(config.shapes, device)
         self._tables: WeakKeyDictionary[LoraWeights, AdapterTable] = WeakKeyDictionary()
         self._logits_inputs: dict[int, LogitsInputs] = {}
         self._memory = StepMemory(config.shapes, dtype, kind, device)
@@ -101,24 +109,41 @@ class TritonBackend:
         """See `Backend`."""
         return KVCache(self.shapes, num_pages, page_size, self.dtype, self.device)
 
+    @torch.inference_mode()
     def prepare(self, kv: KVCache) -> None:
-        """See `Backend`. Compiles the kernels of all buckets, and captures steps of few tokens.
+        """See `Backend`. Compiles all kernels, and captures steps of few tokens.
 
-        With LoRAs and without: what an adapter holds does not matter, nor what the steps write.
+        Raises FailedPreconditionError where kernels do not compile or run.
         """
         if not self._calls.captures:
             return
-        nothing = LoraWeights({}, None)
+        log.info("getting kernels and graphs ready; the first start here takes longer: it compiles")
+        try:
+            self._try_all(kv)
+        except Exception as error:
+            short = isinstance(error, torch.OutOfMemoryError)
+            remedy = "give --kv-memory less" if short else "--backend torch does without Triton"
+            raise FailedPreconditionError(
+                f"Triton's kernels do not run here: {error}; {remedy}", reason=Reason.INVALID_MODEL
+            ) from error
+
+    def _try_all(self, kv: KVCache) -> None:
+        """With LoRAs and without, of lm_head and the embedding too, and with heads: what an adapter
+        holds does not matter, nor what the steps write."""
+        nothing, everything = LoraWeights({}, None), self._lora_of_nothing()
         for bucket in BUCKETS:
             table = range(-(-bucket // kv.page_size))
             if bucket > self.shapes.max_context or len(table) > kv.data.shape[1]:
                 break
             uses = CAPTURED_AT if bucket <= CAPTURED_TOKENS else 1
             rows = (RowSpan(0, bucket, table, 0),)
-            for loras in ((), (Segment(0, bucket, nothing, 1.0),)):
-                batch = ForwardBatch([0] * bucket, rows, (bucket - 1,), LoraBatch(loras))
-                for _ in range(uses):
+            for lora, times in ((None, uses), (nothing, uses), (everything, 1)):
+                segments = () if lora is None else (Segment(0, bucket, lora, 1.0),)
+                batch = ForwardBatch([0] * bucket, rows, (bucket - 1,), LoraBatch(segments))
+                for _ in range(times):
                     self.forward(batch, kv)
+        step, results = self._steps_of(kv).of(1)
+        warm_heads(step.memory.hidden_XH, step.accepted.ends_B, step.inputs.heads, results.drafts)
 
     @torch.inference_mode()
     def forward(
@@ -134,7 +159,6 @@ class TritonBackend:
         inputs.upload()
         launch = partial(launch_step, self._model, step, self._lora_launch(kind, inputs.bucket))
         steps.graphs.run((inputs.bucket, kind), launch)
-        began = ended = None
         if heads is not None:
             began = self._calls.mark()
             hidden_XH, ends_B = step.memory.hidden_XH, step.accepted.ends_B
@@ -146,8 +170,10 @@ class TritonBackend:
             meanwhile()
         self._calls.wait()
         drafted: Sequence[TopTokens | None] = ()
+        heads_seconds = 0.0
         if heads is not None:
             drafted = top_of(heads, results.drafted(num_drafts), len(batch.trees))
+            heads_seconds = self._calls.seconds(began, ended)
         logits_CXV = step.memory.logits_of(self._model.weights.lm_head, inputs.bucket)
         return Outputs(
             step.memory.hidden_XH[:num_outputs],
@@ -156,7 +182,7 @@ class TritonBackend:
             results.accepted(batch),
             moved=True,
             drafted=drafted,
-            heads_seconds=ended() - began() if began and ended else 0.0,
+            heads_seconds=heads_seconds,
         )
 
     @torch.inference_mode()
@@ -197,13 +223,17 @@ class TritonBackend:
     def _table(self, weights: LoraWeights) -> AdapterTable:
         table = self._tables.get(weights)
         if table is None:
-            embedding = None
-            if (own := weights.embedding) is not None:
-                whole = slice(0, len(own.a_RV))
-                embedding = GroupLora(own.a_RV, (TargetLora(0, whole, own.b_HR, own.scale),))
+            embedding = None if weights.embedding is None else weights.embedding.group
             table = AdapterTable.of(weights.groups, embedding, self.shapes.num_layers, self.device)
             self._tables[weights] = table
         return table
+
+    def _lora_of_nothing(self) -> LoraWeights:
+        """Of rank 0, beside the layers."""
+        size, vocab_size = self.shapes.hidden_size, self.shapes.vocab_size
+        empty = partial(torch.empty, dtype=self.dtype, device=self.device)
+        embedding = EmbeddingLora(empty(0, vocab_size), empty(size, 0), 1.0)
+        return LoraWeights({LM_HEAD_GROUP: GroupLora(empty(0, size), ())}, embedding)
 
     def _lora_launch(self, kind: Loras | None, bucket: int) -> LoraLaunch | None:
         if kind is None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 Replay = Callable[[], None]  # enqueues what was captured
+Mark = Any  # a place of a stream, as its device has it
 
 
 class Device(Protocol):
@@ -41,9 +42,13 @@ class Device(Protocol):
         """Returns when all downloads are there, and all that was enqueued before them is done."""
         ...
 
-    def mark(self) -> Callable[[], float]:
-        """Marks this place of the stream; the function gives the second at which the device came
-        by, from some start, once a later download is there."""
+    def mark(self) -> Mark:
+        """Marks this place of the stream."""
+        ...
+
+    def seconds(self, began: Mark, ended: Mark) -> float:
+        """Between the device's coming by one mark and by a later one, once a download behind both
+        is there."""
         ...
 
     def capture(self, run: Callable[[], None]) -> Replay:
@@ -71,9 +76,11 @@ class CpuDevice:
     def wait(self) -> None:
         pass
 
-    def mark(self) -> Callable[[], float]:
-        now = time.monotonic()
-        return lambda: now
+    def mark(self) -> float:
+        return time.monotonic()
+
+    def seconds(self, began: float, ended: float) -> float:
+        return ended - began
 
     def capture(self, run: Callable[[], None]) -> Replay:
         raise NotImplementedError("the interpreter has no graphs")
@@ -87,8 +94,6 @@ class CudaDevice:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._uploaded, self._done = _event(), _event()
-        self._start = _event(timing=True)
-        self._start.record()
         # The default stream cannot be captured.
         self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool: Any = None
@@ -110,10 +115,15 @@ class CudaDevice:
     def wait(self) -> None:
         self._done.synchronize()
 
-    def mark(self) -> Callable[[], float]:
+    def mark(self) -> torch.cuda.Event:
         event = _event(timing=True)
         event.record()
-        return lambda: self._start.elapsed_time(event) / 1000
+        return event
+
+    def seconds(self, began: torch.cuda.Event, ended: torch.cuda.Event) -> float:
+        # A float32 of milliseconds: exact between marks of a step, not since the process began.
+        milliseconds: float = began.elapsed_time(ended)
+        return milliseconds / 1000
 
     def capture(self, run: Callable[[], None]) -> Replay:
         graph = torch.cuda.CUDAGraph()

@@ -13,6 +13,7 @@ from collections.abc import Callable, Hashable
 from lorastack.model.backends.triton.device import Device, Replay
 
 CAPTURED_AT = 3  # uses
+MAX_GRAPHS = 64  # of buckets and kinds of LoRAs: hardly ever are there more, and memory is counted
 
 log = logging.getLogger(__name__)
 
@@ -43,9 +44,11 @@ class Graphs:
     def capture(self, key: Hashable, launch: Callable[[], None]) -> None:
         """Captures `launch`, which has run before, unless that was tried already.
 
-        If it fails, steps of this key are launched kernel by kernel as before.
+        If it fails, or there are MAX_GRAPHS, steps of this key are launched kernel by kernel as
+        before.
         """
-        if not self._device.captures or key in self._replays or key in self._failed:
+        known = key in self._replays or key in self._failed
+        if not self._device.captures or known or len(self._replays) >= MAX_GRAPHS:
             return
         try:
             self._replays[key] = self._device.capture(launch)

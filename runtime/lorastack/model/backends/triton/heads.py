@@ -128,6 +128,16 @@ def launch_heads(
     top(logits_YN, pairs, *plan.take(drafts), num_pairs)
 
 
+def warm_heads(hidden_XH: Tensor, ends_B: Tensor, pairs: Pairs, drafts: Tensor) -> None:
+    """Launches for no pair all that heads take, so that it is compiled. pairs: there are none."""
+    r_LYH = hidden_XH.new_empty(2, 1, hidden_XH.shape[1])  # blocks behind the first: other code
+    states(hidden_XH, ends_B, pairs, r_LYH, 1, len(r_LYH))
+    logits_YN = torch.empty(1, 1, dtype=torch.float32, device=hidden_XH.device)
+    logits(r_LYH, pairs, logits_YN, 1)
+    ids_YR, logprobs_YR = drafts[:2].view(2, 1, 1)
+    top(logits_YN, pairs, ids_YR, logprobs_YR.view(torch.float32), 1)
+
+
 def top_of(plan: HeadsPlan, drafts: Tensor, num_rows: int) -> list[TopTokens | None]:
     """What each of the rows was given, out of the downloaded `drafts`; None for others."""
     ids_YR, logprobs_YR = plan.take(drafts)

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorastack.kernels.attention import RowSpan
 from lorastack.kernels.triton.accept import Slots, Trees
 from lorastack.kernels.triton.attention_plan import (
+    ITEM_PAGES,
     AttentionArrays,
     AttentionShape,
     plan_attention,
@@ -45,7 +45,6 @@ from lorastack.model.context import ForwardBatch, SampledTree
 from lorastack.request import MAX_LORAS
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 320)
-BEYOND = 64  # buckets above the last are multiples of it
 
 TOKENS, OUTPUTS, TREES = range(3)  # places in `sizes`
 
@@ -54,11 +53,15 @@ LEAST_ROOM = 1 << 14  # floats a chunk of the LoRAs' workspace
 
 
 def bucket_of(num_tokens: int) -> int:
-    """The bucket that a step of so many tokens runs in."""
-    for bucket in BUCKETS:
-        if num_tokens <= bucket:
-            return bucket
-    return -(-num_tokens // BEYOND) * BEYOND
+    """The bucket that a step of so many tokens runs in.
+
+    Those above the last of BUCKETS take memory of their own each, so they are few: twice the last,
+    four times, and so on.
+    """
+    bucket = BUCKETS[min(bisect_left(BUCKETS, num_tokens), len(BUCKETS) - 1)]
+    while bucket < num_tokens:
+        bucket *= 2
+    return bucket
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +153,7 @@ class StepInputs:
         self._lists = plan_attention(
             batch.rows, limits.attention, limits.max_parts, self._host_attention
         )
-        self._fill_trees(batch.trees, num_outputs, batch)
+        self._fill_trees(batch.trees, num_outputs)
         if heads is not None:
             fill_heads(self._packed, heads.layout)
         loras = Loras.of(uses)
@@ -164,16 +167,13 @@ class StepInputs:
         """Enqueues the copy of what was filled."""
         self._packed.upload(self._lists)
 
-    def _fill_trees(
-        self, trees: Sequence[SampledTree], num_outputs: int, batch: ForwardBatch
-    ) -> None:
+    def _fill_trees(self, trees: Sequence[SampledTree], num_outputs: int) -> None:
         host = self._packed.host
         host["tree_X"][:num_outputs] = -1
         if not trees:
             return
         places = host["outputs_X"][:num_outputs]
         position_X = host["position_T"][places]
-        starts, tables = _tables(batch.rows, self._limits.attention.page_size)
         for index, each in enumerate(trees):
             tree, first = each.tree, each.first_output
             nodes = slice(first, first + tree.num_nodes)
@@ -184,10 +184,10 @@ class StepInputs:
             host["settings_BS"][index] = settings_of(each.params, each.token_index)
         count = len(trees)
         first_B = np.array([each.first_output for each in trees])
-        row_B = np.searchsorted(starts, places[first_B], side="right") - 1
+        item_B = host["item_T"][places[first_B]]
         host["first_B"][:count] = first_B
         host["size_B"][:count] = [each.tree.num_nodes for each in trees]
-        host["table_B"][:count] = tables[row_B]
+        host["table_B"][:count] = host["items"][item_B, ITEM_PAGES]
         host["committed_B"][:count] = position_X[first_B]
 
 
@@ -260,10 +260,3 @@ def _selected(uses: Sequence[LoraUse], outputs: Sequence[int]) -> list[LoraUse]:
         if start < end:
             selected.append(use._replace(start=start, end=end))
     return selected
-
-
-def _tables(rows: Sequence[RowSpan], page_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where each row's tokens begin, and where its pages do in the attention's `lists`."""
-    starts = np.array([row.start for row in rows])
-    num_pages = np.array([-(-row.num_slots // page_size) for row in rows])
-    return starts, np.cumsum(num_pages) - num_pages

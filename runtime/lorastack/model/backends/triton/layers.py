@@ -156,7 +156,7 @@ def _sample(model: Model, step: Step, loras: LoraLaunch | None) -> None:
     sample(logits_CXV[0], inputs.nodes, memory.keys_XS[:bucket], step.sampled, bucket)
     accept(step.sampled.tokens_X, inputs.trees, step.accepted, bucket, step.max_nodes)
     if bucket > 1:  # one token is no tree with anything to move
-        move_kv(step.kv, step.accepted, inputs.slots, inputs.trees.num_trees, bucket)
+        move_kv(step.kv, step.accepted, inputs.slots, inputs.trees, bucket)
 
 
 def add_logits(

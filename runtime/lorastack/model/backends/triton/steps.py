@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
-from torch import Tensor
 
 from lorastack.kernels.quantize import Kind
 from lorastack.kernels.triton.accept import Accepted
 from lorastack.kernels.triton.attention_plan import AttentionShape
+from lorastack.kernels.triton.launch import power_of_two
 from lorastack.layout import ModelShapes
 from lorastack.model.backends.triton.device import Device
 from lorastack.model.backends.triton.graphs import Graphs
@@ -59,9 +61,7 @@ class Steps:
         self._memory = memory
         self._device = device
         self._calls = calls
-        self._shape = AttentionShape(
-            shapes.num_heads, shapes.num_kv_heads, shapes.head_dim, kv.page_size, window
-        )
+        self._shape = AttentionShape.of(shapes, kv.page_size, window, kv.data.dtype)
         self._attention, max_parts = attention_workspace(
             self._shape, shapes.max_context, _programs(device), device
         )
@@ -76,22 +76,15 @@ class Steps:
 
     def _make(self, bucket: int) -> tuple[Step, StepResults]:
         results = StepResults(bucket, self._device, self._calls)
-        max_nodes = 1 << (bucket - 1).bit_length()
-
-        def ints(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.int32, device=self._device)
-
-        accepted = Accepted(
-            ints(bucket), ints(bucket), ints(bucket, max_nodes), ints(bucket, max_nodes)
-        )
+        ints = partial(torch.zeros, bucket, dtype=torch.int32, device=self._device)
         step = Step(
             StepInputs(bucket, self._limits, self._device, self._calls),
             self._memory.of(bucket),
             self._shape,
             self._attention,
             results.sampled,
-            accepted,
-            max_nodes,
+            Accepted(lengths_B=ints(), ends_B=ints(), path_X=ints()),
+            power_of_two(bucket),
             self._kv,
         )
         return step, results

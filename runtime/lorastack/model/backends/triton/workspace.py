@@ -10,8 +10,9 @@ from torch import Tensor
 
 from lorastack.kernels.triton.attention import AttentionWorkspace
 from lorastack.kernels.triton.attention_plan import AttentionShape
+from lorastack.kernels.triton.lora import CHUNK
 from lorastack.kernels.triton.samples import num_spans
-from lorastack.kernels.triton.weight import MatmulPlan, Weight
+from lorastack.kernels.triton.weight import SPREAD_TOKENS, MatmulPlan, Weight
 from lorastack.layout import ModelShapes
 
 MAX_PARTS = 512  # of attention, or as many as the longest row has splits
@@ -105,15 +106,16 @@ class Workspace:
 
 
 class LoraMemory:
-    """What steps with LoRAs need beside it, made when first asked for. Graphs keep theirs."""
+    """What steps with LoRAs need beside it, made when first asked for, and kept: graphs know where
+    it lies."""
 
-    def __init__(self, shapes: ModelShapes, chunk: int, device: torch.device) -> None:
-        """chunk: inputs, see `lora.shrink`."""
+    def __init__(self, shapes: ModelShapes, device: torch.device) -> None:
         inputs = (shapes.hidden_size, shapes.num_heads * shapes.head_dim, shapes.intermediate_size)
-        self._num_chunks = -(-max(inputs) // chunk)
+        self._num_chunks = -(-max(inputs) // CHUNK)
+        self._vocab_size = shapes.vocab_size
         self._device = device
         self._rooms: dict[int, Tensor] = {}
-        self._logit_deltas = torch.empty(0, shapes.vocab_size, device=device)
+        self._logit_deltas: dict[int, Tensor] = {}
 
     def shrunk(self, room: int) -> Tensor:
         """[chunks, room], float32: the workspace of `lora.shrink`."""
@@ -122,10 +124,11 @@ class LoraMemory:
         return self._rooms[room]
 
     def logit_deltas(self, tokens: int) -> Tensor:
-        """[tokens or more, V], float32: what LoRAs of lm_head add."""
-        if len(self._logit_deltas) < tokens:
-            self._logit_deltas = self._logit_deltas.new_zeros(tokens, self._logit_deltas.shape[1])
-        return self._logit_deltas
+        """[tokens, V], float32: what LoRAs of lm_head add."""
+        if tokens not in self._logit_deltas:
+            deltas_XV = torch.zeros(tokens, self._vocab_size, device=self._device)
+            self._logit_deltas[tokens] = deltas_XV
+        return self._logit_deltas[tokens]
 
 
 def attention_workspace(
@@ -138,7 +141,7 @@ def attention_workspace(
 
 def _parts_numel(weight: Multiplied, tokens: int) -> int:
     """The most that a bucket of up to so many tokens takes."""
-    spread = [bucket for bucket in (tokens, 64) if bucket <= tokens]
+    spread = [bucket for bucket in (tokens, SPREAD_TOKENS) if bucket <= tokens]
     return max(weight.plan.num_parts(bucket) * bucket for bucket in spread) * weight.num_outputs
 
 
