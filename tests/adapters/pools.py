@@ -14,6 +14,7 @@ from lorastack.adapters.memory.arena import DeviceArena
 from lorastack.adapters.memory.copies import Copies
 from lorastack.adapters.memory.device import DeviceAdapter
 from lorastack.adapters.memory.host import HostCache, PackedAdapter
+from lorastack.adapters.memory.pipeline import Others
 from lorastack.adapters.memory.pool import DevicePool
 from tests.adapters.test_host import packed
 from tests.helpers.streams import FakeDevice
@@ -31,8 +32,9 @@ class Bench:
         budget: int = 10,
         load: Callable[[str], PackedAdapter] | None = None,
         device: FakeDevice | None = None,
+        others: Others | None = None,
     ) -> None:
-        """device: what adapters are copied to; None: the host copies serve."""
+        """device: what adapters are copied to; None: the host copies serve. others: of others."""
         self.now = 0.0  # seconds
         self.loads: list[str] = []
         self._done = threading.Semaphore(0)
@@ -44,7 +46,12 @@ class Bench:
             arena = DeviceArena(budget, CPU, device.streams)
             copies = Copies(arena, device.streams, head_rows, self._done.release)
         self.pool = DevicePool(
-            budget, self.host, self._done.release, copies=copies, clock=lambda: self.now
+            budget,
+            self.host,
+            self._done.release,
+            copies=copies,
+            others=others,
+            clock=lambda: self.now,
         )
 
     def _counted(self, digest: str) -> PackedAdapter:
@@ -108,8 +115,9 @@ def bench(
     budget: int = 10,
     load: Callable[[str], PackedAdapter] | None = None,
     device: FakeDevice | None = None,
+    others: Others | None = None,
 ) -> Iterator[Bench]:
-    made = Bench(budget, load, device)
+    made = Bench(budget, load, device, others)
     try:
         yield made
     finally:

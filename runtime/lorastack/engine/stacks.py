@@ -21,7 +21,9 @@ class Stacks:
     def weights(self, adapter: DeviceAdapter) -> LoraWeights:
         """The adapter's LoRA, views of its buffer."""
         if adapter not in self._views:
-            self._views[adapter] = LoraWeights.from_buffer(adapter.buffer, adapter.layout)
+            self._views[adapter] = LoraWeights.from_buffer(
+                adapter.buffer, adapter.layout, adapter.digest
+            )
         return self._views[adapter]
 
     def segments(self, steps: Sequence[RowStep], counts: Sequence[int]) -> LoraBatch:

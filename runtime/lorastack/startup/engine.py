@@ -19,6 +19,7 @@ from lorastack.engine.engine import Engine
 from lorastack.engine.pages import Pages
 from lorastack.engine.runner import Runner
 from lorastack.kernels.packing import allocate
+from lorastack.model.backends.parallel.backend import ParallelBackend
 from lorastack.request import RowEvent
 from lorastack.speculation.calibration import Calibration
 from lorastack.startup.memory import host_memory, pinned_memory
@@ -56,7 +57,8 @@ def adapter_memory(
         head_rows=backend.head_rows if pinned is None else None,
     )
     host = HostCache(host_budget, loader)
-    return host, DevicePool(budget, host, on_loaded, copies=copies, idle=idle)
+    others = backend.loras if isinstance(backend, ParallelBackend) else None
+    return host, DevicePool(budget, host, on_loaded, copies=copies, others=others, idle=idle)
 
 
 def build_engine(

@@ -1,5 +1,8 @@
 """Adapters on their way: one thread loads from disk to the host, `copies` bring them to the device.
 
+Where several devices share the base model, `others` brings each adapter to the rest of them at the
+same time; it has arrived when all have it.
+
 All methods are for the step thread and never wait; `seconds` is for any thread.
 """
 
@@ -7,12 +10,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Container
 from functools import partial
+from typing import Protocol
+
+from torch import Tensor
 
 from lorastack.adapters.memory.copies import Copies
 from lorastack.adapters.memory.device import DeviceAdapter
 from lorastack.adapters.memory.host import HostCache, PackedAdapter
+from lorastack.adapters.memory.stream import Event
 from lorastack.adapters.memory.threads import Failure, JobThread
 from lorastack.errors import LorastackError
+from lorastack.layout import AdapterLayout
+
+
+class Others(Protocol):
+    """The other devices that share the base model. Nothing here waits."""
+
+    def hand_over(self, digest: str, buffer: Tensor, layout: AdapterLayout) -> Event:
+        """Begins to bring them an adapter's LoRA. The event: all have it."""
+        ...
+
+    def take_back(self, digest: str) -> None:
+        """They let go of it. No step that begins from now on uses it."""
+        ...
 
 
 class Pipeline:
@@ -24,10 +44,12 @@ class Pipeline:
         copies: Copies | None,
         on_finished: Callable[[], None],
         idle: Callable[[], bool] | None = None,
+        others: Others | None = None,
     ) -> None:
         """copies: None if host copies serve as they are. on_finished: from the loads' thread.
 
-        idle: what that thread does while it has nothing to load, see `JobThread`.
+        idle: what that thread does while it has nothing to load, see `JobThread`. others: None if
+        there are none.
         """
         self.loading: set[str] = set()
         self.packed: dict[str, PackedAdapter] = {}
@@ -37,6 +59,9 @@ class Pipeline:
         self._host = host
         self._on_finished = on_finished
         self._copies = copies
+        self._others = others
+        self._handed: dict[str, Event] = {}  # of what is under way: all others have it
+        self._here: dict[str, DeviceAdapter] = {}  # of what is under way: is on this device
         self._loads: JobThread[PackedAdapter] = JobThread("adapter-loads", on_finished, idle)
 
     def has(self, digest: str) -> bool:
@@ -68,10 +93,15 @@ class Pipeline:
     def copy(self, digest: str) -> DeviceAdapter | None:
         """Has what waits in `packed` copied; the adapter itself if no copy is needed."""
         packed = self.packed.pop(digest)
-        if self._copies is None:
+        if self._others is not None:
+            self._handed[digest] = self._others.hand_over(digest, packed.buffer, packed.layout)
+        elif self._copies is None:
             return DeviceAdapter.of(packed, packed.buffer)
         self.copying[digest] = packed.nbytes
-        self._copies.start(packed)
+        if self._copies is None:
+            self._here[digest] = DeviceAdapter.of(packed, packed.buffer)
+        else:
+            self._copies.start(packed)
         return None
 
     def advance(
@@ -81,31 +111,43 @@ class Pipeline:
         return [] if self._copies is None else self._copies.advance(urgent, movable)
 
     def release(self, digest: str) -> None:
-        """Gives back the room of an adapter that arrived on the device."""
+        """Gives back the room of an adapter that arrived."""
         if self._copies is not None:
             self._copies.release(digest)
+        if self._others is not None:
+            self._others.take_back(digest)
 
     def take_finished(self) -> tuple[bool, list[DeviceAdapter]]:
-        """True if a load or a copy ended since the last call, and what arrived on the device.
+        """True if a load or a copy ended since the last call, and what arrived.
 
         Raises what broke the device.
         """
         loaded = list(self._loads.finished())
         copied = [] if self._copies is None else list(self._copies.finished())
-        arrived: list[DeviceAdapter] = []
         for result in (*loaded, *copied):
             self.loading.discard(result.digest)
-            self.copying.pop(result.digest, None)
             match result:
                 case Failure():
                     if result.cause is not None:
                         raise result.cause
                     self._failed[result.digest] = result.error
+                    self.copying.pop(result.digest, None)
+                    if self._handed.pop(result.digest, None) and self._others is not None:
+                        self._others.take_back(result.digest)
                 case PackedAdapter():
                     self.packed[result.digest] = result
                 case DeviceAdapter():
-                    arrived.append(result)
-        return bool(loaded or copied), arrived
+                    self._here[result.digest] = result
+        arrived = [each for digest, each in self._here.items() if self._is_everywhere(digest)]
+        for adapter in arrived:
+            for place in (self._here, self._handed, self.copying):
+                place.pop(adapter.digest, None)
+        return bool(loaded or copied or arrived), arrived
+
+    def _is_everywhere(self, digest: str) -> bool:
+        """True for what is here if the others have it too."""
+        event = self._handed.get(digest)
+        return event is None or event.done()
 
     def keep_only(self, asked: Container[str]) -> None:
         """Lets go of what nobody asks for any more, and of failures that were raised."""

@@ -28,7 +28,7 @@ from threading import Lock
 from lorastack.adapters.memory.copies import Copies
 from lorastack.adapters.memory.device import DeviceAdapter
 from lorastack.adapters.memory.host import HostCache
-from lorastack.adapters.memory.pipeline import Pipeline
+from lorastack.adapters.memory.pipeline import Others, Pipeline
 from lorastack.adapters.memory.turns import QUANTUM, Resident, Use, choose_victims
 from lorastack.errors import (
     FailedPreconditionError,
@@ -86,18 +86,19 @@ class DevicePool:
         on_loaded: Callable[[], None] = lambda: None,
         *,
         copies: Copies | None = None,
+        others: Others | None = None,
         idle: Callable[[], bool] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """budget: bytes. on_loaded: called from a loader thread when `poll` has something to take.
 
-        copies: into an arena of `budget` bytes; None if host copies serve. idle: see `Pipeline`.
-        clock: seconds.
+        copies: into an arena of `budget` bytes; None if host copies serve. others, idle: see
+        `Pipeline`. clock: seconds.
         """
         self.blocked = False  # a set waits for the turns of rows that run: poll after the next step
         self._budget = budget
         self._host = host
-        self._pipeline = Pipeline(host, copies, on_loaded, idle)
+        self._pipeline = Pipeline(host, copies, on_loaded, idle, others)
         self._clock = clock
         self._lock = Lock()  # guards what `stats` reads
         self._residents: OrderedDict[str, Resident] = OrderedDict()  # oldest use first
