@@ -47,13 +47,17 @@ def main(words: Sequence[str] | None = None) -> int:
         report = run_stage(stage, out, patience=arguments.patience, tiny=arguments.tiny)
         print(*report.lines(), sep="\n", flush=True)
         reports.append(report)
-    # Those of earlier runs into the same folder too.
-    files = [out / f"{stage.number}.json" for stage in STAGES]
-    found = [Report.read(file) for file in files if file.exists()]
+    found = sorted([*reports, *_earlier(out, numbers)], key=lambda report: report.number)
     text = f"{_heading(found)}\n\n{table(found)}\n"
     (out / "table.md").write_text(text, encoding="utf-8")
     print(f"\n{text}")
     return int(any(report.state != NOT_RUN and not report.passed for report in reports))
+
+
+def _earlier(out: Path, numbers: Sequence[str]) -> list[Report]:
+    """What earlier runs left there of other stages than these."""
+    files = [out / f"{stage.number}.json" for stage in STAGES if f"{stage.number}" not in numbers]
+    return [Report.read(file) for file in files if file.exists()]
 
 
 def _heading(reports: Sequence[Report]) -> str:

@@ -146,7 +146,7 @@ def test_what_is_told_beside_steps_is_done_in_its_order(start: Start) -> None:
     done: list[int] = []
 
     def tell(number: int) -> None:
-        crew.tell([Drop(number)] * 2)
+        crew.tell(Drop(number))
         done.append(number)
 
     jobs = [crew.aside(partial(tell, number)) for number in range(3)]
@@ -158,7 +158,7 @@ def test_what_is_told_beside_steps_is_done_in_its_order(start: Start) -> None:
 def test_a_process_that_does_not_answer_beside_steps_is_lost(stuck: Crew) -> None:
     failures: list[BaseException] = []
     stuck.watch(failures.append)
-    job = stuck.aside(lambda: stuck.tell([Drop(0)]))
+    job = stuck.aside(lambda: stuck.tell(Drop(0)))
     with pytest.raises(DeviceLostError, match="waited too long for another one"):
         job.result()
     assert len(failures) == 1
@@ -175,7 +175,7 @@ def test_what_is_under_way_beside_steps_holds_up_no_end(
     crew.wait_ready()
     failures: list[BaseException] = []
     crew.watch(failures.append)
-    jobs = [crew.aside(lambda: crew.tell([Drop(0)])) for _ in range(2)]
+    jobs = [crew.aside(lambda: crew.tell(Drop(0))) for _ in range(2)]
     wait_until(jobs[0].running, "the first is under way")
     crew.close()
     with pytest.raises(DeviceLostError):

@@ -24,16 +24,16 @@ CPU = torch.device("cpu")
 class Inline:
     """In place of `Crew`, for shards 1 and up of this process: jobs are done at once."""
 
-    def __init__(self, count: int) -> None:
-        self.shards = [Borrower(CPU) for _ in range(count - 1)]
+    def __init__(self, count: int, dtype: torch.dtype = torch.float32) -> None:
+        self.shards = [Borrower(shard, dtype, CPU) for shard in Shard(0, count).all[1:]]
 
     def aside(self, job: Callable[[], None]) -> Future[None]:
         future: Future[None] = Future()
         future.set_result(job())
         return future
 
-    def tell(self, orders: Sequence[Order], files: Sequence[int] = ()) -> None:
-        for index, (shard, order) in enumerate(zip(self.shards, orders, strict=True)):
+    def tell(self, order: Order, files: Sequence[int] = ()) -> None:
+        for index, shard in enumerate(self.shards):
             if isinstance(order, Hold):
                 shard.hold(order, os.dup(files[index]))
             else:
@@ -45,7 +45,7 @@ class Inline:
 def test_each_shard_gets_its_part_of_a_lora_and_no_more(
     tmp_path: Path, tiny_llama: Path, dtype: torch.dtype
 ) -> None:
-    crew = Inline(4)
+    crew = Inline(4, dtype)
     lender = Lender(Shard(0, 4), crew)  # type: ignore[arg-type]
     layout, buffer = packed_lora(tmp_path, tiny_llama, 3)
     buffer = buffer.to(dtype)

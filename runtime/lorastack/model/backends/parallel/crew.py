@@ -113,13 +113,14 @@ class Crew:
 
         return self._thread.submit(done)
 
-    def tell(self, orders: Sequence[Order], files: Sequence[int] = ()) -> None:
-        """An order to each process, with an open file if there are any; in a job of `aside`.
+    def tell(self, order: Order, files: Sequence[int] = ()) -> None:
+        """To all of them, with an open file for each if there are any; in a job of `aside`.
 
-        Returns when all have done theirs, whatever steps do meanwhile.
+        Returns when all have done it, whatever steps do meanwhile.
         """
+        message = pickle.dumps(order)
         for index, connection in enumerate(self._sides):
-            connection.send_bytes(pickle.dumps(orders[index]))
+            connection.send_bytes(message)
             if files:
                 send_handle(connection, files[index], self._processes[index].pid)
         for connection in self._sides:

@@ -60,7 +60,7 @@ class Lender:
         """The other shards let go of it, in the order of the calls, and never of what a step that
         has begun uses."""
         order = Drop(self._numbers.pop(digest))
-        self._crew.aside(lambda: self._crew.tell([order] * len(self._others)))
+        self._crew.aside(lambda: self._crew.tell(order))
 
     def lend(self, lora: LoraBatch) -> tuple[LoraBatch, tuple[Use, ...]]:
         """A step's LoRAs for shard 0 and for the others."""
@@ -77,34 +77,37 @@ class Lender:
     def _hold(self, number: int, buffer: Tensor, layout: AdapterLayout) -> None:
         whole = LoraWeights.from_buffer(buffer, layout)
         parts = [shard_lora(whole, shard) for shard in self._others]
-        orders = [
-            Hold(number, _with(part, [each.to("meta") for each in _tensors(part)]))
-            for part in parts
-        ]
         with ExitStack() as files:
-            self._crew.tell(orders, [files.enter_context(_in_file(part)) for part in parts])
+            self._crew.tell(
+                Hold(number, layout), [files.enter_context(_in_file(part)) for part in parts]
+            )
 
 
 class Borrower:
     """Another shard's side. What it holds changes in one thread, and steps read it in another."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, shard: Shard, dtype: torch.dtype, device: torch.device) -> None:
+        """dtype: of all adapters."""
+        self._shard = shard
+        self._dtype = dtype
         self._device = device
         self._parts: dict[int, LoraWeights] = {}
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def hold(self, order: Hold, file: int) -> None:
         """Returns when the part is on the device. file: see `Hold`; it is closed."""
+        whole = torch.empty(order.layout.num_elements, dtype=self._dtype, device="meta")
+        part = shard_lora(LoraWeights.from_buffer(whole, order.layout), self._shard)
         views: list[Tensor] = []
-        if shapes := _tensors(order.weights):  # none of an adapter of heads alone
+        if shapes := _tensors(part):  # none of an adapter of heads alone
             sizes = [each.numel() for each in shapes]
-            flat = _mapped(file, sum(sizes), shapes[0].dtype)
+            flat = _mapped(file, sum(sizes), self._dtype)
             if self._stream is not None:
                 flat = self._to_device(flat, self._stream)
-            parts = torch.split(flat, sizes)
-            views = [part.view(each.shape) for part, each in zip(parts, shapes, strict=True)]
+            split = zip(torch.split(flat, sizes), shapes, strict=True)
+            views = [values.view(each.shape) for values, each in split]
         os.close(file)
-        self._parts[order.number] = _with(order.weights, views)
+        self._parts[order.number] = _with(part, views)
 
     def drop(self, order: Drop) -> None:
         """Lets go of a part; steps that have it keep it to their end."""

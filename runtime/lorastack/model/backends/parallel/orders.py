@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 
-from lorastack.lora.weights import LoraWeights
+from lorastack.layout import AdapterLayout
 from lorastack.model.backends.parallel.shards import Shard
 from lorastack.model.config import DecoderConfig
 from lorastack.model.context import ForwardBatch
@@ -63,11 +63,11 @@ class MoveKV:
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """Take over the shard's part of a LoRA. Its tensors are on the meta device; an open file that
-    follows has their values, one behind the other."""
+    """Take over the shard's part of a LoRA. layout: of the whole adapter. An open file follows,
+    with the values of the part's tensors one behind the other."""
 
     number: int
-    weights: LoraWeights
+    layout: AdapterLayout
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,7 +63,7 @@ class Worker:
         assert isinstance(pickle.loads(connection.recv_bytes()), Join)
         self._group = join(setup, store)
         self._backend = ShardedBackend(setup, weights, Ops(), self._group)
-        self._loras = Borrower(setup.device)
+        self._loras = Borrower(setup.shard, setup.dtype, setup.device)
         self._hidden_size = setup.config.shapes.hidden_size
         self._kv: list[KVCache] = []
         self._connection = connection
