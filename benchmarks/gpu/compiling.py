@@ -3,7 +3,7 @@
 All walk through the same launches, without running any, and each compiles its share into the one
 TRITON_CACHE_DIR, from which the later stages take them. Registers are read where they are loaded.
 
-    python -m benchmarks.gpu.compiling PART PARTS          (a share; a line of JSON for each kernel)
+    python -m benchmarks.gpu.compiling PART PARTS [--tiny]   (a share; a line of JSON a kernel)
 """
 
 from __future__ import annotations
@@ -71,11 +71,9 @@ def cases(setting: Setting) -> Cases:
 def _all(setting: Setting) -> Iterator[Finding]:
     count = min(PROCESSES, os.cpu_count() or 1)
     began = time.monotonic()
-    command = [sys.executable, "-m", __spec__.name]
-    processes = [
-        subprocess.Popen([*command, str(part), str(count)], stdout=subprocess.PIPE, text=True)
-        for part in range(count)
-    ]
+    command, tiny = [sys.executable, "-m", __spec__.name], ["--tiny"] * setting.tiny
+    begin = partial(subprocess.Popen, stdout=subprocess.PIPE, text=True)
+    processes = [begin([*command, f"{part}", f"{count}", *tiny]) for part in range(count)]
     found = [json.loads(line) for each in processes for line in each.communicate()[0].splitlines()]
     failed = sum(each.wait() != 0 for each in processes)
     yield Finding("shares that failed", failed, most=0)
@@ -191,4 +189,5 @@ def _tell(name: str, made: Any, seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(bool(share(Setting.here(tiny=False), int(sys.argv[1]), int(sys.argv[2]), _tell)))
+    setting = Setting.here(tiny="--tiny" in sys.argv)
+    sys.exit(bool(share(setting, int(sys.argv[1]), int(sys.argv[2]), _tell)))

@@ -137,9 +137,9 @@ def _run(model: Callable[[], Model], name: str, load: Load) -> Iterator[Finding]
     yield Finding("copies", made.copies.total(), "a step", most=MAX_COPIES)
     most = None if made.setting.tiny else MAX_LAUNCHES[load.loras > 0]
     yield Finding("launches", launches.total(), "a step", most=most)
-    few, many, uses = (1, 1, 0) if made.setting.tiny else (5, 20, UNTIL_GRAPH)
+    few, many = (1, 1) if made.setting.tiny else (5, 20)
     plain = host_seconds(lambda: made.plain.forward(batch, made.kv), few)
-    for _ in range(uses):
+    for _ in range(UNTIL_GRAPH if made.setting.on_device else 0):
         made.backend.forward(batch, made.kv)
     times = host_seconds(lambda: made.backend.forward(batch, made.kv), many)
     median, floor = times[len(times) // 2], made.floor(load)

@@ -88,12 +88,13 @@ class Worker:
                 hidden_XH = torch.empty(
                     order.num_rows, self._hidden_size, dtype=backend.dtype, device=backend.device
                 )
+                lora = self._loras.batch(order.uses)
                 self._group.broadcast(hidden_XH)
-                backend.logits(hidden_XH, self._loras.batch(order.uses))
+                backend.logits(hidden_XH, lora)
             case MakeKV():
                 self._kv.append(backend.make_kv(order.num_pages, order.page_size))
 
-    def hold(self) -> None:
+    def serve_beside(self) -> None:
         """Carries out the orders beside steps, in a thread of its own, and says so of each."""
         while True:
             order = pickle.loads(self._aside.recv_bytes())
@@ -136,8 +137,8 @@ def main() -> None:
 
     def serve() -> None:
         worker = Worker(connection, aside, store)
-        hold = partial(_to_the_end, connection, worker.hold)
-        threading.Thread(target=hold, name="loras", daemon=True).start()
+        beside = partial(_to_the_end, connection, worker.serve_beside)
+        threading.Thread(target=beside, name="beside-steps", daemon=True).start()
         worker.serve()
 
     _to_the_end(connection, serve)
