@@ -71,10 +71,10 @@ check-triton: install
 	TRITON_INTERPRET=1 $(PYTEST) tests/triton
 	$(PYTEST) tests/triton/compiled
 
-# On a machine with a GPU: the tests that need one, then the stages of benchmarks/gpu. See docs/gpu.md.
+# On a machine with a GPU: the tests that need one, then, even so, the stages of benchmarks/gpu. See
+# docs/gpu.md.
 check-gpu: install
-	$(VENV)/bin/pytest -m gpu
-	$(PY) -m benchmarks.gpu.check
+	$(VENV)/bin/pytest -m gpu; tests=$$?; $(PY) -m benchmarks.gpu.check && exit $$tests
 
 format: $(STAMP)
 	$(VENV)/bin/ruff check --fix .

@@ -40,3 +40,10 @@ def test_every_import_is_a_declared_dependency() -> None:
     missing = {module for module in foreign if not distributions(module) & declared}
     assert not missing
     assert len(foreign) > 10
+
+
+def test_triton_is_the_one_that_torch_for_cuda_asks_for() -> None:
+    """With another one nothing can be installed where there is a GPU. A torch for CPUs asks for
+    none: whoever changes either reads what the metadata of the CUDA wheel says."""
+    pins = dict(re.findall(r"^(torch|triton)==(.+)$", (ROOT / "constraints.txt").read_text(), re.M))
+    assert pins == {"torch": "2.13.0", "triton": "3.7.1"}

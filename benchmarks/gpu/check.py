@@ -2,8 +2,8 @@
 
 Stages, each a process that may fail, hang or lose its device alone: 0 machine, 1 compile, 2 right
 or wrong, 3 bits, 4 speed of kernels, 5 whole steps, 6 plain torch, 7 engine, 8 paging, 9 sanitizer.
-Each leaves DIR/NUMBER.json, which grows as it goes; all findings come last as a table, also in
-DIR/table.md. What is expected of a number stands beside it.
+Each leaves DIR/NUMBER.json, which grows as it goes; all findings in DIR come last as a table, also
+in DIR/table.md. What is expected of a number stands beside it.
 
     python -m benchmarks.gpu.check --stages 0,1,2,3,4 --out DIR        (a GPU, at most 300 s)
     python -m benchmarks.gpu.check --stages 1,5,6,7,8 --out DIR        (a GPU, at most 330 s)
@@ -47,10 +47,17 @@ def main(words: Sequence[str] | None = None) -> int:
         report = run_stage(stage, out, patience=arguments.patience, tiny=arguments.tiny)
         print(*report.lines(), sep="\n", flush=True)
         reports.append(report)
-    text = f"{_heading(reports)}\n\n{table(reports)}\n"
+    found = sorted([*reports, *_earlier(out, numbers)], key=lambda report: report.number)
+    text = f"{_heading(found)}\n\n{table(found)}\n"
     (out / "table.md").write_text(text, encoding="utf-8")
     print(f"\n{text}")
     return int(any(report.state != NOT_RUN and not report.passed for report in reports))
+
+
+def _earlier(out: Path, numbers: Sequence[str]) -> list[Report]:
+    """What earlier runs left there of other stages than these."""
+    files = [out / f"{stage.number}.json" for stage in STAGES if f"{stage.number}" not in numbers]
+    return [Report.read(file) for file in files if file.exists()]
 
 
 def _heading(reports: Sequence[Report]) -> str:

@@ -1,4 +1,4 @@
-"""Times on a device."""
+"""Times on a device. In the interpreter they say nothing, and everything is called but once."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from itertools import cycle, islice
 import torch
 
 from benchmarks.gpu.setting import Setting
+from lorastack.kernels.triton.launch import INTERPRETED
 
 REPEATS = 10
 SPREAD_BYTES = 512 << 20  # of what calls read in turn: far more than a cache holds
@@ -19,18 +20,21 @@ COPIED_BYTES = 4 << 30
 
 def bandwidth(setting: Setting) -> float:
     """Bytes a second that a large copy reads and writes."""
-    source = torch.ones(COPIED_BYTES, dtype=torch.uint8, device=setting.device)
+    nbytes = 1 << 16 if setting.tiny else COPIED_BYTES
+    source = torch.ones(nbytes, dtype=torch.uint8, device=setting.device)
     target = torch.empty_like(source)
-    return 2 * COPIED_BYTES / seconds_of([lambda: target.copy_(source)], 3)
+    return 2 * nbytes / seconds_of([lambda: target.copy_(source)], 3)
 
 
-def num_copies(nbytes: int) -> int:
+def num_copies(setting: Setting, nbytes: int) -> int:
     """Of what a call reads, so that calls that take turns read none from a cache."""
-    return max(2, -(-SPREAD_BYTES // nbytes))
+    return 2 if setting.tiny else max(2, -(-SPREAD_BYTES // nbytes))
 
 
 def seconds_of(calls: Sequence[Callable[[], object]], least_calls: int = LEAST_CALLS) -> float:
     """The median of what one of the calls takes, as they follow each other in a CUDA graph."""
+    if INTERPRETED:
+        return statistics.median(host_seconds(call, 1)[0] for call in calls)
     for call in calls:
         call()
     torch.cuda.synchronize()
@@ -50,7 +54,7 @@ def seconds_of(calls: Sequence[Callable[[], object]], least_calls: int = LEAST_C
     return statistics.median(times[1:])
 
 
-def host_seconds(call: Callable[[], object], repeats: int = 20) -> list[float]:
+def host_seconds(call: Callable[[], object], repeats: int) -> list[float]:
     """What calls take on the host that wait for the device themselves, rising."""
     times = []
     for _ in range(repeats):

@@ -3,7 +3,7 @@
 All walk through the same launches, without running any, and each compiles its share into the one
 TRITON_CACHE_DIR, from which the later stages take them. Registers are read where they are loaded.
 
-    python -m benchmarks.gpu.compiling PART PARTS          (a share; a line of JSON for each kernel)
+    python -m benchmarks.gpu.compiling PART PARTS [--tiny]   (a share; a line of JSON a kernel)
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from benchmarks.gpu.decoding import PAGE, counting, decoding, num_pages
 from benchmarks.gpu.models import packing_of, random_heads, random_lora, random_weights
 from benchmarks.gpu.record import Cases, Finding
 from benchmarks.gpu.setting import Setting
-from lorastack.kernels.triton.launch import OPTIONS
+from lorastack.kernels.triton.launch import INTERPRETED, OPTIONS
 from lorastack.layout import EMBED, LAYER_TARGETS, LM_HEAD, ModelShapes
 from lorastack.lora.weights import LoraWeights
 from lorastack.model.backends.triton.backend import TritonBackend
@@ -60,7 +60,7 @@ INSTEAD: dict[str, Callable[..., object]] = {
     "segmented_lora_reference": lambda x_TI, outs, segments: None,
     "seconds_of": _once,
     "bandwidth": lambda setting: 1.0,
-    "num_copies": lambda nbytes: 1,
+    "num_copies": lambda setting, nbytes: 1,
 }
 
 
@@ -71,11 +71,9 @@ def cases(setting: Setting) -> Cases:
 def _all(setting: Setting) -> Iterator[Finding]:
     count = min(PROCESSES, os.cpu_count() or 1)
     began = time.monotonic()
-    command = [sys.executable, "-m", __spec__.name]
-    processes = [
-        subprocess.Popen([*command, str(part), str(count)], stdout=subprocess.PIPE, text=True)
-        for part in range(count)
-    ]
+    command, tiny = [sys.executable, "-m", __spec__.name], ["--tiny"] * setting.tiny
+    begin = partial(subprocess.Popen, stdout=subprocess.PIPE, text=True)
+    processes = [begin([*command, f"{part}", f"{count}", *tiny]) for part in range(count)]
     found = [json.loads(line) for each in processes for line in each.communicate()[0].splitlines()]
     failed = sum(each.wait() != 0 for each in processes)
     yield Finding("shares that failed", failed, most=0)
@@ -85,19 +83,22 @@ def _all(setting: Setting) -> Iterator[Finding]:
     yield Finding("kernels", len(by_kernel), f"in {len(found)} versions", least=1)
     yield Finding("time", time.monotonic() - began, f"s, {count} processes")
     for name, versions in sorted(by_kernel.items()):
-        most = max(each["registers"] for each in versions)
-        yield Finding(f"{name}, registers", most, "a thread")
-        spills = sum(each["spills"] for each in versions)
-        yield Finding(f"{name}, spills", spills, "of all versions", most=0)
+        loaded = [each for each in versions if "registers" in each]
+        if loaded:
+            most = max(each["registers"] for each in loaded)
+            yield Finding(f"{name}, registers", most, "a thread")
+            spills = sum(each["spills"] for each in loaded)
+            yield Finding(f"{name}, spills", spills, "of all versions", most=0)
     setting.notes["versions"] = [json.dumps(each) for each in found]
 
 
 def share(
-    setting: Setting, part: int, parts: int, report: Callable[[Any, float], None]
+    setting: Setting, part: int, parts: int, report: Callable[[str, Any, float], None]
 ) -> list[str]:
-    """Compiles a share of what `walk` launches. report: gets a compiled kernel and seconds.
+    """Compiles a share of what `walk` launches, which the interpreter cannot: there it is named.
 
-    Returns what could not be walked.
+    report: gets a kernel's name, what it was compiled to or None, and seconds. Returns what could
+    not be walked.
     """
     seen: set[int] = set()
 
@@ -107,8 +108,10 @@ def share(
             return
         seen.add(key)
         began = time.monotonic()
-        made = kernel.warmup(*args, grid=tuple(grid), **settings, **OPTIONS)
-        report(made, time.monotonic() - began)
+        made = None
+        if not INTERPRETED:
+            made = kernel.warmup(*args, grid=tuple(grid), **settings, **OPTIONS)
+        report(kernel.fn.__name__, made, time.monotonic() - began)
 
     with launching(compile_only):
         return walk(setting)
@@ -172,16 +175,19 @@ def _walk_steps(setting: Setting, shapes: ModelShapes) -> Iterator[Finding]:
     yield Finding("buckets", len(BUCKETS))
 
 
-def _tell(made: Any, seconds: float) -> None:
+def _tell(name: str, made: Any, seconds: float) -> None:
     """A line of JSON. A kernel that a device refuses, for its shared memory, has no registers."""
-    told = {"kernel": made.metadata.name, "shared": made.metadata.shared, "seconds": seconds}
-    try:
-        made._init_handles()
-        told |= {"registers": made.n_regs, "spills": made.n_spills}
-    except Exception as error:
-        told |= {"registers": 0, "spills": 0, "refused": str(error)}
+    told = {"kernel": name, "seconds": seconds}
+    if made is not None:
+        told["shared"] = made.metadata.shared
+        try:
+            made._init_handles()
+            told |= {"registers": made.n_regs, "spills": made.n_spills}
+        except Exception as error:
+            told["refused"] = str(error)
     print(json.dumps(told), flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(bool(share(Setting.here(tiny=False), int(sys.argv[1]), int(sys.argv[2]), _tell)))
+    setting = Setting.here(tiny="--tiny" in sys.argv)
+    sys.exit(bool(share(setting, int(sys.argv[1]), int(sys.argv[2]), _tell)))

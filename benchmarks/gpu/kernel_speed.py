@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache, partial
+from itertools import islice
 from typing import Any
 from unittest.mock import patch
 
@@ -31,6 +32,7 @@ from lorastack.kernels.triton.top import top
 from lorastack.kernels.triton.weight import Weight, pack_weight
 from lorastack.layout import GROUPS, LM_HEAD, ModelShapes
 from lorastack.lora.weights import LoraWeights
+from lorastack.model.kv import page_nbytes
 from lorastack.request import SamplingParams
 
 DTYPE = torch.bfloat16
@@ -76,7 +78,7 @@ def matrices_of(shapes: ModelShapes) -> dict[str, tuple[int, int]]:
 def _weights(setting: Setting, outputs: int, inputs: int, kind: Kind | None = None) -> list[Weight]:
     """Enough of them that none is read from a cache."""
     first = pack_weight(setting.random(outputs, inputs, dtype=DTYPE), kind=kind)
-    count = num_copies(first.values.nbytes)
+    count = num_copies(setting, first.values.nbytes)
     return [first, *(replace(first, values=first.values.clone()) for _ in range(count - 1))]
 
 
@@ -99,8 +101,8 @@ def _matmul(
     setting: Setting, speed: Callable[[], float], outputs: int, inputs: int
 ) -> Iterator[Finding]:
     weights = _weights(setting, outputs, inputs)
-    for count in TOKENS:
-        least = GOAL if count <= GOAL_TOKENS else None
+    for count in (1, 3) if setting.tiny else TOKENS:
+        least = setting.goal(GOAL) if count <= GOAL_TOKENS else None
         percent = _percent(weights[0], _seconds(setting, weights, count), speed())
         yield Finding(f"{count} tokens", percent, "% of a copy", least=least)
         x_TI = setting.random(count, inputs, dtype=DTYPE)
@@ -111,7 +113,7 @@ def _matmul(
 
 def _quantised(setting: Setting, speed: Callable[[], float], kind: Kind) -> Iterator[Finding]:
     weights = _weights(setting, *setting.mistral.target_shape("down_proj"), kind)
-    for count in (8, 64):
+    for count in (3,) if setting.tiny else (8, 64):
         percent = _percent(weights[0], _seconds(setting, weights, count), speed())
         yield Finding(f"{count} tokens", percent, "% of a copy")
 
@@ -134,7 +136,7 @@ def _candidates(setting: Setting, speed: Callable[[], float]) -> Iterator[Findin
     """Of the matrix that is largest. One that does not fit is left out."""
     weights = _weights(setting, *matrices_of(setting.mistral)["gate_proj+up_proj"])
     left_out = []
-    for words, count, chosen in candidates():
+    for words, count, chosen in islice(candidates(), 1 if setting.tiny else None):
         with patch.object(module, "blocks_of", chosen):
             try:
                 seconds = _seconds(setting, weights, count)
@@ -149,7 +151,7 @@ def _candidates(setting: Setting, speed: Callable[[], float]) -> Iterator[Findin
 
 def _lora(setting: Setting, speed: Callable[[], float]) -> Iterator[Finding]:
     """Eight rows, each with a LoRA of rank 16 of its own; all four groups of a layer."""
-    layers = 8  # that take turns
+    layers = 1 if setting.tiny else 8  # that take turns
     shapes = replace(setting.mistral, num_layers=layers)
     adapters = [random_lora(shapes, DTYPE, setting.device) for _ in range(8)]
     loras = [LoraWeights.from_buffer(each.buffer, each.layout) for each in adapters]
@@ -169,22 +171,24 @@ def _lora(setting: Setting, speed: Callable[[], float]) -> Iterator[Finding]:
 def _attention(setting: Setting, speed: Callable[[], float]) -> Iterator[Finding]:
     shapes = setting.mistral
     shape = AttentionShape(shapes.num_heads, shapes.num_kv_heads, shapes.head_dim, PAGE, None)
-    for past, nodes in ((512, 1), (2048, 1), (8192, 1), (2048, 8)):
+    loads = ((9, 1), (9, 2)) if setting.tiny else ((512, 1), (2048, 1), (8192, 1), (2048, 8))
+    for past, nodes in loads:
         batch = decoding(shapes, 8, past, nodes=nodes)
         step = AttentionStep(setting, batch.rows, shape)
         size = (num_pages(batch), 2, shapes.num_kv_heads, PAGE, shapes.head_dim)
         first = setting.random(*size, dtype=DTYPE)
-        caches = [first, *(first.clone() for _ in range(num_copies(first.nbytes) - 1))]
+        caches = [first, *(first.clone() for _ in range(num_copies(setting, first.nbytes) - 1))]
         q_TX = setting.random(8 * nodes, shapes.num_heads * shapes.head_dim, dtype=DTYPE)
         out_TX = torch.empty_like(q_TX)
         seconds = seconds_of([partial(step.write, q_TX, each, out_TX) for each in caches])
         words = f"8 rows of {nodes} tokens behind {past}"
         yield Finding(words, 1e6 * seconds, "us a layer")
-        yield Finding(words, 100 * first.nbytes / seconds / speed(), "% of a copy")
+        nbytes = 8 * (past + nodes) * page_nbytes(shapes, 1, DTYPE) / shapes.num_layers
+        yield Finding(words, 100 * nbytes / seconds / speed(), "% of a copy")
 
 
 def _samples(setting: Setting) -> Iterator[Finding]:
-    for rows in (8, 64):
+    for rows in (2,) if setting.tiny else (8, 64):
         logits_XV = 3 * setting.random(rows, setting.mistral.vocab_size)
         for sampling in SAMPLINGS:
             samples = [Sample(row, SamplingParams(seed=row, **sampling), 1) for row in range(rows)]
@@ -209,6 +213,8 @@ def _heads(setting: Setting, speed: Callable[[], float]) -> Iterator[Finding]:
             for i in range(8)
         ],
     }
+    if setting.tiny:
+        del kinds["heads of 1"]
     for kind, groups in kinds.items():
         pairs, layout = pairs_of(setting, groups)
         rows, size = len(layout.tree_Y), max(layout.num_outputs_Y)

@@ -20,6 +20,7 @@ from benchmarks.gpu.steps import DTYPE, RANK, Load
 from lorastack.kernels.linear import pack_dense
 from lorastack.kernels.ops import Ops
 from lorastack.lora.weights import LoraWeights
+from lorastack.model.backends.exact import ask_for_exact_sums
 from lorastack.model.backends.torch import TorchBackend
 from lorastack.model.weights import Packing
 from tests.helpers.native import config_of
@@ -32,8 +33,9 @@ class Model:
     """In plain torch."""
 
     def __init__(self, setting: Setting) -> None:
-        self.shapes = setting.mistral
+        self.setting, self.shapes = setting, setting.mistral
         self.past = 9 if setting.tiny else 1000
+        ask_for_exact_sums()  # as where it is served
         config = config_of(self.shapes)
         packing = Packing(pack_dense, pair=pack_dense, head=pack_dense, copies=False)
         weights = random_weights(config, DTYPE, setting.device, packing)
@@ -53,6 +55,7 @@ def cases(setting: Setting) -> Cases:
 
 def _run(model: Callable[[], Model], load: Load) -> Iterator[Finding]:
     made = model()
+    steps = 2 if made.setting.tiny else STEPS
 
     def step(grown: int) -> None:
         loras = made.loras[: load.loras]
@@ -60,13 +63,14 @@ def _run(model: Callable[[], Model], load: Load) -> Iterator[Finding]:
         made.backend.forward(batch, made.kv)
 
     step(0)
-    yield Finding("waits for the device", _waits(partial(step, 0)), "a step")
+    if made.setting.on_device:
+        yield Finding("waits for the device", _waits(partial(step, 0)), "a step")
     for cudnn in (False, True):
         torch.backends.cuda.enable_cudnn_sdp(cudnn)
-        lengths = iter(range(1, STEPS + 1))
-        times = host_seconds(lambda: step(next(lengths)), STEPS)  # noqa: B023
+        lengths = iter(range(1, steps + 1))
+        times = host_seconds(lambda: step(next(lengths)), steps)  # noqa: B023
         words = "with" if cudnn else "without"
-        yield Finding(f"{words} cuDNN, median", 1000 * times[STEPS // 2], "ms a step")
+        yield Finding(f"{words} cuDNN, median", 1000 * times[steps // 2], "ms a step")
         yield Finding(f"{words} cuDNN, longest", 1000 * times[-1], "ms a step")
 
 

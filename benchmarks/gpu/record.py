@@ -17,6 +17,10 @@ WAITING, RUNNING, ENDED, FAILED = "waiting", "running", "ended", "failed"  # of 
 NOT_RUN, TIMED_OUT = "not run", "timed out"  # of a stage, beside RUNNING, ENDED and FAILED
 
 
+class LeftOut(Exception):
+    """Why a stage says nothing here."""
+
+
 @dataclass(frozen=True, slots=True)
 class Finding:
     """A number. least, most: what was expected of it, if anything was."""
@@ -99,11 +103,14 @@ class Report:
 
     @property
     def troubles(self) -> list[str]:
-        """Cases that failed and findings that are not as expected; why the stage did not end."""
+        """Cases that failed or found nothing, and findings that are not as expected; why the stage
+        did not end."""
         troubles = [self.why] if self.state in (FAILED, TIMED_OUT) else []
         for name, case in self.cases.items():
             if case.state == FAILED:
                 troubles.append(f"{name} failed: {case.error}")
+            elif case.state == ENDED and not case.findings:
+                troubles.append(f"{name} found nothing")
             troubles += [f"{name}: {each}" for each in case.findings if each.missed]
         return troubles
 
@@ -155,12 +162,14 @@ def _rows(report: Report) -> Iterator[tuple[str, ...]]:
             yield stage, name, _cell(case.error), "", "FAILED"
         elif case.state != ENDED:
             yield stage, name, "not run", "", ""
+        elif not case.findings:
+            yield stage, name, "nothing", "", "FAILED"
 
 
 def _number(value: float) -> str:
-    return (
-        str(value) if isinstance(value, int) else f"{value:.3g}" if value < 1000 else f"{value:.0f}"
-    )
+    if isinstance(value, int):
+        return str(value)
+    return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"
 
 
 def _cell(text: str) -> str:

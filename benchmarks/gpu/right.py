@@ -23,6 +23,7 @@ from benchmarks.gpu.compare import (
 )
 from benchmarks.gpu.models import random_lora
 from benchmarks.gpu.record import Cases, Finding
+from benchmarks.gpu.right_samples import EXACT
 from benchmarks.gpu.setting import DTYPES, Setting
 from lorastack.kernels.attention import attend_reference
 from lorastack.kernels.quantize import Kind
@@ -44,7 +45,6 @@ from lorastack.layout import EMBED, GROUPS, ModelShapes
 from lorastack.lora.weights import LoraWeights
 from lorastack.model.context import RowSpan
 
-EXACT = 2e-5  # relative error of sums in float32
 ROUNDED = {torch.float32: EXACT, torch.bfloat16: 1e-2}  # of results in a dtype
 EPS = 1e-5
 

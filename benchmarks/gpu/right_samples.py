@@ -32,6 +32,7 @@ from lorastack.request import SamplingParams, TokenSource
 from lorastack.speculation import accept as rule
 from lorastack.speculation.tree import Tree
 
+EXACT = 2e-5  # relative error of sums in float32
 SAMPLINGS: tuple[dict[str, Any], ...] = (
     {},
     {"temperature": 0.8},
@@ -198,7 +199,7 @@ def _heads(setting: Setting) -> Iterator[Finding]:
         ids_YR = torch.zeros(rows, num, dtype=torch.int32, device=setting.device)
         logprobs_YR = setting.poisoned(rows, num)
         top(logits_YN, pairs, ids_YR, logprobs_YR, rows)
-        worst, start, wrong = 0.0, 0, 0
+        worst, products, start, wrong = 0.0, 0.0, 0, 0
         for heads, trees in groups:
             own = slice(start, start + len(trees) * heads.num_heads)
             start = own.stop
@@ -207,11 +208,16 @@ def _heads(setting: Setting) -> Iterator[Finding]:
             r_YH = states_reference(state_BH.cpu(), [_on_cpu(group)])
             worst = max(worst, error_of(r_LYH[len(heads.bias_LKH) - 1, own].cpu(), r_YH))
             assert heads.output is not None and heads.ids_N is not None
-            best = top_reference(logits_YN[own, : len(heads.output)].cpu(), num)
+            found_YN = logits_YN[own, : len(heads.output)]
+            # Of the states that were found: those were compared themselves.
+            meant_YN = r_LYH[len(heads.bias_LKH) - 1, own].double() @ heads.output.double().t()
+            products = max(products, error_of(found_YN, meant_YN))
+            best = top_reference(found_YN.cpu(), num)
             wrong += int((heads.ids_N.cpu()[best.ids_XR] != ids_YR[own].cpu()).sum())
             worst = max(worst, error_of(logprobs_YR[own].cpu(), best.logprobs_XR))
-        most = 2e-2 if dtype == torch.bfloat16 else 2e-5
+        most = 2e-2 if dtype == torch.bfloat16 else EXACT
         yield Finding(f"{name}, states and log-probabilities", worst, "relative error", most=most)
+        yield Finding(f"{name}, logits", products, "relative error", most=EXACT)
         yield Finding(f"{name}, candidates that differ", wrong, most=0)
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from benchmarks.gpu.record import Cases, Finding, Report
+from benchmarks.gpu.record import ENDED, Cases, Finding, LeftOut, Report
 from benchmarks.gpu.setting import Setting
 
 TOOL = "compute-sanitizer"
@@ -23,10 +23,10 @@ SUMMARY = re.compile(r"ERROR SUMMARY: (\d+) error")
 
 
 def cases(setting: Setting) -> Cases:
-    """None without the tool."""
+    if not setting.on_device:
+        raise LeftOut("needs a CUDA device, and this is the interpreter")
     if shutil.which(TOOL) is None:
-        setting.notes["left out"] = [f"{TOOL} is not on the PATH"]
-        return {}
+        raise LeftOut(f"{TOOL} is not on the PATH")
     return {"memory": partial(_memory, setting)}
 
 
@@ -46,5 +46,7 @@ def _memory(setting: Setting) -> Iterator[Finding]:
         assert found is not None, (done.stdout + done.stderr)[-400:]
         setting.notes["memcheck"] = done.stdout.splitlines()[-40:]
         yield Finding("bad reads and writes", int(found[1]), most=0)
-        ran = sum(each.state == "ended" for each in Report.read(file).cases.values())
-        yield Finding("kinds of kernels that ran", ran, least=1)
+        cases = Report.read(file).cases.values()
+        idle = sum(each.state != ENDED for each in cases)
+        yield Finding("kinds of kernels", len(cases), least=1)
+        yield Finding("of them, kinds that did not run to their ends", idle, most=0)

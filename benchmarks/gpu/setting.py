@@ -7,10 +7,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from lorastack.adapters.memory.stream import Streams, device_streams
 from lorastack.kernels.triton.launch import INTERPRETED, why_not
 from lorastack.layout import ModelShapes
 from tests.helpers import interpreter
 from tests.helpers.shapes import MISTRAL_7B
+from tests.helpers.streams import FakeDevice
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 MISTRAL = replace(MISTRAL_7B, vocab_size=32768, max_context=16384)
@@ -65,6 +67,15 @@ class Setting:
     def on_device(self) -> bool:
         """Times mean something."""
         return self.device.type == "cuda"
+
+    def goal(self, number: float | None) -> float | None:
+        """What is expected of a time, or of what is made of it: nothing at tiny sizes."""
+        return None if self.tiny else number
+
+    @property
+    def streams(self) -> Streams:
+        """For copies and steps. In the interpreter each gets on a little whenever it is asked."""
+        return device_streams(self.device) or FakeDevice(lazy=True).streams
 
     @property
     def name(self) -> str:

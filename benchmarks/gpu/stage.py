@@ -14,7 +14,16 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu.record import ENDED, FAILED, RUNNING, WAITING, Case, Report
+from benchmarks.gpu.record import (
+    ENDED,
+    FAILED,
+    NOT_RUN,
+    RUNNING,
+    WAITING,
+    Case,
+    LeftOut,
+    Report,
+)
 from benchmarks.gpu.setting import Setting
 
 BROKEN = 3  # exit status: the device takes no more work from this process
@@ -29,9 +38,14 @@ def main() -> int:
     arguments = parser.parse_args()
     torch.manual_seed(0)
     setting = Setting.here(arguments.tiny)
-    cases = import_module(arguments.module).cases(setting)
     report = Report.read(arguments.file)
     report.device = setting.name
+    try:
+        cases = import_module(arguments.module).cases(setting)
+    except LeftOut as why:
+        report.state, report.why = NOT_RUN, str(why)
+        report.write(arguments.file)
+        return 0
     for name in cases:
         report.cases.setdefault(name, Case())
     for name, run in cases.items():

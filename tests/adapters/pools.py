@@ -15,6 +15,7 @@ from lorastack.adapters.memory.arena import DeviceArena
 from lorastack.adapters.memory.copies import Copies
 from lorastack.adapters.memory.device import DeviceAdapter
 from lorastack.adapters.memory.host import HostCache, PackedAdapter
+from lorastack.adapters.memory.pipeline import Others
 from lorastack.adapters.memory.pool import DevicePool
 from lorastack.layout import AdapterLayout
 from tests.adapters.test_host import packed
@@ -33,8 +34,9 @@ class Bench:
         budget: int = 10,
         load: Callable[[str], PackedAdapter] | None = None,
         device: FakeDevice | None = None,
+        others: Others | None = None,
     ) -> None:
-        """device: what adapters are copied to; None: the host copies serve."""
+        """device: what adapters are copied to; None: the host copies serve. others: of others."""
         self.now = 0.0  # seconds
         self.loads: list[str] = []
         self._done = threading.Semaphore(0)
@@ -50,6 +52,7 @@ class Bench:
             self.host,
             self._done.release,
             copies=copies,
+            others=others,
             make_views=views_at,
             clock=lambda: self.now,
         )
@@ -120,7 +123,7 @@ class Views:
     thread: str
 
 
-def views_at(buffer: Tensor, layout: AdapterLayout) -> Views:
+def views_at(digest: str, buffer: Tensor, layout: AdapterLayout) -> Views:
     assert buffer.nbytes == layout.nbytes
     return Views(buffer.data_ptr(), threading.current_thread().name)
 
@@ -135,8 +138,9 @@ def bench(
     budget: int = 10,
     load: Callable[[str], PackedAdapter] | None = None,
     device: FakeDevice | None = None,
+    others: Others | None = None,
 ) -> Iterator[Bench]:
-    made = Bench(budget, load, device)
+    made = Bench(budget, load, device, others)
     try:
         yield made
     finally:

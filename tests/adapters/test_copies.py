@@ -234,7 +234,7 @@ def test_an_error_that_breaks_the_device_is_raised(device: FakeDevice, pinned: b
 def failing_views(monkeypatch: pytest.MonkeyPatch, made: Bench, error: Exception) -> None:
     """Of whatever is made from now on."""
 
-    def fail(buffer: torch.Tensor, layout: AdapterLayout) -> None:
+    def fail(digest: str, buffer: torch.Tensor, layout: AdapterLayout) -> None:
         raise error
 
     monkeypatch.setattr(made.pool._pipeline._copies, "_make_views", fail)

@@ -159,10 +159,10 @@ def loader(pinned: PinnedArena) -> Callable[[str], PackedAdapter]:
     return load
 
 
-def views_on(device: FakeDevice, buffer: torch.Tensor, layout: AdapterLayout) -> Views:
+def views_on(device: FakeDevice, digest: str, buffer: torch.Tensor, layout: AdapterLayout) -> Views:
     if device.views.failures:
         raise device.views.failures.pop()
-    return views_at(buffer, layout)
+    return views_at(digest, buffer, layout)
 
 
 @given(

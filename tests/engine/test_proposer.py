@@ -55,7 +55,7 @@ def on_device(folder: Path, backend: Backend, lm_head_VH: Tensor) -> DeviceAdapt
 def adapter_of(
     digest: str, backend: Backend, buffer: Tensor, layout: AdapterLayout
 ) -> DeviceAdapter:
-    views = make_views(backend, buffer, layout)
+    views = make_views(backend, digest, buffer, layout)
     return DeviceAdapter(digest=digest, buffer=buffer, layout=layout, views=views)
 
 

@@ -83,7 +83,7 @@ def build_bench(model: Path, folder: Path, decoder: Backend | None = None) -> Be
         heads = HEADS.get(digest, 0)
         layout, buffer = pack(read_tensors(parsed), parsed.scales, heads, decoder.dtype)
         buffer = buffer.to(decoder.device)
-        views = AdapterViews(LoraWeights.from_buffer(buffer, layout), None)
+        views = AdapterViews(LoraWeights.from_buffer(buffer, layout, digest), None)
         adapters[digest] = DeviceAdapter(digest=digest, buffer=buffer, layout=layout, views=views)
     for digest, heads in HEADS.items():
         adapters.setdefault(digest, scripted_heads(digest, heads))

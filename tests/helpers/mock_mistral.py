@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lorastack.kernels.heads import HeadsWeights
+from lorastack.kernels.heads import HeadsWeights, PrivateWeights
 from lorastack.kernels.segmented_lora import GroupLora, TargetLora
 from lorastack.kernels.triton.weight import Weight, pack_weight
 from lorastack.layout import GROUPS
@@ -133,12 +133,20 @@ def mock_lora(rank: int, *, beside_layers: bool = False) -> LoraWeights:
     return LoraWeights(groups, EmbeddingLora(_empty(rank, vocab_size), _empty(size, rank), 1.0))
 
 
-def mock_heads(num_heads: int, num_outputs: int, num_blocks: int = 1) -> HeadsWeights:
+def mock_heads(
+    num_heads: int, num_outputs: int, num_blocks: int = 1, private_rank: int = 0
+) -> HeadsWeights:
     """With a draft vocabulary."""
     size = SHAPES.hidden_size
     ids_N = torch.empty(num_outputs, dtype=torch.int64, device=META)
     weight, bias = _empty(num_blocks, num_heads, size, size), _empty(num_blocks, num_heads, size)
-    return HeadsWeights(weight, bias, _empty(num_outputs, size), ids_N)
+    private = None
+    if private_rank:
+        private = PrivateWeights(
+            _empty(num_blocks, num_heads, private_rank, size),
+            _empty(num_blocks, num_heads, size, private_rank),
+        )
+    return HeadsWeights(weight, bias, _empty(num_outputs, size), ids_N, private)
 
 
 def _empty(*shape: int) -> Tensor:

@@ -47,6 +47,14 @@ def read_weights(
     folder: Path, shapes: ModelShapes, dtype: torch.dtype = torch.float32
 ) -> LoraWeights:
     """A written LoRA folder, packed and viewed, without the code of `adapters`."""
+    layout, buffer = read_packed(folder, shapes, dtype)
+    return LoraWeights.from_buffer(buffer, layout)
+
+
+def read_packed(
+    folder: Path, shapes: ModelShapes, dtype: torch.dtype = torch.float32
+) -> tuple[AdapterLayout, Tensor]:
+    """Its buffer."""
     config = json.loads((folder / "adapter_config.json").read_text())
     stored = load_file(folder / "adapter_model.safetensors")
     rank, alpha = config["r"], config["lora_alpha"]
@@ -60,5 +68,4 @@ def read_weights(
                 tensors[layer, target, Part.A] = stored[a]
                 tensors[layer, target, Part.B] = stored[b]
                 scales[layer, target] = alpha / rank
-    layout, buffer = pack(tensors, scales, 0, dtype)
-    return LoraWeights.from_buffer(buffer, layout)
+    return pack(tensors, scales, 0, dtype)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -22,7 +23,7 @@ from lorastack.errors import DeviceLostError, InvalidArgumentError
 from lorastack.kernels.linear import linear, pack_dense, plain_weight
 from lorastack.kernels.ops import Ops
 from lorastack.kernels.quantize import Kind
-from lorastack.layout import EMBED, LAYER_TARGETS, LM_HEAD
+from lorastack.layout import EMBED, LAYER_TARGETS, LM_HEAD, AdapterLayout
 from lorastack.lora.segments import LoraBatch, Segment
 from lorastack.lora.weights import LoraWeights
 from lorastack.model import checkpoint as checkpoint_module
@@ -33,7 +34,6 @@ from lorastack.model.backends.parallel import crew as crew_module
 from lorastack.model.backends.parallel.backend import ParallelBackend
 from lorastack.model.backends.parallel.checkpoint import CheckpointShard
 from lorastack.model.backends.parallel.group import Group
-from lorastack.model.backends.parallel.loras import _tensors, _with
 from lorastack.model.backends.parallel.orders import Setup
 from lorastack.model.backends.parallel.sharded import ShardedBackend, load_shard
 from lorastack.model.backends.parallel.shards import Shard, check_shards, shard_lora
@@ -43,8 +43,9 @@ from lorastack.model.config import load_config
 from lorastack.model.context import ForwardBatch, RowSpan
 from lorastack.model.kv import Move
 from tests.helpers.adapters import write_lora
+from tests.helpers.live import PATIENCE, wait_until
 from tests.helpers.native import RowPart, lay_out
-from tests.helpers.packed import read_weights
+from tests.helpers.packed import read_packed
 from tests.helpers.tiny import build_llama, build_mistral, shapes_of
 
 CPU = torch.device("cpu")
@@ -79,7 +80,6 @@ def sharded(folder: Path, group: Group, dtype: torch.dtype = torch.float32) -> S
         config=load_config(folder, None),
         device=CPU,
         dtype=dtype,
-        store="",
         threads=1,
         timeout=60.0,
     )
@@ -91,10 +91,25 @@ def one_process(folder: Path) -> Backend:
     return load_backend(folder, device=CPU, dtype=torch.float32, max_context=None, native=False)
 
 
-def lora_of(folder: Path, model: Path, seed: int, **fields: Any) -> LoraWeights:
+def packed_lora(folder: Path, model: Path, seed: int) -> tuple[AdapterLayout, Tensor]:
+    """Of rank `seed`."""
     shapes = shapes_of(model)
-    fields = {"targets": TARGETS} | fields
-    return read_weights(write_lora(folder / f"lora-{seed}", shapes, seed=seed, **fields), shapes)
+    written = write_lora(folder / f"lora-{seed}", shapes, seed=seed, rank=seed, targets=TARGETS)
+    return read_packed(written, shapes)
+
+
+def lora_of(folder: Path, model: Path, seed: int) -> LoraWeights:
+    layout, buffer = packed_lora(folder, model, seed)
+    return LoraWeights.from_buffer(buffer, layout)
+
+
+def handed_over(backend: ParallelBackend, folder: Path, model: Path, seed: int) -> LoraWeights:
+    """A LoRA that all shards hold."""
+    layout, buffer = packed_lora(folder, model, seed)
+    event = backend.loras.hand_over(f"{seed}", buffer, layout)
+    wait_until(event.done, "all shards hold the LoRA")
+    buffer = buffer.to(backend.device)
+    return LoraWeights.from_buffer(buffer, layout, f"{seed}")
 
 
 # -- parts --------------------------------------------------------------------------------------
@@ -199,7 +214,7 @@ def test_sums_of_bfloat16_are_rounded_once() -> None:
 def test_a_projection_back_is_the_sum_of_its_shards_parts(tmp_path: Path) -> None:
     """The order of `sharded`, step by step: hidden + (part 0 + part 1), LoRAs within the parts."""
     folder = build(tmp_path / "model", attention_bias=True)
-    loras = [lora_of(tmp_path, folder, seed, rank=seed) for seed in (3, 5)]
+    loras = [lora_of(tmp_path, folder, seed) for seed in (3, 5)]
     decoder = one_process(folder)
     assert isinstance(decoder, TorchBackend)
     weights = decoder._weights.layers[1].o
@@ -277,7 +292,7 @@ def test_shards_together_give_the_logits_of_one_process(
     tmp_path: Path, name: str, count: int
 ) -> None:
     folder = build(tmp_path / "model", **MODELS[name])
-    loras = [lora_of(tmp_path, folder, seed, rank=seed) for seed in (4, 7)]
+    loras = [lora_of(tmp_path, folder, seed) for seed in (4, 7)]
     expected = steps(one_process(folder), folder, loras)
 
     def run(group: Group) -> list[Tensor]:
@@ -324,16 +339,41 @@ def two(folder: Path) -> Iterator[ParallelBackend]:
 def test_two_processes_give_the_logits_of_one(
     tmp_path: Path, folder: Path, two: ParallelBackend
 ) -> None:
-    """LoRAs come and go: each is handed over once, and let go of with shard 0's copy."""
+    """LoRAs come and go between steps."""
     assert (two.name, two.dtype, two.shapes) == ("torch x2", torch.float32, shapes_of(folder))
     plain = one_process(folder)
     for seeds in ((4, 7), (5, 6)):
-        loras = [lora_of(tmp_path, folder, seed, rank=seed) for seed in seeds]
+        loras = [handed_over(two, tmp_path, folder, seed) for seed in seeds]
         for got, wanted in zip(steps(two, folder, loras), steps(plain, folder, loras), strict=True):
             torch.testing.assert_close(got, wanted, **CLOSE)
-        assert len(two._loras._held) == 2
-        del loras
-    assert len(two._loras._gone) == 2 and not two._loras._held
+        for seed in seeds:
+            two.loras.take_back(f"{seed}")
+
+
+def test_the_file_by_which_shards_find_each_other_stays_and_is_theirs_alone(
+    two: ParallelBackend,
+) -> None:
+    """NCCL asks it for news of failures again and again."""
+    files = {Path(f"/proc/{pid}/fd/{two.crew.store}") for pid in (os.getpid(), *two.crew.pids)}
+    assert len({file.stat().st_ino for file in files}) == 1
+    assert all(os.readlink(file).startswith("/memfd:lorastack-shards") for file in files)
+
+
+def test_a_step_waits_for_no_hand_over(tmp_path: Path, folder: Path, two: ParallelBackend) -> None:
+    """The thread that hands over is held up, and steps go on, with what was handed over before."""
+    plain = one_process(folder)
+    loras = [handed_over(two, tmp_path, folder, seed) for seed in (4, 7)]
+    goes_on = threading.Event()
+    held_up = two.crew.aside(lambda: None if goes_on.wait(PATIENCE) else pytest.fail("held up"))
+    layout, buffer = packed_lora(tmp_path, folder, 5)
+    event = two.loras.hand_over("5", buffer, layout)
+    for got, wanted in zip(steps(two, folder, loras), steps(plain, folder, loras), strict=True):
+        torch.testing.assert_close(got, wanted, **CLOSE)
+    assert not event.done() and not held_up.done()
+    goes_on.set()
+    wait_until(event.done, "all shards hold the LoRA")
+    for seed in (4, 7, 5):
+        two.loras.take_back(f"{seed}")
 
 
 def test_rows_of_lm_head_are_those_of_the_checkpoint(folder: Path, two: ParallelBackend) -> None:
@@ -368,9 +408,9 @@ def test_two_gpus_give_the_logits_of_one_process(tmp_path: Path, folder: Path) -
     cuda = torch.device("cuda")
     backend = load_backend(folder, device=cuda, dtype=torch.float32, max_context=None, shards=2)
     assert isinstance(backend, ParallelBackend)
-    loras = [lora_of(tmp_path, folder, seed, rank=seed) for seed in (4, 7)]
-    on_device = [_with(lora, [each.to(cuda) for each in _tensors(lora)]) for lora in loras]
+    loras = [lora_of(tmp_path, folder, seed) for seed in (4, 7)]
     try:
+        on_device = [handed_over(backend, tmp_path, folder, seed) for seed in (4, 7)]
         for got, wanted in zip(
             steps(backend, folder, on_device),
             steps(one_process(folder), folder, loras),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,9 +16,12 @@ import pytest
 from lorastack.client import Client
 from lorastack.config import KIB, AdapterConfig
 from lorastack.errors import InternalError, UnavailableError
+from lorastack.model.backends.parallel.loras import Lender
 from lorastack.v1 import generation_pb2 as pb
-from tests.helpers.live import ROOMY, LiveServer, ask, wait_until
+from tests.helpers.adapters import write_lora
+from tests.helpers.live import PATIENCE, ROOMY, LiveServer, ask, wait_until
 from tests.helpers.reference import Reference, assert_greedy
+from tests.helpers.tiny import shapes_of
 from tests.helpers.zoo import FAMILIAR, LAYER_WORDS, RANDOM_LORAS, TRAINED_HEADS
 from tests.system.test_isolation import Case, assert_answered_by_its_own, draw_case
 from tests.system.test_process import Process
@@ -130,6 +134,30 @@ def test_a_prompts_log_probabilities_and_a_grammar(two: LiveServer, live: LiveSe
             for reply in (got, wanted)
         ]
         assert logprobs[0] == pytest.approx(logprobs[1], abs=1e-3)
+
+
+def test_rows_run_while_a_lora_is_handed_over(
+    two: LiveServer, tiny_llama: Path, tmp_path: Path
+) -> None:
+    """The thread that hands over is held up: others begin and end, with a LoRA and without."""
+    lender = two.pool._pipeline._others
+    assert isinstance(lender, Lender)
+    familiar = ask("hello", stack=[("random-a", 1.0)], max_new_tokens=16, ignore_eos=True)
+    expected = two.client.generate(familiar).token_ids
+    two.upload("late", write_lora(tmp_path / "late", shapes_of(tiny_llama), seed=31, rank=2))
+    goes_on = threading.Event()
+    lender._crew.aside(lambda: None if goes_on.wait(PATIENCE) else pytest.fail("held up"))
+    with ThreadPoolExecutor(1) as pool:
+        late = pool.submit(two.client.generate, ask("hello", stack=[("late", 1.0)]))
+        try:
+            handed = two.pool._pipeline._handed
+            wait_until(lambda: two.digests["late"] in handed, "its LoRA is on its way")
+            assert two.client.generate(familiar).token_ids == expected
+            two.client.generate(ask("hello", max_new_tokens=16, ignore_eos=True))
+            assert not late.done()
+        finally:
+            goes_on.set()
+        assert late.result().adapters.loras[0].digest == two.digests["late"]
 
 
 # -- ends ---------------------------------------------------------------------------------------

@@ -23,15 +23,17 @@ class AdapterViews:
 
     lora: LoraWeights
     heads: HeadsWeights | None
-    private: PrivateWeights | None
+    private: PrivateWeights | None = None
 
 
-def make_views(backend: Backend, buffer: Tensor, layout: AdapterLayout) -> AdapterViews:
+def make_views(
+    backend: Backend, digest: str, buffer: Tensor, layout: AdapterLayout
+) -> AdapterViews:
     """Of a buffer, which need not be written yet, and what the backend makes beside them.
 
     Any thread. What goes to a CUDA device does so in the calling thread's current stream.
     """
-    lora = LoraWeights.from_buffer(buffer, layout)
+    lora = LoraWeights.from_buffer(buffer, layout, digest)
     backend.adopt(lora)
     heads, private = None, None
     if (0, HEADS, Part.A) in layout.slots:

@@ -41,22 +41,24 @@ class EmbeddingLora:
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class LoraWeights:
     """An adapter's LoRA. groups: by (layer, index into GROUPS) or LM_HEAD_GROUP, if adapted.
+    digest: the adapter's, by which devices that share a model know it.
 
     Compared by identity, so it can be the weak key of what is derived from it.
     """
 
     groups: Mapping[tuple[int, int], GroupLora]
     embedding: EmbeddingLora | None
+    digest: str = ""
 
     @classmethod
-    def from_buffer(cls, buffer: Tensor, layout: AdapterLayout) -> LoraWeights:
+    def from_buffer(cls, buffer: Tensor, layout: AdapterLayout, digest: str = "") -> LoraWeights:
         """Views of `buffer`, which they keep alive. Empty for an adapter of heads only."""
         groups: dict[tuple[int, int], GroupLora] = {}
         for layer in sorted({layer for layer, target, _ in layout.slots if target != HEADS}):
             for index, group in enumerate((*GROUPS, (LM_HEAD,))):
                 if weights := _group(buffer, layout, layer, group):
                     groups[layer, index] = weights
-        return cls(groups, _embedding(buffer, layout))
+        return cls(groups, _embedding(buffer, layout), digest)
 
 
 def _group(

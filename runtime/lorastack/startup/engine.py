@@ -20,6 +20,7 @@ from lorastack.engine.pages import Pages
 from lorastack.engine.runner import Runner
 from lorastack.engine.views import make_views
 from lorastack.kernels.packing import allocate
+from lorastack.model.backends.parallel.backend import ParallelBackend
 from lorastack.request import RowEvent
 from lorastack.speculation.calibration import Calibration
 from lorastack.startup.memory import host_memory, pinned_memory
@@ -58,7 +59,15 @@ def adapter_memory(
         head_rows=backend.head_rows if pinned is None else None,
     )
     host = HostCache(host_budget, loader)
-    pool = DevicePool(budget, host, on_loaded, copies=copies, idle=idle, make_views=views)
+    pool = DevicePool(
+        budget,
+        host,
+        on_loaded,
+        copies=copies,
+        others=backend.loras if isinstance(backend, ParallelBackend) else None,
+        idle=idle,
+        make_views=views,
+    )
     return host, pool
 
 

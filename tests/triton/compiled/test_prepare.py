@@ -66,8 +66,8 @@ def rows_with_loras(mistral: MockMistral) -> None:
 
 
 def rows_with_heads(mistral: MockMistral) -> None:
-    for num_heads, num_outputs, num_blocks in ((1, 5, 1), (3, 4096, 2)):
-        heads = mock_heads(num_heads, num_outputs, num_blocks)
+    for kind in ((1, 5, 1), (3, 4096, 2), (4, 5, 1, 16), (1, 4096, 2, 5)):
+        heads = mock_heads(*kind)
         for rows in (1, 5):
             mistral.backend.forward(mistral.step(rows, (), 2, heads), mistral.kv)
 
@@ -80,13 +80,15 @@ def logits_of_states(mistral: MockMistral) -> None:
 
 
 def calls_of_ops(mistral: MockMistral) -> None:
-    ops, heads = mistral.backend.ops, mock_heads(3, 4096, 2)
+    ops = mistral.backend.ops
     for rows in (1, 2, 4, 5):
         ops.best(_logits(rows))
-        ops.states(_states(rows), [HeadsGroup(0, rows, heads)])
         for num in (1, 5, 20):
             ops.top(_logits(rows), num)
-            ops.propose(_states(rows), [HeadsGroup(0, rows, heads)], num)
+        for heads in (mock_heads(3, 4096, 2), mock_heads(3, 4096, 2, 16)):
+            ops.states(_states(rows), [HeadsGroup(0, rows, heads)])
+            for num in (1, 5, 20):
+                ops.propose(_states(rows), [HeadsGroup(0, rows, heads)], num)
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ from tests.helpers.launches import KERNELS
 def compiled(setting: Setting, part: int, parts: int) -> Counter[str]:
     found = Counter[str]()
 
-    def report(kernel: Any, seconds: float) -> None:
-        found[kernel.fn.__name__] += 1
+    def report(name: str, kernel: Any, seconds: float) -> None:
+        found[name] += 1
 
     assert compiling.share(setting, part, parts, report) == []
     return found

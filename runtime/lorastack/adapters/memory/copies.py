@@ -213,7 +213,7 @@ class Copies:
 
         def make() -> tuple[DeviceAdapter, Event]:
             with self._streams.views.current():
-                views = self._make_views(buffer, layout)
+                views = self._make_views(digest, buffer, layout)
             adapter = DeviceAdapter(digest=digest, buffer=buffer, layout=layout, views=views)
             return adapter, self._streams.views.record()
 

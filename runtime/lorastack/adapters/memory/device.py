@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lorastack.layout import AdapterLayout
 
-MakeViews = Callable[[Tensor, AdapterLayout], object]
+MakeViews = Callable[[str, Tensor, AdapterLayout], object]  # of an adapter's digest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -30,5 +30,5 @@ class DeviceAdapter:
         return self.layout.nbytes
 
 
-def no_views(buffer: Tensor, layout: AdapterLayout) -> None:
+def no_views(digest: str, buffer: Tensor, layout: AdapterLayout) -> None:
     """For adapters that no step reads."""

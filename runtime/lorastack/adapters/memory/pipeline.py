@@ -1,5 +1,8 @@
 """Adapters on their way: one thread loads from disk to the host, `copies` bring them to the device.
 
+Where several devices share the base model, `others` brings each adapter to the rest of them at the
+same time; it has arrived when all have it.
+
 All methods are for the step thread and never wait; `seconds` is for any thread.
 """
 
@@ -7,12 +10,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Container
 from functools import partial
+from typing import Protocol
+
+from torch import Tensor
 
 from lorastack.adapters.memory.copies import Copies
 from lorastack.adapters.memory.device import DeviceAdapter, MakeViews, no_views
 from lorastack.adapters.memory.host import HostCache, PackedAdapter
+from lorastack.adapters.memory.stream import Event
 from lorastack.adapters.memory.threads import Failure, JobThread
 from lorastack.errors import LorastackError
+from lorastack.layout import AdapterLayout
+
+
+class Others(Protocol):
+    """The other devices that share the base model. Nothing here waits."""
+
+    def hand_over(self, digest: str, buffer: Tensor, layout: AdapterLayout) -> Event:
+        """Begins to bring them an adapter's LoRA. The event: all have it."""
+        ...
+
+    def take_back(self, digest: str) -> None:
+        """They let go of it. No step that begins from now on uses it."""
+        ...
 
 
 class Pipeline:
@@ -24,12 +44,13 @@ class Pipeline:
         copies: Copies | None,
         on_finished: Callable[[], None],
         idle: Callable[[], bool] | None = None,
+        others: Others | None = None,
         make_views: MakeViews = no_views,
     ) -> None:
         """copies: None if host copies serve as they are. on_finished: from the loads' thread.
 
-        idle: what that thread does while it has nothing to load, see `JobThread`. make_views: of
-        host copies that serve, see `DeviceAdapter`.
+        idle: what that thread does while it has nothing to load, see `JobThread`. others: None if
+        there are none. make_views: of host copies that serve, see `DeviceAdapter`.
         """
         self.loading: set[str] = set()
         self.packed: dict[str, PackedAdapter | DeviceAdapter] = {}  # the latter if it serves
@@ -39,6 +60,9 @@ class Pipeline:
         self._host = host
         self._on_finished = on_finished
         self._copies = copies
+        self._others = others
+        self._handed: dict[str, Event] = {}  # of what is under way: all others have it
+        self._here: dict[str, DeviceAdapter] = {}  # of what is under way: is on this device
         self._make_views = make_views
         self._loads: JobThread[PackedAdapter | DeviceAdapter] = JobThread(
             "adapter-loads", on_finished, idle
@@ -81,11 +105,16 @@ class Pipeline:
     def copy(self, digest: str) -> DeviceAdapter | None:
         """Has what waits in `packed` copied; the adapter itself if no copy is needed."""
         packed = self.packed.pop(digest)
-        if isinstance(packed, DeviceAdapter):
+        if self._others is not None:
+            self._handed[digest] = self._others.hand_over(digest, packed.buffer, packed.layout)
+        elif isinstance(packed, DeviceAdapter):
             return packed
-        assert self._copies is not None
         self.copying[digest] = packed.nbytes
-        self._copies.start(packed)
+        if isinstance(packed, DeviceAdapter):
+            self._here[digest] = packed
+        else:
+            assert self._copies is not None
+            self._copies.start(packed)
         return None
 
     def advance(
@@ -95,18 +124,19 @@ class Pipeline:
         return [] if self._copies is None else self._copies.advance(urgent, movable)
 
     def release(self, digest: str) -> None:
-        """Gives back the room of an adapter that arrived on the device."""
+        """Gives back the room of an adapter that arrived."""
         if self._copies is not None:
             self._copies.release(digest)
+        if self._others is not None:
+            self._others.take_back(digest)
 
     def take_finished(self) -> tuple[bool, list[DeviceAdapter]]:
-        """True if a load or a copy ended since the last call, and what arrived on the device.
+        """True if a load or a copy ended since the last call, and what arrived.
 
         Raises what broke the device.
         """
         loaded = [*self._loads.finished(), *self._hits.finished()]
         copied = [] if self._copies is None else list(self._copies.finished())
-        arrived: list[DeviceAdapter] = []
         for result in loaded:
             self.loading.discard(result.digest)
             if isinstance(result, Failure):
@@ -114,12 +144,23 @@ class Pipeline:
             else:
                 self.packed[result.digest] = result
         for copy in copied:
-            self.copying.pop(copy.digest)
             if isinstance(copy, Failure):
                 self._note(copy)
+                del self.copying[copy.digest]
+                if self._handed.pop(copy.digest, None) and self._others is not None:
+                    self._others.take_back(copy.digest)
             else:
-                arrived.append(copy)
-        return bool(loaded or copied), arrived
+                self._here[copy.digest] = copy
+        arrived = [each for digest, each in self._here.items() if self._is_everywhere(digest)]
+        for adapter in arrived:
+            for place in (self._here, self._handed, self.copying):
+                place.pop(adapter.digest, None)
+        return bool(loaded or copied or arrived), arrived
+
+    def _is_everywhere(self, digest: str) -> bool:
+        """True for what is here if the others have it too."""
+        event = self._handed.get(digest)
+        return event is None or event.done()
 
     def _note(self, failure: Failure) -> None:
         if failure.cause is not None:
@@ -130,7 +171,7 @@ class Pipeline:
         """In a thread: a host copy as it goes on from here."""
         if self._copies is not None:
             return packed
-        views = self._make_views(packed.buffer, packed.layout)
+        views = self._make_views(packed.digest, packed.buffer, packed.layout)
         return DeviceAdapter(
             digest=packed.digest, buffer=packed.buffer, layout=packed.layout, views=views
         )

@@ -31,7 +31,7 @@ from threading import Lock
 from lorastack.adapters.memory.copies import Copies
 from lorastack.adapters.memory.device import DeviceAdapter, MakeViews, no_views
 from lorastack.adapters.memory.host import HostCache
-from lorastack.adapters.memory.pipeline import Pipeline
+from lorastack.adapters.memory.pipeline import Others, Pipeline
 from lorastack.adapters.memory.stats import AdapterStats, PoolStats
 from lorastack.adapters.memory.turns import QUANTUM, Resident, Use, choose_victims
 from lorastack.errors import (
@@ -62,19 +62,20 @@ class DevicePool:
         on_loaded: Callable[[], None] = lambda: None,
         *,
         copies: Copies | None = None,
+        others: Others | None = None,
         idle: Callable[[], bool] | None = None,
         make_views: MakeViews = no_views,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """budget: bytes. on_loaded: called from a loader thread when `poll` has something to take.
 
-        copies: into an arena of `budget` bytes; None if host copies serve. idle, make_views: see
-        `Pipeline`. clock: seconds.
+        copies: into an arena of `budget` bytes; None if host copies serve. others, idle,
+        make_views: see `Pipeline`. clock: seconds.
         """
         self.blocked = False  # a set waits for the turns of rows that run: poll after the next step
         self._budget = budget
         self._host = host
-        self._pipeline = Pipeline(host, copies, on_loaded, idle, make_views)
+        self._pipeline = Pipeline(host, copies, on_loaded, idle, others, make_views)
         self._clock = clock
         self._lock = Lock()  # guards what `stats` reads
         self._residents: OrderedDict[str, Resident] = OrderedDict()  # oldest use first

@@ -10,8 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from itertools import count
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
@@ -25,7 +23,7 @@ from lorastack.model.backends.parallel.checkpoint import CheckpointShard
 from lorastack.model.backends.parallel.crew import TIMEOUT, Crew
 from lorastack.model.backends.parallel.group import Group
 from lorastack.model.backends.parallel.loras import Lender
-from lorastack.model.backends.parallel.orders import Logits, MakeKV, MoveKV, Run, Setup
+from lorastack.model.backends.parallel.orders import Join, Logits, MakeKV, MoveKV, Run, Setup
 from lorastack.model.backends.parallel.sharded import ShardedBackend, load_shard
 from lorastack.model.backends.parallel.shards import Shard
 from lorastack.model.checkpoint import Checkpoint
@@ -63,7 +61,10 @@ class ParallelKV(KVCache):
 
 
 class ParallelBackend:
-    """See `Backend`. After a `DeviceLostError` no call works any more."""
+    """See `Backend`. After a `DeviceLostError` no call works any more.
+
+    loras: hands LoRAs over to the other shards, which no step may use before.
+    """
 
     overlaps = False
 
@@ -86,7 +87,7 @@ class ParallelBackend:
         self.crew = crew
         self._own = own
         self._group = group
-        self._loras = Lender(group, crew)
+        self.loras = Lender(group.shard, crew)
         self._num_kv = count()
         self._part = part
         _, self._lm_head = vocabulary_names(part, shapes)
@@ -106,30 +107,29 @@ class ParallelBackend:
         On CUDA shard i takes device i. Raises what `load_weights` raises, and DeviceLostError for a
         process that does not come up.
         """
-        with TemporaryDirectory(prefix="lorastack-shards-") as folder:
-            setup, *others = [
-                Setup(
-                    shard=shard,
-                    folder=checkpoint.folder,
-                    config=config,
-                    device=_device(device, shard),
-                    dtype=dtype,
-                    store=str(Path(folder, "store")),
-                    threads=torch.get_num_threads(),
-                    timeout=TIMEOUT,
-                )
-                for shard in Shard(0, num_shards).all
-            ]
-            crew = Crew(others)
-            try:
-                part = CheckpointShard(checkpoint, setup.shard)
-                weights = load_shard(part, setup)
-                crew.wait_ready()
-                with crew.together():
-                    group = join(setup)
-            except BaseException:
-                crew.close()
-                raise
+        setup, *others = [
+            Setup(
+                shard=shard,
+                folder=checkpoint.folder,
+                config=config,
+                device=_device(device, shard),
+                dtype=dtype,
+                threads=torch.get_num_threads(),
+                timeout=TIMEOUT,
+            )
+            for shard in Shard(0, num_shards).all
+        ]
+        crew = Crew(others)
+        try:
+            part = CheckpointShard(checkpoint, setup.shard)
+            weights = load_shard(part, setup)
+            crew.wait_ready()
+            with crew.together():
+                crew.send(Join())
+                group = join(setup, crew.store)
+        except BaseException:
+            crew.close()
+            raise
         crew.abort_with(group.abort)
         return cls(ShardedBackend(setup, weights, ops, group), group, crew, config.shapes, part)
 
@@ -156,7 +156,7 @@ class ParallelBackend:
         """See `Backend`. kv: what `make_kv` made."""
         assert isinstance(kv, ParallelKV)
         with self.crew.together():
-            lora, uses = self._loras.lend(batch.lora)
+            lora, uses = self.loras.lend(batch.lora)
             self.crew.send(Run(kv.number, replace(batch, lora=LoraBatch(), trees=()), uses))
             hidden_XH, logits_XV = self._own.compute(replace(batch, lora=lora), kv)
         return self._own.outputs(hidden_XH, logits_XV, batch.trees)
@@ -164,7 +164,7 @@ class ParallelBackend:
     def logits(self, hidden_XH: Tensor, lora: LoraBatch) -> Tensor:
         """See `Backend`."""
         with self.crew.together():
-            lora, uses = self._loras.lend(lora)
+            lora, uses = self.loras.lend(lora)
             self.crew.send(Logits(len(hidden_XH), uses))
             hidden_XH = hidden_XH.contiguous()
             self._group.broadcast(hidden_XH)
@@ -182,8 +182,8 @@ def _device(device: torch.device, shard: Shard) -> torch.device:
     return device if device.type == "cpu" else torch.device(device.type, shard.index)
 
 
-def join(setup: Setup) -> Group:
-    """Waits for the other shards."""
-    store = FileStore(setup.store, setup.shard.count)
+def join(setup: Setup, file: int) -> Group:
+    """Waits for the other shards. file: open in all of them, see `Crew`."""
+    store = FileStore(f"/proc/self/fd/{file}", setup.shard.count)
     store.set_timeout(timedelta(seconds=setup.timeout))
     return Group(setup.shard, setup.device, store, setup.timeout)

@@ -1,5 +1,7 @@
 """The processes of the shards beside shard 0: started, told what to do, watched, ended.
 
+Each has two sockets: one for what all shards do together, one for what they do beside steps.
+
 Shards meet in collectives, so one that fails or dies while the others go on leaves them waiting.
 Hence a rule: whatever goes wrong in what shards do together, on any of them, ends the server. A
 process that dies closes its connections; the others' collectives fail by that at once. One that
@@ -18,8 +20,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import send_handle
 from signal import Signals
 
 from lorastack.errors import DeviceLostError
@@ -28,6 +32,7 @@ from lorastack.model.backends.parallel.orders import Order, Setup, Stop
 TIMEOUT = 60.0  # seconds that a collective waits for another shard
 GRACE = 5.0  # seconds: for a process to end, or for the cause of a failure to show
 READY = b"ready"  # what a process sends once its weights are there; all else are last words
+DONE = b"done"  # with what it was told beside steps
 _END = 30.0  # seconds that a server gets to end after a failure before its process does
 _MODULE = "lorastack.model.backends.parallel.worker"
 
@@ -35,11 +40,18 @@ log = logging.getLogger(__name__)
 
 
 class Crew:
-    """Processes of shards 1 and up. `send` is for one thread at a time."""
+    """Processes of shards 1 and up. `send` is for one thread at a time, `tell` for `aside`.
+
+    store: the number of an open file, the same in all of them, by which shards find each other. It
+    is in memory and nobody else can open it. torch asks it for news for as long as shards live.
+    """
 
     def __init__(self, setups: Sequence[Setup]) -> None:
         """Starts them; they read their weights meanwhile."""
+        self.store = os.memfd_create("lorastack-shards")
         self._connections: list[Connection] = []
+        self._sides: list[Connection] = []
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="lorastack-sides")
         self._processes: list[subprocess.Popen[bytes]] = []
         self._lock = threading.Lock()
         self._error: DeviceLostError | None = None
@@ -50,14 +62,25 @@ class Crew:
         self._watcher = threading.Thread(target=self._watch, name="lorastack-shards", daemon=True)
         for setup in setups:
             ours, theirs = socket.socketpair()
-            # A process that hangs reads nothing: `send` gives up as collectives do.
+            our_aside, their_aside = socket.socketpair()
+            # A process that hangs neither reads nor answers: this one gives up as collectives do.
             patience = struct.pack("ll", *divmod(int(setup.timeout * 1e6), 10**6))
             ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, patience)
-            with theirs:
-                process = subprocess.Popen([sys.executable, "-m", _MODULE], stdin=theirs.fileno())
+            our_aside.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, patience)
+            our_aside.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, patience)
+            with theirs, their_aside:
+                files = (their_aside.fileno(), self.store)
+                process = subprocess.Popen(
+                    # -P: what lies in the working directory is no module of ours.
+                    [sys.executable, "-P", "-m", _MODULE, *map(str, files)],
+                    stdin=theirs.fileno(),
+                    pass_fds=files,
+                )
             self._processes.append(process)
             self._connections.append(Connection(ours.detach()))
-            self._connections[-1].send_bytes(pickle.dumps(setup))
+            self._sides.append(Connection(our_aside.detach()))
+            with suppress(OSError):  # it has ended: `wait_ready` says how
+                self._connections[-1].send_bytes(pickle.dumps(setup))
 
     @property
     def pids(self) -> list[int]:
@@ -77,6 +100,31 @@ class Crew:
         message = pickle.dumps(order)
         for connection in self._connections:
             connection.send_bytes(message)
+
+    def aside(self, job: Callable[[], None]) -> Future[None]:
+        """Has a job done in a thread of its own, after those of earlier calls.
+
+        Whatever goes wrong in it ends the server, as in `together`.
+        """
+
+        def done() -> None:
+            with self.together():
+                job()
+
+        return self._thread.submit(done)
+
+    def tell(self, order: Order, files: Sequence[int] = ()) -> None:
+        """To all of them, with an open file for each if there are any; in a job of `aside`.
+
+        Returns when all have done it, whatever steps do meanwhile.
+        """
+        message = pickle.dumps(order)
+        for index, connection in enumerate(self._sides):
+            connection.send_bytes(message)
+            if files:
+                send_handle(connection, files[index], self._processes[index].pid)
+        for connection in self._sides:
+            connection.recv_bytes()
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -109,6 +157,8 @@ class Crew:
     def close(self) -> None:
         """Ends the processes. May be called again."""
         self._closing.set()
+        self._broken.set()
+        self._thread.shutdown(wait=False, cancel_futures=True)
         with suppress(OSError):
             self.send(Stop())
         end = time.monotonic() + GRACE
@@ -119,8 +169,12 @@ class Crew:
             process.wait()
         if self._watcher.is_alive():
             self._watcher.join()
-        for connection in self._connections:
+        self._thread.shutdown()
+        for connection in (*self._connections, *self._sides):
             connection.close()
+        if self.store >= 0:
+            os.close(self.store)
+            self.store = -1
 
     def _watch(self) -> None:
         wait(self._connections)
@@ -146,10 +200,13 @@ class Crew:
                 return
             self._error = DeviceLostError(f"{message}; the server ends: start it again")
             on_failure = self._on_failure
+        if self._closing.is_set():
+            return
         log.critical("%s", self._error)
         for process in self._processes:
             process.kill()
-        self._abort()
+        # In a thread, as nobody promises that it returns.
+        threading.Thread(target=self._abort, name="lorastack-abort", daemon=True).start()
         self._broken.set()
         if on_failure is not None:
             on_failure(self._error)

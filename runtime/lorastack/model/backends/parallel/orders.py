@@ -1,4 +1,5 @@
-"""What shard 0 tells the others, over a socket to each, before all of them do it together."""
+"""What shard 0 tells the others: over a socket to each what all of them then do together, and over
+another one, beside steps, which LoRAs they hold (`Hold`, `Drop`)."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 
-from lorastack.lora.weights import LoraWeights
+from lorastack.layout import AdapterLayout
 from lorastack.model.backends.parallel.shards import Shard
 from lorastack.model.config import DecoderConfig
 from lorastack.model.context import ForwardBatch
@@ -18,15 +19,14 @@ from lorastack.model.kv import Move
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """What a process is told first. config: the whole model's. store: the file by which shards find
-    each other. threads: CPU threads of a step; timeout: seconds that one waits for another."""
+    """What a process is told first. config: the whole model's. threads: CPU threads of a step;
+    timeout: seconds that one waits for another."""
 
     shard: Shard
     folder: Path
     config: DecoderConfig
     device: torch.device
     dtype: torch.dtype
-    store: str
     threads: int
     timeout: float
 
@@ -38,6 +38,11 @@ class Use(NamedTuple):
     end: int
     number: int
     scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    """Find the other shards: all have read their weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,17 +63,18 @@ class MoveKV:
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """Take a LoRA over, its values being broadcast; its tensors are on the meta device."""
+    """Take over the shard's part of a LoRA. layout: of the whole adapter. An open file follows,
+    with the values of the part's tensors one behind the other."""
 
     number: int
-    weights: LoraWeights
+    layout: AdapterLayout
 
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """Let go of LoRAs."""
+    """Let go of a LoRA that no step uses any more."""
 
-    numbers: tuple[int, ...]
+    number: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,4 +99,4 @@ class Stop:
     """The end."""
 
 
-Order: TypeAlias = MakeKV | MoveKV | Hold | Drop | Run | Logits | Stop
+Order: TypeAlias = Join | MakeKV | MoveKV | Hold | Drop | Run | Logits | Stop

@@ -1,7 +1,8 @@
 """The process of a shard other than 0: does what shard 0 orders, until it is gone.
 
-Started as `python -m` this module with a socket as its standard input. It says on the socket when
-its weights are there, and why it ends if it fails.
+Started as `python -m` this module with a socket as its standard input and the numbers of another
+one and of the store: see `crew`. It says on the first when its weights are there, and why it ends
+if it fails.
 """
 
 from __future__ import annotations
@@ -10,11 +11,15 @@ import os
 import pickle
 import select
 import signal
+import sys
 import threading
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import recv_handle
 
 import torch
 
@@ -22,11 +27,11 @@ from lorastack.kernels.ops import Ops
 from lorastack.model.backends.exact import ask_for_exact_sums
 from lorastack.model.backends.parallel.backend import join
 from lorastack.model.backends.parallel.checkpoint import CheckpointShard
-from lorastack.model.backends.parallel.crew import READY
+from lorastack.model.backends.parallel.crew import DONE, READY
 from lorastack.model.backends.parallel.loras import Borrower
 from lorastack.model.backends.parallel.orders import (
-    Drop,
     Hold,
+    Join,
     Logits,
     MakeKV,
     MoveKV,
@@ -45,8 +50,8 @@ _SOCKET = 0
 class Worker:
     """A shard's weights, keys and values, and its parts of LoRAs."""
 
-    def __init__(self, connection: Connection) -> None:
-        """Reads the weights, says so, and waits for the other shards."""
+    def __init__(self, connection: Connection, aside: Connection, store: int) -> None:
+        """Reads the weights, says so, and joins the other shards when all have."""
         setup = pickle.loads(connection.recv_bytes())
         assert isinstance(setup, Setup)
         torch.set_num_threads(setup.threads)
@@ -55,12 +60,14 @@ class Worker:
             ask_for_exact_sums()
         weights = load_shard(CheckpointShard(Checkpoint(setup.folder), setup.shard), setup)
         connection.send_bytes(READY)
-        self._group = join(setup)
+        assert isinstance(pickle.loads(connection.recv_bytes()), Join)
+        self._group = join(setup, store)
         self._backend = ShardedBackend(setup, weights, Ops(), self._group)
-        self._loras = Borrower(self._group, setup.device)
+        self._loras = Borrower(setup.shard, setup.dtype, setup.device)
         self._hidden_size = setup.config.shapes.hidden_size
         self._kv: list[KVCache] = []
         self._connection = connection
+        self._aside = aside
 
     @torch.inference_mode()
     def serve(self) -> None:
@@ -81,14 +88,21 @@ class Worker:
                 hidden_XH = torch.empty(
                     order.num_rows, self._hidden_size, dtype=backend.dtype, device=backend.device
                 )
+                lora = self._loras.batch(order.uses)
                 self._group.broadcast(hidden_XH)
-                backend.logits(hidden_XH, self._loras.batch(order.uses))
-            case Hold():
-                self._loras.hold(order)
-            case Drop():
-                self._loras.drop(order.numbers)
+                backend.logits(hidden_XH, lora)
             case MakeKV():
                 self._kv.append(backend.make_kv(order.num_pages, order.page_size))
+
+    def serve_beside(self) -> None:
+        """Carries out the orders beside steps, in a thread of its own, and says so of each."""
+        while True:
+            order = pickle.loads(self._aside.recv_bytes())
+            if isinstance(order, Hold):
+                self._loras.hold(order, recv_handle(self._aside))
+            else:
+                self._loras.drop(order)
+            self._aside.send_bytes(DONE)
 
 
 def _end_with_server() -> None:
@@ -99,15 +113,11 @@ def _end_with_server() -> None:
     os._exit(0)
 
 
-def main() -> None:
-    """The server decides when this ends, not whoever signals its group."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_server, name="server-watch", daemon=True).start()
-    connection = Connection(_SOCKET)
+def _to_the_end(connection: Connection, work: Callable[[], None]) -> None:
+    """Ends the process with the work, and says what it failed with."""
     status = 0
     try:
-        Worker(connection).serve()
+        work()
     except EOFError:
         pass  # the server has gone
     except Exception:
@@ -115,6 +125,23 @@ def main() -> None:
         with suppress(OSError):
             connection.send_bytes(traceback.format_exc().encode())
     os._exit(status)  # the group's threads may wait for shards that are gone
+
+
+def main() -> None:
+    """The server decides when this ends, not whoever signals its group."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_server, name="server-watch", daemon=True).start()
+    connection, aside = Connection(_SOCKET), Connection(int(sys.argv[1]))
+    store = int(sys.argv[2])
+
+    def serve() -> None:
+        worker = Worker(connection, aside, store)
+        beside = partial(_to_the_end, connection, worker.serve_beside)
+        threading.Thread(target=beside, name="beside-steps", daemon=True).start()
+        worker.serve()
+
+    _to_the_end(connection, serve)
 
 
 if __name__ == "__main__":

@@ -131,7 +131,8 @@ def launch_heads(
 def warm_heads(hidden_XH: Tensor, ends_B: Tensor, pairs: Pairs, drafts: Tensor) -> None:
     """Launches for no pair all that heads take, so that it is compiled. pairs: there are none."""
     r_LYH = hidden_XH.new_empty(2, 1, hidden_XH.shape[1])  # blocks behind the first: other code
-    states(hidden_XH, ends_B, pairs, r_LYH, 1, len(r_LYH))
+    for max_rank in (0, 1):  # private parts: other code
+        states(hidden_XH, ends_B, pairs, r_LYH, 1, len(r_LYH), max_rank)
     logits_YN = torch.empty(1, 1, dtype=torch.float32, device=hidden_XH.device)
     logits(r_LYH, pairs, logits_YN, 1)
     ids_YR, logprobs_YR = drafts[:2].view(2, 1, 1)
