@@ -126,10 +126,12 @@ class CorpusWriter:
 
     def close(self) -> None:
         """Ends the writing; everything is on the disk."""
-        with disk_full_is_exhaustion(self._full()):
-            for handle in self._handles:
-                os.fsync(handle)
-        self._close()
+        try:
+            with disk_full_is_exhaustion(self._full()):
+                for handle in self._handles:
+                    os.fsync(handle)
+        finally:
+            self._close()
 
     def _lock(self) -> None:
         try:

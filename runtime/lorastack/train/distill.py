@@ -24,6 +24,8 @@ from lorastack.train.corpus import CorpusWriter, Sample
 from lorastack.train.local import LocalEngine, Reply, Selection
 from lorastack.train.prompts import Prompt, PromptFile
 
+MOST_NAMED = 5  # skipped prompts that the log names; the rest are counted
+
 log = logging.getLogger(__name__)
 
 
@@ -121,7 +123,8 @@ class _Asked:
             except InvalidArgumentError as error:
                 self.num_skipped += 1
                 self.why_skipped = f"line {prompt.line}: {error.message}"
-                log.warning("%s: skipped, %s", self._prompts.path, self.why_skipped)
+                level = logging.WARNING if self.num_skipped <= MOST_NAMED else logging.DEBUG
+                log.log(level, "%s: skipped, %s", self._prompts.path, self.why_skipped)
                 continue
             self._running[request.request_id] = prompt
             yield request
