@@ -17,13 +17,7 @@ from torch import Tensor
 from lorastack.errors import AlreadyExistsError, InvalidArgumentError, ResourceExhaustedError
 from lorastack.layout import MAX_RANK, ModelShapes
 from lorastack.train import folder as folders
-from lorastack.train.folder import (
-    load_heads,
-    load_private,
-    shared_heads,
-    stored,
-    write_heads,
-)
+from lorastack.train.folder import SharedHeads, load_heads, stored, write_heads
 from lorastack.train.heads import MedusaHeads
 from tests.adapters.folders import SHAPES, parse_folder
 from tests.helpers.adapters import write_heads as write_others
@@ -121,9 +115,9 @@ def test_a_private_part_names_its_shared_heads(tmp_path: Path) -> None:
     heads = random_heads(2, 2, rank=4)
     shared = random_heads(2, 2)
     write_heads(general, shared, base_model="b", ids_N=torch.arange(MAX_RANK))
-    named = shared_heads(general, "heads-general")
-    write_heads(private, heads, base_model="b", ids_N=torch.arange(MAX_RANK), shared=named)
     digest = hashlib.sha256((general / "medusa_lm_head.safetensors").read_bytes()).hexdigest()
+    named = SharedHeads(id="heads-general", sha256=digest)
+    write_heads(private, heads, base_model="b", ids_N=torch.arange(MAX_RANK), shared=named)
     assert json.loads((private / "config.json").read_text()) == {
         "medusa_num_heads": 2,
         "medusa_num_layers": 2,
@@ -143,11 +137,19 @@ def test_a_private_part_names_its_shared_heads(tmp_path: Path) -> None:
         for layer in range(2)
         for side, shape in (("A", (4, HIDDEN)), ("B", (HIDDEN, 4)))
     }
-    base = load_heads(general, BASE).heads
-    found = load_private(private, base)
+    base = load_heads(general, BASE)
+    both = load_heads(private, BASE, base)
+    found = both.heads
+    assert both.ids_N is not None and both.ids_N.tolist() == list(range(MAX_RANK))
+    assert parse_folder(private, BASE).facts.shared_heads == named
+    with pytest.raises(InvalidArgumentError, match="private part of heads-general"):
+        load_heads(private, BASE)
+    write_heads(tmp_path / "three", random_heads(3, 2), base_model="b")
+    with pytest.raises(InvalidArgumentError, match="has 3 of 2"):
+        load_heads(private, BASE, load_heads(tmp_path / "three", BASE))
     for head in range(2):
         r_PH = X_PH
-        for layer, block in enumerate(base.heads[head]):
+        for layer, block in enumerate(base.heads.heads[head]):
             a, b = (tensors[f"{head}.{layer}.linear.lora_{s}.weight"].float() for s in "AB")
             z_PH = r_PH @ block.weight_HH.T + block.bias_H + r_PH @ a.T @ b.T
             r_PH = r_PH + z_PH * torch.sigmoid(z_PH)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+from torch import Tensor
 
+from lorastack.kernels.heads import HeadsGroup, HeadsWeights, PrivateWeights, states_reference
 from lorastack.train.heads import Block, MedusaHeads, PrivateBlock, identity_heads, with_private
 
 HIDDEN = 32
@@ -12,7 +15,7 @@ HIDDEN = 32
 def random_heads(num_heads: int, num_layers: int, seed: int = 1, rank: int = 0) -> MedusaHeads:
     generator = torch.Generator().manual_seed(seed)
 
-    def drawn(*shape: int) -> torch.Tensor:
+    def drawn(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator) * 0.3
 
     def block() -> Block:
@@ -61,3 +64,29 @@ def test_a_copy_shares_no_learnt_memory() -> None:
     for tensor in heads.to_host().learnt().values():
         tensor.zero_()
     assert all(torch.equal(before[name], tensor) for name, tensor in heads.learnt().items())
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_what_is_trained_is_what_is_served(rank: int) -> None:
+    heads, x_PH = random_heads(3, 2, rank=rank), torch.randn(5, HIDDEN)
+
+    def stacked(*path: str) -> Tensor:
+        """[L, K, ...] of one tensor of every block."""
+        found: list[list[Tensor]] = []
+        for layer in range(heads.num_layers):
+            found.append([])
+            for blocks in heads.heads:
+                value: object = blocks[layer]
+                for name in path:
+                    value = getattr(value, name)
+                assert isinstance(value, Tensor)
+                found[-1].append(value)
+        return torch.stack([torch.stack(each) for each in found])
+
+    private = None
+    if rank:
+        private = PrivateWeights(stacked("private", "a_RH"), stacked("private", "b_HR"))
+    weights = HeadsWeights(stacked("weight_HH"), stacked("bias_H"), None, None, private)
+    served_XH = states_reference(x_PH, [HeadsGroup(0, 5, weights)])
+    ours_PKH = torch.stack([heads.state(x_PH, head) for head in range(3)], 1)
+    torch.testing.assert_close(ours_PKH.flatten(0, 1), served_XH)

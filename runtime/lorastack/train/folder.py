@@ -28,6 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from lorastack.adapters.formats.facts import Facts, SharedHeads
 from lorastack.adapters.formats.medusa import (
     CONFIG_NAME,
     HEADS_FIELD,
@@ -36,19 +37,20 @@ from lorastack.adapters.formats.medusa import (
     VOCABULARY_TENSOR,
 )
 from lorastack.adapters.formats.parse import parse
-from lorastack.adapters.store.durable import disk_full_is_exhaustion, hash_file, sync_folder
+from lorastack.adapters.formats.private import RANK_FIELD, SHARED_FIELD
+from lorastack.adapters.store.durable import disk_full_is_exhaustion, sync_folder
 from lorastack.errors import AlreadyExistsError, InvalidArgumentError, Reason
 from lorastack.folders import belongs
 from lorastack.layout import HEADS, ModelShapes, Part, head_block
 from lorastack.tensorheader import TensorEntry
 from lorastack.train.heads import Block, MedusaHeads, PrivateBlock
 
+__all__ = ["HeadsFolder", "SharedHeads", "json_bytes", "load_heads", "stored", "write_heads"]
+
 WEIGHTS_NAME = "medusa_lm_head.safetensors"
 CARD_NAME = "README.md"
 EVALUATION_NAME = "evaluation.json"
 PLOT_NAME = "plot.png"
-SHARED_FIELD = "shared_heads"
-RANK_FIELD = "private_rank"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,63 +64,61 @@ class HeadsFolder:
     ids_N: Tensor | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SharedHeads:
-    """The heads that a private part corrects. sha256: of their WEIGHTS_NAME, lower-case hex."""
-
-    id: str
-    sha256: str
-
-
-def shared_heads(folder: Path, id: str) -> SharedHeads:
-    """The name of the heads in a folder, for the private parts that are made for them."""
-    return SharedHeads(id=id, sha256=hash_file(folder / WEIGHTS_NAME))
-
-
-def load_heads(folder: Path, shapes: ModelShapes) -> HeadsFolder:
+def load_heads(folder: Path, shapes: ModelShapes, shared: HeadsFolder | None = None) -> HeadsFolder:
     """The heads of a folder of any origin, version 1 or 2, or of a bundle.
 
-    shapes: of the base model. Raises InvalidArgumentError as an upload of the folder would.
+    shapes: of the base model. shared: what a private part corrects; the result is both together.
+    Raises InvalidArgumentError as an upload of the folder would, and for a private part without its
+    shared heads.
     """
     parsed = parse(_files(folder), shapes)
-    num_heads, num_layers = parsed.facts.num_heads, parsed.facts.num_layers
-    if not num_heads:
+    facts = parsed.facts
+    if not facts.num_heads:
         raise InvalidArgumentError(
             f"{folder} holds no Medusa heads: name a folder of heads", reason=Reason.INVALID_ADAPTER
         )
 
-    def tensor(layer: int, part: Part) -> Tensor:
-        return _read(parsed.tensors[layer, HEADS, part])
+    def tensor(head: int, number: int, part: Part) -> Tensor:
+        return _read(parsed.tensors[head_block(head, number, facts.num_heads), HEADS, part])
 
     def block(head: int, number: int) -> Block:
-        layer = head_block(head, number, num_heads)
-        return Block(tensor(layer, Part.WEIGHT).float(), tensor(layer, Part.BIAS).float())
+        if facts.shared_heads is None:
+            weight_HH, bias_H = (tensor(head, number, part) for part in (Part.WEIGHT, Part.BIAS))
+            return Block(weight_HH.float(), bias_H.float())
+        assert shared is not None
+        corrected = shared.heads.heads[head][number]
+        a_RH, b_HR = (tensor(head, number, part) for part in (Part.A, Part.B))
+        private = PrivateBlock(a_RH.float(), b_HR.float())
+        return Block(corrected.weight_HH, corrected.bias_H, private)
 
-    outputs = range(num_heads) if parsed.facts.medusa_version == 1 else ()
+    if facts.shared_heads is not None:
+        _check_shared(folder, facts, shared)
+    outputs = range(facts.num_heads) if facts.medusa_version == 1 else ()
     heads = MedusaHeads(
-        tuple(tuple(block(k, n) for n in range(num_layers)) for k in range(num_heads)),
-        tuple(tensor(head, Part.OUTPUT) for head in outputs),
+        tuple(tuple(block(k, n) for n in range(facts.num_layers)) for k in range(facts.num_heads)),
+        tuple(_read(parsed.tensors[head, HEADS, Part.OUTPUT]) for head in outputs),
     )
+    if shared is not None and facts.shared_heads is not None:
+        return HeadsFolder(heads=heads, ids_N=shared.ids_N)
     ids = parsed.draft_vocabulary
     return HeadsFolder(heads=heads, ids_N=torch.tensor(ids) if ids else None)
 
 
-def load_private(folder: Path, shared: MedusaHeads) -> MedusaHeads:
-    """The shared heads with the private part of a folder, which `write_heads` wrote for them."""
-    with safe_open(folder / WEIGHTS_NAME, "pt") as file:
-
-        def private(name: str) -> PrivateBlock:
-            a_RH, b_HR = (file.get_tensor(f"{name}.lora_{side}.weight") for side in "AB")
-            return PrivateBlock(a_RH.float(), b_HR.float())
-
-        heads = tuple(
-            tuple(
-                Block(block.weight_HH, block.bias_H, private(f"{head}.{number}.linear"))
-                for number, block in enumerate(blocks)
-            )
-            for head, blocks in enumerate(shared.heads)
+def _check_shared(folder: Path, facts: Facts, shared: HeadsFolder | None) -> None:
+    """Raises InvalidArgumentError unless the private part's shared heads are at hand."""
+    assert facts.shared_heads is not None
+    if shared is None:
+        raise InvalidArgumentError(
+            f"{folder} holds a private part of {facts.shared_heads.id}: it goes with these heads",
+            reason=Reason.INVALID_ADAPTER,
         )
-    return MedusaHeads(heads, shared.outputs)
+    found = shared.heads.num_heads, shared.heads.num_layers
+    if found != (facts.num_heads, facts.num_layers):
+        raise InvalidArgumentError(
+            f"{folder} corrects {facts.num_heads} heads of {facts.num_layers} blocks, but "
+            f"{facts.shared_heads.id} has {found[0]} of {found[1]}: name the heads it was made for",
+            reason=Reason.INVALID_ADAPTER,
+        )
 
 
 def stored(heads: MedusaHeads) -> MedusaHeads:
