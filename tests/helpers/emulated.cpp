@@ -9,6 +9,8 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <map>
+#include <utility>
 #include <vector>
 
 #include "abi.h"
@@ -75,6 +77,17 @@ class Memory {
     pointer = (T*)mine;
   }
 
+  // The same copy for all pointers to one array, which heads under several private parts share.
+  template <class T>
+  void copy_once(T*& pointer, size_t size) {
+    const std::pair<const void*, size_t> array{pointer, size};
+    if (!copies_.count(array)) {
+      copy(pointer, size);
+      copies_[array] = pointer;
+    }
+    pointer = (T*)copies_[array];
+  }
+
   // A copy that goes back.
   template <class T>
   void share(T*& pointer, size_t size) {
@@ -101,6 +114,7 @@ class Memory {
   };
   std::vector<Block> blocks_;
   std::vector<Piece> written_;
+  std::map<std::pair<const void*, size_t>, const void*> copies_;
 
   void fetch(uint64_t theirs, void* mine, size_t size) {
     send({READ, theirs, size});
@@ -236,10 +250,12 @@ uint64_t run_propose(lorastack_proposal* proposal) {
   for (int g = 0; g < proposal->num_groups; g++) {
     lorastack_heads& heads = const_cast<lorastack_heads&>(proposal->groups[g]);
     const size_t blocks = (size_t)heads.blocks * heads.heads;
-    memory.copy(heads.weight, blocks * proposal->hidden * hidden);
-    memory.copy(heads.bias, blocks * hidden);
-    memory.copy(heads.output, (heads.own ? heads.heads : 1) * heads.outputs * hidden);
-    memory.copy(heads.ids, heads.outputs * sizeof(int64_t));
+    memory.copy_once(heads.weight, blocks * proposal->hidden * hidden);
+    memory.copy_once(heads.bias, blocks * hidden);
+    memory.copy_once(heads.output, (heads.own ? heads.heads : 1) * heads.outputs * hidden);
+    memory.copy_once(heads.ids, heads.outputs * sizeof(int64_t));
+    memory.copy(heads.a, blocks * heads.rank * hidden);
+    memory.copy(heads.b, blocks * heads.rank * hidden);
     rows = std::max<size_t>(rows, heads.end);
     states += (heads.end - heads.start) * heads.heads;
   }

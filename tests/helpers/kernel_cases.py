@@ -283,10 +283,14 @@ CASES: dict[str, Case] = {
     # Blocks behind the first read states where they write them.
     "later states": MULTIPLIED(heads.states_kernel, partial(_states, 2), 128, ahead=True),
     "first states, with private parts": MULTIPLIED(
-        heads.states_kernel, partial(_states, 1, 64), 128, ahead=True
+        *(heads.states_kernel, partial(_states, 1, 64), 128),
+        ahead=True,
+        narrow="rows of B begin anywhere",
     ),
     "later states, with private parts": MULTIPLIED(
-        heads.states_kernel, partial(_states, 2, 64), 128, ahead=True
+        *(heads.states_kernel, partial(_states, 2, 64), 128),
+        ahead=True,
+        narrow="rows of B begin anywhere",
     ),
     "what private parts make of first states": MULTIPLIED(
         heads.shrink_kernel, partial(_states, 1, 64), 128, ahead=True

@@ -93,7 +93,7 @@ struct ProposalWorker {
     const int rank = correction.rank, inputs = Phase::inputs(correction);
     const T* b = correction.b + (size_t)column * rank;
     if (rank < inputs) {  // the spare rows are free: those of a block are whole
-      memset((void*)spare(), 0, sizeof(T) * LANES * inputs);
+      memset(spare(), 0, sizeof(T) * LANES * inputs);
       for (int o = 0; o < LANES; o++)
         memcpy(spare() + o * inputs, b + o * rank, sizeof(T) * rank);
       b = spare();

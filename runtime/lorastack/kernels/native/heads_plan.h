@@ -19,9 +19,9 @@ struct Product {
   const T* states;
   size_t stride;
   int outputs, count, first, step;
-  int tile = 0;        // its first tile of 16 packed states
-  size_t logits = 0;   // where its own begin among all logits: [count][outputs]
-  int correction = 0;  // its first, head by head
+  int tile = 0;         // its first tile of 16 packed states
+  size_t logits = 0;    // where its own begin among all logits: [count][outputs]
+  int correction = 0;   // its first one, those of its first head before the next one's
   int corrections = 0;  // of each head
 
   int tiles() const { return ceil_div(count, LANES); }
