@@ -211,6 +211,21 @@ def test_private_parts_of_one_batch_draft_what_they_draft_alone(drafts: Drafts) 
     assert len({each.ids if each else None for each in alone}) == len(rows)
 
 
+def test_one_part_of_heads_that_are_stored_twice(drafts: Drafts) -> None:
+    """The same weights beside different draft vocabularies: each row chooses from its own."""
+    part = drafts.heads["two+1"]
+    rows = [
+        with_heads(drafts.row(number, "two"), RowHeads(drafts.heads[whole], part))
+        for number, whole in enumerate(("two-narrow", "two-wide", "two-narrow", "two-wide"))
+    ]
+    alone = [drafts.run(row)[0] for row in rows]
+    for found, expected in zip(drafts.run(*rows), alone, strict=True):
+        assert_same(found, expected)
+    for number in (0, 2):
+        chosen = alone[number]
+        assert chosen is not None and {each for ids in chosen.ids for each in ids} <= set(NARROW)
+
+
 def test_a_failing_private_part_is_blamed_alone(drafts: Drafts) -> None:
     part = drafts.heads["two+1"]
     buffer = part.buffer.clone()

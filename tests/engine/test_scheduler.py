@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorastack.engine.costs import Costs
 from lorastack.engine.pace import MIN_TOKENS
+from lorastack.engine.speculator import Speculator
 from lorastack.errors import DataLossError
 from lorastack.request import (
     FinishReason,
@@ -19,8 +22,10 @@ from lorastack.request import (
     StopParams,
     TokenSource,
 )
+from lorastack.speculation.calibration import Calibration
 from lorastack.speculation.cost import CostCurve
 from tests.engine.made_up import World, make_request, make_row, plain
+from tests.helpers.costs import CheapHeads
 
 requests = st.lists(
     st.tuples(
@@ -174,6 +179,56 @@ def test_an_adapter_that_cannot_load_ends_its_row_alone(part: str) -> None:
     assert isinstance(world.last["bad"].error, DataLossError)
     assert len(world.tokens["good"]) == 3
     world.assert_idle()
+
+
+def test_a_private_part_and_what_it_corrects_are_pinned_both_or_neither() -> None:
+    """A row waits for neither; it drafts as soon as both are there."""
+    world = World(max_rows=1)
+    heads = HeadsUse(medusa_id="h", digest="heads1", shared_id="s", shared_digest="heads0")
+    world.pool.chance = random.Random(0)
+    for name in ("first", "second"):
+        world.scheduler.add(make_row(make_request(name, [1] * 5, 60, heads=heads, ignore_eos=True)))
+    seen = set()
+    for missing in ({"heads0"}, {"heads1"}, set[str]()):
+        world.pool.missing = missing
+        for _ in range(20):
+            batch = world.scheduler.schedule()
+            assert batch is not None
+            (step,) = batch.steps
+            used = step.adapters.heads
+            if used is not None:
+                assert not missing
+                assert (used.whole.digest, used.private and used.private.digest) == heads.digests
+                assert used.digest == "heads1"
+            pins = {"heads0": 1, "heads1": 1} if used else {}
+            assert +world.pool.pins == pins
+            seen.add(used is not None)
+            world.scheduler.update(world.model.run(batch))
+    assert seen == {True, False}
+    assert {"heads0", "heads1"} <= world.pool.prefetched  # for the row that waits
+    first = next(iter(world.scheduler.rows))
+    assert first.uses("heads0") and first.uses("heads1")
+    world.run()
+    world.assert_idle()
+
+
+def test_trees_start_from_what_the_heads_say_of_themselves() -> None:
+    """Until something was learnt. A part's knowledge goes by its own digest."""
+    prior = Calibration()
+    prior.record(0, -0.5, accepted=True)
+    heads = HeadsUse(medusa_id="h", digest="heads1", shared_digest="heads0", prior=prior.to_json())
+    learnt = Calibration()
+    learnt.record(0, -0.5, accepted=False)
+    for known, expected in (({}, prior), ({"heads1": learnt}, learnt)):
+        calibrations = dict[str, Calibration](known)
+        speculator = Speculator(CheapHeads(), 8, 64, calibrations)
+        row = make_row(make_request("a", [1, 2], 9, heads=heads))
+        speculator.choose_heads([row])
+        assert calibrations.keys() == {"heads1"}
+        assert calibrations["heads1"].to_json() == expected.to_json()
+        speculator.forget("heads1")
+        speculator.choose_heads([row])
+        assert calibrations["heads1"].to_json() == prior.to_json()
 
 
 def test_cancel_deadline_and_time_limit_end_a_row_within_one_step() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -197,10 +197,10 @@ def test_what_is_deleted_while_it_is_loaded_is_forgotten_after_that(
     digest = client.upload(folders["lora"], "x").digest
     writer, load = fake.server._adapters._writer, fake.engine.load
 
-    def load_late(digest: str, pin: bool) -> Future[None]:
+    def load_late(digest: str, pin: bool, needs: Sequence[str]) -> Future[None]:
         writer.delete("x", ())
         fake.engine.refusal = refusal
-        return load(digest, pin)
+        return load(digest, pin, needs)
 
     fake.engine.load = load_late  # type: ignore[method-assign]
     with pytest.raises(NotFoundError if refusal is None else ResourceExhaustedError):

@@ -251,11 +251,12 @@ def test_a_retry_waits_for_the_row_whose_caller_has_gone() -> None:
 
 def test_digests_in_use_are_counted_until_the_row_ends() -> None:
     async def test(dispatcher: Dispatcher, engine: Recorder) -> None:
-        lora, heads = LoraUse(lora_id="l", digest="L"), HeadsUse(medusa_id="h", digest="H")
+        lora = LoraUse(lora_id="l", digest="L")
+        heads = HeadsUse(medusa_id="h", digest="H", shared_id="s", shared_digest="S")
         async with dispatcher.open("a") as a, dispatcher.open("b") as b:
             a.submit(request("a", loras=(lora,), heads=heads))
             b.submit(request("b", loras=(lora,)))
-            assert dispatcher.digests_in_use() == {"L": 2, "H": 1}
+            assert dispatcher.digests_in_use() == {"L": 2, "H": 1, "S": 1}
             dispatcher.deliver([event("a", last=True)])
             await settle()
         assert dispatcher.digests_in_use() == {"L": 1}  # b is cancelled, but has not ended

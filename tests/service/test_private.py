@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -160,6 +162,24 @@ def test_a_load_of_a_part_brings_both(
     loaded = client.load("part", pin=True)
     assert loaded.residency == Adapter.DEVICE and loaded.pinned
     assert fake.pool.residents.keys() == set(digests.values())
+
+
+def test_heads_that_are_deleted_while_their_part_is_loaded_are_forgotten(
+    client: Client, fake: RunningServer, made: dict[str, Path]
+) -> None:
+    digests = {name: client.upload(made[name], name).digest for name in ("whole", "part")}
+    writer, load = fake.server._adapters._writer, fake.engine.load
+
+    def load_late(digest: str, pin: bool, needs: Sequence[str]) -> Future[None]:
+        writer.delete("whole", ())
+        return load(digest, pin, needs)
+
+    fake.engine.load = load_late  # type: ignore[method-assign]
+    with pytest.raises(NotFoundError, match="was deleted or replaced while it was loaded"):
+        client.load("part", pin=True)
+    client.prune_revisions()  # the store's one thread has done what it was told before
+    assert fake.engine.forgotten == [digests["whole"]] * 2
+    assert fake.pool.residents.keys() == {digests["part"]}
 
 
 def test_what_a_part_corrects_is_not_forgotten_before_it(

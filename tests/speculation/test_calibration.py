@@ -167,6 +167,8 @@ def test_damaged_states_give_a_fresh_one(change: dict[str, object]) -> None:
     fresh = Calibration().to_json()
     assert Calibration.from_json(json.dumps(state)).to_json() != fresh
     assert Calibration.from_json(json.dumps(state | change)).to_json() == fresh
+    with pytest.raises(ValueError, match=r"\w"):
+        Calibration.parse(json.dumps(state | change))
     for key in change:
         del state[key]
     assert Calibration.from_json(json.dumps(state)).to_json() == fresh

@@ -378,6 +378,8 @@ def _print_fields(fields: dict[str, object]) -> None:
     for name, value in shown.items():
         if isinstance(value, list):
             text = ", ".join(map(str, value))
+        elif isinstance(value, dict):
+            text = ", ".join(f"{key} {inner}" for key, inner in value.items())
         elif isinstance(value, int) and name.endswith("_bytes"):
             text = human_size(value)
         else:

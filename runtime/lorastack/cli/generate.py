@@ -200,6 +200,9 @@ def _summary(final: GenerateResponse) -> str:
         scale = "" if use.scale == 1 else f" x {use.scale:g}"
         parts.append(f"lora {use.lora_id} {short_digest(use.digest)}{scale}")
     if final.adapters.medusa_id:
-        heads = final.adapters
-        parts.append(f"heads {heads.medusa_id} {short_digest(heads.medusa_digest)}")
+        used = final.adapters
+        parts.append(f"heads {used.medusa_id} {short_digest(used.medusa_digest)}")
+        if used.shared_medusa_id:
+            shared = short_digest(used.shared_medusa_digest)
+            parts[-1] += f" of {used.shared_medusa_id} {shared}"
     return one_line(f"[{', '.join(parts)}]")

@@ -137,9 +137,11 @@ def _stand_alone(step: RowStep) -> bool:
     return bool(layout.draft_vocabulary) and not adapted
 
 
-def _heads_order(step: RowStep) -> tuple[bool, str]:
-    """Sorts rows of one call side by side, and among them those with the same heads."""
-    return _stand_alone(step), _heads_of(step).digest
+def _heads_order(step: RowStep) -> tuple[bool, str, str]:
+    """Sorts rows of one call side by side, among them those that share matrices, and then those
+    with the same heads."""
+    heads = _heads_of(step)
+    return _stand_alone(step), heads.whole.digest, heads.digest
 
 
 def _most_candidates(steps: Sequence[RowStep]) -> int:

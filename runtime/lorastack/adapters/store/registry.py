@@ -15,7 +15,7 @@ from lorastack.adapters.store.contents import Contents
 from lorastack.adapters.store.manifest import FileSpec, Manifest, Record
 from lorastack.adapters.store.opening import Recovery, check_format, lock_store, prepare_store
 from lorastack.adapters.store.retention import Pruned, num_revisions, shortened
-from lorastack.adapters.store.shared import digests_in_use, shared_heads
+from lorastack.adapters.store.shared import digests_of, shared_heads
 from lorastack.adapters.store.staging import StagingArea
 from lorastack.adapters.store.tables import no_adapter
 from lorastack.adapters.store.upload import Upload, Uploads, Validate
@@ -91,9 +91,9 @@ class Registry:
         """
         return shared_heads(self._contents.tables, part)
 
-    def digests_in_use(self, record: Record) -> set[str]:
+    def digests_of(self, record: Record) -> set[str]:
         """Of what a request gets by naming this record: itself, and heads that it corrects."""
-        return digests_in_use(self._contents.tables, record)
+        return digests_of(self._contents.tables, record)
 
     def list(self, prefix: str = "") -> list[Record]:
         """The newest revision of every id that starts with the prefix, sorted by id.

@@ -77,7 +77,7 @@ def check_shared_heads(tables: Tables, manifest: Manifest) -> None:
         )
 
 
-def digests_in_use(tables: Tables, record: Record) -> set[str]:
+def digests_of(tables: Tables, record: Record) -> set[str]:
     """The digests that a request gets by naming a record: its own and of heads that it corrects."""
     digests = {record.digest}
     if record.manifest.facts.shared_heads is not None:

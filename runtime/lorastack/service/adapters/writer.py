@@ -159,7 +159,7 @@ def _newest_digests(registry: Registry) -> set[str]:
 
 def _digests(registry: Registry, records: Iterable[Record]) -> set[str]:
     """Of the records, and of the heads that private parts among them correct."""
-    return {digest for record in records for digest in registry.digests_in_use(record)}
+    return {digest for record in records for digest in registry.digests_of(record)}
 
 
 def needed_digests(dispatcher: Dispatcher, pool: DevicePool, catalogue: Catalogue) -> set[str]:
