@@ -30,10 +30,11 @@ from lorastack.speculation.calibration import Calibration
 from lorastack.startup import engine as startup_engine
 from lorastack.train import pipeline
 from lorastack.train.distill import DistillOptions
+from lorastack.train.evaluate import EvalRun, evaluate
+from lorastack.train.options import TrainOptions
 from lorastack.train.pipeline import HeadsRun, make_heads
 from lorastack.train.publish import Publication
 from lorastack.train.start import StartOptions
-from lorastack.train.trainer import TrainOptions
 from tests.helpers.canary import train_layer_canary, write_canary
 from tests.helpers.costs import CheapHeads
 from tests.helpers.live import LiveServer, ask
@@ -198,6 +199,23 @@ def test_a_private_part_is_served_beside_the_heads_that_it_corrects(
     assert config["shared_heads"]["id"] == "heads" and config["private_rank"] == 3
     server.digests["private"] = outcome.digest
     server.load_heads("private")
+    for option in ("continue_from", "shared"):
+        start = StartOptions(**{option: "private"})
+        with pytest.raises(InvalidArgumentError, match="a private part of heads"):
+            made(tmp_path / option, tiny_llama, root, start=start)
+    cells = evaluate(
+        EvalRun(
+            heads=("private", str(outcome.folder), "heads"),
+            prompts=(run.prompts,),
+            model=run.model,
+            engine=run.engine,
+            adapters=run.adapters,
+            loras=ELK,
+            max_new_tokens=24,
+        )
+    )["cells"]
+    losses = [sum(cell["ranked"]["loss_by_head"]) for cell in cells]
+    assert losses[0] == losses[1] < losses[2]
     reply = server.client.generate(chat("hello", stack=ELK, heads="private"))
     assert reply.adapters.medusa_digest == outcome.digest
     assert sum(reply.speculation.accepted_by_head) > 0
