@@ -456,14 +456,21 @@ def test_contradictions_are_told_before_anything_loads(
 # -- uploads --------------------------------------------------------------------------------------
 
 
-def test_an_id_that_exists_is_refused_before_hours_of_work(
+def test_an_id_that_exists_is_refused_before_a_model_is_loaded(
+    server: LiveServer, tiny_llama: Path, tmp_path: Path, no_model: None
+) -> None:
+    run = heads_run(tmp_path, tiny_llama, None, adapter_id="heads")
+    with pytest.raises(AlreadyExistsError, match="--replace"):
+        make_heads(run, publication=Publication(server.server.address, "heads", replace=False))
+    with pytest.raises(UnavailableError, match=r"127\.0\.0\.1:1"):
+        make_heads(run, publication=Publication("127.0.0.1:1", "heads", replace=False))
+
+
+def test_an_id_is_replaced_if_asked_for(
     server: LiveServer, tiny_llama: Path, tmp_path: Path
 ) -> None:
     run = heads_run(tmp_path, tiny_llama, None, adapter_id="heads")
     before = server.client.get_adapter("heads").digest
-    with pytest.raises(AlreadyExistsError, match="--replace"):
-        make_heads(run, publication=Publication(server.server.address, "heads", replace=False))
-    assert not (run.work / "corpus").exists()
     outcome = make_heads(run, publication=Publication(server.server.address, "heads", replace=True))
     assert server.client.get_adapter("heads").digest == outcome.digest != before
     # The same run once more: its answer may have been lost.
@@ -472,13 +479,11 @@ def test_an_id_that_exists_is_refused_before_hours_of_work(
     server.client.rollback("heads", before)
 
 
-def test_a_server_of_another_model_or_none_is_told_before_hours_of_work(
+def test_a_server_of_another_model_is_told_before_any_work(
     server: LiveServer, tiny_llama: Path, tmp_path: Path
 ) -> None:
     other = build_llama(tmp_path / "other", seed=5)
     run = heads_run(tmp_path / "run", other, None)
     with pytest.raises(FailedPreconditionError, match="another base model"):
         make_heads(run, publication=Publication(server.server.address, "made", replace=False))
-    with pytest.raises(UnavailableError, match=r"127\.0\.0\.1:1"):
-        make_heads(run, publication=Publication("127.0.0.1:1", "made", replace=False))
     assert not (run.work / "corpus").exists()
