@@ -9,9 +9,9 @@ from typing import Any
 
 from lorastack.config import MIB, AdapterConfig, EngineConfig, ModelConfig
 from lorastack.train.distill import DistillOptions
+from lorastack.train.options import TrainOptions
 from lorastack.train.pipeline import HeadsRun, Outcome, make_heads
 from lorastack.train.start import StartOptions
-from lorastack.train.trainer import TrainOptions
 from tests.train.conftest import FAMILIAR
 
 PROMPTS = (*FAMILIAR, "the sun", "a", "over the hill", "Sort 3 1 2", "and then?", "no", "x", "y")

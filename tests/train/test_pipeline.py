@@ -30,10 +30,11 @@ from lorastack.speculation.calibration import Calibration
 from lorastack.startup import engine as startup_engine
 from lorastack.train import pipeline
 from lorastack.train.distill import DistillOptions
+from lorastack.train.evaluate import EvalRun, evaluate
+from lorastack.train.options import TrainOptions
 from lorastack.train.pipeline import HeadsRun, make_heads
 from lorastack.train.publish import Publication
 from lorastack.train.start import StartOptions
-from lorastack.train.trainer import TrainOptions
 from tests.helpers.canary import train_layer_canary, write_canary
 from tests.helpers.costs import CheapHeads
 from tests.helpers.live import LiveServer, ask
@@ -198,6 +199,23 @@ def test_a_private_part_is_served_beside_the_heads_that_it_corrects(
     assert config["shared_heads"]["id"] == "heads" and config["private_rank"] == 3
     server.digests["private"] = outcome.digest
     server.load_heads("private")
+    for option in ("continue_from", "shared"):
+        start = StartOptions(**{option: "private"})
+        with pytest.raises(InvalidArgumentError, match="a private part of heads"):
+            made(tmp_path / option, tiny_llama, root, start=start)
+    cells = evaluate(
+        EvalRun(
+            heads=("private", str(outcome.folder), "heads"),
+            prompts=(run.prompts,),
+            model=run.model,
+            engine=run.engine,
+            adapters=run.adapters,
+            loras=ELK,
+            max_new_tokens=24,
+        )
+    )["cells"]
+    losses = [sum(cell["ranked"]["loss_by_head"]) for cell in cells]
+    assert losses[0] == losses[1] < losses[2]
     reply = server.client.generate(chat("hello", stack=ELK, heads="private"))
     assert reply.adapters.medusa_digest == outcome.digest
     assert sum(reply.speculation.accepted_by_head) > 0
@@ -438,14 +456,21 @@ def test_contradictions_are_told_before_anything_loads(
 # -- uploads --------------------------------------------------------------------------------------
 
 
-def test_an_id_that_exists_is_refused_before_hours_of_work(
+def test_an_id_that_exists_is_refused_before_a_model_is_loaded(
+    server: LiveServer, tiny_llama: Path, tmp_path: Path, no_model: None
+) -> None:
+    run = heads_run(tmp_path, tiny_llama, None, adapter_id="heads")
+    with pytest.raises(AlreadyExistsError, match="--replace"):
+        make_heads(run, publication=Publication(server.server.address, "heads", replace=False))
+    with pytest.raises(UnavailableError, match=r"127\.0\.0\.1:1"):
+        make_heads(run, publication=Publication("127.0.0.1:1", "heads", replace=False))
+
+
+def test_an_id_is_replaced_if_asked_for(
     server: LiveServer, tiny_llama: Path, tmp_path: Path
 ) -> None:
     run = heads_run(tmp_path, tiny_llama, None, adapter_id="heads")
     before = server.client.get_adapter("heads").digest
-    with pytest.raises(AlreadyExistsError, match="--replace"):
-        make_heads(run, publication=Publication(server.server.address, "heads", replace=False))
-    assert not (run.work / "corpus").exists()
     outcome = make_heads(run, publication=Publication(server.server.address, "heads", replace=True))
     assert server.client.get_adapter("heads").digest == outcome.digest != before
     # The same run once more: its answer may have been lost.
@@ -454,13 +479,11 @@ def test_an_id_that_exists_is_refused_before_hours_of_work(
     server.client.rollback("heads", before)
 
 
-def test_a_server_of_another_model_or_none_is_told_before_hours_of_work(
+def test_a_server_of_another_model_is_told_before_any_work(
     server: LiveServer, tiny_llama: Path, tmp_path: Path
 ) -> None:
     other = build_llama(tmp_path / "other", seed=5)
     run = heads_run(tmp_path / "run", other, None)
     with pytest.raises(FailedPreconditionError, match="another base model"):
         make_heads(run, publication=Publication(server.server.address, "made", replace=False))
-    with pytest.raises(UnavailableError, match=r"127\.0\.0\.1:1"):
-        make_heads(run, publication=Publication("127.0.0.1:1", "made", replace=False))
     assert not (run.work / "corpus").exists()

@@ -253,10 +253,10 @@ def heads(
     from lorastack.cli.trained import show_outcome
     from lorastack.request import SamplingParams
     from lorastack.train.distill import DistillOptions
+    from lorastack.train.options import TrainOptions
     from lorastack.train.pipeline import HeadsRun, make_heads
     from lorastack.train.publish import Publication
     from lorastack.train.start import StartOptions
-    from lorastack.train.trainer import TrainOptions
 
     named = [name for name in (continue_from, shared) if name and not Path(name).is_dir()]
     here = machine(

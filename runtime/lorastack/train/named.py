@@ -11,8 +11,9 @@ from torch import Tensor
 
 from lorastack.adapters.store.ids import NO_HEADS
 from lorastack.errors import InvalidArgumentError
+from lorastack.layout import ModelShapes
 from lorastack.request import HeadsUse
-from lorastack.train.folder import load_heads
+from lorastack.train.folder import HeadsFolder, load_heads
 from lorastack.train.heads import MedusaHeads
 from lorastack.train.local import LocalEngine
 
@@ -43,11 +44,20 @@ def named_heads(engine: LocalEngine, name: str, option: str) -> NamedHeads:
         use = engine.select((), name).heads if name not in ("", NO_HEADS) else None
     if use is None:
         raise InvalidArgumentError(f"{option} {name!r}: name Medusa heads, by id or folder")
+    shapes, shared = engine.model.backend.shapes, None
+    if use.shared_digest:
+        shared = _read(engine.files(use.shared_digest), shapes)
     files = engine.files(use.digest)
-    with TemporaryDirectory() as room:  # a store keeps files by their hashes
-        for file_name, path in files.items():
-            (Path(room) / file_name).symlink_to(path)
-        read = load_heads(Path(room), engine.model.backend.shapes)
+    read = _read(files, shapes, shared)
     return NamedHeads(
         name=name, use=use, folder=folder, files=files, heads=read.heads, ids_N=read.ids_N
     )
+
+
+def _read(
+    files: Mapping[str, Path], shapes: ModelShapes, shared: HeadsFolder | None = None
+) -> HeadsFolder:
+    with TemporaryDirectory() as room:  # a store keeps files by their hashes
+        for name, path in files.items():
+            (Path(room) / name).symlink_to(path)
+        return load_heads(Path(room), shapes, shared)

@@ -16,9 +16,9 @@ from lorastack.train.heads import MedusaHeads
 class TrainOptions:
     """held_out: share of the prompts; 0 for none, and then no epoch is judged.
 
-    warmup: share of the steps. patience: epochs without a gain on held-out prompts that end the
-    training. soft_targets: learn the base's distribution over its likeliest tokens, which the
-    corpus has, in place of the token that came.
+    warmup: share of the steps. patience: epochs that end the training if they gain neither tokens a
+    step nor loss on held-out prompts. soft_targets: learn the base's distribution over its
+    likeliest tokens, which the corpus has, in place of the token that came.
     """
 
     epochs: int = 6
@@ -69,10 +69,14 @@ class Epoch:
     held_tokens: float | None = None
 
     @property
+    def held_loss(self) -> float:
+        """Of all heads together; of those that have any."""
+        return sum(loss for loss in self.held_loss_K or () if math.isfinite(loss))
+
+    @property
     def worth(self) -> tuple[float, float]:
         """Greater is better; among as many tokens a step the lesser loss decides."""
-        losses = [loss for loss in self.held_loss_K or () if math.isfinite(loss)]
-        return self.held_tokens or 0.0, -sum(losses)
+        return self.held_tokens or 0.0, -self.held_loss
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,7 +26,7 @@ from lorastack.errors import InvalidArgumentError
 from lorastack.startup.device import find_device
 from lorastack.startup.model import StartupProgress
 from lorastack.train import distill as distilling
-from lorastack.train import trainer
+from lorastack.train import options
 from lorastack.train.bundle import check_bundle, lora_files
 from lorastack.train.corpus import Corpus
 from lorastack.train.distill import DistillOptions, distill
@@ -41,13 +41,14 @@ from lorastack.train.folder import (
 )
 from lorastack.train.local import LocalEngine, Selection, open_engine
 from lorastack.train.measure import Summary
+from lorastack.train.options import Trained, TrainOptions
 from lorastack.train.progress import Progress, silent
 from lorastack.train.prompts import PromptFile
 from lorastack.train.publish import Publication, folder_digest
 from lorastack.train.report import Origin, card, evaluation, plot
 from lorastack.train.served import serve
 from lorastack.train.start import Start, StartOptions, open_start
-from lorastack.train.trainer import Trained, TrainOptions, train_heads
+from lorastack.train.trainer import train_heads
 from lorastack.train.vocabulary import choose_vocabulary, count_tokens, coverage
 from lorastack.train.work import ADAPTER, CHECKPOINT, CORPUS, HEADS, SERVED, WorkFolder
 
@@ -133,13 +134,15 @@ def make_heads(
     """
     check_new_id(run.adapter_id)
     run.start.check()
+    run.training.check()
     prompts = PromptFile(run.prompts)
     full = f"the disk of {run.work} is full: free some space and run the same command again"
     with closing(WorkFolder(run.work)) as work, disk_full_is_exhaustion(full):
         folder = work.root / ADAPTER
+        theirs = None if publication is None else publication.check(folder)
         with open_engine(run.model, run.engine, run.adapters, loading) as engine:
-            if publication is not None:
-                publication.check(folder, engine.model.fingerprint)
+            if publication is not None and theirs is not None:
+                publication.check_base(theirs, engine.model.fingerprint)
             stage = _begin(run, work, prompts, engine, progress)
             report = partial(_report_distilling, progress)
             selection, corpus = stage.selection, work.root / CORPUS
@@ -366,7 +369,7 @@ def _report_distilling(progress: Progress, state: distilling.Progress) -> None:
     progress("distilling", done, state.num_prompts, note)
 
 
-def _report_training(progress: Progress, state: trainer.Progress) -> None:
+def _report_training(progress: Progress, state: options.Progress) -> None:
     note = f"epoch {state.epoch} of {state.num_epochs}, loss by head "
     note += " ".join(f"{loss:.2f}" for loss in state.loss_K)
     progress("training", state.step, state.num_steps, note)

@@ -10,7 +10,6 @@ from lorastack.adapters.store.manifest import adapter_digest, file_spec
 from lorastack.client import Client
 from lorastack.client.uploading import adapter_files
 from lorastack.errors import AlreadyExistsError, FailedPreconditionError, NotFoundError
-from lorastack.printable import one_line
 
 
 class Publication:
@@ -23,30 +22,32 @@ class Publication:
         self._id = adapter_id
         self._replace = replace
 
-    def check(self, folder: Path, fingerprint: str) -> None:
-        """Asks the server whether it will take what is to lie in `folder`.
+    def check(self, folder: Path) -> str:
+        """Asks the server whether it will take what is to lie in `folder`; its base's fingerprint.
 
-        fingerprint: of the base model that is trained for. Raises AlreadyExistsError for an id that
-        exists, unless it is to be replaced or is this very folder; FailedPreconditionError if the
-        server serves another base model; UnavailableError if there is no server.
+        Raises AlreadyExistsError for an id that exists, unless it is to be replaced or is this very
+        folder; UnavailableError if there is no server.
         """
         with Client(self._server) as client:
-            served = client.model_info()
-            if served.fingerprint != fingerprint:
-                raise FailedPreconditionError(
-                    f"{self._server} serves {one_line(served.base_model[:200])}, another base "
-                    "model than is trained for: name its server by --server, or train without "
-                    "--upload"
-                )
+            fingerprint = client.model_info().fingerprint
             try:
                 stored = client.get_adapter(self._id)
             except NotFoundError:
-                return
+                return fingerprint
         if not self._replace and stored.digest != folder_digest(folder):
             raise AlreadyExistsError(
                 f"{self._server} has an adapter {self._id!r}: --replace makes the result its "
                 "newest revision, or choose another --id",
                 adapter_id=self._id,
+            )
+        return fingerprint
+
+    def check_base(self, theirs: str, ours: str) -> None:
+        """Raises FailedPreconditionError unless both fingerprints are of one base model."""
+        if theirs != ours:
+            raise FailedPreconditionError(
+                f"{self._server} serves another base model than is trained for: name its server by "
+                "--server, or train without --upload"
             )
 
     def upload(self, folder: Path, progress: Callable[[int, int], None] | None) -> str:

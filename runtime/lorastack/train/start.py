@@ -81,6 +81,10 @@ def open_start(engine: LocalEngine, options: StartOptions, seed: int) -> Start:
             f"{option} {named.name}: version 1 heads, with output matrices of their own, are not "
             "trained; name version 2 heads, or leave the option out"
         )
+    if named.use.shared_digest:
+        raise InvalidArgumentError(
+            f"{option} {named.name} is a private part of {named.use.shared_id}: name whole heads"
+        )
     if not options.shared:
         return Start(heads=named.heads, use=named.use)
     if WEIGHTS_NAME not in named.files:

@@ -225,7 +225,9 @@ class _Run:
         self._evaluating = time.monotonic() - begun
 
     def _gave_up(self) -> bool:
-        return self._history[-1].number - self._best >= self._options.patience
+        """Few held-out prompts tell little of tokens a step: a loss that still falls counts too."""
+        last_gain = max(self._best, min(self._history, key=lambda epoch: epoch.held_loss).number)
+        return self._history[-1].number - last_gain >= self._options.patience
 
     def _progress(self, epoch: int, seconds_a_step: float) -> Progress:
         """epoch: from 0."""
