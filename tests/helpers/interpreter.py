@@ -1,4 +1,4 @@
-"""Makes Triton's interpreter fit for tests of bits (3.6.0 and 3.7.1). Call `mend` before any launch.
+"""Makes Triton's interpreter fit for tests of bits (3.6.0, 3.7.1). Call `mend` before any launch.
 
 Its product of bfloat16 multiplies the integers that it keeps them in: garbage, and no error. And
 its product is numpy's matmul, whose sums depend on where a row stands in its tile, so that equal
