@@ -10,7 +10,8 @@ from typing import Any
 from lorastack.config import MIB, AdapterConfig, EngineConfig, ModelConfig
 from lorastack.train.distill import DistillOptions
 from lorastack.train.options import TrainOptions
-from lorastack.train.pipeline import HeadsRun, Outcome, make_heads
+from lorastack.train.pipeline import Outcome, make_heads
+from lorastack.train.run import HeadsRun
 from lorastack.train.start import StartOptions
 from tests.train.conftest import FAMILIAR
 

@@ -32,8 +32,9 @@ from lorastack.train import pipeline
 from lorastack.train.distill import DistillOptions
 from lorastack.train.evaluate import EvalRun, evaluate
 from lorastack.train.options import TrainOptions
-from lorastack.train.pipeline import HeadsRun, make_heads
+from lorastack.train.pipeline import make_heads
 from lorastack.train.publish import Publication
+from lorastack.train.run import HeadsRun
 from lorastack.train.start import StartOptions
 from tests.helpers.canary import train_layer_canary, write_canary
 from tests.helpers.costs import CheapHeads

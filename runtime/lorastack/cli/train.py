@@ -254,8 +254,9 @@ def heads(
     from lorastack.request import SamplingParams
     from lorastack.train.distill import DistillOptions
     from lorastack.train.options import TrainOptions
-    from lorastack.train.pipeline import HeadsRun, make_heads
+    from lorastack.train.pipeline import make_heads
     from lorastack.train.publish import Publication
+    from lorastack.train.run import HeadsRun
     from lorastack.train.start import StartOptions
 
     named = [name for name in (continue_from, shared) if name and not Path(name).is_dir()]

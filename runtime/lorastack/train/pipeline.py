@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from torch import Tensor
 from lorastack.adapters.formats.medusa import ACCEPTANCE_FIELD
 from lorastack.adapters.store.durable import disk_full_is_exhaustion, replace_file
 from lorastack.adapters.store.ids import check_new_id
-from lorastack.config import AdapterConfig, EngineConfig, ModelConfig
 from lorastack.errors import InvalidArgumentError
 from lorastack.startup.device import find_device
 from lorastack.startup.model import StartupProgress
@@ -29,7 +28,7 @@ from lorastack.train import distill as distilling
 from lorastack.train import options
 from lorastack.train.bundle import check_bundle, lora_files
 from lorastack.train.corpus import Corpus
-from lorastack.train.distill import DistillOptions, distill
+from lorastack.train.distill import distill
 from lorastack.train.evaluate import ranked_summary, selected_lm_head
 from lorastack.train.folder import (
     CARD_NAME,
@@ -41,44 +40,19 @@ from lorastack.train.folder import (
 )
 from lorastack.train.local import LocalEngine, Selection, open_engine
 from lorastack.train.measure import Summary
-from lorastack.train.options import Trained, TrainOptions
+from lorastack.train.options import Trained
 from lorastack.train.progress import Progress, silent
 from lorastack.train.prompts import PromptFile
 from lorastack.train.publish import Publication, folder_digest
 from lorastack.train.report import Origin, card, evaluation, plot
+from lorastack.train.run import HeadsRun, options_of
 from lorastack.train.served import serve
-from lorastack.train.start import Start, StartOptions, open_start
+from lorastack.train.start import Start, open_start
 from lorastack.train.trainer import train_heads
 from lorastack.train.vocabulary import choose_vocabulary, count_tokens, coverage
 from lorastack.train.work import ADAPTER, CHECKPOINT, CORPUS, HEADS, SERVED, WorkFolder
 
 SERVED_PROMPTS = 16  # held-out ones that the engine answers, one at a time
-DRAFT_VOCABULARY = 4096
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HeadsRun:
-    """What a user asks for. command: as the model card shows it.
-
-    adapters: the store that LoRAs and heads are read from; None: there is none. loras: (id, scale)
-    pairs. distill, training: their seeds, and soft targets, agree. bundle: the only LoRA's own
-    files lie beside the heads.
-    """
-
-    adapter_id: str
-    prompts: Path
-    work: Path
-    model: ModelConfig
-    engine: EngineConfig
-    adapters: AdapterConfig | None
-    loras: tuple[tuple[str, float], ...] = ()
-    start: StartOptions = field(default_factory=StartOptions)
-    distill: DistillOptions = field(default_factory=DistillOptions)
-    training: TrainOptions = field(default_factory=TrainOptions)
-    draft_vocabulary: int = DRAFT_VOCABULARY
-    bundle: bool = False
-    restart: bool = False
-    command: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,7 +151,7 @@ def _begin(
         raise InvalidArgumentError(
             f"--soft-targets {run.distill.num_top}: the model has {shapes.vocab_size} tokens"
         )
-    work.claim(_options(run, prompts, engine, selection, start), restart=run.restart)
+    work.claim(options_of(run, prompts, engine, selection, start), restart=run.restart)
     lm_head_VH, adapted = selected_lm_head(engine, selection)
     return _Stage(
         run=run,
@@ -190,42 +164,6 @@ def _begin(
         device=find_device(run.model.device),
         progress=progress,
     )
-
-
-def _options(
-    run: HeadsRun,
-    prompts: PromptFile,
-    engine: LocalEngine,
-    selection: Selection,
-    start: Start,
-) -> dict[str, object]:
-    """All that decides what comes out, by the names that a user knows."""
-    model, training = engine.model, run.training
-    return {
-        "--id": run.adapter_id,
-        "--prompts": f"sha256:{prompts.sha256}",
-        "--model": model.fingerprint,
-        "--dtype": str(model.backend.dtype).removeprefix("torch."),
-        "--device": model.backend.device.type,
-        "--quantize": model.backend.quantization,
-        "--lora": [f"{use.digest}:{use.scale:g}" for use in selection.loras],
-        "--bundle": run.bundle,
-        "--max-context": run.model.max_context,
-        "--max-new-tokens": run.distill.max_new_tokens,
-        "--temperature": run.distill.sampling.temperature,
-        "--soft-targets": run.distill.num_top,
-        "--continue-from": "" if start.shared else start.digest,
-        "--from": start.digest if start.shared else "",
-        "--private-rank": start.heads.private_rank,
-        "--num-heads": start.heads.num_heads,
-        "--num-layers": start.heads.num_layers,
-        "--draft-vocabulary": run.draft_vocabulary,
-        "--epochs": training.epochs,
-        "--batch-size": training.batch_size,
-        "--learning-rate": training.learning_rate,
-        "--held-out": training.held_out,
-        "--seed": training.seed,
-    }
 
 
 def _make_folder(stage: _Stage, folder: Path) -> None:
