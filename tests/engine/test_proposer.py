@@ -240,9 +240,7 @@ def test_a_failing_private_part_is_blamed_alone(drafts: Drafts) -> None:
     part = drafts.heads["two+1"]
     buffer = part.buffer.clone()
     buffer.view(torch.float32)[-20] = torch.nan
-    broken = RowHeads(
-        drafts.heads["two"], DeviceAdapter(digest="b", buffer=buffer, layout=part.layout)
-    )
+    broken = RowHeads(drafts.heads["two"], adapter_of("b", drafts.backend, buffer, part.layout))
     rows = [drafts.row(number, name) for number, name in enumerate(("two", "two+1", "two+2"))]
     expected = drafts.run(*rows)
     rows[1] = replace(rows[1], adapters=RowAdapters(loras=(), heads=broken))
@@ -261,7 +259,7 @@ def test_views_go_with_either_of_a_part_and_what_it_corrects(drafts: Drafts) -> 
     assert heads is not None and heads.private is not None
 
     def moved(adapter: DeviceAdapter) -> DeviceAdapter:
-        return replace(adapter, buffer=adapter.buffer.clone())
+        return adapter_of(adapter.digest, drafts.backend, adapter.buffer.clone(), adapter.layout)
 
     whole, private = moved(heads.whole), moved(heads.private)
     for each in (RowHeads(whole, heads.private), RowHeads(heads.whole, private)):

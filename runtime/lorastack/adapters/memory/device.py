@@ -12,7 +12,7 @@ from lorastack.layout import AdapterLayout
 MakeViews = Callable[[str, Tensor, AdapterLayout], object]  # of an adapter's digest
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
 class DeviceAdapter:
     """An adapter's flat buffer on the device, and what steps read of it. Valid while pinned.
 
