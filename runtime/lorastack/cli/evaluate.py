@@ -24,7 +24,7 @@ from lorastack.cli.options import (
     Threads,
     path,
 )
-from lorastack.cli.train import Lora, MaxNewTokens, lora_pairs, prepare
+from lorastack.cli.training import Lora, MaxNewTokens, lora_pairs, prepare
 
 
 def evaluate_heads(

@@ -18,6 +18,7 @@ from lorastack.cli.bench import bench
 from lorastack.cli.evaluate import evaluate_heads
 from lorastack.cli.gateway import gateway
 from lorastack.cli.generate import generate
+from lorastack.cli.joint import train_joint
 from lorastack.cli.merging import merge
 from lorastack.cli.serve import serve
 from lorastack.cli.train import train
@@ -40,6 +41,7 @@ app.command()(gateway)
 app.command()(bench)
 for command in (pull, export, push, convert, merge):
     adapters.command()(command)
+train.command("joint")(train_joint)
 train.command("eval")(evaluate_heads)
 app.add_typer(adapters, name="adapters")
 app.add_typer(train, name="train")

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from lorastack.cli.choices import Backend, Device, DType
-from lorastack.cli.inputs import lora_ref
 from lorastack.cli.options import (
-    INT32,
     BackendOption,
     BaseName,
     DeviceOption,
@@ -27,21 +23,35 @@ from lorastack.cli.options import (
     Server,
     Store,
     Threads,
-    path,
+)
+from lorastack.cli.training import (
+    AdapterId,
+    BatchSize,
+    ContinueFrom,
+    DraftVocabulary,
+    Epochs,
+    HeldOut,
+    LearningRate,
+    Lora,
+    MaxNewTokens,
+    NumHeads,
+    NumLayers,
+    Prompts,
+    Replace,
+    Restart,
+    Seed,
+    Temperature,
+    Upload,
+    Work,
+    command_line,
+    lora_pairs,
+    prepare,
+    work_folder,
 )
 from lorastack.client import DEFAULT_SERVER
-from lorastack.config import share_cores
 from lorastack.layout import MAX_PRIVATE_RANK
 
 MOST_TOP = 1024
-# Options that change nothing of the result: the model card's command goes without them.
-_INCIDENTAL = frozenset(
-    (
-        *("work", "restart", "upload", "replace", "server", "store", "as_json"),
-        *("threads", "kv_memory", "max_rows"),
-    )
-)
-
 train = typer.Typer(help="Train Medusa heads for a base model or a LoRA, and measure them.")
 
 
@@ -53,102 +63,23 @@ def top(context: typer.Context) -> None:
         raise typer.Exit(2)
 
 
-Lora = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--lora",
-        metavar="ID[:SCALE]",
-        help="For this LoRA of the store, or alias; repeat it for a stack.",
-        show_default="the base model alone",
-    ),
-]
-MaxNewTokens = Annotated[
-    int,
-    typer.Option(
-        "--max-new-tokens", min=2, max=INT32, metavar="N", help="Tokens of an answer at most."
-    ),
-]
-
-
-def _positive(value: float) -> float:
-    if not value > 0:
-        raise typer.BadParameter("it is not a number above 0")
-    return value
-
-
 @train.command()
 def heads(
     context: typer.Context,
-    prompts: Annotated[
-        Path,
-        typer.Option(
-            "--prompts",
-            metavar="FILE",
-            parser=path,
-            help='JSON lines of prompts: ShareGPT, OpenAI messages, Alpaca, or {"prompt": ...}.',
-            show_default=False,
-        ),
-    ],
-    adapter_id: Annotated[
-        str,
-        typer.Option(
-            "--id", metavar="ID", help="[namespace/]name of the result.", show_default=False
-        ),
-    ],
+    prompts: Prompts,
+    adapter_id: AdapterId,
     lora: Lora = None,
-    work: Annotated[
-        Path | None,
-        typer.Option(
-            "--work",
-            metavar="DIR",
-            parser=path,
-            help="Everything of the run; the same command goes on with what is there.",
-            show_default="lorastack-train/ID",
-        ),
-    ] = None,
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Throw away what an earlier run left in --work.")
-    ] = False,
+    work: Work = None,
+    restart: Restart = False,
     bundle: Annotated[
         bool,
         typer.Option("--bundle", help="One folder with the LoRA's own files and its heads."),
     ] = False,
     max_new_tokens: MaxNewTokens = 256,
-    temperature: Annotated[
-        float,
-        typer.Option(
-            "--temperature",
-            min=0,
-            max=100,
-            metavar="T",
-            help="Of the answers; 0 is greedy.",
-        ),
-    ] = 0.0,
-    num_heads: Annotated[
-        int | None,
-        typer.Option("--num-heads", min=1, max=INT32, metavar="N", help="Heads.", show_default="4"),
-    ] = None,
-    num_layers: Annotated[
-        int | None,
-        typer.Option(
-            "--num-layers",
-            min=1,
-            max=INT32,
-            metavar="N",
-            help="Blocks of a head.",
-            show_default="1",
-        ),
-    ] = None,
-    draft_vocabulary: Annotated[
-        int,
-        typer.Option(
-            "--draft-vocabulary",
-            min=0,
-            max=INT32,
-            metavar="N",
-            help="Tokens that heads choose from, the most frequent ones; 0: all.",
-        ),
-    ] = 4096,
+    temperature: Temperature = 0.0,
+    num_heads: NumHeads = None,
+    num_layers: NumLayers = None,
+    draft_vocabulary: DraftVocabulary = 4096,
     soft_targets: Annotated[
         int,
         typer.Option(
@@ -159,12 +90,7 @@ def heads(
             help="Learn from so many of the model's likeliest tokens too.",
         ),
     ] = 0,
-    continue_from: Annotated[
-        str,
-        typer.Option(
-            "--continue-from", metavar="ID|DIR", help="Begin with these heads.", show_default=False
-        ),
-    ] = "",
+    continue_from: ContinueFrom = "",
     shared: Annotated[
         str,
         typer.Option(
@@ -185,45 +111,13 @@ def heads(
             show_default="16",
         ),
     ] = None,
-    epochs: Annotated[
-        int,
-        typer.Option("--epochs", min=1, max=INT32, metavar="N", help="Passes over the answers."),
-    ] = 6,
-    batch_size: Annotated[
-        int,
-        typer.Option(
-            "--batch-size", min=1, max=INT32, metavar="N", help="Tokens that a step learns from."
-        ),
-    ] = 2048,
-    learning_rate: Annotated[
-        float,
-        typer.Option(
-            "--learning-rate",
-            max=1,
-            metavar="RATE",
-            callback=_positive,
-            help="Of most steps; it rises to this and falls again.",
-        ),
-    ] = 1e-3,
-    held_out: Annotated[
-        float,
-        typer.Option(
-            "--held-out",
-            min=0,
-            max=0.5,
-            metavar="SHARE",
-            help="Of the prompts: to measure with, and to stop in time.",
-        ),
-    ] = 0.05,
-    seed: Annotated[
-        int, typer.Option("--seed", min=0, max=INT32, metavar="N", help="Of everything drawn.")
-    ] = 0,
-    upload: Annotated[
-        bool, typer.Option("--upload", help="Store the result under --id at --server.")
-    ] = False,
-    replace: Annotated[
-        bool, typer.Option("--replace", help="Upload although the id exists: a new revision.")
-    ] = False,
+    epochs: Epochs = 6,
+    batch_size: BatchSize = 2048,
+    learning_rate: LearningRate = 1e-3,
+    held_out: HeldOut = 0.05,
+    seed: Seed = 0,
+    upload: Upload = False,
+    replace: Replace = False,
     server: Server = DEFAULT_SERVER,
     model: Model = None,
     base_name: BaseName = None,
@@ -244,18 +138,14 @@ def heads(
     The model answers the prompts itself, through the engine that serves; heads learn to guess its
     answers, are measured on prompts that were held out, and written as a folder to upload.
     """
-    folder = work or Path("lorastack-train", *adapter_id.split("/"))
-    if "\0" in adapter_id:
-        raise typer.BadParameter("it holds a NUL character", param_hint="--id")
+    folder = work_folder(work, adapter_id)
     prepare()
     # Deferred: `--help` must not wait for torch.
-    from lorastack.cli.machine import machine, watching
-    from lorastack.cli.trained import show_outcome
+    from lorastack.cli.machine import machine
+    from lorastack.cli.trained import carry_out
     from lorastack.request import SamplingParams
     from lorastack.train.distill import DistillOptions
     from lorastack.train.options import TrainOptions
-    from lorastack.train.pipeline import make_heads
-    from lorastack.train.publish import Publication
     from lorastack.train.run import HeadsRun
     from lorastack.train.start import StartOptions
 
@@ -306,41 +196,6 @@ def heads(
         draft_vocabulary=draft_vocabulary,
         bundle=bundle,
         restart=restart,
-        command=_command(context),
+        command=command_line(context),
     )
-    publication = Publication(server, adapter_id, replace=replace) if upload else None
-    try:
-        with watching() as (loading, progress):
-            outcome = make_heads(run, publication=publication, progress=progress, loading=loading)
-    except KeyboardInterrupt:
-        typer.echo(f"interrupted: the same command goes on with what is in {folder}", err=True)
-        raise
-    show_outcome(outcome, server if upload else "", as_json)
-
-
-def prepare() -> None:
-    """What must be set before torch and the hub's library are imported."""
-    share_cores()
-    if not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-
-
-def lora_pairs(texts: list[str] | None) -> tuple[tuple[str, float], ...]:
-    refs = [lora_ref(text) for text in texts or ()]
-    return tuple((ref.lora_id, ref.scale if ref.HasField("scale") else 1.0) for ref in refs)
-
-
-def _command(context: typer.Context) -> tuple[str, ...]:
-    """The command line as given, without what changes nothing of the result."""
-    words = ["lorastack", "train", "heads"]
-    for parameter in context.command.params:
-        name = parameter.name or ""
-        source = context.get_parameter_source(name)
-        if name in _INCIDENTAL or source is None or source.name != "COMMANDLINE":
-            continue
-        value = context.params[name]
-        for each in value if isinstance(value, list) else [value]:
-            words.append(parameter.opts[0])
-            if not isinstance(each, bool):
-                words.append(str(getattr(each, "value", each)))
-    return tuple(words)
+    carry_out(run, server if upload else "", replace=replace, as_json=as_json)

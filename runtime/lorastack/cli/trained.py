@@ -1,4 +1,4 @@
-"""What `lorastack train` prints of results."""
+"""Runs of `lorastack train`, and what it prints of results."""
 
 from __future__ import annotations
 
@@ -7,11 +7,29 @@ from typing import Any
 
 import typer
 
+from lorastack.cli.machine import watching
 from lorastack.cli.output import print_json, print_table
 from lorastack.printable import one_line
-from lorastack.train.pipeline import Outcome
+from lorastack.train.pipeline import Outcome, make_heads
+from lorastack.train.publish import Publication
+from lorastack.train.run import HeadsRun
 
 RANKS = (1, 2, 3, 5, 10)
+
+
+def carry_out(run: HeadsRun, server: str, *, replace: bool, as_json: bool) -> None:
+    """Makes what a run asks for and prints what came out.
+
+    server: where it is uploaded to; "" for nowhere. replace: although the id exists there.
+    """
+    publication = Publication(server, run.adapter_id, replace=replace) if server else None
+    try:
+        with watching() as (loading, progress):
+            outcome = make_heads(run, publication=publication, progress=progress, loading=loading)
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted: the same command goes on with what is in {run.work}", err=True)
+        raise
+    show_outcome(outcome, server, as_json)
 
 
 def show_outcome(outcome: Outcome, server: str, as_json: bool) -> None:
@@ -40,6 +58,11 @@ def show_outcome(outcome: Outcome, server: str, as_json: bool) -> None:
         typer.echo("no prompts were held out, so nothing was measured")
     else:
         show_ranked(evaluation["held_out"])
+    if (drift := evaluation.get("joint", {}).get("drift")) is not None:
+        typer.echo(
+            f"the LoRA's distance from the base: {drift['kl']:.4f} nats a token, the same likeliest "
+            f"token at {drift['same']:.1%} of the places"
+        )
     if outcome.served is not None:
         typer.echo(f"served: {served_line(outcome.served)}")
     typer.echo(one_line(f"{outcome.digest} is in {outcome.folder}"))

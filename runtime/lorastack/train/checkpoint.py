@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lorastack.adapters.store.durable import disk_full_is_exhaustion, replace_file
 from lorastack.errors import DataLossError, FailedPreconditionError
@@ -69,6 +70,38 @@ def load_checkpoint(
         )
     state: dict[str, Any] = found["state"]
     return state, tensors
+
+
+def learning_tensors(
+    learnt: Mapping[str, Tensor], best: Mapping[str, Tensor], optimizer: Optimizer
+) -> dict[str, Tensor]:
+    """What a checkpoint keeps of weights that learn, the best ones so far, and Adam's state."""
+    tensors = {}
+    for name, tensor in learnt.items():
+        tensors[f"weights.{name}"] = tensor
+        tensors[f"best.{name}"] = best[name]
+        for kind, value in optimizer.state.get(tensor, {}).items():
+            tensors[f"adam.{kind}.{name}"] = value
+    return tensors
+
+
+@torch.no_grad()
+def restore_learning(
+    tensors: Mapping[str, Tensor], learnt: Mapping[str, Tensor], optimizer: Optimizer
+) -> dict[str, Tensor]:
+    """Puts back what `learning_tensors` kept; the best weights."""
+    best = {}
+    for name, tensor in learnt.items():
+        tensor.copy_(tensors[f"weights.{name}"])
+        best[name] = tensors[f"best.{name}"].to(tensor.device)
+        kept = {
+            kind: tensors[f"adam.{kind}.{name}"].to("cpu" if kind == "step" else tensor.device)
+            for kind in ("step", "exp_avg", "exp_avg_sq")
+            if f"adam.{kind}.{name}" in tensors
+        }
+        if kept:
+            optimizer.state[tensor] = kept
+    return best
 
 
 def digest(tensors: Iterable[Tensor]) -> str:

@@ -1,10 +1,10 @@
-"""The heads' losses and their gradients by r, by hand: a slice of the logits is all that is alive.
+"""Losses and their gradients by states, by hand: a slice of the logits is all that is alive.
 
-The softmax covers exactly the N tokens that the heads choose from when they are served. Sums are
-float32; matmuls run in the dtype of r.
+The heads' softmax covers exactly the N tokens that they choose from when they are served. Sums are
+float32; matmuls run in the dtype of the states.
 
 Shape suffixes: P positions, C positions of a slice, H hidden, N tokens to choose from, J tokens of
-the base's own that are kept a position.
+the base's own that are kept a position, V vocabulary.
 """
 
 from __future__ import annotations
@@ -86,6 +86,27 @@ def soft_loss(r_PH: Tensor, rows_NH: Tensor, soft: SoftTargets) -> tuple[Tensor,
         probs_CN.mul_(scaled_C1).scatter_add_(1, columns_CJ, change_CJ * known_CJ)
         torch.mm(probs_CN.to(r_PH.dtype), rows_NH, out=gradient_PH[part])
     return total, gradient_PH
+
+
+def drift_loss(x_PH: Tensor, base_PH: Tensor, rows_VH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """KL(base || adapted) of what two states say next: its sum over the positions, float32, that
+    sum's gradient by x, [P, H], and at how many positions both hold the same token likeliest.
+
+    x_PH, base_PH: the adapted model's states and the base's. rows_VH: the whole lm_head.
+    """
+    gradient_PH = torch.empty_like(x_PH)
+    total = torch.zeros((), device=x_PH.device)
+    same = torch.zeros((), dtype=torch.int64, device=x_PH.device)
+    for part in slices(len(x_PH), rows_VH):
+        wanted_CV = torch.log_softmax((base_PH[part] @ rows_VH.T).float(), -1)
+        own_CV = torch.log_softmax((x_PH[part] @ rows_VH.T).float(), -1)
+        same += (wanted_CV.argmax(-1) == own_CV.argmax(-1)).sum()
+        difference_CV = wanted_CV - own_CV
+        wanted_CV.exp_()
+        total += (wanted_CV * difference_CV).sum()
+        change_CV = own_CV.exp_().sub_(wanted_CV)
+        torch.mm(change_CV.to(x_PH.dtype), rows_VH, out=gradient_PH[part])
+    return total, gradient_PH, same
 
 
 def _log_ratio(wanted: Tensor, own: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ Shape suffixes: P positions, K heads, C positions of a slice, N tokens that the 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -46,13 +46,26 @@ def measure_heads(
 
     Version 1 heads choose by their own outputs.
     """
+
+    def states() -> Iterator[tuple[Tensor, Tensor]]:
+        for begin in range(0, len(positions_P), _BATCH):
+            batch_P = positions_P[begin : begin + _BATCH]
+            yield corpus.hidden(batch_P), corpus.targets(batch_P, heads.num_heads)
+
+    return measure_states(heads, states(), output)
+
+
+@torch.inference_mode()
+def measure_states(
+    heads: MedusaHeads, states: Iterable[tuple[Tensor, Tensor]], output: Output
+) -> Measured:
+    """As `measure_heads`, of batches of states [P, H] and their targets [P, K]."""
     ranks, rows_NH = [], output.rows_NH
     loss_K = torch.zeros(heads.num_heads, dtype=torch.float64)
     count_K = torch.zeros(heads.num_heads, dtype=torch.float64)
-    for begin in range(0, len(positions_P), _BATCH):
-        batch_P = positions_P[begin : begin + _BATCH]
-        x_PH = corpus.hidden(batch_P).to(rows_NH.device, rows_NH.dtype)
-        targets_PK = corpus.targets(batch_P, heads.num_heads).to(rows_NH.device)
+    for state_PH, target_PK in states:
+        x_PH = state_PH.to(rows_NH.device, rows_NH.dtype)
+        targets_PK = target_PK.to(rows_NH.device)
         ranks_PK = torch.full_like(targets_PK, NO_RANK, dtype=torch.int32)
         for head in range(heads.num_heads):
             target_P = targets_PK[:, head]

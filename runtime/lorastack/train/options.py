@@ -82,7 +82,8 @@ class Epoch:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
     """After a step. epoch: from 1. loss_K: mean of the epoch so far. last: the last epoch that
-    ended. seconds_left: about; None before anything is known."""
+    ended. seconds_left: about; None before anything is known. drift: as loss_K, of a LoRA that
+    learns too: its distance from the base."""
 
     epoch: int
     num_epochs: int
@@ -91,6 +92,7 @@ class Progress:
     loss_K: list[float]
     last: Epoch
     seconds_left: float | None
+    drift: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,8 +9,9 @@ Shape suffixes: V vocabulary, H hidden, N tokens to choose from.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,18 +39,21 @@ from lorastack.train.folder import (
     stored,
     write_heads,
 )
+from lorastack.train.joint import train_joint
+from lorastack.train.joint_options import Drift, JointOptions
 from lorastack.train.local import LocalEngine, Selection, open_engine
+from lorastack.train.lora import LoraModel, check_peft
 from lorastack.train.measure import Summary
 from lorastack.train.options import Trained
 from lorastack.train.progress import Progress, silent
 from lorastack.train.prompts import PromptFile
 from lorastack.train.publish import Publication, folder_digest
-from lorastack.train.report import Origin, card, evaluation, plot
+from lorastack.train.report import Origin, OwnLora, card, evaluation, plot
 from lorastack.train.run import HeadsRun, options_of
 from lorastack.train.served import serve
 from lorastack.train.start import Start, open_start
 from lorastack.train.trainer import train_heads
-from lorastack.train.vocabulary import choose_vocabulary, count_tokens, coverage
+from lorastack.train.vocabulary import choose_vocabulary, count_tokens, coverage, output_of
 from lorastack.train.work import ADAPTER, CHECKPOINT, CORPUS, HEADS, SERVED, WorkFolder
 
 SERVED_PROMPTS = 16  # held-out ones that the engine answers, one at a time
@@ -85,13 +89,18 @@ class _Stage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Learnt:
-    """trained: its heads as they are written. held: samples to measure with."""
+    """trained: its heads as they are written. held: samples to measure with; measured: what the
+    heads are worth on them. lora: the files of a LoRA that learnt with them; drift: how far it is
+    from the base."""
 
     corpus: Corpus
     trained: Trained
     ids_N: Tensor | None
     coverage: float
     held: list[int]
+    measured: Summary | None
+    lora: dict[str, bytes] = field(default_factory=dict)
+    drift: Drift | None = None
 
 
 def make_heads(
@@ -109,6 +118,9 @@ def make_heads(
     check_new_id(run.adapter_id)
     run.start.check()
     run.training.check()
+    if run.joint is not None:
+        run.joint.check()
+        check_peft()
     prompts = PromptFile(run.prompts)
     full = f"the disk of {run.work} is full: free some space and run the same command again"
     with closing(WorkFolder(run.work)) as work, disk_full_is_exhaustion(full):
@@ -139,6 +151,11 @@ def _begin(
 ) -> _Stage:
     """Resolves what the run names, and claims the work folder for it."""
     selection = engine.select(run.loras)
+    if run.joint is not None and engine.model.backend.quantization:
+        raise InvalidArgumentError(
+            f"{engine.model.name} has quantised weights, and a LoRA learns on plain ones: name the "
+            "model that it was made from"
+        )
     if run.bundle:
         check_bundle(selection.loras)
         lora_files(engine, selection.loras[0])
@@ -169,14 +186,9 @@ def _begin(
 def _make_folder(stage: _Stage, folder: Path) -> None:
     """The stages from a corpus to the adapter's folder."""
     learnt = _train(stage)
-    held = None
     if learnt.held:
-        heads, ids_N = learnt.trained.heads, learnt.ids_N
-        held = ranked_summary(
-            heads, learnt.corpus, learnt.held, stage.lm_head_VH, ids_N, stage.device
-        )
         _serve(stage, learnt)
-    _write(stage, learnt, held, folder)
+    _write(stage, learnt, folder)
 
 
 def _train(stage: _Stage) -> _Learnt:
@@ -190,6 +202,9 @@ def _train(stage: _Stage) -> _Learnt:
         ids_N = choose_vocabulary(count_V, run.draft_vocabulary)
     if stage.adapted:
         ids_N = None
+    share = 1.0 if ids_N is None else coverage(ids_N, count_V)
+    if run.joint is not None:
+        return _train_joint(stage, run.joint, corpus, ids_N, share, held)
     trained = train_heads(
         start.heads,
         corpus,
@@ -200,12 +215,59 @@ def _train(stage: _Stage) -> _Learnt:
         device=stage.device,
         progress=partial(_report_training, stage.progress),
     )
+    trained = replace(trained, heads=stored(trained.heads))
+    measured = None
+    if held:
+        measured = ranked_summary(
+            trained.heads, corpus, held, stage.lm_head_VH, ids_N, stage.device
+        )
     return _Learnt(
         corpus=corpus,
-        trained=replace(trained, heads=stored(trained.heads)),
+        trained=trained,
         ids_N=ids_N,
-        coverage=1.0 if ids_N is None else coverage(ids_N, count_V),
+        coverage=share,
         held=held,
+        measured=measured,
+    )
+
+
+def _train_joint(
+    stage: _Stage,
+    joint: JointOptions,
+    corpus: Corpus,
+    ids_N: Tensor | None,
+    share: float,
+    held: list[int],
+) -> _Learnt:
+    """As `_train`, with a LoRA that learns too. share: see `coverage`."""
+    model, device, seed = stage.engine.model, stage.device, stage.run.training.seed
+    # Processors that multiply bfloat16 fast are few, and a CPU's models small.
+    dtype = torch.float32 if device.type == "cpu" else model.backend.dtype
+    lora = LoraModel(model.files.folder, rank=joint.rank, seed=seed, device=device, dtype=dtype)
+    whole = output_of(stage.lm_head_VH, None, device=device, dtype=dtype)
+    output = whole
+    if ids_N is not None:
+        output = output_of(stage.lm_head_VH, ids_N, device=device, dtype=dtype)
+    learnt = train_joint(
+        stage.start.heads,
+        lora,
+        corpus,
+        output,
+        whole.rows_NH,
+        stage.run.training,
+        joint,
+        checkpoint=stage.root / CHECKPOINT,
+        progress=partial(_report_training, stage.progress),
+    )
+    return _Learnt(
+        corpus=corpus,
+        trained=learnt.trained,
+        ids_N=ids_N,
+        coverage=share,
+        held=held,
+        measured=None if learnt.held is None else learnt.held.summary(),
+        lora=lora.files(model.name),
+        drift=None if learnt.held is None else learnt.held.drift,
     )
 
 
@@ -215,15 +277,15 @@ def _serve(stage: _Stage, learnt: _Learnt) -> None:
         return
     folder, engine = stage.root / HEADS, stage.engine
     _write_heads(stage, learnt, folder, replace=True)
-    heads = engine.add_folder(folder).heads
-    assert heads is not None
+    added = engine.add_folder(folder)
+    assert added.heads is not None
     stride = -(-len(learnt.held) // SERVED_PROMPTS)
     prompts = [learnt.corpus.prompt(sample).tolist() for sample in learnt.held[::stride]]
     (result,) = serve(
         engine,
         prompts,
-        stage.selection.loras,
-        [heads],
+        added.loras or stage.selection.loras,
+        [added.heads],
         max_new_tokens=stage.run.distill.max_new_tokens,
         progress=lambda done: stage.progress("measuring", done, len(prompts)),
     )
@@ -241,9 +303,9 @@ def _read_served(root: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | No
     return kept["served"], kept[ACCEPTANCE_FIELD]
 
 
-def _write(stage: _Stage, learnt: _Learnt, held: Summary | None, folder: Path) -> None:
+def _write(stage: _Stage, learnt: _Learnt, folder: Path) -> None:
     """Writes the adapter's folder with all that lies beside the heads."""
-    run, corpus, trained = stage.run, learnt.corpus, learnt.trained
+    run, corpus, trained, held = stage.run, learnt.corpus, learnt.trained, learnt.measured
     origin = Origin(
         name=run.adapter_id,
         base_model=stage.engine.model.name,
@@ -253,6 +315,7 @@ def _write(stage: _Stage, learnt: _Learnt, held: Summary | None, folder: Path) -
         shared="" if stage.start.shared is None else stage.start.shared.id,
         vocabulary_size=0 if learnt.ids_N is None else len(learnt.ids_N),
         coverage=learnt.coverage,
+        lora=None if run.joint is None else OwnLora(options=run.joint, drift=learnt.drift),
     )
     facts = evaluation(origin, run.training, trained, held)
     # The folder's digest covers it: equal runs shall give equal digests.
@@ -272,14 +335,21 @@ def _write(stage: _Stage, learnt: _Learnt, held: Summary | None, folder: Path) -
     _write_heads(stage, learnt, folder, fields=fields, files=files)
 
 
-def _write_heads(stage: _Stage, learnt: _Learnt, folder: Path, **more: Any) -> None:
-    """more: see `write_heads`."""
+def _write_heads(
+    stage: _Stage,
+    learnt: _Learnt,
+    folder: Path,
+    files: Mapping[str, bytes] | None = None,
+    **more: Any,
+) -> None:
+    """files, more: see `write_heads`."""
     write_heads(
         folder,
         learnt.trained.heads,
         base_model=stage.engine.model.name,
         ids_N=learnt.ids_N,
         shared=stage.start.shared,
+        files=learnt.lora | dict(files or {}),
         **more,
     )
 
@@ -310,4 +380,6 @@ def _report_distilling(progress: Progress, state: distilling.Progress) -> None:
 def _report_training(progress: Progress, state: options.Progress) -> None:
     note = f"epoch {state.epoch} of {state.num_epochs}, loss by head "
     note += " ".join(f"{loss:.2f}" for loss in state.loss_K)
+    if state.drift is not None:
+        note += f", drift {state.drift:.4f}"
     progress("training", state.step, state.num_steps, note)

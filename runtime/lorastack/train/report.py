@@ -10,11 +10,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lorastack.train.joint_options import Drift, JointOptions
 from lorastack.train.measure import NUM_RANKS, Summary
 from lorastack.train.trainer import Trained, TrainOptions
 
 NO_PLOT = "no plot was made: it needs matplotlib, which `pip install 'lorastack[train]'` brings"
 _SHOWN_RANKS = (1, 2, 3, 5, 10)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OwnLora:
+    """A LoRA that was learnt together with heads. drift: None if nothing was held out."""
+
+    options: JointOptions
+    drift: Drift | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +33,7 @@ class Origin:
     name: their id. command: what made them, as it was given. loras: those of the model that they
     guess for, as a user names them. shared: the heads that they correct, "" for none. data: how
     the corpus was made (`Corpus.settings`). coverage: the share of the corpus' tokens in the draft
-    vocabulary.
+    vocabulary. lora: what lies beside the heads, if it was learnt with them.
     """
 
     name: str
@@ -35,6 +44,7 @@ class Origin:
     shared: str = ""
     vocabulary_size: int = 0
     coverage: float = 1.0
+    lora: OwnLora | None = None
 
 
 def evaluation(
@@ -62,6 +72,8 @@ def evaluation(
         },
         "data": dict(origin.data),
     }
+    if origin.lora is not None:
+        facts["joint"] = asdict(origin.lora)
     rounded: dict[str, Any] = _rounded(facts)
     return rounded
 
@@ -99,7 +111,7 @@ def card(origin: Origin, options: TrainOptions, trained: Trained, held_out: Summ
         f"base_model: {origin.base_model}",
         "---",
         "",
-        f"# {origin.name}: Medusa heads for {_adapted(origin)}",
+        f"# {origin.name}: {_title(origin)}",
         "",
         *_what(origin, trained),
         "",
@@ -120,6 +132,12 @@ def card(origin: Origin, options: TrainOptions, trained: Trained, held_out: Summ
     return "\n".join(lines) + "\n"
 
 
+def _title(origin: Origin) -> str:
+    if origin.lora is not None:
+        return f"a LoRA for {origin.base_model}, and Medusa heads that were learnt with it"
+    return f"Medusa heads for {_adapted(origin)}"
+
+
 def _adapted(origin: Origin) -> str:
     loras = f" with {' and '.join(origin.loras)}" if origin.loras else ""
     return origin.base_model + loras
@@ -138,11 +156,27 @@ def _what(origin: Origin, trained: Trained) -> Iterator[str]:
             f"{heads.num_heads} heads of {blocks} each on the model's own lm_head, in the Medusa "
             "version 2 layout, bfloat16."
         )
-    yield "They only guess what the model says: decoding with them changes no token."
+    if origin.lora is not None:
+        yield (
+            f"The LoRA, of rank {origin.lora.options.rank} on all linear layers, makes the model's "
+            "text easier to guess and keeps near to the base model."
+        )
+        yield from _drift(origin.lora.drift)
+        yield "The heads only guess what the model says with the LoRA: they change no token of it."
+    else:
+        yield "They only guess what the model says: decoding with them changes no token."
     if origin.vocabulary_size and not origin.shared:
         yield (
             f"`draft_vocabulary.safetensors` names the {origin.vocabulary_size:,} tokens that they "
             f"choose from: {origin.coverage:.1%} of the training text."
+        )
+
+
+def _drift(drift: Drift | None) -> Iterator[str]:
+    if drift is not None:
+        yield (
+            f"On answers of the base model to held-out prompts it is {drift.kl:.4f} nats a token "
+            f"from it (KL), and holds the same token likeliest at {drift.same:.1%} of the places."
         )
 
 

@@ -1,4 +1,4 @@
-"""What a user asks of `lorastack train heads`."""
+"""What a user asks of `lorastack train heads` and `lorastack train joint`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lorastack.config import AdapterConfig, EngineConfig, ModelConfig
 from lorastack.train.distill import DistillOptions
+from lorastack.train.joint_options import JointOptions
 from lorastack.train.local import LocalEngine, Selection
 from lorastack.train.options import TrainOptions
 from lorastack.train.prompts import PromptFile
@@ -21,7 +22,8 @@ class HeadsRun:
 
     adapters: the store that LoRAs and heads are read from; None: there is none. loras: (id, scale)
     pairs. distill, training: their seeds, and soft targets, agree. bundle: the only LoRA's own
-    files lie beside the heads.
+    files lie beside the heads. joint: a LoRA of the base alone learns together with the heads, and
+    lies beside them.
     """
 
     adapter_id: str
@@ -36,6 +38,7 @@ class HeadsRun:
     training: TrainOptions = field(default_factory=TrainOptions)
     draft_vocabulary: int = DRAFT_VOCABULARY
     bundle: bool = False
+    joint: JointOptions | None = None
     restart: bool = False
     command: tuple[str, ...] = ()
 
@@ -48,8 +51,15 @@ def options_of(
     start: Start,
 ) -> dict[str, object]:
     """All that decides what comes out, by the names that a user knows."""
-    model, training = engine.model, run.training
-    return {
+    model, training, joint = engine.model, run.training, run.joint
+    lora: dict[str, object] = {}
+    if joint is not None:
+        lora = {
+            "--rank": joint.rank,
+            "--lora-learning-rate": joint.learning_rate,
+            "--heads-weight": joint.heads_weight,
+        }
+    return lora | {
         "--id": run.adapter_id,
         "--prompts": f"sha256:{prompts.sha256}",
         "--model": model.fingerprint,

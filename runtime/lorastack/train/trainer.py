@@ -30,7 +30,13 @@ from torch import Tensor
 
 from lorastack.errors import InvalidArgumentError
 from lorastack.kernels.native.isa import usable
-from lorastack.train.checkpoint import digest, load_checkpoint, save_checkpoint
+from lorastack.train.checkpoint import (
+    digest,
+    learning_tensors,
+    load_checkpoint,
+    restore_learning,
+    save_checkpoint,
+)
 from lorastack.train.corpus import NO_TARGET, Corpus
 from lorastack.train.heads import MedusaHeads
 from lorastack.train.loss import SoftTargets, hard_loss, soft_loss
@@ -38,7 +44,16 @@ from lorastack.train.measure import expected_tokens, measure_heads, rank_accurac
 from lorastack.train.options import Epoch, Progress, Trained, TrainOptions
 from lorastack.train.vocabulary import Output, output_of
 
-__all__ = ["Epoch", "Progress", "TrainOptions", "Trained", "matmul_dtype", "train_heads"]
+__all__ = [
+    "Epoch",
+    "Progress",
+    "TrainOptions",
+    "Trained",
+    "check_training",
+    "identity_of",
+    "matmul_dtype",
+    "train_heads",
+]
 
 BETAS = (0.9, 0.98)
 JUDGED_NODES = 8  # of the static tree by which epochs are compared
@@ -85,7 +100,7 @@ class _Run:
         options: TrainOptions,
         path: Path | None,
     ) -> None:
-        _check(start, corpus, options)
+        check_training(start, corpus, options)
         taught, held = corpus.split(options.held_out)
         self._taught_P, self._held_P = corpus.positions(taught), corpus.positions(held)
         if not len(self._taught_P):
@@ -93,7 +108,7 @@ class _Run:
                 "the corpus has no answers to learn from: distil more prompts, or hold none out"
             )
         self._corpus, self._output, self._options, self._path = corpus, output, options, path
-        self._identity = _identity(start, corpus, output, options)
+        self._identity = identity_of(start, corpus, output, options)
         self._device = output.rows_NH.device
         self._heads = start.to(self._device, torch.float32)
         self._learnt = self._heads.learnt()
@@ -248,12 +263,8 @@ class _Run:
     def _save(self) -> None:
         if self._path is None:
             return
-        tensors = {"loss.sums": self._sums_K, "loss.counts": self._counts_K}
-        for name, tensor in self._learnt.items():
-            tensors[f"weights.{name}"] = tensor
-            tensors[f"best.{name}"] = self._best_weights[name]
-            for kind, value in self._optimizer.state.get(tensor, {}).items():
-                tensors[f"adam.{kind}.{name}"] = value
+        tensors = learning_tensors(self._learnt, self._best_weights, self._optimizer)
+        tensors |= {"loss.sums": self._sums_K, "loss.counts": self._counts_K}
         state = {
             "step": self._step,
             "seconds": self._seconds,
@@ -262,7 +273,6 @@ class _Run:
         }
         save_checkpoint(self._path, self._identity, state, tensors)
 
-    @torch.no_grad()
     def _resume(self) -> bool:
         """True if there was a checkpoint."""
         found = None if self._path is None else load_checkpoint(self._path, self._identity)
@@ -272,20 +282,12 @@ class _Run:
         self._step, self._seconds, self._best = state["step"], state["seconds"], state["best"]
         self._history = [Epoch(**epoch) for epoch in state["history"]]
         self._sums_K, self._counts_K = tensors["loss.sums"], tensors["loss.counts"]
-        for name, tensor in self._learnt.items():
-            tensor.copy_(tensors[f"weights.{name}"])
-            self._best_weights[name] = tensors[f"best.{name}"].to(self._device)
-            kept = {
-                kind: tensors[f"adam.{kind}.{name}"].to("cpu" if kind == "step" else self._device)
-                for kind in ("step", "exp_avg", "exp_avg_sq")
-                if f"adam.{kind}.{name}" in tensors
-            }
-            if kept:
-                self._optimizer.state[tensor] = kept
+        self._best_weights = restore_learning(tensors, self._learnt, self._optimizer)
         return True
 
 
-def _check(start: MedusaHeads, corpus: Corpus, options: TrainOptions) -> None:
+def check_training(start: MedusaHeads, corpus: Corpus, options: TrainOptions) -> None:
+    """Raises InvalidArgumentError for options, or heads and a corpus, that do not serve."""
     options.check()
     if start.outputs:
         raise InvalidArgumentError(
@@ -304,7 +306,7 @@ def _check(start: MedusaHeads, corpus: Corpus, options: TrainOptions) -> None:
         )
 
 
-def _identity(
+def identity_of(
     start: MedusaHeads, corpus: Corpus, output: Output, options: TrainOptions
 ) -> dict[str, Any]:
     """What decides over every bit of the result, as far as a file can say."""
