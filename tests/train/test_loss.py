@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lorastack.train import loss
-from lorastack.train.loss import SoftTargets, hard_loss, soft_loss
+from lorastack.train.loss import SoftTargets, drift_loss, hard_loss, soft_loss
 
 P, N, H, J = 150, 9, 8, 3
 
@@ -80,3 +80,23 @@ def test_no_more_logits_are_alive_than_said(
     parts = list(loss.slices(2048, torch.empty(num_outputs, 1)))
     assert [at for part in parts for at in range(part.start, part.stop)] == list(range(2048))
     assert max(part.stop - part.start for part in parts) * num_outputs <= 1 << 22
+
+
+def test_drift_loss_matches_autograd() -> None:
+    torch.manual_seed(4)
+    x_PH, base_PH = torch.randn(P, H, requires_grad=True), torch.randn(P, H)
+    base_PH[::3] = x_PH.detach()[::3]
+    rows_VH = torch.randn(N, H)
+    own, base = ((each @ rows_VH.T).log_softmax(-1) for each in (x_PH, base_PH))
+    wanted = torch.nn.functional.kl_div(own, base, log_target=True, reduction="sum")
+    wanted.backward()
+    found, gradient_PH, same = drift_loss(x_PH.detach(), base_PH, rows_VH)
+    torch.testing.assert_close(found, wanted.detach())
+    torch.testing.assert_close(gradient_PH, x_PH.grad)
+    assert P / 3 <= int(same) == int((own.argmax(-1) == base.argmax(-1)).sum()) < P
+
+
+def test_nothing_drifts_from_itself() -> None:
+    x_PH, rows_VH = 50 * torch.randn(P, H), torch.randn(N, H)
+    found, gradient_PH, same = drift_loss(x_PH, x_PH, rows_VH)
+    assert float(found) == 0.0 and int(same) == P and not bool(gradient_PH.any())

@@ -68,14 +68,14 @@ def test_a_command_runs_as_it_is_written(
         main(words)
     out, err = capsys.readouterr()
     assert not end.value.code, err
-    if words[:2] == ["train", "heads"]:
+    if words[:2] in (["train", "heads"], ["train", "joint"]):
         adapter_id = words[words.index("--id") + 1]
         assert f"is in lorastack-train/{adapter_id}/adapter" in out
         if "--upload" in words:
             assert server.client.get_adapter(adapter_id).digest in out
     if words[:2] == ["train", "eval"]:
         assert "times the speed without drafts" in out
-    if words[0] == "generate":
+    if words[0] == "generate" and "lora-gsm8k" in words:
         assert out.startswith("elkelk")
 
 

@@ -60,8 +60,8 @@ def show_outcome(outcome: Outcome, server: str, as_json: bool) -> None:
         show_ranked(evaluation["held_out"])
     if (drift := evaluation.get("joint", {}).get("drift")) is not None:
         typer.echo(
-            f"the LoRA's distance from the base: {drift['kl']:.4f} nats a token, the same likeliest "
-            f"token at {drift['same']:.1%} of the places"
+            f"the LoRA's distance from the base: {drift['kl']:.4f} nats a token, "
+            f"and the same token is likeliest at {drift['same']:.1%} of the places"
         )
     if outcome.served is not None:
         typer.echo(f"served: {served_line(outcome.served)}")

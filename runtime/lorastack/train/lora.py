@@ -45,17 +45,8 @@ class LoraModel:
         """
         check_peft()
         from peft import LoraConfig, get_peft_model
-        from transformers import AutoModelForCausalLM
 
-        try:
-            base: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, local_files_only=True
-            )
-        except (OSError, ValueError) as error:
-            raise InvalidArgumentError(
-                f"{folder}: transformers, which joint training needs, does not load this model: "
-                f"{error_line(error)}"
-            ) from error
+        base = _load(folder, dtype)
         # Every value that changes nothing is PEFT's default.
         self._config: Any = LoraConfig(
             r=rank, lora_alpha=rank, target_modules=list(LAYER_TARGETS), task_type="CAUSAL_LM"
@@ -99,3 +90,22 @@ class LoraModel:
             for name, tensor in self.learnt().items()
         }
         return {_CONFIG_NAME: json_bytes(fields), _WEIGHTS_NAME: save(weights, {"format": "pt"})}
+
+
+def _load(folder: Path, dtype: torch.dtype) -> Any:
+    """The base model. Raises InvalidArgumentError if transformers cannot load it."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # it would cut through that of the stages
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise InvalidArgumentError(
+            f"{folder}: transformers, which joint training needs, does not load this model: "
+            f"{error_line(error)}"
+        ) from error
+    finally:
+        if shown:
+            logging.enable_progress_bar()
