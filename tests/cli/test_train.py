@@ -12,10 +12,9 @@ from unittest.mock import patch
 
 import pytest
 
-from lorastack.cli import output
+from lorastack.cli import output, trained
 from lorastack.service.watch import logs
 from lorastack.startup import engine as startup_engine
-from lorastack.train import pipeline
 from tests.cli.conftest import Run
 from tests.helpers.costs import CheapHeads
 from tests.train.runs import write_prompts
@@ -105,7 +104,7 @@ def test_an_interruption_says_how_to_go_on(
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "make_heads", interrupted)
+    monkeypatch.setattr(trained, "make_heads", interrupted)
     done = run("train", "heads", *tiny, "--id", "a/b", "--work", "here")
     assert done.code == 130
     assert done.err == "interrupted: the same command goes on with what is in here\n"
@@ -125,3 +124,28 @@ def test_wrong_options(
 ) -> None:
     done = run("train", "heads", *tiny, "--id", "x", *options)
     assert done.code == 2 and words in done.err and done.err.count("\n") == 1
+
+
+def test_a_lora_and_heads_from_one_command(run: Run, tiny: tuple[str, ...]) -> None:
+    words = ("--rank", "2", "--epochs", "1", "--held-out", "0.3")
+    done = run("train", "joint", *tiny, "--id", "quick", *words, "--heads-weight", "0.5")
+    assert done.code == 0, done.err
+    assert "the LoRA's distance from the base: " in done.out and "nats a token" in done.out
+    (folder,) = re.findall(r" is in (\S+)", done.out)
+    card = Path(folder, "README.md").read_text()
+    assert "lorastack train joint " in card and "--heads-weight 0.5" in card
+    assert Path(folder, "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(("--rank", "0"), ("--heads-weight", "-1"), ("--lora-learning-rate", "0")),
+        *(("--lora", "a"), ("--quantize", "int8")),
+    ],
+)
+def test_what_joint_training_refuses(
+    words: tuple[str, ...], run: Run, tiny: tuple[str, ...]
+) -> None:
+    done = run("train", "joint", *tiny, "--id", "quick", *words)
+    assert done.code == 2 and words[0] in done.err

@@ -31,6 +31,7 @@ from lorastack.train.options import TrainOptions
 from lorastack.train.pipeline import make_heads
 from lorastack.train.publish import Publication
 from lorastack.train.run import HeadsRun
+from lorastack.train.start import StartOptions
 from lorastack.train.vocabulary import output_of
 from tests.helpers.costs import CheapHeads
 from tests.helpers.live import LiveServer, ask
@@ -184,6 +185,31 @@ def test_a_step_has_the_gradients_of_its_loss(tiny_llama: Path, plain: HeadsRun)
     assert bool(loss.isfinite()) and len(found) == len(names)
     for name, gradient in zip(names, right, strict=True):
         torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_another_family_begins_at_its_base(dtype: str, tiny_mistral: Path, tmp_path: Path) -> None:
+    """What was distilled and what is trained are the same model, within the dtype's rounding."""
+    run = joint_run(tmp_path, tiny_mistral)
+    outcome = make_heads(
+        replace(
+            run,
+            model=replace(run.model, dtype=dtype),
+            training=replace(run.training, epochs=1),
+            distill=replace(run.distill, max_new_tokens=40),  # beyond the sliding window
+        )
+    )
+    start = outcome.evaluation["training"]["history"][0]
+    assert 0 <= start["held_drift"] < (1e-4 if dtype == "float32" else 2e-2)
+
+
+def test_heads_that_are_there_learn_on(tiny_llama: Path, folder: Path, tmp_path: Path) -> None:
+    run = joint_run(tmp_path, tiny_llama)
+    start = StartOptions(continue_from=str(folder))
+    run = replace(run, start=start, training=replace(run.training, epochs=1))
+    history = make_heads(run).evaluation["training"]["history"]
+    zeros = json.loads((folder / "evaluation.json").read_text())["training"]["history"][0]
+    assert sum(history[0]["held_loss_K"]) < sum(zeros["held_loss_K"])
 
 
 # -- the same bytes -------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ any LoRA. Heads learn their own cross entropies, unweighted as in `train.trainer
 base are frozen. Losses are those of answers' tokens alone, and each text runs by itself, without
 padding. Gradients by the states are made by hand, a slice of the logits at a time.
 
-Everything follows from start, corpus, options and seed, as in `train.trainer`.
+A run is a function of its start, corpus, options and seed, as in `train.trainer`, on a CPU with as
+many threads; other numbers of them, and GPUs, may round otherwise.
 
 Shape suffixes: P positions of an answer, K heads, H hidden, V vocabulary, T tokens of a text.
 """
@@ -20,7 +21,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -53,34 +54,42 @@ from lorastack.train.trainer import (
     check_training,
     identity_of,
 )
-from lorastack.train.vocabulary import Output
+from lorastack.train.vocabulary import Output, output_of
 
 DECAY = 0.8  # of the heads' weights, from one to the next
 
 
 def train_joint(
     start: MedusaHeads,
-    lora: LoraModel,
+    base: Path,
     corpus: Corpus,
-    output: Output,
-    rows_VH: Tensor,
+    lm_head_VH: Tensor,
+    ids_N: Tensor | None,
     options: TrainOptions,
     joint: JointOptions,
     *,
     checkpoint: Path | None = None,
+    device: torch.device | None = None,
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> Joint:
-    """Trains heads from `start`, which is left as it is, and the LoRA in its model.
+    """Trains heads from `start`, which is left as it is, and a new LoRA.
 
-    output: what the heads choose from; rows_VH: the whole lm_head, where and as `output` has its
-    rows. options.learning_rate: the heads'. checkpoint: a file to go on from, if it is there, and
-    to keep. Raises as `train_heads`.
+    base: the base model's folder; it runs in float32 on a CPU, in lm_head's dtype elsewhere. The
+    rest is as in `train_heads`; options.learning_rate is the heads'.
     """
     joint.check()
-    return _Run(start, lora, corpus, output, rows_VH, options, joint, checkpoint).train(progress)
+    device = device or torch.device("cpu")
+    dtype = torch.float32 if device.type == "cpu" else lm_head_VH.dtype
+    lora = LoraModel(base, rank=joint.rank, seed=options.seed, device=device, dtype=dtype)
+    whole = output_of(lm_head_VH, None, device=device, dtype=dtype)
+    output = whole if ids_N is None else output_of(lm_head_VH, ids_N, device=device, dtype=dtype)
+    run = _Run(start, lora, corpus, output, whole.rows_NH, options, joint, checkpoint)
+    return run.train(progress)
 
 
 class _Run:
+    """output: what the heads choose from. rows_VH: the whole lm_head, where those rows are."""
+
     def __init__(
         self,
         start: MedusaHeads,
@@ -162,7 +171,8 @@ class _Run:
             seconds=self._seconds,
         )
         on_device = heads.to(self._rows_VH.device, torch.float32)
-        return Joint(trained=trained, held=self._measure(on_device) if self._held else None)
+        held = self._measure(on_device) if self._held else None
+        return Joint(trained=trained, lora=self._lora, held=held)
 
     def _order(self, epoch: int) -> list[Tensor]:
         """The samples of each of an epoch's steps."""
@@ -250,37 +260,34 @@ class _Run:
 
     def _means(self) -> list[float]:
         """Of the epoch so far: the heads' losses and, last, the drift."""
-        return (self._sums / self._counts).tolist() if self._step else [0.0]
+        return (self._sums / self._counts).tolist()
 
     def _end_epoch(self) -> None:
         """Judges the weights, and keeps them if there were no better ones."""
-        number, means = self._step // self._batches, self._means()
+        ended = JointEpoch(number=self._step // self._batches, train_loss_K=[])
+        if self._step:
+            *loss_K, drift = self._means()
+            ended = replace(ended, train_loss_K=loss_K, train_drift=drift)
         self._sums.zero_()
         self._counts.zero_()
-        ended = JointEpoch(number=number, train_loss_K=means[:-1], train_drift=means[-1])
         if self._held:
             held = self._measure(self._heads)
             ranks_PK, loss_K = held.measured.ranks_PK, held.measured.loss_K
-            heads_loss = sum(
-                DECAY ** (head + 1) * loss
-                for head, loss in enumerate(loss_K)
-                if math.isfinite(loss)
-            )
-            ended = JointEpoch(
-                number=number,
-                train_loss_K=means[:-1],
-                train_drift=means[-1],
+            known = [(k, loss) for k, loss in enumerate(loss_K, start=1) if math.isfinite(loss)]
+            weight = self._joint.heads_weight
+            ended = replace(
+                ended,
                 held_loss_K=loss_K,
                 held_top1_K=[row[0] for row in rank_accuracies(ranks_PK, 1)],
                 held_tokens=expected_tokens(ranks_PK, search_choices(ranks_PK, JUDGED_NODES)),
                 held_drift=held.drift.kl,
                 held_same=held.drift.same,
-                objective=held.drift.kl + self._joint.heads_weight * heads_loss,
+                objective=held.drift.kl + weight * sum(DECAY**k * loss for k, loss in known),
             )
         better = not self._history or ended.worth > self._history[self._best].worth
         self._history.append(ended)
         if better or not self._held:
-            self._best = number
+            self._best = ended.number
             self._best_weights = {name: t.detach().clone() for name, t in self._learnt.items()}
 
     def _gave_up(self) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from lorastack.errors import InvalidArgumentError
+from lorastack.train.lora import LoraModel
 from lorastack.train.measure import Measured, Summary, summary
 from lorastack.train.options import Epoch, Trained
 
@@ -71,8 +72,9 @@ class Held:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Joint:
-    """trained: its heads as they are written; the LoRA of the same epoch is left in its model,
-    rounded alike. held: of both as they are written; None without held-out prompts."""
+    """trained: its heads as they are written. lora: of the same epoch, rounded alike. held: of both
+    as they are written; None without held-out prompts."""
 
     trained: Trained
+    lora: LoraModel
     held: Held | None

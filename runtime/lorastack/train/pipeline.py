@@ -42,7 +42,7 @@ from lorastack.train.folder import (
 from lorastack.train.joint import train_joint
 from lorastack.train.joint_options import Drift, JointOptions
 from lorastack.train.local import LocalEngine, Selection, open_engine
-from lorastack.train.lora import LoraModel, check_peft
+from lorastack.train.lora import check_peft
 from lorastack.train.measure import Summary
 from lorastack.train.options import Trained
 from lorastack.train.progress import Progress, silent
@@ -53,7 +53,7 @@ from lorastack.train.run import HeadsRun, options_of
 from lorastack.train.served import serve
 from lorastack.train.start import Start, open_start
 from lorastack.train.trainer import train_heads
-from lorastack.train.vocabulary import choose_vocabulary, count_tokens, coverage, output_of
+from lorastack.train.vocabulary import choose_vocabulary, count_tokens, coverage
 from lorastack.train.work import ADAPTER, CHECKPOINT, CORPUS, HEADS, SERVED, WorkFolder
 
 SERVED_PROMPTS = 16  # held-out ones that the engine answers, one at a time
@@ -240,23 +240,17 @@ def _train_joint(
     held: list[int],
 ) -> _Learnt:
     """As `_train`, with a LoRA that learns too. share: see `coverage`."""
-    model, device, seed = stage.engine.model, stage.device, stage.run.training.seed
-    # Processors that multiply bfloat16 fast are few, and a CPU's models small.
-    dtype = torch.float32 if device.type == "cpu" else model.backend.dtype
-    lora = LoraModel(model.files.folder, rank=joint.rank, seed=seed, device=device, dtype=dtype)
-    whole = output_of(stage.lm_head_VH, None, device=device, dtype=dtype)
-    output = whole
-    if ids_N is not None:
-        output = output_of(stage.lm_head_VH, ids_N, device=device, dtype=dtype)
+    model = stage.engine.model
     learnt = train_joint(
         stage.start.heads,
-        lora,
+        model.files.folder,
         corpus,
-        output,
-        whole.rows_NH,
+        stage.lm_head_VH,
+        ids_N,
         stage.run.training,
         joint,
         checkpoint=stage.root / CHECKPOINT,
+        device=stage.device,
         progress=partial(_report_training, stage.progress),
     )
     return _Learnt(
@@ -266,7 +260,7 @@ def _train_joint(
         coverage=share,
         held=held,
         measured=None if learnt.held is None else learnt.held.summary(),
-        lora=lora.files(model.name),
+        lora=learnt.lora.files(model.name),
         drift=None if learnt.held is None else learnt.held.drift,
     )
 
