@@ -6,6 +6,7 @@ on choosing through the base's own lm_head, from a draft vocabulary.
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +48,14 @@ class LoraModel:
         from peft import LoraConfig, get_peft_model
 
         base = _load(folder, dtype)
-        # Every value that changes nothing is PEFT's default.
         self._config: Any = LoraConfig(
             r=rank, lora_alpha=rank, target_modules=list(LAYER_TARGETS), task_type="CAUSAL_LM"
         )
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of PEFT's own calls
             torch.manual_seed(seed)
-            model = get_peft_model(base.train(False).requires_grad_(False), self._config)
-        self._model: Any = model.train(False).to(device)
+            model: Any = get_peft_model(base.train(False).requires_grad_(False), self._config)
+        self._model = model.train(False).to(device)
         self._decoder: Any = self._model.get_base_model().get_decoder()
         self._device = device
 
@@ -97,8 +98,9 @@ def _load(folder: Path, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # it would cut through that of the stages
+    bars: Any = logging
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()  # it would cut through that of the stages
     try:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
     except (OSError, ValueError) as error:
@@ -108,4 +110,4 @@ def _load(folder: Path, dtype: torch.dtype) -> Any:
         ) from error
     finally:
         if shown:
-            logging.enable_progress_bar()
+            bars.enable_progress_bar()
