@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from lorastack.adapters.catalogue import Catalogue
+from lorastack.adapters.formats.facts import SharedHeads
+from lorastack.adapters.formats.medusa import CONFIG_NAME
 from lorastack.adapters.formats.private import is_private, shared_heads
 from lorastack.adapters.formats.validate import Validator
 from lorastack.adapters.sources.base import Limits, Pieces, SourceFile, copy_missing, pieces_of
@@ -240,9 +242,8 @@ class _Adapters:
         """See `LocalEngine`."""
         folder = folder.resolve()
         source = find_files(str(folder), [folder], self._limits, lambda: None)
-        if (shared_id := _shared_id(folder)) is not None:
-            with suppress(NotFoundError):  # it may be there from a folder
-                self._adopt(self._catalogue.heads(shared_id).digest)
+        if (shared := _shared_heads(folder)) is not None:
+            self._adopt_shared(shared)
         record = self._put(source.files)
         kind = record.manifest.facts.kind
         loras = [(record.id, 1.0)] if kind.has_lora else []
@@ -262,11 +263,20 @@ class _Adapters:
         """Copies an adapter of the store, which another process may change at any time."""
         if self._own.knows(digest) or self._store is None:
             return
-        paths = {spec: self._store.path(spec) for spec in self._store.manifest(digest).files}
+        manifest = self._store.manifest(digest)
+        if manifest.facts.shared_heads is not None:
+            self._adopt_shared(manifest.facts.shared_heads)
+        paths = {spec: self._store.path(spec) for spec in manifest.files}
         self._put(
             [SourceFile(spec=spec, read=partial(_read, path)) for spec, path in paths.items()],
             accept_base=True,
         )
+
+    def _adopt_shared(self, shared: SharedHeads) -> None:
+        """The heads that a private part corrects, if the store has them; a folder may have, too."""
+        if self._store is not None:
+            with suppress(NotFoundError):
+                self._adopt(self._store.shared_heads(shared, self._model.fingerprint).digest)
 
     def _put(self, files: Sequence[SourceFile], *, accept_base: bool = False) -> Record:
         """Stores an adapter. accept_base: whatever it calls its base, it was accepted before."""
@@ -282,10 +292,10 @@ class _Adapters:
             upload.abort()
 
 
-def _shared_id(folder: Path) -> str | None:
+def _shared_heads(folder: Path) -> SharedHeads | None:
     """The heads that a folder's private part names; None for any other folder."""
-    config = read_object(folder / "config.json")
-    return shared_heads(config, "config.json").id if is_private(config) else None
+    config = read_object(folder / CONFIG_NAME)
+    return shared_heads(config, CONFIG_NAME) if is_private(config) else None
 
 
 def _read(path: Path, offset: int) -> Pieces:
