@@ -85,6 +85,8 @@ def test_a_run_and_an_evaluation_print_what_came_out(run: Run, tiny: tuple[str, 
     assert f"is in {folder}" in done.out
     assert f"lorastack adapters upload {folder} --id mine" in done.out
     assert re.search(r"^head 2 +0\.\d{3}", done.out, re.MULTILINE)
+    spaced = run("train", "heads", *tiny, *training, "--work", "a work folder", "--held-out", "0")
+    assert "lorastack adapters upload 'a work folder/adapter' --id mine" in spaced.out
     told = json.loads(run("train", "heads", *tiny, *training, "--json").out)
     assert told["digest"] in done.out and told["folder"] == str(folder)
     assert told["prompts"] == 11 and told["skipped"] == 0 and told["uploaded_to"] is None
@@ -109,6 +111,9 @@ def test_an_interruption_says_how_to_go_on(
     done = run("train", "heads", *tiny, "--id", "a/b", "--work", "here")
     assert done.code == 130
     assert done.err == "interrupted: the same command goes on with what is in here\n"
+    done = run("train", "heads", *tiny, "--id", "b", "--restart")
+    told = "interrupted: the same command without --restart goes on with what is in"
+    assert done.err == f"{told} lorastack-train/b\n"
 
 
 @pytest.mark.parametrize(

@@ -147,6 +147,7 @@ def test_prompts_that_do_not_fit_are_counted(run: EvalRun, tmp_path: Path) -> No
         ("nobody", NotFoundError, "nobody"),
         ("lora-a", InvalidArgumentError, "a LoRA without"),
         ("none", InvalidArgumentError, "name Medusa heads"),
+        ("", InvalidArgumentError, "name Medusa heads"),
     ],
 )
 def test_heads_that_are_none(name: str, error: type[Exception], words: str, run: EvalRun) -> None:

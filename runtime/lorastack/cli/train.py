@@ -313,7 +313,8 @@ def heads(
         with watching() as (loading, progress):
             outcome = make_heads(run, publication=publication, progress=progress, loading=loading)
     except KeyboardInterrupt:
-        typer.echo(f"interrupted: the same command goes on with what is in {folder}", err=True)
+        again = "the same command without --restart" if restart else "the same command"
+        typer.echo(f"interrupted: {again} goes on with what is in {folder}", err=True)
         raise
     show_outcome(outcome, server if upload else "", as_json)
 

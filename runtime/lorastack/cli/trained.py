@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -44,8 +45,8 @@ def show_outcome(outcome: Outcome, server: str, as_json: bool) -> None:
         typer.echo(f"served: {served_line(outcome.served)}")
     typer.echo(one_line(f"{outcome.digest} is in {outcome.folder}"))
     stored = f"it is stored at {server} as {evaluation['name']}"
-    todo = f"lorastack adapters upload {outcome.folder} --id {evaluation['name']}"
-    typer.echo(one_line(stored if server else f"store it with: {todo}"))
+    todo = ("lorastack", "adapters", "upload", str(outcome.folder), "--id", evaluation["name"])
+    typer.echo(one_line(stored if server else f"store it with: {shlex.join(todo)}"))
 
 
 def show_evaluation(evaluation: Mapping[str, Any], as_json: bool) -> None:

@@ -22,11 +22,12 @@ class Publication:
         self._id = adapter_id
         self._replace = replace
 
-    def check(self, folder: Path) -> str:
-        """Asks the server whether it will take what is to lie in `folder`; its base's fingerprint.
+    def check(self, made: Path | None) -> str:
+        """Asks the server whether it will take a result; its base's fingerprint.
 
-        Raises AlreadyExistsError for an id that exists, unless it is to be replaced or is this very
-        folder; UnavailableError if there is no server.
+        made: where the result may be already; None: it will be made anew. Raises AlreadyExistsError
+        for an id that exists, unless it is to be replaced or is what was made; UnavailableError if
+        there is no server.
         """
         with Client(self._server) as client:
             fingerprint = client.model_info().fingerprint
@@ -34,7 +35,7 @@ class Publication:
                 stored = client.get_adapter(self._id)
             except NotFoundError:
                 return fingerprint
-        if not self._replace and stored.digest != folder_digest(folder):
+        if not self._replace and (made is None or stored.digest != folder_digest(made)):
             raise AlreadyExistsError(
                 f"{self._server} has an adapter {self._id!r}: --replace makes the result its "
                 "newest revision, or choose another --id",
