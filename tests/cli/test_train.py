@@ -116,6 +116,18 @@ def test_an_interruption_says_how_to_go_on(
     assert done.err == f"{told} lorastack-train/b\n"
 
 
+def test_adapters_need_a_store(run: Run, tiny: tuple[str, ...], tmp_path: Path) -> None:
+    for command in (
+        ("heads", "--id", "x", "--lora", "a"),
+        ("heads", "--id", "x", "--from", "a"),
+        ("eval", "--heads", "a"),
+    ):
+        done = run("train", *command, *tiny)
+        assert done.code == 1 and done.err.count("\n") == 1
+        assert f"there is no store at {tmp_path / 'data/lorastack/store'}: name" in done.err
+    assert not (tmp_path / "lorastack-train").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -259,12 +259,13 @@ def heads(
     from lorastack.train.run import HeadsRun
     from lorastack.train.start import StartOptions
 
+    loras = lora_pairs(lora)
     named = [name for name in (continue_from, shared) if name and not Path(name).is_dir()]
     here = machine(
         model=model,
         base_names=base_name,
         store=store,
-        needs_store=bool(lora or named),
+        needs_store=bool(loras or named),
         device=device,
         dtype=dtype,
         backend=backend,
@@ -282,7 +283,7 @@ def heads(
         model=here.model,
         engine=here.engine,
         adapters=here.adapters,
-        loras=lora_pairs(lora),
+        loras=loras,
         start=StartOptions(
             num_heads=num_heads,
             num_layers=num_layers,
