@@ -124,7 +124,7 @@ def test_adapters_need_a_store(run: Run, tiny: tuple[str, ...], tmp_path: Path) 
     ):
         done = run("train", *command, *tiny)
         assert done.code == 1 and done.err.count("\n") == 1
-        assert f"there is no store at {tmp_path / 'data/lorastack/store'}: name" in done.err
+        assert f"no store at {tmp_path / 'data/lorastack/store'}: name by --store" in done.err
     assert not (tmp_path / "lorastack-train").exists()
 
 

@@ -54,7 +54,7 @@ def machine(
     root = default_store() if store is None else store
     if needs_store and not root.exists():
         raise InvalidArgumentError(
-            f"there is no store at {root}: name the one of the server with these adapters by --store"
+            f"there is no store at {root}: name by --store that of the server with these adapters"
         )
     defaults = device_defaults(find_device(device.value))
     adapters = None
