@@ -135,6 +135,7 @@ def test_adapters_need_a_store(run: Run, tiny: tuple[str, ...], tmp_path: Path) 
         (("--learning-rate", "0"), "above 0"),
         (("--held-out", "0.6"), "--held-out"),
         (("--lora", "a:b:c"), "ID:SCALE"),
+        (("--replace",), "goes with --upload"),
     ],
 )
 def test_wrong_options(

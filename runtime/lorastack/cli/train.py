@@ -247,6 +247,8 @@ def heads(
     folder = work or Path("lorastack-train", *adapter_id.split("/"))
     if "\0" in adapter_id:
         raise typer.BadParameter("it holds a NUL character", param_hint="--id")
+    if replace and not upload:
+        raise typer.BadParameter("it goes with --upload", param_hint="--replace")
     prepare()
     # Deferred: `--help` must not wait for torch.
     from lorastack.cli.machine import machine, watching

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from lorastack.adapters.store.ids import check_new_id
 from lorastack.adapters.store.manifest import adapter_digest, file_spec
 from lorastack.client import Client
 from lorastack.client.uploading import adapter_files
@@ -16,8 +15,7 @@ class Publication:
     """Where a result goes: an id at a server, HOST:PORT."""
 
     def __init__(self, server: str, adapter_id: str, *, replace: bool) -> None:
-        """Raises InvalidArgumentError for an id or an address that cannot be one."""
-        check_new_id(adapter_id)
+        """replace: an id that exists gets a newer revision."""
         self._server = server
         self._id = adapter_id
         self._replace = replace
