@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from lorastack.adapters.formats.facts import Facts
 from lorastack.adapters.formats.validate import Validator
 from lorastack.adapters.memory.loader import Loader
-from lorastack.adapters.store.manifest import Record
+from lorastack.adapters.store.manifest import Manifest, Record
 from lorastack.adapters.store.registry import Registry
 from lorastack.errors import (
     FailedPreconditionError,
@@ -196,6 +196,11 @@ def test_a_prior_is_validated_and_kept(heads: Path, part: Path) -> None:
 # -- the heads that it corrects -------------------------------------------------------------------
 
 
+def corrected(registry: Registry, part: Manifest) -> Record:
+    assert part.facts.shared_heads is not None
+    return registry.shared_heads(part.facts.shared_heads, part.base_fingerprint)
+
+
 def test_a_part_needs_its_heads_in_the_store(registry: Registry, heads: Path, part: Path) -> None:
     with pytest.raises(FailedPreconditionError, match="upload 'heads' first") as caught:
         put(registry, "part", part)
@@ -205,7 +210,7 @@ def test_a_part_needs_its_heads_in_the_store(registry: Registry, heads: Path, pa
         registry.resolve("part")
     shared = put(registry, "heads", heads)
     record = put(registry, "part", part)
-    assert registry.shared_heads(record.manifest) == shared
+    assert corrected(registry, record.manifest) == shared
 
 
 def test_their_weights_count_and_not_their_id(
@@ -216,22 +221,22 @@ def test_their_weights_count_and_not_their_id(
     record = put(registry, "part", part)
     other = write_heads(tmp_path / "other", H, num_heads=3, seed=9)
     put(registry, "heads", other)
-    assert registry.shared_heads(record.manifest) == first
+    assert corrected(registry, record.manifest) == first
     put(registry, "abc", heads)  # the id that the part names goes before others
-    assert registry.shared_heads(record.manifest) == first
+    assert corrected(registry, record.manifest) == first
     registry = reopen(registry, root)
-    assert registry.shared_heads(registry.resolve("part").manifest) == first
+    assert corrected(registry, registry.resolve("part").manifest) == first
     registry.delete("heads")
-    assert registry.shared_heads(record.manifest).id == "abc"
+    assert corrected(registry, record.manifest).id == "abc"
     put(registry, "abc", other)
     registry.prune(1)  # a revision that a part corrects stays
-    assert registry.shared_heads(record.manifest).digest == first.digest
+    assert corrected(registry, record.manifest).digest == first.digest
     registry.delete("abc")
     with pytest.raises(NotFoundError, match="no heads 'heads' whose medusa_lm_head"):
-        registry.shared_heads(record.manifest)
+        corrected(registry, record.manifest)
     put(registry, "heads", other)
     with pytest.raises(NotFoundError, match="no heads 'heads' whose medusa_lm_head"):
-        registry.shared_heads(record.manifest)
+        corrected(registry, record.manifest)
     with pytest.raises(FailedPreconditionError, match="upload 'heads' first"):
         put(registry, "again", part)
     registry.close()

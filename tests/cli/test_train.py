@@ -84,6 +84,8 @@ def test_a_run_and_an_evaluation_print_what_came_out(run: Run, tiny: tuple[str, 
     assert f"is in {folder}" in done.out
     assert f"lorastack adapters upload {folder} --id mine" in done.out
     assert re.search(r"^head 2 +0\.\d{3}", done.out, re.MULTILINE)
+    spaced = run("train", "heads", *tiny, *training, "--work", "a work folder", "--held-out", "0")
+    assert "lorastack adapters upload 'a work folder/adapter' --id mine" in spaced.out
     told = json.loads(run("train", "heads", *tiny, *training, "--json").out)
     assert told["digest"] in done.out and told["folder"] == str(folder)
     assert told["prompts"] == 11 and told["skipped"] == 0 and told["uploaded_to"] is None
@@ -108,6 +110,21 @@ def test_an_interruption_says_how_to_go_on(
     done = run("train", "heads", *tiny, "--id", "a/b", "--work", "here")
     assert done.code == 130
     assert done.err == "interrupted: the same command goes on with what is in here\n"
+    done = run("train", "heads", *tiny, "--id", "b", "--restart")
+    told = "interrupted: the same command without --restart goes on with what is in"
+    assert done.err == f"{told} lorastack-train/b\n"
+
+
+def test_adapters_need_a_store(run: Run, tiny: tuple[str, ...], tmp_path: Path) -> None:
+    for command in (
+        ("heads", "--id", "x", "--lora", "a"),
+        ("heads", "--id", "x", "--from", "a"),
+        ("eval", "--heads", "a"),
+    ):
+        done = run("train", *command, *tiny)
+        assert done.code == 1 and done.err.count("\n") == 1
+        assert f"no store at {tmp_path / 'data/lorastack/store'}: name by --store" in done.err
+    assert not (tmp_path / "lorastack-train").exists()
 
 
 @pytest.mark.parametrize(
@@ -117,6 +134,7 @@ def test_an_interruption_says_how_to_go_on(
         (("--learning-rate", "0"), "above 0"),
         (("--held-out", "0.6"), "--held-out"),
         (("--lora", "a:b:c"), "ID:SCALE"),
+        (("--replace",), "goes with --upload"),
     ],
 )
 def test_wrong_options(

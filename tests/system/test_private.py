@@ -6,6 +6,7 @@ import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from prometheus_client import generate_latest
 from lorastack.config import AdapterConfig
 from lorastack.engine.batch import Batch
 from lorastack.engine.runner import StepResults
-from lorastack.errors import InvalidArgumentError
+from lorastack.errors import InvalidArgumentError, NotFoundError
 from lorastack.speculation.calibration import Calibration
 from lorastack.v1 import generation_pb2 as pb
 from lorastack.v1.adapters_pb2 import Adapter
@@ -116,6 +117,32 @@ def test_newer_heads_under_the_id_change_nothing_for_a_part(
     assert reply.adapters.shared_medusa_digest == old != server.digests[BLANK_HEADS]
     assert by_heads(reply) >= LENGTH // 2
     assert by_heads(server.client.generate(say("fjord", BLANK_HEADS))) >= LENGTH // 2
+
+
+def test_a_row_keeps_shared_heads_that_are_deleted_meanwhile(
+    server: LiveServer, zoo: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, deleted, run = Event(), Event(), server.engine._loop._runner.run
+
+    def slowly(batch: Batch, **rest: Any) -> StepResults:
+        begun.set()
+        deleted.wait(0.5)
+        return run(batch, **rest)
+
+    monkeypatch.setattr(server.engine._loop._runner, "run", slowly)
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(server.client.generate, say("owl", "private-owl"))
+        wait_until(begun.is_set, "the row runs")
+        server.client.delete_adapter(BLANK_HEADS)
+        deleted.set()
+        reply = running.result()
+    assert reply.text == ("owl" * LENGTH)[:LENGTH] and by_heads(reply) >= LENGTH // 2
+    with pytest.raises(NotFoundError, match="'private-owl' is a private part of other heads"):
+        server.client.generate(say("owl", "private-owl"))
+    server.upload("elsewhere", zoo[BLANK_HEADS])
+    server.load_heads("private-owl")
+    reply = server.client.generate(say("owl", "private-owl"))
+    assert reply.adapters.shared_medusa_id == "elsewhere" and by_heads(reply) >= LENGTH // 2
 
 
 def test_a_bundle_and_the_default_heads_may_be_parts(

@@ -86,7 +86,7 @@ def store(
 
 @pytest.fixture(scope="session")
 def open_tiny(tiny_llama: Path, store: Path) -> OpenTiny:
-    """open_tiny(config, backend=..., with_store=...): the tiny model's engine, in float32.
+    """open_tiny(config, backend=..., store_at=..., ...): the tiny model's engine, in float32.
 
     Drafts cost next to nothing, so that whether there are any does not depend on the machine.
     """
@@ -97,10 +97,11 @@ def open_tiny(tiny_llama: Path, store: Path) -> OpenTiny:
         *,
         backend: str = "auto",
         with_store: bool = True,
+        store_at: Path = store,
         **model: Any,
     ) -> Iterator[LocalEngine]:
         fields = {"dtype": "float32", "device": "cpu", "threads": 1} | model
-        adapters = AdapterConfig(store=store, device_memory=MIB, host_memory=MIB)
+        adapters = AdapterConfig(store=store_at, device_memory=MIB, host_memory=MIB)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(startup_engine, "measure", lambda *_: CheapHeads())
             with open_engine(

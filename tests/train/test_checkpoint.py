@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from lorastack.adapters.store import durable
 from lorastack.errors import DataLossError, FailedPreconditionError, ResourceExhaustedError
@@ -41,6 +42,14 @@ def test_another_run_is_refused_by_what_differs(tmp_path: Path) -> None:
 def test_a_damaged_file_is_named(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "checkpoint.safetensors"
     path.write_bytes(data)
+    with pytest.raises(DataLossError, match="is no checkpoint"):
+        load_checkpoint(path, RUN)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"identity": 3, "state": {}}', '{"identity": {}}'])
+def test_metadata_of_another_kind_is_damage(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "checkpoint.safetensors"
+    save_file({"a": torch.zeros(1)}, path, {"lorastack.training": text})
     with pytest.raises(DataLossError, match="is no checkpoint"):
         load_checkpoint(path, RUN)
 

@@ -197,9 +197,10 @@ def test_what_is_no_corpus(tmp_path: Path) -> None:
         Corpus.open(tmp_path)
     with writer(tmp_path / "c"), pytest.raises(FailedPreconditionError, match="no samples yet"):
         Corpus.open(tmp_path / "c")
-    (tmp_path / "c" / "corpus.json").write_text("{}")
-    with pytest.raises(FailedPreconditionError, match="no corpus"):
-        writer(tmp_path / "c")
+    for text in ("{}", '{"format": "lorastack corpus 1", "settings": {}}'):
+        (tmp_path / "c" / "corpus.json").write_text(text)
+        with pytest.raises(FailedPreconditionError, match="no corpus"):
+            writer(tmp_path / "c")
 
 
 def test_without_top_lists(tmp_path: Path) -> None:

@@ -129,6 +129,11 @@ def test_prompts_are_spread_over_the_file(run: EvalRun, tmp_path: Path) -> None:
     file = prompts_file(tmp_path / "many.jsonl", tuple(f"prompt {n}" for n in range(25)))
     (cell,) = evaluate(replace(run, prompts=(file,), num_prompts=6, max_new_tokens=2))["cells"]
     assert cell["served"]["prompts"] == cell["ranked"]["prompts"] == 6
+    tight = replace(run.model, max_context=64)
+    file = prompts_file(tmp_path / "ends-long.jsonl", ("short",) * 6 + ("long " * 100,) * 3)
+    few = replace(run, prompts=(file,), num_prompts=6, max_new_tokens=2, model=tight)
+    (cell,) = evaluate(few)["cells"]
+    assert cell["skipped"] == 2 and cell["served"]["prompts"] == 4
 
 
 def test_prompts_that_do_not_fit_are_counted(run: EvalRun, tmp_path: Path) -> None:
@@ -147,6 +152,7 @@ def test_prompts_that_do_not_fit_are_counted(run: EvalRun, tmp_path: Path) -> No
         ("nobody", NotFoundError, "nobody"),
         ("lora-a", InvalidArgumentError, "a LoRA without"),
         ("none", InvalidArgumentError, "name Medusa heads"),
+        ("", InvalidArgumentError, "name Medusa heads"),
     ],
 )
 def test_heads_that_are_none(name: str, error: type[Exception], words: str, run: EvalRun) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +12,14 @@ import pytest
 import torch
 
 from lorastack.adapters.store.ids import NO_HEADS
+from lorastack.adapters.store.registry import Registry
 from lorastack.errors import (
     FailedPreconditionError,
     InternalError,
     InvalidArgumentError,
     NotFoundError,
 )
+from lorastack.layout import ModelShapes
 from lorastack.request import (
     FinishReason,
     Request,
@@ -24,9 +27,12 @@ from lorastack.request import (
     SpeculationParams,
     StopParams,
 )
+from lorastack.startup.files import ModelFiles
 from lorastack.train.local import LocalEngine, Reply, Selection
 from lorastack.train.prompts import Prompt
+from tests.helpers.adapters import write_heads, write_private
 from tests.helpers.reference import Reference, Stack
+from tests.service.fakes import store as put
 from tests.train.conftest import FAMILIAR, ROOMY, TIGHT, OpenTiny
 
 STACK = (("lora-a", 1.0), ("lora-b", 0.5))
@@ -225,6 +231,74 @@ def test_what_was_selected_survives_its_store(
         check_states(reference, list(engine.run(requests(engine, both))), [("lora-a", 1.0)])
         with pytest.raises((InvalidArgumentError, NotFoundError)):
             engine.add_folder(adapter_folders["both"].parent)
+
+
+@pytest.fixture
+def parts(
+    tmp_path: Path,
+    tiny_llama: Path,
+    tiny_llama_shapes: ModelShapes,
+    adapter_folders: dict[str, Path],
+) -> Iterator[Registry]:
+    """A store with heads, a private part of them, and a bundle whose heads are such a part."""
+    registry, heads = Registry(tmp_path / "parts"), adapter_folders["heads"]
+    bundle = shutil.copytree(adapter_folders["lora-a"], tmp_path / "bundle")
+    for adapter_id, folder in (
+        ("heads", heads),
+        ("part", write_private(tmp_path / "part", heads)),
+        ("bundle", write_private(bundle, heads, seed=1)),
+    ):
+        put(registry, adapter_id, folder, tiny_llama_shapes, ModelFiles(tiny_llama).fingerprint())
+    yield registry
+    registry.close()
+
+
+def test_a_bundle_of_a_private_part(
+    open_tiny: OpenTiny, parts: Registry, tmp_path: Path, adapter_folders: dict[str, Path]
+) -> None:
+    """Its LoRA serves alone, with its own heads, and with others."""
+    for medusa_id in (NO_HEADS, "", "part", "heads"):
+        with open_tiny(store_at=tmp_path / "parts") as engine:
+            found = engine.select([("bundle", 1.0)], medusa_id)
+            assert [use.digest for use in found.loras] == [parts.resolve("bundle").digest]
+            wanted = {"": "bundle"}.get(medusa_id, medusa_id)
+            assert ("none" if found.heads is None else found.heads.medusa_id) == wanted
+            assert len(list(engine.run(requests(engine, found, max_new_tokens=3)))) == len(TEXTS)
+    with open_tiny(store_at=tmp_path / "parts") as engine:
+        own = engine.add_folder(tmp_path / "bundle")
+        assert own.heads is not None and own.heads.shared_digest == parts.resolve("heads").digest
+
+
+def test_a_folders_private_part_finds_its_heads_by_their_weights(
+    open_tiny: OpenTiny,
+    parts: Registry,
+    tmp_path: Path,
+    tiny_llama: Path,
+    tiny_llama_shapes: ModelShapes,
+    adapter_folders: dict[str, Path],
+) -> None:
+    """The id that it names has other heads by now, or none at all; or it is no id."""
+    fingerprint = ModelFiles(tiny_llama).fingerprint()
+    other = write_heads(tmp_path / "other", tiny_llama_shapes.hidden_size, seed=5)
+    digest = parts.resolve("heads").digest
+    strange = write_private(tmp_path / "strange", adapter_folders["heads"], shared_id=NO_HEADS)
+    put(parts, "heads", other, tiny_llama_shapes, fingerprint)  # the first ones: a revision
+    with open_tiny(store_at=tmp_path / "parts") as engine:
+        for name in ("part", "strange"):
+            found = engine.add_folder(tmp_path / name).heads
+            assert found is not None and found.shared_digest == digest
+            engine.load(found)
+    put(parts, "moved", adapter_folders["heads"], tiny_llama_shapes, fingerprint)
+    parts.delete("heads")
+    with open_tiny(store_at=tmp_path / "parts") as engine:
+        found = engine.add_folder(strange).heads
+        assert found is not None and found.shared_digest == digest
+    parts.delete("moved")
+    with open_tiny(store_at=tmp_path / "parts") as engine:
+        with pytest.raises(FailedPreconditionError, match="private part of the heads 'none'"):
+            engine.add_folder(strange)
+        engine.add_folder(adapter_folders["heads"])
+        engine.add_folder(strange)
 
 
 def test_prompts_become_tokens(open_tiny: OpenTiny) -> None:

@@ -170,6 +170,22 @@ def test_a_bundle_has_the_loras_own_files(
     assert make_heads(again).folder.joinpath("adapter_model.safetensors").exists()
 
 
+def test_a_lora_in_the_file_of_heads_makes_no_bundle(
+    tiny_llama: Path,
+    tmp_path: Path,
+    server: LiveServer,
+    root: Path,
+    adapter_folders: dict[str, Path],
+) -> None:
+    folder = shutil.copytree(adapter_folders["lora-a"], tmp_path / "named-like-heads")
+    (folder / "adapter_model.safetensors").rename(folder / "medusa_lm_head.safetensors")
+    server.client.upload(folder, "named-like-heads")
+    run = heads_run(tmp_path, tiny_llama, root, loras=(("named-like-heads", 1.0),), bundle=True)
+    with pytest.raises(InvalidArgumentError, match="its LoRA in medusa_lm_head"):
+        make_heads(run)
+    assert not (run.work / "corpus").exists()
+
+
 def test_heads_learn_on(tiny_llama: Path, root: Path, tmp_path: Path, plain: Path) -> None:
     for name, source in (("folder", str(plain)), ("id", "heads")):
         start = StartOptions(continue_from=source)
@@ -191,7 +207,9 @@ def test_a_private_part_is_served_beside_the_heads_that_it_corrects(
         tiny_llama,
         root,
         loras=ELK,
-        start=StartOptions(shared="heads", private_rank=3),
+        start=StartOptions(
+            shared=f"heads@{server.client.get_adapter('heads').digest}", private_rank=3
+        ),
         adapter_id="private",
     )
     publication = Publication(server.server.address, "private", replace=False)
@@ -478,6 +496,20 @@ def test_an_id_is_replaced_if_asked_for(
     make_heads(run, publication=Publication(server.server.address, "heads", replace=False))
     assert len(server.client.list_revisions("heads")) == 2
     server.client.rollback("heads", before)
+
+
+def test_what_a_restart_throws_away_is_not_what_the_server_has(
+    server: LiveServer, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An id that exists is refused before the work, not behind it."""
+    run = heads_run(tmp_path, tiny_llama, None, adapter_id="begun-anew")
+    publication = Publication(server.server.address, "begun-anew", replace=False)
+    first = make_heads(run, publication=publication)
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline, "open_engine", lambda *_: pytest.fail("a model was loaded"))
+        with pytest.raises(AlreadyExistsError, match="--replace"):
+            make_heads(replace(run, restart=True), publication=publication)
+    assert make_heads(run, publication=publication).digest == first.digest  # all of it is there
 
 
 def test_a_server_of_another_model_is_told_before_any_work(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,10 @@ def test_equal_prompts_have_one_key_whatever_their_form(tmp_path: Path) -> None:
         ({"turns": []}, "turns must be"),
         ({"messages": "a"}, "messages must be a list"),
         ({"messages": ["a"]}, "must hold objects"),
-        ({"messages": [{"role": "cat"}, {"role": "user", "content": "a"}]}, "'cat'"),
+        ({"messages": [{"role": "cat"}, {"role": "user", "content": "a"}]}, 'role "cat"'),
+        ({"conversations": [{"role": "cat"}, {"role": "user", "content": "a"}]}, 'from "cat"'),
+        ('{"prompt": "a \\ud800 b"}', "half a surrogate pair"),
+        ({"messages": [{"role": "user", "content": "\udfff"}]}, "half a surrogate pair"),
         ({"messages": [{"role": ["user"], "content": "a"}]}, "no turn of a user"),
         ({"messages": [{"role": "assistant", "content": "a"}]}, "no turn of a user"),
         ({"messages": [{"role": "user"}]}, "content must be a text"),
@@ -153,3 +157,26 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
         PromptFile(tmp_path / "none.jsonl")
     with pytest.raises(InvalidArgumentError, match="cannot be read"):
         PromptFile(tmp_path)
+
+
+def test_what_a_line_says_does_not_fill_the_screen(tmp_path: Path) -> None:
+    long = {"messages": [{"role": "cat" * 9999}, {"role": "user", "content": "a"}]}
+    with pytest.raises(InvalidArgumentError) as refusal:
+        PromptFile(write(tmp_path / "p.jsonl", long))
+    assert len(refusal.value.message) < 500 + len(str(tmp_path))
+
+
+@pytest.mark.parametrize("now", [["a", "x"], ["a"], ["a", "b", "c"], []])
+def test_a_file_that_changes_after_it_was_checked(tmp_path: Path, now: list[str]) -> None:
+    file = PromptFile(write(tmp_path / "p.jsonl", {"prompt": "a"}, {"prompt": "b"}))
+    write(file.path, *({"prompt": text} for text in now))
+    with pytest.raises(InvalidArgumentError, match="was changed while it was read"):
+        list(file)
+    write(file.path, {"text": "a"}, "", {"text": "b"})  # the same prompts
+    assert len(list(file)) == 2
+
+
+def test_a_pipe_is_refused_before_it_is_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InvalidArgumentError, match="name a file"):
+        PromptFile(tmp_path / "pipe")

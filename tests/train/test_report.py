@@ -102,11 +102,14 @@ def test_the_card_of_a_private_part_names_its_shared_heads(made: tuple[Trained, 
 
 
 def test_without_matplotlib_there_is_no_plot(
-    made: tuple[Trained, Summary], monkeypatch: pytest.MonkeyPatch
+    made: tuple[Trained, Summary],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert plot(*made) is None
+    assert "pip install 'lorastack[train]'" in caplog.text
 
 
 @pytest.mark.parametrize("held", [True, False])

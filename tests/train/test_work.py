@@ -57,6 +57,9 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
     with pytest.raises(InvalidArgumentError, match="is no folder"):
         WorkFolder(tmp_path / "thesis.tex")
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    with pytest.raises(InvalidArgumentError, match="is no folder"):
+        WorkFolder(tmp_path / "link")
 
 
 def test_one_process_works_there_at_a_time(tmp_path: Path) -> None:

@@ -283,7 +283,9 @@ class Catalogue:
         if facts.shared_heads is None:
             return HeadsUse(medusa_id=medusa_id, digest=record.digest, prior=facts.acceptance)
         try:
-            shared = self._registry.shared_heads(record.manifest)
+            shared = self._registry.shared_heads(
+                facts.shared_heads, record.manifest.base_fingerprint
+            )
         except NotFoundError as error:
             raise NotFoundError(
                 f"{medusa_id!r} is a private part of other heads: {error.message}",

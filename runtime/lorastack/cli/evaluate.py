@@ -89,11 +89,12 @@ def evaluate_heads(
     from lorastack.cli.trained import show_evaluation
     from lorastack.train.evaluate import EvalRun, evaluate
 
+    loras = lora_pairs(lora)
     here = machine(
         model=model,
         base_names=base_name,
         store=store,
-        needs_store=bool(lora) or not all(Path(name).is_dir() for name in heads),
+        needs_store=bool(loras) or not all(Path(name).is_dir() for name in heads),
         device=device,
         dtype=dtype,
         backend=backend,
@@ -110,7 +111,7 @@ def evaluate_heads(
         model=here.model,
         engine=here.engine,
         adapters=here.adapters,
-        loras=lora_pairs(lora),
+        loras=loras,
         max_new_tokens=max_new_tokens,
         num_prompts=num_prompts,
         write_prior=write_prior,

@@ -42,6 +42,7 @@ from lorastack.cli.training import (
     Upload,
     Work,
     command_line,
+    destination,
     positive,
     prepare,
     work_folder,
@@ -116,6 +117,7 @@ def train_joint(
     The result is a bundle of both. It needs PEFT: pip install 'lorastack[train]'.
     """
     folder = work_folder(work, adapter_id)
+    goal = destination(server, upload=upload, replace=replace)
     prepare()
     # Deferred: `--help` must not wait for torch.
     from lorastack.cli.machine import machine
@@ -166,4 +168,4 @@ def train_joint(
         restart=restart,
         command=command_line(context),
     )
-    carry_out(run, server if upload else "", replace=replace, as_json=as_json)
+    carry_out(run, goal, replace=replace, as_json=as_json)

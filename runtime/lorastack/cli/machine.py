@@ -15,6 +15,7 @@ from lorastack.cli.choices import Backend, Device, DType, Quantize
 from lorastack.cli.options import default_store
 from lorastack.cli.output import stage_bars, stage_log, startup_bars, startup_log
 from lorastack.config import AdapterConfig, EngineConfig, ModelConfig, parse_size
+from lorastack.errors import InvalidArgumentError
 from lorastack.service.watch import logs
 from lorastack.startup.device import device_defaults, find_device
 from lorastack.startup.model import StartupProgress
@@ -48,10 +49,14 @@ def machine(
 ) -> Machine:
     """The options as configuration. needs_store: adapters are named by ids.
 
-    Raises InvalidArgumentError for a device that is not there.
+    Raises InvalidArgumentError for a device or a needed store that is not there.
     """
-    defaults = device_defaults(find_device(device.value))
     root = default_store() if store is None else store
+    if needs_store and not root.exists():
+        raise InvalidArgumentError(
+            f"there is no store at {root}: name by --store that of the server with these adapters"
+        )
+    defaults = device_defaults(find_device(device.value))
     adapters = None
     if needs_store or root.is_dir():
         adapters = AdapterConfig(

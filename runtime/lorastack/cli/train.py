@@ -44,6 +44,7 @@ from lorastack.cli.training import (
     Upload,
     Work,
     command_line,
+    destination,
     lora_pairs,
     prepare,
     work_folder,
@@ -139,6 +140,7 @@ def heads(
     answers, are measured on prompts that were held out, and written as a folder to upload.
     """
     folder = work_folder(work, adapter_id)
+    goal = destination(server, upload=upload, replace=replace)
     prepare()
     # Deferred: `--help` must not wait for torch.
     from lorastack.cli.machine import machine
@@ -149,12 +151,13 @@ def heads(
     from lorastack.train.run import HeadsRun
     from lorastack.train.start import StartOptions
 
+    loras = lora_pairs(lora)
     named = [name for name in (continue_from, shared) if name and not Path(name).is_dir()]
     here = machine(
         model=model,
         base_names=base_name,
         store=store,
-        needs_store=bool(lora or named),
+        needs_store=bool(loras or named),
         device=device,
         dtype=dtype,
         backend=backend,
@@ -172,7 +175,7 @@ def heads(
         model=here.model,
         engine=here.engine,
         adapters=here.adapters,
-        loras=lora_pairs(lora),
+        loras=loras,
         start=StartOptions(
             num_heads=num_heads,
             num_layers=num_layers,
@@ -198,4 +201,4 @@ def heads(
         restart=restart,
         command=command_line(context),
     )
-    carry_out(run, server if upload else "", replace=replace, as_json=as_json)
+    carry_out(run, goal, replace=replace, as_json=as_json)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,7 +28,8 @@ def carry_out(run: HeadsRun, server: str, *, replace: bool, as_json: bool) -> No
         with watching() as (loading, progress):
             outcome = make_heads(run, publication=publication, progress=progress, loading=loading)
     except KeyboardInterrupt:
-        typer.echo(f"interrupted: the same command goes on with what is in {run.work}", err=True)
+        again = "the same command without --restart" if run.restart else "the same command"
+        typer.echo(f"interrupted: {again} goes on with what is in {run.work}", err=True)
         raise
     show_outcome(outcome, server, as_json)
 
@@ -67,8 +69,8 @@ def show_outcome(outcome: Outcome, server: str, as_json: bool) -> None:
         typer.echo(f"served: {served_line(outcome.served)}")
     typer.echo(one_line(f"{outcome.digest} is in {outcome.folder}"))
     stored = f"it is stored at {server} as {evaluation['name']}"
-    todo = f"lorastack adapters upload {outcome.folder} --id {evaluation['name']}"
-    typer.echo(one_line(stored if server else f"store it with: {todo}"))
+    todo = ("lorastack", "adapters", "upload", str(outcome.folder), "--id", evaluation["name"])
+    typer.echo(one_line(stored if server else f"store it with: {shlex.join(todo)}"))
 
 
 def show_evaluation(evaluation: Mapping[str, Any], as_json: bool) -> None:

@@ -157,6 +157,13 @@ def work_folder(work: Path | None, adapter_id: str) -> Path:
     return work or Path("lorastack-train", *adapter_id.split("/"))
 
 
+def destination(server: str, *, upload: bool, replace: bool) -> str:
+    """Where the result is uploaded to; "" for nowhere."""
+    if replace and not upload:
+        raise typer.BadParameter("it goes with --upload", param_hint="--replace")
+    return server if upload else ""
+
+
 def prepare() -> None:
     """What must be set before torch and the hub's library are imported."""
     share_cores()

@@ -15,11 +15,10 @@ from typing import Any
 from lorastack.adapters.formats.medusa import CONFIG_NAME, HEADS_FIELD, LAYERS_FIELD
 from lorastack.adapters.formats.refusal import invalid
 from lorastack.adapters.sources.base import PIECE, Pieces, SourceFile, describe
+from lorastack.folders import HEADS_WEIGHTS
 from lorastack.model.checkpoint import Checkpoint
 from lorastack.model.weights import HEADS_TENSORS_PREFIX
 from lorastack.tensorheader import TensorEntry, header_bytes
-
-WEIGHTS_NAME = "medusa_lm_head.safetensors"
 
 
 def own_heads(
@@ -45,7 +44,7 @@ def own_heads(
     }
     return [
         _file(CONFIG_NAME, json.dumps(config, indent=2).encode(), []),
-        _file(WEIGHTS_NAME, header_bytes(tensors), tensors),
+        _file(HEADS_WEIGHTS, header_bytes(tensors), tensors),
     ]
 
 

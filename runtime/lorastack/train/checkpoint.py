@@ -57,18 +57,18 @@ def load_checkpoint(
     try:
         with safe_open(path, "pt") as file:
             found = json.loads((file.metadata() or {})[_METADATA])
+            known, state = dict(found["identity"]), dict(found["state"])
             names: list[str] = file.keys()
             tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in names}
-    except (SafetensorError, KeyError, ValueError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise DataLossError(f"{path} is no checkpoint, or is damaged: delete it") from error
     wanted = json.loads(json.dumps(identity))
-    differing = [name for name, value in wanted.items() if found["identity"].get(name) != value]
+    differing = [name for name, value in wanted.items() if known.get(name) != value]
     if differing:
         raise FailedPreconditionError(
             f"{path} is the checkpoint of another run (another {', '.join(differing)}): repeat "
             "what that run was given, name another working folder, or delete the file"
         )
-    state: dict[str, Any] = found["state"]
     return state, tensors
 
 

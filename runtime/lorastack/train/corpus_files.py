@@ -137,7 +137,8 @@ def read_about(folder: Path) -> dict[str, Any]:
     """corpus.json. Raises FailedPreconditionError."""
     try:
         about = json.loads((folder / ABOUT).read_bytes())
-        known = about["format"] == FORMAT
+        known = about["format"] == FORMAT and isinstance(about["settings"], dict)
+        Form.of(about)
     except (OSError, ValueError, KeyError, TypeError):
         known = False
     if not known:

@@ -11,7 +11,6 @@ import json
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -208,8 +207,11 @@ def _chosen(
     """
     chosen: list[tuple[Prompt, tuple[int, ...]]] = []
     num_skipped, why = 0, ""
-    stride = max(1, prompts.num_prompts // run.num_prompts)
-    for prompt in islice(prompts, 0, stride * run.num_prompts, stride):
+    count = min(run.num_prompts, prompts.num_prompts)
+    wanted = {place * prompts.num_prompts // count for place in range(count)}
+    for prompt in prompts:
+        if prompt.number not in wanted:
+            continue
         try:
             prompt_ids = engine.encode(prompt, selection)
             if len(prompt_ids) + 2 > engine.max_context:

@@ -40,14 +40,13 @@ from lorastack.adapters.formats.parse import parse
 from lorastack.adapters.formats.private import RANK_FIELD, SHARED_FIELD
 from lorastack.adapters.store.durable import disk_full_is_exhaustion, sync_folder
 from lorastack.errors import AlreadyExistsError, InvalidArgumentError, Reason
-from lorastack.folders import belongs
+from lorastack.folders import HEADS_WEIGHTS, belongs
 from lorastack.layout import HEADS, ModelShapes, Part, head_block
 from lorastack.tensorheader import TensorEntry
 from lorastack.train.heads import Block, MedusaHeads, PrivateBlock
 
 __all__ = ["HeadsFolder", "SharedHeads", "json_bytes", "load_heads", "stored", "write_heads"]
 
-WEIGHTS_NAME = "medusa_lm_head.safetensors"
 CARD_NAME = "README.md"
 EVALUATION_NAME = "evaluation.json"
 PLOT_NAME = "plot.png"
@@ -158,7 +157,7 @@ def write_heads(
         config[SHARED_FIELD] = {"id": shared.id, "sha256": shared.sha256}
         config[RANK_FIELD] = heads.private_rank
     contents = {
-        WEIGHTS_NAME: save(weights, {"format": "pt"}),
+        HEADS_WEIGHTS: save(weights, {"format": "pt"}),
         CONFIG_NAME: json_bytes(config | dict(fields or {})),
         **(files or {}),
     }

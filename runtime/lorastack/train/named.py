@@ -37,7 +37,7 @@ def named_heads(engine: LocalEngine, name: str, option: str) -> NamedHeads:
 
     Raises NotFoundError, and InvalidArgumentError for what holds no heads for this model.
     """
-    folder = Path(name) if Path(name).is_dir() else None
+    folder = Path(name) if name and Path(name).is_dir() else None
     if folder is not None:
         use = engine.add_folder(folder).heads
     else:

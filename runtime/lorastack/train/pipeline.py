@@ -125,7 +125,8 @@ def make_heads(
     full = f"the disk of {run.work} is full: free some space and run the same command again"
     with closing(WorkFolder(run.work)) as work, disk_full_is_exhaustion(full):
         folder = work.root / ADAPTER
-        theirs = None if publication is None else publication.check(folder)
+        made = None if run.restart else folder
+        theirs = None if publication is None else publication.check(made)
         with open_engine(run.model, run.engine, run.adapters, loading) as engine:
             if publication is not None and theirs is not None:
                 publication.check_base(theirs, engine.model.fingerprint)

@@ -14,13 +14,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from lorastack.errors import InvalidArgumentError
+from lorastack.modelfiles import shown
 
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
 _ROLES = {
@@ -34,6 +38,8 @@ _ROLES = {
     "bing": ASSISTANT,
     "bard": ASSISTANT,
 }
+
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 Messages = tuple[tuple[str, str], ...]  # (role, content) of each
 
@@ -59,7 +65,7 @@ class Prompt:
 
 
 class PromptFile:
-    """A file of prompts. All of it is checked when it is opened; nothing of it is kept.
+    """A file of prompts. All of it is checked when it is opened; only the prompts' keys are kept.
 
     num_prompts: lines that are not empty. sha256: of the file, lower-case hex.
     """
@@ -69,14 +75,24 @@ class PromptFile:
         the message names by its number."""
         self.path = path
         sha256 = hashlib.sha256()
-        self.num_prompts = sum(1 for _ in self._read(sha256.update))
+        self._keys = array("Q", (prompt.key for prompt in self._read(sha256.update)))
+        self.num_prompts = len(self._keys)
         self.sha256 = sha256.hexdigest()
         if not self.num_prompts:
             raise InvalidArgumentError(f"{path} holds no prompts: write one JSON object a line")
 
     def __iter__(self) -> Iterator[Prompt]:
-        """The prompts in their order, read as they are asked for."""
-        return self._read(lambda data: None)
+        """The prompts in their order, read as they are asked for.
+
+        Raises InvalidArgumentError where they are not those of the opening any more.
+        """
+        for prompt, key in zip_longest(self._read(lambda data: None), self._keys):
+            if prompt is None or prompt.key != key:
+                raise InvalidArgumentError(
+                    f"{self.path} was changed while it was read: run the command again, and leave "
+                    "the file as it is meanwhile"
+                )
+            yield prompt
 
     def _read(self, see: Callable[[bytes], None]) -> Iterator[Prompt]:
         number = 0
@@ -90,6 +106,10 @@ class PromptFile:
 
 def _opened(path: Path) -> BinaryIO:
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise InvalidArgumentError(
+                f"{path} is a pipe or device, but prompts are read more than once: name a file"
+            )
         return path.open("rb")
     except OSError as error:
         raise InvalidArgumentError(
@@ -151,14 +171,14 @@ def _conversation(where: str, field: str, turns: Any, role: str, content: str) -
         _refuse(where, f"{field} must be a list of messages")
     if not all(isinstance(turn, dict) for turn in turns):
         _refuse(where, f"{field} must hold objects with {role} and {content}")
-    roles = [_ROLES.get(str(turn.get(role, turn.get("role"))), "") for turn in turns]
+    stated = [turn.get(role, turn.get("role")) for turn in turns]
+    roles = [_ROLES.get(each, "") if isinstance(each, str) else "" for each in stated]
     if USER not in roles:
         _refuse(where, f"{field} has no turn of a user, to which a model could answer")
     count = len(roles) - roles[::-1].index(USER)
     if "" in roles[:count]:
-        found = turns[roles.index("")].get(role)
-        known = ", ".join(sorted(_ROLES))
-        _refuse(where, f"a message of {field} has the {role} {found!r}; known are {known}")
+        found, known = shown(stated[roles.index("")]), ", ".join(sorted(_ROLES))
+        _refuse(where, f"a message of {field} has the {role} {found}; known are {known}")
     texts = [turn.get(content, turn.get("content")) for turn in turns[:count]]
     return tuple(
         (speaker, _content(where, content, text))
@@ -182,6 +202,8 @@ def _content(where: str, field: str, value: Any) -> str:
 def _text(where: str, field: str, value: object, *, empty: bool = False) -> str:
     if not isinstance(value, str) or not (value or empty):
         _refuse(where, f"{field} must be a text" + ("" if empty else " that is not empty"))
+    if _HALF_PAIR.search(value):
+        _refuse(where, f"{field} holds half a surrogate pair, which is no character")
     return value
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from lorastack.adapters.store.ids import check_new_id
 from lorastack.adapters.store.manifest import adapter_digest, file_spec
 from lorastack.client import Client
 from lorastack.client.uploading import adapter_files
@@ -16,17 +15,17 @@ class Publication:
     """Where a result goes: an id at a server, HOST:PORT."""
 
     def __init__(self, server: str, adapter_id: str, *, replace: bool) -> None:
-        """Raises InvalidArgumentError for an id or an address that cannot be one."""
-        check_new_id(adapter_id)
+        """replace: an id that exists gets a newer revision."""
         self._server = server
         self._id = adapter_id
         self._replace = replace
 
-    def check(self, folder: Path) -> str:
-        """Asks the server whether it will take what is to lie in `folder`; its base's fingerprint.
+    def check(self, made: Path | None) -> str:
+        """Asks the server whether it will take a result; its base's fingerprint.
 
-        Raises AlreadyExistsError for an id that exists, unless it is to be replaced or is this very
-        folder; UnavailableError if there is no server.
+        made: where the result may be already; None: it will be made anew. Raises AlreadyExistsError
+        for an id that exists, unless it is to be replaced or is what was made; UnavailableError if
+        there is no server.
         """
         with Client(self._server) as client:
             fingerprint = client.model_info().fingerprint
@@ -34,7 +33,7 @@ class Publication:
                 stored = client.get_adapter(self._id)
             except NotFoundError:
                 return fingerprint
-        if not self._replace and stored.digest != folder_digest(folder):
+        if not self._replace and (made is None or stored.digest != folder_digest(made)):
             raise AlreadyExistsError(
                 f"{self._server} has an adapter {self._id!r}: --replace makes the result its "
                 "newest revision, or choose another --id",

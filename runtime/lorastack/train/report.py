@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import math
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +15,8 @@ from lorastack.train.joint_options import Drift, JointOptions
 from lorastack.train.measure import NUM_RANKS, Summary
 from lorastack.train.trainer import Trained, TrainOptions
 
-NO_PLOT = "no plot was made: it needs matplotlib, which `pip install 'lorastack[train]'` brings"
+log = logging.getLogger(__name__)
+
 _SHOWN_RANKS = (1, 2, 3, 5, 10)
 
 
@@ -213,10 +215,11 @@ def _measured(held_out: Summary) -> Iterator[str]:
 
 
 def plot(trained: Trained, held_out: Summary | None) -> bytes | None:
-    """plot.png: losses by epoch and accuracies by rank. None without matplotlib (see NO_PLOT)."""
+    """plot.png: losses by epoch and accuracies by rank. None without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
+        log.warning("no plot: it needs matplotlib, which `pip install 'lorastack[train]'` brings")
         return None
     figure = Figure(figsize=(10, 4), layout="constrained")
     losses, accuracies = figure.subplots(1, 2)

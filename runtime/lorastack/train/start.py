@@ -8,9 +8,11 @@ from torch import Tensor
 
 from lorastack.adapters.formats.medusa import MAX_HEADS, MAX_LAYERS
 from lorastack.adapters.store.durable import hash_file
+from lorastack.adapters.store.ids import split_reference
 from lorastack.errors import InvalidArgumentError
+from lorastack.folders import HEADS_WEIGHTS
 from lorastack.request import HeadsUse
-from lorastack.train.folder import WEIGHTS_NAME, SharedHeads
+from lorastack.train.folder import SharedHeads
 from lorastack.train.heads import MedusaHeads, identity_heads, with_private
 from lorastack.train.local import LocalEngine
 from lorastack.train.named import NamedHeads, named_heads
@@ -87,19 +89,21 @@ def open_start(engine: LocalEngine, options: StartOptions, seed: int) -> Start:
         )
     if not options.shared:
         return Start(heads=named.heads, use=named.use)
-    if WEIGHTS_NAME not in named.files:
+    if HEADS_WEIGHTS not in named.files:
         raise InvalidArgumentError(
-            f"--from {named.name}: a private part is for heads whose weights are in {WEIGHTS_NAME}"
+            f"--from {named.name}: a private part is for heads whose weights are in {HEADS_WEIGHTS}"
         )
     rank = PRIVATE_RANK if options.private_rank is None else options.private_rank
     return Start(
         heads=with_private(named.heads, rank, seed),
         use=named.use,
-        shared=SharedHeads(id=_id_of(named), sha256=hash_file(named.files[WEIGHTS_NAME])),
+        shared=SharedHeads(id=_id_of(named), sha256=hash_file(named.files[HEADS_WEIGHTS])),
         ids_N=named.ids_N,
     )
 
 
 def _id_of(named: NamedHeads) -> str:
     """The id that shared heads are found by; a folder is uploaded under its own name."""
-    return named.use.medusa_id if named.folder is None else named.folder.resolve().name
+    if named.folder is None:
+        return split_reference(named.use.medusa_id)[0]
+    return named.folder.resolve().name

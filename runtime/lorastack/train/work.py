@@ -89,9 +89,9 @@ def _refuse_foreign(root: Path) -> None:
     """Raises unless the folder is new, empty, or was made by a run: `_clear` empties it."""
     try:
         names = {path.name for path in root.iterdir()}
-    except FileNotFoundError:
-        return
-    except NotADirectoryError:
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if isinstance(error, FileNotFoundError) and not root.is_symlink():
+            return
         raise InvalidArgumentError(f"--work {root} is no folder: choose another one") from None
     if RECORD not in names and names - {LOCK, RECORD + TEMPORARY}:
         raise InvalidArgumentError(

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from lorastack.adapters.formats.facts import SharedHeads
 from lorastack.adapters.store.contents import Contents
 from lorastack.adapters.store.manifest import FileSpec, Manifest, Record
 from lorastack.adapters.store.opening import Recovery, check_format, lock_store, prepare_store
@@ -84,12 +85,12 @@ class Registry:
         """What is known about a digest. Raises NotFoundError."""
         return self._contents.tables.manifest(digest)
 
-    def shared_heads(self, part: Manifest) -> Record:
-        """The heads that a private part corrects: those with the very weights that it names.
+    def shared_heads(self, shared: SharedHeads, base_fingerprint: str) -> Record:
+        """The heads that a private part names, of this base model: those with the very weights.
 
         Raises NotFoundError naming them.
         """
-        return shared_heads(self._contents.tables, part)
+        return shared_heads(self._contents.tables, shared, base_fingerprint)
 
     def digests_of(self, record: Record) -> set[str]:
         """Of what a request gets by naming this record: itself, and heads that it corrects."""

@@ -6,7 +6,7 @@ have other heads by now, for which the correction would be noise.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 
 from lorastack.adapters.formats.facts import SharedHeads
@@ -21,17 +21,16 @@ from lorastack.errors import (
 from lorastack.folders import HEADS_WEIGHTS
 
 
-def shared_heads(tables: Tables, part: Manifest) -> Record:
+def shared_heads(tables: Tables, shared: SharedHeads, base_fingerprint: str) -> Record:
     """The heads that a private part corrects, in whatever revision has their weights.
 
     Of the id that the part names if it has them, else of any other. Raises NotFoundError if no
-    revision that was stored for the part's base model has them.
+    revision that was stored for this base model has them.
     """
-    shared = _named(part)
     for pointer in _by_likelihood(tables, shared.id):
         for revision in reversed(pointer.revisions):
             manifest = tables.manifests.get(revision.digest)
-            if manifest is not None and _serves(manifest, part):
+            if manifest is not None and _serves(manifest, shared, base_fingerprint):
                 return tables.record(pointer.id, revision)
     raise NotFoundError(
         f"no heads {shared.id!r} whose {HEADS_WEIGHTS} has the sha256 {shared.sha256}: upload "
@@ -46,13 +45,12 @@ def check_shared_heads(tables: Tables, manifest: Manifest) -> None:
     Raises FailedPreconditionError if it is a private part of heads that are not stored, and
     InvalidArgumentError if they have other blocks than it corrects.
     """
-    facts = manifest.facts
-    if facts.shared_heads is None:
+    facts, shared = manifest.facts, manifest.facts.shared_heads
+    if shared is None:
         return
     try:
-        record = shared_heads(tables, manifest)
+        record = shared_heads(tables, shared, manifest.base_fingerprint)
     except NotFoundError:
-        shared = facts.shared_heads
         raise FailedPreconditionError(
             f"it is a private part of the heads {shared.id!r}, and the store has no whole heads "
             f"for this base model whose {HEADS_WEIGHTS} has the sha256 {shared.sha256}: upload "
@@ -79,21 +77,20 @@ def check_shared_heads(tables: Tables, manifest: Manifest) -> None:
 
 def digests_of(tables: Tables, record: Record) -> set[str]:
     """The digests that a request gets by naming a record: its own and of heads that it corrects."""
-    digests = {record.digest}
-    if record.manifest.facts.shared_heads is not None:
-        with suppress(NotFoundError):
-            digests.add(shared_heads(tables, record.manifest).digest)
-    return digests
+    return {record.digest, *_corrected(tables, [record.manifest])}
 
 
 def corrected_digests(tables: Tables) -> set[str]:
     """The digests of all heads that a stored private part corrects."""
-    found: set[str] = set()
-    for manifest in tables.manifests.values():
-        if manifest.facts.shared_heads is not None:
+    return set(_corrected(tables, tables.manifests.values()))
+
+
+def _corrected(tables: Tables, manifests: Iterable[Manifest]) -> Iterator[str]:
+    """The digests of the heads that these adapters correct, of those that are there."""
+    for manifest in manifests:
+        if (shared := manifest.facts.shared_heads) is not None:
             with suppress(NotFoundError):
-                found.add(shared_heads(tables, manifest).digest)
-    return found
+                yield shared_heads(tables, shared, manifest.base_fingerprint).digest
 
 
 def _by_likelihood(tables: Tables, adapter_id: str) -> Iterator[Pointer]:
@@ -105,17 +102,13 @@ def _by_likelihood(tables: Tables, adapter_id: str) -> Iterator[Pointer]:
             yield pointer
 
 
-def _named(part: Manifest) -> SharedHeads:
-    assert part.facts.shared_heads is not None, part.digest
-    return part.facts.shared_heads
-
-
-def _serves(manifest: Manifest, part: Manifest) -> bool:
-    """True for the whole heads that a part names, stored for the same base model."""
-    sha256 = _named(part).sha256
+def _serves(manifest: Manifest, shared: SharedHeads, base_fingerprint: str) -> bool:
+    """True for the whole heads that a private part names, stored for this base model."""
     return (
-        manifest.base_fingerprint == part.base_fingerprint
+        manifest.base_fingerprint == base_fingerprint
         and manifest.facts.kind.has_heads
         and manifest.facts.shared_heads is None
-        and any(spec.name == HEADS_WEIGHTS and spec.sha256 == sha256 for spec in manifest.files)
+        and any(
+            spec.name == HEADS_WEIGHTS and spec.sha256 == shared.sha256 for spec in manifest.files
+        )
     )
