@@ -221,6 +221,12 @@ def test_an_end_of_what_waits_that_itself_hangs_keeps_nobody(stuck: Crew) -> Non
     released.set()
 
 
+def test_the_file_by_which_shards_met_keeps_its_number(stuck: Crew) -> None:
+    """torch writes to it by that number whenever it collects its `FileStore`."""
+    stuck.close()
+    assert os.readlink(f"/proc/self/fd/{stuck.store}").startswith("/memfd:lorastack-shards")
+
+
 def test_orders_to_a_process_that_reads_nothing_do_not_hang(stuck: Crew) -> None:
     with pytest.raises(DeviceLostError, match="waited too long"), stuck.together():
         for number in range(100_000):

@@ -43,7 +43,9 @@ class Crew:
     """Processes of shards 1 and up. `send` is for one thread at a time, `tell` for `aside`.
 
     store: the number of an open file, the same in all of them, by which shards find each other. It
-    is in memory and nobody else can open it. torch asks it for news for as long as shards live.
+    is in memory and nobody else can open it. It stays open for good: torch asks it for news, and
+    writes to it once more whenever its `FileStore` is collected, by name, into whatever file has the
+    number by then.
     """
 
     def __init__(self, setups: Sequence[Setup]) -> None:
@@ -172,9 +174,6 @@ class Crew:
         self._thread.shutdown()
         for connection in (*self._connections, *self._sides):
             connection.close()
-        if self.store >= 0:
-            os.close(self.store)
-            self.store = -1
 
     def _watch(self) -> None:
         wait(self._connections)
