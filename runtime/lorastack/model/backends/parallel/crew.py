@@ -44,8 +44,7 @@ class Crew:
 
     store: the number of an open file, the same in all of them, by which shards find each other. It
     is in memory and nobody else can open it. It stays open for good: torch asks it for news, and
-    writes to it once more whenever its `FileStore` is collected, by name, into whatever file has the
-    number by then.
+    writes to it when its `FileStore` is collected, or to whatever has its number by then.
     """
 
     def __init__(self, setups: Sequence[Setup]) -> None:
