@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from lorastack.adapters.catalogue import Catalogue
 from lorastack.adapters.store.registry import Registry
 from lorastack.client import Client
 from lorastack.errors import FailedPreconditionError, NotFoundError, Reason
 from lorastack.layout import ModelShapes
 from lorastack.request import HeadsUse
-from lorastack.service.calls.catalogue import Catalogue
 from lorastack.text.tokenizer import Tokenizer
 from lorastack.v1 import generation_pb2 as pb
 from lorastack.v1.adapters_pb2 import Adapter
