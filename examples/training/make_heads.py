@@ -25,7 +25,8 @@ from lorastack.train.corpus import Corpus, CorpusWriter, Sample
 from lorastack.train.folder import load_heads, stored, write_heads
 from lorastack.train.heads import identity_heads
 from lorastack.train.measure import measure_heads, summary
-from lorastack.train.trainer import Progress, TrainOptions, train_heads
+from lorastack.train.options import Progress, TrainOptions
+from lorastack.train.trainer import train_heads
 from lorastack.train.vocabulary import choose_vocabulary, count_tokens, coverage, output_of
 
 BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from lorastack.config import MIB, AdapterConfig, EngineConfig
 from lorastack.errors import FailedPreconditionError, InvalidArgumentError
 from lorastack.startup import engine as startup_engine
-from lorastack.train import joint
+from lorastack.train import joint, loop
 from lorastack.train.corpus import NO_TARGET, Corpus
 from lorastack.train.heads import identity_heads
 from lorastack.train.joint_options import JointOptions
@@ -243,7 +243,7 @@ def _run_and_die(run: HeadsRun) -> None:
 
     with (
         patch.object(startup_engine, "measure", lambda *_: CheapHeads()),
-        patch.object(joint, "CHECKPOINT_SECONDS", 0.0),
+        patch.object(loop, "CHECKPOINT_SECONDS", 0.0),
     ):
         make_heads(run, progress=progress)
 

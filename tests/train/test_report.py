@@ -11,8 +11,9 @@ import torch
 from lorastack.train.folder import json_bytes
 from lorastack.train.heads import identity_heads, with_private
 from lorastack.train.measure import Summary, measure_heads, summary
+from lorastack.train.options import Trained, TrainOptions
 from lorastack.train.report import Origin, card, evaluation, plot
-from lorastack.train.trainer import Trained, TrainOptions, train_heads
+from lorastack.train.trainer import train_heads
 from lorastack.train.vocabulary import output_of
 from tests.train.corpora import HIDDEN, counting_corpus, lm_head
 

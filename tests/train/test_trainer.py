@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from lorastack.errors import FailedPreconditionError, InvalidArgumentError
-from lorastack.train import measure, trainer
+from lorastack.train import loop, measure
 from lorastack.train.corpus import Corpus
 from lorastack.train.heads import MedusaHeads, identity_heads, with_private
 from lorastack.train.measure import measure_heads, rank_accuracies
-from lorastack.train.trainer import Progress, Trained, TrainOptions, train_heads
+from lorastack.train.options import Progress, Trained, TrainOptions
+from lorastack.train.trainer import train_heads
 from lorastack.train.vocabulary import output_of
 from tests.train.corpora import HIDDEN, corpus_of, counting_corpus, lm_head
 
@@ -167,7 +168,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: int, private: bool
 ) -> None:
     """Killed after a step in the middle of an epoch, at its end, after the last step."""
-    monkeypatch.setattr(trainer, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
     corpus, start = counting_corpus(tmp_path), identity_heads(2, 1, HIDDEN)
     if private:
         start = with_private(start, rank=4, seed=0)

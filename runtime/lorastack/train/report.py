@@ -13,7 +13,7 @@ from typing import Any
 
 from lorastack.train.joint_options import Drift, JointOptions
 from lorastack.train.measure import NUM_RANKS, Summary
-from lorastack.train.trainer import Trained, TrainOptions
+from lorastack.train.options import Trained, TrainOptions
 
 log = logging.getLogger(__name__)
 
