@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from lorastack.kernels.segmented_lora import GroupLora, TargetLora
+from lorastack.kernels.triton.launch import float_bits
 from lorastack.kernels.triton.lora_plan import (
     PAIR_FIELDS,
     SITE_FIELDS,
@@ -13,7 +14,6 @@ from lorastack.kernels.triton.lora_plan import (
     AdapterTable,
     LoraArrays,
     LoraUse,
-    bits,
     embedding_site,
     plan_lora,
     site_of,
@@ -50,9 +50,9 @@ def test_a_table_says_where_an_adapter_lies() -> None:
         first, third = found.targets
         rank = first.rank.stop
         assert row[:2] == [found.a_RI.data_ptr(), len(found.a_RI)]
-        assert row[2:6] == [first.b_OR.data_ptr(), 0, rank, bits(0.5)]
+        assert row[2:6] == [first.b_OR.data_ptr(), 0, rank, float_bits(0.5)]
         assert row[6:10] == [0] * 4
-        assert row[10:] == [third.b_OR.data_ptr(), rank, len(found.a_RI) - rank, bits(3.0)]
+        assert row[10:] == [third.b_OR.data_ptr(), rank, len(found.a_RI) - rank, float_bits(3.0)]
 
 
 def test_an_adapter_without_a_lora_has_an_empty_table() -> None:
@@ -81,11 +81,11 @@ def test_tiles_have_tokens_of_one_stack() -> None:
     assert into.adapted_T.tolist() == [0, *[1] * 18, 0, 1, 0, 7, 7]
     assert into.tiles[:3].tolist() == [[1, 16, 0, 2], [17, 2, 2, 2], [20, 1, 4, 1]]
     assert into.pairs[:5].tolist() == [
-        [1, 16, wide.address, bits(1.0), 0, 32],
-        [1, 16, narrow.address, bits(0.25), 512, 16],
-        [17, 2, wide.address, bits(1.0), 768, 32],
-        [17, 2, narrow.address, bits(0.25), 832, 16],
-        [20, 1, narrow.address, bits(-1.0), 864, 16],
+        [1, 16, wide.address, float_bits(1.0), 0, 32],
+        [1, 16, narrow.address, float_bits(0.25), 512, 16],
+        [17, 2, wide.address, float_bits(1.0), 768, 32],
+        [17, 2, narrow.address, float_bits(0.25), 832, 16],
+        [20, 1, narrow.address, float_bits(-1.0), 864, 16],
     ]
     assert workspace_size(uses) == 864 + 16
     assert (into.tiles[3:] == 7).all()
@@ -102,8 +102,3 @@ def test_a_step_of_the_base_model_has_no_tiles() -> None:
     plan_lora([], 2, into)
     assert into.counts.tolist() == [0, 0]
     assert into.adapted_T.tolist() == [0, 0, 7]
-
-
-def test_a_scale_beyond_float32_is_infinite() -> None:
-    assert bits(1e300) == 0x7F800000
-    assert bits(-1e300) == np.float32(-np.inf).view(np.int32)
