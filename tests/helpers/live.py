@@ -171,11 +171,13 @@ class LiveServer:
             self.upload(name, folder)
 
     def load_heads(self, name: str) -> None:
-        """Heads onto the device. Rows do not wait for theirs: tests that count drafts call this."""
+        """Heads onto the device, and those that they correct. Rows do not wait for theirs: tests
+        that count drafts call this."""
 
         def loaded() -> bool:
-            self.client.generate(ask("x", heads=name, max_new_tokens=4, ignore_eos=True))
-            return self.digests[name] in {each.digest for each in self.pool.stats().adapters}
+            reply = self.client.generate(ask("x", heads=name, max_new_tokens=4, ignore_eos=True))
+            used = {reply.adapters.medusa_digest, reply.adapters.shared_medusa_digest} - {""}
+            return used <= {each.digest for each in self.pool.stats().adapters}
 
         wait_until(loaded, f"{name} is on the device")
 

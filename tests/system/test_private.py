@@ -136,13 +136,18 @@ def test_a_row_keeps_shared_heads_that_are_deleted_meanwhile(
         server.client.delete_adapter(BLANK_HEADS)
         deleted.set()
         reply = running.result()
-    assert reply.text == ("owl" * LENGTH)[:LENGTH]
+    assert reply.text == ("owl" * LENGTH)[:LENGTH] and by_heads(reply) >= LENGTH // 2
     with pytest.raises(NotFoundError, match="'private-owl' is a private part of other heads"):
         server.client.generate(say("owl", "private-owl"))
+    # Copies of what was deleted go once no row uses it; the same bytes may come again then.
+    gone = server.digests[BLANK_HEADS]
+    wait_until(
+        lambda: gone not in {each.digest for each in server.pool.stats().adapters}, "they are gone"
+    )
     server.upload("elsewhere", zoo[BLANK_HEADS])
     server.load_heads("private-owl")
     reply = server.client.generate(say("owl", "private-owl"))
-    assert reply.adapters.shared_medusa_id == "elsewhere"
+    assert reply.adapters.shared_medusa_id == "elsewhere" and by_heads(reply) >= LENGTH // 2
 
 
 def test_a_bundle_and_the_default_heads_may_be_parts(
