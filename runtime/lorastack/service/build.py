@@ -6,7 +6,6 @@ import logging
 from contextlib import ExitStack
 
 from lorastack import __version__
-from lorastack.adapters.formats.validate import Validator
 from lorastack.adapters.memory.stream import Streams
 from lorastack.adapters.store.learned import Learned
 from lorastack.adapters.store.opening import Recovery
@@ -19,7 +18,6 @@ from lorastack.service.provision import Provision
 from lorastack.service.server import Server
 from lorastack.startup.engine import adapter_memory, build_engine
 from lorastack.startup.model import StartupProgress, load_model
-from lorastack.startup.prior import check_acceptance
 
 logger = logging.getLogger(__name__)
 
@@ -57,14 +55,7 @@ def _build(
     registry = _open_store(limits)
     loaded = load_model(config.model, config.engine, limits.device_memory, progress)
     undo.callback(loaded.close)
-    validate = Validator(
-        shapes=loaded.backend.shapes,
-        dtype=loaded.backend.dtype,
-        base_names=(loaded.name, loaded.files.folder.name, *limits.base_names),
-        base_weight=loaded.files.base_weight,
-        base_token=loaded.tokenizer.token_id,
-        check_acceptance=check_acceptance,
-    )
+    validate = loaded.validator(limits.base_names)
     provision = Provision(
         config=limits, model=loaded, registry=registry, validate=validate, progress=progress
     )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
+from lorastack.adapters.formats.validate import Validator
 from lorastack.config import MIB, EngineConfig, ModelConfig
 from lorastack.errors import InvalidArgumentError, Reason
 from lorastack.kernels.native.isa import Isa, isa_named
@@ -36,6 +37,7 @@ from lorastack.startup.memory import (
     count_pages,
     default_kv,
 )
+from lorastack.startup.prior import check_acceptance
 from lorastack.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -67,6 +69,17 @@ class LoadedModel:
         """on_failure: called, from any thread, when a device that shares the model is lost."""
         if self.crew is not None:
             self.crew.watch(on_failure)
+
+    def validator(self, base_names: Sequence[str]) -> Validator:
+        """Checks adapters for this model. base_names: further names of it that they may state."""
+        return Validator(
+            shapes=self.backend.shapes,
+            dtype=self.backend.dtype,
+            base_names=(self.name, self.files.folder.name, *base_names),
+            base_weight=self.files.base_weight,
+            base_token=self.tokenizer.token_id,
+            check_acceptance=check_acceptance,
+        )
 
     def close(self) -> None:
         """Ends the processes of the other devices. No step may run any more."""

@@ -16,7 +16,6 @@ from lorastack.adapters.catalogue import Catalogue
 from lorastack.adapters.formats.facts import SharedHeads
 from lorastack.adapters.formats.medusa import CONFIG_NAME
 from lorastack.adapters.formats.private import is_private, shared_heads
-from lorastack.adapters.formats.validate import Validator
 from lorastack.adapters.sources.base import Limits, Pieces, SourceFile, copy_missing, pieces_of
 from lorastack.adapters.sources.folder import find_files
 from lorastack.adapters.store.ids import NO_HEADS
@@ -27,7 +26,6 @@ from lorastack.errors import NotFoundError
 from lorastack.modelfiles import read_object
 from lorastack.request import HeadsUse, LoraUse
 from lorastack.startup.model import LoadedModel
-from lorastack.startup.prior import check_acceptance
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,14 +48,7 @@ class LocalAdapters:
         self._limits = Limits(max_files=limits.max_files, max_bytes=limits.max_upload)
         self._store = store
         self._catalogue = Catalogue(model, store or own, limits.default_medusa)
-        self._validate = Validator(
-            shapes=model.backend.shapes,
-            dtype=model.backend.dtype,
-            base_names=(model.name, model.files.folder.name, *limits.base_names),
-            base_weight=model.files.base_weight,
-            base_token=model.tokenizer.token_id,
-            check_acceptance=check_acceptance,
-        )
+        self._validate = model.validator(limits.base_names)
 
     def select(self, loras: Sequence[tuple[str, float]], medusa_id: str) -> Selection:
         """See `LocalEngine`."""

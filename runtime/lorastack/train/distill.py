@@ -131,32 +131,13 @@ class _Asked:
 
     def sample(self, reply: Reply) -> Sample:
         """The sample of a reply to one of the requests."""
-        prompt = self._running.pop(reply.request.request_id)
-        assert reply.states_TH is not None
-        top_ids_TN = top_logprobs_TN = None
-        if self._options.num_top:
-            tops = [token.logprobs.top for token in reply.tokens if token.logprobs is not None]
-            top_ids_TN = torch.tensor([[token for token, _ in top] for top in tops])
-            top_logprobs_TN = torch.tensor([[logprob for _, logprob in top] for top in tops])
-        return Sample(
-            number=prompt.number,
-            prompt_key=prompt.key,
-            prompt_ids=reply.request.prompt_ids,
-            answer_ids=[token.id for token in reply.tokens],
-            hidden_TH=reply.states_TH,
-            top_ids_TN=top_ids_TN,
-            top_logprobs_TN=top_logprobs_TN,
-        )
+        return sample_of(self._running.pop(reply.request.request_id), reply)
 
     def _request(self, prompt: Prompt) -> Request:
         """Raises InvalidArgumentError for a prompt that cannot be answered."""
         options, selection = self._options, self._selection
-        prompt_ids = self._engine.encode(prompt, selection)
+        prompt_ids = self._engine.encode(prompt, selection, room=1)
         room = self._engine.max_context - len(prompt_ids)
-        if room < 1:
-            raise InvalidArgumentError(
-                f"it has {len(prompt_ids)} tokens, and the context holds {self._engine.max_context}"
-            )
         seed = own_seed(options.sampling.seed, prompt.number)
         return Request(
             request_id=str(prompt.number),
@@ -194,6 +175,25 @@ class _Watch:
             tokens_per_second=(writer.num_tokens - self._tokens_before) / seconds,
             seconds_left=seconds / num_new * num_left if num_new else None,
         )
+
+
+def sample_of(prompt: Prompt, reply: Reply) -> Sample:
+    """What a corpus keeps of a prompt and its reply, which has captured its states."""
+    assert reply.states_TH is not None
+    top_ids_TN = top_logprobs_TN = None
+    if reply.request.num_logprobs:
+        tops = [token.logprobs.top for token in reply.tokens if token.logprobs is not None]
+        top_ids_TN = torch.tensor([[token for token, _ in top] for top in tops])
+        top_logprobs_TN = torch.tensor([[logprob for _, logprob in top] for top in tops])
+    return Sample(
+        number=prompt.number,
+        prompt_key=prompt.key,
+        prompt_ids=reply.request.prompt_ids,
+        answer_ids=[token.id for token in reply.tokens],
+        hidden_TH=reply.states_TH,
+        top_ids_TN=top_ids_TN,
+        top_logprobs_TN=top_logprobs_TN,
+    )
 
 
 def own_seed(seed: int, number: int) -> int:

@@ -24,7 +24,8 @@ from lorastack.adapters.store.ids import NO_HEADS
 from lorastack.config import AdapterConfig, EngineConfig, ModelConfig
 from lorastack.errors import InvalidArgumentError
 from lorastack.startup.model import StartupProgress
-from lorastack.train.corpus import Corpus, CorpusWriter, Sample
+from lorastack.train.corpus import Corpus, CorpusWriter
+from lorastack.train.distill import sample_of
 from lorastack.train.folder import json_bytes
 from lorastack.train.heads import MedusaHeads
 from lorastack.train.lm_head import served_lm_head
@@ -120,7 +121,7 @@ def _cells(
         with _writer(engine, Path(room)) as writer:
 
             def keep(index: int, reply: Reply) -> None:
-                writer.append(_sample(chosen[index][0], reply))
+                writer.append(sample_of(chosen[index][0], reply))
 
             served = serve(
                 engine,
@@ -213,11 +214,7 @@ def _chosen(
         if prompt.number not in wanted:
             continue
         try:
-            prompt_ids = engine.encode(prompt, selection)
-            if len(prompt_ids) + 2 > engine.max_context:
-                raise InvalidArgumentError(
-                    f"it has {len(prompt_ids)} tokens, and the context holds {engine.max_context}"
-                )
+            prompt_ids = engine.encode(prompt, selection, room=2)
         except InvalidArgumentError as error:
             num_skipped, why = num_skipped + 1, f"line {prompt.line}: {error.message}"
             log.warning("%s: skipped, %s", prompts.path, why)
@@ -232,15 +229,4 @@ def _writer(engine: LocalEngine, folder: Path) -> CorpusWriter:
     backend = engine.model.backend
     return CorpusWriter(
         folder, settings={}, hidden_size=backend.shapes.hidden_size, dtype=backend.dtype
-    )
-
-
-def _sample(prompt: Prompt, reply: Reply) -> Sample:
-    assert reply.states_TH is not None
-    return Sample(
-        number=prompt.number,
-        prompt_key=prompt.key,
-        prompt_ids=reply.request.prompt_ids,
-        answer_ids=[token.id for token in reply.tokens],
-        hidden_TH=reply.states_TH,
     )

@@ -127,11 +127,12 @@ class LocalEngine:
         self._engine.unload(heads.digest).result()
         self._engine.forget(heads.digest)
 
-    def encode(self, prompt: Prompt, selection: Selection) -> tuple[int, ...]:
+    def encode(self, prompt: Prompt, selection: Selection, room: int = 0) -> tuple[int, ...]:
         """The prompt's tokens: through the chat template, the selection's own or the model's.
 
         Without one a text goes as it is. Raises InvalidArgumentError for a conversation then, for
-        messages that the template refuses, and for a token that the model lacks.
+        messages that the template refuses, for a token that the model lacks, and where the context
+        has no room for so many tokens behind them.
         """
         tokenizer, template = self.model.tokenizer, selection.template
         if template is None and prompt.is_text and tokenizer.chat_template is None:
@@ -140,6 +141,10 @@ class LocalEngine:
             ids = tokenizer.encode_part(tokenizer.render(prompt.messages, template))
         if not ids or max(ids) >= self.model.backend.shapes.vocab_size:
             raise InvalidArgumentError("it has no tokens, or one that the model does not have")
+        if len(ids) + room > self.max_context:
+            raise InvalidArgumentError(
+                f"it has {len(ids)} tokens, and the context holds {self.max_context}"
+            )
         return tuple(ids)
 
     def run(self, requests: Iterable[Request]) -> Generator[Reply, None, None]:

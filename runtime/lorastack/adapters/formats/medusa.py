@@ -30,6 +30,7 @@ from lorastack.errors import InvalidArgumentError
 from lorastack.layout import (
     HEADS,
     MAX_DRAFT_VOCABULARY,
+    MAX_PRIVATE_RANK,
     MAX_RANK,
     ModelShapes,
     Part,
@@ -94,7 +95,7 @@ def parse_medusa(
         private.check_version(config, CONFIG_NAME)
         version = 2
         shared = private.shared_heads(config, CONFIG_NAME)
-        rank = private.private_rank(config, CONFIG_NAME)
+        rank = _count(config, private.RANK_FIELD, MAX_PRIVATE_RANK)
         expected = private.expected_tensors(num_heads, num_layers, rank, shapes.hidden_size)
     else:
         version = _version(config, entries)

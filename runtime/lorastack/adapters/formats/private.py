@@ -18,7 +18,7 @@ from collections.abc import Mapping
 
 from lorastack.adapters.formats.facts import SharedHeads
 from lorastack.adapters.formats.refusal import invalid, unsupported
-from lorastack.layout import HEADS, MAX_PRIVATE_RANK, Part, TensorKey, head_block
+from lorastack.layout import HEADS, Part, TensorKey, head_block
 
 SHARED_FIELD = "shared_heads"
 RANK_FIELD = "private_rank"
@@ -49,15 +49,6 @@ def shared_heads(config: Mapping[str, object], file: str) -> SharedHeads:
             "of the shared heads' medusa_lm_head.safetensors"
         )
     return SharedHeads(id=name, sha256=sha256)
-
-
-def private_rank(config: Mapping[str, object], file: str) -> int:
-    """The rank of all of a part's corrections. Raises InvalidArgumentError."""
-    rank = config.get(RANK_FIELD)
-    if type(rank) is not int or not 1 <= rank <= MAX_PRIVATE_RANK:
-        rule = f"a whole number from 1 to {MAX_PRIVATE_RANK}"
-        raise invalid(f"{RANK_FIELD} = {ascii(rank)[:64]} in {file} must be {rule}")
-    return rank
 
 
 def check_version(config: Mapping[str, object], file: str) -> None:

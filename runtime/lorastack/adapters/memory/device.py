@@ -17,7 +17,7 @@ class DeviceAdapter:
     """An adapter's flat buffer on the device, and what steps read of it. Valid while pinned.
 
     views: what a `MakeViews` made of the buffer at its place, before any step: the engine's own
-    business. An adapter that moves on the device is another one.
+    business. Compared by identity, so it can be a weak key: an adapter that moves is another one.
     """
 
     digest: str
