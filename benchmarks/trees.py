@@ -7,11 +7,9 @@ heads are worth is learnt as in the server, from nothing. Its opponent is the be
 this very text, which flatters it; the heads' own was chosen on other text.
 Intervals: 95%, bootstrap over answers, both trees on the same ones.
 
-    python -m benchmarks.trees --heads examples/adapters/heads-maths --samples held_out.jsonl
     python -m benchmarks.trees --heads examples/adapters/heads-maths --prompts questions.jsonl
 
---samples: as examples/training/make_heads.py distill writes them; --prompts: {"prompt": ...} or
-{"question": ...} a line, answered by the base first.
+The base model answers the prompts first; their file is as for `lorastack train heads`.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
@@ -28,24 +26,21 @@ from typing import Annotated
 import torch
 import typer
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from benchmarks.report import report
-from examples.training.by_transformers import (
-    Sample,
-    chat_ids,
-    distill,
-    hidden_corpus,
-    read_samples,
-    shapes_of,
-)
+from lorastack.config import EngineConfig, ModelConfig
 from lorastack.model.fetch.default import default_model
 from lorastack.speculation.calibration import Calibration
 from lorastack.speculation.candidates import Node, grow, looked_up
 from lorastack.speculation.lookup import Lookup
 from lorastack.speculation.proposal import Proposal
-from lorastack.train.folder import load_heads
+from lorastack.train.corpus import Corpus
+from lorastack.train.distill import DistillOptions, distill
+from lorastack.train.folder import HeadsFolder, load_heads
+from lorastack.train.lm_head import served_lm_head
+from lorastack.train.local import open_engine
 from lorastack.train.measure import TreePath, search_choices, tokens_per_step
+from lorastack.train.prompts import PromptFile
 
 SIZES = (4, 8)
 RANKS = 10  # candidates of a head, for all trees
@@ -81,23 +76,21 @@ class Replay:
 
 def main(
     heads: Annotated[Path, typer.Option(help="Folder of the heads.")],
-    samples: Annotated[Path | None, typer.Option(help="The base's answers.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="Prompts for the base.")] = None,
-    tokens: Annotated[int, typer.Option(help="Enough of them.")] = 50_000,
-    skip: Annotated[int, typer.Option(help="Samples that are not held out.")] = 0,
-    max_new_tokens: Annotated[int, typer.Option(help="Of an answer to --prompts.")] = 256,
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+    prompts: Annotated[Path, typer.Option(help="For the base to answer.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Of an answer.")] = 256,
 ) -> None:
     """Replay, print a table and a JSON line."""
-    torch.set_num_threads(threads)
-    if (samples is None) == (prompts is None):
-        raise typer.BadParameter("give either --samples or --prompts")
-    model = AutoModelForCausalLM.from_pretrained(default_model(), dtype=torch.bfloat16)
-    if samples is not None:
-        texts = iter(read_samples(samples)[skip:])
-    else:
-        texts = answered(model, prompts, max_new_tokens)
-    answers = list(replayable(model, heads, enough(texts, tokens)))
+    with (
+        TemporaryDirectory() as place,
+        open_engine(ModelConfig(model=default_model()), EngineConfig()) as engine,
+    ):
+        backend = engine.model.backend
+        options = DistillOptions(max_new_tokens=max_new_tokens)
+        distill(engine, PromptFile(prompts), engine.select(), Path(place), options)
+        lm_head_VH, _ = served_lm_head(backend, [])
+        answers = replayable(
+            load_heads(heads, backend.shapes), Corpus.open(Path(place)), lm_head_VH
+        )
     config = json.loads((heads / "config.json").read_text(encoding="utf-8"))
     own_choices = [tuple(path) for path in config["medusa_choices"]]
     rows = [row for size in SIZES for row in compare(answers, own_choices, size)]
@@ -109,43 +102,15 @@ def main(
     )
 
 
-def answered(model: PreTrainedModel, prompts: Path, max_new_tokens: int) -> Iterator[Sample]:
-    tokenizer = AutoTokenizer.from_pretrained(default_model())
-    rows = [json.loads(line) for line in prompts.read_text().splitlines()]
-    chats = [[{"role": "user", "content": row.get("prompt") or row["question"]}] for row in rows]
-    return distill(
-        model,
-        [("", chat_ids(tokenizer, chat)) for chat in chats],
-        eos_id=int(tokenizer.eos_token_id),
-        max_new_tokens=max_new_tokens,
-        batch_size=32,
-    )
-
-
-def enough(samples: Iterator[Sample], tokens: int) -> list[Sample]:
-    kept: list[Sample] = []
-    while tokens > 0 and (sample := next(samples, None)) is not None:
-        kept.append(sample)
-        tokens -= len(sample.answer_ids)
-    return kept
-
-
 @torch.inference_mode()
-def replayable(model: PreTrainedModel, folder: Path, samples: Sequence[Sample]) -> Iterator[Answer]:
-    loaded = load_heads(folder, shapes_of(model))
-    heads, ids_N = loaded.heads.to(model.device, model.dtype), loaded.ids_N
-    lm_head_VH = model.get_output_embeddings().weight.detach()
+def replayable(loaded: HeadsFolder, corpus: Corpus, lm_head_VH: Tensor) -> list[Answer]:
+    heads, ids_N = loaded.heads.to(lm_head_VH.device, lm_head_VH.dtype), loaded.ids_N
     if ids_N is None:
         ids_N = torch.arange(len(lm_head_VH))
     rows_NH = lm_head_VH[ids_N]
     candidates, logprobs = [], []
-    with TemporaryDirectory() as place:
-        corpus = hidden_corpus(model, samples, Path(place))
-        positions_P = torch.arange(corpus.num_tokens)
-        hidden_TH = corpus.hidden(positions_P)
-        targets_TK = corpus.targets(positions_P, heads.num_heads)
-        starts = corpus.starts.tolist()
-    for hidden_PH in hidden_TH.split(CHUNK):
+    positions_P = torch.arange(corpus.num_tokens)
+    for hidden_PH in corpus.hidden(positions_P).split(CHUNK):
         best = [
             torch.log_softmax((heads.state(hidden_PH, head) @ rows_NH.T).float(), -1).topk(RANKS)
             for head in range(heads.num_heads)
@@ -153,17 +118,19 @@ def replayable(model: PreTrainedModel, folder: Path, samples: Sequence[Sample]) 
         candidates.append(torch.stack([ids_N[top.indices] for top in best], 1))
         logprobs.append(torch.stack([top.values for top in best], 1))
     candidates_TKR, logprobs_TKR = torch.cat(candidates), torch.cat(logprobs)
-    right_TKR = candidates_TKR == targets_TK[:, :, None]
+    right_TKR = candidates_TKR == corpus.targets(positions_P, heads.num_heads)[:, :, None]
     ranks_TK = right_TKR.long().argmax(-1).masked_fill(~right_TKR.any(-1), BEYOND)
-    for sample, begin, end in zip(samples, starts, starts[1:], strict=False):
-        at = slice(begin, end)
-        yield Answer(
-            sample.prompt_ids,
-            sample.answer_ids,
-            candidates_TKR[at],
-            logprobs_TKR[at],
-            ranks_TK[at],
+    starts = corpus.starts.tolist()
+    return [
+        Answer(
+            corpus.prompt(sample).tolist(),
+            corpus.answers(sample).tolist(),
+            candidates_TKR[begin:end],
+            logprobs_TKR[begin:end],
+            ranks_TK[begin:end],
         )
+        for sample, (begin, end) in enumerate(pairwise(starts))
+    ]
 
 
 def compare(

@@ -1,4 +1,4 @@
-"""Reads the data folder, and holds a part of GSM8K out."""
+"""Reads the data folder, and says what of it is never trained on."""
 
 import json
 from pathlib import Path
@@ -17,3 +17,8 @@ def gsm8k(data_dir: Path) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     """(for training, held out): the last 300 rows are never trained on."""
     rows = read_jsonl(data_dir / "gsm8k_train.jsonl")
     return rows[:-HELD_OUT_GSM8K], rows[-HELD_OUT_GSM8K:]
+
+
+def general_held_out(data_dir: Path) -> list[str]:
+    """First turns of Spec-Bench: general heads and the style never see them."""
+    return [str(row["turns"][0]) for row in read_jsonl(data_dir / "spec_bench_dev.jsonl")]

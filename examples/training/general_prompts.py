@@ -1,12 +1,12 @@
-"""Mixed chat prompts for the general heads: the data folder's, and others composed here."""
+"""Mixed chat prompts for the general heads: everyday instructions, and others composed here."""
 
 import random
+from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
+from pydoc_data.topics import topics as pages
 
 from corpora import read_jsonl
-
-Turns = list[str]
-Talk = tuple[str, Turns]  # a tag and the user's turns
 
 _TOPICS = """
 photosynthesis; gravity; the water cycle; black holes; inflation; compound interest; machine
@@ -77,45 +77,34 @@ _GERMAN = (
      "dass die Kosten zu hoch sind .", "dass niemand verletzt wurde .",
      "dass mehr Kinder mit dem Fahrrad fahren .", "dass es keine andere Lösung gibt ."),
 )  # fmt: skip
-_ARTICLE_FORMS = (
+_TEXT_FORMS = (
     "Summarize: {}", "{}\nWhat is the main point of this text?", "Give this text a title.\n\n{}",
     "Summarize: {}",
 )  # fmt: skip
 
 
-def data_conversations(data_dir: Path) -> list[Talk]:
-    """Every (tag, turns) of the data folder's chat files, in file order."""
-    talks: list[Talk] = [
-        ("chat", [str(row["prompt"])]) for row in read_jsonl(data_dir / "general_prompts.jsonl")
-    ]
-    for row in read_jsonl(data_dir / "spec_bench_dev.jsonl"):
-        talks.append((str(row["category"]), [str(turn) for turn in row["turns"]]))
-    return talks
-
-
-def split(
-    items: list[Talk],
-) -> tuple[list[Talk], list[Talk]]:
-    """(for training, held out): every tenth is held out."""
-    held = items[9::10]
-    return [item for i, item in enumerate(items) if i % 10 != 9], held
-
-
-def composed_conversations(articles: list[str], count: int, seed: int = 0) -> list[Talk]:
-    """Prompts around topics, German sentences, and the given texts (training texts only)."""
+def general_prompts(data_dir: Path, count: int, seed: int = 0) -> list[str]:
+    """User messages: all of the data folder's, the others composed."""
+    prompts = [str(row["prompt"]) for row in read_jsonl(data_dir / "general_prompts.jsonl")]
     rng = random.Random(seed)
+    composed = _composed(rng)
+    prompts += [next(composed) for _ in range(count - len(prompts))]
+    rng.shuffle(prompts)
+    return prompts[:count]
+
+
+def _composed(rng: random.Random) -> Iterator[str]:
+    """Topics in many forms, none twice; one in twelve German, one in twelve about a text."""
     topics = [topic.strip() for topic in _TOPICS.replace("\n", " ").split(";")]
-    talks: list[Talk] = []
-    for index in range(count):
-        if index % 12 == 0:
+    asked = [form.format(topic) for form, topic in product(_FORMS, topics)]
+    rng.shuffle(asked)
+    for index, prompt in enumerate(asked):
+        if index % 10 == 0:
             sentence = " ".join(rng.choice(part) for part in _GERMAN)
-            talks.append(("translation", [f"Translate German to English: {sentence}"]))
-        elif index % 12 == 1:
-            # A half of an article is another article, and cheaper to read.
-            words = rng.choice(articles).split()
+            yield f"Translate German to English: {sentence}"
+        elif index % 10 == 1:
+            words = rng.choice(list(pages.values())).split()
             start = rng.choice((0, len(words) // 3))
             text = " ".join(words[start : start + rng.randint(100, 350)])
-            talks.append(("text", [rng.choice(_ARTICLE_FORMS).format(text)]))
-        else:
-            talks.append(("chat", [rng.choice(_FORMS).format(rng.choice(topics))]))
-    return talks
+            yield rng.choice(_TEXT_FORMS).format(text)
+        yield prompt

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from by_transformers import chat_ids, generate_batch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -31,9 +30,18 @@ class Example:
 
 
 def make_example(tokenizer: Tokenizer, prompt: str, answer: str) -> Example:
-    prompt_ids = chat_ids(tokenizer, [{"role": "user", "content": prompt}])
+    prompt_ids = chat_ids(tokenizer, prompt)
     answer_ids: list[int] = tokenizer(answer, add_special_tokens=False)["input_ids"]
     return Example(prompt_ids, [*answer_ids, int(tokenizer.eos_token_id)])
+
+
+def chat_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """Ids of a user message, up to where the assistant's answer begins."""
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
+    )
+    ids: list[int] = tokenizer(str(text), add_special_tokens=False)["input_ids"]
+    return ids
 
 
 def length_of(example: Example) -> int:
@@ -150,15 +158,22 @@ def with_adapter(model: str, folder: Path) -> PreTrainedModel:
     return merged.train(False)
 
 
+@torch.inference_mode()
 def answers_of(
     model: PreTrainedModel, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], limit: int = 200
 ) -> list[str]:
-    eos_id = int(tokenizer.eos_token_id)
+    """Greedy, fifty at a time."""
+    pad_id = int(tokenizer.pad_token_id)
     answers: list[str] = []
     for begin in range(0, len(prompts), 50):
         batch = prompts[begin : begin + 50]
-        for ids in generate_batch(model, batch, eos_id=eos_id, max_new_tokens=limit):
-            answers.append(str(tokenizer.decode(ids, skip_special_tokens=True)))
+        width = max(map(len, batch))
+        ids_BT = torch.tensor([[pad_id] * (width - len(ids)) + list(ids) for ids in batch])
+        mask_BT = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in batch])
+        found_BT = model.generate(
+            ids_BT, attention_mask=mask_BT, do_sample=False, max_new_tokens=limit
+        )
+        answers += tokenizer.batch_decode(found_BT[:, width:], skip_special_tokens=True)
     return answers
 
 
@@ -202,7 +217,7 @@ def compare(
     """
     base, tokenizer = load_base(args.model, torch.float32)
     tuned = with_adapter(args.model, args.adapter)
-    ids = [chat_ids(tokenizer, [{"role": "user", "content": text}]) for text in prompts]
+    ids = [chat_ids(tokenizer, text) for text in prompts]
     before, after = (
         answers_of(model, tokenizer, ids, args.max_new_tokens) for model in (base, tuned)
     )

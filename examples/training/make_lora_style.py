@@ -8,10 +8,11 @@ import random
 import re
 from pathlib import Path
 
-from by_transformers import Sample, read_samples
-from general_prompts import data_conversations, split
+from corpora import general_held_out
 from lora_training import Example, compare, make_example, parser_of, run, share, train_and_save
 from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from lorastack.train.corpus import Corpus
 
 MAX_CHARS = 600  # in a held-out prompt: long articles only cost time
 OPENING, CLOSING = "Ahoy, matey!", "Arrr!"
@@ -50,25 +51,28 @@ def pirate_answer(answer: str, max_words: int = 50) -> str | None:
     return f"{OPENING} {told} {CLOSING}" if len(told.split()) >= 4 else None
 
 
-def style_examples(tokenizer: Tokenizer, samples: list[Sample], count: int) -> list[Example]:
+def style_examples(tokenizer: Tokenizer, corpora: list[Corpus], count: int) -> list[Example]:
     eos_id = int(tokenizer.eos_token_id)
-    rows = list(samples)
+    rows = [
+        (corpus.prompt(i).tolist(), corpus.answers(i).tolist())
+        for corpus in corpora
+        for i in range(corpus.num_samples)
+    ]
     random.Random(0).shuffle(rows)
     examples: list[Example] = []
-    for sample in rows:
-        text = str(tokenizer.decode(sample.answer_ids, skip_special_tokens=True))
-        told = pirate_answer(text)
-        if told is not None and len(sample.prompt_ids) <= 160 and len(examples) < count:
+    for prompt_ids, answer_ids in rows:
+        told = pirate_answer(str(tokenizer.decode(answer_ids, skip_special_tokens=True)))
+        if told is not None and len(prompt_ids) <= 160 and len(examples) < count:
             ids: list[int] = tokenizer(told, add_special_tokens=False)["input_ids"]
-            examples.append(Example(sample.prompt_ids, [*ids, eos_id]))
+            examples.append(Example(prompt_ids, [*ids, eos_id]))
     return examples
 
 
 def train(args: argparse.Namespace) -> None:
-    samples = [sample for path in args.samples for sample in read_samples(path)]
+    corpora = [Corpus.open(path) for path in args.corpora]
     train_and_save(
         args,
-        lambda tokenizer: style_examples(tokenizer, samples, args.count),
+        lambda tokenizer: style_examples(tokenizer, corpora, args.count),
         rank=4,
         target_modules=["o_proj", "up_proj"],
     )
@@ -76,8 +80,8 @@ def train(args: argparse.Namespace) -> None:
 
 def measure(args: argparse.Namespace) -> None:
     """On held-out prompts: the loss of the base's answers in the style, and the style's share."""
-    _, held = split(data_conversations(args.data_dir))
-    asked = [turns[0] for _, turns in held if len(turns[0]) <= MAX_CHARS][: args.answers]
+    held_out = general_held_out(args.data_dir)
+    asked = [text for text in held_out if len(text) <= MAX_CHARS][: args.answers]
 
     def examples(tokenizer: Tokenizer, plain: list[str]) -> list[Example]:
         return [
@@ -97,5 +101,5 @@ def measure(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = parser_of(__doc__, count=480, learning_rate=2e-3, max_new_tokens=100)
-    parser.add_argument("--samples", type=Path, nargs="*", default=[], help="distilled answers")
+    parser.add_argument("--corpora", type=Path, nargs="*", default=[], help="distilled answers")
     run(parser, train, measure)

@@ -42,7 +42,8 @@ class ModelConfig:
 class EngineConfig:
     """Limits of the step loop."""
 
-    kv_memory: int | None = None  # bytes; None: 4 GiB or what is left, on CUDA a share of that
+    kv_memory: int | None = None  # bytes; None: `most_kv` or what is left, on CUDA a share of that
+    most_kv: int = 4 * GIB
     page_size: int = 16  # tokens
     max_rows: int = CPU_ROWS  # running at once
     max_queue: int = 256  # waiting

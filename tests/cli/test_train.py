@@ -13,6 +13,9 @@ from unittest.mock import patch
 import pytest
 
 from lorastack.cli import output, trained
+from lorastack.cli.choices import Backend, Device, DType
+from lorastack.cli.machine import machine
+from lorastack.config import EngineConfig
 from lorastack.service.watch import logs
 from lorastack.startup import engine as startup_engine
 from tests.cli.conftest import Run
@@ -167,3 +170,13 @@ def test_what_joint_training_refuses(
 ) -> None:
     done = run("train", "joint", *tiny, "--id", "quick", *words)
     assert done.code == 2 and words[0] in done.err
+
+
+def test_keys_and_values_take_less_than_a_servers(tmp_path: Path) -> None:
+    found = machine(
+        **dict.fromkeys(("model", "base_names", "isa", "quantize", "threads", "kv_memory")),
+        **{"max_rows": None, "max_context": None, "store": tmp_path, "needs_store": False},
+        **{"device": Device.CPU, "dtype": DType.AUTO, "backend": Backend.AUTO},
+    )
+    assert found.engine.kv_memory is None  # or what is left
+    assert found.engine.most_kv < EngineConfig().most_kv

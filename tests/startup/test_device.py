@@ -60,9 +60,9 @@ def test_a_reserve_of_a_gpu_is_for_neither_weights_nor_keys(
 
 
 def test_keys_and_values_get_a_share_of_a_gpu() -> None:
-    assert default_kv(CUDA, 100 * GIB) == int(KV_SHARE * 100 * GIB)
-    assert default_kv(CUDA, -GIB) == default_kv(CPU, -GIB) == 64 * MIB
-    assert default_kv(CPU, 100 * GIB) == 4 * GIB
+    assert default_kv(CUDA, 100 * GIB, GIB) == int(KV_SHARE * 100 * GIB)
+    assert default_kv(CUDA, -GIB, GIB) == default_kv(CPU, -GIB, GIB) == 64 * MIB
+    assert default_kv(CPU, 100 * GIB, 2 * GIB) == 2 * GIB
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ from lorastack.layout import ModelShapes
 from lorastack.request import SamplingParams
 from lorastack.speculation.calibration import Calibration
 from lorastack.startup import engine as startup_engine
-from lorastack.train import pipeline
+from lorastack.train import pipeline, result
 from lorastack.train.distill import DistillOptions
 from lorastack.train.evaluate import EvalRun, evaluate
 from lorastack.train.options import TrainOptions
@@ -300,7 +300,7 @@ def _run_and_die(run: HeadsRun, stage: str) -> None:
 
     with (
         patch.object(startup_engine, "measure", lambda *_: CheapHeads()),
-        patch.object(pipeline, "evaluation", die if stage == "writing" else pipeline.evaluation),
+        patch.object(result, "evaluation", die if stage == "writing" else result.evaluation),
     ):
         make_heads(run, progress=progress)
 

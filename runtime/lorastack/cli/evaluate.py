@@ -16,7 +16,7 @@ from lorastack.cli.options import (
     DTypeOption,
     Isa,
     Json,
-    KvMemory,
+    LocalKvMemory,
     MaxContext,
     Model,
     QuantizeOption,
@@ -75,7 +75,7 @@ def evaluate_heads(
     isa: Isa = None,
     quantize: QuantizeOption = None,
     threads: Threads = None,
-    kv_memory: KvMemory = None,
+    kv_memory: LocalKvMemory = None,
     max_context: MaxContext = None,
     as_json: Json = False,
 ) -> None:

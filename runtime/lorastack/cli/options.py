@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -159,17 +159,21 @@ Threads = Annotated[
         help="CPU threads of a step.",
     ),
 ]
-KvMemory = Annotated[
-    str | None,
-    typer.Option(
+
+
+def _kv_memory(most: str) -> Any:
+    return typer.Option(
         "--kv-memory",
         metavar="SIZE",
         callback=size,
         envvar="LORASTACK_KV_MEMORY",
         help="Memory for keys and values of all rows.",
-        show_default="4GiB, or what is left; on a GPU four fifths of that",
-    ),
-]
+        show_default=f"{most}, or what is left; on a GPU four fifths of that",
+    )
+
+
+KvMemory = Annotated[str | None, _kv_memory("4GiB")]
+LocalKvMemory = Annotated[str | None, _kv_memory("2GiB")]  # without a server
 MaxRows = Annotated[
     int | None,
     typer.Option(

@@ -17,7 +17,6 @@ from lorastack.model.kv import page_nbytes
 log = logging.getLogger(__name__)
 
 LEAST_KV = 64 * MIB  # bytes; neither the default nor advice is less
-MOST_KV = 4 * GIB  # bytes on a CPU; more only where it is asked for
 KV_SHARE = 0.8  # of what a CUDA device has left; the rest is for fragments and long prompts
 RESERVE = 2 * GIB  # bytes of a CUDA device: its context, activations, workspaces, compiled kernels
 
@@ -47,12 +46,13 @@ def available_memory(device: torch.device) -> int | None:
     return host_memory()
 
 
-def default_kv(device: torch.device, left: int) -> int:
+def default_kv(device: torch.device, left: int, most: int) -> int:
     """Bytes for keys and values where nobody says how many.
 
-    left: those that weights and adapters leave. A GPU's memory is there for the server alone.
+    left: those that weights and adapters leave. most: on a CPU. A GPU's memory is there for the
+    engine alone.
     """
-    return max(LEAST_KV, int(KV_SHARE * left) if device.type == "cuda" else min(MOST_KV, left))
+    return max(LEAST_KV, int(KV_SHARE * left) if device.type == "cuda" else min(most, left))
 
 
 def host_memory(root: Path = Path("/")) -> int | None:

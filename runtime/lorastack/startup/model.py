@@ -29,7 +29,6 @@ from lorastack.startup.device import find_device
 from lorastack.startup.files import ModelFiles
 from lorastack.startup.folder import model_folder
 from lorastack.startup.memory import (
-    MOST_KV,
     RESERVE,
     Demand,
     available_memory,
@@ -110,7 +109,7 @@ def load_model(
         files = ModelFiles(path, config.max_context)
         choice = _choose(config, files.config, device, at_most, name)
         largest = shard_config(files.config, Shard(choice.shards - 1, choice.shards))
-        kv_memory = _kv_memory(largest, choice, engine.kv_memory, adapter_memory)
+        kv_memory = _kv_memory(largest, choice, engine, adapter_memory)
         num_pages = count_pages(largest.shapes, choice.dtype, kv_memory, engine.page_size)
         checkpoint = files.checkpoint.reporting(_reporter(progress, tokenizer))
         backend = read_backend(checkpoint, files.config, choice)
@@ -185,16 +184,16 @@ def _choose(
 
 
 def _kv_memory(
-    model: DecoderConfig, choice: Choice, wanted: int | None, adapter_memory: int
+    model: DecoderConfig, choice: Choice, engine: EngineConfig, adapter_memory: int
 ) -> int:
     """Bytes for keys and values, if there is room for all that is to come.
 
-    model: what one device has of it. wanted: None for `default_kv`.
+    model: what one device has of it.
     """
-    device, dtype = choice.device, choice.dtype
+    device, dtype, wanted = choice.device, choice.dtype, engine.kv_memory
     available = available_memory(device)
     if available is None:
-        return MOST_KV if wanted is None else wanted
+        return engine.most_kv if wanted is None else wanted
     if choice.triton:
         from lorastack.model.backends.triton.reserve import reserved_nbytes
 
@@ -208,7 +207,8 @@ def _kv_memory(
     elif choice.shards > 1:
         others, available = {}, available // choice.shards
     smaller = {option: size for option, size in others.items() if size < weights}
-    kv = default_kv(device, available - weights - adapter_memory) if wanted is None else wanted
+    left = available - weights - adapter_memory
+    kv = default_kv(device, left, engine.most_kv) if wanted is None else wanted
     where = f"for each of {choice.shards} devices" if choice.shards > 1 else "here"
     check_fits(Demand(weights=weights, kv=kv, adapters=adapter_memory), available, smaller, where)
     if device.type == "cuda":
@@ -216,7 +216,7 @@ def _kv_memory(
             "the GPU has %d MiB free: weights get %d, adapters %d, keys and values %d",
             *(each // MIB for each in (available, weights, adapter_memory, kv)),
         )
-    if wanted is None and kv < MOST_KV:
+    if wanted is None and kv < engine.most_kv:
         log.warning("keys and values get the %d MiB that are left; --kv-memory sets it", kv // MIB)
     return kv
 

@@ -9,9 +9,8 @@ Shape suffixes: V vocabulary, H hidden, N tokens to choose from.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorastack.adapters.formats.medusa import ACCEPTANCE_FIELD
-from lorastack.adapters.store.durable import disk_full_is_exhaustion, replace_file
+from lorastack.adapters.store.durable import disk_full_is_exhaustion
 from lorastack.adapters.store.ids import check_new_id
 from lorastack.errors import InvalidArgumentError
 from lorastack.startup.device import find_device
@@ -31,32 +29,20 @@ from lorastack.train.bundle import check_bundle, lora_files
 from lorastack.train.corpus import Corpus
 from lorastack.train.distill import distill
 from lorastack.train.evaluate import ranked_summary, selected_lm_head
-from lorastack.train.folder import (
-    CARD_NAME,
-    EVALUATION_NAME,
-    PLOT_NAME,
-    json_bytes,
-    stored,
-    write_heads,
-)
+from lorastack.train.folder import EVALUATION_NAME, stored
 from lorastack.train.joint import train_joint
-from lorastack.train.joint_options import Drift, JointOptions
-from lorastack.train.local import LocalEngine, Selection, open_engine
+from lorastack.train.joint_options import JointOptions
+from lorastack.train.local import LocalEngine, open_engine
 from lorastack.train.lora import check_peft
-from lorastack.train.measure import Summary
-from lorastack.train.options import Trained
 from lorastack.train.progress import Progress, silent
 from lorastack.train.prompts import PromptFile
 from lorastack.train.publish import Publication, folder_digest
-from lorastack.train.report import Origin, OwnLora, card, evaluation, plot
+from lorastack.train.result import Learnt, Stage, measure_served, read_served, write_result
 from lorastack.train.run import HeadsRun, options_of
-from lorastack.train.served import serve
-from lorastack.train.start import Start, open_start
+from lorastack.train.start import open_start
 from lorastack.train.trainer import train_heads
 from lorastack.train.vocabulary import choose_vocabulary, count_tokens, coverage
-from lorastack.train.work import ADAPTER, CHECKPOINT, CORPUS, HEADS, SERVED, WorkFolder
-
-SERVED_PROMPTS = 16  # held-out ones that the engine answers, one at a time
+from lorastack.train.work import ADAPTER, CHECKPOINT, CORPUS, WorkFolder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,38 +55,6 @@ class Outcome:
     distilled: distilling.Progress
     evaluation: dict[str, Any]
     served: dict[str, Any] | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Stage:
-    """What the stages of a run share. adapted: a LoRA changes lm_head, so that heads choose from
-    all tokens."""
-
-    run: HeadsRun
-    root: Path
-    engine: LocalEngine
-    selection: Selection
-    start: Start
-    lm_head_VH: Tensor
-    adapted: bool
-    device: torch.device
-    progress: Progress
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Learnt:
-    """trained: its heads as they are written. held: samples to measure with; measured: what the
-    heads are worth on them. lora: the files of a LoRA that learnt with them; drift: how far it is
-    from the base."""
-
-    corpus: Corpus
-    trained: Trained
-    ids_N: Tensor | None
-    coverage: float
-    held: list[int]
-    measured: Summary | None
-    lora: dict[str, bytes] = field(default_factory=dict)
-    drift: Drift | None = None
 
 
 def make_heads(
@@ -143,13 +97,13 @@ def make_heads(
             digest=folder_digest(folder),
             distilled=distilled,
             evaluation=json.loads((folder / EVALUATION_NAME).read_text(encoding="utf-8")),
-            served=_read_served(work.root)[0],
+            served=read_served(work.root)[0],
         )
 
 
 def _begin(
     run: HeadsRun, work: WorkFolder, prompts: PromptFile, engine: LocalEngine, progress: Progress
-) -> _Stage:
+) -> Stage:
     """Resolves what the run names, and claims the work folder for it."""
     selection = engine.select(run.loras)
     if run.joint is not None and engine.model.backend.quantization:
@@ -171,7 +125,7 @@ def _begin(
         )
     work.claim(options_of(run, prompts, engine, selection, start), restart=run.restart)
     lm_head_VH, adapted = selected_lm_head(engine, selection)
-    return _Stage(
+    return Stage(
         run=run,
         root=work.root,
         engine=engine,
@@ -184,15 +138,15 @@ def _begin(
     )
 
 
-def _make_folder(stage: _Stage, folder: Path) -> None:
+def _make_folder(stage: Stage, folder: Path) -> None:
     """The stages from a corpus to the adapter's folder."""
     learnt = _train(stage)
     if learnt.held:
-        _serve(stage, learnt)
-    _write(stage, learnt, folder)
+        measure_served(stage, learnt)
+    write_result(stage, learnt, folder)
 
 
-def _train(stage: _Stage) -> _Learnt:
+def _train(stage: Stage) -> Learnt:
     run, start = stage.run, stage.start
     corpus = Corpus.open(stage.root / CORPUS)
     taught, held = corpus.split(run.training.held_out)
@@ -222,7 +176,7 @@ def _train(stage: _Stage) -> _Learnt:
         measured = ranked_summary(
             trained.heads, corpus, held, stage.lm_head_VH, ids_N, stage.device
         )
-    return _Learnt(
+    return Learnt(
         corpus=corpus,
         trained=trained,
         ids_N=ids_N,
@@ -233,13 +187,13 @@ def _train(stage: _Stage) -> _Learnt:
 
 
 def _train_joint(
-    stage: _Stage,
+    stage: Stage,
     joint: JointOptions,
     corpus: Corpus,
     ids_N: Tensor | None,
     share: float,
     held: list[int],
-) -> _Learnt:
+) -> Learnt:
     """As `_train`, with a LoRA that learns too. share: see `coverage`."""
     model = stage.engine.model
     learnt = train_joint(
@@ -254,7 +208,7 @@ def _train_joint(
         device=stage.device,
         progress=partial(_report_training, stage.progress),
     )
-    return _Learnt(
+    return Learnt(
         corpus=corpus,
         trained=learnt.trained,
         ids_N=ids_N,
@@ -264,106 +218,6 @@ def _train_joint(
         lora=learnt.lora.files(model.name),
         drift=None if learnt.held is None else learnt.held.drift,
     )
-
-
-def _serve(stage: _Stage, learnt: _Learnt) -> None:
-    """Measures the heads in service, once: SERVED keeps it."""
-    if (stage.root / SERVED).exists():
-        return
-    folder, engine = stage.root / HEADS, stage.engine
-    _write_heads(stage, learnt, folder, replace=True)
-    added = engine.add_folder(folder)
-    assert added.heads is not None
-    stride = -(-len(learnt.held) // SERVED_PROMPTS)
-    prompts = [learnt.corpus.prompt(sample).tolist() for sample in learnt.held[::stride]]
-    (result,) = serve(
-        engine,
-        prompts,
-        added.loras or stage.selection.loras,
-        [added.heads],
-        max_new_tokens=stage.run.distill.max_new_tokens,
-        progress=lambda done: stage.progress("measuring", done, len(prompts)),
-    )
-    prior = json.loads(result.learnt) if result.learnt else None
-    kept = {"served": result.to_json(), ACCEPTANCE_FIELD: prior}
-    replace_file(stage.root / SERVED, json_bytes(kept))
-
-
-def _read_served(root: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """What `_serve` kept: (`Served.to_json`, a calibration); None for what it has not."""
-    try:
-        kept = json.loads((root / SERVED).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None, None
-    return kept["served"], kept[ACCEPTANCE_FIELD]
-
-
-def _write(stage: _Stage, learnt: _Learnt, folder: Path) -> None:
-    """Writes the adapter's folder with all that lies beside the heads."""
-    run, corpus, trained, held = stage.run, learnt.corpus, learnt.trained, learnt.measured
-    origin = Origin(
-        name=run.adapter_id,
-        base_model=stage.engine.model.name,
-        command=run.command,
-        data=corpus.settings,
-        loras=[_lora_name(use.lora_id, use.scale) for use in stage.selection.loras],
-        shared="" if stage.start.shared is None else stage.start.shared.id,
-        vocabulary_size=0 if learnt.ids_N is None else len(learnt.ids_N),
-        coverage=learnt.coverage,
-        lora=None if run.joint is None else OwnLora(options=run.joint, drift=learnt.drift),
-    )
-    facts = evaluation(origin, run.training, trained, held)
-    # The folder's digest covers it: equal runs shall give equal digests.
-    seconds = facts["training"].pop("seconds")
-    served, prior = _read_served(stage.root)
-    text = card(origin, run.training, trained, held) + _served_text(served, seconds)
-    files = {CARD_NAME: text.encode(), EVALUATION_NAME: json_bytes(facts)}
-    if (image := plot(trained, held)) is not None:
-        files[PLOT_NAME] = image
-    if run.bundle:
-        files |= lora_files(stage.engine, stage.selection.loras[0])
-    fields: dict[str, Any] = {}
-    if held is not None:
-        fields["medusa_choices"] = [list(path) for path in held.choices]
-    if prior is not None:
-        fields[ACCEPTANCE_FIELD] = prior
-    _write_heads(stage, learnt, folder, fields=fields, files=files)
-
-
-def _write_heads(
-    stage: _Stage,
-    learnt: _Learnt,
-    folder: Path,
-    files: Mapping[str, bytes] | None = None,
-    **more: Any,
-) -> None:
-    """files, more: see `write_heads`."""
-    write_heads(
-        folder,
-        learnt.trained.heads,
-        base_model=stage.engine.model.name,
-        ids_N=learnt.ids_N,
-        shared=stage.start.shared,
-        files=learnt.lora | dict(files or {}),
-        **more,
-    )
-
-
-def _lora_name(lora_id: str, scale: float) -> str:
-    return lora_id if scale == 1.0 else f"{lora_id}:{scale:g}"
-
-
-def _served_text(served: dict[str, Any] | None, seconds: float) -> str:
-    """What the card says about the machine's own times."""
-    lines = [f"Training took {seconds / 60:.1f} minutes."]
-    if served is not None:
-        lines.insert(
-            0,
-            f"Served with adaptive trees, one row at a time, greedy, on {served['prompts']} of "
-            f"these prompts: {served['tokens_a_step']:.2f} tokens a step, "
-            f"{served['speed_up']:.2f} times the tokens a second of decoding without drafts.",
-        )
-    return "\n" + "\n".join(lines) + "\n"
 
 
 def _report_distilling(progress: Progress, state: distilling.Progress) -> None:

