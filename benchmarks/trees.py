@@ -9,7 +9,8 @@ Intervals: 95%, bootstrap over answers, both trees on the same ones.
 
     python -m benchmarks.trees --heads examples/adapters/heads-maths --prompts questions.jsonl
 
-The base model answers the prompts first; their file is as for `lorastack train heads`.
+The base model, or that with a bundle's LoRA, answers the prompts first; their file is as for
+`lorastack train heads`.
 """
 
 from __future__ import annotations
@@ -29,15 +30,14 @@ from torch import Tensor
 
 from benchmarks.report import report
 from lorastack.config import EngineConfig, ModelConfig
-from lorastack.model.fetch.default import default_model
 from lorastack.speculation.calibration import Calibration
 from lorastack.speculation.candidates import Node, grow, looked_up
 from lorastack.speculation.lookup import Lookup
 from lorastack.speculation.proposal import Proposal
 from lorastack.train.corpus import Corpus
 from lorastack.train.distill import DistillOptions, distill
+from lorastack.train.evaluate import selected_lm_head
 from lorastack.train.folder import HeadsFolder, load_heads
-from lorastack.train.lm_head import served_lm_head
 from lorastack.train.local import open_engine
 from lorastack.train.measure import TreePath, search_choices, tokens_per_step
 from lorastack.train.prompts import PromptFile
@@ -82,15 +82,14 @@ def main(
     """Replay, print a table and a JSON line."""
     with (
         TemporaryDirectory() as place,
-        open_engine(ModelConfig(model=default_model()), EngineConfig()) as engine,
+        open_engine(ModelConfig(), EngineConfig()) as engine,
     ):
-        backend = engine.model.backend
+        selection = engine.add_folder(heads)
         options = DistillOptions(max_new_tokens=max_new_tokens)
-        distill(engine, PromptFile(prompts), engine.select(), Path(place), options)
-        lm_head_VH, _ = served_lm_head(backend, [])
-        answers = replayable(
-            load_heads(heads, backend.shapes), Corpus.open(Path(place)), lm_head_VH
-        )
+        distill(engine, PromptFile(prompts), selection, Path(place), options)
+        loaded = load_heads(heads, engine.model.backend.shapes)
+        lm_head_VH, _ = selected_lm_head(engine, selection)
+        answers = replayable(loaded, Corpus.open(Path(place)), lm_head_VH)
     config = json.loads((heads / "config.json").read_text(encoding="utf-8"))
     own_choices = [tuple(path) for path in config["medusa_choices"]]
     rows = [row for size in SIZES for row in compare(answers, own_choices, size)]

