@@ -34,7 +34,7 @@ NOT_LOSSLESS = (
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One request. loras: (id, scale); heads: an id or "none"."""
+    """One request. loras: (id, scale); heads: an id, "none", or "" for those of its bundle."""
 
     prompt: str
     loras: tuple[tuple[str, float], ...] = ()
@@ -57,8 +57,8 @@ ROWS = (
     Row("Explain in simple words why the sky is blue.", heads="heads-general"),
     Row("A baker makes 14 trays of 12 rolls and sells 97. How many are left?", heads="heads-maths"),
     Row("Write a Python function that reverses a string.", heads="heads-code"),
-    Row(TRAINS, loras=(("lora-gsm8k", 1.0),)),
-    Row(TRAINS, loras=(("lora-gsm8k", 1.0),), heads="heads-maths"),
+    Row(TRAINS, loras=(("bundle-gsm8k", 1.0),), heads=""),
+    Row(TRAINS, loras=(("lora-gsm8k", 1.0),), heads="private-gsm8k"),
     Row("Give me three tips for sleeping better.", loras=(("lora-style", 1.0),)),
     Row("What is the capital of France?", loras=(("lora-style", 1.0),), heads="heads-general"),
     Row(TRAINS, loras=(("lora-gsm8k", 1.0), ("lora-style", 0.5)), heads="heads-maths"),
@@ -135,9 +135,15 @@ def generate_streamed(client: Client, console: Console) -> list[pb.GenerateRespo
         table = Table.grid(padding=(0, 1))
         for index, (row, reply) in enumerate(zip(ROWS, replies, strict=True)):
             names = "+".join(name for name, _ in row.loras) or "base"
+            heads = row.heads or "its own"
             text = " ".join(reply.text.split())
             shown = text[-SHOWN:] if console.is_terminal else text[:SHOWN]
-            table.add_row(str(index), f"[cyan]{names}[/]", f"[magenta]{row.heads}[/]", Text(shown))
+            table.add_row(
+                str(index),
+                f"[cyan]{names}[/]",
+                f"[magenta]{heads}[/]",
+                Text(shown),
+            )
         return table
 
     def follow(index: int) -> None:

@@ -30,7 +30,7 @@ STACKS: tuple[tuple[tuple[str, float], ...], ...] = (
     (("lora-style", 1.0),),
     (("lora-gsm8k", 1.0), ("lora-style", 0.5)),
 )
-HEADS = ("none", "heads-general", "heads-maths", "heads-code")
+HEADS = ("none", "heads-general", "private-gsm8k", "heads-code")
 NUM_TOKENS = 48
 EOS = 2
 # The reference takes ten minutes of a core for the whole 64 prompts, which are four rounds.

@@ -14,14 +14,14 @@ from pathlib import Path
 from lorastack.cli.choices import Backend, Device, DType, Quantize
 from lorastack.cli.options import default_store
 from lorastack.cli.output import stage_bars, stage_log, startup_bars, startup_log
-from lorastack.config import GIB, AdapterConfig, EngineConfig, ModelConfig, parse_size
+from lorastack.config import MIB, AdapterConfig, EngineConfig, ModelConfig, parse_size
 from lorastack.errors import InvalidArgumentError
 from lorastack.service.watch import logs
 from lorastack.startup.device import device_defaults, find_device
 from lorastack.startup.model import StartupProgress
 from lorastack.train.progress import Progress
 
-MOST_KV = 2 * GIB  # prompts that come once gain nothing by more
+MOST_KV = 1536 * MIB  # prompts that come once gain nothing by more
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

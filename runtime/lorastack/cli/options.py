@@ -173,7 +173,7 @@ def _kv_memory(most: str) -> Any:
 
 
 KvMemory = Annotated[str | None, _kv_memory("4GiB")]
-LocalKvMemory = Annotated[str | None, _kv_memory("2GiB")]  # without a server
+LocalKvMemory = Annotated[str | None, _kv_memory("1536MiB")]  # without a server
 MaxRows = Annotated[
     int | None,
     typer.Option(
