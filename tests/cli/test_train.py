@@ -18,6 +18,7 @@ from lorastack.cli.machine import machine
 from lorastack.config import EngineConfig
 from lorastack.service.watch import logs
 from lorastack.startup import engine as startup_engine
+from lorastack.train.run import HeadsRun
 from tests.cli.conftest import Run
 from tests.helpers.costs import CheapHeads
 from tests.train.runs import write_prompts
@@ -116,6 +117,35 @@ def test_an_interruption_says_how_to_go_on(
     done = run("train", "heads", *tiny, "--id", "b", "--restart")
     told = "interrupted: the same command without --restart goes on with what is in"
     assert done.err == f"{told} lorastack-train/b\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "rate"),
+    [
+        ((), 1e-3),
+        (("--from", "{folder}"), 1e-2),
+        (("--continue-from", "{folder}"), 1e-3),
+        (("--from", "{folder}", "--learning-rate", "0.5"), 0.5),
+    ],
+)
+def test_a_private_part_has_its_own_learning_rate(
+    options: tuple[str, ...],
+    rate: float,
+    run: Run,
+    tiny: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[HeadsRun] = []
+
+    def taken(asked: HeadsRun, **_: Any) -> None:
+        seen.append(asked)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trained, "make_heads", taken)
+    named = [option.format(folder=tmp_path) for option in options]
+    run("train", "heads", *tiny, "--id", "x", *named)
+    assert [asked.training.learning_rate for asked in seen] == [rate]
 
 
 def test_adapters_need_a_store(run: Run, tiny: tuple[str, ...], tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from lorastack.cli.training import (
     DraftVocabulary,
     Epochs,
     HeldOut,
-    LearningRate,
+    LearningRateByKind,
     Lora,
     MaxNewTokens,
     NumHeads,
@@ -114,7 +114,7 @@ def heads(
     ] = None,
     epochs: Epochs = 6,
     batch_size: BatchSize = 2048,
-    learning_rate: LearningRate = 1e-3,
+    learning_rate: LearningRateByKind = None,
     held_out: HeldOut = 0.05,
     seed: Seed = 0,
     upload: Upload = False,
@@ -147,11 +147,13 @@ def heads(
     from lorastack.cli.trained import carry_out
     from lorastack.request import SamplingParams
     from lorastack.train.distill import DistillOptions
-    from lorastack.train.options import TrainOptions
+    from lorastack.train.options import LEARNING_RATE, PRIVATE_LEARNING_RATE, TrainOptions
     from lorastack.train.run import HeadsRun
     from lorastack.train.start import StartOptions
 
     loras = lora_pairs(lora)
+    if learning_rate is None:
+        learning_rate = PRIVATE_LEARNING_RATE if shared else LEARNING_RATE
     named = [name for name in (continue_from, shared) if name and not Path(name).is_dir()]
     here = machine(
         model=model,

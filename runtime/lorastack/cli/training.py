@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,8 +22,8 @@ _INCIDENTAL = frozenset(
 )
 
 
-def positive(value: float) -> float:
-    if not value > 0:
+def positive(value: float | None) -> float | None:
+    if value is not None and not value > 0:
         raise typer.BadParameter("it is not a number above 0")
     return value
 
@@ -121,15 +121,22 @@ BatchSize = Annotated[
         "--batch-size", min=1, max=INT32, metavar="N", help="Tokens that a step learns from."
     ),
 ]
-LearningRate = Annotated[
-    float,
-    typer.Option(
+
+
+def _learning_rate(**more: Any) -> Any:
+    return typer.Option(
         "--learning-rate",
         max=1,
         metavar="RATE",
         callback=positive,
         help="Of most steps; it rises to this and falls again.",
-    ),
+        **more,
+    )
+
+
+LearningRate = Annotated[float, _learning_rate()]
+LearningRateByKind = Annotated[
+    float | None, _learning_rate(show_default="0.001; of a private part 0.01")
 ]
 HeldOut = Annotated[
     float,

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from lorastack.errors import InvalidArgumentError
 from lorastack.train.heads import MedusaHeads
 
+LEARNING_RATE, PRIVATE_LEARNING_RATE = 1e-3, 1e-2  # low-rank parts gain by larger steps
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainOptions:
@@ -23,7 +25,7 @@ class TrainOptions:
 
     epochs: int = 6
     batch_size: int = 2048
-    learning_rate: float = 1e-3
+    learning_rate: float = LEARNING_RATE
     warmup: float = 0.1
     held_out: float = 0.05
     patience: int = 2
