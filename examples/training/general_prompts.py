@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Iterator
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 from pydoc_data.topics import topics as pages
 
@@ -87,8 +87,7 @@ def general_prompts(data_dir: Path, count: int, seed: int = 0) -> list[str]:
     """User messages: all of the data folder's, the others composed."""
     prompts = [str(row["prompt"]) for row in read_jsonl(data_dir / "general_prompts.jsonl")]
     rng = random.Random(seed)
-    composed = _composed(rng)
-    prompts += [next(composed) for _ in range(count - len(prompts))]
+    prompts += islice(_composed(rng), max(0, count - len(prompts)))
     rng.shuffle(prompts)
     return prompts[:count]
 
@@ -98,12 +97,13 @@ def _composed(rng: random.Random) -> Iterator[str]:
     topics = [topic.strip() for topic in _TOPICS.replace("\n", " ").split(";")]
     asked = [form.format(topic) for form, topic in product(_FORMS, topics)]
     rng.shuffle(asked)
+    texts = list(pages.values())
     for index, prompt in enumerate(asked):
         if index % 10 == 0:
             sentence = " ".join(rng.choice(part) for part in _GERMAN)
             yield f"Translate German to English: {sentence}"
         elif index % 10 == 1:
-            words = rng.choice(list(pages.values())).split()
+            words = rng.choice(texts).split()
             start = rng.choice((0, len(words) // 3))
             text = " ".join(words[start : start + rng.randint(100, 350)])
             yield rng.choice(_TEXT_FORMS).format(text)

@@ -226,15 +226,5 @@ class _Run:
         )
 
     def _progress(self, epoch: int) -> Progress:
-        loop = self._loop
-        means = loop.means()
-        return Progress(
-            epoch=epoch + 1,
-            num_epochs=self._options.epochs,
-            step=loop.step,
-            num_steps=loop.num_steps,
-            loss_K=means[:-1],
-            last=loop.history[-1],
-            seconds_left=None,
-            drift=means[-1],
-        )
+        *loss_K, drift = self._loop.means()
+        return self._loop.progress(epoch, loss_K, drift)

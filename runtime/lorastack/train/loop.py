@@ -2,7 +2,7 @@
 
 What a trainer learns from a batch and how it judges an epoch is its own.
 
-Shape suffixes: I what an epoch goes through, L losses that are told apart.
+Shape suffixes: I what an epoch goes through, L losses that are told apart, K heads.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lorastack.train.checkpoint import (
     restore_learning,
     save_checkpoint,
 )
-from lorastack.train.options import Epoch, TrainOptions
+from lorastack.train.options import Epoch, Progress, TrainOptions
 
 BETAS = (0.9, 0.98)  # of Adam
 JUDGED_NODES = 8  # of the static tree by which epochs are compared
@@ -134,10 +134,19 @@ class TrainingLoop(Generic[EpochT]):
         """The mean losses of the epoch so far; none before the first step."""
         return (self.sums_L / self.counts_L).tolist() if self.step else []
 
-    def seconds_left(self, epoch: int) -> float:
-        """About, after a step of an epoch, from 0."""
+    def progress(self, epoch: int, loss_K: list[float], drift: float | None = None) -> Progress:
+        """After a step of an epoch, from 0."""
         of_steps = self._learning / (self.step - self._first) * (self.num_steps - self.step)
-        return of_steps + self._judging * (self._options.epochs - epoch)
+        return Progress(
+            epoch=epoch + 1,
+            num_epochs=self._options.epochs,
+            step=self.step,
+            num_steps=self.num_steps,
+            loss_K=loss_K,
+            last=self.history[-1],
+            seconds_left=of_steps + self._judging * (self._options.epochs - epoch),
+            drift=drift,
+        )
 
     def _batches_of(self, epoch: int) -> tuple[Tensor, ...]:
         generator = torch.Generator().manual_seed((self._options.seed << 16) + epoch)

@@ -105,7 +105,7 @@ class _Run:
         loop.run(
             self._train_batch,
             self._judge,
-            lambda epoch: progress(self._progress(epoch)),
+            lambda epoch: progress(loop.progress(epoch, loop.means())),
             judged=len(self._held_P) > 0,
             last_gain=self._last_gain,
         )
@@ -170,19 +170,6 @@ class _Run:
         """Few held-out prompts tell little of tokens a step: a loss that still falls counts too."""
         history = self._loop.history
         return max(self._loop.best, min(history, key=lambda epoch: epoch.held_loss).number)
-
-    def _progress(self, epoch: int) -> Progress:
-        """epoch: from 0."""
-        loop = self._loop
-        return Progress(
-            epoch=epoch + 1,
-            num_epochs=self._options.epochs,
-            step=loop.step,
-            num_steps=loop.num_steps,
-            loss_K=loop.means(),
-            last=loop.history[-1],
-            seconds_left=loop.seconds_left(epoch),
-        )
 
 
 def split_corpus(corpus: Corpus, options: TrainOptions) -> tuple[list[int], list[int]]:
