@@ -15,7 +15,7 @@ import pytest
 from lorastack.cli import output, trained
 from lorastack.cli.choices import Backend, Device, DType
 from lorastack.cli.machine import machine
-from lorastack.config import EngineConfig
+from lorastack.config import GIB, MIB, EngineConfig
 from lorastack.service.watch import logs
 from lorastack.startup import engine as startup_engine
 from lorastack.train.run import HeadsRun
@@ -202,7 +202,7 @@ def test_what_joint_training_refuses(
     assert done.code == 2 and words[0] in done.err
 
 
-def test_keys_and_values_take_less_than_a_servers(tmp_path: Path) -> None:
+def test_keys_and_values_take_less_than_a_servers(run: Run, tmp_path: Path) -> None:
     found = machine(
         **dict.fromkeys(("model", "base_names", "isa", "quantize", "threads", "kv_memory")),
         **{"max_rows": None, "max_context": None, "store": tmp_path, "needs_store": False},
@@ -210,3 +210,5 @@ def test_keys_and_values_take_less_than_a_servers(tmp_path: Path) -> None:
     )
     assert found.engine.kv_memory is None  # or what is left
     assert found.engine.most_kv < EngineConfig().most_kv
+    assert f"{found.engine.most_kv // MIB}MiB, or what" in run("train", "heads", "--help").out
+    assert f"{EngineConfig().most_kv // GIB}GiB, or what" in run("serve", "--help").out
