@@ -114,9 +114,9 @@ def test_an_interruption_says_how_to_go_on(
     done = run("train", "heads", *tiny, "--id", "a/b", "--work", "here")
     assert done.code == 130
     assert done.err == "interrupted: the same command goes on with what is in here\n"
-    done = run("train", "heads", *tiny, "--id", "b", "--restart")
+    done = run("train", "heads", *tiny, "--id", "a/b", "--restart")
     told = "interrupted: the same command without --restart goes on with what is in"
-    assert done.err == f"{told} lorastack-train/b\n"
+    assert done.err == f"{told} lorastack-train/a%2Fb\n"  # never inside the work folder of a
 
 
 @pytest.mark.parametrize(

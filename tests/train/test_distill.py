@@ -169,7 +169,6 @@ def test_what_does_not_fit_is_skipped_and_counted(
         corpus = run(engine, nearly, tmp_path / "nearly", DistillOptions(max_new_tokens=500))
         assert len(corpus.prompt(0)) + corpus.num_tokens <= 64
     assert [progress.num_samples for progress in seen] == [1, 2]
-    assert seen[-1].seconds_left == 0.0
     assert seen[-1].tokens_per_second > 0
 
 

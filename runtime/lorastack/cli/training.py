@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from lorastack.adapters.store.ids import flat_name
 from lorastack.cli.inputs import lora_ref
 from lorastack.cli.options import INT32, path
 from lorastack.config import share_cores
@@ -161,7 +162,7 @@ def work_folder(work: Path | None, adapter_id: str) -> Path:
     """Where a run is kept. Raises BadParameter for an id that no folder can have."""
     if "\0" in adapter_id:
         raise typer.BadParameter("it holds a NUL character", param_hint="--id")
-    return work or Path("lorastack-train", *adapter_id.split("/"))
+    return work or Path("lorastack-train", flat_name(adapter_id))
 
 
 def destination(server: str, *, upload: bool, replace: bool) -> str:

@@ -46,7 +46,7 @@ class DistillOptions:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
     """num_samples: in the corpus. num_skipped: prompts that fit no context or template. num_tokens:
-    of all answers. tokens_per_second: of this run. seconds_left: about; None: nothing is known yet.
+    of all answers. tokens_per_second: of this run.
     """
 
     num_prompts: int
@@ -54,7 +54,6 @@ class Progress:
     num_skipped: int
     num_tokens: int
     tokens_per_second: float
-    seconds_left: float | None
 
 
 def distill(
@@ -160,20 +159,17 @@ class _Watch:
         self._writer = writer
         self._asked = asked
         self._began = time.monotonic()
-        self._samples_before, self._tokens_before = writer.num_samples, writer.num_tokens
+        self._tokens_before = writer.num_tokens
 
     def look(self) -> Progress:
-        writer, num_skipped = self._writer, self._asked.num_skipped
+        writer = self._writer
         seconds = max(time.monotonic() - self._began, 1e-6)
-        num_new = writer.num_samples - self._samples_before
-        num_left = self._num_prompts - writer.num_samples - num_skipped
         return Progress(
             num_prompts=self._num_prompts,
             num_samples=writer.num_samples,
-            num_skipped=num_skipped,
+            num_skipped=self._asked.num_skipped,
             num_tokens=writer.num_tokens,
             tokens_per_second=(writer.num_tokens - self._tokens_before) / seconds,
-            seconds_left=seconds / num_new * num_left if num_new else None,
         )
 
 

@@ -66,7 +66,6 @@ class TrainingLoop(Generic[EpochT]):
         self._items_I, self._num_batches = items_I, num_batches
         self._identity, self._path, self._epoch = identity, path, epoch
         self._best_weights: dict[str, Tensor] = {}
-        self._first, self._learning, self._judging = 0, 0.0, 0.0  # of this process; seconds
 
     def run(
         self,
@@ -88,17 +87,14 @@ class TrainingLoop(Generic[EpochT]):
             earlier = self.seconds
         else:
             self._end_epoch(judge, judged=judged)
-        saved, self._first = begun, self.step
-        at, batches = -1, tuple[Tensor, ...]()
+        saved, at, batches = begun, -1, tuple[Tensor, ...]()
         while self.step < self.num_steps and not self._gave_up(last_gain()):
             epoch, batch = divmod(self.step, self._num_batches)
             if epoch != at:
                 at, batches = epoch, self._batches_of(epoch)
-            started = time.monotonic()
             learn(batches[batch])
             self.step += 1
             now = time.monotonic()
-            self._learning += now - started
             self.seconds = earlier + now - begun
             report(epoch)
             ended = batch + 1 == self._num_batches
@@ -136,7 +132,6 @@ class TrainingLoop(Generic[EpochT]):
 
     def progress(self, epoch: int, loss_K: list[float], drift: float | None = None) -> Progress:
         """After a step of an epoch, from 0."""
-        of_steps = self._learning / (self.step - self._first) * (self.num_steps - self.step)
         return Progress(
             epoch=epoch + 1,
             num_epochs=self._options.epochs,
@@ -144,7 +139,6 @@ class TrainingLoop(Generic[EpochT]):
             num_steps=self.num_steps,
             loss_K=loss_K,
             last=self.history[-1],
-            seconds_left=of_steps + self._judging * (self._options.epochs - epoch),
             drift=drift,
         )
 
@@ -155,7 +149,7 @@ class TrainingLoop(Generic[EpochT]):
 
     def _end_epoch(self, judge: Callable[[int, list[float]], EpochT], *, judged: bool) -> None:
         """Judges the weights, and keeps them if there were no better ones."""
-        begun, means = time.monotonic(), self.means()
+        means = self.means()
         self.sums_L.zero_()
         self.counts_L.zero_()
         ended = judge(self.step // self._num_batches, means)
@@ -164,7 +158,6 @@ class TrainingLoop(Generic[EpochT]):
         if better or not judged:
             self.best = ended.number
             self._best_weights = {name: t.detach().clone() for name, t in self._learnt.items()}
-        self._judging = time.monotonic() - begun
 
     def _gave_up(self, last_gain: int) -> bool:
         return self.history[-1].number - last_gain >= self._options.patience

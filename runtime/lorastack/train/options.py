@@ -84,8 +84,7 @@ class Epoch:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
     """After a step. epoch: from 1. loss_K: mean of the epoch so far. last: the last epoch that
-    ended. seconds_left: about. drift: as loss_K, of a LoRA that
-    learns too: its distance from the base."""
+    ended. drift: as loss_K, of a LoRA that learns too: its distance from the base."""
 
     epoch: int
     num_epochs: int
@@ -93,7 +92,6 @@ class Progress:
     num_steps: int
     loss_K: list[float]
     last: Epoch
-    seconds_left: float
     drift: float | None = None
 
 

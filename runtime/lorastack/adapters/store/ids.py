@@ -46,6 +46,11 @@ def split_reference(reference: str) -> tuple[str, str | None]:
     return adapter_id, digest if separator else None
 
 
+def flat_name(adapter_id: str) -> str:
+    """The id as a name of one file or folder; '%' is in no id, so no two ids collide."""
+    return adapter_id.replace("/", "%2F")
+
+
 def file_name(adapter_id: str) -> str:
-    """The id as one flat file name; '%' is in no id, so no two ids collide."""
-    return adapter_id.replace("/", "%2F") + ".json"
+    """Of the file in the store's `ids` that points at the id's newest revision."""
+    return flat_name(adapter_id) + ".json"
