@@ -26,7 +26,7 @@ from lorastack.errors import (
 )
 from lorastack.kernels.packing import allocate
 from lorastack.layout import DRAFT_KEY, HEADS, AdapterKind, Part
-from lorastack.speculation.heads import private_weights
+from lorastack.speculation.heads import correction
 from lorastack.startup.prior import check_acceptance
 from tests.adapters.folders import (
     HEADS_CONFIG,
@@ -160,9 +160,11 @@ def test_tensors_are_refused_by_name(part: Path, edit: Edit, named: str) -> None
     refused(part, named)
 
 
-def test_a_draft_vocabulary_beside_a_part_is_refused(part: Path) -> None:
+def test_a_part_may_bring_a_draft_vocabulary(part: Path) -> None:
     write_draft_vocabulary(part, torch.arange(SHAPES.vocab_size))
-    refused(part, r"draft_vocabulary.*private part.*\(heads\): leave it out")
+    assert parse_folder(part).draft_vocabulary == tuple(range(SHAPES.vocab_size))
+    write_draft_vocabulary(part, torch.arange(3))
+    refused(part, r"draft_vocabulary has shape \[3\]")
 
 
 def test_parts_tensors_in_whole_heads_are_refused(heads: Path, part: Path) -> None:
@@ -305,7 +307,8 @@ def test_from_folder_to_views(registry: Registry, tmp_path: Path) -> None:
     )
     packed = loader(record.digest)
     assert DRAFT_KEY not in packed.layout.slots
-    weights = private_weights(packed.buffer, packed.layout)
+    assert correction(packed.buffer, packed.layout).output is None
+    weights = correction(packed.buffer, packed.layout).private
     stored = load_file(part / HEADS_FILE)
     for block in range(2):
         for head in range(2):

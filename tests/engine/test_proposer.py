@@ -28,6 +28,7 @@ from lorastack.speculation.proposal import Proposal
 from tests.helpers.adapters import (
     merged_heads,
     with_outputs,
+    write_draft_vocabulary,
     write_heads,
     write_lora,
     write_private,
@@ -38,6 +39,7 @@ from tests.helpers.packed import pack, read_tensors
 CPU = torch.device("cpu")
 PAGE_SIZE = 16
 NARROW = range(0, 200, 2)  # tokens that "two-narrow" chooses from
+ODD = range(1, 180, 2)  # those of its private part "two-narrow+own", and of "two+own"
 
 Ids = tuple[tuple[int, ...], ...]
 
@@ -95,6 +97,12 @@ class Drafts:
             parts = [write_private(root / f"{name}+{i}", whole, rank=2 + i, seed=i) for i in (1, 2)]
             folders += [merged_heads(root / f"{part.name}-merged", whole, part) for part in parts]
             folders += parts
+        for name in ("two", "two-narrow"):
+            part = write_private(root / f"{name}+own", root / name)
+            merged = merged_heads(root / f"{part.name}-merged", root / name, part)
+            for folder in (part, merged):
+                write_draft_vocabulary(folder, torch.tensor(ODD))
+                folders.append(folder)
         self.heads = {folder.name: on_device(folder, self.backend, output_VH) for folder in folders}
         lora = write_lora(root / "lora", shapes, targets=(LM_HEAD,))
         self.lora = on_device(lora, self.backend, output_VH)
@@ -196,6 +204,18 @@ def test_a_private_part_drafts_what_heads_with_it_added_do(drafts: Drafts, heads
         assert found.ids != whole.ids
 
 
+@pytest.mark.parametrize("heads", ["two", "two-narrow"])
+def test_a_private_part_may_bring_a_draft_vocabulary(drafts: Drafts, heads: str) -> None:
+    found, expected, whole = (
+        drafts.run(drafts.row(0, name))[0]
+        for name in (f"{heads}+own", f"{heads}+own-merged", heads)
+    )
+    assert_same(found, expected)
+    assert found is not None and whole is not None
+    assert {token for ranks in found.ids for token in ranks} <= set(ODD)
+    assert not {token for ranks in whole.ids for token in ranks} <= set(ODD)
+
+
 def test_private_parts_of_one_batch_draft_what_they_draft_alone(drafts: Drafts) -> None:
     """Two parts of the same heads, the heads themselves, parts of others, and other heads."""
     names = [
@@ -210,7 +230,7 @@ def test_private_parts_of_one_batch_draft_what_they_draft_alone(drafts: Drafts) 
         "deep",
         "deep+2",
     ]
-    names += ["two-narrow", "two+2", "two-narrow+1"]
+    names += ["two-narrow", "two+2", "two-narrow+1", "two-narrow+own", "two+own"]
     rows = [drafts.row(number, name) for number, name in enumerate(names)]
     rows += [drafts.row(len(rows), "two-narrow+1", lora=True)]
     alone = [drafts.run(row)[0] for row in rows]
@@ -415,9 +435,9 @@ def test_heads_choose_the_best_of_their_draft_vocabulary(drafts: Drafts) -> None
 
 
 def test_heads_choose_through_an_lm_head_lora_whatever_their_vocabulary(drafts: Drafts) -> None:
-    names = ("two", "two-narrow")
-    through = [drafts.ids(drafts.row(0, heads, lora=True))[0] for heads in names]
-    assert through[0] == through[1] != drafts.ids(drafts.row(0, "two-narrow"))[0]
+    for names in (("two", "two-narrow"), ("two+own", "two-narrow+own")):
+        through = [drafts.ids(drafts.row(0, heads, lora=True))[0] for heads in names]
+        assert through[0] == through[1] != drafts.ids(drafts.row(0, names[1]))[0]
 
 
 def test_an_lm_head_lora_changes_drafts_of_version_two_only(drafts: Drafts) -> None:

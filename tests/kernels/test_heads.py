@@ -116,7 +116,7 @@ class Chance:
         return torch.nn.functional.one_hot(picked, num).to(self._dtype)
 
     def groups(self, *, exact: bool) -> list[HeadsGroup]:
-        """Some of them the ones before under another private part."""
+        """Some of them the ones before under another private part, with the same outputs or not."""
         groups: list[HeadsGroup] = []
         for _ in range(self.number(0, 4)):
             start = groups[-1].end if groups else self.number(0, 2)
@@ -130,7 +130,16 @@ class Chance:
 
     def under_another(self, heads: HeadsWeights, *, exact: bool) -> HeadsWeights:
         shape = len(heads.bias_LKH), heads.num_heads
-        return replace(heads, private=self.private(*shape, exact=exact))
+        heads = replace(heads, private=self.private(*shape, exact=exact))
+        if self.number(0, 1):
+            return heads
+        num_outputs = self.number(1, 90)
+        output = (
+            self.whole(3, num_outputs, self.hidden)
+            if exact
+            else self.normal(num_outputs, self.hidden)
+        )
+        return replace(heads, output=output, ids_N=torch.arange(num_outputs) * 2 + 1)
 
 
 def assert_same(found: TopTokens, expected: TopTokens) -> None:

@@ -117,7 +117,7 @@ def test_a_private_part_names_its_shared_heads(tmp_path: Path) -> None:
     write_heads(general, shared, base_model="b", ids_N=torch.arange(MAX_RANK))
     digest = hashlib.sha256((general / "medusa_lm_head.safetensors").read_bytes()).hexdigest()
     named = SharedHeads(id="heads-general", sha256=digest)
-    write_heads(private, heads, base_model="b", ids_N=torch.arange(MAX_RANK), shared=named)
+    write_heads(private, heads, base_model="b", shared=named)
     assert json.loads((private / "config.json").read_text()) == {
         "medusa_num_heads": 2,
         "medusa_num_layers": 2,
@@ -141,6 +141,9 @@ def test_a_private_part_names_its_shared_heads(tmp_path: Path) -> None:
     both = load_heads(private, BASE, base)
     found = both.heads
     assert both.ids_N is not None and both.ids_N.tolist() == list(range(MAX_RANK))
+    write_heads(tmp_path / "own", heads, base_model="b", ids_N=torch.arange(1, 90), shared=named)
+    own = load_heads(tmp_path / "own", BASE, base)
+    assert own.ids_N is not None and own.ids_N.tolist() == list(range(1, 90))
     assert parse_folder(private, BASE).facts.shared_heads == named
     with pytest.raises(InvalidArgumentError, match="private part of heads-general"):
         load_heads(private, BASE)

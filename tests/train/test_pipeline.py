@@ -211,11 +211,13 @@ def test_a_private_part_is_served_beside_the_heads_that_it_corrects(
             shared=f"heads@{server.client.get_adapter('heads').digest}", private_rank=3
         ),
         adapter_id="private",
+        draft_vocabulary=64,
     )
     publication = Publication(server.server.address, "private", replace=False)
     outcome = make_heads(run, publication=publication)
     config = json.loads((outcome.folder / "config.json").read_text())
     assert config["shared_heads"]["id"] == "heads" and config["private_rank"] == 3
+    assert (outcome.folder / "draft_vocabulary.safetensors").exists()
     server.digests["private"] = outcome.digest
     server.load_heads("private")
     for option in ("continue_from", "shared"):

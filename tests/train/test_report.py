@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -95,10 +96,14 @@ def test_the_card_of_a_private_part_names_its_shared_heads(made: tuple[Trained, 
         data={},
         shared="heads-general",
         vocabulary_size=4096,
+        own_vocabulary=False,
+        coverage=0.84,
     )
     text = card(origin, OPTIONS, private, held_out)
     assert "rank 4" in text and "2 heads of heads-general" in text
-    assert "draft_vocabulary" not in text
+    assert "heads-general names the 4,096 tokens that they choose from: 84.0% of" in text
+    own = card(replace(origin, own_vocabulary=True), OPTIONS, private, held_out)
+    assert "`draft_vocabulary.safetensors` names the 4,096 tokens" in own
     assert evaluation(origin, OPTIONS, private, held_out)["private_rank"] == 4
 
 

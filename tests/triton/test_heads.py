@@ -28,7 +28,7 @@ from lorastack.kernels.triton.top import top
 from tests.helpers.examples import at_most
 
 DTYPES = [torch.float32, torch.bfloat16]
-NUM_ROWS = 26
+NUM_ROWS = 28
 UNSEEN = -7  # what a pair holds that is not written
 
 
@@ -109,8 +109,10 @@ class Heads:
 
     def groups(self) -> list[HeadsGroup]:
         """Few rows and more than a tile has, of heads that differ in everything; one is empty.
-        Some have private parts, two of them the same heads."""
+        Some have private parts, three of them the same heads and one of these other outputs."""
         named, own = self.make(2, 2, 70, "named"), self.make(1, 1, 9, "own")
+        other = self.make(2, 2, 33, "named")
+        brought = replace(named, output=other.output, ids_N=other.ids_N)
         return [
             HeadsGroup(1, 2, named),
             HeadsGroup(2, 2, self.make(1, 1, 9, "shared")),
@@ -119,6 +121,7 @@ class Heads:
             HeadsGroup(20, 24, self.make(3, 1, 40, "shared")),
             HeadsGroup(24, 25, replace(named, private=self.private(named, 3))),
             HeadsGroup(25, 26, replace(named, private=self.private(named, 64))),
+            HeadsGroup(26, 28, replace(brought, private=self.private(named, 7))),
         ]
 
 

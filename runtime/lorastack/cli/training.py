@@ -103,7 +103,8 @@ DraftVocabulary = Annotated[
         min=0,
         max=INT32,
         metavar="N",
-        help="Tokens that heads choose from, the most frequent ones; 0: all.",
+        help="Tokens that heads choose from, the most frequent ones; 0: all, or those of the heads "
+        "that are corrected.",
     ),
 ]
 ContinueFrom = Annotated[

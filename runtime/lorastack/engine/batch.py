@@ -31,6 +31,12 @@ class RowHeads:
     def num_heads(self) -> int:
         return self.whole.layout.num_heads
 
+    @property
+    def has_draft_vocabulary(self) -> bool:
+        """True if either brings the rows of lm_head that the heads choose from."""
+        both = (self.whole, self.private)
+        return any(part is not None and bool(part.layout.draft_vocabulary) for part in both)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowAdapters:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import groupby, islice
 from weakref import WeakKeyDictionary
 
@@ -107,7 +106,7 @@ class Proposer:
             return heads_views(whole)
         corrected = self._corrected.setdefault(part, WeakKeyDictionary())
         if whole not in corrected:
-            corrected[whole] = replace(heads_views(whole), private=private_views(part))
+            corrected[whole] = private_views(part).of(heads_views(whole))
         return corrected[whole]
 
 
@@ -126,11 +125,11 @@ def _stand_alone(step: RowStep) -> bool:
 
     Version 2 heads choose through lm_head where it has no rows of their own or a LoRA adapts it.
     """
-    layout = _heads_of(step).whole.layout
-    if own_outputs(layout):
+    heads = _heads_of(step)
+    if own_outputs(heads.whole.layout):
         return True
     adapted = any((NO_LAYER, LM_HEAD, Part.A) in lora.layout.slots for lora in step.adapters.loras)
-    return bool(layout.draft_vocabulary) and not adapted
+    return heads.has_draft_vocabulary and not adapted
 
 
 def _heads_order(step: RowStep) -> tuple[bool, str, str]:

@@ -7,23 +7,23 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lorastack.adapters.memory.device import DeviceAdapter
-from lorastack.kernels.heads import HeadsWeights, PrivateWeights
+from lorastack.kernels.heads import HeadsWeights
 from lorastack.layout import HEADS, AdapterLayout, Part
 from lorastack.lora.weights import LoraWeights
 from lorastack.model.backends.base import Backend
-from lorastack.speculation.heads import heads_weights, private_weights
+from lorastack.speculation.heads import Correction, correction, heads_weights
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterViews:
     """lora: empty for an adapter of heads only. heads: None for one without whole ones.
 
-    private: a correction of other heads.
+    private: a private part's correction of other heads.
     """
 
     lora: LoraWeights
     heads: HeadsWeights | None
-    private: PrivateWeights | None = None
+    private: Correction | None = None
 
 
 def make_views(
@@ -37,7 +37,7 @@ def make_views(
     backend.adopt(lora)
     heads, private = None, None
     if (0, HEADS, Part.A) in layout.slots:
-        private = private_weights(buffer, layout)
+        private = correction(buffer, layout)
     elif layout.num_heads:
         heads = heads_weights(buffer, layout)
     return AdapterViews(lora, heads, private)
@@ -55,7 +55,7 @@ def heads_views(adapter: DeviceAdapter) -> HeadsWeights:
     return heads
 
 
-def private_views(adapter: DeviceAdapter) -> PrivateWeights:
+def private_views(adapter: DeviceAdapter) -> Correction:
     """What an adapter corrects other heads by."""
     private = _views_of(adapter).private
     assert private is not None, adapter.digest

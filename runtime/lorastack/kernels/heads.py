@@ -17,10 +17,10 @@ natural log-probabilities, float32, over all of that head's outputs: NaN where a
 that row is not finite. `top` gives the same of rows of logits [X, V].
 
 The native kernel reads the matrices where they lie and runs as one parallel region; neighbouring
-groups that differ in their private parts alone share each reading of all others. A row's bits do
-not depend on the rows beside it. Plain torch takes a few matmuls a group, on any device. The plain
-reference works row by row. Source of the maths: Medusa (FasterDecoding/Medusa), versions 1 and 2 of
-its heads.
+groups with the same blocks share each reading of them, whatever their private parts and outputs. A
+row's bits do not depend on the rows beside it. Plain torch takes a few matmuls a group, on any
+device. The plain reference works row by row. Source of the maths: Medusa (FasterDecoding/Medusa),
+versions 1 and 2 of its heads.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Written is the published version 2 layout in bfloat16: `config.json` and, for he
 `{k}.{l}.linear.weight` [H, H] and `.bias` [H] in `medusa_lm_head.safetensors`. Beside it lie our
 extra files: the draft vocabulary, a model card, the evaluation and its plot. A private part has
 `{k}.{l}.linear.lora_A.weight` [R, H] and `.lora_B.weight` [H, R] in their place, and names the
-shared heads that it corrects.
+shared heads that it corrects; their draft vocabulary is its own where it brings none.
 
 A folder is written beside its place and renamed: it is there whole, or not at all.
 
@@ -97,10 +97,10 @@ def load_heads(folder: Path, shapes: ModelShapes, shared: HeadsFolder | None = N
         tuple(tuple(block(k, n) for n in range(facts.num_layers)) for k in range(facts.num_heads)),
         tuple(_read(parsed.tensors[head, HEADS, Part.OUTPUT]) for head in outputs),
     )
-    if shared is not None and facts.shared_heads is not None:
-        return HeadsFolder(heads=heads, ids_N=shared.ids_N)
-    ids = parsed.draft_vocabulary
-    return HeadsFolder(heads=heads, ids_N=torch.tensor(ids) if ids else None)
+    ids_N = torch.tensor(parsed.draft_vocabulary) if parsed.draft_vocabulary else None
+    if ids_N is None and shared is not None and facts.shared_heads is not None:
+        ids_N = shared.ids_N
+    return HeadsFolder(heads=heads, ids_N=ids_N)
 
 
 def _check_shared(folder: Path, facts: Facts, shared: HeadsFolder | None) -> None:
@@ -142,9 +142,9 @@ def write_heads(
 ) -> None:
     """Writes what the heads have learnt: all of them, or their private part with `shared`.
 
-    ids_N: their draft vocabulary, rising; of a private part it is the shared heads'. fields: more
-    of config.json. files: further files by name. Raises AlreadyExistsError for a target that is
-    there and not an empty folder, unless `replace`; ResourceExhaustedError STORE_FULL.
+    ids_N: the draft vocabulary that they bring, rising; None for none. fields: more of config.json.
+    files: further files by name. Raises AlreadyExistsError for a target that is there and not an
+    empty folder, unless `replace`; ResourceExhaustedError STORE_FULL.
     """
     weights = {name: t.bfloat16().contiguous() for name, t in heads.to_host().learnt().items()}
     config: dict[str, Any] = {
@@ -161,7 +161,7 @@ def write_heads(
         CONFIG_NAME: json_bytes(config | dict(fields or {})),
         **(files or {}),
     }
-    if ids_N is not None and shared is None:
+    if ids_N is not None:
         ids = {VOCABULARY_TENSOR: ids_N.to("cpu", torch.int32).contiguous()}
         contents[VOCABULARY_NAME] = save(ids)
     with (

@@ -152,9 +152,9 @@ def _train(stage: Stage) -> Learnt:
     taught, held = corpus.split(run.training.held_out)
     vocab_size = stage.engine.model.backend.shapes.vocab_size
     count_V = count_tokens(map(corpus.answers, taught), vocab_size)
-    ids_N = start.ids_N
-    if start.shared is None:
-        ids_N = choose_vocabulary(count_V, run.draft_vocabulary)
+    ids_N = choose_vocabulary(count_V, run.draft_vocabulary)
+    if ids_N is None:
+        ids_N = start.ids_N
     if stage.adapted:
         ids_N = None
     share = 1.0 if ids_N is None else coverage(ids_N, count_V)

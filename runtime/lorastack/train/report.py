@@ -34,8 +34,9 @@ class Origin:
 
     name: their id. command: what made them, as it was given. loras: those of the model that they
     guess for, as a user names them. shared: the heads that they correct, "" for none. data: how
-    the corpus was made (`Corpus.settings`). coverage: the share of the corpus' tokens in the draft
-    vocabulary. lora: what lies beside the heads, if it was learnt with them.
+    the corpus was made (`Corpus.settings`). vocabulary_size: of the draft vocabulary, 0 for none;
+    own_vocabulary: it lies beside the heads. coverage: the share of the corpus' tokens that it has.
+    lora: what lies beside the heads, if it was learnt with them.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Origin:
     loras: Sequence[str] = ()
     shared: str = ""
     vocabulary_size: int = 0
+    own_vocabulary: bool = True
     coverage: float = 1.0
     lora: OwnLora | None = None
 
@@ -167,10 +169,11 @@ def _what(origin: Origin, trained: Trained) -> Iterator[str]:
         yield "The heads only guess what the model says with the LoRA: they change no token of it."
     else:
         yield "They only guess what the model says: decoding with them changes no token."
-    if origin.vocabulary_size and not origin.shared:
+    if origin.vocabulary_size:
+        whose = "`draft_vocabulary.safetensors`" if origin.own_vocabulary else origin.shared
         yield (
-            f"`draft_vocabulary.safetensors` names the {origin.vocabulary_size:,} tokens that they "
-            f"choose from: {origin.coverage:.1%} of the training text."
+            f"{whose} names the {origin.vocabulary_size:,} tokens that they choose from: "
+            f"{origin.coverage:.1%} of the training text."
         )
 
 

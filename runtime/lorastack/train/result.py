@@ -52,9 +52,9 @@ class Stage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Learnt:
-    """trained: its heads as they are written. held: samples to measure with; measured: what the
-    heads are worth on them. lora: the files of a LoRA that learnt with them; drift: how far it is
-    from the base."""
+    """trained: its heads as they are written. ids_N: what they choose from, None for all tokens.
+    held: samples to measure with; measured: what the heads are worth on them. lora: the files of a
+    LoRA that learnt with them; drift: how far it is from the base."""
 
     corpus: Corpus
     trained: Trained
@@ -114,6 +114,7 @@ def write_result(stage: Stage, learnt: Learnt, folder: Path) -> None:
         loras=[_lora_name(use.lora_id, use.scale) for use in stage.selection.loras],
         shared="" if stage.start.shared is None else stage.start.shared.id,
         vocabulary_size=0 if learnt.ids_N is None else len(learnt.ids_N),
+        own_vocabulary=_own_ids(stage, learnt) is not None,
         coverage=learnt.coverage,
         lora=None if run.joint is None else OwnLora(options=run.joint, drift=learnt.drift),
     )
@@ -147,11 +148,16 @@ def _write_heads(
         folder,
         learnt.trained.heads,
         base_model=stage.engine.model.name,
-        ids_N=learnt.ids_N,
+        ids_N=_own_ids(stage, learnt),
         shared=stage.start.shared,
         files=learnt.lora | dict(files or {}),
         **more,
     )
+
+
+def _own_ids(stage: Stage, learnt: Learnt) -> Tensor | None:
+    """The draft vocabulary that the heads bring; None where they bring none."""
+    return None if learnt.ids_N is stage.start.ids_N else learnt.ids_N
 
 
 def _lora_name(lora_id: str, scale: float) -> str:

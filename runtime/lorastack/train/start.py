@@ -56,7 +56,7 @@ class StartOptions:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
     """heads: before the first step. use: the heads that they come from, as the engine serves them.
-    shared, ids_N: of a private part, which heads it corrects and what these choose from.
+    shared, ids_N: of a private part, which heads it corrects and the draft vocabulary of these.
     """
 
     heads: MedusaHeads

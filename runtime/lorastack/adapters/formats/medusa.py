@@ -101,11 +101,6 @@ def parse_medusa(
         version = _version(config, entries)
         expected = _expected(num_heads, num_layers, version, shapes)
     _check_tensors(config, entries, expected)
-    if vocabulary is not None and shared is not None:
-        raise invalid(
-            f"{VOCABULARY_NAME} lies beside a private part, which chooses from the draft "
-            f"vocabulary of the heads that it corrects ({shared.id}): leave it out"
-        )
     if vocabulary is not None and version == 1:
         raise invalid(
             f"{VOCABULARY_NAME} goes with version 2 heads, but these are version 1, with output "

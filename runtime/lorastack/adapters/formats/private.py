@@ -6,9 +6,10 @@ config.json has the fields of version 2 heads, and
     "private_rank": R
 
 Block l of head k has `{k}.{l}.linear.lora_A.weight [R, H]` and `{k}.{l}.linear.lora_B.weight
-[H, R]`: W + B A stands for the shared block's W. Biases, draft vocabulary and outputs are the
-shared heads'. They must be of version 2: nothing trains a correction of heads with output matrices
-of their own, against which such a part would save little.
+[H, R]`: W + B A stands for the shared block's W. Biases are the shared heads', and so is the draft
+vocabulary where the folder has none of its own, `draft_vocabulary.safetensors`. The shared heads
+must be of version 2: nothing trains a correction of heads with output matrices of their own,
+against which such a part would save little.
 """
 
 from __future__ import annotations

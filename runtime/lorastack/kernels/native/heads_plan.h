@@ -92,11 +92,15 @@ struct alignas(64) Line {
 
 INLINE size_t lines_of(size_t bytes) { return (bytes + sizeof(Line) - 1) / sizeof(Line); }
 
-// Whether neighbouring groups differ in nothing but their corrections.
-INLINE bool share_matrices(const lorastack_heads& a, const lorastack_heads& b) {
-  return a.end == b.start && a.weight == b.weight && a.bias == b.bias && a.output == b.output &&
-         a.ids == b.ids && a.heads == b.heads && a.blocks == b.blocks && a.outputs == b.outputs &&
-         a.own == b.own;
+// Whether neighbouring groups have the same blocks, but for their corrections.
+INLINE bool share_blocks(const lorastack_heads& a, const lorastack_heads& b) {
+  return a.end == b.start && a.weight == b.weight && a.bias == b.bias && a.heads == b.heads &&
+         a.blocks == b.blocks;
+}
+
+// Whether groups with the same blocks have the same outputs.
+INLINE bool share_outputs(const lorastack_heads& a, const lorastack_heads& b) {
+  return a.output == b.output && a.ids == b.ids && a.outputs == b.outputs && a.own == b.own;
 }
 
 // What the threads share.
@@ -118,7 +122,7 @@ struct HeadsPlan {
     const lorastack_heads *groups = proposal.groups, *const end = groups + proposal.num_groups;
     for (int first = 0; groups < end;) {
       int count = 1;
-      while (groups + count < end && share_matrices(groups[count - 1], groups[count])) count++;
+      while (groups + count < end && share_blocks(groups[count - 1], groups[count])) count++;
       add(proposal, groups, count, first);
       first += (groups[count - 1].end - groups->start) * groups->heads;
       groups += count;
@@ -140,14 +144,13 @@ struct HeadsPlan {
   }
 
  private:
-  // Groups that share their matrices, and the first of their tokens.
+  // Groups that share their blocks, and the first of their tokens.
   void add(const lorastack_proposal& proposal, const lorastack_heads* groups, int count, int first) {
     const lorastack_heads& heads = *groups;
     const int size = proposal.hidden, num = heads.heads;
     const int rows = groups[count - 1].end - heads.start;
     const size_t square = (size_t)size * size;
     const T *weight = (const T*)heads.weight, *bias = (const T*)heads.bias;
-    const T* const output = (const T*)heads.output;
     T* const states = (T*)proposal.states;
     if ((int)blocks.size() < heads.blocks) blocks.resize(heads.blocks);
     // All heads' first blocks read the same states.
@@ -161,13 +164,23 @@ struct HeadsPlan {
                               num});
       correct(blocks[at / num], groups, count, at, size);
     }
-    const size_t matrix = (size_t)heads.outputs * size;
-    for (int head = 0; proposal.tokens && head < (heads.own ? num : 1); head++) {
-      const int step = heads.own ? num : 1;
-      outputs.add({output + head * matrix, nullptr, heads.ids,
-                   states + (size_t)(first + head) * size, (size_t)step * size, heads.outputs,
-                   heads.own ? rows : rows * num, first + head, step});
+    if (!proposal.tokens) return;
+    for (int from = 0, to = 1; from < count; from = to++) {
+      while (to < count && share_outputs(groups[from], groups[to])) to++;
+      choose(proposal, groups[from], groups[to - 1].end - groups[from].start,
+             first + (groups[from].start - heads.start) * num);
     }
+  }
+
+  // The outputs of `rows` rows, and the first of their tokens.
+  void choose(const lorastack_proposal& proposal, const lorastack_heads& heads, int rows, int first) {
+    const int size = proposal.hidden, matrices = heads.own ? heads.heads : 1;
+    const size_t matrix = (size_t)heads.outputs * size;
+    for (int head = 0; head < matrices; head++)
+      outputs.add({(const T*)heads.output + head * matrix, nullptr, heads.ids,
+                   (const T*)proposal.states + (size_t)(first + head) * size,
+                   (size_t)matrices * size, heads.outputs, rows * heads.heads / matrices,
+                   first + head, matrices});
   }
 
   // The groups' corrections of block `at`, counted over all heads, whose product is the last one.
