@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from lorastack.cli.bench import summarise
 from lorastack.client import Client, GenerateRequest, StopParams
 from lorastack.client.traffic import Outcome, percentile, send
 from tests.cli.conftest import Run
+from tests.service.fake_engine import PATIENCE
 from tests.service.fakes import MAX_CONTEXT, RunningServer
 
 
@@ -107,6 +111,31 @@ def test_outcomes_keep_the_order_of_requests(client: Client) -> None:
     outcomes = send(client, requests, 2)
     assert [outcome.tokens for outcome in outcomes] == [5, 1, 3]
     assert all(outcome.first_token > 0 for outcome in outcomes)
+
+
+def test_ctrl_c_that_wakes_nobody_is_seen(client: Client, fake: RunningServer) -> None:
+    """The signal goes to another thread, as one that comes just before the wait begins does."""
+    fake.engine.hold(1)
+    seen = threading.Event()
+
+    def interrupt() -> bool:
+        with fake.engine.changed:
+            assert fake.engine.changed.wait_for(lambda: fake.engine.submitted, PATIENCE)
+        signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+        in_time = seen.wait(PATIENCE)
+        fake.engine.go_on()
+        return in_time
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            in_time = pool.submit(interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                send(client, [GenerateRequest(prompt="hello")], 1)
+            seen.set()
+            assert in_time.result()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_summary_is_of_all_outcomes() -> None:

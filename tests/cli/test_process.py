@@ -8,6 +8,8 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -110,14 +112,19 @@ def test_ctrl_c_ends_without_a_word(fake: RunningServer, command: tuple[str, ...
     assert (process.returncode, err) == (130, b"")
 
 
-def started(*arguments: str) -> subprocess.Popen[bytes]:
+@contextmanager
+def started(*arguments: str) -> Iterator[subprocess.Popen[bytes]]:
     """A process that Ctrl-C reaches, even where the tests run in the background and ignore it."""
-    return subprocess.Popen(
+    with subprocess.Popen(
         [*COMMAND, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()  # one that hangs fails its own test only
 
 
 def test_a_terminal_gets_no_control_characters(fake: RunningServer) -> None:

@@ -175,7 +175,8 @@ def shards_of(pid: int) -> list[psutil.Process]:
     return [
         child
         for child in psutil.Process(pid).children()
-        if any("parallel.worker" in word for word in child.cmdline())
+        if child.status() != psutil.STATUS_ZOMBIE
+        and any("parallel.worker" in word for word in child.cmdline())
     ]
 
 

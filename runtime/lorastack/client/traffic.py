@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 
 from lorastack.client import Client, GenerateRequest
+
+CTRL_C_SECONDS = 0.2  # as often does a waiting thread look whether it was interrupted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,11 +53,20 @@ def send(client: Client, requests: Sequence[GenerateRequest], concurrency: int) 
     """
     with ThreadPoolExecutor(concurrency) as pool:
         try:
-            return list(pool.map(partial(stream, client), requests))
-        except KeyboardInterrupt:
+            replies = [pool.submit(stream, client, request) for request in requests]
+            return [_result(reply) for reply in replies]
+        except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
-            client.close()  # which ends the calls that the pool's threads wait for
+            if isinstance(error, KeyboardInterrupt):
+                client.close()  # which ends the calls that the pool's threads wait for
             raise
+
+
+def _result(reply: Future[Outcome]) -> Outcome:
+    """Waits in short turns: a signal may come just before a wait begins, and does not end it."""
+    while wait([reply], CTRL_C_SECONDS).not_done:
+        pass
+    return reply.result()
 
 
 def stream(client: Client, request: GenerateRequest) -> Outcome:
