@@ -112,14 +112,38 @@ def test_ctrl_c_ends_without_a_word(fake: RunningServer, command: tuple[str, ...
     assert (process.returncode, err) == (130, b"")
 
 
+def test_ctrl_c_while_grpc_begins_a_call_is_quiet(fake: RunningServer) -> None:
+    """Without the thread that ends calls, closing the channel never returns."""
+    program = (
+        "import grpc._channel as gc\n"
+        "def interrupted(state): raise KeyboardInterrupt\n"
+        "assert gc._run_channel_spin_thread\n"
+        "gc._run_channel_spin_thread = interrupted\n"
+        "from lorastack.__main__ import main\n"
+        "main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, "generate", "hello", "--server", fake.address],
+        capture_output=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (130, b"")
+
+
 @contextmanager
 def started(*arguments: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that Ctrl-C reaches, even where the tests run in the background and ignore it."""
+    """A process that Ctrl-C reaches, even where the tests run in the background and ignore it.
+
+    It sees to that itself: `preexec_fn` forks this process, in which gRPC's threads run, and now
+    and then the child aborts before it is the command.
+    """
+    program = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from lorastack.__main__ import main; main()"
+    )
     with subprocess.Popen(
-        [*COMMAND, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        [sys.executable, "-c", program, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
         try:
             yield process

@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from threading import Thread
 from types import TracebackType
 from typing import Any, Self
 
@@ -41,6 +42,7 @@ from lorastack.v1.generation_pb2 import (
 )
 
 LeftOut = Callable[[Sequence[str]], None]
+INTERRUPTED_SECONDS = 1.0  # for closing, after Ctrl-C
 
 
 class Client:
@@ -72,7 +74,13 @@ class Client:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.close()
+        if kind is None or not issubclass(kind, KeyboardInterrupt):
+            self.close()
+            return
+        # It may have come while gRPC began a call, whose end gRPC would then await for ever.
+        thread = Thread(target=self.close, name="lorastack-close", daemon=True)
+        thread.start()
+        thread.join(INTERRUPTED_SECONDS)
 
     def close(self) -> None:
         """Closes the channel, which ends running calls."""
