@@ -13,7 +13,7 @@ JOBS ?= auto
 PYTEST = $(VENV)/bin/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 PROTOC = $(PY) -m grpc_tools.protoc -Iprotos --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) $(PROTOS)
 
-.PHONY: install proto check check-native check-arm check-triton check-gpu format test test-quick test-real test-mistral fuzz demo bench bench-load bench-parts bench-paging peers serve clean
+.PHONY: install proto check check-native check-x86 check-arm check-triton check-gpu format test test-quick test-real test-mistral fuzz demo bench bench-load bench-parts bench-paging peers serve clean
 
 install: $(STAMP) $(LIBRARY)
 
@@ -48,6 +48,14 @@ check-native: install
 	$(PY) -m lorastack.kernels.native.build $(SANITIZED) $(SANITIZE)
 	LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 PYTHONMALLOC=malloc \
 	  $(VENV)/bin/pytest --native-library $(SANITIZED) tests/kernels tests/model/test_native.py
+
+# The kernels for AVX-512 and AMX on an x86-64 CPU that has neither: their sources as they are, with
+# every intrinsic a loop over its lanes.
+EVERY_ISA := build/x86/liblorastack.so
+check-x86: install
+	mkdir -p $(dir $(EVERY_ISA)) && rm -f $(EVERY_ISA)
+	$(PY) -m tests.helpers.every_isa $(EVERY_ISA)
+	$(PYTEST) --native-library $(EVERY_ISA) -k 'AMX or AVX512 or same_bits or agree' tests/kernels tests/model/test_native.py
 
 # The kernels' tests for ARM, cross-compiled and run by qemu; NEON is compared with this machine's own.
 ARM := build/arm

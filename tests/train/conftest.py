@@ -18,6 +18,7 @@ from lorastack.config import KIB, MIB, AdapterConfig, EngineConfig, ModelConfig
 from lorastack.layout import EMBED, LAYER_TARGETS, LM_HEAD, ModelShapes
 from lorastack.startup import engine as startup_engine
 from lorastack.startup.files import ModelFiles
+from lorastack.train import pipeline
 from lorastack.train.local import LocalEngine, open_engine
 from tests.helpers.adapters import write_lora
 from tests.helpers.costs import CheapHeads
@@ -112,3 +113,21 @@ def open_tiny(tiny_llama: Path, store: Path) -> OpenTiny:
                 yield engine
 
     return opened
+
+
+@pytest.fixture(scope="module")
+def cheap_drafts() -> Iterator[None]:
+    """What is drafted depends on the text alone, not on what steps cost here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(startup_engine, "measure", lambda *_: CheapHeads())
+        yield
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails the test if a model is loaded."""
+
+    def loads(*_: Any) -> Any:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(pipeline, "open_engine", loads)

@@ -1,17 +1,13 @@
-"""`train heads` from prompts to an adapter that a server serves, whatever interrupts it."""
+"""`train heads` from prompts to an adapter that a server serves."""
 
 from __future__ import annotations
 
 import json
-import os
-import resource
 import shutil
-import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 
@@ -20,35 +16,23 @@ from lorastack.errors import (
     AlreadyExistsError,
     FailedPreconditionError,
     InvalidArgumentError,
-    LorastackError,
-    NotFoundError,
     UnavailableError,
 )
 from lorastack.layout import ModelShapes
-from lorastack.request import SamplingParams
 from lorastack.speculation.calibration import Calibration
-from lorastack.startup import engine as startup_engine
-from lorastack.train import pipeline, result
+from lorastack.train import pipeline
 from lorastack.train.distill import DistillOptions
 from lorastack.train.evaluate import EvalRun, evaluate
 from lorastack.train.options import TrainOptions
 from lorastack.train.pipeline import make_heads
 from lorastack.train.publish import Publication
-from lorastack.train.run import HeadsRun
 from lorastack.train.start import StartOptions
 from tests.helpers.canary import train_layer_canary, write_canary
-from tests.helpers.costs import CheapHeads
 from tests.helpers.live import LiveServer, ask
-from tests.helpers.process import FORKS
 from tests.helpers.tiny import build_llama
 from tests.train.runs import PROMPTS, contents, heads_run, made
 
-
-@pytest.fixture(scope="module", autouse=True)
-def cheap_drafts() -> Iterator[None]:
-    """What is drafted depends on the text alone, not on what steps cost here."""
-    with patch.object(startup_engine, "measure", lambda *_: CheapHeads()):
-        yield
+pytestmark = pytest.mark.usefixtures("cheap_drafts")
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +72,6 @@ def plain(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, root: Path
 
 ELK = (("say-elk", 1.0),)
 
-
-# -- what comes out -------------------------------------------------------------------------------
 
 SELECTIONS: dict[str, tuple[tuple[str, float], ...]] = {
     "base": (),
@@ -272,206 +254,6 @@ def test_equal_runs_give_equal_files(
     other = replace(run, training=replace(run.training, seed=1), restart=True)
     weights = "medusa_lm_head.safetensors"
     assert contents(make_heads(other).folder)[weights] != contents(plain)[weights]
-
-
-# -- ends and beginnings --------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("stage", ["distilling", "training", "measuring", "writing"])
-def test_a_run_that_was_killed_goes_on(
-    stage: str, tiny_llama: Path, root: Path, tmp_path: Path, plain: Path
-) -> None:
-    run = heads_run(tmp_path, tiny_llama, root, loras=ELK)
-    process = FORKS.Process(target=_run_and_die, args=(run, stage))
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-    assert not (run.work / "adapter").exists()
-    assert contents(make_heads(run).folder) == contents(plain)
-
-
-def _run_and_die(run: HeadsRun, stage: str) -> None:
-    """Kills its own process in the middle of a stage."""
-
-    def die(*_: Any, **__: Any) -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def progress(now: str, done: int, total: int, note: str = "") -> None:
-        if now == stage and done >= total // 6:  # trained: behind the first checkpoint
-            die()
-
-    with (
-        patch.object(startup_engine, "measure", lambda *_: CheapHeads()),
-        patch.object(result, "evaluation", die if stage == "writing" else result.evaluation),
-    ):
-        make_heads(run, progress=progress)
-
-
-def test_a_full_disk_costs_nothing_that_is_done(
-    tiny_llama: Path, root: Path, tmp_path: Path, plain: Path
-) -> None:
-    run = heads_run(tmp_path, tiny_llama, root, loras=ELK)
-    for kib in (1, 48, 100):  # of the largest file: LoRA, states and checkpoint take more
-        ours, theirs = FORKS.Pipe(duplex=False)
-        process = FORKS.Process(target=_run_with_a_quota, args=(run, kib * 1024, theirs))
-        process.start()
-        theirs.close()
-        with ours:
-            kind, message = ours.recv()
-        assert kind == "ResourceExhaustedError" and "free some space" in message, message
-        process.join()
-    assert contents(make_heads(run).folder) == contents(plain)
-
-
-def _run_with_a_quota(run: HeadsRun, max_file_bytes: int, told: Any) -> None:
-    """Tells what it fails with: the error's class and message."""
-    with patch.object(startup_engine, "measure", lambda *_: CheapHeads()):
-        begin = pipeline.WorkFolder
-
-        def limited(root: Path) -> Any:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
-            return begin(root)
-
-        with patch.object(pipeline, "WorkFolder", limited):
-            try:
-                make_heads(run)
-            except Exception as error:
-                told.send((type(error).__name__, str(error)))
-            else:
-                told.send(("nothing", ""))
-
-
-def test_what_is_finished_is_not_done_again(tiny_llama: Path, tmp_path: Path) -> None:
-    run = heads_run(tmp_path, tiny_llama, None)
-    first = make_heads(run)
-    before = {path: path.stat().st_mtime_ns for path in run.work.rglob("*") if path.is_file()}
-    again = make_heads(run)
-    assert again.digest == first.digest and again.served == first.served
-    after = {path: path.stat().st_mtime_ns for path in run.work.rglob("*") if path.is_file()}
-    assert {p: t for p, t in after.items() if p.suffix != ".bin"} == {
-        p: t for p, t in before.items() if p.suffix != ".bin"
-    }
-
-
-CHANGES: dict[str, dict[str, Any]] = {
-    "--temperature": {
-        "distill": DistillOptions(max_new_tokens=24, sampling=SamplingParams(temperature=0.7))
-    },
-    "--max-new-tokens": {"distill": DistillOptions(max_new_tokens=12)},
-    "--epochs": {"training": TrainOptions(epochs=3, batch_size=32, learning_rate=1e-2)},
-    "--num-heads": {"start": StartOptions(num_heads=3)},
-    "--draft-vocabulary": {"draft_vocabulary": 64},
-    "--lora": {"loras": (("lora-a", 1.0),)},
-    "--id": {"adapter_id": "another"},
-}
-
-
-def test_other_options_are_refused_by_name_or_start_over(
-    tiny_llama: Path, store: Path, tmp_path: Path
-) -> None:
-    run = heads_run(tmp_path, tiny_llama, store)
-    make_heads(run)
-    for name, changes in CHANGES.items():
-        with pytest.raises(InvalidArgumentError, match=f"{name} was.*--restart"):
-            make_heads(replace(run, **changes))
-    run.prompts.write_text('"another prompt"\n"and one more"\n')
-    with pytest.raises(InvalidArgumentError, match="--prompts was sha256"):
-        make_heads(run)
-    changed = replace(run, start=StartOptions(num_heads=3), restart=True)
-    assert make_heads(changed).evaluation["num_heads"] == 3
-
-
-# -- refusals -------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails the test if a model is loaded."""
-
-    def loads(*_: Any) -> Any:
-        raise AssertionError("a model was loaded")
-
-    monkeypatch.setattr(pipeline, "open_engine", loads)
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("", "holds no prompts"),
-        ("\n \n", "holds no prompts"),
-        ('{"prompt": "a"}\n{"prompt": \n', "line 2"),
-        ('{"prompt": "a"}\n\n{"other": "b"}\n', "line 3"),
-    ],
-)
-def test_bad_prompts_are_told_before_anything_loads(
-    text: str, words: str, tiny_llama: Path, tmp_path: Path, no_model: None
-) -> None:
-    run = heads_run(tmp_path, tiny_llama, None)
-    run.prompts.write_text(text)
-    with pytest.raises(InvalidArgumentError, match=words):
-        make_heads(run)
-    assert not run.work.exists()
-
-
-def test_prompts_beyond_the_context_are_skipped_and_counted(
-    tiny_llama: Path, tmp_path: Path
-) -> None:
-    run = heads_run(tmp_path, tiny_llama, None)
-    with run.prompts.open("a") as file:
-        file.write(json.dumps({"prompt": "long " * 100}) + "\n")
-    outcome = make_heads(replace(run, model=replace(run.model, max_context=128)))
-    assert outcome.distilled.num_skipped == 1
-    assert outcome.distilled.num_samples == len(PROMPTS)
-    run.prompts.write_text(json.dumps("long " * 100))
-    with pytest.raises(InvalidArgumentError, match="none of its 1 prompts"):
-        make_heads(replace(run, model=replace(run.model, max_context=128), restart=True))
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "words"),
-    [
-        ({"loras": (("nobody", 1.0),)}, NotFoundError, "nobody"),
-        ({"loras": (("heads", 1.0),)}, InvalidArgumentError, "Medusa heads, not a LoRA"),
-        ({"start": StartOptions(continue_from="nobody")}, NotFoundError, "nobody"),
-        ({"start": StartOptions(continue_from="lora-a")}, InvalidArgumentError, "LoRA without"),
-        ({"start": StartOptions(shared="none")}, InvalidArgumentError, "--from"),
-        ({"bundle": True}, InvalidArgumentError, "--bundle"),
-        ({"bundle": True, "loras": (("lora-a", 0.5),)}, InvalidArgumentError, "scale 1"),
-        ({"bundle": True, "loras": (("both", 1.0),)}, InvalidArgumentError, "exactly one LoRA"),
-        ({"draft_vocabulary": 3}, InvalidArgumentError, "draft vocabulary of 3"),
-        ({"distill": DistillOptions(num_top=1000)}, InvalidArgumentError, "--soft-targets 1000"),
-    ],
-)
-def test_what_cannot_be_is_told_before_any_work(
-    changes: dict[str, Any],
-    error: type[LorastackError],
-    words: str,
-    tiny_llama: Path,
-    store: Path,
-    tmp_path: Path,
-) -> None:
-    run = heads_run(tmp_path, tiny_llama, store, **changes)
-    with pytest.raises(error, match=words):
-        make_heads(run)
-    assert [path.name for path in run.work.iterdir()] == ["LOCK"]
-    make_heads(heads_run(tmp_path, tiny_llama, None))  # and the folder is free for another try
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"adapter_id": "no id"}, "not an adapter id"),
-        ({"start": StartOptions(private_rank=4)}, "--private-rank goes with --from"),
-        ({"start": StartOptions(shared="a", continue_from="b")}, "exclude each other"),
-        ({"start": StartOptions(shared="a", num_heads=2)}, "--num-heads"),
-        ({"start": StartOptions(num_heads=33)}, "--num-heads may be 32"),
-    ],
-)
-def test_contradictions_are_told_before_anything_loads(
-    changes: dict[str, Any], words: str, tiny_llama: Path, tmp_path: Path, no_model: None
-) -> None:
-    with pytest.raises(InvalidArgumentError, match=words):
-        make_heads(heads_run(tmp_path, tiny_llama, None, **changes))
 
 
 # -- uploads --------------------------------------------------------------------------------------
