@@ -135,5 +135,11 @@ def test_other_options_are_refused_by_name_or_start_over(
     run.prompts.write_text('"another prompt"\n"and one more"\n')
     with pytest.raises(InvalidArgumentError, match="--prompts was sha256"):
         make_heads(run)
+    make_heads(replace(run, restart=True))
+    mark = run.work / "corpus" / "mark"
+    mark.touch()
     changed = replace(run, start=StartOptions(num_heads=3), restart=True)
     assert make_heads(changed).evaluation["num_heads"] == 3
+    assert mark.exists()  # the answers stayed
+    make_heads(replace(changed, **CHANGES["--max-new-tokens"]))
+    assert not mark.exists()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lorastack.errors import FailedPreconditionError, InvalidArgumentError
-from lorastack.train.work import CORPUS, WorkFolder
+from lorastack.train.work import ADAPTER, CORPUS, WorkFolder
 
 OPTIONS = {"--id": "x", "--seed": 0, "--lora": ["a:1", "b:0.5"], "--max-context": None}
 
@@ -15,7 +15,7 @@ OPTIONS = {"--id": "x", "--seed": 0, "--lora": ["a:1", "b:0.5"], "--max-context"
 def claimed(root: Path, options: dict[str, object] = OPTIONS, *, restart: bool = False) -> None:
     work = WorkFolder(root)
     try:
-        work.claim(options, restart=restart)
+        work.claim(options, restart=restart, answers=("--seed", "--lora"))
     finally:
         work.close()
 
@@ -46,8 +46,22 @@ def test_a_restart_removes_what_runs_leave_and_nothing_else(tmp_path: Path) -> N
     (tmp_path / CORPUS).mkdir()
     (tmp_path / CORPUS / "states").touch()
     (tmp_path / "notes.txt").touch()
-    claimed(tmp_path, {"--id": "y"}, restart=True)
+    (tmp_path / ADAPTER).mkdir()
+    claimed(tmp_path, OPTIONS | {"--seed": 1}, restart=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["LOCK", "notes.txt", "run.json"]
+
+
+def test_a_restart_keeps_answers_that_would_be_the_same(tmp_path: Path) -> None:
+    claimed(tmp_path)
+    for name in (CORPUS, ADAPTER):
+        (tmp_path / name).mkdir()
+    changed = OPTIONS | {"--id": "y"}
+    claimed(tmp_path, changed, restart=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["LOCK", CORPUS, "run.json"]
+    claimed(tmp_path, changed)
+    (tmp_path / "run.json").write_text("damaged")
+    claimed(tmp_path, changed, restart=True)
+    assert not (tmp_path / CORPUS).exists()
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:

@@ -69,7 +69,11 @@ Work = Annotated[
     ),
 ]
 Restart = Annotated[
-    bool, typer.Option("--restart", help="Throw away what an earlier run left in --work.")
+    bool,
+    typer.Option(
+        "--restart",
+        help="Throw away what an earlier run left in --work, but answers that would be the same.",
+    ),
 ]
 Temperature = Annotated[
     float,

@@ -38,7 +38,7 @@ from lorastack.train.progress import Progress, silent
 from lorastack.train.prompts import PromptFile
 from lorastack.train.publish import Publication, folder_digest
 from lorastack.train.result import Learnt, Stage, measure_served, read_served, write_result
-from lorastack.train.run import HeadsRun, options_of
+from lorastack.train.run import ANSWERS, HeadsRun, options_of
 from lorastack.train.start import open_start
 from lorastack.train.trainer import train_heads
 from lorastack.train.vocabulary import choose_vocabulary, count_tokens, coverage
@@ -123,7 +123,8 @@ def _begin(
         raise InvalidArgumentError(
             f"--soft-targets {run.distill.num_top}: the model has {shapes.vocab_size} tokens"
         )
-    work.claim(options_of(run, prompts, engine, selection, start), restart=run.restart)
+    options = options_of(run, prompts, engine, selection, start)
+    work.claim(options, restart=run.restart, answers=ANSWERS)
     lm_head_VH, adapted = selected_lm_head(engine, selection)
     return Stage(
         run=run,

@@ -14,6 +14,11 @@ from lorastack.train.prompts import PromptFile
 from lorastack.train.start import Start, StartOptions
 
 DRAFT_VOCABULARY = 4096
+# Of `options_of`: those that decide what the model answers and what is kept of it.
+ANSWERS = (
+    *("--prompts", "--model", "--dtype", "--device", "--quantize", "--lora", "--max-context"),
+    *("--max-new-tokens", "--temperature", "--soft-targets", "--seed"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

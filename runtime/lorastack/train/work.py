@@ -16,7 +16,8 @@ import json
 import os
 import shutil
 import weakref
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from lorastack.adapters.store.durable import TEMPORARY, replace_file
@@ -43,24 +44,35 @@ class WorkFolder:
         root.mkdir(parents=True, exist_ok=True)
         self.close = weakref.finalize(self, os.close, _lock(root))
 
-    def claim(self, options: Mapping[str, object], *, restart: bool) -> None:
+    def claim(
+        self, options: Mapping[str, object], *, restart: bool, answers: Collection[str]
+    ) -> None:
         """Begins a run, or goes on with the one that is here.
 
         options: names as a user writes them -> JSON values. Those of the run that is here must be
-        the same, unless `restart` throws away what it left. Raises InvalidArgumentError naming
-        those that differ.
+        the same, unless `restart` throws away what it left. answers: the options that decide the
+        corpus; a restart with the same ones keeps it. Raises InvalidArgumentError naming those that
+        differ.
         """
-        if restart:
-            self._clear()
         wanted: dict[str, object] = json.loads(json.dumps(options))
-        earlier = self._earlier()
-        if earlier is None:
-            replace_file(self.root / RECORD, (json.dumps(wanted, indent=2) + "\n").encode())
-        elif changed := _changes(earlier, wanted):
-            raise InvalidArgumentError(
-                f"{self.root} holds a run with other options ({'; '.join(changed)}): give those of "
-                "the first run to go on with it, --restart to throw it away, or another --work"
-            )
+        if restart:
+            self._clear(keep=(CORPUS, RECORD) if self._agrees(wanted, answers) else ())
+        elif (earlier := self._earlier()) is not None:
+            if changed := _changes(earlier, wanted):
+                raise InvalidArgumentError(
+                    f"{self.root} holds a run with other options ({'; '.join(changed)}): give "
+                    "those of the first run to go on with it, --restart to begin anew, or another "
+                    "--work"
+                )
+            return
+        replace_file(self.root / RECORD, (json.dumps(wanted, indent=2) + "\n").encode())
+
+    def _agrees(self, wanted: Mapping[str, object], names: Collection[str]) -> bool:
+        """True if the run that is here has these options as wanted."""
+        with suppress(InvalidArgumentError):
+            earlier = self._earlier()
+            return earlier is not None and all(earlier.get(n) == wanted.get(n) for n in names)
+        return False
 
     def _earlier(self) -> dict[str, object] | None:
         """The options of the run that is here; None if there is none."""
@@ -75,9 +87,11 @@ class WorkFolder:
             raise InvalidArgumentError(f"{path} is damaged: --restart throws the run away")
         return options
 
-    def _clear(self) -> None:
+    def _clear(self, keep: Collection[str]) -> None:
         """Removes what runs leave, their record last: a kill meanwhile leaves a work folder."""
         for name in (*STAGES, RECORD):
+            if name in keep:
+                continue
             path = self.root / name
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
