@@ -13,6 +13,7 @@ This file needs nothing but Python: peers import it in their own environments.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -76,6 +77,8 @@ def serve(load: Callable[[Load], Engine]) -> None:
     """Answer requests of stdin until it ends. What libraries print goes to stderr."""
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # what it says before it aborts is its reason
     engine: Engine | None = None
     for line in sys.stdin:
         request = json.loads(line)

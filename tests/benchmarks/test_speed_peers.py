@@ -103,7 +103,8 @@ def test_a_peer_that_dies_keeps_its_numbers_and_takes_no_others(folder: Path) ->
     assert set(run.results.values["loras"]) == {BANDWIDTH, OFF, AUTO, "peft"}
 
 
-def test_peers_that_do_not_load_are_lines(folder: Path) -> None:
+def test_peers_that_do_not_load_are_lines(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     peer_scripts.install(folder, "llama_cpp", "def loaded(): os.abort()")
     peer_scripts.install(folder, "openvino", "print('rubbish', flush=True)")
     peer_scripts.install(folder, "peft", "def loaded(): raise ValueError('bf16 is not supported')")
