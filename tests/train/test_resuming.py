@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -14,19 +16,18 @@ import pytest
 
 from lorastack.errors import InvalidArgumentError
 from lorastack.request import SamplingParams
-from lorastack.startup import engine as startup_engine
 from lorastack.train import pipeline, result
 from lorastack.train.distill import DistillOptions
 from lorastack.train.options import TrainOptions
 from lorastack.train.pipeline import make_heads
 from lorastack.train.run import HeadsRun
 from lorastack.train.start import StartOptions
-from tests.helpers.costs import CheapHeads
+from tests.helpers.costs import cheap_drafts
 from tests.helpers.process import FORKS
 from tests.train.runs import contents, heads_run, made
 
 LORA = (("lora-a", 1.0),)
-pytestmark = pytest.mark.usefixtures("cheap_drafts")
+pytestmark = pytest.mark.usefixtures("cheap_steps")
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def _run_and_die(run: HeadsRun, stage: str) -> None:
             die()
 
     with (
-        patch.object(startup_engine, "measure", lambda *_: CheapHeads()),
+        cheap_drafts(),
         patch.object(result, "evaluation", die if stage == "writing" else result.evaluation),
     ):
         make_heads(run, progress=progress)
@@ -83,7 +84,7 @@ def test_a_full_disk_costs_nothing_that_is_done(
 
 def _run_with_a_quota(run: HeadsRun, max_file_bytes: int, told: Any) -> None:
     """Tells what it fails with: the error's class and message."""
-    with patch.object(startup_engine, "measure", lambda *_: CheapHeads()):
+    with cheap_drafts():
         begin = pipeline.WorkFolder
 
         def limited(root: Path) -> Any:
@@ -143,3 +144,14 @@ def test_other_options_are_refused_by_name_or_start_over(
     assert mark.exists()  # the answers stayed
     make_heads(replace(changed, **CHANGES["--max-new-tokens"]))
     assert not mark.exists()
+
+
+def test_another_tokenizer_is_refused_or_starts_over(tiny_llama: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny_llama, tmp_path / "model")
+    run = heads_run(tmp_path / "run", model, None)
+    make_heads(run)
+    config = model / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": "none"}))
+    with pytest.raises(InvalidArgumentError, match=r"the tokenizer was.*--restart"):
+        make_heads(run)
+    make_heads(replace(run, restart=True))

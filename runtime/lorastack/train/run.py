@@ -16,8 +16,8 @@ from lorastack.train.start import Start, StartOptions
 DRAFT_VOCABULARY = 4096
 # Of `options_of`: those that decide what the model answers and what is kept of it.
 ANSWERS = (
-    *("--prompts", "--model", "--dtype", "--device", "--quantize", "--lora", "--max-context"),
-    *("--max-new-tokens", "--temperature", "--soft-targets", "--seed"),
+    *("--prompts", "--model", "the tokenizer", "--dtype", "--device", "--quantize", "--lora"),
+    *("--max-context", "--max-new-tokens", "--temperature", "--soft-targets", "--seed"),
 )
 
 
@@ -68,6 +68,7 @@ def options_of(
         "--id": run.adapter_id,
         "--prompts": f"sha256:{prompts.sha256}",
         "--model": model.fingerprint,
+        "the tokenizer": model.tokenizer.digest,
         "--dtype": str(model.backend.dtype).removeprefix("torch."),
         "--device": model.backend.device.type,
         "--quantize": model.backend.quantization,
