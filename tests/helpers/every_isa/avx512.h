@@ -21,7 +21,6 @@ using Ints = __v16si;
 using Unsigned = __v16su;
 using Shorts = __v32hi;
 using Longs = __v8di;
-using HalfFloats = __m256;
 using HalfInts = __v8si;
 using HalfShorts = __v16hi;
 using HalfBytes = __v32qi;
@@ -301,8 +300,10 @@ EMULATED __m512i _mm512_max_epi32(__m512i a, __m512i b) {
       [=](int i) { return lanes::larger(((lanes::Ints)a)[i], ((lanes::Ints)b)[i]); });
 }
 EMULATED __m512i _mm512_min_epi32(__m512i a, __m512i b) {
-  return (__m512i)lanes::each<lanes::Ints>(
-      [=](int i) { return -lanes::larger(~((lanes::Ints)a)[i], ~((lanes::Ints)b)[i]) - 1; });
+  return (__m512i)lanes::each<lanes::Ints>([=](int i) {
+    const int x = ((lanes::Ints)a)[i], y = ((lanes::Ints)b)[i];
+    return x < y ? x : y;
+  });
 }
 EMULATED __m512i _mm512_max_epu32(__m512i a, __m512i b) {
   return (__m512i)lanes::each<lanes::Unsigned>(
