@@ -10,6 +10,7 @@ import torch
 
 from lorastack.adapters.store.registry import Registry
 from tests.adapters.folders import SHAPES, H
+from tests.adapters.pools import Bench, bench
 from tests.helpers.adapters import write_heads, write_lora
 
 
@@ -51,3 +52,9 @@ def bundle(tmp_path: Path, medusa_version: int) -> Path:
         vocab_size=SHAPES.vocab_size if medusa_version == 1 else None,
         draft_vocabulary=range(SHAPES.vocab_size) if medusa_version == 2 else (),
     )
+
+
+@pytest.fixture
+def ten() -> Iterator[Bench]:
+    with bench() as made:
+        yield made

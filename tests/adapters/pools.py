@@ -145,3 +145,16 @@ def bench(
         yield made
     finally:
         made.pool.close()
+
+
+def step(made: Bench, *rows: str, heads: str = "") -> list[bool]:
+    """A step of rows with these LoRAs ("ab" is the stack of a and b): which of them ran.
+
+    heads: those of rows that have some, parted by blanks; "ab" is a, which b corrects.
+    """
+    held = [made.pool.acquire(list(row)) for row in rows]
+    drafts = [made.pool.try_acquire(list(each)) for each in heads.split()]
+    for adapters in (*(each for each in held if each), *(each for each in drafts if each)):
+        made.pool.release([each.digest for each in adapters])
+    made.settle()
+    return [each is not None for each in held] + [each is not None for each in drafts]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator
 from functools import partial
 
 import pytest
@@ -24,12 +23,6 @@ from lorastack.errors import (
 from tests.adapters.pools import WAIT, Bench, Views, bench, resident
 from tests.adapters.test_host import packed
 from tests.helpers.streams import FakeDevice
-
-
-@pytest.fixture
-def ten() -> Iterator[Bench]:
-    with bench() as made:
-        yield made
 
 
 def test_a_miss_then_a_hit(ten: Bench) -> None:

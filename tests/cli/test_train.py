@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 
@@ -17,10 +16,9 @@ from lorastack.cli.choices import Backend, Device, DType
 from lorastack.cli.machine import machine
 from lorastack.config import GIB, MIB, EngineConfig
 from lorastack.service.watch import logs
-from lorastack.startup import engine as startup_engine
 from lorastack.train.run import HeadsRun
 from tests.cli.conftest import Run
-from tests.helpers.costs import CheapHeads
+from tests.helpers.costs import cheap_drafts
 from tests.train.runs import write_prompts
 
 
@@ -73,7 +71,7 @@ def tiny(
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     monkeypatch.setattr(logs, "configure_logging", lambda log_format, level: None)
     write_prompts(tmp_path / "prompts.jsonl")
-    with patch.object(startup_engine, "measure", lambda *_: CheapHeads()):
+    with cheap_drafts():
         yield (
             *("--prompts", "prompts.jsonl", "--model", str(tiny_llama), "--max-new-tokens", "8"),
             *("--dtype", "float32", "--threads", "1", "--kv-memory", "16MiB"),

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest.mock import patch
+
 from lorastack.engine.batch import Batch
 from lorastack.engine.costs import Costs
 from lorastack.speculation.cost import CostCurve
+from lorastack.startup import engine as startup_engine
 
 
 class CheapHeads(Costs):
@@ -16,3 +21,10 @@ class CheapHeads(Costs):
 
     def record(self, batch: Batch, seconds: float, heads_seconds: float) -> None:
         pass
+
+
+@contextmanager
+def cheap_drafts() -> Iterator[None]:
+    """Engines that are opened meanwhile measure no steps and take these costs."""
+    with patch.object(startup_engine, "measure", lambda *_: CheapHeads()):
+        yield

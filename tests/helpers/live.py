@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
-from unittest.mock import patch
 
 from lorastack.adapters.memory.pool import DevicePool
 from lorastack.adapters.memory.stream import Streams
@@ -26,9 +25,8 @@ from lorastack.config import (
 )
 from lorastack.engine.engine import Engine
 from lorastack.service.build import build_server
-from lorastack.startup import engine as startup_engine
 from lorastack.v1 import generation_pb2 as pb
-from tests.helpers.costs import CheapHeads
+from tests.helpers.costs import cheap_drafts
 
 ROOMY = EngineConfig(kv_memory=64 * MIB, max_rows=8, max_step_tokens=64, max_nodes=6)
 PATIENCE = 120.0  # seconds until a wait for something that must happen gives up
@@ -133,7 +131,7 @@ class LiveServer:
 
     def __enter__(self) -> Self:
         self._thread.start()
-        with patch.object(startup_engine, "measure", lambda *_: CheapHeads()):
+        with cheap_drafts():
             self.server = build_server(self._config, streams=self._streams)
         asyncio.run_coroutine_threadsafe(self.server.start(), self.loop).result(PATIENCE)
         self.client = Client(self.server.address)

@@ -7,12 +7,10 @@ import resource
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Self
-from unittest.mock import patch
 
 from lorastack.config import ServerConfig
 from lorastack.service.build import build_server
-from lorastack.startup import engine as startup_engine
-from tests.helpers.costs import CheapHeads
+from tests.helpers.costs import cheap_drafts
 
 # Children of the fork server start in a blink: they find torch and gRPC imported, and what a
 # tokenizer imports when it is loaded.
@@ -60,6 +58,6 @@ class ServerProcess:
 def _run(config: ServerConfig, address: Connection, max_file_bytes: int | None) -> None:
     if max_file_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
-    with patch.object(startup_engine, "measure", lambda *_: CheapHeads()):
+    with cheap_drafts():
         server = build_server(config)
     server.run(lambda line: address.send(server.address))

@@ -16,12 +16,11 @@ from lorastack.adapters.store.manifest import FileSpec
 from lorastack.adapters.store.registry import Registry
 from lorastack.config import KIB, MIB, AdapterConfig, EngineConfig, ModelConfig
 from lorastack.layout import EMBED, LAYER_TARGETS, LM_HEAD, ModelShapes
-from lorastack.startup import engine as startup_engine
 from lorastack.startup.files import ModelFiles
 from lorastack.train import pipeline
 from lorastack.train.local import LocalEngine, open_engine
 from tests.helpers.adapters import write_lora
-from tests.helpers.costs import CheapHeads
+from tests.helpers.costs import cheap_drafts
 from tests.helpers.guessing import train_heads
 
 FAMILIAR = ("hello there", "1 + 1 = ", "Why? " * 9)  # what the heads know the model's outputs of
@@ -103,23 +102,23 @@ def open_tiny(tiny_llama: Path, store: Path) -> OpenTiny:
     ) -> Iterator[LocalEngine]:
         fields = {"dtype": "float32", "device": "cpu", "threads": 1} | model
         adapters = AdapterConfig(store=store_at, device_memory=MIB, host_memory=MIB)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(startup_engine, "measure", lambda *_: CheapHeads())
-            with open_engine(
+        with (
+            cheap_drafts(),
+            open_engine(
                 ModelConfig(model=str(tiny_llama), backend=backend, **fields),
                 config,
                 adapters if with_store else None,
-            ) as engine:
-                yield engine
+            ) as engine,
+        ):
+            yield engine
 
     return opened
 
 
 @pytest.fixture(scope="module")
-def cheap_drafts() -> Iterator[None]:
+def cheap_steps() -> Iterator[None]:
     """What is drafted depends on the text alone, not on what steps cost here."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(startup_engine, "measure", lambda *_: CheapHeads())
+    with cheap_drafts():
         yield
 
 

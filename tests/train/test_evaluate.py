@@ -4,29 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 
 from lorastack.config import MIB, AdapterConfig, ModelConfig
 from lorastack.errors import InvalidArgumentError, NotFoundError
 from lorastack.speculation.calibration import Calibration
-from lorastack.startup import engine as startup_engine
 from lorastack.train.evaluate import EvalRun, evaluate
 from tests.helpers.adapters import with_outputs, write_heads
-from tests.helpers.costs import CheapHeads
 from tests.train.conftest import FAMILIAR
 from tests.train.runs import ENGINE
 
-
-@pytest.fixture(scope="module", autouse=True)
-def cheap_drafts() -> Iterator[None]:
-    with patch.object(startup_engine, "measure", lambda *_: CheapHeads()):
-        yield
+pytestmark = pytest.mark.usefixtures("cheap_steps")
 
 
 def prompts_file(path: Path, texts: tuple[str, ...]) -> Path:

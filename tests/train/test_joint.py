@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from transformers import AutoModelForCausalLM
 
 from lorastack.config import MIB, AdapterConfig, EngineConfig
 from lorastack.errors import FailedPreconditionError, InvalidArgumentError
-from lorastack.startup import engine as startup_engine
 from lorastack.train import joint, loop
 from lorastack.train.corpus import NO_TARGET, Corpus
 from lorastack.train.heads import identity_heads
@@ -33,7 +31,7 @@ from lorastack.train.publish import Publication
 from lorastack.train.run import HeadsRun
 from lorastack.train.start import StartOptions
 from lorastack.train.vocabulary import output_of
-from tests.helpers.costs import CheapHeads
+from tests.helpers.costs import cheap_drafts
 from tests.helpers.live import LiveServer, ask
 from tests.helpers.process import FORKS
 from tests.train.runs import PROMPTS, contents, heads_run
@@ -42,11 +40,7 @@ LORA_FILES = {"adapter_config.json", "adapter_model.safetensors"}
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cheap_drafts() -> Iterator[None]:
-    """What is drafted depends on the text alone, not on what steps cost here."""
-    with patch.object(startup_engine, "measure", lambda *_: CheapHeads()):
-        yield
+pytestmark = pytest.mark.usefixtures("cheap_steps")
 
 
 def joint_run(root: Path, model: Path) -> HeadsRun:
@@ -242,7 +236,7 @@ def _run_and_die(run: HeadsRun) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     with (
-        patch.object(startup_engine, "measure", lambda *_: CheapHeads()),
+        cheap_drafts(),
         patch.object(loop, "CHECKPOINT_SECONDS", 0.0),
     ):
         make_heads(run, progress=progress)

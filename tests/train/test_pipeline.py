@@ -32,7 +32,7 @@ from tests.helpers.live import LiveServer, ask
 from tests.helpers.tiny import build_llama
 from tests.train.runs import PROMPTS, contents, heads_run, made
 
-pytestmark = pytest.mark.usefixtures("cheap_drafts")
+pytestmark = pytest.mark.usefixtures("cheap_steps")
 
 
 @pytest.fixture(scope="module")

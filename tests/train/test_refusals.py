@@ -15,7 +15,7 @@ from lorastack.train.pipeline import make_heads
 from lorastack.train.start import StartOptions
 from tests.train.runs import PROMPTS, heads_run
 
-pytestmark = pytest.mark.usefixtures("cheap_drafts")
+pytestmark = pytest.mark.usefixtures("cheap_steps")
 
 
 @pytest.mark.parametrize(

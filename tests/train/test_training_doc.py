@@ -14,9 +14,8 @@ import pytest
 from lorastack.cli.main import commands, main
 from lorastack.config import MIB, AdapterConfig, EngineConfig
 from lorastack.service.watch import logs
-from lorastack.startup import engine as startup_engine
 from tests.helpers.canary import train_layer_canary
-from tests.helpers.costs import CheapHeads
+from tests.helpers.costs import cheap_drafts
 from tests.helpers.live import LiveServer
 from tests.test_layering import ROOT
 
@@ -54,8 +53,8 @@ def server(
             server.upload("lora-gsm8k", lora)
             server.upload("heads-general", adapter_folders["heads"])
             monkeypatch.setenv("LORASTACK_SERVER", server.server.address)
-            monkeypatch.setattr(startup_engine, "measure", lambda *_: CheapHeads())
-            yield server
+            with cheap_drafts():
+                yield server
 
 
 @pytest.mark.parametrize("command", COMMANDS)
